@@ -1,4 +1,7 @@
-"""What a response states beside its result; methods of the clients report it with their parameter `details`."""
+"""Model, times, tokens and write receipt that a response states beside its result.
+
+Methods of the clients with a parameter `details` call it with these values.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,17 @@ class ModelVersion:
     revision: str
     #: Hash (hex) of all bytes that decide the model's vectors. Equal fingerprints mean equal vectors.
     fingerprint: str
-    #: Classifier: hash (hex) of all that decides its labels: encoder, head, labels, thresholds, temperature, rejection.
-    #: It changes when the classifier is trained again on the same encoder; `fingerprint` does not. Else empty.
+    #: Hash (hex) of all that decides the labels of a classifier: encoder, head, labels, thresholds, temperature,
+    #: rejection threshold and `max_tokens`. Training the classifier again on the same encoder changes this hash, but
+    #: not `fingerprint`. Empty: the model is not a classifier.
     classifier_fingerprint: str = ""
 
 
 @dataclass(frozen=True)
 class TokenUsage:
-    """The tokens of one text."""
+    """Number of tokens of one text, and whether the text was truncated."""
 
-    #: Tokens that the model read, special tokens and prompt included.
+    #: Number of tokens that the model read, special tokens and prompt included.
     tokens: int
     #: Whether the text was truncated.
     truncated: bool
@@ -34,41 +38,48 @@ class TokenUsage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Wall time of the steps of a request on the server, in seconds."""
+    """Wall time of the steps of one request on the server, in seconds.
+
+    If parts of a step run in parallel, the time is from the first start to the last end.
+    """
 
     tokenize_seconds: float
-    #: Waiting for a free worker.
+    #: Time that the texts waited for a free worker, a thread that runs the model.
     queue_seconds: float
-    #: Running the model.
+    #: Time in which the model ran.
     infer_seconds: float
-    #: Searching the index and reading records.
+    #: Time of searching the index and reading records; 0 if the request needs neither.
     lookup_seconds: float
 
 
 @dataclass(frozen=True)
 class ResponseDetails:
-    """What the response to one request states beside the result. Values that it does not state have their defaults."""
+    """Values that the response to one request states beside the result.
 
-    #: Index of the request's first item in the list of the method call.
+    A value that the response does not state keeps its default.
+    """
+
+    #: Index of the request's first item in the list that the caller gave to the method, from 0.
     first: int
-    #: Number of items of the request.
+    #: Number of items of the request; 1 for `similarity` and for `delete` with a filter.
     count: int
     #: The model that answered. None if no model ran. Also None for `upsert`: its response does not state the model,
     #: which is that of the collection.
     model: ModelVersion | None = None
-    #: None for `count_tokens`, `get` and `delete`.
+    #: Times of the steps. None for `count_tokens`, `get` and `delete`, whose responses do not state times.
     timings: Timings | None = None
-    #: Item i belongs to item `first + i` of the list. Of `similarity`: those of the sources, then of the targets. Of
-    #: `search` and `search_batch`: those of the queries; 0 tokens for a query that is no text. Empty if the server
-    #: embedded no texts.
+    #: Tokens of the texts: item i belongs to item `first + i` of the caller's list. `similarity`: first the tokens of
+    #: the sources, then those of the targets. `search` and `search_batch`: a query that is no text has 0 tokens.
+    #: Empty if the model ran on no text.
     usages: tuple[TokenUsage, ...] = ()
-    #: `count_tokens`: the most tokens that the model reads.
+    #: `count_tokens`: the most tokens of a text that the model reads. 0 for other methods.
     max_tokens: int = 0
-    #: `get`: ids without a record.
+    #: `get`: ids of the request that have no record. Empty for other methods.
     missing_ids: tuple[str, ...] = ()
-    #: `upsert` and `delete`: sequence number of the write.
+    #: `upsert` and `delete`: sequence number of the write in its collection. 0 for other methods.
     sequence: int = 0
-    #: `upsert` and `delete`: `synced` if the write was on disk before the response, else `unknown`.
+    #: `upsert` and `delete`: `synced` if the write was on disk before the response. `unknown` if the server did not
+    #: state that, and for other methods.
     durability: str = "unknown"
 
 

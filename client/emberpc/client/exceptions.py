@@ -4,21 +4,21 @@
     ├── InvalidArgument             the request is wrong; `violations` names the fields
     ├── NotFound                    there is no such model, collection, record …
     ├── AlreadyExists               the name is taken
-    ├── FailedPrecondition          the state of the server does not allow it, such as the wrong kind of model
+    ├── FailedPrecondition          the state of the server does not allow the call, such as the wrong kind of model
     ├── Aborted                     a record has another revision; read it again
     ├── ResourceExhausted           the server is full, or a message too large; `retry_after` may state when to retry
     ├── DeadlineExceeded            no response in time; a write may have happened
     ├── Unavailable                 no server answers, or it is starting or stopping
     ├── Unauthenticated             the token is missing or wrong
-    ├── PermissionDenied            the server does not allow this, or not with this token
-    ├── Unimplemented               the server does not know the call, or a field of it
+    ├── PermissionDenied            the server does not allow the call, or not with this token
+    ├── Unimplemented               the server does not support the call; it is another version or index backend
     ├── Cancelled                   the call was cancelled, such as by `close()`
     ├── DataLoss                    a record is damaged on the server's disk; delete it or write it again
-    └── Internal                    an error in the server; its log has the `request_id`
+    └── Internal                    an error in the server, or a response that contradicts itself
     InputError(ValueError)          an argument is wrong; nothing was sent
     InputTypeError(TypeError)       an argument has the wrong type; nothing was sent
 
-The gRPC error behind an EmberpcError is its `__cause__`.
+The `__cause__` of an EmberpcError is the gRPC error that it was made from, if there is one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ from emberpc.wire import status as wire_status
 
 @dataclass(frozen=True)
 class Violation:
-    """A wrong field of a request: its path, such as `texts[3]` with the caller's index, and what is wrong."""
+    """A wrong field of a request.
+
+    Attributes:
+        field: path of the field, such as `texts[3]`. The index is that of the item in the caller's list.
+        description: what is wrong with the field, the limit and the remedy.
+    """
 
     field: str
     description: str
@@ -52,11 +57,11 @@ class EmberpcError(Exception):
         code: the gRPC status code.
         reason: the cause for programs, such as `MODEL_NOT_FOUND`; empty if the server stated none.
         violations: the wrong fields of the request.
-        metadata: values behind the message, such as the name of the missing model.
+        metadata: values that the message mentions, by name, such as the name of the missing model.
         request_id: id of the call in the server's log; empty if no server answered.
         retry_after: seconds to wait before the next try; None if the server stated none.
-        done: for a write of several requests: number of the first items of the caller's list that earlier requests
-            wrote or deleted.
+        done: for a write of several requests: number of items, from the start of the caller's list, that earlier
+            requests wrote or deleted; otherwise 0.
     """
 
     code = grpc.StatusCode.UNKNOWN
@@ -84,25 +89,25 @@ class EmberpcError(Exception):
 
 
 class InvalidArgument(EmberpcError):
-    """The request is wrong; `violations` names the fields."""
+    """The request is wrong; `violations` names the wrong fields."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
 
 
 class NotFound(EmberpcError):
-    """There is no such model, collection or record."""
+    """The server has no model, classifier, collection, record or service with the name or id of the request."""
 
     code = grpc.StatusCode.NOT_FOUND
 
 
 class AlreadyExists(EmberpcError):
-    """The name is taken."""
+    """The name of the new model or collection is taken."""
 
     code = grpc.StatusCode.ALREADY_EXISTS
 
 
 class FailedPrecondition(EmberpcError):
-    """The state of the server does not allow the call, such as a model of another kind."""
+    """The state of the server does not allow the call, for example because the named model is of another kind."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
 
@@ -126,51 +131,51 @@ class DeadlineExceeded(EmberpcError):
 
 
 class Unavailable(EmberpcError):
-    """No server answers at the target, or it is starting or stopping."""
+    """No server answers at the target, or the server is starting or stopping."""
 
     code = grpc.StatusCode.UNAVAILABLE
 
 
 class Unauthenticated(EmberpcError):
-    """The token is missing or wrong."""
+    """The bearer token of the call is missing or wrong."""
 
     code = grpc.StatusCode.UNAUTHENTICATED
 
 
 class PermissionDenied(EmberpcError):
-    """The server does not allow this, or not with this token."""
+    """The server does not allow the call at all, or not with this token."""
 
     code = grpc.StatusCode.PERMISSION_DENIED
 
 
 class Unimplemented(EmberpcError):
-    """The server does not know the call, or a field of it."""
+    """The server does not support the call or a feature that it uses: another version, or another index backend."""
 
     code = grpc.StatusCode.UNIMPLEMENTED
 
 
 class Cancelled(EmberpcError):
-    """The call was cancelled, such as by `close()`."""
+    """The call was cancelled, for example because `close()` of the client was called."""
 
     code = grpc.StatusCode.CANCELLED
 
 
 class DataLoss(EmberpcError):
-    """A record is damaged on the server's disk; delete it or write it again."""
+    """A record is damaged on the server's disk; delete the record or write it again."""
 
     code = grpc.StatusCode.DATA_LOSS
 
 
 class Internal(EmberpcError):
-    """An error in the server; its log has the `request_id`."""
+    """An error in the server, whose log has the `request_id`; or a response that contradicts itself."""
 
     code = grpc.StatusCode.INTERNAL
 
 
 class FilterWarning(UserWarning):
-    """A filter matches nothing and is probably a mistake.
+    """A filter matches no record and is probably a mistake.
 
-    For example, it compares a number with a field that has strings only.
+    For example, the filter compares a field that has strings only with a number.
     """
 
 
@@ -183,7 +188,13 @@ class InputTypeError(TypeError):
 
 
 def add_done(error: EmberpcError | InputError | InputTypeError, done: int, words: str) -> None:
-    """Set `done` of an error, the number of items that are written, and add `words` to its message."""
+    """Change an error in place: append `words` to its message, and set its `done`.
+
+    Args:
+        error: the error. An InputError or InputTypeError has no `done`, so only its message changes.
+        done: number of items, from the start of the caller's list, that are written or deleted.
+        words: the addition to the message.
+    """
     message = f"{error}; {words}"
     error.args = (message,)
     if isinstance(error, EmberpcError):
@@ -192,7 +203,7 @@ def add_done(error: EmberpcError | InputError | InputTypeError, done: int, words
 
 
 _BY_CODE: dict[grpc.StatusCode, type[EmberpcError]] = {kind.code: kind for kind in EmberpcError.__subclasses__()}
-#: Part of gRPC's message if the server refused a call because of its limit of calls on one connection.
+#: Part of gRPC's message if the server refused a call because too many calls are open on one connection.
 _REFUSED_STREAM = "RST_STREAM with error code 7"
 _BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -210,15 +221,17 @@ class RpcFailure(Protocol):
         """Return the trailing metadata: pairs of a key and a str or bytes, or None."""
 
 
-#: Enum values in the server's messages. Quoted text is matched first and not changed: it may be the caller's.
+#: Finds enum values in the server's messages, to replace them by the client's words. The pattern also matches text in
+#: quotes, which must stay unchanged, since it may come from the caller.
 _WIRE_WORD = re.compile(
     r"""(?<!\w)'[^']*'|"[^"]*"|\b(REFUSE|END|START|DENSE|LEXICAL|HYBRID|SCORES|RANKS|QUERY|PASSAGE|INTERACTIVE|BULK|"""
     r"""COSINE|DOT_PRODUCT|EUCLIDEAN|FLOAT32|FLOAT16|INT8|BINARY)\b"""
 )
-#: `reason` of the error for a request that is larger than the server's limit. gRPC itself refuses it, so it is the
-#: client that states the reason.
+#: `reason` of the error for a request that is larger than the server's limit. gRPC refuses the request and states no
+#: reason, so the client sets this reason.
 REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
-#: gRPC's message for a request that is larger than the server's limit. Responses have no limit in this client.
+#: Part of gRPC's message for a request that is larger than the server's limit: bytes of the request, and the limit.
+#: The message cannot be about a response, since this client accepts responses of any size.
 _TOO_LARGE = re.compile(r"larger than max \((\d+) vs\. (\d+)\)")
 
 
@@ -229,8 +242,8 @@ class Circumstances:
     Attributes:
         target: the server.
         method: path of the RPC.
-        timeout: seconds that the call might take.
-        items: the repeated field of the request that holds one part of the caller's list; empty: there is no list.
+        timeout: seconds that the call was allowed to take.
+        items: the repeated field of the request that has one part of the caller's list; empty: there is no list.
         first: the caller's index of the first item of this part.
         late: whether the call failed after more than 5 seconds.
     """
@@ -246,16 +259,21 @@ class Circumstances:
 def from_rpc(failure: RpcFailure, call: Circumstances) -> EmberpcError:
     """Convert a gRPC error to an EmberpcError.
 
-    The server names an item by its index in one request, such as `texts[3]`. The error names it by its index in the
-    caller's list.
+    The server names an item by its index in one request, such as `texts[3]`. The returned error names the item by its
+    index in the caller's list.
+
+    Args:
+        failure: the error of gRPC.
+        call: facts about the failed call.
     """
     code = failure.code() or grpc.StatusCode.UNKNOWN
-    # First a tuple: metadata of asyncio calls in older grpc iterates over pairs, but dict() treats it as a mapping.
+    # In older versions of grpc, the metadata of asyncio calls iterates over pairs, but dict() would treat the metadata
+    # as a mapping. A tuple of the pairs avoids that.
     trailing: dict[str, str | bytes] = dict(tuple(failure.trailing_metadata() or ()))
     packed = trailing.get(wire_status.DETAILS_KEY, b"")
     status = wire_status.unpack(packed if isinstance(packed, bytes) else packed.encode())
     message = failure.details() or ""
-    # Without emberpc's details, gRPC itself or a proxy ended the call.
+    # Every error of an emberpc server has details. Without details, gRPC itself or a proxy ended the call.
     if not status.details:
         message = _own_words(code, message, call)
     request_id = trailing.get(wire_status.REQUEST_ID_KEY, "")
@@ -290,7 +308,10 @@ def _error(
     request_id: str,
     rename: Callable[[str], str],
 ) -> EmberpcError:
-    """Build an error; `rename` replaces item indices in a text by the caller's."""
+    """Build the exception for a status code and the details of `status`.
+
+    `rename` replaces each index of an item in a text by the index in the caller's list.
+    """
     info = wire_status.detail(status, errors_pb2.ErrorInfo) or errors_pb2.ErrorInfo()
     bad_request = wire_status.detail(status, errors_pb2.BadRequest) or errors_pb2.BadRequest()
     retry = wire_status.detail(status, errors_pb2.RetryInfo)
@@ -309,7 +330,7 @@ def _error(
 
 
 def _own_words(code: grpc.StatusCode, details: str, call: Circumstances) -> str:
-    """Return a message for a status that does not come from emberpc."""
+    """Return a message for a status that gRPC or a proxy set; for an unknown case their own message, `details`."""
     if code is grpc.StatusCode.UNAVAILABLE and call.late:
         return (
             f"the connection to {call.target} broke while {call.method} was running; it was not repeated, since its "
@@ -343,7 +364,7 @@ def _python_words(text: str) -> str:
 
 
 def _renumber(text: str, call: Circumstances) -> str:
-    """Add the caller's index of the request's first item to each mention of an item."""
+    """Replace each index of an item in a message, such as `texts[3]`, by the index in the caller's list."""
     if not (call.first and call.items):
         return text
     pattern = rf"\b{re.escape(call.items)}\[(\d+)\]"

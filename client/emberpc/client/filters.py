@@ -8,12 +8,13 @@
 
 A value is a text in double or single quotes, a number, true, false or null. Inside
 quotes, write a backslash before a quote or a backslash; \\n, \\r and \\t mean the
-same as in Python. A field is a key, or nested keys joined by dots. A key goes in
-quotes if it has other characters than letters, digits, `_` and `-`, or is one of
-the words above: `author."full name" = "X"`. Words may be written in capitals.
+same as in Python. A field is a key, or nested keys joined by dots. Write a key in
+quotes if it has other characters than letters, digits, `_` and `-`, starts with
+a digit or `-`, or is a keyword of filters such as `in`: `author."full name" = "X"`.
+Keywords may be written in capitals.
 
 filter.proto defines the conditions: a field that is missing or of another type
-matches only `!=` and `not`, and a list matches if one of its items does.
+matches only `!=` and `not`, and a list matches if one of its items matches.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from emberpc.v1 import filter_pb2 as pb
 #: A filter as text or as the API's message.
 Where: TypeAlias = "str | pb.Filter"
 
-#: The server's limit of nesting.
+#: Most levels of nested conditions in a filter: the server's limit.
 _MAX_DEPTH = 32
-#: From this number on, a double does not represent every integer.
+#: Numbers of filters are doubles on the wire. From this number on, a double does not represent every integer, so an
+#: integer from this number on is refused.
 _MAX_WHOLE = 2**53
 _TOKEN = re.compile(
     r"""
@@ -64,15 +66,15 @@ _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", '"': '"', "'": "'", "\\": "\\"}
 
 
 def parse_filter(text: str, name: str = "where") -> pb.Filter:
-    """Parse a filter.
+    """Parse a filter, such as `lang = "en" and year >= 2020`, and return it as a message of the API.
 
     Args:
-        text: the filter, as described above.
+        text: the filter; the docstring of `emberpc.client.filters` describes the syntax.
         name: name of the argument in errors.
 
     Raises:
-        InputError: it is not a valid filter; the message states the column, what was expected and what was found.
-        InputTypeError: it is not a str.
+        InputError: `text` is not a valid filter; the message states the column, what was expected and what was found.
+        InputTypeError: `text` is not a str.
     """
     return _Parser(checks.text(text, name), name).parse()
 
@@ -80,9 +82,13 @@ def parse_filter(text: str, name: str = "where") -> pb.Filter:
 def filter_of(where: Where | None, name: str = "where") -> pb.Filter | None:
     """Return a filter, given as text or message, as a message; None stays None.
 
+    Args:
+        where: the filter.
+        name: name of the argument in errors.
+
     Raises:
         InputError: the text is not a valid filter.
-        InputTypeError: it is of another type.
+        InputTypeError: `where` is neither a str, a Filter nor None.
     """
     if where is None or isinstance(where, pb.Filter):
         return where
@@ -98,7 +104,7 @@ class _Token:
     Attributes:
         kind: `text`, `number`, `word`, `keyword`, `sign` or `end`.
         source: the characters of the token.
-        start: offset of its first character in the filter.
+        start: offset of the token's first character in the filter, from 0.
     """
 
     kind: str
@@ -109,12 +115,12 @@ class _Token:
         return "the end" if self.kind == "end" else self.source
 
     def has(self, *sources: str) -> bool:
-        """Return whether the token is one of these keywords or signs."""
+        """Return whether the token is a keyword or a sign, and is one of `sources` (in lower case)."""
         return self.kind in ("keyword", "sign") and self.source.lower() in sources
 
 
 class _Parser:
-    """Parses one filter, token by token."""
+    """Parses the filter `text`, token by token. Errors are InputError and call the filter `name`."""
 
     def __init__(self, text: str, name: str) -> None:
         self._name = name
@@ -122,7 +128,7 @@ class _Parser:
         self._next = 0
 
     def parse(self) -> pb.Filter:
-        """Parse the whole text."""
+        """Parse the whole text, and return the filter; raise InputError if the text is not a valid filter."""
         found = self._any(1)
         if self._peek().kind != "end":
             raise self._expected("'and', 'or' or the end")

@@ -15,32 +15,33 @@ from emberpc.client.details import ModelVersion
 from emberpc.client.exceptions import EmberpcError, InputError, InputTypeError
 from emberpc.v1 import filter_pb2 as pb
 
-#: float32, shape (rows, dimensions).
+#: Vectors: float32, shape (rows, dimensions), one vector in each row.
 Matrix: TypeAlias = npt.NDArray[np.float32]
-#: float32, shape (dimensions,).
+#: One vector: float32, shape (dimensions,).
 Vector: TypeAlias = npt.NDArray[np.float32]
 
 #: Purpose of a text. It decides which prompt of the model the server puts before the text.
 InputKind: TypeAlias = Literal["passage", "query"]
-#: How a text with more tokens than the model reads is truncated: `refuse` fails, `end` removes tokens from its end,
-#: `start` from its start.
+#: Treatment of a text with more tokens than the model reads. `refuse`: the text fails. `end`: tokens at the end of the
+#: text are removed. `start`: tokens at the start are removed.
 Truncation: TypeAlias = Literal["refuse", "end", "start"]
-#: Element type of vectors on the wire. Smaller types are less exact. The client always returns float32.
+#: Element type of vectors in responses: 4, 2 or 1 bytes for each dimension, or 1 bit (`binary`). Smaller types are less
+#: exact. The client converts all of them to float32.
 DType: TypeAlias = Literal["float32", "float16", "int8", "binary"]
 #: The measure that compares two vectors.
 Distance: TypeAlias = Literal["cosine", "dot_product", "euclidean"]
 #: Mode of a search: by vectors, by words, or both.
 SearchMode: TypeAlias = Literal["dense", "lexical", "hybrid"]
-#: How a hybrid search joins its two rankings: by scaled scores, or by reciprocal ranks.
+#: How a hybrid search joins its dense and its lexical ranking: by scaled scores, or by reciprocal ranks.
 Fusion: TypeAlias = Literal["scores", "ranks"]
-#: `interactive`: a caller waits. `bulk`: throughput matters, latency does not.
+#: Urgency of a call. `interactive`: a caller waits for the response. `bulk`: throughput matters, latency does not.
 Priority: TypeAlias = Literal["interactive", "bulk"]
 
-#: Called with the number of items that are done.
+#: A caller's function that the client calls with the number of items done so far.
 Progress: TypeAlias = Callable[[int], None]
-#: Called with the number of bytes that are done, and the number of all bytes.
+#: A caller's function that the client calls with the number of bytes transferred so far, and the number of all bytes.
 ByteProgress: TypeAlias = Callable[[int, int], None]
-#: Called with each step of a server that changes its models.
+#: A caller's function that the client calls with the name of each step of loading a model, such as "warming up".
 Stages: TypeAlias = Callable[[str], None]
 
 #: One text of a stream, alone or with an id, as (id, text).
@@ -51,13 +52,13 @@ StreamItem: TypeAlias = "str | tuple[str, str]"
 class StreamedEmbedding:
     """The result for one text of a stream: a vector or an error."""
 
-    #: The caller's id; of a text without an id its number in the stream, from "0".
+    #: The id that the caller gave. For a text without an id: the number of the text in the stream, from "0".
     id: str
-    #: float32 (dimensions,).
+    #: The vector, float32 (dimensions,); None if the text failed.
     vector: Vector | None = field(default=None, compare=False)
-    #: Why there is no vector: an InputError if the text could not be sent, else the server's error.
+    #: Why there is no vector: an InputError if the text could not be sent, else the server's error. None: no error.
     error: EmberpcError | InputError | None = None
-    #: Tokens that the model read.
+    #: Number of tokens of the text that the model read; 0 if the text failed.
     tokens: int = 0
     #: Whether the text was truncated.
     truncated: bool = False
@@ -69,14 +70,14 @@ class StreamedEmbedding:
 class Reembedding:
     """Progress of replacing the vectors of a collection by those of another model."""
 
-    #: The new model.
+    #: Name of the new model.
     model: str
-    #: Records with new vectors, and all records.
+    #: `done`: number of records with new vectors. `total`: number of all records.
     done: int
     total: int
-    #: In UTC; None if the server did not state it.
+    #: Start of the reembedding, in UTC; None if the server did not state the time.
     start_time: datetime | None
-    #: Why the reembedding waits. It continues when the cause is removed. Empty: it does not wait.
+    #: Why the reembedding waits; it continues when the cause is removed. Empty: the reembedding does not wait.
     problem: str
 
 
@@ -85,30 +86,30 @@ class Collection:
     """A named set of records with vectors of the same dimensions."""
 
     name: str
-    #: The embedding model of its texts; empty: records must have vectors.
+    #: Name of the model that embeds the texts of records; empty: there is no model, and records must have vectors.
     model: str
     model_fingerprint: str
     dimensions: int
-    #: `cosine`, `dot_product` or `euclidean`.
+    #: The measure that compares vectors: `cosine`, `dot_product` or `euclidean`.
     distance: str
-    #: `refuse`, `end` or `start`.
+    #: How records whose text has too many tokens are truncated: `refuse`, `end` or `start`.
     truncation: str
-    #: Links of a node of its graph, per layer.
+    #: Links of a node of the collection's HNSW graph, per layer.
     m: int
-    #: Candidates that an insertion into the graph keeps.
+    #: Number of candidates that an insertion into the collection's HNSW graph keeps.
     ef_construction: int
     record_count: int
-    #: Sequence number of its last write.
+    #: Sequence number of the last write of the collection.
     sequence: int
-    #: Bytes on disk.
+    #: Size of the collection on disk, in bytes.
     size_bytes: int
-    #: In UTC; None if the server did not state it.
+    #: Time at which the collection was created, in UTC; None if the server did not state the time.
     create_time: datetime | None
-    #: Why it cannot be used, for example because it is damaged; empty: it can be used.
+    #: Why the collection cannot be used, for example because it is damaged; empty: the collection can be used.
     problem: str = ""
-    #: Its reembedding, if one runs.
+    #: Progress of the reembedding of the collection; None: no reembedding runs.
     reembedding: Reembedding | None = None
-    #: Metadata fields that filters use often.
+    #: Metadata fields with an index in the database, which makes filters on these fields faster.
     indexed_fields: tuple[str, ...] = ()
 
 
@@ -116,22 +117,23 @@ class Collection:
 class Record:
     """An item of a collection.
 
-    To write a record, give the first four fields, `vector` if the server shall not embed the text, and `time_to_live`
-    if the record shall be deleted after a time. The server sets the other fields. Numbers of `metadata` are doubles on
-    the wire; a number without a fraction is returned as an int.
+    To write a record, give `id`, and any of `text`, `metadata` and `label`. Give `vector` if the server shall not embed
+    the text, and `time_to_live` if the record shall be deleted after a time. The server sets the other fields. Numbers
+    of `metadata` are doubles on the wire; a number without a fraction is returned as an int.
     """
 
     id: str
     text: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
-    #: float32, shape (dimensions,). In a result None, unless the call has `with_vectors`.
+    #: The vector, float32, shape (dimensions,). None in a result, unless the call has `with_vectors`. None in a record
+    #: to write: the server embeds the text.
     vector: Vector | None = field(default=None, compare=False)
-    #: Seconds after which the record is deleted: when writing counted from the write, in a result from then. None: it
-    #: is not deleted.
+    #: Seconds after which the record is deleted. In a record to write: counted from the write. In a result: counted
+    #: from the response. None: the record is not deleted.
     time_to_live: float | None = field(default=None, compare=False)
-    #: Sequence number of the last write of the record. The server sets it and the two times. A write ignores them in a
-    #: record of a result, and refuses them in any other record. See `expected_revisions` of `Client.upsert`.
+    #: Set by the server: sequence number of the record's last write; times (UTC) of its first and last write. A write
+    #: ignores them in a record of a result, and refuses them in any other record. See `expected_revisions` of `upsert`.
     revision: int = field(default=0, compare=False)
     create_time: datetime | None = field(default=None, compare=False)
     update_time: datetime | None = field(default=None, compare=False)
@@ -139,18 +141,18 @@ class Record:
 
 @dataclass(frozen=True)
 class RecordId:
-    """A query for the neighbours of a record. The record itself is not among the hits."""
+    """A query for the records nearest to the record with this id, which is itself not among the hits."""
 
     id: str
 
 
-#: A text, a vector (dimensions,) or a record.
+#: A query: a text, the id of a record, or a vector of shape (dimensions,).
 Query: TypeAlias = "str | RecordId | npt.NDArray[Any] | Sequence[float]"
 
 
 @dataclass(frozen=True, eq=False)
 class SearchQuery:
-    """A query of `search_batch` with its own options. Options that are not set are those of the call."""
+    """A query of `search_batch` with its own `where`, `top_k` and `ef`; None or 0: those of the `search_batch` call."""
 
     query: Query
     where: str | pb.Filter | None = None
@@ -160,7 +162,10 @@ class SearchQuery:
 
 @dataclass(frozen=True)
 class UpsertResult:
-    """The result of an upsert. `sequence` is the sequence number of the last write; 0: there was nothing to write."""
+    """The result of an upsert: number of inserted records, number of replaced records, and sequence number.
+
+    `sequence` is the sequence number of the last write in the collection; 0: there was nothing to write.
+    """
 
     inserted: int
     updated: int
@@ -169,9 +174,9 @@ class UpsertResult:
 
 @dataclass(frozen=True)
 class FailedRecord:
-    """A record of a stream that was not written, and the error."""
+    """A record of an `upsert_stream` that was not written, and the error."""
 
-    #: Its index among the records, from 0.
+    #: Index of the record among all records of the stream, from 0.
     index: int
     id: str
     #: An InputError or InputTypeError if the record could not be sent, else the server's error.
@@ -180,22 +185,22 @@ class FailedRecord:
 
 @dataclass(frozen=True)
 class UpsertCheckpoint:
-    """Progress of a stream of records. `failures`, `inserted` and `updated` are those since the checkpoint before."""
+    """Progress of an `upsert_stream`. `failures`, `inserted` and `updated` count from the previous checkpoint."""
 
-    #: Number of the first records that are all on disk, except for those that failed.
+    #: Number of records, from the start of the stream, that are all on disk or have failed.
     done: int
     failures: tuple[FailedRecord, ...] = ()
     inserted: int = 0
     updated: int = 0
-    #: Sequence number of the last write; 0: nothing was written.
+    #: Sequence number of the last write since the previous checkpoint; 0: nothing was written.
     sequence: int = 0
-    #: `synced` if that write was on disk before the response, else `unknown`.
+    #: `synced` if the last write was on disk before the response; `unknown` if the server did not state that.
     durability: str = field(default="unknown", compare=False)
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A record that a search returns. A greater score is nearer."""
+    """A record that a search returns, and its score. The hit with the greatest score is nearest to the query."""
 
     record: Record
     score: float
@@ -205,15 +210,17 @@ class Hit:
 class SearchPlan:
     """How a search of one query was carried out."""
 
-    #: `exact`: every vector was compared; `hnsw`: the graph was searched; `lexical`: the words were looked up.
+    #: `exact`: the query was compared with every vector that matches the filter. `hnsw`: the graph was searched.
+    #: `lexical`: the words of the query were looked up. `unknown`: the server stated none of these.
     strategy: str
-    #: Candidates that the search of the graph kept; 0: the graph was not used.
+    #: Number of candidates that the search of the graph kept; 0: the graph was not used.
     ef: int
-    #: Vectors compared one by one.
+    #: Number of vectors that were compared with the query one by one, without the graph.
     compared_count: int
-    #: Why there are fewer than `top_k` hits; empty: there are `top_k` hits.
+    #: Why the query has fewer than `top_k` hits; empty: there are `top_k` hits.
     shortfall_reason: str
-    #: Number of lexical hits. A hybrid search joins them with the dense hits.
+    #: Number of hits of the lexical search; a hybrid search joins these with the hits of the dense search. 0 for a
+    #: dense search.
     lexical_count: int = 0
 
 
@@ -225,13 +232,16 @@ class SearchResult:
     plan: SearchPlan
     #: Whether the text of the query was truncated.
     truncated: bool = False
-    #: Tokens of the text of the query; 0 if no model read it.
+    #: Number of tokens of the query's text that the model read; 0 if no model read the query.
     tokens: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
 class DuplicatePair:
-    """Ids of two records that are near to each other, the lesser first, and the cosine similarity of their vectors."""
+    """Two records that are near to each other: their ids, and the cosine similarity of their vectors as `score`.
+
+    `first_id` sorts before `second_id`.
+    """
 
     first_id: str
     second_id: str
@@ -240,7 +250,10 @@ class DuplicatePair:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster: its number of records, and the records nearest to its centre, nearest first."""
+    """A group of similar records: the number of its records, and as examples the records nearest to its centre.
+
+    The example nearest to the centre comes first.
+    """
 
     record_count: int
     examples: tuple[Record, ...]
@@ -248,30 +261,30 @@ class Cluster:
 
 @dataclass(frozen=True)
 class RecordProblem:
-    """A problem that `verify_collection` found in a record; an empty `id`: in the whole collection."""
+    """A problem that `verify_collection` found in the record `id`; an empty `id`: in the collection as a whole."""
 
     id: str
-    #: Cause for programs, such as `UNREACHABLE`.
+    #: Kind of the problem, for programs, such as `UNREACHABLE`: no search finds the record.
     reason: str
     message: str
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of `verify_collection`: number of checked records, and problems."""
+    """The result of `verify_collection`: number of checked records, and the problems that were found."""
 
     checked: int
     problems: tuple[RecordProblem, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether there are no problems."""
+        """Whether the verification found no problems."""
         return not self.problems
 
 
 @dataclass(frozen=True)
 class LabelScore:
-    """A label with its probability, in [0, 1]."""
+    """A label, and as `score` the probability, in [0, 1], that the text has the label."""
 
     label: str
     score: float
@@ -281,20 +294,21 @@ class LabelScore:
 class Classification:
     """The result of classifying one text."""
 
-    #: The predicted label; of a multi-label classifier all predicted labels; empty if `rejected`.
+    #: The predicted label. Multi-label classifier: all labels whose probability reaches their threshold. Empty if the
+    #: text is rejected, or if no label reaches its threshold.
     labels: tuple[str, ...]
-    #: Best first, at most `top_k`.
+    #: Labels with their probabilities, the most probable first; at most `top_k` of them.
     scores: tuple[LabelScore, ...]
     #: Whether the text seems to have none of the labels.
     rejected: bool
-    #: Tokens that the model read.
+    #: Number of tokens of the text that the model read.
     tokens: int
     #: Whether the text was truncated.
     truncated: bool
 
     @property
     def label(self) -> str | None:
-        """The predicted label; of several the best one; None if there is none."""
+        """The predicted label, or the most probable of several predicted labels; None if no label was predicted."""
         return self.labels[0] if self.labels else None
 
 
@@ -309,81 +323,85 @@ class Model:
     state: str
     base_model: str
     revision: str
-    #: Hash (hex) of all bytes that decide its vectors.
+    #: Hash (hex) of all bytes that decide the model's vectors.
     fingerprint: str
-    #: Classifier: hash (hex) of all that decides its labels; it changes when the classifier is trained again.
+    #: Hash (hex) of all that decides the labels of a classifier. The hash changes when the classifier is trained again.
+    #: Empty: the model is not a classifier.
     classifier_fingerprint: str
     dimensions: int
     matryoshka_dimensions: tuple[int, ...]
     pooling: str
     normalized: bool
-    #: The most tokens of a text, special tokens and prompt included.
+    #: The most tokens of a text that the model reads, special tokens and prompt included.
     max_tokens: int
     query_prompt: str
     passage_prompt: str
-    #: Classifier: its labels, in the order of its scores.
+    #: Labels of a classifier, in the order of the model's outputs; empty for an embedding model.
     labels: tuple[str, ...]
     multi_label: bool
-    #: The variant that is served, such as `fp32`.
+    #: The ONNX file of the bundle that the server serves, such as `fp32`.
     variant: str
     size_bytes: int
     load_time: datetime | None
-    #: Quality measured at export, such as `accuracy`.
+    #: Quality measured at export, by name of the figure, such as `accuracy` or `parity.cosine_min`.
     quality: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class ClassifierLabel:
-    """A label of a classifier."""
+    """A label of a classifier, and its description."""
 
     name: str
-    #: Texts that have the label, described in words; empty if the classifier has no description.
+    #: Description in words of the texts that have the label; empty if the classifier has none for this label.
     description: str
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A classifier that a server serves, and how it decides."""
+    """A classifier that a server serves, with the values that decide which labels a text gets."""
 
     name: str
-    #: `fine_tuned`: a model that was fine-tuned at export; `examples`: made from the records of a collection.
+    #: `fine_tuned`: a model that was fine-tuned at export. `examples`: made from the records of a collection.
     kind: str
-    #: The model that it runs.
+    #: The model that the classifier runs.
     model: ModelVersion
-    #: Its labels, in the order of its scores.
+    #: Labels of the classifier, in the order of the model's outputs.
     labels: tuple[ClassifierLabel, ...]
     #: Whether a text may have several labels.
     multi_label: bool
-    #: Multi-label: least probability of each label, in the order of `labels`; empty for a single-label classifier.
+    #: Thresholds of a multi-label classifier, in the order of `labels`: a text gets a label if the probability is at
+    #: least the threshold. Empty for a single-label classifier, which gives the most probable label.
     thresholds: tuple[float, ...]
-    #: The logits are divided by this before they become probabilities.
+    #: Number that the logits are divided by before they become probabilities.
     temperature: float
-    #: A text is rejected if its best logit, before the division, is below this; None: no text is rejected.
+    #: Least value of a text's best logit, before the division by the temperature. A text below this threshold is
+    #: rejected. None: no text is rejected.
     rejection_threshold: float | None
-    #: Fine-tuned: base model and strategy of the export; empty if the bundle does not state them.
+    #: Fine-tuned classifier: name of the base model, and strategy of the export; empty if the bundle states neither.
     base_model: str
     fine_tuning_strategy: str
-    #: The most tokens of a text, special tokens and prompt included.
+    #: The most tokens of a text that the model reads, special tokens and prompt included.
     max_tokens: int
-    #: Made from examples: the collection, the strategy and the number of examples.
+    #: Classifier made from examples: name of its collection, strategy, and number of examples. Empty and 0 for a
+    #: fine-tuned classifier.
     collection: str
     strategy: str
     example_count: int
-    #: Time of the last fit or of the export; None if it is unknown.
+    #: Time (UTC) at which a classifier made from examples was fitted, or a fine-tuned one was exported; None: unknown.
     fit_time: datetime | None
-    #: Quality measured on held-out data, such as `accuracy` or `ece`.
+    #: Quality measured on held-out data, by name of the figure, such as `accuracy` or `ece`.
     quality: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """A server's version, limits and features."""
+    """Version, limits and features of a server."""
 
     #: Version of emberpc.
     version: str
     #: The largest values that the server accepts, by field name of `ServerLimits` in server.proto, such as `max_texts`.
     limits: Mapping[str, int]
-    #: Optional features, such as `model_admin`.
+    #: Optional features that the server has, such as `model_admin` or `index_backend:embedded`.
     features: tuple[str, ...]
 
 

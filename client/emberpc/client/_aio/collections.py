@@ -35,20 +35,27 @@ class AsyncCollectionMethods:
         """Create a collection.
 
         Args:
-            name: 1 to 128 letters, digits, `.`, `_` and `-`.
-            model: the embedding model of its texts; empty: records must have vectors.
-            dimensions: dimensions of its vectors; 0: those of the model.
+            name: name of the collection: 1 to 128 letters, digits, `.`, `_` and `-`, starting with a letter or digit.
+            model: name of the model that embeds texts of records and queries; empty: records must have vectors.
+            dimensions: dimensions of the vectors, at most 16,000; 0: those of the model.
             distance: the measure that compares vectors.
-            truncation: how the texts of records are truncated, unless an upsert states otherwise.
-            m: links of a node of the graph per layer, 4 to 64; 0: the server's default.
-            ef_construction: candidates that an insertion keeps, 16 to 2000; 0: the server's default.
-            indexed_fields: metadata fields that filters use often, at most 16. Each makes every write a little slower.
-            exist_ok: if a collection of this name exists, return it unchanged instead of raising AlreadyExists.
-                Its model and distance must be the same, and so must `dimensions`, `m` and `ef_construction` if given.
+            truncation: how texts of records with too many tokens are truncated, unless an upsert states otherwise.
+            m: links of a node of the HNSW graph per layer, 4 to 64; 0: the server's default.
+            ef_construction: candidates that an insertion into the graph keeps, 16 to 2000; 0: the server's default.
+            indexed_fields: metadata fields that filters use often, at most 16. The server keeps an index of each, which
+                makes every write a little slower.
+            exist_ok: if a collection of this name exists, return it unchanged instead of raising AlreadyExists. Model
+                and distance must be those of the existing collection, and so must `dimensions`, `m` and
+                `ef_construction` unless they are 0. `truncation` and `indexed_fields` may differ.
+
+        Returns:
+            The new collection, or the existing one with `exist_ok`.
 
         Raises:
             AlreadyExists: a collection of this name exists, perhaps created by a try of this call whose response was
-                lost; or, with `exist_ok`, it differs.
+                lost. With `exist_ok`: the existing collection has other settings.
+            InvalidArgument: a setting is invalid.
+            NotFound: the server serves no model of this name.
             EmberpcError: the call failed otherwise.
         """
         call = collections.create_collection(
@@ -74,15 +81,20 @@ class AsyncCollectionMethods:
         return await self._runner.run_one(collections.get_collection(name), timeout)
 
     def collections(self, *, page_size: int = 0, timeout: float | None = None) -> AsyncIterator[Collection]:
-        """Iterate over the collections, by name.
+        """Iterate over the collections of the server, in the order of their names.
 
         Args:
             page_size: collections per request, at most 1000; 0: the server's default.
+
+        Raises:
+            EmberpcError: a request failed; raised when the next collection is taken.
         """
         return self._runner.pages(lambda token: collections.list_collections(token, page_size), timeout)
 
     async def update_collection(self, name: str, truncation: Truncation, *, timeout: float | None = None) -> Collection:
-        """Change how a collection truncates the texts of records. Records that it has stay unchanged.
+        """Change how a collection truncates texts of records with too many tokens, and return the collection.
+
+        The new setting applies to later writes; stored records do not change.
 
         Raises:
             NotFound: there is no collection of this name.
@@ -98,23 +110,31 @@ class AsyncCollectionMethods:
     ) -> Collection:
         """Start to replace the vectors of a collection by those of another model, in the background.
 
-        Searches use the old vectors until all new vectors exist, and from then on the new ones. `get_collection`
-        returns the progress. If the server is restarted, it continues.
+        Searches use the old vectors until all new vectors exist, and the new vectors from then on. `get_collection`
+        returns the progress. A restarted server continues the reembedding.
 
         Args:
             name: name of the collection.
             model: name of the new model.
             dimensions: dimensions of the new vectors; 0: those of the model.
 
+        Returns:
+            The collection, with its `reembedding` if that still runs.
+
         Raises:
-            NotFound: there is no such collection or model.
-            FailedPrecondition: the collection has vectors of this model already, is being reembedded with another
-                model, or has records without text.
+            NotFound: there is no collection or no model of this name.
+            InvalidArgument: the model does not have these dimensions.
+            FailedPrecondition: the collection has vectors of this model and dimensions already, another reembedding of
+                the collection runs, or a record has no text.
+            EmberpcError: the call failed otherwise.
         """
         return await self._runner.run_one(collections.reembed(name, model, dimensions), timeout)
 
     async def cancel_reembedding(self, name: str, *, timeout: float | None = None) -> Collection:
-        """Cancel a reembedding: the old vectors stay. Does nothing if none runs."""
+        """Cancel the reembedding of a collection: the old vectors stay. Does nothing if no reembedding runs.
+
+        Returns the collection. Raises NotFound if there is no collection of this name.
+        """
         return await self._runner.run_one(collections.cancel_reembedding(name), timeout)
 
     async def verify_collection(
@@ -125,16 +145,21 @@ class AsyncCollectionMethods:
         progress: Callable[[int, int], None] | None = None,
         timeout: float | None = None,
     ) -> Verification:
-        """Check that every record of a collection is undamaged, and that a search finds a random sample of them.
+        """Check that every record of a collection is undamaged, and that searches find a random sample of the records.
 
         Give a large collection a long timeout.
 
         Args:
             name: name of the collection, which may be read and written meanwhile.
-            full: whether to search for every record by its own vector, instead of for a random sample.
+            full: whether to search for every record by its own vector. False: for a random sample of about 2000.
             progress: called repeatedly with the number of checked records and the number of all records.
 
         Returns:
             The number of records that were checked, and the problems that were found.
+
+        Raises:
+            NotFound: there is no collection of this name.
+            Unimplemented: the server's index backend has no verification.
+            EmberpcError: the call failed otherwise.
         """
         return await self._runner.run_steps(collections.verify_collection(name, progress, full), None, timeout)

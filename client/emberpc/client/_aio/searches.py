@@ -1,5 +1,5 @@
 # Generated from ../_sync/searches.py by tools/generate_async_client.py. Edit that file and run the script.
-"""Methods that find records: search, duplicates, clusters."""
+"""Methods that find records: by search, as duplicates, in clusters."""
 
 from __future__ import annotations
 
@@ -58,22 +58,34 @@ class AsyncSearchMethods:
             query: a text, which the collection's model embeds; a vector, shape (dimensions,); or `RecordId(id)`, which
                 searches for the neighbours of that record.
             top_k: the most hits, 1 to 10,000.
-            ef: candidates that the graph search keeps. A greater number is slower and has a higher recall; 0: the
-                server chooses.
-            min_recall: least recall, in (0, 1], instead of `ef`: share of the true nearest records to find. 1 compares
-                every vector.
-            where: only records that match, such as `lang = "en" and year >= 2020`; see `emberpc.client.filters`.
-            mode: `dense`: by vectors; `lexical`: by words; `hybrid`: both joined. The last two need a text query.
-            dense_weight: `hybrid`: weight of the dense ranking, 0 to 1; None: 0.5.
-            fusion: `hybrid`: how the two rankings are joined, by `scores` (None) or by `ranks`.
-            truncation: how a query text with too many tokens is truncated; `SearchResult.truncated` tells whether it
-                was.
+            ef: candidates that a search of the graph keeps. A greater number is slower and has a higher recall; 0: the
+                server chooses. Not allowed together with `min_recall`.
+            min_recall: least recall, in (0, 1]: share of the true nearest records to find. With 1 the query is compared
+                with every vector. 0: no least recall.
+            where: only records that match this filter, such as `lang = "en" and year >= 2020`; see
+                `emberpc.client.filters`. None: all records.
+            mode: `dense`: search by vectors; `lexical`: by words; `hybrid`: both, with joined rankings. `lexical` and
+                `hybrid` need a text query.
+            dense_weight: for `hybrid`: weight of the dense ranking, 0 to 1; None: 0.5. The lexical ranking has the
+                weight 1 - `dense_weight`.
+            fusion: for `hybrid`: how the two rankings are joined, by `scores` or by `ranks`; None: by scores.
+            truncation: how a query text with too many tokens is truncated.
             with_vectors: whether to return the vectors of the hits too.
-            priority: `bulk` lets other calls go first.
-            details: called with `ResponseDetails` of each response: the model that embedded the queries, and times.
+            priority: urgency of the call; the server may delay `bulk` calls in favour of `interactive` calls.
+            details: called with the `ResponseDetails` of the response: the model that embedded the query, tokens,
+                times.
 
         Returns:
-            Hits, nearest first. `search_batch` also returns the plan of the search.
+            Hits, nearest first. `search_batch` also returns the plan of the search, and whether the query was
+            truncated.
+
+        Raises:
+            NotFound: there is no collection of this name, or no record with the id of a `RecordId`; or the server does
+                not serve the collection's model.
+            FailedPrecondition: the query is a text, and the collection has no model, or vectors of another model.
+            InputError: an argument is wrong; nothing was sent.
+            InputTypeError: an argument has the wrong type; nothing was sent.
+            EmberpcError: the call failed otherwise.
         """
         options = SearchOptions(
             top_k, ef, min_recall, where, mode, dense_weight, fusion, truncation, with_vectors, priority
@@ -101,13 +113,16 @@ class AsyncSearchMethods:
         details: Details | None = None,
         timeout: float | None = None,
     ) -> list[SearchResult]:
-        """Search for the records nearest to each query; the other arguments are those of `search`.
+        """Search for the records nearest to each query; the other arguments, and the errors, are those of `search`.
 
-        A query may be a `SearchQuery` with its own options.
+        At most 100 queries are sent in one request, and fewer if the response would be too large.
+
+        Args:
+            collection: name of the collection.
+            queries: queries as for `search`, or `SearchQuery` with a filter, `top_k` and `ef` of its own.
 
         Returns:
-            Item i is the result for query i: hits and the plan of the search. If the response to a request would be too
-            large, the queries are sent in smaller requests.
+            Item i is the result for query i: hits, plan of the search, tokens of the query.
         """
         options = SearchOptions(
             top_k, ef, min_recall, where, mode, dense_weight, fusion, truncation, with_vectors, priority
@@ -117,16 +132,21 @@ class AsyncSearchMethods:
     def duplicates(
         self, collection: str, *, min_score: float = 0.95, page_size: int = 0, timeout: float | None = None
     ) -> AsyncIterator[DuplicatePair]:
-        """Iterate over pairs of records that are near to each other, highest score first, at most 100,000.
+        """Iterate over pairs of records with similar vectors, highest score first, at most 100,000 pairs.
 
-        In a collection of up to 20,000 records each record is compared with every other. In a larger one, which must
-        have the distance `cosine`, the graph is searched for each record and returns up to 20 neighbours of it.
+        In a collection of more than 20,000 records with the distance `cosine`, the server searches the graph for each
+        record, and finds at most 20 other records. In any other collection it compares every record with every other.
         Give a large collection a long timeout.
 
         Args:
             collection: name of the collection.
             min_score: least cosine similarity of the two vectors, above 0 and at most 1.
             page_size: pairs per request, at most 1000; 0: the server's default.
+
+        Raises:
+            NotFound: there is no collection of this name; raised, like all errors, when the next pair is taken.
+            Unimplemented: the server's index backend does not find duplicates.
+            EmberpcError: a request failed otherwise.
         """
 
         def page(token: str) -> Call[Any, Page[DuplicatePair]]:
@@ -137,16 +157,21 @@ class AsyncSearchMethods:
     async def clusters(
         self, collection: str, count: int, *, examples: int = 5, timeout: float | None = None
     ) -> list[Cluster]:
-        """Group the records of a collection into clusters, with k-means.
+        """Group the records of a collection into clusters of similar vectors, with k-means.
 
         Give a large collection a long timeout.
 
         Args:
             collection: name of the collection.
-            count: number of clusters, 2 to 1000. Fewer are returned if records have equal vectors.
-            examples: example records per cluster, at most 100.
+            count: number of clusters, 2 to 1000. Fewer are returned if clusters stay empty, as with equal vectors.
+            examples: most example records of each cluster, at most 100; 0: the server's default.
 
         Returns:
-            The clusters, largest first.
+            The clusters, largest first, each with the records nearest to its centre.
+
+        Raises:
+            NotFound: there is no collection of this name.
+            Unimplemented: the server's index backend does not cluster records.
+            EmberpcError: the call failed otherwise.
         """
         return await self._runner.run_one(clusters.cluster_records(collection, count, examples=examples), timeout)

@@ -1,4 +1,4 @@
-"""gRPC for `AsyncClient`: start calls, wait for responses, with tasks of an event loop.
+"""The gRPC calls of `AsyncClient`, with tasks of an event loop: start calls, wait for responses.
 
 `_sync/transport.py` has the same classes and functions for threads, and documents what both have in common.
 """
@@ -21,7 +21,7 @@ from emberpc.client.exceptions import Cancelled, FailedPrecondition, InputTypeEr
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-#: An iterator over a caller's items.
+#: An iterator over the items that a caller gave to a stream, asynchronous or not.
 ItemIterator: TypeAlias = Iterator[Item] | AsyncIterator[Item]
 
 
@@ -50,7 +50,7 @@ class AsyncTransport:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def close(self) -> None:
-        """Refuse further calls, and close the channel unless it is the caller's. May be called several times."""
+        """Refuse further calls, and close the channel unless the caller gave it. May be called several times."""
         self._closed = True
         channel = self._channel
         if not self.owns_channel or channel is None or self._loop is None:
@@ -111,7 +111,7 @@ class AsyncTransport:
             return await anext(aiter(started), None)
 
     async def sleep(self, seconds: float) -> None:
-        """Wait."""
+        """Wait for `seconds`."""
         await asyncio.sleep(seconds)
 
     @contextmanager
@@ -120,7 +120,8 @@ class AsyncTransport:
         try:
             yield
         except asyncio.CancelledError as error:
-            # gRPC raises it too when the channel is closed. Python 3.10 does not tell whether the task was cancelled.
+            # gRPC raises CancelledError also when the channel is closed. Python 3.10 does not state whether the task
+            # was cancelled; then the error counts as caused by `close` if the client is closed.
             cancelling = getattr(asyncio.current_task(), "cancelling", lambda: not self._closed)
             if cancelling():
                 raise
@@ -159,22 +160,22 @@ class AsyncStreamConnection:
 
     @property
     def silent(self) -> bool:
-        """Whether every response that arrived was taken."""
+        """Whether no response or error waits: `next_event` has returned everything that arrived."""
         return self._inbox.empty()
 
     def enqueue(self, requests: Iterable[Message]) -> None:
-        """Hand over requests to be sent as soon as the server accepts them."""
+        """Queue requests; gRPC sends them in this order, each when the server accepts more data. Does not wait."""
         for request in requests:
             self._outbox.put_nowait(request)
 
     def finish(self) -> None:
-        """State that no further requests follow. May be called several times."""
+        """Tell the server, after the queued requests, that no further requests follow. May be called several times."""
         if not self._finished:
             self._finished = True
             self._outbox.put_nowait(None)
 
     async def next_event(self, timeout: float) -> Message | grpc.RpcError | None:
-        """Return the next response, the error that ended the stream, or None at its end.
+        """Wait for the next response and return it; return the error that ended the stream, or None at a normal end.
 
         Raises:
             TimeoutError: nothing arrived within `timeout` seconds.
@@ -214,12 +215,12 @@ class AsyncStreamConnection:
 
 
 def item_iterator(items: Iterable[Item] | AsyncIterable[Item]) -> ItemIterator[Item]:
-    """Return an iterator over a caller's items."""
+    """Return an iterator over the items that a caller gave to a stream."""
     return aiter(items) if isinstance(items, AsyncIterable) else iter(items)
 
 
 async def read_items(job: StreamJob[Item, Any, Any, Any], items: ItemIterator[Item]) -> None:
-    """Read items for one request of a stream."""
+    """Read items of the caller and add them to `job`, until they fill a request or there are no more."""
     while not job.read_enough:
         try:
             item = await anext(items) if isinstance(items, AsyncIterator) else next(items)
@@ -232,7 +233,7 @@ async def read_items(job: StreamJob[Item, Any, Any, Any], items: ItemIterator[It
 async def run_blocking(
     function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> Result:
-    """Call a function that waits for a disk, in another thread."""
+    """Call a function that may wait for a disk in another thread, and return its result."""
     return await asyncio.to_thread(function, *args, **kwargs)
 
 

@@ -23,32 +23,35 @@ _SERVICE = "/emberpc.v1.IndexService/"
 BACKUP_COLLECTION = Method(_SERVICE + "BackupCollection", pb.BackupCollectionResponse)
 RESTORE_COLLECTION = Method(_SERVICE + "RestoreCollection", pb.RestoreCollectionResponse)
 
-#: Seconds that a call may take by default. A backup may have many gigabytes.
+#: Default timeout of a backup or a restore, in seconds: an hour, since a backup may have many gigabytes.
 TIMEOUT = 3600.0
 _CHUNK_BYTES = 2**20
 
 
 def backup_collection(name: str) -> Call[pb.BackupCollectionResponse, pb.BackupCollectionResponse]:
-    """Return the call of `Client.backup_collection`."""
+    """Return the call of `Client.backup_collection`. A wrong name raises InputError or InputTypeError."""
     request = pb.BackupCollectionRequest(name=checks.text(name, "name"))
     return Call(BACKUP_COLLECTION, request, lambda message: message)
 
 
 def restore_collection(name: str) -> Call[pb.RestoreCollectionResponse, Collection]:
-    """Return the call of `Client.restore_collection`; its request is the first of several."""
+    """Return the call of `Client.restore_collection`. A wrong name raises InputError or InputTypeError.
+
+    The requests that are sent come from `BackupReader.requests`.
+    """
     request = pb.RestoreCollectionRequest(name=checks.text(name, "name"))
     return Call(RESTORE_COLLECTION, request, lambda response: read_collection(response.collection))
 
 
 class BackupWriter:
-    """Writes a backup to a temporary file, and renames it when it is complete and on disk; a context manager.
+    """Writes a backup to a temporary file; `finish` renames the file when the backup is complete and on disk.
 
-    A link is followed. A device or a pipe, such as `/dev/stdout`, is not replaced: the bytes are written into it as
-    they arrive.
+    A context manager, which removes the temporary file if it was not renamed. If `path` is a link, the file behind the
+    link is written. A device or a pipe, such as `/dev/stdout`, is not replaced: it receives the bytes as they arrive.
 
     Args:
         path: the file.
-        progress: called with the bytes received and the bytes of the whole backup.
+        progress: called by `report` with the bytes received so far and the bytes of the whole backup; None: no calls.
 
     Raises:
         InputError: the path is a folder, a disk or a socket.
@@ -76,14 +79,14 @@ class BackupWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._file is not None:
-            # An error of closing a pipe is raised only if nothing else has failed.
+            # Closing a pipe may fail. That error must not replace the error that ended the block.
             with suppress(OSError) if kind is not None else nullcontext():
                 self._file.close()
         if self._temporary is not None:
             self._temporary.unlink(missing_ok=True)
 
     def write(self, message: pb.BackupCollectionResponse) -> None:
-        """Write the bytes of the next response."""
+        """Write the bytes of the next response; raise OSError if the file cannot be written."""
         self._opened().write(message.chunk)
         self._digest.update(message.chunk)
         self._done += len(message.chunk)
@@ -91,15 +94,18 @@ class BackupWriter:
         self._stated = message.sha256
 
     def report(self) -> None:
-        """Report the progress to the caller."""
+        """Call `progress`, if there is one, with the bytes received so far and the bytes of the whole backup."""
         if self._progress is not None:
             self._progress(self._done, self._total)
 
     def finish(self) -> int:
-        """Check the SHA-256, rename the file, and return its size in bytes.
+        """Check the SHA-256, sync the file to disk, rename it to its final name, and return its size in bytes.
+
+        A device or a pipe is neither synced nor renamed.
 
         Raises:
             Internal: the bytes that arrived differ from those that the server sent.
+            OSError: the file cannot be written.
         """
         whole = self._stated == self._digest.hexdigest()
         path = self._target.path
@@ -123,10 +129,10 @@ class BackupWriter:
         return self._done
 
     def _opened(self) -> BinaryIO:
-        """Return the open file.
+        """Return the open file; open a device or a pipe at the first call.
 
-        A pipe is opened when the first bytes are written: opening waits for a reader, and `AsyncClient` writes in
-        another thread.
+        Opening a pipe blocks until another process reads the pipe. `AsyncClient` calls `write` in another thread, so
+        this does not block the event loop.
         """
         if self._file is None:
             self._file = self._target.path.open("wb")
@@ -139,7 +145,7 @@ class BackupReader:
     Args:
         path: the file.
         name: name of the collection to create.
-        progress: called with the bytes sent and the bytes of the whole backup.
+        progress: called by `report` with the bytes sent so far and the bytes of the whole backup; None: no calls.
 
     Raises:
         OSError: the file cannot be read.
@@ -151,7 +157,8 @@ class BackupReader:
         self._total = os.fstat(self._file.fileno()).st_size
         self._progress = progress
         self._done = 0
-        #: The error that ended `requests`. gRPC, which iterates over them, would hide it.
+        #: The error that ended the iteration over `requests`, such as an OSError. gRPC, which iterates, raises another
+        #: error in its place.
         self.error: Exception | None = None
 
     def __enter__(self) -> BackupReader:
@@ -163,7 +170,11 @@ class BackupReader:
         self._file.close()
 
     def requests(self) -> Iterator[pb.RestoreCollectionRequest]:
-        """Yield the requests that send the file."""
+        """Yield the requests that send the file: first name and size, then chunks of 1 MiB, at the end the SHA-256.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
         digest = hashlib.sha256()
         yield pb.RestoreCollectionRequest(name=self._name, total_bytes=self._total)
         while chunk := self._file.read(_CHUNK_BYTES):
@@ -172,7 +183,7 @@ class BackupReader:
         yield pb.RestoreCollectionRequest(sha256=digest.hexdigest())
 
     def report(self, message: pb.RestoreCollectionRequest) -> None:
-        """Report the progress to the caller, after `message` was sent."""
+        """Count the bytes of `message`, a request that was sent, and call `progress` with the new numbers of bytes."""
         self._done += len(message.chunk)
         if self._progress is not None:
             self._progress(self._done, self._total)

@@ -1,4 +1,4 @@
-"""Calls, and jobs of several calls, which both clients run. Nothing here does I/O."""
+"""Descriptions of calls, and of jobs of several calls, for both clients to run. Nothing here does I/O."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Call(Generic[Response, Result]):
 
     Attributes:
         method: the RPC.
-        request: the request; the first one of several.
+        request: the request. A call with several requests sends others; this one states their type.
         decode: returns the result for a response.
-        items: the repeated field of the request that holds one part of the caller's list; empty: there is no list.
+        items: the repeated field of the request that has one part of the caller's list; empty: there is no list.
         first: the caller's index of the first item of this part.
         count: number of items of this part.
         halves: returns two calls for the same items, whose joined results are the result of this call; None: the call
@@ -77,7 +77,7 @@ class Call(Generic[Response, Result]):
 
 @dataclass(frozen=True)
 class Page(Generic[Item]):
-    """One page of a list. The token of the last page is empty."""
+    """One page of a list: items, and the token to request the next page with; empty: this is the last page."""
 
     items: Sequence[Item]
     next_token: str
@@ -85,7 +85,7 @@ class Page(Generic[Item]):
 
 @dataclass(frozen=True)
 class Step(Generic[Item]):
-    """One response of a call that reports its progress: the present stage, and the result so far."""
+    """One response of a call that reports progress: name of the present stage, and the result so far."""
 
     stage: str
     so_far: Item
@@ -95,8 +95,8 @@ class Steps(Generic[Item]):
     """Collects the steps of a call. The last step contains the result.
 
     Args:
-        call: the call.
-        progress: called with each stage.
+        call: the call; errors name its method.
+        progress: called with the name of the stage of each step; None: no calls.
     """
 
     def __init__(self, call: Call[Response, Step[Item]], progress: Callable[[str], None] | None) -> None:
@@ -105,7 +105,7 @@ class Steps(Generic[Item]):
         self._last: Step[Item] | None = None
 
     def take(self, step: Step[Item]) -> None:
-        """Take the next step."""
+        """Keep `step`, the next step, in place of the step before, and call `progress` with its stage."""
         self._last = step
         if self._progress is not None:
             self._progress(step.stage)
@@ -142,7 +142,8 @@ class Job(Generic[Part, Result]):
         progress: called after each call with the number of items that are done.
         ordered: whether a call may start only after the response to the one before, as for writes. Otherwise a few
             calls are in flight at a time.
-        partly_done: added to the message of an error: the items that earlier calls wrote. `{}` stands for their number.
+        partly_done: text that is added to the message of an error if earlier calls wrote items; `{}` in the text is
+            replaced by the number of these items. Empty: nothing is added.
     """
 
     def __init__(
@@ -171,7 +172,10 @@ class Job(Generic[Part, Result]):
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Add to an error that ends the job the number of items that earlier calls wrote."""
+        """Context manager that adds to an error of its block the number of items that earlier calls wrote.
+
+        It changes EmberpcError, InputError and InputTypeError, and raises them again.
+        """
         try:
             yield
         except (EmberpcError, InputError, InputTypeError) as error:
@@ -185,13 +189,13 @@ class Job(Generic[Part, Result]):
 
 
 class ListCollector(Generic[Item]):
-    """Joins lists."""
+    """Joins the lists that several calls return to one list."""
 
     def __init__(self) -> None:
         self._items: list[Item] = []
 
     def add(self, part: Sequence[Item]) -> None:
-        """Add the next items."""
+        """Append the items that the next call returned."""
         self._items.extend(part)
 
     def result(self) -> list[Item]:
@@ -202,7 +206,7 @@ class ListCollector(Generic[Item]):
 def divisible(
     make: Callable[[int, list[Item]], Call[Response, Result]], first: int, part: list[Item]
 ) -> Callable[[], Sequence[Call[Response, Result]]]:
-    """Return `Call.halves` of the call for one part of a list.
+    """Return a function, for `Call.halves`, that divides the call for one part of a list into two calls.
 
     Args:
         make: builds the call for a part, from the caller's index of its first item, and the part.
@@ -214,17 +218,17 @@ def divisible(
 
 
 def check_count(got: int, wanted: int, what: str) -> None:
-    """Raise Internal unless a response has as many items as the request."""
+    """Raise Internal unless a response has `got` = `wanted` items; `what` names the items in the message."""
     if got != wanted:
         raise Internal(f"the server answered with {got} {what} for {wanted}; it is another version, or broken")
 
 
-#: Most bytes (UTF-8) of texts in one request, well below the limit of a server.
+#: Most bytes of the items in one request: half of a server's default limit of a request, 16 MiB.
 _MAX_CHUNK_BYTES = 8 * 2**20
 
 
 def chunks(items: Iterable[Item], size: int, weigh: Callable[[Item], int]) -> Iterator[tuple[int, list[Item]]]:
-    """Divide items into lists of at most `size` items and 8 MiB. A larger item gets its own list.
+    """Divide items into lists of at most `size` items and 8 MiB. An item of more than 8 MiB gets its own list.
 
     Args:
         items: the items; read as needed.
@@ -242,7 +246,7 @@ def chunks(items: Iterable[Item], size: int, weigh: Callable[[Item], int]) -> It
             first, chunk, weight = first + len(chunk), [], 0
         chunk.append(item)
         weight += bytes_of_item
-        # Yielded at once, so that a wrong item after it does not delay it.
+        # A full list is yielded before the next item is read: if that item is wrong, the list is sent all the same.
         if len(chunk) == size:
             yield first, chunk
             first, chunk, weight = first + len(chunk), [], 0

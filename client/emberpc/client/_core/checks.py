@@ -1,4 +1,7 @@
-"""Validate arguments before anything is sent. Every error names the item."""
+"""Validate arguments before anything is sent.
+
+The parameter `name` of these functions is the name of the argument or item, which every error message starts with.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,15 @@ from emberpc.client.types import Matrix, Vector
 
 
 def text(value: object, name: str) -> str:
-    """Validate a text and return it as a plain str.
+    """Validate a text and return it as a plain str; errors call it `name`.
 
     Raises:
-        InputTypeError: it is not a str.
-        InputError: it contains a lone surrogate, which UTF-8 cannot encode.
+        InputTypeError: `value` is not a str.
+        InputError: `value` contains a lone surrogate, which UTF-8 cannot encode.
     """
     if not isinstance(value, str):
         raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be a str")
-    # protobuf may refuse a subclass such as numpy.str_.
+    # protobuf may refuse an instance of a subclass of str, such as numpy.str_.
     value = str(value)
     if not value.isascii():
         try:
@@ -36,11 +39,16 @@ def text(value: object, name: str) -> str:
 
 
 def texts(values: Iterable[str], name: str, least: int = 1) -> list[str]:
-    """Validate texts and return them as a list of at least `least` items, which is 0 or 1.
+    """Validate texts and return them as a list; errors call the argument `name`.
+
+    Args:
+        values: the texts.
+        name: name of the argument.
+        least: least number of texts, 0 or 1.
 
     Raises:
-        InputTypeError: `values` is one str, a mapping or not iterable, or an item is not a str.
-        InputError: the list is empty, or an item cannot be sent.
+        InputTypeError: `values` is one str or bytes, a mapping or not iterable, or an item is not a str.
+        InputError: there are fewer than `least` texts, or UTF-8 cannot encode a text.
     """
     if isinstance(values, (str, bytes)):
         raise InputTypeError(f"{name} is one {type(values).__name__}, it must be a list of texts; write [text]")
@@ -57,10 +65,10 @@ def texts(values: Iterable[str], name: str, least: int = 1) -> list[str]:
 
 
 def function(value: object, name: str) -> None:
-    """Validate an argument that the client calls later; None is valid.
+    """Validate an argument that the client calls later; None is valid. Errors call the argument `name`.
 
     Raises:
-        InputTypeError: it cannot be called, such as a list.
+        InputTypeError: `value` cannot be called, for example because it is a list.
     """
     if value is not None and not callable(value):
         raise InputTypeError(
@@ -69,26 +77,28 @@ def function(value: object, name: str) -> None:
 
 
 def count(value: int, name: str, least: int = 0, bits: int = 31) -> int:
-    """Validate an integer from `least` to below 2**`bits`; the default is the range of an int32.
+    """Validate an integer that must be at least `least` and below 2**`bits`, and return it as an int.
+
+    By default the range is that of a non-negative int32. Errors call the argument `name`.
 
     Raises:
-        InputTypeError: it is not an int.
-        InputError: it is out of range.
+        InputTypeError: `value` is not an integer.
+        InputError: `value` is out of range.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be an int")
     if not least <= value < 2**bits:
-        # Python refuses to format an int of thousands of digits.
+        # Python raises an error for the text of an int with thousands of digits.
         shown = str(value) if -(2**64) < value < 2**64 else "beyond 2**64"
         raise InputError(f"{name} is {shown}; it must be at least {least} and below 2**{bits}")
     return int(value)
 
 
 def flag(value: bool, name: str) -> bool:
-    """Validate a bool.
+    """Validate a bool of Python or numpy, and return it as a bool; errors call the argument `name`.
 
     Raises:
-        InputTypeError: it is not a bool.
+        InputTypeError: `value` is not a bool.
     """
     if not isinstance(value, (bool, np.bool_)):
         raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be a bool")
@@ -96,11 +106,11 @@ def flag(value: bool, name: str) -> bool:
 
 
 def number(value: float, name: str) -> float:
-    """Validate a number. The server checks its range.
+    """Validate a number and return it as a float; the server checks its range. Errors call the argument `name`.
 
     Raises:
-        InputTypeError: it is not a real number.
-        InputError: it is beyond the range of a float.
+        InputTypeError: `value` is not a real number.
+        InputError: `value` is beyond the range of a float.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be a number")
@@ -111,11 +121,11 @@ def number(value: float, name: str) -> float:
 
 
 def vector(value: npt.ArrayLike, name: str) -> Vector:
-    """Validate a vector and return it as float32, shape (dimensions,).
+    """Validate a vector and return it as float32, shape (dimensions,); errors call it `name`.
 
     Raises:
-        InputTypeError: its elements are not numbers.
-        InputError: it has another shape, or contains NaN or infinity.
+        InputTypeError: the elements are not real numbers.
+        InputError: `value` is empty or has another shape, or contains NaN, infinity or a number beyond float32.
     """
     array = _numbers(value, name)
     if array.ndim != 1 or not array.size:
@@ -125,11 +135,11 @@ def vector(value: npt.ArrayLike, name: str) -> Vector:
 
 
 def matrix(values: npt.ArrayLike, name: str, rows: int) -> Matrix:
-    """Validate vectors and return them as float32, shape (rows, dimensions).
+    """Validate vectors and return them as float32, shape (`rows`, dimensions); errors call the argument `name`.
 
     Raises:
-        InputTypeError: the elements are not numbers.
-        InputError: the shape differs, or a vector contains NaN or infinity.
+        InputTypeError: the elements are not real numbers.
+        InputError: the shape is another one, or a vector contains NaN, infinity or a number beyond float32.
     """
     if isinstance(values, Sequence):
         _same_length(values, name)
@@ -152,7 +162,10 @@ def _numbers(value: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
 
 
 def _same_length(values: Sequence[Any], name: str) -> None:
-    """Raise InputError for the first vector whose length differs from that of vector 0."""
+    """Raise InputError for the first vector whose length differs from vector 0, InputTypeError for an item without one.
+
+    Errors call the list `name`.
+    """
     lengths = [len(item) if isinstance(item, (Sequence, np.ndarray)) else None for item in values]
     for i, length in enumerate(lengths):
         if length is None:
@@ -162,7 +175,7 @@ def _same_length(values: Sequence[Any], name: str) -> None:
 
 
 def _finite(array: npt.NDArray[Any], name_of: Callable[[int], str]) -> Matrix:
-    """Return the rows as float32; raise InputError for the first row that is not finite."""
+    """Return the rows as float32; raise InputError, naming `name_of(i)`, for the first row `i` that is not finite."""
     # A double beyond the range of float32 becomes infinity, which the next check finds.
     with np.errstate(over="ignore"):
         rows = np.ascontiguousarray(array, dtype=np.float32)

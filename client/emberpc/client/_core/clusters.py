@@ -16,7 +16,10 @@ CLUSTER_RECORDS = Method(_SERVICE + "ClusterRecords", pb.ClusterRecordsResponse)
 def find_duplicates(
     collection: str, page_token: str, *, min_score: float, page_size: int
 ) -> Call[pb.FindDuplicatesResponse, Page[DuplicatePair]]:
-    """Return the call for one page of `Client.duplicates`."""
+    """Return the call for one page of `Client.duplicates`; the token of the first page is empty.
+
+    A wrong argument raises InputError or InputTypeError.
+    """
     request = pb.FindDuplicatesRequest(
         collection=checks.text(collection, "collection"),
         min_score=checks.number(min_score, "min_score"),
@@ -34,7 +37,7 @@ def find_duplicates(
 
 
 def cluster_records(collection: str, count: int, *, examples: int) -> Call[pb.ClusterRecordsResponse, list[Cluster]]:
-    """Return the call of `Client.clusters`."""
+    """Return the call of `Client.clusters`. A wrong argument raises InputError or InputTypeError."""
     request = pb.ClusterRecordsRequest(
         collection=checks.text(collection, "collection"),
         cluster_count=checks.count(count, "count"),

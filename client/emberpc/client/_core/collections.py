@@ -40,7 +40,7 @@ def create_collection(
     ef_construction: int,
     indexed_fields: Iterable[str],
 ) -> Call[pb.CreateCollectionResponse, Collection]:
-    """Return the call of `Client.create_collection`."""
+    """Return the call of `Client.create_collection`. A wrong argument raises InputError or InputTypeError."""
     fields = checks.texts(indexed_fields, "indexed_fields", least=0)
     collection = pb.Collection(
         name=checks.text(name, "name"),
@@ -58,17 +58,18 @@ def create_collection(
 
 
 def check_alike(found: Collection, request: Message, error: AlreadyExists) -> Collection:
-    """Return the existing collection if it is the one that `create_collection(exist_ok=True)` would create.
+    """Return the existing collection if it has the settings that `create_collection(exist_ok=True)` asked for.
 
-    Model and distance must be the same, and so must `dimensions`, `m` and `ef_construction` if they were given.
+    The compared settings are the model and the distance, and those of `dimensions`, `m` and `ef_construction` that the
+    request sets.
 
     Args:
         found: the existing collection.
-        request: the request that failed.
-        error: the server's error, which becomes the cause.
+        request: the CreateCollectionRequest that failed.
+        error: the server's error for `request`, which becomes the cause of the raised error.
 
     Raises:
-        AlreadyExists: the collections differ; the message names the setting.
+        AlreadyExists: a setting differs; the message names the setting.
     """
     wanted = cast(pb.CreateCollectionRequest, request).collection
     asked = {
@@ -91,13 +92,13 @@ def check_alike(found: Collection, request: Message, error: AlreadyExists) -> Co
 
 
 def get_collection(name: str) -> Call[pb.GetCollectionResponse, Collection]:
-    """Return the call of `Client.get_collection`."""
+    """Return the call of `Client.get_collection`. A wrong name raises InputError or InputTypeError."""
     request = pb.GetCollectionRequest(name=checks.text(name, "name"))
     return Call(GET_COLLECTION, request, lambda response: read_collection(response.collection))
 
 
 def list_collections(page_token: str, page_size: int) -> Call[pb.ListCollectionsResponse, Page[Collection]]:
-    """Return the call for one page of `Client.collections`."""
+    """Return the call for one page of `Client.collections`; the token of the first page is empty."""
     return Call(
         LIST_COLLECTIONS,
         pb.ListCollectionsRequest(page_token=page_token, page_size=checks.count(page_size, "page_size")),
@@ -106,7 +107,7 @@ def list_collections(page_token: str, page_size: int) -> Call[pb.ListCollections
 
 
 def update_collection(name: str, truncation: Truncation) -> Call[pb.UpdateCollectionResponse, Collection]:
-    """Return the call of `Client.update_collection`."""
+    """Return the call of `Client.update_collection`. A wrong argument raises InputError or InputTypeError."""
     request = pb.UpdateCollectionRequest(
         collection=pb.Collection(
             name=checks.text(name, "name"), truncation=value_of("truncation", truncation, TRUNCATIONS)
@@ -117,13 +118,13 @@ def update_collection(name: str, truncation: Truncation) -> Call[pb.UpdateCollec
 
 
 def delete_collection(name: str) -> Call[pb.DeleteCollectionResponse, None]:
-    """Return the call of `Client.delete_collection`."""
+    """Return the call of `Client.delete_collection`. A wrong name raises InputError or InputTypeError."""
     request = pb.DeleteCollectionRequest(name=checks.text(name, "name"))
     return Call(DELETE_COLLECTION, request, lambda _: None)
 
 
 def reembed(name: str, model: str, dimensions: int) -> Call[pb.ReembedCollectionResponse, Collection]:
-    """Return the call of `Client.reembed_collection`."""
+    """Return the call of `Client.reembed_collection`. A wrong argument raises InputError or InputTypeError."""
     request = pb.ReembedCollectionRequest(
         name=checks.text(name, "name"),
         model=checks.text(model, "model"),
@@ -133,7 +134,7 @@ def reembed(name: str, model: str, dimensions: int) -> Call[pb.ReembedCollection
 
 
 def cancel_reembedding(name: str) -> Call[pb.CancelReembeddingResponse, Collection]:
-    """Return the call of `Client.cancel_reembedding`."""
+    """Return the call of `Client.cancel_reembedding`. A wrong name raises InputError or InputTypeError."""
     request = pb.CancelReembeddingRequest(name=checks.text(name, "name"))
     return Call(CANCEL_REEMBEDDING, request, lambda response: read_collection(response.collection))
 
@@ -141,7 +142,10 @@ def cancel_reembedding(name: str) -> Call[pb.CancelReembeddingResponse, Collecti
 def verify_collection(
     name: str, progress: Callable[[int, int], None] | None, full: bool
 ) -> Call[pb.VerifyCollectionResponse, Step[Verification]]:
-    """Return the call of `Client.verify_collection`."""
+    """Return the call of `Client.verify_collection`. A wrong argument raises InputError or InputTypeError.
+
+    Decoding a response also calls `progress`, if it is not None, with the numbers of checked records and all records.
+    """
     problems: list[RecordProblem] = []
 
     def read(message: pb.VerifyCollectionResponse) -> Step[Verification]:
@@ -157,7 +161,7 @@ def verify_collection(
 
 
 def read_collection(message: pb.Collection) -> Collection:
-    """Return a collection of a response."""
+    """Convert the message of a collection in a response to the client's type."""
     return Collection(
         name=message.name,
         model=message.model,

@@ -27,25 +27,26 @@ from emberpc.client.exceptions import (
 #: The port of `emberpc serve` unless its settings name another.
 DEFAULT_PORT = 50051
 
-#: Messages of Cancelled.
+#: Messages of the exception Cancelled: the client is closed, the caller's channel is closed, the call was cancelled.
 CLIENT_CLOSED = "the client is closed; make another one"
 CHANNEL_CLOSED = "the channel is closed; give the client an open one"
 CALL_CANCELLED = "the call was cancelled before its answer came"
 
 ChannelOptions = list[tuple[str, "str | int"]]
 
-#: Seconds; a hundred years. A much longer timeout overflows gRPC's clock, and the call fails at once.
+#: Longest timeout of a call, in seconds: a hundred years. A much longer timeout overflows gRPC's clock, and the call
+#: fails at once.
 _MAX_TIMEOUT = 100 * 365 * 24 * 3600
 #: The characters of a bearer token (RFC 6750).
 _TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
 
-#: Pings detect a connection that broke without notice while a call waits. There are no pings between calls. A server
-#: must accept a ping every 30 seconds, or it closes the connection of a silent call; see `_KEEPALIVE` of
-#: `emberpc.server.app`.
+#: Settings of pings, which find a connection that broke without notice: one every 30 seconds while a call waits, none
+#: between calls. A ping without an answer for 10 seconds means that the connection is broken. The server must accept a
+#: ping every 30 seconds, or else it closes the connection; see `_KEEPALIVE` of `emberpc.server.app`.
 _KEEPALIVE: ChannelOptions = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
 
-#: Spread calls over all addresses of the target. There is no retry policy: see `retries`. gRPC repeats calls that never
-#: reached a server without a policy.
+#: gRPC's service config: calls are spread over all addresses of the target. It has no retry policy, since the client
+#: retries by itself; the module `retries` says why. gRPC repeats calls that never reached a server even so.
 _SERVICE_CONFIG: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
 
 
@@ -84,7 +85,7 @@ class TLS:
         certificate_chain: Path | str | None = None,
         server_name: str = "",
     ) -> TLS:
-        """Read the PEM files.
+        """Read PEM files, and return their contents as a TLS; the parameters are the attributes of the class.
 
         Raises:
             OSError: a file cannot be read.
@@ -95,7 +96,7 @@ class TLS:
         return cls(roots, key, chain, server_name)
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Return gRPC's object for these certificates."""
+        """Return the credentials that gRPC opens an encrypted channel with."""
         return grpc.ssl_channel_credentials(self.root_certificates, self.private_key, self.certificate_chain)
 
 
@@ -153,11 +154,11 @@ class Connection:
             )
 
     def deadline(self, timeout: float | None) -> float:
-        """Return the seconds that a call may take; None stands for the timeout of the constructor.
+        """Validate a timeout and return it in seconds; None: the timeout of the constructor.
 
         Raises:
             InputTypeError: the timeout is not a number.
-            InputError: it is not above 0 and at most a hundred years, since every call has a deadline.
+            InputError: the timeout is not above 0, or is longer than a hundred years.
         """
         seconds = checks.number(self.timeout if timeout is None else timeout, "timeout")
         if not 0 < seconds <= _MAX_TIMEOUT:  # NaN is refused too
@@ -169,11 +170,18 @@ class Connection:
     def error(
         self, failure: RpcFailure, call: Call[Any, Any], timeout: float | None, *, late: bool = False
     ) -> EmberpcError:
-        """Return the exception for a failed call; `late`: it failed after more than 5 seconds."""
+        """Return the exception for a failed call.
+
+        Args:
+            failure: the error of gRPC.
+            call: the call.
+            timeout: timeout of the call in seconds; None: that of the constructor.
+            late: whether the call failed after more than 5 seconds.
+        """
         return from_rpc(failure, self._circumstances(call, timeout, late=late))
 
     def silence(self, call: Call[Any, Any], timeout: float | None) -> EmberpcError:
-        """Return the exception for a stream that received nothing within its timeout."""
+        """Return the exception for a stream that received nothing within `timeout` seconds; None: the constructor's."""
         return no_answer(self._circumstances(call, timeout))
 
     def _circumstances(self, call: Call[Any, Any], timeout: float | None, *, late: bool = False) -> Circumstances:
@@ -182,21 +190,23 @@ class Connection:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The metadata of every call."""
+        """Metadata to send with every call: the token, if there is one."""
         return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
 
     @property
     def options(self) -> ChannelOptions:
-        """The options of the channel."""
+        """Options of gRPC for the channel to the target, as (name, value)."""
         options: ChannelOptions = [
             ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
             ("grpc.max_receive_message_length", -1),
             ("grpc.max_send_message_length", -1),
             *_KEEPALIVE,
-            # Connect to a restarted server soon: gRPC's default pauses grow to two minutes.
+            # Milliseconds between attempts to connect: a restarted server is found soon. gRPC's own pauses grow to two
+            # minutes.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 1000),
-            # Do not share the pauses of another client in this process.
+            # By default, channels of a process to the same server share connections, and with them the pause after a
+            # failed attempt. With this option the channel has connections of its own.
             ("grpc.use_local_subchannel_pool", 1),
         ]
         if is_local(self.target):
@@ -208,7 +218,7 @@ class Connection:
 
 
 def _with_port(target: str) -> str:
-    """Return a target with the default port if it is a host alone: a name, an IPv4 or an IPv6 address."""
+    """Return a target unchanged, or with port 50051 if it is a host alone: a name, an IPv4 or an IPv6 address."""
     host = target.removeprefix("[").removesuffix("]")
     if ":" in host:
         try:

@@ -1,4 +1,4 @@
-"""What a response states beside its result: model, times, tokens, receipt of the write."""
+"""Report the model, the times, the tokens and the write receipt of a response to the caller's `details` function."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from emberpc.v1 import types_pb2
 
 
 def report(details: Details | None, response: Message, first: int = 0, count: int = 1) -> None:
-    """Call `details` with what a response states beside its result.
+    """Call `details` with the `ResponseDetails` of a response: model, times, tokens, missing ids, write receipt.
 
     Args:
         details: the caller's function; None: do nothing.
-        response: the response. Fields that its type does not have keep their defaults.
-        first: the caller's index of the first item of the request.
+        response: the response. Details for which its type has no field keep their defaults.
+        first: index of the request's first item in the caller's list.
         count: number of items of the request.
     """
     if details is None:
@@ -42,9 +42,10 @@ def report(details: Details | None, response: Message, first: int = 0, count: in
 
 
 def _usages(response: Message) -> Iterator[TokenUsage]:
-    """Yield the tokens of each text; those of a query that is no text are 0.
+    """Yield the token usage of each text of a response; a query that is no text has 0 tokens.
 
-    Responses to `Search` and `Classify` state them in each result. There are none if the server embedded no texts.
+    Responses of `Search` and `Classify` state the usage in each result, others in a field `usages`. Nothing is yielded
+    for a `Search` whose queries are all no texts, or if the response has none of these fields.
     """
     fields = response.DESCRIPTOR.fields_by_name
     name = next((name for name in ("usages", "results", "classifications") if name in fields), "")
@@ -57,7 +58,7 @@ def _usages(response: Message) -> Iterator[TokenUsage]:
 
 
 def model_version(message: types_pb2.ModelVersion) -> ModelVersion:
-    """Return the model that answered."""
+    """Convert the message of a model version to the client's type."""
     return ModelVersion(message.name, message.revision, message.fingerprint, message.classifier_fingerprint)
 
 

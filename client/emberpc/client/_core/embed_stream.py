@@ -1,4 +1,4 @@
-"""State of an `embed_stream`. Nothing here does I/O."""
+"""State of one call of `Client.embed_stream`: which texts are read, sent and answered. Nothing here does I/O."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from emberpc.wire import vectors
 
 EMBED_STREAM = Method("/emberpc.v1.EmbeddingService/EmbedStream", pb.EmbedStreamResponse)
 
-#: Stop reading texts while this many characters are read and not yet answered.
+#: Stop reading texts while this many characters are read and not yet answered, so that memory stays bounded.
 _WINDOW_CHARACTERS = 2**24
 
 
@@ -25,6 +25,16 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
     """The texts of one stream that are read and not yet answered, and the requests that send them.
 
     On the wire the id of a text is its number, so that the caller's ids may have any form and occur twice.
+
+    Args:
+        items: the caller's texts, each alone or with an id. Only their type is checked here; `add` takes each item.
+        options: options of the stream.
+        batch_size: texts per request.
+        window: most texts that are read and not yet answered.
+
+    Raises:
+        InputTypeError: `items` is not an iterable of items, or an option has the wrong type.
+        InputError: an option is wrong.
     """
 
     def __init__(
@@ -43,7 +53,7 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
         self.call = Call(EMBED_STREAM, self._config, self._results)
         self._count = 0
         self._characters = 0
-        #: The caller's id and the text, by id on the wire, in the order of reading.
+        #: Texts that are read and not yet answered: (the caller's id, the text) by id on the wire, in reading order.
         self._unanswered: dict[str, tuple[str, str]] = {}
         self._unsent: list[str] = []
         self._refused: list[StreamedEmbedding] = []
@@ -88,7 +98,7 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
         self._characters += len(text)
 
     def refused(self) -> list[StreamedEmbedding]:
-        """Return the results of texts that cannot be sent, each once."""
+        """Return the results, each with an error, of the texts added since the last call that cannot be sent."""
         refused, self._refused = self._refused, []
         return refused
 
@@ -98,10 +108,10 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
         return self._config
 
     def further_messages(self) -> Iterator[pb.EmbedStreamRequest]:
-        """Return the requests that send the texts that are not sent."""
+        """Yield the requests with the texts that are not sent yet, and mark these texts as sent."""
         keys, self._unsent = self._unsent, []
         items = (pb.EmbedStreamItem(id=key, text=self._unanswered[key][1]) for key in keys)
-        # A character has at most four bytes. Counting the exact bytes is not worth the time.
+        # In UTF-8 a character has at most four bytes. Counting the exact bytes is not worth the time.
         for _, part in chunks(items, self.batch_size, lambda item: 4 * len(item.text)):
             yield pb.EmbedStreamRequest(items=part)
 
@@ -111,7 +121,7 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
         matrix = vectors.decode(response.embeddings)
         check_count(len(matrix), len(response.ids), "vectors")
         check_count(len(response.usages), len(response.ids), "usages")
-        # Each vector is copied, so that a vector that the caller keeps does not keep the whole response in memory.
+        # A row of `matrix` would keep the whole response in memory for as long as the caller keeps the row. So copy it.
         results = [
             StreamedEmbedding(
                 self._answered(key), row.copy(), tokens=usage.tokens, truncated=usage.truncated, model=self._model

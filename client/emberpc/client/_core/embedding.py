@@ -1,4 +1,4 @@
-"""Embed, count tokens, compare, classify: build requests, decode responses."""
+"""Embed texts, count their tokens, compare and classify them: build requests, decode responses."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class EmbedOptions:
     priority: Priority
 
     def fields(self) -> dict[str, Any]:
-        """Return the fields that EmbedRequest and EmbedStreamConfig share.
+        """Validate the options and return them as the fields that EmbedRequest and EmbedStreamConfig share.
 
         Raises:
             InputTypeError: an option has the wrong type.
@@ -55,7 +55,7 @@ class EmbedOptions:
 
 
 class _Rows:
-    """Collects vectors in one array, which is allocated when the first response states the dimensions."""
+    """Collects vectors in one array of `rows` rows; the array is allocated when the first vectors arrive."""
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
@@ -63,7 +63,11 @@ class _Rows:
         self._matrix = np.empty((rows, 0), dtype=np.float32)
 
     def add(self, part: Matrix) -> None:
-        """Add the next vectors: float32, shape (rows of this part, dimensions)."""
+        """Add the next vectors: float32, shape (rows of this part, dimensions).
+
+        Raises:
+            Internal: the vectors have other dimensions than those before.
+        """
         if not self._filled:
             self._matrix = np.empty((self._rows, part.shape[1]), dtype=np.float32)
         if part.shape[1] != self._matrix.shape[1]:
@@ -82,7 +86,7 @@ class _Rows:
 def embed(
     texts: Iterable[str], options: EmbedOptions, *, batch_size: int, progress: Progress | None, details: Details | None
 ) -> Job[Matrix, Matrix]:
-    """Return the calls of `Client.embed`."""
+    """Return the job of `Client.embed`. A wrong argument raises InputError or InputTypeError."""
     checks.function(details, "details")
     checked = checks.texts(texts, "texts")
     template = embedding_pb2.EmbedRequest(**options.fields())
@@ -104,7 +108,7 @@ def embed(
 def count_tokens(
     texts: Iterable[str], *, model: str, input_kind: InputKind, batch_size: int, details: Details | None
 ) -> Job[list[int], list[int]]:
-    """Return the calls of `Client.count_tokens`."""
+    """Return the job of `Client.count_tokens`. A wrong argument raises InputError or InputTypeError."""
     checks.function(details, "details")
     checked = checks.texts(texts, "texts")
     model = checks.text(model, "model")
@@ -132,7 +136,7 @@ def similarity(
     truncation: Truncation,
     details: Details | None,
 ) -> Call[embedding_pb2.ComputeSimilarityResponse, Matrix]:
-    """Return the call of `Client.similarity`."""
+    """Return the call of `Client.similarity`. A wrong argument raises InputError or InputTypeError."""
     checks.function(details, "details")
     request = embedding_pb2.ComputeSimilarityRequest(
         model=checks.text(model, "model"),
@@ -163,7 +167,7 @@ def classify(
     progress: Progress | None,
     details: Details | None,
 ) -> Job[list[Classification], list[Classification]]:
-    """Return the calls of `Client.classify`."""
+    """Return the job of `Client.classify`. A wrong argument raises InputError or InputTypeError."""
     checks.function(details, "details")
     checked = checks.texts(texts, "texts")
     template = classification_pb2.ClassifyRequest(
@@ -188,7 +192,7 @@ def classify(
 
 
 def _text_chunks(texts: list[str], batch_size: int) -> list[tuple[int, list[str]]]:
-    # A character has at most four bytes. Counting the exact bytes is not worth the time.
+    # In UTF-8 a character has at most four bytes. Counting the exact bytes is not worth the time.
     return list(chunks(texts, checks.count(batch_size, "batch_size", 1), lambda text: 4 * len(text)))
 
 

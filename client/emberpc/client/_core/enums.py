@@ -1,4 +1,4 @@
-"""Convert between the client's words and the enums of the API."""
+"""Convert between the words of the client, such as `cosine`, and the enum values of the API."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CLASSIFIER_KINDS = {
     "fine_tuned": classification_pb2.CLASSIFIER_KIND_FINE_TUNED,
     "examples": classification_pb2.CLASSIFIER_KIND_EXAMPLES,
 }
-#: The server chooses a strategy if none is set.
+#: Strategies of a classifier that is made from examples. The empty word: none is set, and the server chooses.
 EXAMPLE_STRATEGIES = {
     "": classification_pb2.EXAMPLE_STRATEGY_UNSPECIFIED,
     "zero_shot": classification_pb2.EXAMPLE_STRATEGY_ZERO_SHOT,
@@ -62,11 +62,11 @@ Value = TypeVar("Value", bound=int)
 
 
 def value_of(name: str, word: str, table: Mapping[str, Value]) -> Value:
-    """Return the enum value of a caller's word.
+    """Return the enum value of a caller's word; errors call the argument `name`.
 
     Raises:
-        InputError: the word is not in the table; the message lists the words.
-        InputTypeError: it is not a str.
+        InputError: `word` is not in `table`; the message lists the words of the table.
+        InputTypeError: `word` is not a str.
     """
     if not isinstance(word, str):
         raise InputTypeError(f"{name} is of type {type(word).__name__}; it must be a str")
@@ -76,7 +76,7 @@ def value_of(name: str, word: str, table: Mapping[str, Value]) -> Value:
 
 
 def word_of(value: Value, table: Mapping[str, Value]) -> str:
-    """Return the word for an enum value; `unknown` for a value that is not in the table, as a newer server may send."""
+    """Return the word for an enum value; `unknown` if `table` lacks the value, which a newer server may have sent."""
     for word, known in table.items():
         if known == value:
             return word

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from emberpc.client.exceptions import InputError
 
-#: Paths in these folders are files that this process has open, such as the ends of pipes.
+#: Folders whose entries are files that this process has open, such as the ends of pipes.
 _OPEN_FILES = (Path("/proc"), Path("/dev/fd"))
 
 
@@ -18,9 +18,9 @@ class Target:
     """The destination of a new file.
 
     Attributes:
-        path: the file, with all links resolved.
-        is_stream: whether it is a device, a pipe or an open file, such as `/dev/stdout`, into which the bytes are
-            written. Any other file is replaced when the new one is complete.
+        path: the file. If `is_stream` is false, all links in the path are resolved.
+        is_stream: whether `path` is a device, a pipe or an open file, such as `/dev/stdout`. The bytes are then written
+            into `path`. Any other file is replaced when the new file is complete.
     """
 
     path: Path

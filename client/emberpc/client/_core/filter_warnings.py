@@ -1,4 +1,4 @@
-"""Warnings about filters that are probably mistakes."""
+"""Issue the server's warnings about filters that are probably mistakes as warnings of Python."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterable
 
 from emberpc.client.exceptions import FilterWarning
 
-#: Prefix of the names of this package's modules.
+#: Prefix of the names of all modules of the client.
 _CLIENT = "emberpc.client."
 
 
 def warn(sentences: Iterable[str]) -> None:
-    """Issue a FilterWarning for each warning of a response, at the line that called the client."""
+    """Issue a FilterWarning for each sentence; its place is the line of the caller's code that called the client."""
     for sentence in sentences:
         warnings.warn(sentence, FilterWarning, stacklevel=_callers_level())
 
 
 def _callers_level() -> int:
-    """Return the `stacklevel` that makes a warning of this function's caller name the line that called the client."""
+    """Return the `stacklevel` with which `warn` names the line of the caller's code that called the client."""
     level = 2
     frame = sys._getframe(2)
     while frame.f_back is not None and f"{frame.f_globals.get('__name__')}.".startswith(_CLIENT):

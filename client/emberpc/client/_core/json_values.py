@@ -15,9 +15,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from emberpc.client._core import checks
 from emberpc.client.exceptions import InputError, InputTypeError
 
-#: Numbers are doubles on the wire, which represent integers exactly up to this.
+#: Greatest integer of metadata, either sign. Numbers are doubles on the wire, and doubles represent every integer up to
+#: and including this one.
 _MAX_WHOLE = 2**53
-#: A level is three nested protobuf messages, and a parser accepts a hundred.
+#: Most levels of nested metadata. A level is three nested protobuf messages, and parsers accept a hundred of them.
 _MAX_DEPTH = 30
 
 
@@ -27,16 +28,17 @@ def to_datetime(timestamp: Timestamp) -> datetime:
 
 
 def mapping(struct: Struct) -> dict[str, Any]:
-    """Return metadata as a dict. A number without a fraction becomes an int."""
+    """Return metadata as a dict. A number without a fraction becomes an int, unless it is beyond 2**53."""
     return {key: _plain(value) for key, value in struct.fields.items()}
 
 
 def struct(values: Mapping[str, Any], name: str) -> Struct:
-    """Return metadata as a message.
+    """Validate metadata and return it as a message; errors call the metadata `name`.
 
     Raises:
-        InputTypeError: JSON has no type for a value, or a key is not a str.
-        InputError: a number is not finite or not exact as a double, or the nesting is too deep.
+        InputTypeError: `values` is not a mapping, JSON has no type for a value, or a key is not a str.
+        InputError: a number is not finite, an integer is beyond 2**53, a str contains a lone surrogate, or the values
+            are nested more than 30 levels deep.
     """
     if not isinstance(values, Mapping):
         raise InputTypeError(f"{name} is of type {type(values).__name__}; it must be a dict")
@@ -84,7 +86,7 @@ def _plain(value: Value) -> Any:
     kind = value.WhichOneof("kind")
     if kind == "number_value":
         number = value.number_value
-        # A larger number stays a float, so that metadata that was read can be written again.
+        # `struct` refuses an int beyond 2**53, but not a float. So metadata that was read can be written again.
         return int(number) if number.is_integer() and abs(number) <= _MAX_WHOLE else number
     if kind == "struct_value":
         return mapping(value.struct_value)

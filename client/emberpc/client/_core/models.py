@@ -1,4 +1,4 @@
-"""Models, classifiers, health and limits of a server: build requests, decode responses."""
+"""Models, classifiers, health and server info: build requests, decode responses."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ RELOAD_MODEL = Method("/emberpc.v1.ModelService/ReloadModel", model_pb2.ReloadMo
 GET_SERVER_INFO = Method("/emberpc.v1.ServerService/GetServerInfo", server_pb2.GetServerInfoResponse)
 UNLOAD_MODEL = Method("/emberpc.v1.ModelService/UnloadModel", model_pb2.UnloadModelResponse)
 
-# The messages of grpc.health.v1 are in grpcio-health-checking, which the client does not require. HealthCheckRequest
-# has a string in field 1, and HealthCheckResponse an enum in field 1. The well-known wrappers have the same encoding.
+# The messages of grpc.health.v1 are in the package grpcio-health-checking, which the client does not require.
+# HealthCheckRequest has a string in field 1, and HealthCheckResponse an enum in field 1. protobuf's own messages
+# StringValue and Int32Value are encoded in the same way.
 HEALTH_CHECK = Method("/grpc.health.v1.Health/Check", Int32Value)
 
 
 def list_models(page_token: str, page_size: int) -> Call[model_pb2.ListModelsResponse, Page[Model]]:
-    """Return the call for one page of `Client.models`."""
+    """Return the call for one page of `Client.models`; the token of the first page is empty."""
     return Call(
         LIST_MODELS,
         model_pb2.ListModelsRequest(page_token=page_token, page_size=checks.count(page_size, "page_size")),
@@ -38,7 +39,7 @@ def list_models(page_token: str, page_size: int) -> Call[model_pb2.ListModelsRes
 
 
 def get_model(name: str) -> Call[model_pb2.GetModelResponse, Model]:
-    """Return the call of `Client.get_model`."""
+    """Return the call of `Client.get_model`. A wrong name raises InputError or InputTypeError."""
     request = model_pb2.GetModelRequest(name=checks.text(name, "name"))
     return Call(GET_MODEL, request, lambda response: _model(response.model))
 
@@ -46,7 +47,7 @@ def get_model(name: str) -> Call[model_pb2.GetModelResponse, Model]:
 def list_classifiers(
     page_token: str, page_size: int
 ) -> Call[classification_pb2.ListClassifiersResponse, Page[Classifier]]:
-    """Return the call for one page of `Client.classifiers`."""
+    """Return the call for one page of `Client.classifiers`; the token of the first page is empty."""
     size = checks.count(page_size, "page_size")
     return Call(
         LIST_CLASSIFIERS,
@@ -56,13 +57,13 @@ def list_classifiers(
 
 
 def get_classifier(name: str) -> Call[classification_pb2.GetClassifierResponse, Classifier]:
-    """Return the call of `Client.get_classifier`."""
+    """Return the call of `Client.get_classifier`. A wrong name raises InputError or InputTypeError."""
     request = classification_pb2.GetClassifierRequest(name=checks.text(name, "name"))
     return Call(GET_CLASSIFIER, request, lambda response: _classifier(response.classifier))
 
 
 def load_model(name: str, path: str, variant: str) -> Call[model_pb2.LoadModelResponse, Step[Model]]:
-    """Return the call of `Client.load_model`."""
+    """Return the call of `Client.load_model`. A wrong argument raises InputError or InputTypeError."""
     request = model_pb2.LoadModelRequest(
         name=checks.text(name, "name"), path=checks.text(path, "path"), variant=checks.text(variant, "variant")
     )
@@ -70,7 +71,7 @@ def load_model(name: str, path: str, variant: str) -> Call[model_pb2.LoadModelRe
 
 
 def reload_model(name: str, path: str, variant: str) -> Call[model_pb2.ReloadModelResponse, Step[Model]]:
-    """Return the call of `Client.reload_model`."""
+    """Return the call of `Client.reload_model`. A wrong argument raises InputError or InputTypeError."""
     request = model_pb2.ReloadModelRequest(
         name=checks.text(name, "name"), path=checks.text(path, "path"), variant=checks.text(variant, "variant")
     )
@@ -78,20 +79,20 @@ def reload_model(name: str, path: str, variant: str) -> Call[model_pb2.ReloadMod
 
 
 def unload_model(name: str) -> Call[model_pb2.UnloadModelResponse, None]:
-    """Return the call of `Client.unload_model`."""
+    """Return the call of `Client.unload_model`. A wrong name raises InputError or InputTypeError."""
     request = model_pb2.UnloadModelRequest(name=checks.text(name, "name"))
     return Call(UNLOAD_MODEL, request, lambda response: None)
 
 
 def health(service: str) -> Call[Int32Value, Health]:
-    """Return the call of `Client.health`."""
+    """Return the call of `Client.health`. A status that the client does not know becomes `Health.UNKNOWN`."""
     request = StringValue(value=checks.text(service, "service"))
     known = {status.value: status for status in Health}
     return Call(HEALTH_CHECK, request, lambda response: known.get(response.value, Health.UNKNOWN))
 
 
 def server_info() -> Call[server_pb2.GetServerInfoResponse, ServerInfo]:
-    """Return the call of `Client.server_info`."""
+    """Return the call of `Client.server_info`, which has no arguments."""
 
     def read(response: server_pb2.GetServerInfoResponse) -> ServerInfo:
         limits = {field.name: getattr(response.limits, field.name) for field in response.limits.DESCRIPTOR.fields}

@@ -1,4 +1,4 @@
-"""Convert records to and from messages."""
+"""Convert records of the client to messages of the API, and back."""
 
 from __future__ import annotations
 
@@ -17,37 +17,41 @@ from emberpc.client.types import Matrix, Record, Vector
 from emberpc.v1 import index_pb2, types_pb2
 from emberpc.wire import vectors
 
-#: Seconds; a hundred years, the API's limit.
+#: Longest time to live of a record, in seconds: a hundred years, the limit of the API.
 _MAX_TIME_TO_LIVE = 100 * 365 * 24 * 3600
 _KEYS = ("id", "text", "metadata", "label", "vector", "time_to_live")
 
 
 @dataclass(frozen=True)
 class NewRecord:
-    """A validated record. `vector` is float32, shape (dimensions,); None: the server embeds the text."""
+    """A validated record: the message to send, and the vector, which is sent apart from the message.
+
+    `vector` is float32, shape (dimensions,); None: the server embeds the text.
+    """
 
     message: index_pb2.Record
     vector: Vector | None
 
     @property
     def size(self) -> int:
-        """Its bytes on the wire."""
+        """Bytes of the record and its vector on the wire."""
         return self.message.ByteSize() + (0 if self.vector is None else self.vector.nbytes)
 
 
 def new_records(
     records: Iterable[Record | Mapping[str, Any]], matrix: npt.ArrayLike | None = None
 ) -> Iterable[NewRecord]:
-    """Validate records as they are read.
+    """Return an iterable that validates each record when it is read.
 
     Args:
-        records: the records, or dicts with their fields.
-        matrix: shape (records, dimensions): their vectors, instead of vectors in the records.
+        records: the records, or dicts with their fields. With `matrix`, all records are read at once.
+        matrix: shape (records, dimensions): vectors of the records; None: vectors, if any, are in the records.
 
     Raises:
-        InputTypeError: a record or one of its fields has the wrong type.
-        InputError: a field cannot be sent, the numbers of vectors and records differ, or a record and `matrix` both
-            have a vector.
+        InputTypeError: `records` is not an iterable of records; when a record is read: the record or one of its fields
+            has the wrong type.
+        InputError: the numbers of vectors and records differ, or a vector is not finite; when a record is read: a field
+            cannot be sent, or the record and `matrix` both have a vector.
     """
     if isinstance(records, (str, bytes, Mapping, Record)) or not isinstance(records, Iterable):
         raise InputTypeError(f"records is of type {type(records).__name__}; it must be a list of records")
@@ -59,11 +63,11 @@ def new_records(
 
 
 def block(records: Sequence[NewRecord], first: int) -> types_pb2.Vectors | None:
-    """Return the vectors of records as one block; None if no record has a vector.
+    """Return the vectors of records as one message, a row for each record; None if no record has a vector.
 
     Args:
-        records: the records of one request.
-        first: the caller's index of the first record.
+        records: the records of one request, at least one.
+        first: index of the first record in the caller's list, for errors.
 
     Raises:
         InputError: only some records have a vector, or the dimensions differ.
@@ -86,17 +90,25 @@ def block(records: Sequence[NewRecord], first: int) -> types_pb2.Vectors | None:
 
 
 def read_records(messages: Sequence[index_pb2.Record], vectors_of: types_pb2.Vectors) -> list[Record]:
-    """Return the records of a response, with their vectors if it has any."""
+    """Convert the records of a response to the client's type.
+
+    Args:
+        messages: the records.
+        vectors_of: row i is the vector of record i; without rows, the records have no vectors.
+
+    Raises:
+        Internal: the numbers of vectors and records differ.
+    """
     if not vectors_of.rows:
         return [read_record(message, None) for message in messages]
     check_count(vectors_of.rows, len(messages), "vectors")
-    # Copied: the rows that `decode` returns are read-only and keep the whole response in memory.
+    # The rows that `decode` returns are read-only, and keep the whole response in memory. So they are copied.
     matrix: Matrix = vectors.decode(vectors_of).copy()
     return [read_record(message, row) for message, row in zip(messages, matrix, strict=True)]
 
 
 def read_record(message: index_pb2.Record, vector: Vector | None) -> Record:
-    """Return one record of a response."""
+    """Convert one record of a response, and its vector if there is one, to the client's type."""
     return Record(
         id=message.id,
         text=message.text,
@@ -111,7 +123,17 @@ def read_record(message: index_pb2.Record, vector: Vector | None) -> Record:
 
 
 def new_record(record: Record | Mapping[str, Any], name: str, vector: Vector | None = None) -> NewRecord:
-    """Validate one record, and its vector if it is given separately. Errors call it `name`; raises as `new_records`."""
+    """Validate one record, and return the message to send.
+
+    Args:
+        record: the record, or a dict with its fields; `id` is required.
+        name: name of the record in errors, such as `records[3]`.
+        vector: vector of the record, validated float32 (dimensions,); None: the vector, if any, is in `record`.
+
+    Raises:
+        InputTypeError: the record or one of its fields has the wrong type.
+        InputError: a field is unknown, missing or cannot be sent, or there are two vectors.
+    """
     if isinstance(record, Mapping):
         for key in record:
             if key not in _KEYS:
@@ -144,9 +166,10 @@ def new_record(record: Record | Mapping[str, Any], name: str, vector: Vector | N
 
 
 def _refuse_hand_made_output(record: Record, name: str) -> None:
-    """Raise InputError if the caller set a field that only the server sets.
+    """Raise InputError if the caller set `revision`, `create_time` or `update_time`, which only the server sets.
 
-    A record of a response has all of them and may be written again as it is. A write ignores them.
+    A record of a response has both times. It is accepted, so that it can be written again as it is; the write ignores
+    the three fields.
     """
     if record.update_time is not None and record.create_time is not None:
         return
@@ -160,7 +183,7 @@ def _refuse_hand_made_output(record: Record, name: str) -> None:
 
 
 def parts_of(with_vectors: bool) -> list[index_pb2.RecordPart.ValueType]:
-    """Return the parts of records that a request asks for: text, metadata, and the vector if the caller wants it.
+    """Return the parts of records to request from the server: text and metadata, and the vector if `with_vectors`.
 
     Raises:
         InputTypeError: `with_vectors` is not a bool.

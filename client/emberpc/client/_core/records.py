@@ -27,23 +27,23 @@ DELETE_RECORDS = Method(_SERVICE + "DeleteRecords", pb.DeleteRecordsResponse)
 LIST_RECORDS = Method(_SERVICE + "ListRecords", pb.ListRecordsResponse)
 COUNT_RECORDS = Method(_SERVICE + "CountRecords", pb.CountRecordsResponse)
 
-#: Ids of one request. The API accepts 10,000.
+#: Most ids in one request of `get` or `delete`. The API accepts 10,000.
 _IDS = 1000
 
 
 class _Writes:
-    """Adds up the results of the writes of one upsert."""
+    """Adds up the numbers of inserted and updated records of the requests of one upsert."""
 
     def __init__(self) -> None:
         self._total = UpsertResult(0, 0, 0)
 
     def add(self, part: UpsertResult) -> None:
-        """Add the result of the next write."""
+        """Add the numbers of the next request's result, and keep its sequence number in place of the one before."""
         total = self._total
         self._total = UpsertResult(total.inserted + part.inserted, total.updated + part.updated, part.sequence)
 
     def result(self) -> UpsertResult:
-        """Return the sums, and the sequence number of the last write."""
+        """Return the sums, and the sequence number of the last request; all are 0 if there was no request."""
         return self._total
 
 
@@ -58,7 +58,10 @@ def upsert(
     progress: Progress | None,
     details: Details | None,
 ) -> Job[UpsertResult, UpsertResult]:
-    """Return the calls of `Client.upsert`."""
+    """Return the job of `Client.upsert`. A wrong argument raises InputError or InputTypeError.
+
+    Records are read and validated when the calls of the job are read; with `expected_revisions` all records at once.
+    """
     checks.function(details, "details")
     collection = checks.text(collection, "collection")
     items = new_records(records, matrix)
@@ -90,7 +93,11 @@ def upsert(
 
 
 def _revisions(values: Iterable[int], records: int) -> list[int]:
-    """Validate the expected revisions of a write of `records` records."""
+    """Validate the expected revisions of a write and return them as a list.
+
+    `records` is the number of records to write. A wrong type raises InputTypeError; a number of revisions other than
+    `records`, or a revision out of range, raises InputError.
+    """
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise InputTypeError(f"expected_revisions is of type {type(values).__name__}; it must be a list of int")
     checked = [checks.count(value, f"expected_revisions[{i}]", bits=63) for i, value in enumerate(values)]
@@ -102,7 +109,7 @@ def _revisions(values: Iterable[int], records: int) -> list[int]:
 def get(
     collection: str, ids: Iterable[str], *, with_vectors: bool, details: Details | None
 ) -> Job[list[Record], list[Record]]:
-    """Return the calls of `Client.get`."""
+    """Return the job of `Client.get`. A wrong argument raises InputError or InputTypeError."""
     checks.function(details, "details")
     collection = checks.text(collection, "collection")
 
@@ -127,13 +134,13 @@ def get(
 
 
 class _Sum:
-    """Adds up numbers."""
+    """Adds up the numbers that several calls return."""
 
     def __init__(self) -> None:
         self._sum = 0
 
     def add(self, part: int) -> None:
-        """Add the next number."""
+        """Add the number that the next call returned."""
         self._sum += part
 
     def result(self) -> int:
@@ -142,7 +149,10 @@ class _Sum:
 
 
 def delete(collection: str, ids: Iterable[str] | None, where: Where | None, details: Details | None) -> Job[int, int]:
-    """Return the calls of `Client.delete`."""
+    """Return the job of `Client.delete`. A wrong argument raises InputError or InputTypeError.
+
+    With `where` the job is one call, otherwise one for each 1000 ids.
+    """
     checks.function(details, "details")
 
     def decode(response: pb.DeleteRecordsResponse, first: int = 0, count: int = 1) -> int:
@@ -171,7 +181,10 @@ def delete(collection: str, ids: Iterable[str] | None, where: Where | None, deta
 def list_records(
     collection: str, page_token: str, *, where: Where | None, with_vectors: bool, page_size: int
 ) -> Call[pb.ListRecordsResponse, Page[Record]]:
-    """Return the call for one page of `Client.records`."""
+    """Return the call for one page of `Client.records`; the token of the first page is empty.
+
+    A wrong argument raises InputError or InputTypeError.
+    """
     request = pb.ListRecordsRequest(
         collection=checks.text(collection, "collection"),
         page_size=checks.count(page_size, "page_size"),
@@ -187,13 +200,16 @@ def list_records(
 
 
 def count(collection: str, where: Where | None) -> Call[pb.CountRecordsResponse, int]:
-    """Return the call of `Client.count`."""
+    """Return the call of `Client.count`. A wrong argument raises InputError or InputTypeError."""
     request = pb.CountRecordsRequest(collection=checks.text(collection, "collection"), filter=filter_of(where))
     return Call(COUNT_RECORDS, request, _read_count)
 
 
 def truncation_of(truncation: Truncation | None) -> types_pb2.Truncation.ValueType:
-    """Return the enum value; None stands for the setting of the collection."""
+    """Return the enum value of a truncation; None: UNSPECIFIED, for which the server uses the collection's setting.
+
+    A wrong value raises InputError or InputTypeError.
+    """
     return types_pb2.TRUNCATION_UNSPECIFIED if truncation is None else value_of("truncation", truncation, TRUNCATIONS)
 
 

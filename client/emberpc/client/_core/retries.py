@@ -1,8 +1,8 @@
 """Decide whether a call that failed is retried. Nothing here does I/O.
 
 gRPC's own retry policy repeats every call that ends with UNAVAILABLE, also a call whose connection breaks after
-minutes of work. The server then repeats all the work, without any message. Therefore the client retries by itself,
-and only calls that failed soon.
+minutes of work. The server then does all the work a second time, and the caller learns nothing of it. Therefore the
+client retries by itself, and retries only calls that failed within 5 seconds.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from time import monotonic
 
 from emberpc.client.exceptions import EmberpcError, Unavailable
 
-#: Tries of one call.
+#: Most tries of one call, the first included.
 _TRIES = 5
-#: Seconds. A call that failed after more than this is not retried, because its work may have taken as long.
+#: Longest run of a try, in seconds, after which the call is retried. After a longer run, a retry might repeat work that
+#: takes as long.
 _SOON = 5.0
-#: Pauses before the next try, in seconds: the first, and the longest that they grow to.
+#: Pauses before the next try, in seconds: the first pause, and the longest. Each pause is twice the one before.
 _PAUSES = (0.1, 2.0)
 
 
@@ -28,8 +29,8 @@ class Retries:
         allowed: whether the call may be retried.
 
     Attributes:
-        begun: start of the present try, by `monotonic`.
-        ended: end of the present try; None: it has not ended.
+        begun: start of the present try, in seconds of `time.monotonic`.
+        ended: end of the present try, in seconds of `time.monotonic`; None: the try has not ended.
     """
 
     def __init__(self, seconds: float, *, allowed: bool) -> None:
@@ -41,7 +42,7 @@ class Retries:
 
     @property
     def left(self) -> float:
-        """Seconds until the deadline, at least 0.001: a try that starts at the deadline fails at once."""
+        """Seconds until the deadline. At or after the deadline 0.001, with which a try fails at once."""
         return max(self._until - monotonic(), 0.001)
 
     @property
@@ -50,19 +51,26 @@ class Retries:
         return (self.ended or monotonic()) - self.begun > _SOON
 
     def begin(self) -> int:
-        """Start the next try and return its number, which counts down."""
+        """Start the next try and return the number of tries that remain after it, which identifies the try."""
         self._tries_left -= 1
         self.begun = monotonic()
         self.ended = None
         return self._tries_left
 
     def end(self, number: int) -> None:
-        """Record the end of a try. Ignored if the next try has started, since gRPC may report the end late."""
+        """Record the end of the try that `begin` returned `number` for.
+
+        gRPC may report the end late. So the end is ignored if it is recorded already, or the next try has started.
+        """
         if self.ended is None and number == self._tries_left:
             self.ended = monotonic()
 
     def pause(self, error: EmberpcError) -> float | None:
-        """Return the seconds to wait before the next try; None if the call is not retried."""
+        """Return the seconds to wait before the next try, those that the server stated or a growing random pause.
+
+        None: the call is not retried, since `error` is not Unavailable, no tries remain, the try ran for more than
+        5 seconds, or the pause would last until the deadline.
+        """
         if not isinstance(error, Unavailable) or not self._tries_left or self.late:
             return None
         pause = self._pause * random.uniform(0.8, 1.2) if error.retry_after is None else error.retry_after  # noqa: S311

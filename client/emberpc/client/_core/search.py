@@ -1,4 +1,4 @@
-"""Search: build requests, decode results."""
+"""Search a collection: build requests, decode responses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from emberpc.wire import vectors
 
 SEARCH = Method("/emberpc.v1.IndexService/Search", pb.SearchResponse)
 
-#: Queries of one request. The API accepts 1000.
+#: Most queries in one request. The API accepts 1000.
 _QUERIES = 100
 
 
@@ -51,7 +51,7 @@ class SearchOptions:
     priority: Priority
 
     def request(self, collection: str) -> pb.SearchRequest:
-        """Return a request without queries.
+        """Validate the options and return a request with them, for a collection, but without queries.
 
         Raises:
             InputTypeError: an option has the wrong type.
@@ -80,14 +80,14 @@ def search(
     details: Details | None,
     name: str = "queries[{}]",
 ) -> Job[list[SearchResult], list[SearchResult]]:
-    """Return the calls of `Client.search_batch`.
+    """Return the job of `Client.search_batch`, one call for each 100 queries.
 
     Args:
         collection: name of the collection.
         queries: the queries.
         options: the options of all queries.
         details: called with the details of each response.
-        name: name of query `{}` in error messages.
+        name: name of a query in error messages; `{}` is replaced by the index of the query.
 
     Raises:
         InputTypeError: an argument or a query has the wrong type.

@@ -1,4 +1,4 @@
-"""State of a stream of items: which are read, sent and answered, and how long to wait. Nothing here does I/O."""
+"""State of a stream: which items are read, sent and answered, and how long to wait. Nothing here does I/O."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from emberpc.client._core import checks
 from emberpc.client._core.calls import Call
 from emberpc.client.exceptions import REQUEST_TOO_LARGE, EmberpcError, Internal, ResourceExhausted, Unavailable
 
-#: Pauses before a broken stream is opened again, in seconds: the first, and the longest that they grow to.
+#: Pauses before a broken stream is opened again, in seconds: the first pause, and the longest. Each pause is twice the
+#: one before.
 _PAUSES = (0.1, 2.0)
-#: How often a stream is opened until a server accepts it: as often as any other call is tried.
+#: Most connections that a stream opens until a server accepts one, as many as the tries of any other call.
 _OPENINGS = 5
 
 Item = TypeVar("Item")
@@ -33,9 +34,10 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
 
     Attributes:
         call: the RPC, and how to decode its responses.
+        batch_size: items per request, at most `window`.
         exhausted: whether the caller has no more items.
-        greeted: whether the server has answered the first request of this connection.
-        accepted: whether a server has answered the first request of any connection.
+        greeted: whether the server has answered the first request of the present connection.
+        accepted: whether a server has answered the first request of any connection of this stream.
     """
 
     call: Call[Response, Sequence[Result]]
@@ -69,7 +71,7 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
 
     @abstractmethod
     def refused(self) -> list[Result]:
-        """Return the results of items that cannot be sent, each once."""
+        """Return the results, each with an error, of the items added since the last call that cannot be sent."""
 
     @abstractmethod
     def first_message(self) -> Request:
@@ -77,53 +79,58 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
 
     @abstractmethod
     def further_messages(self) -> Iterator[Request]:
-        """Return the requests that send the items that are not sent."""
+        """Yield the requests with the items that are not sent yet, and mark these items as sent."""
 
     @property
     def may_read(self) -> bool:
-        """Whether there is room for the items of another request."""
+        """Whether to read items of the caller now: there may be more, and the window has room for another request."""
         room = self.greeted and self._window - self.waiting >= self.batch_size and not self.full
         return room and not self.exhausted
 
     @property
     def read_enough(self) -> bool:
-        """Whether the items that are read and not sent are enough for a request."""
+        """Whether reading stops: a request is full, the caller has no more items, or a limit of bytes is reached."""
         return self.exhausted or self.unsent >= self.batch_size or self.full
 
     @property
     def sent(self) -> bool:
-        """Whether `requests` has returned all requests."""
+        """Whether no further request follows: the caller has no more items, and all requests were returned."""
         return self.exhausted and self.greeted
 
     @property
     def done(self) -> bool:
-        """Whether every item is answered, and the caller has no more."""
+        """Whether the caller has no more items, and every item is answered."""
         return self.exhausted and not self.waiting
 
     def opening(self) -> list[Request]:
-        """Return the first request of a connection.
+        """Return the first request of a new connection, and count the connection.
 
-        Items follow when the server has answered it. Until then the server may refuse the stream, and grpc.aio may
-        report a request that could not be sent instead of the reason (grpc/grpc#36066).
+        Items follow only when the server has answered the first request. Until then the server may refuse the stream.
+        If further requests were on their way then, grpc.aio might report that they could not be sent, instead of the
+        server's reason (grpc/grpc#36066).
         """
         self.greeted = False
         self._openings += 1
         return [self.first_message()]
 
     def requests(self) -> Iterator[Request]:
-        """Return the requests that send the items that are not sent; none before the first request is answered."""
+        """Return the requests with the items that are not sent yet; none before the first request is answered."""
         return self.further_messages() if self.greeted else iter(())
 
     def may_go_on(self, error: EmberpcError) -> bool:
-        """Return whether another connection may succeed: the server is away, starting, or out of room at present."""
-        # A request that is larger than the server's limit would be refused again.
+        """Return whether to open another connection after `error`.
+
+        It may succeed if the server was not reachable or out of resources, or if a connection that had been accepted
+        broke with an error of gRPC itself. Before a server has accepted the stream, 5 connections are tried.
+        """
+        # A request that is larger than the server's limit would be refused by every connection.
         passing = isinstance(error, (Unavailable, ResourceExhausted)) and error.reason != REQUEST_TOO_LARGE
         if not self.accepted:
             return passing and self._openings < _OPENINGS
         return passing or (isinstance(error, Internal) and not error.reason)
 
     def take(self, response: Any) -> Sequence[Result]:
-        """Return the results in a response.
+        """Return the results in a response, the next one of the present connection.
 
         Raises:
             Internal: the response contradicts itself, or answers an item that was not sent.
@@ -133,7 +140,10 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
 
 
 class Patience:
-    """How long a stream may go without a result, and how long to wait before it is opened again.
+    """The timeout of a stream, which each result restarts, and the pauses before the stream is opened again.
+
+    Args:
+        seconds: most seconds that may pass without a result.
 
     Attributes:
         reason: why the last connection broke; None if no connection broke since the last result.
@@ -144,19 +154,24 @@ class Patience:
         self.restart()
 
     def restart(self) -> None:
-        """Restart the timeout after a result."""
+        """Restart the timeout and the growth of the pauses, after a result."""
         self.reason: EmberpcError | None = None
         self._until = monotonic() + self._seconds
         self._pause = _PAUSES[0]
 
     @property
     def left(self) -> float:
-        """Seconds until the timeout."""
+        """Seconds until the timeout; 0 after it."""
         return max(self._until - monotonic(), 0.0)
 
     def pause(self, error: EmberpcError) -> float | None:
-        """Return the seconds to wait before the next connection; None if there is no time for another one."""
-        # grpc.aio may report a request that could not be sent, as INTERNAL, instead of the reason (grpc/grpc#36066).
+        """Return the seconds to wait before the next connection; None if the timeout would pass before.
+
+        `error` is why the present connection broke; it is kept as `reason`. A pause that the server asks for in
+        `error.retry_after` is respected.
+        """
+        # After a connection broke, grpc.aio may report only that a request could not be sent, as INTERNAL
+        # (grpc/grpc#36066). That must not replace an earlier reason.
         if self.reason is None or not isinstance(error, Internal):
             self.reason = error
         pause = max(self._pause, error.retry_after or 0.0)
@@ -165,5 +180,5 @@ class Patience:
 
 
 def ended_early() -> Internal:
-    """Return the error for a server that ended a stream before it answered all items."""
+    """Return the error to raise if the server ended a stream before it had answered all items."""
     return Internal("the server ended the stream before it had answered all of it; it is another version, or broken")

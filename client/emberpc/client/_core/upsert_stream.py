@@ -1,4 +1,4 @@
-"""State of an `upsert_stream`. Nothing here does I/O."""
+"""State of one call of `Client.upsert_stream`: which records are read, sent and on disk. Nothing here does I/O."""
 
 from __future__ import annotations
 
@@ -21,20 +21,35 @@ UPSERT_RECORDS_STREAM = Method("/emberpc.v1.IndexService/UpsertRecordsStream", p
 
 RecordItem: TypeAlias = "Record | Mapping[str, Any]"
 
-#: Stop reading records while this many bytes are read and not yet acknowledged.
+#: Stop reading records while this many bytes are read and not yet acknowledged, so that memory stays bounded.
 _WINDOW_BYTES = 2**25
 
 
 @dataclass
 class _Batch:
-    """Records of one request, each with its index among all records. `number` is the number of the request."""
+    """Records of one request, each with its index among all records of the stream.
+
+    `number` is the number of the request that sent them last; 0: they were not sent.
+    """
 
     records: list[tuple[int, NewRecord]]
     number: int = 0
 
 
 class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRecordsStreamResponse, UpsertCheckpoint]):
-    """The records of one stream that are read and not yet acknowledged, and the requests that send them."""
+    """The records of one stream that are read and not yet acknowledged, and the requests that send them.
+
+    Args:
+        records: the caller's records. Only their type is checked here; `add` takes each record.
+        collection: name of the collection.
+        truncation: how texts with too many tokens are truncated; None: the setting of the collection.
+        batch_size: records per request.
+        window: most records that are read and not yet acknowledged.
+
+    Raises:
+        InputTypeError: `records` is not an iterable of records, or another argument has the wrong type.
+        InputError: an argument is wrong.
+    """
 
     def __init__(
         self,
@@ -57,7 +72,7 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
         self._bytes = 0
         self._number = 0
         self._unsent: list[tuple[int, NewRecord]] = []
-        #: In order; the first `_sent` batches were sent on this connection.
+        #: Batches that are not acknowledged, oldest first; the first `_sent` of them were sent on this connection.
         self._batches: deque[_Batch] = deque()
         self._sent = 0
         self._refused: list[FailedRecord] = []
@@ -77,7 +92,7 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
 
     @property
     def unsent(self) -> int:
-        """Number of records that are read and in no batch, those that cannot be sent included."""
+        """Number of records that are read and not yet divided into batches, those that cannot be sent included."""
         return len(self._unsent) + len(self._refused)
 
     def add(self, item: RecordItem) -> None:
@@ -94,7 +109,7 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
             self._bytes += record.size
 
     def refused(self) -> list[UpsertCheckpoint]:
-        """Return the failures of records that cannot be sent, each once."""
+        """Return a checkpoint with the records added since the last call that cannot be sent; [] if there are none."""
         refused, self._refused = self._refused, []
         return [UpsertCheckpoint(self._done, tuple(refused))] if refused else []
 
@@ -105,7 +120,7 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
         return pb.UpsertRecordsStreamRequest(collection=self._collection, batch_number=self._number)
 
     def further_messages(self) -> Iterator[pb.UpsertRecordsStreamRequest]:
-        """Return the requests that send the records that are not sent."""
+        """Divide the records added since the last call into batches; yield the requests of all batches not sent yet."""
         self._cut()
         for batch in list(self._batches)[self._sent :]:
             self._sent += 1
@@ -132,11 +147,12 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
 
     def _checkpoints(self, response: pb.UpsertRecordsStreamResponse) -> Sequence[UpsertCheckpoint]:
         if not self.greeted:
-            # The response to the first request, which had no records.
+            # This is the response to the first request of the connection, which had no records.
             self._check_model(response.model_fingerprint)
             self.greeted = self.accepted = True
             return []
-        # The last index of each id: of two records with the same id in a request, the latter fails.
+        # The server names a failed record by its id. If two records of a request have the same id, the later one fails,
+        # so the dict keeps the index of the later one.
         places: dict[str, int] = {}
         while self._batches and self._sent and self._batches[0].number <= response.batch_number:
             batch = self._batches.popleft()
@@ -162,7 +178,12 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
         ]
 
     def _check_model(self, fingerprint: str) -> None:
-        """Raise FailedPrecondition if the collection changed its model since the stream began with vectors."""
+        """Keep the fingerprint of the collection's model that the first response states, and compare later ones.
+
+        Raises:
+            FailedPrecondition: the fingerprint changed, and the caller's records have vectors, which no longer belong
+                to the collection.
+        """
         if self._fingerprint is None:
             self._fingerprint = fingerprint
         elif self._has_vectors and fingerprint != self._fingerprint:
@@ -175,7 +196,7 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
 
     @property
     def _done(self) -> int:
-        """Number of the caller's first records that are all on disk or have failed."""
+        """Number of records, from the start of the stream, that are all on disk or have failed."""
         if self._batches:
             return self._batches[0].records[0][0]
         return self._unsent[0][0] if self._unsent else self._count

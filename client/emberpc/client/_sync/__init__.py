@@ -1,1 +1,1 @@
-"""The client for threads. `_aio` is generated from it, except `transport.py`."""
+"""The client for threads. The modules of `_aio` are generated from these modules, except `transport.py`."""

@@ -1,4 +1,4 @@
-"""Methods that write a collection to a file, and restore it from a file."""
+"""Methods that back up a collection to a file, and restore a collection from a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from emberpc.v1 import index_pb2 as pb
 
 
 class BackupMethods:
-    """Methods of `Client` about backups."""
+    """Methods of `Client` that write and restore backups of collections."""
 
     _runner: Runner
 
@@ -27,17 +27,20 @@ class BackupMethods:
 
         Args:
             name: name of the collection.
-            path: the file. An existing file is replaced when the new one is complete, checked and on disk. A link is
-                followed. A device or a pipe, such as `/dev/stdout`, is written into.
-            progress: called repeatedly with the bytes received and the bytes of the whole backup.
-            timeout: None: an hour.
+            path: the file. An existing file is replaced when the backup is complete, checked and on disk. If `path` is
+                a link, the file behind the link is written. A device or a pipe, such as `/dev/stdout`, receives the
+                bytes as they arrive.
+            progress: called repeatedly with the bytes received so far and the bytes of the whole backup.
+            timeout: seconds that the whole backup may take; None: an hour.
 
         Returns:
-            The size of the file in bytes.
+            The size of the backup in bytes.
 
         Raises:
             InputError: the path is a folder, a disk or a socket.
-            ResourceExhausted: the server's disk has no room for the copy that it makes.
+            NotFound: there is no collection of this name.
+            ResourceExhausted: the server's disk has no room for the copy that the server makes first.
+            Unimplemented: the server's index backend has no backups.
             OSError: the file cannot be written.
             EmberpcError: the call failed otherwise.
         """
@@ -53,23 +56,23 @@ class BackupMethods:
     def restore_collection(
         self, name: str, path: Path | str, *, progress: ByteProgress | None = None, timeout: float | None = None
     ) -> Collection:
-        """Create a collection from the file of a backup. Atomic: all of it or nothing.
+        """Create a collection from the file of a backup. Atomic: either the whole collection is created, or nothing.
 
         Args:
-            name: name of the new collection; it may differ from the name of the old one.
+            name: name of the new collection, which may differ from the name in the backup.
             path: the file.
-            progress: called repeatedly with the bytes sent and the bytes of the whole backup.
+            progress: called repeatedly with the bytes sent so far and the bytes of the whole backup.
                 It is called in another thread.
-            timeout: None: an hour.
+            timeout: seconds that the whole call may take; None: an hour.
 
         Returns:
-            The collection. If the server does not serve the model of its vectors, it refuses texts until it does.
+            The new collection. While the server does not serve the model that made the collection's vectors, the
+            collection refuses texts.
 
         Raises:
-            AlreadyExists: a collection of this name exists, perhaps created by a try of this call whose response was
-                lost.
-            InvalidArgument: the file is not a backup, or damaged.
-            FailedPrecondition: a newer version wrote the file.
+            AlreadyExists: a collection of this name exists.
+            InvalidArgument: the file is not a backup, or the backup is damaged.
+            FailedPrecondition: a newer version of emberpc wrote the file.
             ResourceExhausted: the server's disk has no room for the collection.
             OSError: the file cannot be read.
             EmberpcError: the call failed otherwise.
@@ -86,7 +89,10 @@ class BackupMethods:
 
 
 def _requests(file: BackupReader) -> Iterator[pb.RestoreCollectionRequest]:
-    """Yield the requests that send a file, and report the progress."""
+    """Yield the requests that send a file, and report the progress after each.
+
+    An error, such as an OSError, ends the iteration and is kept as `file.error`, since gRPC would replace it.
+    """
     requests = file.requests()
     try:
         while (request := run_blocking(next, requests, None)) is not None:

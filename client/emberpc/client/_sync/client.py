@@ -21,30 +21,35 @@ class Client(TextMethods, CollectionMethods, RecordMethods, SearchMethods, Backu
 
     Any number of threads may use it.
 
-    Retries: a call that fails with UNAVAILABLE, because no server accepted it or because the server is stopping, is
-    repeated up to four times within its timeout, with growing pauses. A call that failed after more than 5 seconds is
-    not repeated, since its work would start from the beginning: it raises Unavailable. `restore_collection` is never
-    repeated. A repeated write is written once, but its result may describe the first try, whose response was lost:
-    `create_collection` may raise AlreadyExists and `delete_collection` NotFound for what the call itself did, `upsert`
-    may count as updated what it inserted, and `delete` may count fewer records.
+    Retries: a request that fails with UNAVAILABLE, because no server accepted it or the server is stopping, is repeated
+    up to four times within the timeout, with growing pauses. A request that failed after more than 5 seconds is not
+    repeated, since the server would start its work from the beginning: the call raises Unavailable.
+    `restore_collection` is never repeated.
 
-    Every method takes `timeout`: the seconds that one request may take, its repetitions included. None: the `timeout`
-    of the constructor. In `embed_stream` and `upsert_stream`, which may run for days, it limits the time without any
-    result. After `close()` every call raises Cancelled.
+    A repeated write takes effect only once. If the response to the first try was lost, the second try finds what the
+    first try did. So `create_collection` may raise AlreadyExists, and `delete_collection` may raise NotFound, although
+    the call itself created or deleted the collection. `upsert` may count inserted records as updated, and `delete` may
+    count fewer records than it deleted.
+
+    Every method has an argument `timeout`: the seconds that one request may take, with all its tries. None: the
+    `timeout` of the constructor. `embed_stream` and `upsert_stream` may run for days; there the timeout limits the time
+    without any result. After `close()` every call raises Cancelled.
 
     A list longer than `batch_size` is sent in several requests. Results keep the order of the list, and an error names
-    an item by its index in the whole list. `progress` is called with the number of items that are done, and
-    `details` with what the response to each request states beside the result. Arguments are checked before anything is
-    sent.
+    an item by its index in the whole list. `progress` is called with the number of items done so far. `details` is
+    called with the `ResponseDetails` of each response. Arguments are checked before anything is sent.
 
     Args:
-        target: HOST:PORT, HOST for port 50051, or any target that gRPC knows. Calls are spread over all its addresses.
-        timeout: seconds that one request may take, its repetitions included; at most a hundred years.
+        target: HOST:PORT, HOST for port 50051, or any target that gRPC knows. Calls are spread over all addresses of
+            the target.
+        timeout: seconds that one request may take, with all its tries; above 0, at most a hundred years.
         tls: how to encrypt the connection; None: plain text.
-        token: sent as `authorization: Bearer`. Refused in plain text unless the target is on this host.
-        in_flight: requests that one method call keeps in flight. More helps if several servers share the target.
-        channel: an open channel to use instead of opening one, such as a channel to a server in a test. The client
-            does not close it, does not retry calls over it, and leaves its settings to the caller.
+        token: sent with each call as `authorization: Bearer TOKEN`; None: no token. In plain text a token is refused,
+            unless the target is on this host.
+        in_flight: most requests that one method call keeps in flight, 1 to 1000. A greater number helps if the target
+            has several servers.
+        channel: an open channel to use, such as a channel to a server in a test; None: the client opens one. The client
+            neither closes the caller's channel nor changes its settings, and does not retry calls over it.
 
     Raises:
         InputError: an argument is wrong.
@@ -73,5 +78,5 @@ class Client(TextMethods, CollectionMethods, RecordMethods, SearchMethods, Backu
         self.close()
 
     def close(self) -> None:
-        """Close the connection; calls in flight fail with Cancelled. A channel given to the constructor stays open."""
+        """Close the connection: calls in flight and later calls raise Cancelled. A caller's own channel stays open."""
         self._runner.close()

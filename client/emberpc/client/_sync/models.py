@@ -1,4 +1,4 @@
-"""Methods about the server: its models, its classifiers, its health, its limits."""
+"""Methods about the server: models, classifiers, health, limits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ModelMethods:
     _runner: Runner
 
     def models(self, *, page_size: int = 0, timeout: float | None = None) -> list[Model]:
-        """Return the models that the server serves, by name.
+        """Return the models that the server serves, in the order of their names; several requests if there are many.
 
         Args:
             page_size: models per request, at most 1000; 0: the server's default.
@@ -27,13 +27,13 @@ class ModelMethods:
         return self._runner.run_one(models.get_model(name), timeout)
 
     def classifiers(self, *, page_size: int = 0, timeout: float | None = None) -> list[Classifier]:
-        """Return the classifiers that the server serves, by name.
+        """Return the classifiers that the server serves, in the order of their names.
 
         Args:
             page_size: classifiers per request, at most 1000; 0: the server's default.
 
         Raises:
-            Unimplemented: the server is older than this call.
+            Unimplemented: the server's version of emberpc is older than this method.
         """
         return self._runner.all_items(lambda token: models.list_classifiers(token, page_size), timeout)
 
@@ -41,13 +41,13 @@ class ModelMethods:
         """Return a classifier: its labels, thresholds, calibration and quality.
 
         Args:
-            name: name of the classifier; empty: the only one of the server.
+            name: name of the classifier; empty: the only classifier of the server.
 
         Raises:
             NotFound: the server serves no model of this name.
-            FailedPrecondition: the model is not a classifier, or the server has none.
+            FailedPrecondition: the model is not a classifier, or the server has no classifier.
             InvalidArgument: the name is empty, and the server has several classifiers.
-            Unimplemented: the server is older than this call.
+            Unimplemented: the server's version of emberpc is older than this method.
         """
         return self._runner.run_one(models.get_classifier(name), timeout)
 
@@ -62,13 +62,14 @@ class ModelMethods:
     ) -> Model:
         """Load a bundle on the server and serve it under a new name.
 
-        The server continues after the timeout. Call `get_model` then to see whether it serves the model.
+        If the call times out, the server goes on loading. `get_model` then shows whether the server serves the model.
 
         Args:
-            name: 1 to 128 letters, digits, `.`, `_` and `-`.
+            name: name of the model: 1 to 128 letters, digits, `.`, `_` and `-`.
             path: folder of the bundle, relative to the server's models directory.
-            variant: variant to serve; empty: the one in the server's settings, else the first variant, fp32.
-            progress: called with each step, such as "warming up".
+            variant: variant to serve; empty: the variant that the server's settings name for this model, or if they
+                name none, the first variant, fp32.
+            progress: called with the name of each step, such as "warming up".
 
         Returns:
             The model as the server serves it.
@@ -91,18 +92,26 @@ class ModelMethods:
         progress: Stages | None = None,
         timeout: float | None = None,
     ) -> Model:
-        """Replace a model by the bundle that is now in its folder, or by another bundle.
+        """Replace a served model by the bundle that is now in the model's folder, or by another bundle.
 
-        Calls in flight finish on the old model. If the new bundle is invalid, the old model stays. The other arguments
-        and errors are those of `load_model`.
+        Calls in flight finish on the old model. If the new bundle is invalid, the old model stays.
 
         Args:
             name: name of the model.
-            path: another folder; empty: the folder that it was loaded from.
+            path: folder of another bundle, relative to the server's models directory; empty: the folder that the model
+                was loaded from.
             variant: variant to serve; empty: the variant that is served now.
+            progress: called with the name of each step, such as "warming up".
+
+        Returns:
+            The new model as the server serves it.
 
         Raises:
             NotFound: the server serves no model of this name.
+            InvalidArgument: the path does not exist or is outside the models directory.
+            FailedPrecondition: the bundle is invalid, or a path is given and the server has no models directory.
+            PermissionDenied: the server does not allow changes of its models.
+            EmberpcError: the call failed otherwise.
         """
         return self._runner.run_steps(models.reload_model(name, path, variant), progress, timeout)
 
@@ -120,7 +129,7 @@ class ModelMethods:
         """Return the server's version, limits and features.
 
         Raises:
-            Unimplemented: the server is older than this call.
+            Unimplemented: the server's version of emberpc is older than this method.
         """
         return self._runner.run_one(models.server_info(), timeout)
 
@@ -128,7 +137,7 @@ class ModelMethods:
         """Return whether the server accepts calls, by the standard protocol grpc.health.v1.
 
         Args:
-            service: full name of one of its services; empty: the server as a whole.
+            service: full name of a gRPC service, such as `emberpc.v1.IndexService`; empty: the server as a whole.
 
         Raises:
             NotFound: the server has no service of this name.

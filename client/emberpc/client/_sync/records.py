@@ -39,26 +39,31 @@ class RecordMethods:
         """Insert records, or replace those with the same ids.
 
         Records are read as needed and sent in one request after the other. Each request is atomic. If a request fails,
-        the records of earlier requests are written, and the error states their number. The whole call may be repeated,
-        unless `expected_revisions` is given.
+        the records of earlier requests are written, and `done` of the error is their number. The whole call may be
+        repeated, unless `expected_revisions` is given.
 
         Args:
             collection: name of the collection.
-            records: records, or dicts with `id` and any of `text`, `metadata`, `label`, `vector`.
-            vectors: shape (records, dimensions), if the server shall not embed the texts. All records are then read
-                before the first request.
+            records: records, or dicts with `id` and any of `text`, `metadata`, `label`, `vector`, `time_to_live`.
+            vectors: vectors of all records, shape (records, dimensions). All records are then read before the first
+                request. None: the server embeds the texts, unless the records have vectors.
             truncation: how texts with too many tokens are truncated; None: the setting of the collection.
-            expected_revisions: item i is the `revision` that record i must have in the collection, or 0 if no record
-                with its id may exist. All records are then checked before anything is sent.
-            details: called with `ResponseDetails` of each response: sequence number and durability of the write, times,
-                tokens of the texts.
+            expected_revisions: item i is the `revision` that the stored record with the id of record i must have; 0: no
+                record may have this id. All records are then checked before anything is sent. None: revisions are not
+                compared.
+            details: called with the `ResponseDetails` of each response: sequence number and durability of the write,
+                times, tokens of the texts.
+
+        Returns:
+            Numbers of inserted and updated records, and the sequence number of the last write.
 
         Raises:
-            Aborted: a record has another revision, perhaps from a try of this call whose response was lost. Nothing of
-                its request was written; the `done` records of earlier requests are.
-            InputError: a record is wrong; the requests before its own were sent.
-            InputTypeError: a record has a wrong type; the requests before its own were sent.
-            EmberpcError: a call failed.
+            NotFound: there is no collection of this name.
+            Aborted: a stored record has another revision, perhaps from a try of this call whose response was lost. The
+                request with this record wrote nothing; earlier requests wrote the first `done` records.
+            InputError: a record is wrong. Earlier requests, without this record, were sent.
+            InputTypeError: a record has a wrong type. Earlier requests, without this record, were sent.
+            EmberpcError: a request failed otherwise.
         """
         job = record_calls.upsert(
             collection,
@@ -84,8 +89,8 @@ class RecordMethods:
     ) -> Iterator[UpsertCheckpoint]:
         """Insert any number of records, or replace those with the same ids; an invalid record fails alone.
 
-        The server embeds the next records while it writes earlier ones to disk. If the connection breaks or the server
-        is restarted, the records that were not acknowledged are sent again.
+        The server embeds the next records while it writes earlier records to disk. If the connection breaks or the
+        server is restarted, the records that were not acknowledged are sent again.
 
         Args:
             collection: name of the collection.
@@ -94,7 +99,8 @@ class RecordMethods:
             truncation: how texts with too many tokens are truncated; None: the setting of the collection.
             batch_size: records per request. A request is atomic, except for the records that fail.
             window: the most records that are read and not yet acknowledged; fewer if they have more than 32 MiB.
-            timeout: seconds without the acknowledgement of any record, attempts to connect again included.
+            timeout: most seconds without a checkpoint, attempts to connect again included; None: the `timeout` of the
+                constructor.
 
         Returns:
             An iterator over checkpoints, which state how many records are on disk and which have failed.
@@ -103,8 +109,9 @@ class RecordMethods:
 
         Raises:
             InputError: an argument is wrong; nothing was sent.
-            InputTypeError: an argument has the wrong type.
-            EmberpcError: the whole stream failed. Raised when the next checkpoint is taken.
+            InputTypeError: an argument has the wrong type; nothing was sent.
+            EmberpcError: the stream as a whole failed; raised when the next checkpoint is taken. FailedPrecondition:
+                records have vectors, and the collection's model was replaced since the stream began.
         """
         job = UpsertJob(records, collection=collection, truncation=truncation, batch_size=batch_size, window=window)
         return self._runner.stream(job, records, timeout)
@@ -124,11 +131,16 @@ class RecordMethods:
             collection: name of the collection.
             ids: ids of the records.
             with_vectors: whether to return the vectors too.
-            details: called with `ResponseDetails` of each response: its `missing_ids` are ids without a record.
+            details: called with the `ResponseDetails` of each response: `missing_ids` are ids without a record.
 
         Returns:
             The records that were found, in the order of `ids`. Ids without a record are left out. If the response to a
             request would be too large, the ids are sent in smaller requests.
+
+        Raises:
+            NotFound: there is no collection of this name.
+            DataLoss: a record is damaged.
+            EmberpcError: a request failed otherwise.
         """
         return self._runner.run(record_calls.get(collection, ids, with_vectors=with_vectors, details=details), timeout)
 
@@ -145,10 +157,16 @@ class RecordMethods:
 
         Args:
             collection: name of the collection.
-            ids: ids of the records. Up to 1000 go into one request, which is atomic.
-            where: instead of `ids`: a filter. All records that match are deleted in one request; see
-                `emberpc.client.filters`.
-            details: called with `ResponseDetails` of each response: sequence number and durability of the write.
+            ids: ids of the records. At most 1000 are sent in one request; each request is atomic.
+            where: a filter, instead of `ids`, such as `lang = "en"`; see `emberpc.client.filters`. All records that
+                match are deleted in one request.
+            details: called with the `ResponseDetails` of each response: sequence number and durability of the write.
+
+        Raises:
+            NotFound: there is no collection of this name.
+            InputError: both or neither of `ids` and `where` are given, or one is wrong; nothing was deleted.
+            EmberpcError: a request failed otherwise. `done` is the number of ids, from the start of the list, whose
+                records earlier requests deleted.
         """
         return self._runner.run(record_calls.delete(collection, ids, where, details), timeout)
 
@@ -161,15 +179,19 @@ class RecordMethods:
         page_size: int = 0,
         timeout: float | None = None,
     ) -> Iterator[Record]:
-        """Iterate over the records of a collection, by id.
+        """Iterate over the records of a collection, in the byte order of their ids.
 
         Each record that exists during the whole iteration is returned exactly once, also if other calls write records.
 
         Args:
             collection: name of the collection.
-            where: only records that match, such as `lang = "en" and year >= 2020`; see `emberpc.client.filters`.
+            where: only records that match this filter, such as `lang = "en" and year >= 2020`; see
+                `emberpc.client.filters`. None: all records.
             with_vectors: whether to return the vectors too.
             page_size: records per request, at most 1000; 0: the server's default.
+
+        Raises:
+            EmberpcError: a request failed, for example with NotFound; raised when the next record is taken.
         """
 
         def page(token: str) -> Call[Any, Page[Record]]:
@@ -180,5 +202,8 @@ class RecordMethods:
         return self._runner.pages(page, timeout)
 
     def count(self, collection: str, *, where: Where | None = None, timeout: float | None = None) -> int:
-        """Count the records of a collection, or those that match; see `emberpc.client.filters`."""
+        """Count the records of a collection, or those that match the filter `where`; see `emberpc.client.filters`.
+
+        Raises NotFound if there is no collection of this name.
+        """
         return self._runner.run_one(record_calls.count(collection, where), timeout)

@@ -1,4 +1,4 @@
-"""Run the calls of a client: start them, retry those that failed, and collect the responses."""
+"""Run the calls of a client: start calls, retry failed calls, and collect the responses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ Item = TypeVar("Item")
 
 @dataclass
 class _Pending:
-    """A call that waits for its response: the call, its tries, its request(s), and gRPC's object of the present try."""
+    """A call that waits for its response.
+
+    `request` is the request, or an iterator of requests. `started` is gRPC's object for the present try.
+    """
 
     call: Call[Any, Any]
     retries: Retries
@@ -34,14 +37,17 @@ class _Pending:
 
 
 class Runner:
-    """Runs calls; its methods raise EmberpcError if a call fails.
+    """Runs calls over the channel of a client.
+
+    `timeout` of the methods is the seconds that one call may take, with all its tries; None: the timeout of
+    `connection`. A wrong timeout raises InputError or InputTypeError. A failed call raises EmberpcError.
 
     Args:
-        connection: target and settings.
+        connection: target and settings of the client.
         channel: the caller's channel; None: open a channel.
 
     Raises:
-        InputTypeError: the channel is of the wrong kind.
+        InputTypeError: `channel` is not a channel of the kind that this client needs, of grpc or of grpc.aio.
     """
 
     def __init__(self, connection: Connection, channel: grpc.Channel | None) -> None:
@@ -49,11 +55,21 @@ class Runner:
         self._transport = Transport(connection, channel)
 
     def close(self) -> None:
-        """Refuse further calls, and close the channel unless it is the caller's."""
+        """Refuse further calls, and close the channel unless the caller gave the channel."""
         self._transport.close()
 
     def run(self, job: Job[Any, Result], timeout: float | None) -> Result:
-        """Run the calls of a job, a few at a time unless they are ordered, and return the joined result."""
+        """Run the calls of a job and return the joined result.
+
+        At most `in_flight` calls (a setting of the connection) run at a time; 1 if the job is ordered. If a call fails,
+        the calls in flight are cancelled. A call whose response would be too large is divided. `timeout` is the seconds
+        of each call.
+
+        Raises:
+            EmberpcError: a call failed; `done` states the items that earlier calls wrote.
+            InputError: an item is wrong.
+            InputTypeError: an item has the wrong type.
+        """
         pending: deque[_Pending] = deque()
         width = 1 if job.ordered else self._connection.in_flight
         try:
@@ -70,14 +86,17 @@ class Runner:
         return job.result()
 
     def run_one(self, call: Call[Any, Result], timeout: float | None) -> Result:
-        """Run one call and return its result."""
+        """Run one call, with retries, and return its result; raise EmberpcError if the call fails."""
         result: Result = self._response(self._start(call, timeout), timeout)
         return result
 
     def run_steps(
         self, call: Call[Any, Step[Item]], progress: Callable[[str], None] | None, timeout: float | None
     ) -> Item:
-        """Run one call whose responses report steps, and return what the last step contains."""
+        """Run one call whose responses report steps, and return the result in the last step.
+
+        `progress` is called with the stage of each step; None: no calls. Raises EmberpcError if the call fails.
+        """
         steps = Steps(call, progress)
         with closing(self.responses(call, timeout)) as responses:
             for step in responses:
@@ -85,7 +104,11 @@ class Runner:
         return steps.result()
 
     def responses(self, call: Call[Any, Item], timeout: float | None) -> Generator[Item, None, None]:
-        """Run one call of several responses, and yield them as they arrive. Closing the generator ends the call."""
+        """Run one call with several responses, and yield the result of each when it arrives.
+
+        Closing the generator ends the call. The call is retried only if it fails before the first response. Raises
+        EmberpcError if it fails for good.
+        """
         retries = Retries(self._connection.deadline(timeout), allowed=self._transport.owns_channel)
         answered = False
         while True:
@@ -98,7 +121,7 @@ class Runner:
             except grpc.RpcError as error:
                 retries.end(number)
                 ours = self._connection.error(error, call, timeout, late=retries.late)
-                # Responses that were yielded cannot be taken back.
+                # A retry would yield the responses from the start, and those yielded already cannot be taken back.
                 if answered or (pause := retries.pause(ours)) is None:
                     raise ours from error
             else:
@@ -108,7 +131,10 @@ class Runner:
             self._transport.sleep(pause)
 
     def upload(self, call: Call[Any, Result], requests: Iterator[Message], timeout: float | None) -> Result:
-        """Run one call of several requests. It is not retried, because the requests can be read only once."""
+        """Run one call with several requests and one response, and return its result.
+
+        The call is not retried, because the requests can be read only once. Raises EmberpcError if it fails.
+        """
         pending = _Pending(call, Retries(self._connection.deadline(timeout), allowed=False), requests)
         self._try(pending, "stream_unary")
         try:
@@ -118,12 +144,15 @@ class Runner:
         return result
 
     def pages(self, page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None) -> Iterator[Item]:
-        """Iterate over the items of all pages; `page_call` builds the call for a page token."""
-        # The first call is built here, not in the generator, so that a wrong argument raises at once.
+        """Iterate over the items of all pages, and request each page when it is needed.
+
+        `page_call` returns the call for a page token; the token of the first page is empty.
+        """
+        # A generator would build the first call only when the first item is taken. Here wrong arguments raise at once.
         return self._walk(page_call(""), page_call, timeout)
 
     def all_items(self, page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None) -> list[Item]:
-        """Return the items of all pages; `page_call` builds the call for a page token."""
+        """Return the items of all pages; `page_call` returns the call for a page token, which is empty at first."""
         items: list[Item] = []
         for item in self.pages(page_call, timeout):
             items.append(item)
@@ -132,7 +161,18 @@ class Runner:
     def stream(
         self, job: StreamJob[Item, Any, Any, Result], items: Iterable[Item], timeout: float | None
     ) -> Iterator[Result]:
-        """Run a stream, and yield the results as they arrive."""
+        """Run a stream of items, and yield the results as they arrive.
+
+        Args:
+            job: state of the stream.
+            items: the caller's items; read when the stream has room for them.
+            timeout: most seconds without a result; None: the timeout of the connection.
+
+        Raises:
+            InputTypeError: `timeout` is not a number.
+            InputError: `timeout` is out of range.
+            EmberpcError: the stream failed; raised when the next result is taken.
+        """
         self._connection.deadline(timeout)  # so that a wrong timeout raises now, not at the first result
         return run_stream(job, item_iterator(items), self._transport, self._connection, timeout)
 
@@ -146,7 +186,8 @@ class Runner:
             yield from page.items
 
     def _take_oldest(self, job: Job[Any, Any], pending: deque[_Pending], timeout: float | None) -> None:
-        # Removed only when its response is there, so that Ctrl-C cancels all calls that are in flight.
+        # The call stays in `pending` until its response is there: if Ctrl-C interrupts the wait, `run` cancels all
+        # calls in `pending`.
         try:
             part = self._response(pending[0], timeout)
         except ResourceExhausted as error:
@@ -156,21 +197,25 @@ class Runner:
         job.take(pending.popleft().call, part)
 
     def _start(self, call: Call[Any, Any], timeout: float | None) -> _Pending:
-        """Send the request of a call. Only a call over the client's own channel may be retried."""
+        """Start the first try of a call. Retries are allowed only over a channel that the client opened itself."""
         retries = Retries(self._connection.deadline(timeout), allowed=self._transport.owns_channel)
         pending = _Pending(call, retries, call.request)
         self._try(pending)
         return pending
 
     def _try(self, pending: _Pending, kind: str = "unary_unary") -> None:
-        """Start a try of a call; `kind` is gRPC's name for the kind of method."""
+        """Start the next try of a call, and record when it ends; `kind` is gRPC's name for the kind of method."""
         number = pending.retries.begin()
         pending.started = self._transport.start(kind, pending.call, pending.request, timeout=pending.retries.left)
-        # A response may arrive while the call waits for earlier calls to be taken.
+        # The response may arrive long before `_response` waits for it, and `retries` must know how long the try ran.
         pending.started.add_done_callback(lambda _: pending.retries.end(number))
 
     def _response(self, pending: _Pending, timeout: float | None) -> Any:
-        """Wait for a response, retrying the call if necessary, and decode it."""
+        """Wait for the response of a started call, and return its result; retry the call if it may be retried.
+
+        Raises:
+            EmberpcError: the call failed and is not retried.
+        """
         while True:
             try:
                 return pending.call.read(self._transport.response(pending.started))

@@ -1,6 +1,7 @@
-"""Run a stream of items, and open it again if its connection breaks.
+"""Run a stream of items, and open the stream again if its connection breaks.
 
-The caller's items are read between two results. Requests and responses that wait are bounded by the job's window.
+The caller's items are read when the caller takes the next result. The window of the job limits the requests and
+responses that wait in memory.
 """
 
 from __future__ import annotations
@@ -24,14 +25,19 @@ def run_stream(
     connection: Connection,
     timeout: float | None,
 ) -> Iterator[Result]:
-    """Yield the results of a stream as they arrive.
+    """Yield the results of a stream as they arrive; cancel the stream when the generator is closed.
 
     Args:
-        job: the items in flight, and what is to be sent.
+        job: state of the stream: the items that are read and not answered, and the requests to send.
         items: the caller's items.
         transport: the channel.
-        connection: target and settings, for errors.
-        timeout: seconds that may pass without a result; None: the client's.
+        connection: target and settings of the client.
+        timeout: most seconds without a result; None: the timeout of `connection`.
+
+    Raises:
+        EmberpcError: the stream failed, and opening it again did not help or was not possible.
+        InputTypeError: an item has the wrong type, or `timeout` is not a number.
+        InputError: `timeout` is out of range.
     """
     patience = Patience(connection.deadline(timeout))
     stream = StreamConnection(transport, job.call)
@@ -73,7 +79,10 @@ def run_stream(
 
 
 def _await_end(stream: StreamConnection, patience: Patience) -> None:
-    """Wait for the end of a stream whose items are all answered. An error changes nothing any more."""
+    """Wait for the end of a stream whose items are all answered, at most until the timeout.
+
+    An error is ignored, since the caller has all results.
+    """
     with suppress(TimeoutError, Cancelled):
         while isinstance(stream.next_event(patience.left), Message):
             pass

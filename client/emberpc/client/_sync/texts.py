@@ -1,4 +1,4 @@
-"""Methods about texts: embed, count tokens, compare, classify."""
+"""Methods about texts: embed texts, count their tokens, compare them, classify them."""
 
 from __future__ import annotations
 
@@ -50,15 +50,17 @@ class TextMethods:
         Args:
             texts: a list or another iterable of texts; at least one, none empty. A single str is refused: write
                 `[text]`.
-            model: the embedding model; empty: the only one that the server serves.
-            input_kind: purpose of the texts; decides which prompt the server puts before them.
-            dimensions: number of first dimensions to return (Matryoshka); 0: all.
+            model: name of the embedding model; empty: the only embedding model of the server.
+            input_kind: purpose of the texts; decides which prompt of the model the server puts before each text.
+            dimensions: number of first dimensions to return (Matryoshka), one of those that the model lists; 0: all.
             truncation: how texts with too many tokens are truncated.
-            dtype: element type on the wire: `float16` halves the bytes, `int8` quarters them, `binary` sends the signs.
-                The result is float32 in any case.
+            dtype: element type of the response: `float16` halves the bytes of `float32`, `int8` quarters them, `binary`
+                has only the sign of each number, 1 bit. The result is float32 in any case; for `binary` -1 and 1.
             normalize: whether to scale the vectors to length 1; None: the setting of the model's export.
-            priority: `bulk` lets other calls go first.
-            details: called with `ResponseDetails` of each response: the model that answered, times, tokens of texts.
+            priority: urgency of the call; the server may delay `bulk` calls in favour of `interactive` calls.
+            batch_size: most texts of one request.
+            details: called with the `ResponseDetails` of each response: the model that answered, times, tokens of the
+                texts.
 
         Returns:
             float32, shape (texts, dimensions); row i is the vector of `texts[i]`.
@@ -66,7 +68,8 @@ class TextMethods:
         Raises:
             InputError: an argument is wrong; nothing was sent.
             InputTypeError: an argument has the wrong type; nothing was sent.
-            EmberpcError: the call failed; see `emberpc.client.exceptions`.
+            EmberpcError: a request failed, for example with NotFound for an unknown model; see
+                `emberpc.client.exceptions`.
         """
         options = EmbedOptions(model, input_kind, dimensions, truncation, dtype, normalize, priority)
         job = embedding.embed(texts, options, batch_size=batch_size, progress=progress, details=details)
@@ -99,7 +102,8 @@ class TextMethods:
             batch_size: texts per request. A request is sent when this many texts are read, so choose a smaller number
                 if the texts arrive slowly.
             window: the most texts that are read and not yet answered; fewer if they have more than 2**24 characters.
-            timeout: seconds without the result of any text, attempts to connect again included.
+            timeout: most seconds without a result, attempts to connect again included; None: the `timeout` of the
+                constructor.
 
         Returns:
             An iterator over the results.
@@ -107,9 +111,9 @@ class TextMethods:
 
         Raises:
             InputError: an argument is wrong; nothing was sent.
-            InputTypeError: an argument or an item has the wrong type.
-            EmberpcError: the whole stream failed, as `embed` would; FailedPrecondition if the server replaced the model
-                since the stream began. Raised when the next result is taken.
+            InputTypeError: an argument has the wrong type; or, when the next result is taken, an item.
+            EmberpcError: the stream as a whole failed; raised when the next result is taken. FailedPrecondition: the
+                server replaced the model since the stream began.
         """
         options = EmbedOptions(model, input_kind, dimensions, truncation, dtype, normalize, priority)
         return self._runner.stream(EmbedJob(items, options, batch_size=batch_size, window=window), items, timeout)
@@ -126,8 +130,8 @@ class TextMethods:
     ) -> list[int]:
         """Count the tokens of texts, prompt and special tokens included.
 
-        Arguments and errors are those of `embed`, except that a text may be empty, and that `model` may name a
-        classifier. `details` also states `max_tokens`.
+        Arguments and errors are those of `embed`. But a text may be empty, `model` may name a classifier, and
+        `ResponseDetails` also has `max_tokens`, and neither times nor tokens.
 
         Returns:
             Item i is the number of tokens of `texts[i]`, before any truncation.
@@ -149,10 +153,12 @@ class TextMethods:
     ) -> Matrix:
         """Compare each source with each target, in one request; other arguments and errors are those of `embed`.
 
+        Sources and targets together must be within the server's limit of texts (by default 4096).
+
         Args:
-            sources: texts, none empty.
-            targets: texts to compare the sources with, none empty.
-            source_kind: purpose of the sources.
+            sources: texts, at least one, none empty.
+            targets: texts to compare the sources with, at least one, none empty.
+            source_kind: purpose of the sources; decides which prompt the server puts before each.
             target_kind: purpose of the targets.
 
         Returns:
@@ -185,12 +191,12 @@ class TextMethods:
         """Classify texts; other arguments and errors are those of `embed`.
 
         Args:
-            texts: texts; at least one, none empty.
-            classifier: name of the classifier; empty: the only one that the server serves.
-            top_k: the most labels to return for each text, best first; 0: all.
+            texts: a list or another iterable of texts; at least one, none empty.
+            classifier: name of the classifier; empty: the only classifier of the server.
+            top_k: the most labels with probabilities to return for each text, the most probable first; 0: all.
 
         Returns:
-            Item i is the result for `texts[i]`.
+            Item i is the result for `texts[i]`: predicted labels, probabilities, and whether the text is rejected.
         """
         job = embedding.classify(
             texts,

@@ -1,7 +1,7 @@
-"""gRPC for `Client`: start calls, wait for responses, with threads.
+"""The gRPC calls of `Client`, with threads: start calls, wait for responses.
 
-`_aio/transport.py` has the same classes and functions for asyncio. Both files are written by hand. The modules that
-use them are written only for `_sync`; `tools/generate_async_client.py` generates those of `_aio`.
+`_aio/transport.py` has the same classes and functions for asyncio. Both files are written by hand. The other modules of
+`_sync` use this file; `tools/generate_async_client.py` generates the other modules of `_aio` from them.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from emberpc.client._core.connection import CALL_CANCELLED, CHANNEL_CLOSED, CLIE
 from emberpc.client._core.streams import Item, StreamJob
 from emberpc.client.exceptions import Cancelled, InputTypeError
 
-#: Seconds to wait for gRPC to close a channel, which takes milliseconds.
+#: Most seconds to wait until gRPC has closed a channel. Closing takes milliseconds, unless it hangs.
 _CLOSE_SECONDS = 2.0
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
-#: An iterator over a caller's items.
+#: An iterator over the items that a caller gave to a stream.
 ItemIterator: TypeAlias = Iterator[Item]
 
 
 class Transport:
-    """The channel of a client.
+    """The channel of a client, and the calls over this channel.
 
     Args:
         connection: target and settings of the channel.
         channel: the caller's channel; None: open a channel.
 
     Attributes:
-        owns_channel: whether the client opened the channel, and may retry calls over it.
+        owns_channel: whether the client opened the channel itself, so that it may retry calls and closes the channel.
 
     Raises:
         InputTypeError: `channel` is a channel of grpc.aio.
@@ -52,11 +52,12 @@ class Transport:
         self._channel = channel or _open(connection)
 
     def close(self) -> None:
-        """Refuse further calls, and close the channel unless it is the caller's. May be called several times."""
+        """Refuse further calls, and close the channel unless the caller gave it. May be called several times."""
         self._closed.set()
         if not self.owns_channel:
             return
-        # If Ctrl-C interrupts gRPC while it starts a call, `close` waits for that call for ever (grpc/grpc#19973).
+        # If Ctrl-C interrupted gRPC while it started a call, closing the channel waits for that call for ever
+        # (grpc/grpc#19973). So another thread closes the channel, and this thread waits a limited time.
         closing = threading.Thread(target=self._channel.close, daemon=True)
         closing.start()
         closing.join(_CLOSE_SECONDS)
@@ -86,15 +87,16 @@ class Transport:
         try:
             return start(request, timeout=timeout, metadata=self._connection.metadata)
         except ValueError as error:
-            # gRPC raises ValueError for a closed channel: the caller's, or one that another thread has just closed.
+            # gRPC raises ValueError for a closed channel. Either the caller closed its own channel, or another thread
+            # has closed this client since the check above.
             raise Cancelled(CLIENT_CLOSED if self._closed.is_set() else CHANNEL_CLOSED) from error
 
     def response(self, started: Any) -> Any:
-        """Return the response of a started call that has one response.
+        """Wait for the response of a started call with one response, and return it.
 
         Raises:
             grpc.RpcError: the call failed.
-            Cancelled: the client was closed.
+            Cancelled: the call was cancelled, for example because the client was closed.
         """
         try:
             return started.result()
@@ -102,7 +104,7 @@ class Transport:
             raise Cancelled(CALL_CANCELLED) from error
 
     def next_response(self, started: Any) -> Any:
-        """Return the next response of a started call that has several; None at its end.
+        """Wait for the next response of a started call with several responses, and return it; None: the call ended.
 
         Raises:
             grpc.RpcError: the call failed, or the client was closed.
@@ -110,18 +112,21 @@ class Transport:
         return next(started, None)
 
     def sleep(self, seconds: float) -> None:
-        """Wait, at most until the client is closed."""
+        """Wait for `seconds`, or until the client is closed."""
         self._closed.wait(seconds)
 
 
 class StreamConnection:
-    """A bidirectional stream over a channel.
+    """One connection of a stream, with requests and responses at the same time. The constructor opens it.
 
-    A thread receives the responses. gRPC sends the requests in a thread of its own.
+    A thread of the client receives the responses, and a thread of gRPC sends the requests.
 
     Args:
         transport: the channel.
         call: the method of the stream.
+
+    Raises:
+        Cancelled: the client or the channel is closed.
     """
 
     def __init__(self, transport: Transport, call: Call[Any, Any]) -> None:
@@ -133,22 +138,22 @@ class StreamConnection:
 
     @property
     def silent(self) -> bool:
-        """Whether every response that arrived was taken."""
+        """Whether no response or error waits: `next_event` has returned everything that arrived."""
         return self._inbox.empty()
 
     def enqueue(self, requests: Iterable[Message]) -> None:
-        """Hand over requests to be sent as soon as the server accepts them."""
+        """Queue requests; gRPC sends them in this order, each when the server accepts more data. Does not wait."""
         for request in requests:
             self._outbox.put(request)
 
     def finish(self) -> None:
-        """State that no further requests follow. May be called several times."""
+        """Tell the server, after the queued requests, that no further requests follow. May be called several times."""
         if not self._finished:
             self._finished = True
             self._outbox.put(None)
 
     def next_event(self, timeout: float) -> Message | grpc.RpcError | None:
-        """Return the next response, the error that ended the stream, or None at its end.
+        """Wait for the next response and return it; return the error that ended the stream, or None at a normal end.
 
         Raises:
             TimeoutError: nothing arrived within `timeout` seconds.
@@ -174,12 +179,15 @@ class StreamConnection:
 
 
 def item_iterator(items: Iterable[Item]) -> ItemIterator[Item]:
-    """Return an iterator over a caller's items."""
+    """Return an iterator over the items that a caller gave to a stream."""
     return iter(items)
 
 
 def read_items(job: StreamJob[Item, Any, Any, Any], items: ItemIterator[Item]) -> None:
-    """Read items for one request of a stream, in the caller's thread."""
+    """Read items of the caller and add them to `job`, until they fill a request or there are no more.
+
+    Raises what the iterator raises, and InputTypeError for an item of the wrong type.
+    """
     while not job.read_enough:
         try:
             item = next(items)
@@ -190,7 +198,10 @@ def read_items(job: StreamJob[Item, Any, Any, Any], items: ItemIterator[Item]) -
 
 
 def run_blocking(function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-    """Call a function that waits for a disk; here in the caller's thread."""
+    """Call a function that may wait for a disk, and return its result. Here the caller's own thread may wait.
+
+    `AsyncClient` has this function as a coroutine, which calls `function` in another thread.
+    """
     return function(*args, **kwargs)
 
 
