@@ -1,1 +1,1 @@
-"""The command line `emberpc`. It calls the client, the server and the export; it needs the extra [cli]."""
+"""The command line `emberpc`, which needs the extra [cli]. Its commands call the client, the server and the export."""

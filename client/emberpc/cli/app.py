@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-# There is no public function that installs the completion for a given shell.
+# Typer has no public function that installs the completion for a given shell, so this uses a private module.
 from typer._completion_shared import Shells, get_completion_script, install
 
 from emberpc.cli import output
@@ -27,13 +27,16 @@ _EPILOG = (
 )
 
 _PROGRAM, _COMPLETE = "emberpc", "_EMBERPC_COMPLETE"
-#: Whether errors are shown with their traceback.
+#: Whether errors are shown with their traceback: --debug or EMBERPC_DEBUG is set.
 _debug: ContextVar[bool] = ContextVar("debug", default=False)
 
 
 @dataclass(frozen=True)
 class _Command:
-    """A command or a group of commands: its panel in the help, and the module and attribute that define it."""
+    """A command or a group of commands.
+
+    `panel` is the title of its panel in the help. The module `module` of `emberpc.cli` defines it as `attribute`.
+    """
 
     panel: str
     module: str
@@ -64,7 +67,10 @@ _COMMANDS = {
 
 @cache
 def app_with(*names: str) -> typer.Typer:
-    """Return the command line with the given commands; default: all commands."""
+    """Return the command line with the commands `names`, or with all commands if there are no names.
+
+    Imports the modules of the commands.
+    """
     app = typer.Typer(
         name="emberpc",
         help="Embeddings, vector search and classification over gRPC, on plain CPUs.",
@@ -106,22 +112,22 @@ def _every_command(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command; return its exit code."""
+    """Run the command that `arguments` state, and return the exit code. Errors are printed to stderr."""
     arguments = _debug_first(arguments)
     if (completion := _completion(arguments)) is not None:
         return completion
     _debug.set(arguments[:1] == ["--debug"])  # the callback also reads EMBERPC_DEBUG, but runs after --help
     try:
-        # Not standalone, so that Typer leaves errors and the exit to this function.
+        # In standalone mode, Typer would print errors and exit by itself; this function does both.
         code = int(_app_for(arguments)(arguments, prog_name=_PROGRAM, standalone_mode=False) or 0)
         return code or _flush() or ExitCode.OK
     except SystemExit as error:
-        # Rich ends the program in this way if the reader of the help closed the pipe.
+        # Rich raises SystemExit if the reader of the help closed the pipe. That is no error.
         if isinstance(error.__context__, BrokenPipeError):
             return ExitCode.OK
         raise
     except typer.TyperException as error:
-        # A usage error of Typer names the command.
+        # A usage error of Typer has the context of the command, with its name; other errors have none.
         command = getattr(getattr(error, "ctx", None), "command_path", "emberpc")
         message = error.format_message().rstrip(".")
         # An empty message means that the command had no arguments, and Typer printed the help.
@@ -139,9 +145,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _completion(arguments: Sequence[str]) -> int | None:
-    """Install or show the completion for the shell that the arguments name; return the exit code, or None.
+    """Install or show the completion for the shell that the arguments name, and return the exit code.
 
-    Typer's own options detect the present shell, and ignore an argument.
+    None: the arguments are not --install-completion or --show-completion with the name of a shell. Typer itself handles
+    these options without a name: it detects the present shell.
     """
     option, _, shell = " ".join(arguments).replace("=", " ", 1).partition(" ")
     if option not in ("--install-completion", "--show-completion") or not shell:
@@ -158,7 +165,7 @@ def _completion(arguments: Sequence[str]) -> int | None:
 
 
 def _debug_first(arguments: Sequence[str]) -> list[str]:
-    """Move --debug before the command, from any position before a `--`."""
+    """Return the arguments with --debug, if it occurs before any `--`, moved to the start, where Typer accepts it."""
     options = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
     rest = list(arguments[len(options) :])
     kept = [argument for argument in options if argument != "--debug"]
@@ -172,7 +179,7 @@ def _app_for(arguments: Sequence[str]) -> typer.Typer:
 
 
 def _is_of_an_interrupt(error: BaseException | None) -> bool:
-    """Return whether Ctrl-C caused an error: a library that it interrupts may raise an error of its own."""
+    """Return whether Ctrl-C caused an error. A library that Ctrl-C interrupts may raise an error of its own."""
     seen = set[int]()  # the chain of causes can have a cycle if a library raises an error again
     while error is not None and not isinstance(error, KeyboardInterrupt) and id(error) not in seen:
         seen.add(id(error))
@@ -181,13 +188,13 @@ def _is_of_an_interrupt(error: BaseException | None) -> bool:
 
 
 def _is_of_the_help(error: OSError) -> bool:
-    """Return whether an error comes from the help, which Typer and Rich write to stdout directly."""
+    """Return whether an error was raised while Typer and Rich wrote the help to stdout, past the module `output`."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return str(frame.f_globals.get("__name__")).partition(".")[0] in ("rich", "typer")
 
 
 def _flush() -> int | None:
-    """Flush stdout; return None if that succeeded, else the exit code."""
+    """Flush stdout. Return None if that succeeded, 0 if the reader closed the pipe, else the code of the error."""
     try:
         output.flush()
     except typer.Exit as pipe_closed:

@@ -1,4 +1,4 @@
-"""Settings of a collection, stored in exports so that an import can create the same collection."""
+"""Settings of a collection, which an export stores so that an import can create the same collection."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from emberpc.client.types import Distance, Truncation
 
 @dataclass(frozen=True)
 class CollectionSettings:
-    """Arguments of `Client.create_collection`; 0 and empty values are the server's defaults.
+    """Arguments of `Client.create_collection`, with the same meanings, and a fingerprint.
 
     `model_fingerprint` (hex) identifies the model that made the vectors; empty: unknown.
     """
@@ -41,10 +41,14 @@ class CollectionSettings:
 
     @staticmethod
     def from_json(text: str | bytes, name: str) -> CollectionSettings:
-        """Parse the JSON of `to_json`; unknown settings, which a newer version wrote, are ignored.
+        """Parse the JSON of `to_json`. Settings that are missing get their defaults; unknown settings are ignored.
+
+        Args:
+            text: the JSON. A newer version of emberpc may have written it, with further settings.
+            name: name of the file, for messages.
 
         Raises:
-            CliError: the JSON is damaged; the message names the file `name`.
+            CliError: the JSON is damaged.
         """
         damaged = CliError(f"{name}: the settings of the collection in it are damaged; export the collection again")
         try:
@@ -66,7 +70,7 @@ class CollectionSettings:
         return settings
 
     def create(self, client: Client, name: str) -> Collection:
-        """Create a collection with these settings."""
+        """Create the collection `name` with these settings, and return it; raise EmberpcError if the call fails."""
         return client.create_collection(
             name,
             model=self.model,
@@ -79,7 +83,7 @@ class CollectionSettings:
         )
 
     def command(self, name: str) -> str:
-        """Return the shell command that creates a collection with these settings."""
+        """Return the shell command that creates the collection `name` with these settings."""
         options = {
             "--model": self.model,
             "--dimensions": self.dimensions,

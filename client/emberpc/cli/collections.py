@@ -1,4 +1,4 @@
-"""The commands `emberpc collection …`."""
+"""The commands `emberpc collection …`, except map, backup, restore, export and import."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from emberpc.client.types import Distance, Progress, Truncation
 
 app = typer.Typer(help="Create, list, show and delete collections.", no_args_is_help=True)
 
-#: Seconds. Duplicates and clusters of a million records may take minutes.
+#: Timeout of a request for duplicates or clusters, in seconds, in place of --timeout: with a million records the server
+#: may need minutes.
 GROUPS_TIMEOUT = 3600.0
 #: Seconds between two requests for the progress of a reembedding.
 _FOLLOW_SECONDS = 0.5
@@ -58,7 +59,7 @@ def create(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Create a collection."""
+    """Create a collection, and show it."""
     collection = client.create_collection(
         name,
         model=model,
@@ -76,7 +77,7 @@ def create(
 @app.command("list")
 @with_client
 def list_collections(client: Client, as_json: AsJson = False) -> None:
-    """List the collections."""
+    """List the collections: name, number of records, model, dimensions, distance, size on disk."""
     if as_json:
         print_json(client.collections())
         return
@@ -101,7 +102,7 @@ def list_collections(client: Client, as_json: AsJson = False) -> None:
 @app.command()
 @with_client
 def get(client: Client, name: Name, as_json: AsJson = False) -> None:
-    """Show one collection."""
+    """Show one collection: settings, number of records, size, and the progress of a reembedding."""
     _show(client.get_collection(name), as_json)
 
 
@@ -113,7 +114,7 @@ def update(
     truncation: Annotated[Truncation, typer.Option(help="Treatment of records whose text has too many tokens.")],
     as_json: AsJson = False,
 ) -> None:
-    """Change the settings of a collection; stored records do not change."""
+    """Change how a collection truncates texts with too many tokens; stored records do not change."""
     _show(client.update_collection(name, truncation=truncation), as_json)
 
 
@@ -124,7 +125,7 @@ def delete(
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a collection with all its records; on a terminal, asks first."""
+    """Delete a collection with all its records. On a terminal, ask first, unless --yes is given."""
     if not yes and sys.stdin.isatty() and sys.stderr.isatty():
         count = client.get_collection(name).record_count
         try:
@@ -151,7 +152,10 @@ def reembed(
         bool, typer.Option("--cancel", help="Cancel the reembedding; the collection keeps its model.")
     ] = False,
 ) -> None:
-    """Embed the texts of a collection again with another model. Until that is done, it is served with its old model."""
+    """Replace the vectors of a collection by those of another model.
+
+    Searches use the old vectors until all new vectors exist.
+    """
     if cancel == bool(model):
         raise CliError("give --model, or --cancel, one of the two")
     if cancel:
@@ -175,7 +179,7 @@ def verify(
     full: Annotated[bool, typer.Option("--full", help="Search for every record instead of a random sample.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check that all records are undamaged and that search finds a sample of them. Exit code 7: a check failed."""
+    """Check that all records are undamaged, and that searches find a sample of them. Exit code 7: a check failed."""
     with progress("verifying", client.get_collection(name).record_count) as done:
         found = client.verify_collection(name, full=full, progress=lambda checked, _: done(checked))
     if as_json:
@@ -279,7 +283,7 @@ app.command("map")(draw_map)
 @app.command()
 @with_client
 def count(client: Client, name: Name, where: Where = None, as_json: AsJson = False) -> None:
-    """Count a collection's records."""
+    """Count the records of a collection, or those that match --where."""
     found = client.count(name, where=where)
     if as_json:
         print_json([{"count": found}])
@@ -294,7 +298,10 @@ app.command("import")(import_export.import_records)
 
 
 def _followed(client: Client, collection: Collection, done: Progress) -> Collection:
-    """Wait until a reembedding is done, and return the collection; report each problem once."""
+    """Wait until the reembedding of a collection is done, and return the collection as it is then.
+
+    `done` is called with the number of records with new vectors. Each new problem is printed to stderr once.
+    """
     reported = ""
     while (job := collection.reembedding) is not None:
         done(job.done)

@@ -1,4 +1,4 @@
-"""Convert the metadata cells of a table to the types that --types states; the default is text."""
+"""Convert the metadata cells of a table from text to the types that --types states for their columns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import typer
 from emberpc.cli.errors import CliError
 from emberpc.cli.options import listed
 
-#: Metadata stores numbers as doubles, which cannot represent all whole numbers beyond this.
+#: Greatest whole number of a cell, either sign. Metadata stores numbers as doubles, which cannot represent every whole
+#: number beyond this one.
 _MAX_WHOLE = 2**53
 #: Most characters of a cell in an error message.
 _SHOWN = 60
@@ -60,7 +61,7 @@ _TEXT = "text"
 
 
 class ColumnTypes:
-    """Types of the metadata columns of a table.
+    """Types of the metadata columns of a table. A column without a type is text.
 
     Args:
         values: the values of --types, such as `year=int,price=float`.
@@ -98,7 +99,7 @@ class ColumnTypes:
 
         Args:
             cells: the cells by column.
-            refuse: called with the problem if a cell cannot be parsed as its type.
+            refuse: called with the problem if a cell cannot be parsed as its type; must raise an exception.
         """
         found: dict[str, str | int | float | bool] = {}
         for column, cell in cells.items():

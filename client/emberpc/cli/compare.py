@@ -1,4 +1,4 @@
-"""The command `emberpc compare`: measure all classification strategies on the data of the user."""
+"""The command `emberpc compare`: measure classification strategies on the data of the user, and recommend one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _EVERYTHING = "1,2,4,8,16,32,all"
 _BYTES_PER_MB = 1e6
-#: Most lines about combinations that were not measured; the report lists all.
+#: Most lines on stderr about strategies and budgets that were not measured; the report lists all.
 _SKIPPED = 5
 
 
@@ -112,7 +112,7 @@ def compare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle of --export-winner.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tuning or embedding? Compare all strategies on your own data, and recommend a strategy."""
+    """Compare all strategies on your own data, from embeddings to full fine-tuning, and recommend a strategy."""
     left = f"all measurements are kept in {output}; run the same command to resume"
     if output.exists() and not output.is_dir():
         raise CliError(f"--output: {output} is not a folder; choose another place")
@@ -160,7 +160,11 @@ def compare(
 
 
 def _budgets(values: list[str]) -> tuple[int, ...]:
-    """Parse the values of --budget."""
+    """Return the budgets that the values of --budget name, with the constant `ALL` for `all`.
+
+    Raises:
+        CliError: an item is neither a number nor `all`, is empty, or is repeated.
+    """
     from emberpc.export.compare.outcomes import ALL
 
     found = []
@@ -172,7 +176,7 @@ def _budgets(values: list[str]) -> tuple[int, ...]:
 
 
 def _seconds(text: str | None) -> float | None:
-    """Parse a time such as 30m, and return it in seconds."""
+    """Return the value of --time-limit, such as `30m`, in seconds; None stays None. Raise CliError if it is no time."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())

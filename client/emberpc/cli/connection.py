@@ -1,4 +1,4 @@
-"""Connection options of the commands that call a server, and the client that is created from them."""
+"""Options of the commands that call a server, such as --target and --token, and the client made from these options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from emberpc.client import TLS, Client, EmberpcError, FilterWarning
 from emberpc.client._core.connection import is_local, is_url
 
 _PANEL = "Connection"
-#: Remedy of errors about the deadline, as `in_cli_terms` returns them.
+#: The remedy in messages of errors about the deadline, in the words of `in_cli_terms`.
 _SEND_LESS = "fewer texts in one request"
 
 _OPTIONS = [
@@ -71,7 +71,10 @@ _OPTIONS = [
 
 
 def with_client(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the connection options to a command, and pass it the connected client as the first argument."""
+    """Return a command with the connection options added. It calls `command` with a client as the first argument.
+
+    The client is closed afterwards. Warnings about filters are printed to stderr.
+    """
 
     def run(options: dict[str, Any], values: dict[str, Any]) -> None:
         with connect(**options) as client, _filter_warnings(), _batch_remedy("batch_size" in values):
@@ -82,7 +85,10 @@ def with_client(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def _batch_remedy(has_batches: bool) -> Iterator[None]:
-    """Name --batch-size as a remedy in errors about the deadline, if the command has that option."""
+    """Context manager that names --batch-size as a remedy in errors of its block about the deadline.
+
+    It changes nothing if `has_batches`, whether the command has that option, is false.
+    """
     try:
         yield
     except EmberpcError as error:
@@ -95,7 +101,7 @@ def _batch_remedy(has_batches: bool) -> Iterator[None]:
 
 @contextmanager
 def _filter_warnings() -> Iterator[None]:
-    """Print the server's warnings about filters to stderr as notes."""
+    """Context manager that prints each FilterWarning of its block to stderr as one line, `warning: …`."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", FilterWarning)
         usual = warnings.showwarning
@@ -118,7 +124,13 @@ def _filter_warnings() -> Iterator[None]:
 
 
 def connect(target: str, timeout: float, token: str | None, tls_ca: Path | None) -> Client:
-    """Create a client.
+    """Create a client from the values of the connection options.
+
+    Args:
+        target: HOST:PORT.
+        timeout: seconds that a request may take.
+        token: bearer token; None or empty: none.
+        tls_ca: PEM file of the certificates that may sign the server's certificate; None: no encryption.
 
     Raises:
         CliError: the target is a URL, the token would be sent unencrypted, or the certificate file cannot be read.

@@ -1,4 +1,4 @@
-"""Make the ids of a table that has no column `id`: from the text of each row."""
+"""Make ids for a table without the column `id`: each from the text of its row."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def id_of_text(text: str) -> str:
 class ContentIds:
     """Gives each row of a table the id of its text, and skips rows that repeat an earlier row.
 
-    The id of a text is always the same, so a table can be written again: its records replace each other. It depends
-    on the text only, so that a row with a corrected label replaces the record with the wrong label.
+    A text always has the same id. So if a table is written a second time, its records replace those of the first time.
+    The id depends on the text only, so that a row with a corrected label replaces the record with the wrong label.
 
     Attributes:
         repeated: number of rows that repeat an earlier row.
@@ -31,13 +31,13 @@ class ContentIds:
         self._rows: dict[str, tuple[int, int]] = {}
 
     def add(self, number: int, record: Mapping[str, Any], refuse: Callable[[str], NoReturn]) -> dict[str, Any] | None:
-        """Return a record with its id; None if an earlier row is the same.
+        """Return a record with its id; None if an earlier row has the same text, label and metadata.
 
         Args:
             number: line of the row.
-            record: the record without id.
-            refuse: called with the problem if there is no text, or an earlier row has the same text and another label
-                or other metadata.
+            record: the record without id; it must have `text`.
+            refuse: called with the problem if the text is empty, or an earlier row has the same text and another label
+                or other metadata; must raise an exception.
         """
         text = record["text"]
         if not text.strip():

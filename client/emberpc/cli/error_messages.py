@@ -1,4 +1,7 @@
-"""Translate error messages of server and client to the terms of the command line: options, arguments, commands."""
+"""Translate error messages of server and client to the terms of the command line.
+
+Fields of a request become options or arguments, and calls of the API become commands.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,12 @@ _REMEDIES = (
 #: Repeated fields of a request that are arguments of a command, with their names on the command line.
 _ITEMS = {"texts": "text", "targets": "target", "ids": "id"}
 _ITEM = re.compile(rf"^({'|'.join(_ITEMS)})\[(\d+)\]")
-#: Items of which a command sends exactly one.
+#: Items of which a command sends exactly one: the pattern of the item in a message, and its name on the command line.
 _SINGLE_ITEMS = (
     (re.compile(r"^sources\[0\]"), "the source"),
     (re.compile(r"^queries\[0\](\.text)?|^query(?= )"), "the query"),
 )
-#: Fields of a request that are options of a command.
+#: Matches, at the start of a message, a field of a request that is an option of a command.
 _FIELD = re.compile(r"^(?:collection\.)?(?:hnsw\.)?(model|classifier|dimensions|truncation|m|ef_construction)(?=: )")
 _TIMEOUT = re.compile(r"^timeout(?= is )")
 

@@ -1,4 +1,4 @@
-"""Exit codes, errors for the user, and checks that optional packages are installed."""
+"""Exit codes, the error that a command reports to the user, and checks that optional packages are installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 
 class ExitCode(IntEnum):
-    """Exit codes; the docstring of `emberpc.cli.main` has a table of their meanings."""
+    """Exit codes of the program `emberpc`; the docstring of `emberpc.cli.main` has a table of their meanings."""
 
     OK = 0
     INTERNAL = 1
@@ -22,14 +22,14 @@ class ExitCode(IntEnum):
 
 
 class CliError(Exception):
-    """A command failed; the message is for the user, and `code` is the exit code."""
+    """A command failed. The message is for the user, and `code` is the exit code of the program."""
 
     def __init__(self, message: str, code: ExitCode = ExitCode.INPUT) -> None:
         super().__init__(message)
         self.code = code
 
 
-#: Import names of the packages of each extra, or of the packages that a command needs from it.
+#: Import names of packages that commands need: for `serve`, `verify`, `collection map`, and the commands that export.
 SERVER_PACKAGES = ("onnxruntime", "tokenizers", "hnswlib", "threadpoolctl", "grpc_health", "grpc_reflection")
 VERIFY_PACKAGES = ("onnxruntime", "tokenizers")
 MAP_PACKAGES = ("sklearn",)
@@ -40,7 +40,7 @@ EXPORT_PACKAGES = (
 
 
 def exit_code(error: Exception) -> ExitCode | None:
-    """Return the exit code of an error that is reported in one line; None if the error is a bug of the program."""
+    """Return the exit code of an error that is expected, and reported in one line; None: a bug of the program."""
     if isinstance(error, CliError):
         return error.code
     from emberpc import client  # late: commands without a server do not need the client
@@ -64,7 +64,7 @@ def exit_code(error: Exception) -> ExitCode | None:
 
 
 def how_to_install(extra: str) -> str:
-    """Return how to install an extra, from a checkout of the repository or from a package index."""
+    """Return instructions to install an extra, such as `cli`, from a checkout or from a package index."""
     in_checkout = f"pip install '.[{extra}]'"
     if extra == "export":
         # Without the constraints, pip installs a PyTorch build with gigabytes of CUDA.

@@ -27,7 +27,7 @@ Checkpoints = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Folder for checkpoints, from which an interrupted training resumes.")
 ]
 
-#: Options for labelled data; `compare` uses them, too.
+#: Options for labelled data, of `export classifier` and of `compare`.
 Descriptions = Annotated[
     Path | None,
     typer.Option(
@@ -99,7 +99,7 @@ def embedding(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Export an encoder as an embedding model, and check it against PyTorch."""
+    """Export an encoder as an embedding model, and check that its vectors are those of PyTorch."""
     prompts = None
     if query_prompt is not None or passage_prompt is not None:
         prompts = Prompts(query=query_prompt or "", passage=passage_prompt or "")
@@ -165,7 +165,7 @@ def classifier(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a classifier, calibrate it, export it, and check it against PyTorch."""
+    """Fine-tune a classifier, calibrate it, export it, and check that its outputs are those of PyTorch."""
     labelled = labelled_columns(text_column, label_column, label_separator)
     files: dict[Path | None, Sequence[str]] = {
         train: labelled,
@@ -217,7 +217,7 @@ def verify(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check that a model is undamaged and gives the same outputs as PyTorch. Exit code 7: a check failed."""
+    """Check that a model is undamaged and gives the outputs that PyTorch gave. Exit code 7: a check failed."""
     if not folder.is_dir():
         raise CliError(f"{folder} is no folder; give that of a bundle")
     require(VERIFY_PACKAGES, "server", "emberpc verify")
@@ -244,7 +244,10 @@ def _option(text: str) -> tuple[str, str]:
 
 
 def labelled_columns(text_column: str, label_column: str, separator: str | None) -> tuple[str, ...]:
-    """Return the columns that the first row of labelled texts must have: with a separator, labels may be missing."""
+    """Return the columns that the first row of a file of labelled texts must have: those of the text and the label.
+
+    With a `separator`, a text may have no label, so only the column of the text must be there.
+    """
     return (text_column, label_column) if separator is None else (text_column,)
 
 
@@ -257,14 +260,22 @@ def exporting(
     command: str = "emberpc export",
     left: str = "nothing was written",
 ) -> Iterator[Stages]:
-    """Check files and folder of an export command, show its progress, and convert its errors to CliError.
+    """Context manager of an export: check its files and folder, show its progress, and convert errors of its block.
 
     Args:
-        files: the data files and the columns that each must have. Checked first: loading PyTorch takes seconds.
+        files: the data files, None for none, and the columns that each must have. They are checked before the block,
+            which loads PyTorch, because that takes seconds.
         target: folder of the bundle; None: no bundle is written.
         overwrite: whether to replace an existing bundle.
         command: name of the command, for messages.
-        left: what remains if the disk is full, for messages.
+        left: what is on the disk if it is full, for messages.
+
+    Yields:
+        The function to call with the progress.
+
+    Raises:
+        CliError: a package is missing, a file or the folder is wrong, the export failed, or a file cannot be read or
+            written.
     """
     require(EXPORT_PACKAGES, "export", command)
     from emberpc.export.data.datasets import check_columns
@@ -289,7 +300,10 @@ def exporting(
 
 
 def show_bundle(manifest: Manifest, folder: Path, as_json: bool) -> None:
-    """Print the settings and the measured quality of a new bundle, and the next command."""
+    """Print the settings and the measured quality of a new bundle, and the command that serves it.
+
+    `as_json`: print the manifest as one line of JSON instead.
+    """
     if as_json:
         print_json([manifest])
         return
@@ -313,7 +327,7 @@ def show_bundle(manifest: Manifest, folder: Path, as_json: bool) -> None:
 
 
 def _show_variants(manifest: Manifest) -> None:
-    """Print the measurements of each variant, then the variants that were not kept."""
+    """Print a table of the measurements of each variant, then on stderr why other variants were not kept."""
     classifier = manifest.task is Task.CLASSIFICATION
     agreement = "same label" if classifier else "same 10 nearest"
     first = manifest.variant().measured

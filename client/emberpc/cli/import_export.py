@@ -28,7 +28,7 @@ from emberpc.client import Client, Collection, NotFound, Record
 from emberpc.client.types import Distance, Progress, Truncation
 
 _PARQUET = ".parquet"
-#: Target size of a page of records in bytes, and most records of a page.
+#: Target size in bytes of a page of records that an export requests, and most records of a page.
 _PAGE_BYTES = 4 * 2**20
 _PAGE_RECORDS = 1000
 
@@ -140,10 +140,17 @@ def import_records(
 def _records(client: Client, collection: Collection, where: str | None, vectors: bool) -> Iterator[Record]:
     """Yield the records of a collection.
 
+    Args:
+        client: the client.
+        collection: the collection, as it is at the start.
+        where: only records that match this filter; None: all records.
+        vectors: whether to read the vectors too.
+
     Raises:
-        CliError: at the end, if the model of the collection changed meanwhile: its vectors are then not comparable.
+        CliError: at the end, if the collection was reembedded meanwhile, so that the vectors are of two models.
+        EmberpcError: a request failed.
     """
-    # Pages have a few MiB if the records have similar sizes.
+    # Choose the number of records of a page by the average size of a record, so that a page has about 4 MiB.
     stored = collection.size_bytes // max(collection.record_count, 1)
     page_size = max(1, min(_PAGE_RECORDS, _PAGE_BYTES // max(stored, 4 * collection.dimensions, 1)))
     yield from client.records(collection.name, where=where, with_vectors=vectors, page_size=page_size)
@@ -153,10 +160,10 @@ def _records(client: Client, collection: Collection, where: str | None, vectors:
 
 
 class _Counted:
-    """Iterable of records that counts them and reports the progress.
+    """Iterable over records that counts the records, and calls `done` with the number after every 100.
 
     Attributes:
-        count: records read so far.
+        count: number of records read so far.
     """
 
     def __init__(self, records: Iterable[Record], done: Progress) -> None:
@@ -173,10 +180,11 @@ class _Counted:
 
 
 def _target(output: str, overwrite: bool) -> Path:
-    """Return the file to write to.
+    """Return the file that --output names, after checks.
 
     Raises:
-        CliError: the file cannot be written there, or its name has an unknown extension.
+        CliError: the name has an unknown extension, pyarrow is missing for .parquet, the folder does not exist, or the
+            file exists and `overwrite` is false.
     """
     path = Path(output)
     if path.suffix.lower() == _PARQUET:
@@ -199,10 +207,18 @@ def _without_vector(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _opened(name: str, split: Split, types: Sequence[str]) -> tuple[Source, CollectionSettings]:
-    """Return the source of records, and the settings of their collection that it states.
+    """Return the source of records that a name states, and the collection's settings that the source has stored.
+
+    Args:
+        name: a file, a folder, or `-` for stdin.
+        split: for a folder: what makes a record.
+        types: values of --types, for a table.
+
+    Returns:
+        The source, and the settings; only Parquet files have stored settings, for others they are the defaults.
 
     Raises:
-        CliError: the source cannot be read, or its name has an unknown extension.
+        CliError: the source cannot be read, its name has an unknown extension, or an option does not fit the source.
     """
     path = Path(name)
     if types and path.suffix.lower() not in LINE_FILES:
@@ -224,7 +240,10 @@ def _opened(name: str, split: Split, types: Sequence[str]) -> tuple[Source, Coll
 
 
 def _settings(stored: CollectionSettings, chosen: Mapping[str, Any], text_only: bool) -> CollectionSettings:
-    """Return the settings of a new collection: those of the file, overridden by the options of the user."""
+    """Return the settings of a new collection: those stored in the file, with the options of the user in their place.
+
+    `text_only`: the vectors of the file are ignored, so their fingerprint, and perhaps their dimensions, are left out.
+    """
     settings = dataclasses.replace(stored, **chosen)
     if not text_only:
         return settings
@@ -236,10 +255,18 @@ def _settings(stored: CollectionSettings, chosen: Mapping[str, Any], text_only: 
 def _create(
     client: Client, name: str, settings: CollectionSettings, records: Iterator[dict[str, Any]], source: str
 ) -> Iterator[dict[str, Any]]:
-    """Create the collection for the records, and return the records.
+    """Create a collection for records, and return all the records, the first one included.
+
+    Args:
+        client: the client.
+        name: name of the collection.
+        settings: settings of the collection. Without dimensions, those of the first record's vector are used.
+        records: the records; the first ones are read here.
+        source: name of the file, for messages.
 
     Raises:
-        CliError: the number of dimensions is unknown, or the vectors were made by another model than the server's.
+        CliError: there are neither a model nor dimensions, or another model than the server's made the vectors.
+        EmberpcError: a call failed.
     """
     first = next(records, None)
     vector = (first or {}).get("vector")
@@ -271,7 +298,7 @@ def _create(
 
 
 def _check_wanted(collection: Collection, chosen: Mapping[str, Any]) -> None:
-    """Raise CliError if the existing collection has other settings than the options of the user."""
+    """Raise CliError if an existing collection has another value of a setting than the user chose by an option."""
     for option, value in chosen.items():
         if (found := getattr(collection, option)) != value:
             message = f"the collection {collection.name!r} is there, and its {option} is {found or 'none'}"

@@ -1,4 +1,4 @@
-"""Read texts and records from files; errors name the line."""
+"""Read texts and records from line files: plain text, JSON Lines and tables. Errors name the line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from emberpc.cli.output import note
 from emberpc.cli.record_sources import RECORD_KEYS, OnRejected, RecordError, raise_error
 from emberpc.client import InputError, InputTypeError, InvalidArgument
 
-#: Fields that `collection records --json` prints and `upsert` ignores: the server sets them.
+#: Fields that `collection records --json` prints, and `upsert` ignores, since the server sets them.
 _OUTPUT_KEYS = ("revision", "create_time", "update_time")
 #: Columns of a table that are not metadata fields.
 _RECORD_COLUMNS = ("id", "text", "label", "metadata")
@@ -31,17 +31,16 @@ LINE_FILES = (*JSON_LINES, *_DELIMITERS)
 
 
 class LineFile:
-    """A file, or stdin for `-`, that records the line number of each item.
+    """A file of texts or records, or stdin. While it is read, the line number of each item is kept, for errors.
 
     Args:
-        path: the file, - for stdin.
+        path: the file; `-` for stdin.
         types: values of --types: the types of the metadata columns of a table.
-
         with_revisions: whether each record must have a `revision`; for JSON Lines only.
 
     Raises:
-        CliError: a type is invalid, or the file is not a table although there are types, or is a table although there
-            are to be revisions.
+        CliError: a type is invalid, there are types and the file is not a table, or there must be revisions and the
+            file is a table.
 
     Attributes:
         name: name of the file in messages.
@@ -56,7 +55,7 @@ class LineFile:
         self._path = path
         self._types = ColumnTypes(types)
         self._with_revisions = with_revisions
-        #: Of a table without the column `id`.
+        #: Makes the ids of a table without the column `id`; None for other files.
         self._content_ids: ContentIds | None = None
         if self._types and Path(path).suffix.lower() not in _DELIMITERS:
             raise CliError(f"--types is for tables ({', '.join(_DELIMITERS)}), and {self.name} is none; leave it out")
@@ -67,7 +66,8 @@ class LineFile:
         """Return the file's lines, one text each.
 
         Raises:
-            CliError: the file holds records by its name or cannot be read, or a line is empty or not UTF-8.
+            CliError: the name has the extension of a file of records, the file is empty or cannot be read, or a line is
+                empty or not UTF-8.
         """
         self._check_is_text()
         with self._opened() as file:
@@ -81,10 +81,11 @@ class LineFile:
         return texts
 
     def numbered(self) -> Iterator[tuple[str, str]]:
-        """Return an iterator over each line with its number, read lazily; empty lines too.
+        """Return an iterator over (number from 1 as a str, text) of each line, read lazily; empty lines are included.
 
         Raises:
-            CliError: the file holds records by its name or cannot be read, or a line is not UTF-8.
+            CliError: the name has the extension of a file of records; or, when a line is read, the file cannot be read
+                or the line is not UTF-8.
         """
         self._check_is_text()
         return self._numbered()
@@ -106,12 +107,12 @@ class LineFile:
             return sum(1 for _ in file)
 
     def records(self, refused: OnRejected = raise_error) -> Iterator[dict[str, Any]]:
-        """Yield records, read lazily.
+        """Yield records as dicts, read lazily.
 
-        `.jsonl`, `.ndjson` and stdin hold JSON Lines; `.csv` and `.tsv` a table
-        with the columns `id` and any of `text`, `label` and `metadata` (a JSON
-        object). Every other column is a metadata field, of strings or of the type that --types states.
-        In a table with `text` and without `id`, each id is made of the text; see `ContentIds`.
+        Files named `.jsonl` or `.ndjson`, and stdin, have JSON Lines. Files named `.csv` or `.tsv` have a table with
+        the columns `id` and any of `text`, `label` and `metadata` (a JSON object). Every other column is a metadata
+        field, of strings or of the type that --types states. In a table with `text` and without `id`, each id is made
+        of the text; see `ContentIds`.
 
         Args:
             refused: called with the error of each line that is not a record; if it returns, reading continues.
@@ -139,11 +140,14 @@ class LineFile:
             note(f"{self.name}: rows that repeat an earlier row and were left out: {self._content_ids.repeated}")
 
     def place(self, item: int) -> str:
-        """Return the file and line of an item, such as `records.jsonl:3`."""
+        """Return the file and the line of an item that was read, such as `records.jsonl:3`; `item` counts from 0."""
         return f"{self.name}:{self.lines[item]}"
 
     def locate(self, message: str, field: str) -> str:
-        """Return a message with `records[3].text` and the like replaced by file and line."""
+        """Return an error message with each item of `field` replaced by file and line.
+
+        For example, with the field `records`, `records[3].text` may become `records.jsonl:5: `.
+        """
 
         def place(found: re.Match[str]) -> str:
             item = int(found[1])
@@ -153,9 +157,11 @@ class LineFile:
 
     @contextmanager
     def locating(self, field: str, collection: str = "") -> Iterator[None]:
-        """Add file and line to errors about an item of a request field such as `texts`.
+        """Context manager that converts errors of its block about items to CliError, and adds file and line.
 
-        `collection` is the collection that the items are written to; empty if none is. See `in_cli_terms`.
+        Args:
+            field: field of the request that has the items, such as `texts`.
+            collection: the collection that the items are written to; empty: they are not written. See `in_cli_terms`.
         """
         try:
             yield
@@ -163,7 +169,7 @@ class LineFile:
             raise CliError(in_cli_terms(self.locate(str(error), field), collection)) from error
 
     def _check_is_text(self) -> None:
-        """Raise CliError if the file holds records by its name: their syntax would be taken for text."""
+        """Raise CliError if the name has the extension of a file of records, which must not be read as plain text."""
         suffix = Path(self._path).suffix.lower()
         if suffix in (*LINE_FILES, ".parquet"):
             command = f"jq -r .text {self.name}" if suffix in JSON_LINES else "the program that reads it"
@@ -185,7 +191,7 @@ class LineFile:
             yield file
 
     def _lines(self, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-        """Yield each line with its number."""
+        """Yield (number from 1, line) for each line; raise CliError if the file cannot be read."""
         lines = iter(file)
         for number in range(1, sys.maxsize):
             try:
@@ -198,7 +204,7 @@ class LineFile:
 
     def _decoded(self, number: int, line: bytes) -> str:
         try:
-            # Some programs write a byte order mark before the first line.
+            # `utf-8-sig` removes a byte order mark, which some programs write before the first line.
             return line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             self._refuse(number, f"byte {error.start + 1} of the line is not UTF-8; convert the file to it")
@@ -298,7 +304,11 @@ class LineFile:
         return header
 
     def _table_record(self, number: int, header: list[str], row: list[str]) -> dict[str, Any] | None:
-        """Return the record of a row; None if its id is made of its text and an earlier row is the same."""
+        """Return the record of a row. None: the id is made of the text, and an earlier row is the same.
+
+        Raises:
+            RecordError: the row is not a valid record.
+        """
         if len(row) != len(header):
             self._refuse(number, f"there are {len(row)} cells for {len(header)} columns; check the delimiters")
         cells = dict(zip(header, row, strict=True))
@@ -320,7 +330,13 @@ class LineFile:
 
 
 def json_object(text: str, what: str, refuse: Callable[[str], NoReturn]) -> dict[str, Any]:
-    """Parse a JSON object, or call `refuse` with the problem, which names the object `what`."""
+    """Parse a JSON object and return it as a dict.
+
+    Args:
+        text: the JSON.
+        what: name of the object in messages.
+        refuse: called with the problem if `text` is not a JSON object, or repeats a key; must raise an exception.
+    """
     try:
         value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=unique_keys)
     except RepeatedKeyError as error:
@@ -338,7 +354,7 @@ def _no_constant(name: str) -> NoReturn:
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """Raise the limit of a CSV cell from the default of 128 KiB, since a text may be longer."""
+    """Raise the limit of characters in a CSV cell during the block: the default, 131,072, is too few for long texts."""
     limit = csv.field_size_limit(2**31 - 1)
     try:
         yield

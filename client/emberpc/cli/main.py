@@ -29,7 +29,7 @@ from emberpc.cli.errors import how_to_install
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
+    """Run the command that the arguments state, and return the exit code. Errors are printed to stderr.
 
     Args:
         arguments: the arguments after the program name; None: those of this process.
@@ -46,10 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Reopen stdin, stdout and stderr if they are closed, so that no socket or file gets their descriptors.
+    """Reopen each of stdin, stdout and stderr that is closed, so that no socket or file gets its descriptor.
 
-    Reading a reopened stdin or writing to a reopened stdout fails as on a closed file. A reopened stderr discards its
-    output.
+    Reading a reopened stdin, and writing to a reopened stdout, fails as with a closed file. A reopened stderr discards
+    its output.
     """
     for number, name, flags, mode in (
         (0, "stdin", os.O_WRONLY, "r"),
@@ -65,13 +65,14 @@ def _open_standard_streams() -> None:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    # It sets how gRPC treats forks. grpc reads that at import, so this import comes before the client's.
+    # `emberpc.server` sets environment variables, such as how gRPC treats forks. grpc reads them when it is imported,
+    # so this import comes before that of the client, which imports grpc.
     importlib.import_module("emberpc.server")
 
     try:
         from emberpc.cli.app import run
     except ModuleNotFoundError as error:
-        # The base install has only the client. Without the extra [cli], only this module can be imported.
+        # The base install has only what the client needs. Without the extra [cli], importing `app` fails.
         package = (error.name or "").partition(".")[0]
         if package not in ("typer", "rich"):
             raise

@@ -15,10 +15,10 @@ from emberpc.client import Classifier, Client, Health, Model, NotFound
 
 
 class _ShowByDefault(TyperGroup):
-    """Runs `models …` as `models show …` if no subcommand is given."""
+    """Group of commands that runs `models …` as `models show …` if no subcommand is given."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Insert the name of the subcommand before the arguments."""
+        """Parse the arguments, with `show` inserted before them unless they start with a subcommand or --help."""
         if not (args and (args[0] in self.commands or args[0] == "--help")):
             args = ["show", *args]
         return super().parse_args(ctx, args)
@@ -120,7 +120,7 @@ def reload(
     variant: Annotated[str, typer.Option(help="ONNX variant to serve; default: the variant that is served now.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Load a model again from its folder or from another bundle, without failing a call."""
+    """Replace a served model by the bundle that is now in its folder, or by another bundle. No call fails."""
     _show(client.reload_model(name, path, variant=variant, progress=_tell), as_json)
 
 
@@ -138,7 +138,7 @@ def health(
     service: Annotated[str, typer.Argument(metavar="SERVICE", help="gRPC service; default: the whole server.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Check whether the server accepts calls. Exit code 3: it does not."""
+    """Check whether the server accepts calls. Exit code 3: it does not, or no server answers."""
     try:
         status = client.health(service)
     except NotFound as error:
@@ -174,7 +174,7 @@ def _show(model: Model, as_json: bool) -> None:
 
 
 def _fields(classifier: Classifier) -> dict[str, object]:
-    """Return the fields of a classifier as they are printed."""
+    """Return the fields of a classifier to print: labels with their descriptions, and fingerprints for the model."""
     labels = [f"{label.name}: {label.description}" if label.description else label.name for label in classifier.labels]
     model = classifier.model
     return {

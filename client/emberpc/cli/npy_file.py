@@ -12,18 +12,23 @@ import numpy as np
 from emberpc.cli.output_files import atomic_file
 from emberpc.client.types import Matrix, Vector
 
-#: Bytes of the header. The size is fixed, since the header is written last, when the number of rows is known.
+#: Bytes of the header of the .npy file. The size is fixed in advance, since the rows are written before the header,
+#: which states their number.
 _HEADER_BYTES = 128
 
 
 class RowFile:
     """A .npy file of float32 rows, which may be written in any order.
 
-    It is a context manager. The file appears at the end of the block if the block raises no exception.
+    It is a context manager. The file appears at the end of the block if the block raises no exception, and has written
+    at least one row.
+
+    Args:
+        path: the file.
 
     Attributes:
-        rows: number of rows, up to the last row written.
-        dimensions: dimensions of each row; 0 before the first row. Without a row, no file is written.
+        rows: number of rows of the file so far: the greatest row that was written or left out, plus 1.
+        dimensions: dimensions of each row; 0 before the first row is written.
 
     Raises:
         CliError: at the end of the block, if the file cannot be written.
@@ -45,7 +50,11 @@ class RowFile:
         self._stack.__exit__(kind, error, traceback)
 
     def write(self, row: int, vector: Vector) -> None:
-        """Write one row."""
+        """Write a vector, float32 (dimensions,), as row `row`, from 0. The first vector decides the dimensions.
+
+        Raises:
+            CliError: the file cannot be created.
+        """
         if not self.dimensions:
             self.dimensions = len(vector)
             self._file = self._stack.enter_context(atomic_file(self._path))
@@ -54,7 +63,7 @@ class RowFile:
         self._put(row, vector)
 
     def leave_out(self, row: int) -> None:
-        """Fill a row with NaN."""
+        """Fill row `row`, from 0, with NaN at the end of the block."""
         self._missing.append(row)
         self._count(row)
 
@@ -66,7 +75,7 @@ class RowFile:
         self._file.write(vector.astype("<f4").tobytes())
 
     def _complete(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Write the rows of NaN and the header, unless the block raised an exception."""
+        """Write the left out rows as NaN, and the header, at the end of the block; `kind` is its exception, if any."""
         if kind is not None:
             return
         for row in self._missing:

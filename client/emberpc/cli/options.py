@@ -25,8 +25,8 @@ WithDetails = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts or records of one request.")]
-#: With 256 texts of 200 tokens in a request, a busy host of two cores does not answer within the default --timeout of
-#: 30 s. The streams of the Python clients have the same default.
+#: Default of --batch-size: texts or records of one request. With 256 texts of 200 tokens, a busy host of two cores does
+#: not answer within the default --timeout of 30 s. The streams of the Python clients have the same default.
 DEFAULT_BATCH = 64
 Where = Annotated[
     str | None,
@@ -39,10 +39,10 @@ Where = Annotated[
 
 
 class OnceCommand(TyperCommand):
-    """A command that refuses a repeated single-value option, where Typer would silently use the last value."""
+    """A command that refuses an option that is repeated but has a single value. Typer would use the last value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments."""
+        """Parse the arguments; fail with a usage error if an option that has a single value is repeated."""
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
         for option in given:
             keeps_one = isinstance(option, TyperOption) and not (option.multiple or option.is_flag or option.count)
@@ -80,9 +80,11 @@ def add_options(
     Args:
         command: the command. `run` supplies its first parameter, which is not an option.
         options: the options to add, as keyword-only parameters.
-        run: called with the values of the added options, and the values of the command's other parameters.
+        run: called with the values of the added options by name, and the values of the command's other parameters by
+            name. It must call the command.
     """
-    # Evaluate all annotations: Typer cannot resolve names of this module in the module of the command.
+    # The annotations are texts. Typer could not evaluate them all in one module, since those of the command name things
+    # in the module of the command. So they are evaluated here.
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
     names = {option.name for option in options}
 
@@ -94,7 +96,7 @@ def add_options(
         )
 
     parameters = [*(parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own), *options]
-    # `functools.wraps` set it, and it describes the command without the added options.
+    # `functools.wraps` set `__wrapped__`, from which Typer would read the signature without the added options.
     del with_options.__dict__["__wrapped__"]
     with_options.__dict__["__signature__"] = inspect.Signature(parameters)
     with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

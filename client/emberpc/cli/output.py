@@ -27,21 +27,27 @@ from emberpc.cli.errors import CliError
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table. A `wide` column is truncated to fit the terminal."""
+    """A column of a table: its title, the side that cells are aligned to, and whether it is `wide`.
+
+    On a terminal, the cells of a wide column are truncated if the table does not fit.
+    """
 
     title: str
     justify: Literal["left", "right"] = "left"
     wide: bool = False
 
 
-#: Least width of a wide column, however narrow the terminal is.
+#: Least width of a wide column in terminal cells, also if the table then does not fit the terminal.
 _LEAST_WIDTH = 16
 _GAP = "  "
 
 
 def print_json(objects: Iterable[Any]) -> None:
-    """Print each object, a dataclass or plain values, as a line of JSON; a field that is None is left out."""
-    # If the encoding of stdout lacks some characters, write JSON escapes, which have the same meaning.
+    """Print each object, a dataclass or plain values, as a line of JSON; a field that is None is left out.
+
+    Raises CliError if stdout cannot be written.
+    """
+    # An encoding of stdout other than UTF-8 lacks some characters. JSON escapes have the same meaning.
     ensure_ascii = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
     for item in objects:
         _write(json_line(item, ensure_ascii=ensure_ascii))
@@ -53,25 +59,29 @@ def json_line(item: Any, *, ensure_ascii: bool = False) -> str:
 
 
 def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table."""
+    """Print a table: on a terminal aligned and fitted to its width, elsewhere tab-separated and complete.
+
+    The first line has the titles of the columns. Each row has a value for each column. Raises CliError if stdout cannot
+    be written.
+    """
     header = [column.title for column in columns]
     _print_rows(columns, [header, *([one_line(str(cell)) for cell in row] for row in rows)])
 
 
 def print_fields(fields: Mapping[str, object]) -> None:
-    """Print an object: a line for each field."""
+    """Print an object as a table with the columns `field` and `value`: a line for each field."""
     columns = [Column("field"), Column("value")]
     _print_rows(columns, [[name, one_line(_field_text(value))] for name, value in fields.items()])
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print each text in one line."""
+    """Print each text to stdout in one line, with line breaks and control characters replaced."""
     for line in lines:
         _write(one_line(line) + "\n")
 
 
 def print_script(script: str) -> None:
-    """Print a text of several lines unchanged."""
+    """Print a text of several lines to stdout unchanged."""
     _write(script + "\n")
 
 
@@ -81,7 +91,7 @@ def to_terminal() -> bool:
 
 
 def print_blank_line() -> None:
-    """Print an empty line."""
+    """Print an empty line to stdout."""
     _write("\n")
 
 
@@ -103,7 +113,7 @@ def _print_rows(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Non
 
 
 def _fitted(cell: str, column: Column, width: int) -> str:
-    """Return a cell truncated or padded to a width in terminal cells; some characters take two cells."""
+    """Return a cell, truncated or padded so that it takes `width` cells of the terminal; a wide character takes two."""
     if cell_len(cell) > width:
         cell = set_cell_size(cell, width - 1) + "…"
     padding = " " * (width - cell_len(cell))
@@ -116,7 +126,7 @@ def note(message: str) -> None:
 
 
 def details_printer(wanted: bool) -> Callable[[Any], None] | None:
-    """Return a function that prints the details of a response as a line of JSON on stderr; None if not wanted."""
+    """Return a function that prints the details of a response to stderr as a line of JSON; None unless `wanted`."""
     return (lambda details: write_stderr(json_line(details, ensure_ascii=True))) if wanted else None
 
 
@@ -126,24 +136,32 @@ def write_stderr(text: str) -> None:
         sys.stderr.write(text)
         sys.stderr.flush()
     except OSError:
-        # As in `discard_stdout`: Python would exit with another code if it could not flush the buffer.
+        # The buffer still has the text. At exit, Python would flush it, fail, and exit with another code. With stderr
+        # connected to /dev/null the flush succeeds.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def one_line(text: str) -> str:
-    """Return a text in one line, with control characters replaced: a terminal would execute them."""
+    """Return a text in one line: white space becomes single spaces, unprintable characters become `�`.
+
+    A terminal would execute control characters.
+    """
     return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
 
 
 def plain(value: Any) -> Any:
-    """Convert a value to types that JSON can represent."""
+    """Convert a value to types that JSON can represent.
+
+    Dataclasses become dicts without the fields that are None, arrays lists, times ISO 8601 texts, and paths texts.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {name: plain(item) for name, item in fields.items() if item is not None}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
-        # str gives the shortest digits of the same float32; converted to double, a number has twice the digits.
+        # `str` returns the shortest digits of a float32. A float32 that is converted to a double directly has about
+        # twice as many digits.
         return [float(str(item)) for item in value]
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
@@ -156,7 +174,7 @@ def flush() -> None:
     """Flush stdout.
 
     Raises:
-        typer.Exit: the reader closed the pipe.
+        typer.Exit: the reader closed the pipe; the exit code is 0.
         CliError: stdout cannot be written.
     """
     _guarded(sys.stdout.flush)
@@ -169,10 +187,10 @@ def _write(text: str) -> None:
 
 
 def _guarded(action: Callable[[], object]) -> None:
-    """Run an action that writes to stdout; exit with success if the reader closed the pipe, as after `| head`.
+    """Run an action that writes to stdout, and convert its errors.
 
     Raises:
-        typer.Exit: the reader closed the pipe.
+        typer.Exit: the reader closed the pipe, as `| head` does; the exit code is 0.
         CliError: stdout cannot be written, because it is closed or its disk is full.
     """
     try:
@@ -185,15 +203,16 @@ def _guarded(action: Callable[[], object]) -> None:
 
 
 def discard_stdout(error: OSError) -> CliError:
-    """Discard all further output to stdout after an error; return the error to report."""
-    # Discard the buffer, too: otherwise Python would report the error again at exit.
+    """Discard all further output to stdout, after `error` of writing to it; return the CliError to report."""
+    # The buffer still has text. At exit, Python would flush it and report the error a second time. With stdout
+    # connected to /dev/null the flush succeeds.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return CliError(f"stdout cannot be written: {error.strerror or error}; send it elsewhere")
 
 
 def _field_text(value: object) -> str:
     if isinstance(value, Mapping):
-        # Seven digits: those of a float32, such as a cosine of 0.9999998.
+        # Seven digits, as many as a float32 has, so that a cosine of 0.9999998 is not shown as 1.
         return ", ".join(f"{key} {f'{item:.7g}' if isinstance(item, float) else item}" for key, item in value.items())
     if isinstance(value, tuple):
         return ", ".join(map(str, value))

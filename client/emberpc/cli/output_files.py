@@ -1,4 +1,4 @@
-"""Write output files atomically."""
+"""Check the paths of output files, and write output files atomically."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emberpc.cli.errors import CliError
 from emberpc.client import InputError
 from emberpc.client._core.files import Target, target_of
 
-#: Linux has a link to each open file of the process in this folder.
+#: Folder in which Linux has a link to each open file of the process.
 _OPEN_FILES = Path("/proc/self/fd")
 
 
@@ -26,11 +26,11 @@ def check_output_path(path: Path, overwrite: bool, *, takes_streams: bool = True
         takes_streams: whether the bytes are written in order, so that a device or a pipe can receive them.
 
     Returns:
-        The target of the bytes.
+        The destination: the file with its links resolved, and whether it is a device or a pipe.
 
     Raises:
         CliError: the folder of the file does not exist, the path is a folder, the file exists and `overwrite` is
-            false, or the path is a device or a pipe and `takes_streams` is false.
+            false, the path is a disk or a socket, or the path is a device or a pipe and `takes_streams` is false.
     """
     target = _target(path)
     if target.is_stream:
@@ -50,11 +50,11 @@ def check_output_path(path: Path, overwrite: bool, *, takes_streams: bool = True
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a new file that replaces `path`, synced to disk, if the block ends without an exception.
+    """Context manager that yields a new file, which replaces `path` if the block ends without an exception.
 
-    Until then the file has no name, so nothing remains if the process is killed.
-    On file systems without unnamed files (NFS, macOS), a killed process leaves
-    `.NAME-….part`. A link is followed. A device or a pipe is written to directly.
+    The file is synced to disk first. Until it replaces `path` it has no name, so nothing remains if the process is
+    killed. On file systems without unnamed files (NFS, macOS), a killed process leaves `.NAME-….part`. If `path` is a
+    link, the file behind the link is replaced. A device or a pipe is written to directly.
 
     Raises:
         CliError: the file cannot be written.
@@ -68,7 +68,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _target(path: Path) -> Target:
-    """Return the target of the bytes of a file; raise CliError if the path is of a kind that is never written."""
+    """Return the destination for an output path; raise CliError for a folder, a disk, a socket or a loop of links."""
     try:
         return target_of(path, "--output")
     except InputError as error:
@@ -79,7 +79,10 @@ def _target(path: Path) -> Target:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a new file that replaces `path` if the block ends without an exception."""
+    """Context manager that yields a new file, which replaces `path` if the block ends without an exception.
+
+    The new file is in the folder of `path`. Raises OSError if it cannot be written.
+    """
     part = path.with_name(f".{path.name}-{secrets.token_hex(4)}.part")
     try:
         file, named = _opened(part)
@@ -88,7 +91,8 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             if not named:
-                # With `src_dir_fd` Python calls linkat(), which follows the link; link() does not.
+                # The source is a link to the open file. link() would link the link itself. With `src_dir_fd`, Python
+                # calls linkat(), which follows the link and so gives the file the name `part`.
                 os.link(_OPEN_FILES / str(file.fileno()), part, src_dir_fd=file.fileno())
         part.replace(path)
         _synchronise(path.parent)
@@ -97,17 +101,17 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _opened(part: Path) -> tuple[BinaryIO, bool]:
-    """Open a new file in the folder of `part`; return it and whether it has a name."""
+    """Open a new file in the folder of `part`; return the file, and whether it has the name `part` or no name."""
     if hasattr(os, "O_TMPFILE") and _OPEN_FILES.is_dir():
-        # An error means that the file system has no unnamed files, or that no file can be created: then the open
-        # below fails, too.
+        # An error means that the file system has no unnamed files, or that no file can be created here. In the second
+        # case `part.open` below fails too, and raises the error.
         with suppress(OSError):
             return os.fdopen(os.open(part.parent, os.O_TMPFILE | os.O_WRONLY, 0o666), "wb"), False
     return part.open("xb"), True
 
 
 def _synchronise(folder: Path) -> None:
-    """Sync the names in a folder to disk."""
+    """Sync the entries of a folder to disk, so that a renamed file keeps its new name after a crash of the host."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -20,10 +20,10 @@ from emberpc.client import Record
 
 #: Key of the schema metadata that stores the settings of the collection.
 _SETTINGS_KEY = b"emberpc.collection"
-#: Most rows and bytes of a row group, which is held in memory.
+#: Number of rows, and of bytes of text and vectors, at which a row group ends. It is in memory until it is written.
 _GROUP_ROWS = 4096
 _GROUP_BYTES = 32 * 2**20
-#: Rows of a read batch.
+#: Number of rows that are read from a file at a time.
 _BATCH_ROWS = 256
 _BUFFER_BYTES = 2**20
 #: Errors of pyarrow for a file that is damaged or not Parquet.
@@ -76,14 +76,17 @@ def _groups(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 class ParquetRecords:
-    """The rows of a Parquet file that emberpc or another program wrote.
+    """The rows of a Parquet file, which emberpc or another program wrote, as a source of records.
 
-    It has the columns `id` (text) and any of `text`, `label`, `metadata` (a
-    JSON object as text, a struct or a map), `vector` (a list of numbers) and
-    `time_to_live` (seconds). Every other column is a metadata field.
+    The file must have the column `id` (text). It may have `text`, `label`, `metadata` (a JSON object as text, a struct
+    or a map), `vector` (a list of numbers) and `time_to_live` (seconds). Every other column is a metadata field.
+
+    Args:
+        path: the file.
 
     Attributes:
-        settings: settings of the exported collection, as far as the file has them.
+        name: the path, for messages.
+        settings: settings of the collection that the file was exported from; defaults for those that it does not state.
 
     Raises:
         CliError: the file cannot be read, or a column has another type.
@@ -102,7 +105,10 @@ class ParquetRecords:
             self.settings = dataclasses.replace(self.settings, model_fingerprint="")
 
     def records(self, refused: OnRejected = raise_error) -> Iterator[dict[str, Any]]:
-        """Yield the rows as records, read lazily; see `Source`.
+        """Yield the rows as records, read lazily.
+
+        Args:
+            refused: called with the error of each row that is not a record; if it returns, reading continues.
 
         Raises:
             CliError: the file is damaged.
@@ -122,11 +128,11 @@ class ParquetRecords:
                     yield record
 
     def count(self) -> int | None:
-        """Return the number of rows."""
+        """Return the number of rows of the file."""
         return self._count
 
     def place(self, item: int) -> str:
-        """Return the file and the number of the row, from 1."""
+        """Return the file and the row, from 1, of record number `item`, from 0, such as `records.parquet: row 3`."""
         return self._place(self._rows[item])
 
     def _place(self, number: int) -> str:
@@ -135,7 +141,8 @@ class ParquetRecords:
     @contextmanager
     def _opened(self) -> Iterator[Any]:
         try:
-            # Read in pieces: a row group that another program wrote may be larger than the memory.
+            # A row group that another program wrote may be larger than the memory. So the file is read in pieces of
+            # `buffer_size`, and nothing is read ahead.
             file = pq.ParquetFile(self.name, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         except FileNotFoundError as error:
             raise CliError(f"{self.name} cannot be read: there is no such file") from error
@@ -145,14 +152,18 @@ class ParquetRecords:
             yield file
 
     def _next(self, batches: Iterator[Any]) -> list[dict[str, Any]] | None:
-        """Return the rows of the next batch; None at the end."""
+        """Return the rows of the next batch as dicts, with vectors as arrays; None: there are no more rows.
+
+        Raises:
+            CliError: the file is damaged.
+        """
         try:
             batch = next(batches, None)
             if batch is None or not self._has_vectors:
                 return None if batch is None else batch.to_pylist()
             rows: list[dict[str, Any]] = batch.drop_columns(["vector"]).to_pylist()
             for row, vector in zip(rows, batch.column("vector"), strict=True):
-                # An array is a hundred times faster here than a list of Python numbers.
+                # Converting a vector to an array is a hundred times as fast as converting it to Python numbers.
                 row["vector"] = vector.values.to_numpy(zero_copy_only=False) if vector.is_valid else None
         except _DAMAGE as error:
             raise CliError(
@@ -164,7 +175,7 @@ class ParquetRecords:
         metadata = row.pop("metadata", None) or {}
         if isinstance(metadata, str):
             metadata = json_object(metadata, "metadata", lambda problem: self._refuse(number, problem))
-        # A null value counts as missing.
+        # A null in the column of a record's field means that the record does not have the field.
         record = {key: value for key in RECORD_KEYS if (value := row.pop(key, None)) is not None}
         if "id" not in record:
             self._refuse(number, "there is no id; give each record one")

@@ -13,20 +13,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from emberpc.cli.output import note
 
-#: Seconds between two lines about a stage if stderr is not a terminal.
+#: Least seconds between two lines about the same stage if stderr is not a terminal.
 _LINE_SECONDS = 30.0
 
 
 @contextmanager
 def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on stderr if stderr is a terminal.
+    """Context manager that shows a progress bar on stderr during its block, if stderr is a terminal.
 
     Args:
-        what: description of the operation, such as "embedding".
+        what: name of the operation to show, such as "embedding".
         total: number of items; None if it is unknown.
 
     Yields:
-        A function to call with the number of items done.
+        A function to call with the number of items done so far; it does nothing if stderr is not a terminal.
     """
     if not sys.stderr.isatty():
         yield lambda done: None
@@ -38,17 +38,20 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], No
 
 
 class Stages(Protocol):
-    """Callback that receives the progress of an operation with several stages."""
+    """Function that receives the progress of an operation with several stages."""
 
     def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        """Report that `done` of `total` steps of a stage are done; `detail` is shown beside them."""
+        """Report that `done` of `total` steps of a stage are done; `detail` is shown beside these numbers."""
 
 
 @contextmanager
 def stages() -> Iterator[Stages]:
-    """Show the progress of an operation with several stages on stderr.
+    """Context manager that shows the progress of an operation with several stages on stderr.
 
-    On a terminal each stage is a bar. Elsewhere it is a line at the start and another line every 30 seconds.
+    On a terminal each stage is a bar. Elsewhere a stage is a line when it starts, and a line at most every 30 seconds.
+
+    Yields:
+        The function to call with the progress of a stage.
     """
     seen: dict[str, Any] = {}
     if not sys.stderr.isatty():

@@ -7,12 +7,12 @@ from typing import Any, NoReturn, Protocol, TypeAlias
 
 from emberpc.cli.errors import CliError
 
-#: Fields of a record to write.
+#: Fields that a record to write may have.
 RECORD_KEYS = ("id", "text", "metadata", "label", "vector", "time_to_live")
 
 
 class RecordError(CliError):
-    """An item of a source is not a valid record. The items after it can still be read."""
+    """An item of a source is not a valid record. The source can still read the items that follow."""
 
 
 #: Called with the error of each item that is not a valid record.
@@ -20,7 +20,7 @@ OnRejected: TypeAlias = Callable[[RecordError], object]
 
 
 def raise_error(error: RecordError) -> NoReturn:
-    """Raise the error, which ends the reading."""
+    """Raise `error`; as the `refused` of a source, this ends the reading at the first invalid item."""
     raise error
 
 
@@ -34,7 +34,7 @@ class Source(Protocol):
     name: str
 
     def records(self, refused: OnRejected = raise_error) -> Iterator[dict[str, Any]]:
-        """Yield records, read lazily: dicts whose keys are from RECORD_KEYS; `id` is always present.
+        """Yield records, read lazily: dicts whose keys are in RECORD_KEYS, and with `id` in any case.
 
         Args:
             refused: called with the error of each item that is not a record; if it returns, reading continues.
@@ -51,4 +51,7 @@ class Source(Protocol):
         """
 
     def place(self, item: int) -> str:
-        """Return the place of record number `item`, from 0, in the source, such as `records.jsonl:3`."""
+        """Return the place in the source of the record that was yielded as number `item`, from 0.
+
+        A place is, for example, `records.jsonl:3`.
+        """

@@ -16,16 +16,16 @@ from emberpc.client.types import Truncation, UpsertResult
 
 
 class FailureReport:
-    """Prints each failed record in a line with its place, and counts the failures.
+    """Prints each failed record to stderr, in a line with its place in the source, and counts the failures.
 
     Args:
         source: the source of the records.
-        collection: name of the collection that they are written to.
+        collection: name of the collection that the records are written to.
 
     Attributes:
         unread: number of items that were not valid records.
         unwritten: number of valid records that were not written.
-        code: exit code of the first failure.
+        code: exit code of the first failure; OK if there is none.
     """
 
     def __init__(self, source: Source, collection: str) -> None:
@@ -36,14 +36,14 @@ class FailureReport:
         self._source = source
 
     def unreadable(self, error: RecordError) -> None:
-        """Report an item that is not a valid record."""
+        """Count and print an item that is not a valid record."""
         self.unread += 1
         self._report(str(error), error)
 
     def failed(self, failure: FailedRecord) -> None:
-        """Report a record that was not written."""
+        """Count and print a valid record that was not written."""
         self.unwritten += 1
-        # The client names the record by its index; the place in the source is more useful.
+        # The client names the record by its index, such as `records[3]`. The user knows only its place in the source.
         problem = re.sub(rf"\brecords\[{failure.index}\](?:\.|: | )?", "", str(failure.error))
         self._report(f"{self._source.place(failure.index)}: {problem}", failure.error)
 
@@ -70,13 +70,14 @@ def write_stream(
         collection: name of the collection.
         source: the source of the records.
         records: the records of `source`, read with `failures.unreadable`.
-        failures: collects the failures.
+        failures: prints and counts the failures, also those of reading.
         truncation: treatment of texts with too many tokens; None: the setting of the collection.
         batch_size: records of one request.
         as_json: whether to print JSON.
 
     Raises:
-        CliError: a record failed, or the source cannot be read; the records before are written.
+        CliError: at the end, if a record failed; the other records are written. Or the source cannot be read further;
+            the records before are written.
         EmberpcError: the stream as a whole failed.
     """
     total = UpsertResult(0, 0, 0)

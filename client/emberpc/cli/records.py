@@ -1,4 +1,4 @@
-"""The commands on records: upsert, get, delete, search."""
+"""The commands `emberpc upsert`, `get`, `delete` and `search`, which write and read records."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def upsert(
     with_details: WithDetails = False,
     as_json: AsJson = False,
 ) -> None:
-    """Insert the records of a file; a record replaces the stored record with the same id.
+    """Insert the records of a file. A record replaces the stored record with the same id.
 
-    If a request fails, the requests before it are written. It is safe to repeat
-    the command, except with --check-revisions: the written records then have
-    newer revisions than the file.
+    If a request fails, the records of earlier requests are written. It is safe
+    to repeat the command, except with --check-revisions: the written records
+    then have newer revisions than the file.
     """
     source = LineFile(file, types or (), with_revisions=check_revisions)
     if stream:
@@ -95,7 +95,8 @@ def upsert(
         )
         return
     with source.locating("records", collection), progress("upserting") as done:
-        # The client needs all revisions before the first request, so the records are read first.
+        # `source.revisions` is complete only when all records are read, and the client needs it before the first
+        # request.
         given = list(source.records()) if check_revisions else source.records()
         result = client.upsert(
             collection,
@@ -123,7 +124,7 @@ def get(
     with_details: WithDetails = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show records."""
+    """Show the records with the given ids. Exit code 4: an id has no record; the others are shown."""
     records = client.get(collection, ids, with_vectors=with_vectors, details=details_printer(with_details))
     if as_json:
         print_json(records)
@@ -238,7 +239,10 @@ def search(
 
 
 def _print_hits(hits: Sequence[Hit]) -> None:
-    """Print hits as a table. A terminal shows the column of labels only if a hit has a label; a pipe has it always."""
+    """Print hits as a table with score, id, label and text.
+
+    On a terminal, the column of labels is left out if no hit has a label.
+    """
     with_labels = not to_terminal() or any(hit.record.label for hit in hits)
     label = [Column("label")] if with_labels else []
     print_table(

@@ -18,7 +18,10 @@ from emberpc.server.settings import ENVIRONMENT_PREFIX, LoadedSettings, Settings
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> Parameter:
-    """Return the option of a setting. Its default is None, so that environment and file apply if it is not given."""
+    """Return the command-line option of a setting, as a parameter whose type is `hint` or None.
+
+    The default of the option is None: the setting then comes from the environment or the configuration file.
+    """
     several = hint == tuple[str, ...]
     shown = str(field.default).lower() if hint is bool else field.default
     default = "" if field.default in ((), None) else f"; default: {shown}"
@@ -28,7 +31,8 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> Parameter:
         help=f"{field.metadata['help']} ({ENVIRONMENT_PREFIX}{field.name.upper()}{default})",
         metavar=field.metadata["form"] or None,
         show_default=False,
-        # Their second names (--no-…) would take the width that the help of the other options needs.
+        # Switches have a panel of their own in the help: their second names (--no-…) would make the column of names so
+        # wide that the help of the other options has too little room.
         rich_help_panel="Switches" if hint is bool else None,
     )
     return Parameter(
@@ -40,7 +44,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> Parameter:
 
 
 def _options() -> list[Parameter]:
-    """Return an option for each setting, and --config."""
+    """Return an option for each setting that is not secret, and --config."""
     hints = get_type_hints(Settings)
     flags = [field for field in dataclasses.fields(Settings) if not field.metadata["secret"]]
     config = typer.Option("--config", metavar="FILE", help=f"TOML file of settings. ({ENVIRONMENT_PREFIX}CONFIG)")
@@ -51,7 +55,11 @@ def _options() -> list[Parameter]:
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of the settings to a command, and pass it the settings loaded from them, environment and file."""
+    """Return a command with an option for each setting added. It calls `command` with the loaded settings.
+
+    The settings come from the options, the environment, the configuration file, and the defaults, in this order. A
+    wrong setting raises CliError.
+    """
 
     def run(options: dict[str, Any], values: dict[str, Any]) -> None:
         config_file = options.pop("config_file")
@@ -68,8 +76,8 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
 def serve(loaded: LoadedSettings) -> None:
     """Serve bundles and collections over gRPC until SIGTERM or Ctrl-C.
 
-    A flag overrides the environment, and the environment overrides the file;
-    `emberpc config` shows the outcome.
+    A flag overrides the environment, and the environment overrides the file of
+    --config. `emberpc config` shows which settings that gives.
     """
     require(SERVER_PACKAGES, "server", "emberpc serve")
     from emberpc.server.errors import StartupError

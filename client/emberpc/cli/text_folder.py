@@ -15,19 +15,21 @@ from emberpc.cli.record_sources import OnRejected, RecordError, raise_error
 Split: TypeAlias = Literal["files", "paragraphs"]
 
 _SUFFIXES = (".txt", ".md")
-#: Most bytes of a file, which is read into memory. Servers accept far shorter texts.
+#: Most bytes of a file. A file is read into memory as a whole, and servers refuse texts that are far shorter than this.
 _MOST_BYTES = 64 * 2**20
 _EMPTY_LINES = re.compile(r"\r?\n(?:[ \t]*\r?\n)+")
 
 
 class TextFolder:
-    """The *.txt and *.md files of a folder and its subfolders. Hidden files, hidden folders and links to folders are
-    skipped.
+    """The *.txt and *.md files of a folder and its subfolders, as a source of records.
+
+    Hidden files, hidden folders and links to folders are skipped.
 
     Args:
         path: the folder.
-        split: `files`: each file is a record, and its path in the folder is the id, such as `notes/today.md`.
-            `paragraphs`: each paragraph, which ends at an empty line, is a record, such as `notes/today.md#1`.
+        split: `files`: each file is a record; the id is its path in the folder, such as `notes/today.md`.
+            `paragraphs`: each paragraph, which ends at an empty line, is a record; the id is the path and the number of
+            the paragraph, such as `notes/today.md#1`.
     """
 
     def __init__(self, path: str, split: Split) -> None:
@@ -37,7 +39,11 @@ class TextFolder:
         self._places: list[str] = []
 
     def records(self, refused: OnRejected = raise_error) -> Iterator[dict[str, Any]]:
-        """Yield the records, reading the files lazily in the order of their names; see `Source`.
+        """Yield the records, reading the files lazily in the order of their names in each folder.
+
+        Args:
+            refused: called with the error of each file that cannot be read, is too large or is not UTF-8; if it
+                returns, reading continues.
 
         Raises:
             CliError: a folder cannot be read.
@@ -54,16 +60,20 @@ class TextFolder:
                 yield {"id": record_id, "text": part, "metadata": {"path": name}}
 
     def count(self) -> int | None:
-        """Return the number of files; None if a file may have several records."""
+        """Return the number of files; None for `paragraphs`, since a file may then have several records.
+
+        Raises:
+            CliError: a folder cannot be read.
+        """
         return sum(1 for _ in self._files()) if self._split == "files" else None
 
     def place(self, item: int) -> str:
-        """Return the path of the file of a record."""
+        """Return the path of the file of record number `item`, from 0, which was yielded already."""
         return self._places[item]
 
     def _files(self) -> Iterator[Path]:
         for folder, folders, files in os.walk(self._folder, onerror=_refuse_folder):
-            # `os.walk` visits the folders that remain in this list, in this order.
+            # `os.walk` then visits only the folders that this list has after the assignment, in the order of the list.
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(files):
                 if not name.startswith(".") and name.lower().endswith(_SUFFIXES):
@@ -82,7 +92,7 @@ class TextFolder:
             raise RecordError(f"{path}: byte {error.start + 1} is not UTF-8; convert the file to it") from error
 
     def _parts(self, name: str, text: str) -> Iterator[tuple[str, str]]:
-        """Yield the id and the text of each record in a file."""
+        """Yield (id, text) of each record in the file `name` with the content `text`; empty paragraphs are skipped."""
         if self._split == "files":
             yield name, text
             return

@@ -1,4 +1,4 @@
-"""The commands on texts: embed, count-tokens, similarity, classify."""
+"""The commands `emberpc embed`, `count-tokens`, `similarity` and `classify`, which work on texts."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ Cut = Annotated[
     typer.Option(help="Treatment of texts with too many tokens: refuse them, or truncate at the end or the start."),
 ]
 
-#: Numbers of a vector, and labels of a text, in a table on a terminal.
+#: Most numbers of a vector, and most labels of a text, that a table on a terminal shows.
 _PREVIEW = 6
 _TOP_K = 3
 #: Shown in a table instead of the label of a rejected text.
 _REJECTED = "(rejected)"
-#: Most lines of a stream that are read ahead.
+#: With --stream: most lines that are read and not yet answered, or twice --batch-size if that is more.
 _WINDOW = 1024
 
 
@@ -67,7 +67,7 @@ def embed(
     with_details: WithDetails = False,
     as_json: AsJson = False,
 ) -> None:
-    """Embed texts: print their vectors, or write them to a file."""
+    """Embed texts, and print their vectors or write them to a .npy file, a row for each text."""
     if output:
         check_output_path(output, overwrite, takes_streams=False)
     if stream:
@@ -199,10 +199,15 @@ def classify(
 
 @contextmanager
 def _given(texts: list[str] | None, file: str | None) -> Iterator[list[str]]:
-    """Yield the texts from the arguments or the file; errors about a text of the file name its line.
+    """Context manager that yields the texts: those of the arguments, or the lines of the file.
+
+    Args:
+        texts: texts that were given as arguments.
+        file: value of --file; `-` for stdin.
 
     Raises:
-        CliError: there are no texts, or both arguments and a file are given.
+        CliError: there are neither arguments nor a file, or both; the file cannot be read, or a line is empty; or the
+            block raised an error about a text of the file, whose message then names the line.
     """
     if bool(texts) == bool(file):
         raise CliError("give texts as arguments, or a file of them with --file; one of the two")
@@ -216,7 +221,10 @@ def _given(texts: list[str] | None, file: str | None) -> Iterator[list[str]]:
 
 
 def _shown(what: str, texts: list[str], file: str | None) -> AbstractContextManager[Progress | None]:
-    """Show the progress for a file; the few texts of a command line need none."""
+    """Return a context manager that shows the progress of embedding a file.
+
+    Without a `file` nothing is shown, since the arguments of a command are only a few texts.
+    """
     return progress(what, len(texts)) if file else nullcontext()
 
 
@@ -261,13 +269,13 @@ def _label(item: Classification) -> str:
 
 
 def _scores(item: Classification) -> str:
-    # Convert to float32, the type on the wire: a double would be printed with twice the digits.
+    # A score is a float32 on the wire, but a double here, which would be printed with about twice as many digits.
     shown = (f"{score.score:.2f}" if to_terminal() else str(np.float32(score.score)) for score in item.scores)
     return ", ".join(f"{score.label} {number}" for score, number in zip(item.scores, shown, strict=True))
 
 
 def _vector(row: Matrix) -> str:
-    """Return a vector as a cell of a table: the first numbers on a terminal, else all numbers with all digits."""
+    """Return a vector as a cell of a table: on a terminal the first 6 numbers, elsewhere all with all digits."""
     if to_terminal():
         return " ".join(f"{value:+.4f}" for value in row[:_PREVIEW]) + f" … {len(row)} in all"
     return " ".join(map(str, row))

@@ -1,4 +1,4 @@
-"""Check that the vectors of a file were made by the model of the collection."""
+"""Check that the model of a collection made the vectors of a file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from emberpc.cli.output import note
 from emberpc.client import Client, EmberpcError, InputError, InputTypeError
 from emberpc.client.types import Truncation
 
-#: Number of records whose texts are embedded for the comparison, and number of records at the start of the file from
-#: which they are chosen.
+#: Number of records whose texts are embedded to compare vectors, and number of records at the start of the file that
+#: these are chosen from.
 _COMPARED, _LOOKED_AT = 8, 256
-#: Least cosine between two vectors that the same model gives a text. A quantised model gives slightly different
-#: vectors in different batches; other models are far below.
+#: Least cosine between the stored and the new vector of a text, if the same model made both. A quantized model gives
+#: slightly different vectors in different batches. The vectors of another model have far smaller cosines.
 _MIN_COSINE = 0.999
 
 Records = Iterator[dict[str, Any]]
@@ -26,10 +26,11 @@ Records = Iterator[dict[str, Any]]
 def check_vectors(
     client: Client, records: Records, source: str, stated: str, *, model: str, fingerprint: str, truncation: Truncation
 ) -> Records:
-    """Check that the vectors of records were made by a model, and return the records.
+    """Check that a model made the vectors of records, and return an iterator over all the records.
 
-    A file of an older version has another fingerprint of the same model, since the scheme of fingerprints changed.
-    So if the fingerprints differ, some texts at the start of the file are embedded, and the vectors are compared.
+    A file that an older version of emberpc wrote has another fingerprint of the same model, since the rule of
+    fingerprints changed. So if the fingerprints differ, some texts at the start of the file are embedded, and their
+    vectors are compared with those of the file.
 
     Args:
         client: client of the server that has the model.
@@ -41,7 +42,7 @@ def check_vectors(
         truncation: treatment of texts with too many tokens.
 
     Raises:
-        CliError: the vectors were made by another model.
+        CliError: another model made the vectors, or they cannot be compared.
     """
     if not fingerprint or stated in ("", fingerprint):
         return records
@@ -61,7 +62,7 @@ def check_vectors(
 
 
 def _compared(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return up to 8 records with a text and a vector, evenly spaced."""
+    """Return at most 8 of the records that have a text and a vector, at even distances."""
     found = [
         record
         for record in records
@@ -72,7 +73,10 @@ def _compared(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _are_of(client: Client, records: Sequence[dict[str, Any]], model: str, truncation: Truncation) -> bool:
-    """Return whether a model gives the texts of records the same vectors as stored in the records."""
+    """Return whether a model gives the texts of records nearly the vectors that the records have: cosine >= 0.999.
+
+    False also if the model cannot give these texts vectors of the same dimensions.
+    """
     try:
         theirs = np.stack([np.asarray(record["vector"], dtype=np.float64) for record in records])
         texts = [record["text"] for record in records]

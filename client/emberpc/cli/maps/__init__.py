@@ -1,1 +1,1 @@
-"""The map of a collection: which records, where they lie, what groups they make, and the page that shows it."""
+"""Maps of collections: sample the records, lay them out in a plane, group and colour them, render an HTML page."""

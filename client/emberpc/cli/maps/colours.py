@@ -12,15 +12,16 @@ import numpy as np
 from emberpc.cli.maps.groups import Grouping
 from emberpc.cli.maps.layout import Places
 
-#: Side of the squares in which the points of a group are counted, in map units.
+#: Side of the squares in which the points of a group are counted to find where they are dense. In map units: the map is
+#: 2 units wide.
 _SQUARE = 0.08
-#: If a smaller share of a group than this is around its densest square, the group is scattered and its name is not
-#: drawn.
+#: Least share of a group's points that are in its densest square or the 8 squares around, for the group's name to be
+#: drawn. A group with a smaller share is scattered, so no place is right for the name.
 _LEAST_SHARE = 0.15
-#: Degrees. The page converts them to colours of the same strength, for light and dark mode.
+#: Hues of groups without an order, in degrees of OKLCH. The page chooses lightness and chroma, for light and dark mode.
 _HUES = tuple(range(15, 375, 30))
 _TONES = (0, 1)
-#: Hues of ordered groups, in degrees: from blue over green to red.
+#: Hues of the first and the last of ordered groups, in degrees of OKLCH: from blue over green to red.
 _COLD, _HOT = 265, 25
 
 
@@ -31,8 +32,8 @@ class Look:
     Attributes:
         hue: hue of OKLCH in degrees; None for grey.
         tone: 0 for the stronger tone, 1 for the weaker.
-        x: x of the name, in map units; None if the name is not drawn.
-        y: y of the name, likewise.
+        x: x of the name, in map units, from -1 to 1; None if the name is not drawn.
+        y: y of the name, in map units, from -1 (top) to 1; None if the name is not drawn.
     """
 
     hue: int | None
@@ -64,7 +65,10 @@ def looks(grouping: Grouping, places: Places) -> list[Look]:
 
 
 def _densest(places: Places) -> tuple[float, float, float]:
-    """Return the centre (x, y) of the densest region of points, and the share of the points in it."""
+    """Return x and y of the centre of the densest region of points, and the share of all points in this region.
+
+    A region is a square and the 8 squares around. The centre is the median of its points.
+    """
     squares = np.floor(places / _SQUARE).astype(int)
     counts = Counter((x, y) for x, y in squares.tolist())
     around = {
@@ -77,7 +81,10 @@ def _densest(places: Places) -> tuple[float, float, float]:
 
 
 def _apart(centres: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
-    """Return a hue and a tone for each place, as different as possible from those of nearby places before it."""
+    """Return a colour, (hue in degrees, tone), for each place (x, y), in the order of the places.
+
+    Each place gets the colour that differs most from those of earlier places nearby.
+    """
     palette = [(hue, tone) for tone in _TONES for hue in _HUES]
     if len(centres) <= len(_HUES):
         palette = palette[: len(_HUES)]
@@ -88,7 +95,7 @@ def _apart(centres: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
 
         def cost(colour: tuple[int, int], weights: list[float] = weights) -> tuple[int, float]:
             alike = (weight * _colour_similarity(colour, other) for weight, other in zip(weights, chosen, strict=True))
-            # No colour is used again before all are used.
+            # The colours that were used least often come first, so no colour is repeated before all are used.
             return used[colour], sum(alike)
 
         best = min(palette, key=cost)
@@ -98,6 +105,6 @@ def _apart(centres: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
 
 
 def _colour_similarity(one: tuple[int, int], other: tuple[int, int]) -> float:
-    """Return the similarity of two colours, from 0 to 1."""
+    """Return the similarity, from 0 to 1, of two colours (hue in degrees, tone); 1: they are equal."""
     turn = abs(one[0] - other[0]) % 360
     return math.exp(-((min(turn, 360 - turn) / 40) ** 2)) * (1.0 if one[1] == other[1] else 0.5)

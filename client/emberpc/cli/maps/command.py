@@ -23,9 +23,9 @@ from emberpc.cli.progress import Stages, stages
 from emberpc.client import Client
 from emberpc.client.types import Record
 
-#: Default of --limit: the layout of this many records takes at most 30 seconds on two cores.
+#: Default of --limit: most records on a map. The layout of this many takes at most 30 seconds on two cores.
 _LIMIT = 10_000
-#: Records of one request.
+#: Most records that one request reads.
 _PAGE = 500
 
 
@@ -56,7 +56,7 @@ def draw_map(
     where: Where = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Draw a map of a collection, where similar records are near each other: one HTML file to open in a browser."""
+    """Draw a map of a collection: an HTML file for a browser, in which similar records are near each other."""
     require(MAP_PACKAGES, "map", "emberpc collection map")
     check_output_path(output, overwrite)
     if color_by is not None and clusters:
@@ -96,7 +96,7 @@ def draw_map(
 
 @dataclass(frozen=True)
 class _Sample:
-    """Records in a pseudo-random order, and the number of records that they were drawn from."""
+    """Records in a pseudo-random order, and the number `total` of records that they were drawn from."""
 
     records: tuple[Record, ...]
     total: int
@@ -105,15 +105,18 @@ class _Sample:
 def _read_sample(client: Client, collection: str, where: str | None, limit: int, stages: Stages) -> _Sample:
     """Read records with their vectors: all, or a sample if there are more than `limit`.
 
-    The sample depends on the ids only, so it is the same each time, and most of
-    it stays the same when records are added or deleted.
+    The sample depends on the ids only. So it is the same each time, and adding or deleting records changes only a part
+    of the sample.
 
     Args:
         client: client of the server.
         collection: name of the collection.
-        where: only records that match this filter.
+        where: only records that match this filter; None: all records.
         limit: most records; 0: all.
         stages: called with the progress.
+
+    Raises:
+        EmberpcError: a request failed.
     """
     total = client.count(collection, where=where)
     stages("reading records", 0, total)
@@ -134,11 +137,11 @@ def _read_sample(client: Client, collection: str, where: str | None, limit: int,
     for record in every:
         found.append(record)
         stages(stage, len(found), expected)
-    # Records may have been added since they were counted.
+    # If records were added since the count, there may be more than `limit` here.
     ranked = sorted(found, key=lambda record: _rank(record.id))[: limit or None]
     return _Sample(tuple(ranked), max(total, len(found)))
 
 
 def _rank(record_id: str) -> bytes:
-    """Return the sort key of an id in a pseudo-random order that is always the same."""
+    """Return a sort key for an id. Sorting by the key gives a pseudo-random order, which is the same each time."""
     return hashlib.blake2b(record_id.encode(), digest_size=8).digest()

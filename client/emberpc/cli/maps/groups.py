@@ -16,17 +16,20 @@ from emberpc.cli.errors import CliError
 from emberpc.cli.maps.layout import Places
 from emberpc.client.types import Record
 
-#: Most groups with their own colour; the smaller groups share a colour.
+#: Most values that get a group of their own, the most frequent ones. The records with other values share one group.
 _MOST_GROUPS = 200
-#: More different numbers than this are divided into ranges with about equal numbers of records.
+#: If a field has more than 12 different numbers, the numbers are divided into at most 7 ranges with about equal numbers
+#: of records.
 _MOST_NUMBERS, _RANGES = 12, 7
-#: The number of clusters is the square root of records / 10: 10 for 1,000 records, 24 for 5,760 and more.
+#: The default number of clusters is the square root of (number of records / 10): 10 for 1,000 records, and at most 24,
+#: from 5,760 records on.
 _RECORDS_PER_CLUSTER, _MOST_CLUSTERS = 10, 24
 _LONGEST_NAME = 60
-#: A word starts with a letter: numbers are no useful names.
+#: Matches a word that may become part of a group's name. A word starts with a letter: numbers are no useful names.
 _WORD = re.compile(r"[^\W\d_][^\W_]*(?:['’][^\W_]+)?")
 _LEAST_LETTERS = 3
-#: Least number of texts of a group with a word; fewer may be chance.
+#: Least number of a group's texts that must have a word for the word to name the group. One text may have a word by
+#: chance.
 _LEAST_TEXTS = 2
 
 
@@ -37,7 +40,7 @@ class Group:
     Attributes:
         name: name in the legend.
         members: indexes of the points.
-        rest: whether the group has the remaining points, such as those without a label.
+        rest: whether the group has the points that belong to no other group, such as those without a label.
     """
 
     name: str
@@ -47,7 +50,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Grouping:
-    """A partition of all points into groups; `ordered` if the groups have an order, as ranges of numbers have."""
+    """A partition of all points into groups.
+
+    Attributes:
+        title: what the points are grouped by, such as `label`.
+        groups: the groups; each point is in exactly one group.
+        ordered: whether the groups have an order, as ranges of numbers have.
+    """
 
     title: str
     groups: Sequence[Group]
@@ -55,15 +64,14 @@ class Grouping:
 
 
 def group(records: Sequence[Record], places: Places, field: str | None, clusters: int) -> Grouping:
-    """Group records by a metadata field; without a field by label if there are labels, else by place.
+    """Group records by a metadata field, by label, or into clusters of records whose places are near each other.
 
     Args:
         records: at least one record.
         places: places of the records, float64 (records, 2).
-        field: metadata field, nested fields joined by dots; None for labels or clusters.
-        clusters: number of clusters, even if there are labels; 0: labels if there are any, else a number of clusters
-            that depends on the number of records.
-
+        field: metadata field to group by, nested keys joined by dots; None: group by label or into clusters.
+        clusters: without a field: number of clusters. 0: group by label if a record has a label, else into a number of
+            clusters that depends on the number of records.
     """
     if field is not None:
         return _by_field(records, field)
@@ -73,10 +81,10 @@ def group(records: Sequence[Record], places: Places, field: str | None, clusters
 
 
 def require_field(records: Sequence[Record], field: str) -> None:
-    """Check that a record has the field of --color-by.
+    """Check that at least one of the records has a value for `field`, the metadata field of --color-by.
 
     Raises:
-        CliError: no record has the field.
+        CliError: no record has the field, or all have null; the message lists the fields that there are.
     """
     if all(_value(record.metadata, field) is None for record in records):
         fields = sorted({key for record in records for key in record.metadata})
@@ -85,7 +93,7 @@ def require_field(records: Sequence[Record], field: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """Return a value of metadata as text."""
+    """Return a value of metadata as text: a str unchanged, any other value as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
@@ -102,7 +110,7 @@ def _by_field(records: Sequence[Record], field: str) -> Grouping:
 
 
 def _value(metadata: Mapping[str, Any], field: str) -> Any:
-    """Return the value of a field; None if it is missing or null."""
+    """Return the value of a field, nested keys joined by dots; None if the field is missing or null."""
     if field in metadata:
         return metadata[field]
     key, _, rest = field.partition(".")
@@ -113,7 +121,13 @@ def _value(metadata: Mapping[str, Any], field: str) -> Any:
 def _by_value(
     values: Sequence[Any], missing: str, key: Callable[[tuple[Any, int]], Any] = lambda item: (-item[1], item[0])
 ) -> list[Group]:
-    """Return a group for each value, ordered by the key of (value, count); the most frequent first."""
+    """Return a group for each of the 200 most frequent values, then one for other values and one for None.
+
+    Args:
+        values: the value of each point; None: the point has no value.
+        missing: name of the group of the points without a value.
+        key: sort key of the groups, from (value, number of points); default: the most frequent value first.
+    """
     members: dict[Any, list[int]] = defaultdict(list)
     for i, value in enumerate(values):
         members[value].append(i)
@@ -129,7 +143,7 @@ def _by_value(
 
 
 def _by_range(values: Sequence[float | None], missing: str) -> list[Group]:
-    """Return a group for each range of numbers, lowest first."""
+    """Return a group for each range of numbers, lowest first, and last a group named `missing` for None."""
     numbers = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
     edges = np.unique(np.nanquantile(numbers, np.linspace(0, 1, _RANGES + 1)[1:-1]))
     bins = np.searchsorted(edges, numbers, side="left")
@@ -145,7 +159,10 @@ def _by_range(values: Sequence[float | None], missing: str) -> list[Group]:
 
 
 def _by_place(records: Sequence[Record], places: Places, clusters: int) -> list[Group]:
-    """Return clusters of nearby points, largest first, named by words that distinguish them."""
+    """Return clusters of nearby points, largest first, each named by words that distinguish its texts from the others.
+
+    `clusters` is the number of clusters; 0: a number that depends on the number of records.
+    """
     suggested = min(round(math.sqrt(len(records) / _RECORDS_PER_CLUSTER)), _MOST_CLUSTERS)
     count = min(clusters or suggested, len(records))
     if count < 2:
@@ -172,12 +189,11 @@ def _number(value: float) -> str:
 
 
 def distinguishing_words(groups: Sequence[Sequence[str]], count: int = 3) -> list[list[str]]:
-    """Return up to `count` words for each group of texts, the most distinguishing first.
+    """Return at most `count` words for each group of texts: those that best distinguish it from the other groups.
 
-    The score of a word is s * log(s / t), where s is the share of the group's
-    texts that have the word, and t is the share of all texts. Words that are
-    equally frequent everywhere score 0 in any language, so no list of stop
-    words is needed.
+    The score of a word is s * log(s / t), where s is the share of the group's texts that have the word, and t is the
+    share of all texts that have the word. The word with the best score comes first. A word that is equally frequent in
+    all groups has the score 0 in any language, so no list of stop words is needed.
     """
     in_group = [Counter(word for text in texts for word in _words_of(text)) for texts in groups]
     overall: Counter[str] = Counter()
@@ -191,7 +207,7 @@ def distinguishing_words(groups: Sequence[Sequence[str]], count: int = 3) -> lis
 
 
 def _words_of(text: str) -> set[str]:
-    """Return the words of a text, in lower case."""
+    """Return the different words of a text, in lower case, with at least 3 letters."""
     return {word for word in _WORD.findall(text.casefold()) if len(word) >= _LEAST_LETTERS}
 
 
@@ -205,7 +221,10 @@ def _scores(counter: Counter[str], size: int, overall: Counter[str], texts_in_al
 
 
 def _best_words(scores: dict[str, float], count: int) -> list[str]:
-    """Return the words with the best scores, without forms of a word already chosen, such as `cards` beside `card`."""
+    """Return at most `count` words, those with the best scores above 0, best first.
+
+    Of several forms of a word, such as `card` and `cards`, only the one with the best score is returned.
+    """
     chosen: list[str] = []
     for word in sorted(scores, key=lambda word: (-scores[word], word)):
         if len(chosen) == count or scores[word] <= 0:
@@ -216,6 +235,6 @@ def _best_words(scores: dict[str, float], count: int) -> list[str]:
 
 
 def _same_stem(one: str, other: str) -> bool:
-    """Return whether two words differ in their last letters only."""
+    """Return whether two words start alike: only the last two letters of the shorter word, or what follows, differ."""
     common = max(_LEAST_LETTERS, min(len(one), len(other)) - 2)
     return one[:common] == other[:common]

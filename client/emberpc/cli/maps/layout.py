@@ -11,26 +11,29 @@ import numpy.typing as npt
 
 from emberpc.client.types import Matrix
 
-#: float64 (points, 2), within [-1, 1]; y grows downwards, as on a screen.
+#: Places of points on the map: x and y in map units, float64 (points, 2), within [-1, 1]. y grows downwards.
 Places = npt.NDArray[np.float64]
 
-#: Fewer points are projected linearly: t-SNE needs more neighbours.
+#: Least number of points for t-SNE, which needs several neighbours of each. Fewer points are projected to their
+#: principal components.
 _FEW = 12
 _PERPLEXITY = 30.0
-#: Points nearer to each other than this would cover each other; they are spread by this distance.
+#: Distance, in map units, to which points are spread that would cover each other.
 _SPACING = 0.004
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Places of points, and a description of the method that computed them."""
+    """Places of points, and the name of the method that computed the places, to show on the map."""
 
     places: Places
     method: str
 
 
 def lay_out(vectors: Matrix, distance: str) -> Layout:
-    """Project vectors to a plane; the result is the same for the same vectors.
+    """Project vectors to a plane, by t-SNE, or to principal components if they are fewer than 12 or all equal.
+
+    The result is the same for the same vectors.
 
     Args:
         vectors: finite, float32 (points, dimensions), at least one point.
@@ -48,7 +51,12 @@ def lay_out(vectors: Matrix, distance: str) -> Layout:
 
 
 def _scaled(vectors: Matrix, metric: str) -> Matrix:
-    """Scale vectors so that their squares fit into float32; the proportions of distances do not change."""
+    """Scale vectors so that the squares of their components fit into float32.
+
+    For the metric `cosine` each vector gets the length 1, unless its length is 0. For `euclidean` all vectors are
+    divided by the same number, so the proportions of distances do not change. Vectors with one component get a second
+    component, 0.
+    """
     if metric == "cosine":
         size = np.abs(vectors).max(axis=1, keepdims=True)
         rows = vectors / np.where(size == 0, 1, size)
@@ -56,12 +64,12 @@ def _scaled(vectors: Matrix, metric: str) -> Matrix:
         rows /= np.where(length == 0, 1, length)
     else:
         rows = vectors / (np.abs(vectors).max() or 1)
-    # Both projections need at least two columns.
+    # Principal components and t-SNE need at least two columns.
     return np.pad(rows, ((0, 0), (0, max(0, 2 - rows.shape[1])))).astype(np.float32)
 
 
 def _principal(rows: Matrix) -> Places:
-    """Return the first two principal components."""
+    """Return the coordinates of the rows in their first two principal components, float64 (rows, 2)."""
     centred = rows.astype(np.float64) - rows.mean(axis=0)
     left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
     places = left[:, :2] * sizes[:2]
@@ -69,16 +77,19 @@ def _principal(rows: Matrix) -> Places:
 
 
 def _fitted(places: npt.ArrayLike) -> Places:
-    """Centre places and scale them into the square [-1, 1], keeping the proportions."""
+    """Centre places and scale both axes by the same factor, so that the wider one fills [-1, 1].
+
+    If all places are equal, the result is 0 for each.
+    """
     found = np.asarray(places, dtype=np.float64)
     low, high = found.min(axis=0), found.max(axis=0)
     half = float((high - low).max()) / 2
-    # A smaller extent is a rounding error.
+    # If half the extent is at most 1e-9, the places differ by rounding errors only and count as equal.
     return (found - (low + high) / 2) / half if half > 1e-9 else np.zeros_like(found)
 
 
 def _spread(places: Places) -> Places:
-    """Move points that would cover each other to a spiral around their place."""
+    """Return the places, with points that would cover each other moved to a spiral around their common place."""
     spread = places.copy()
     shared: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, (x, y) in enumerate(np.round(places / (_SPACING / 2)).astype(int).tolist()):

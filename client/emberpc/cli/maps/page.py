@@ -1,4 +1,4 @@
-"""Render a map as one self-contained HTML file, in which texts are never markup."""
+"""Render a map as one HTML file that needs no other file, and in which texts of records are never markup."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from emberpc.cli.maps.groups import Grouping, shown
 from emberpc.cli.maps.layout import Layout
 from emberpc.client.types import Record
 
-#: Files that are inserted into the page unchanged.
+#: Files of this package that are inserted into the page unchanged.
 _PARTS = ("page.css", "drawing.js", "panels.js")
 #: Most characters of a text and of a metadata value in the page; longer values are truncated.
 _TEXT, _VALUE = 2000, 300
@@ -31,9 +31,9 @@ class Drawing:
 
     Attributes:
         collection: name of the collection.
-        where: the filter; empty for none.
-        total: number of records, of which `records` may be a sample.
-        made: date of the map, such as 2026-01-31.
+        where: the filter that the records match; empty: no filter.
+        total: number of all records that match; `records` may be a sample of these.
+        made: date on which the map was made, such as 2026-01-31.
         records: records on the map.
         layout: places of the records.
         grouping: groups of the records.
@@ -53,8 +53,8 @@ class Drawing:
 def render(drawing: Drawing) -> str:
     """Return the page as HTML.
 
-    Its content security policy lets a browser run only the parts of this
-    package, by their hashes.
+    The content security policy of the page has hashes of the scripts and styles of this package, so a browser runs no
+    others.
     """
     page = _part("page.html")
     for name in _PARTS:
@@ -64,7 +64,7 @@ def render(drawing: Drawing) -> str:
 
 
 def _content(drawing: Drawing) -> dict[str, Any]:
-    """Return the data for the script of the page."""
+    """Return the data of a map, in types that JSON can represent, for the scripts of the page."""
     group_of = {i: number for number, group in enumerate(drawing.grouping.groups) for i in group.members}
     places = (drawing.layout.places * _SCALE).round().astype(int)
     return {
