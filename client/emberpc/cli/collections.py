@@ -205,7 +205,7 @@ def records(
     with_vectors: WithVectors = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the records of a collection by id; with --json as JSON Lines that `upsert` reads."""
+    """List the records of a collection in the order of their ids; with --json as JSON Lines that `upsert` reads."""
     found = itertools.islice(client.records(name, where=where, with_vectors=with_vectors), limit or None)
     if as_json:
         print_json(found)

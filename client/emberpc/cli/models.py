@@ -127,7 +127,7 @@ def reload(
 @app.command()
 @with_client
 def unload(client: Client, name: Name) -> None:
-    """Stop serving a model, after its calls in flight are done."""
+    """Stop serving a model, and wait until the model's calls in flight are done."""
     client.unload_model(name)
     note(f"unloaded the model {name}")
 

@@ -20,7 +20,8 @@ from emberpc.client import Record
 
 #: Key of the schema metadata that stores the settings of the collection.
 _SETTINGS_KEY = b"emberpc.collection"
-#: Number of rows, and of bytes of text and vectors, at which a row group ends. It is in memory until it is written.
+#: Number of rows, and bytes of texts and vectors, at which a row group ends. A row group is in memory until it is
+#: written as a whole.
 _GROUP_ROWS = 4096
 _GROUP_BYTES = 32 * 2**20
 #: Number of rows that are read from a file at a time.

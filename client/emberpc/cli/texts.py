@@ -221,9 +221,10 @@ def _given(texts: list[str] | None, file: str | None) -> Iterator[list[str]]:
 
 
 def _shown(what: str, texts: list[str], file: str | None) -> AbstractContextManager[Progress | None]:
-    """Return a context manager that shows the progress of embedding a file.
+    """Return a context manager that shows the progress of the work `what` on `texts`, such as "embedding".
 
-    Without a `file` nothing is shown, since the arguments of a command are only a few texts.
+    It yields the function to call with the number of texts done. Without a `file` it shows nothing and yields None,
+    since the arguments of a command are only a few texts.
     """
     return progress(what, len(texts)) if file else nullcontext()
 

@@ -1,6 +1,6 @@
 """Model, times, tokens and write receipt that a response states beside its result.
 
-Methods of the clients with a parameter `details` call it with these values.
+Methods of the clients that have a parameter `details` call this function with a `ResponseDetails` for each response.
 """
 
 from __future__ import annotations

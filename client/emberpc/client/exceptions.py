@@ -6,7 +6,7 @@
     ├── AlreadyExists               the name is taken
     ├── FailedPrecondition          the state of the server does not allow the call, such as the wrong kind of model
     ├── Aborted                     a record has another revision; read it again
-    ├── ResourceExhausted           the server is full, or a message too large; `retry_after` may state when to retry
+    ├── ResourceExhausted           a limit of the server is reached, such as of its queue; see `retry_after`
     ├── DeadlineExceeded            no response in time; a write may have happened
     ├── Unavailable                 no server answers, or it is starting or stopping
     ├── Unauthenticated             the token is missing or wrong
@@ -15,8 +15,8 @@
     ├── Cancelled                   the call was cancelled, such as by `close()`
     ├── DataLoss                    a record is damaged on the server's disk; delete it or write it again
     └── Internal                    an error in the server, or a response that contradicts itself
-    InputError(ValueError)          an argument is wrong; nothing was sent
-    InputTypeError(TypeError)       an argument has the wrong type; nothing was sent
+    InputError(ValueError)          an argument is wrong, and was not sent
+    InputTypeError(TypeError)       an argument has the wrong type, and was not sent
 
 The `__cause__` of an EmberpcError is the gRPC error that it was made from, if there is one.
 """
@@ -119,7 +119,10 @@ class Aborted(EmberpcError):
 
 
 class ResourceExhausted(EmberpcError):
-    """The server is full, or a message is too large; `retry_after` may state when to retry."""
+    """A limit of the server is reached: queue, disk, number of calls, or bytes of a message.
+
+    `retry_after` states when to retry, if a retry may help.
+    """
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -180,11 +183,18 @@ class FilterWarning(UserWarning):
 
 
 class InputError(ValueError):
-    """An argument is wrong; nothing was sent. The message names the item and the remedy."""
+    """An argument is wrong. The message names the item and the remedy.
+
+    The item was not sent. Nothing else was sent either, except that `upsert` may have sent earlier records.
+    """
 
 
 class InputTypeError(TypeError):
-    """An argument has the wrong type; nothing was sent. The message names the item and the remedy."""
+    """An argument has the wrong type. The message names the item and the remedy.
+
+    The item was not sent. Nothing else was sent either, except that `upsert` and the streams may have sent earlier
+    items.
+    """
 
 
 def add_done(error: EmberpcError | InputError | InputTypeError, done: int, words: str) -> None:
@@ -212,13 +222,13 @@ class RpcFailure(Protocol):
     """A failed call of `grpc` or `grpc.aio`."""
 
     def code(self) -> grpc.StatusCode | None:
-        """Return the status code."""
+        """Return the status code of the failed call."""
 
     def details(self) -> str | None:
-        """Return the message of the status."""
+        """Return gRPC's message about the failure; None if there is none."""
 
     def trailing_metadata(self) -> Any:
-        """Return the trailing metadata: pairs of a key and a str or bytes, or None."""
+        """Return the trailing metadata of the call: an iterable of pairs of a key and a str or bytes, or None."""
 
 
 #: Finds enum values in the server's messages, to replace them by the client's words. The pattern also matches text in
@@ -290,14 +300,14 @@ def from_rpc(failure: RpcFailure, call: Circumstances) -> EmberpcError:
 
 
 def from_status(status: errors_pb2.ErrorStatus) -> EmberpcError:
-    """Convert the error of one item of a stream to an EmberpcError."""
+    """Convert the error of one item of a stream, as a response states it, to an EmberpcError."""
     request = wire_status.detail(status, errors_pb2.RequestInfo)
     code = _BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN)
     return _error(code, status.message, status, request.request_id if request else "", lambda text: text)
 
 
 def no_answer(call: Circumstances) -> DeadlineExceeded:
-    """Return the error for a stream that received nothing within its timeout."""
+    """Return the error for a stream that received nothing within its timeout; `call` has facts for the message."""
     return DeadlineExceeded(_own_words(grpc.StatusCode.DEADLINE_EXCEEDED, "", call))
 
 

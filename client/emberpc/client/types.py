@@ -185,7 +185,7 @@ class FailedRecord:
 
 @dataclass(frozen=True)
 class UpsertCheckpoint:
-    """Progress of an `upsert_stream`. `failures`, `inserted` and `updated` count from the previous checkpoint."""
+    """Progress of an `upsert_stream`. `failures`, `inserted`, `updated` are those since the previous checkpoint."""
 
     #: Number of records, from the start of the stream, that are all on disk or have failed.
     done: int
@@ -264,7 +264,7 @@ class RecordProblem:
     """A problem that `verify_collection` found in the record `id`; an empty `id`: in the collection as a whole."""
 
     id: str
-    #: Kind of the problem, for programs, such as `UNREACHABLE`: no search finds the record.
+    #: Kind of the problem, for programs, such as `UNREACHABLE`: a search by its own vector does not find the record.
     reason: str
     message: str
 
@@ -294,8 +294,8 @@ class LabelScore:
 class Classification:
     """The result of classifying one text."""
 
-    #: The predicted label. Multi-label classifier: all labels whose probability reaches their threshold. Empty if the
-    #: text is rejected, or if no label reaches its threshold.
+    #: The predicted label. Multi-label classifier: all labels whose probability is at least their threshold. Empty if
+    #: the text is rejected, or no probability is that great.
     labels: tuple[str, ...]
     #: Labels with their probabilities, the most probable first; at most `top_k` of them.
     scores: tuple[LabelScore, ...]

@@ -30,8 +30,8 @@ class Look:
     """Colour and name position of a group.
 
     Attributes:
-        hue: hue of OKLCH in degrees; None for grey.
-        tone: 0 for the stronger tone, 1 for the weaker.
+        hue: hue in degrees, in OKLCH, a colour space of CSS; None for grey.
+        tone: 0 for the stronger tone, 1 for the weaker tone.
         x: x of the name, in map units, from -1 to 1; None if the name is not drawn.
         y: y of the name, in map units, from -1 (top) to 1; None if the name is not drawn.
     """
@@ -46,7 +46,8 @@ def looks(grouping: Grouping, places: Places) -> list[Look]:
     """Return the look of each group: its colour, and where its name is drawn.
 
     Ordered groups get colours from cold to hot. Of other groups, those that are near each other get the most different
-    colours. A group of the rest is grey and has no name.
+    colours. A group with `rest` is grey and its name is not drawn. Nor is the name of a scattered group or of the only
+    group.
     """
     centres = [_densest(places[list(group.members)]) for group in grouping.groups]
     coloured = [i for i, group in enumerate(grouping.groups) if not group.rest]

@@ -47,7 +47,8 @@ class AsyncClient(
 
     A list longer than `batch_size` is sent in several requests. Results keep the order of the list, and an error names
     an item by its index in the whole list. `progress` is called with the number of items done so far. `details` is
-    called with the `ResponseDetails` of each response. Arguments are checked before anything is sent.
+    called with the `ResponseDetails` of each response. Arguments are checked before anything is sent; records of
+    `upsert`, and items of streams, are checked when they are read.
 
     Args:
         target: HOST:PORT, HOST for port 50051, or any target that gRPC knows. Calls are spread over all addresses of

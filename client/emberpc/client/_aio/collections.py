@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-# The docstring of the client documents the parameters that all methods have in common.
-# ruff: noqa: D417
 from collections.abc import AsyncIterator, Callable, Iterable
 
 from emberpc.client._aio.runner import AsyncRunner
@@ -47,6 +45,7 @@ class AsyncCollectionMethods:
             exist_ok: if a collection of this name exists, return it unchanged instead of raising AlreadyExists. Model
                 and distance must be those of the existing collection, and so must `dimensions`, `m` and
                 `ef_construction` unless they are 0. `truncation` and `indexed_fields` may differ.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             The new collection, or the existing one with `exist_ok`.
@@ -77,7 +76,15 @@ class AsyncCollectionMethods:
             return collections.check_alike(existing, call.request, error)
 
     async def get_collection(self, name: str, *, timeout: float | None = None) -> Collection:
-        """Return a collection; raises NotFound if there is no collection of this name."""
+        """Return a collection: its settings, number of records, size, and the progress of a reembedding.
+
+        Args:
+            name: name of the collection.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
+
+        Raises:
+            NotFound: there is no collection of this name.
+        """
         return await self._runner.run_one(collections.get_collection(name), timeout)
 
     def collections(self, *, page_size: int = 0, timeout: float | None = None) -> AsyncIterator[Collection]:
@@ -85,6 +92,7 @@ class AsyncCollectionMethods:
 
         Args:
             page_size: collections per request, at most 1000; 0: the server's default.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
             EmberpcError: a request failed; raised when the next collection is taken.
@@ -96,13 +104,27 @@ class AsyncCollectionMethods:
 
         The new setting applies to later writes; stored records do not change.
 
+        Args:
+            name: name of the collection.
+            truncation: the new setting.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
+
         Raises:
             NotFound: there is no collection of this name.
         """
         return await self._runner.run_one(collections.update_collection(name, truncation), timeout)
 
     async def delete_collection(self, name: str, *, timeout: float | None = None) -> None:
-        """Delete a collection with all its records; raises NotFound if there is no collection of this name."""
+        """Delete a collection with all its records.
+
+        Args:
+            name: name of the collection.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
+
+        Raises:
+            NotFound: there is no collection of this name, perhaps since a try of this call whose response was lost
+                deleted it.
+        """
         return await self._runner.run_one(collections.delete_collection(name), timeout)
 
     async def reembed_collection(
@@ -117,6 +139,7 @@ class AsyncCollectionMethods:
             name: name of the collection.
             model: name of the new model.
             dimensions: dimensions of the new vectors; 0: those of the model.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             The collection, with its `reembedding` if that still runs.
@@ -131,9 +154,16 @@ class AsyncCollectionMethods:
         return await self._runner.run_one(collections.reembed(name, model, dimensions), timeout)
 
     async def cancel_reembedding(self, name: str, *, timeout: float | None = None) -> Collection:
-        """Cancel the reembedding of a collection: the old vectors stay. Does nothing if no reembedding runs.
+        """Cancel the reembedding of a collection, and return the collection; the old vectors stay.
 
-        Returns the collection. Raises NotFound if there is no collection of this name.
+        Does nothing if no reembedding runs.
+
+        Args:
+            name: name of the collection.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
+
+        Raises:
+            NotFound: there is no collection of this name.
         """
         return await self._runner.run_one(collections.cancel_reembedding(name), timeout)
 
@@ -153,6 +183,7 @@ class AsyncCollectionMethods:
             name: name of the collection, which may be read and written meanwhile.
             full: whether to search for every record by its own vector. False: for a random sample of about 2000.
             progress: called repeatedly with the number of checked records and the number of all records.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             The number of records that were checked, and the problems that were found.

@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 from emberpc.client._aio.runner import AsyncRunner
-
-# The docstring of the client documents the parameters that all methods have in common.
-# ruff: noqa: D417
 from emberpc.client._core import models
 from emberpc.client.types import Classifier, Health, Model, ServerInfo, Stages
 
@@ -21,11 +18,20 @@ class AsyncModelMethods:
 
         Args:
             page_size: models per request, at most 1000; 0: the server's default.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
         """
         return await self._runner.all_items(lambda token: models.list_models(token, page_size), timeout)
 
     async def get_model(self, name: str, *, timeout: float | None = None) -> Model:
-        """Return a model; raises NotFound if the server serves no model of this name."""
+        """Return a model: its task, state, dimensions, limits and quality.
+
+        Args:
+            name: name of the model.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
+
+        Raises:
+            NotFound: the server serves no model of this name.
+        """
         return await self._runner.run_one(models.get_model(name), timeout)
 
     async def classifiers(self, *, page_size: int = 0, timeout: float | None = None) -> list[Classifier]:
@@ -33,6 +39,7 @@ class AsyncModelMethods:
 
         Args:
             page_size: classifiers per request, at most 1000; 0: the server's default.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
             Unimplemented: the server's version of emberpc is older than this method.
@@ -44,6 +51,7 @@ class AsyncModelMethods:
 
         Args:
             name: name of the classifier; empty: the only classifier of the server.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
             NotFound: the server serves no model of this name.
@@ -72,6 +80,7 @@ class AsyncModelMethods:
             variant: variant to serve; empty: the variant that the server's settings name for this model, or if they
                 name none, the first variant, fp32.
             progress: called with the name of each step, such as "warming up".
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             The model as the server serves it.
@@ -104,6 +113,7 @@ class AsyncModelMethods:
                 was loaded from.
             variant: variant to serve; empty: the variant that is served now.
             progress: called with the name of each step, such as "warming up".
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             The new model as the server serves it.
@@ -120,6 +130,10 @@ class AsyncModelMethods:
     async def unload_model(self, name: str, *, timeout: float | None = None) -> None:
         """Stop serving a model. Returns when the model's calls in flight have finished.
 
+        Args:
+            name: name of the model.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
+
         Raises:
             NotFound: the server serves no model of this name.
             PermissionDenied: the server does not allow changes of its models.
@@ -129,6 +143,9 @@ class AsyncModelMethods:
 
     async def server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """Return the server's version, limits and features.
+
+        Args:
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
             Unimplemented: the server's version of emberpc is older than this method.
@@ -140,6 +157,7 @@ class AsyncModelMethods:
 
         Args:
             service: full name of a gRPC service, such as `emberpc.v1.IndexService`; empty: the server as a whole.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
             NotFound: the server has no service of this name.

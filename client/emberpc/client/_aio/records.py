@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-# The docstring of the client documents the parameters that all methods have in common.
-# ruff: noqa: D417
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from typing import Any
 
@@ -54,6 +52,9 @@ class AsyncRecordMethods:
                 compared.
             details: called with the `ResponseDetails` of each response: sequence number and durability of the write,
                 times, tokens of the texts.
+            batch_size: most records of one request.
+            progress: called with the number of items done so far; None: no calls.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             Numbers of inserted and updated records, and the sequence number of the last write.
@@ -133,6 +134,7 @@ class AsyncRecordMethods:
             ids: ids of the records.
             with_vectors: whether to return the vectors too.
             details: called with the `ResponseDetails` of each response: `missing_ids` are ids without a record.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             The records that were found, in the order of `ids`. Ids without a record are left out. If the response to a
@@ -164,6 +166,7 @@ class AsyncRecordMethods:
             where: a filter, instead of `ids`, such as `lang = "en"`; see `emberpc.client.filters`. All records that
                 match are deleted in one request.
             details: called with the `ResponseDetails` of each response: sequence number and durability of the write.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
             NotFound: there is no collection of this name.
@@ -192,6 +195,7 @@ class AsyncRecordMethods:
                 `emberpc.client.filters`. None: all records.
             with_vectors: whether to return the vectors too.
             page_size: records per request, at most 1000; 0: the server's default.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
             EmberpcError: a request failed, for example with NotFound; raised when the next record is taken.
@@ -205,8 +209,15 @@ class AsyncRecordMethods:
         return self._runner.pages(page, timeout)
 
     async def count(self, collection: str, *, where: Where | None = None, timeout: float | None = None) -> int:
-        """Count the records of a collection, or those that match the filter `where`; see `emberpc.client.filters`.
+        """Count the records of a collection, or those that match a filter.
 
-        Raises NotFound if there is no collection of this name.
+        Args:
+            collection: name of the collection.
+            where: only records that match this filter, such as `lang = "en"`; see `emberpc.client.filters`. None: all
+                records.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
+
+        Raises:
+            NotFound: there is no collection of this name.
         """
         return await self._runner.run_one(record_calls.count(collection, where), timeout)

@@ -36,7 +36,8 @@ class Call(Generic[Response, Result]):
 
     Attributes:
         method: the RPC.
-        request: the request. A call with several requests sends others; this one states their type.
+        request: the request. For a call with several requests, which are passed separately: a message that states the
+            type of the requests.
         decode: returns the result for a response.
         items: the repeated field of the request that has one part of the caller's list; empty: there is no list.
         first: the caller's index of the first item of this part.

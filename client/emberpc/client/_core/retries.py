@@ -17,7 +17,8 @@ _TRIES = 5
 #: Longest run of a try, in seconds, after which the call is retried. After a longer run, a retry might repeat work that
 #: takes as long.
 _SOON = 5.0
-#: Pauses before the next try, in seconds: the first pause, and the longest. Each pause is twice the one before.
+#: Pauses before the next try, in seconds: the first pause, and the longest. Each pause is twice the one before, times a
+#: random factor from 0.8 to 1.2, so that the retries of many clients spread.
 _PAUSES = (0.1, 2.0)
 
 

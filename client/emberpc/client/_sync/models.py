@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-# The docstring of the client documents the parameters that all methods have in common.
-# ruff: noqa: D417
 from emberpc.client._core import models
 from emberpc.client._sync.runner import Runner
 from emberpc.client.types import Classifier, Health, Model, ServerInfo, Stages
@@ -19,11 +17,20 @@ class ModelMethods:
 
         Args:
             page_size: models per request, at most 1000; 0: the server's default.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
         """
         return self._runner.all_items(lambda token: models.list_models(token, page_size), timeout)
 
     def get_model(self, name: str, *, timeout: float | None = None) -> Model:
-        """Return a model; raises NotFound if the server serves no model of this name."""
+        """Return a model: its task, state, dimensions, limits and quality.
+
+        Args:
+            name: name of the model.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
+
+        Raises:
+            NotFound: the server serves no model of this name.
+        """
         return self._runner.run_one(models.get_model(name), timeout)
 
     def classifiers(self, *, page_size: int = 0, timeout: float | None = None) -> list[Classifier]:
@@ -31,6 +38,7 @@ class ModelMethods:
 
         Args:
             page_size: classifiers per request, at most 1000; 0: the server's default.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
             Unimplemented: the server's version of emberpc is older than this method.
@@ -42,6 +50,7 @@ class ModelMethods:
 
         Args:
             name: name of the classifier; empty: the only classifier of the server.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
             NotFound: the server serves no model of this name.
@@ -70,6 +79,7 @@ class ModelMethods:
             variant: variant to serve; empty: the variant that the server's settings name for this model, or if they
                 name none, the first variant, fp32.
             progress: called with the name of each step, such as "warming up".
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             The model as the server serves it.
@@ -102,6 +112,7 @@ class ModelMethods:
                 was loaded from.
             variant: variant to serve; empty: the variant that is served now.
             progress: called with the name of each step, such as "warming up".
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             The new model as the server serves it.
@@ -118,6 +129,10 @@ class ModelMethods:
     def unload_model(self, name: str, *, timeout: float | None = None) -> None:
         """Stop serving a model. Returns when the model's calls in flight have finished.
 
+        Args:
+            name: name of the model.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
+
         Raises:
             NotFound: the server serves no model of this name.
             PermissionDenied: the server does not allow changes of its models.
@@ -127,6 +142,9 @@ class ModelMethods:
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """Return the server's version, limits and features.
+
+        Args:
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
             Unimplemented: the server's version of emberpc is older than this method.
@@ -138,6 +156,7 @@ class ModelMethods:
 
         Args:
             service: full name of a gRPC service, such as `emberpc.v1.IndexService`; empty: the server as a whole.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
             NotFound: the server has no service of this name.

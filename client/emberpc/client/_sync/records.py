@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-# The docstring of the client documents the parameters that all methods have in common.
-# ruff: noqa: D417
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -53,6 +51,9 @@ class RecordMethods:
                 compared.
             details: called with the `ResponseDetails` of each response: sequence number and durability of the write,
                 times, tokens of the texts.
+            batch_size: most records of one request.
+            progress: called with the number of items done so far; None: no calls.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             Numbers of inserted and updated records, and the sequence number of the last write.
@@ -132,6 +133,7 @@ class RecordMethods:
             ids: ids of the records.
             with_vectors: whether to return the vectors too.
             details: called with the `ResponseDetails` of each response: `missing_ids` are ids without a record.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             The records that were found, in the order of `ids`. Ids without a record are left out. If the response to a
@@ -161,6 +163,7 @@ class RecordMethods:
             where: a filter, instead of `ids`, such as `lang = "en"`; see `emberpc.client.filters`. All records that
                 match are deleted in one request.
             details: called with the `ResponseDetails` of each response: sequence number and durability of the write.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
             NotFound: there is no collection of this name.
@@ -189,6 +192,7 @@ class RecordMethods:
                 `emberpc.client.filters`. None: all records.
             with_vectors: whether to return the vectors too.
             page_size: records per request, at most 1000; 0: the server's default.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
             EmberpcError: a request failed, for example with NotFound; raised when the next record is taken.
@@ -202,8 +206,15 @@ class RecordMethods:
         return self._runner.pages(page, timeout)
 
     def count(self, collection: str, *, where: Where | None = None, timeout: float | None = None) -> int:
-        """Count the records of a collection, or those that match the filter `where`; see `emberpc.client.filters`.
+        """Count the records of a collection, or those that match a filter.
 
-        Raises NotFound if there is no collection of this name.
+        Args:
+            collection: name of the collection.
+            where: only records that match this filter, such as `lang = "en"`; see `emberpc.client.filters`. None: all
+                records.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
+
+        Raises:
+            NotFound: there is no collection of this name.
         """
         return self._runner.run_one(record_calls.count(collection, where), timeout)

@@ -107,7 +107,7 @@ class Runner:
         """Run one call with several responses, and yield the result of each when it arrives.
 
         Closing the generator ends the call. The call is retried only if it fails before the first response. Raises
-        EmberpcError if it fails for good.
+        EmberpcError if the call fails and is not retried.
         """
         retries = Retries(self._connection.deadline(timeout), allowed=self._transport.owns_channel)
         answered = False

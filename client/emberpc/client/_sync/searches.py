@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# The docstring of the client documents the parameters that all methods have in common.
+# Ruff's check D417 wants each parameter in each docstring. It is off, since some docstrings refer to that of `search`.
 # ruff: noqa: D417
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -73,6 +73,7 @@ class SearchMethods:
             priority: urgency of the call; the server may delay `bulk` calls in favour of `interactive` calls.
             details: called with the `ResponseDetails` of the response: the model that embedded the query, tokens,
                 times.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             Hits, nearest first. `search_batch` also returns the plan of the search, and whether the query was
@@ -117,6 +118,7 @@ class SearchMethods:
         Args:
             collection: name of the collection.
             queries: queries as for `search`, or `SearchQuery` with a filter, `top_k` and `ef` of its own.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             Item i is the result for query i: hits, plan of the search, tokens of the query.
@@ -139,6 +141,7 @@ class SearchMethods:
             collection: name of the collection.
             min_score: least cosine similarity of the two vectors, above 0 and at most 1.
             page_size: pairs per request, at most 1000; 0: the server's default.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
             NotFound: there is no collection of this name; raised, like all errors, when the next pair is taken.
@@ -162,6 +165,7 @@ class SearchMethods:
             collection: name of the collection.
             count: number of clusters, 2 to 1000. Fewer are returned if clusters stay empty, as with equal vectors.
             examples: most example records of each cluster, at most 100; 0: the server's default.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             The clusters, largest first, each with the records nearest to its centre.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# The docstring of the client documents the parameters that all methods have in common.
+# Ruff's check D417 wants each parameter in each docstring. It is off, since some docstrings refer to that of `embed`.
 # ruff: noqa: D417
 from collections.abc import Iterable, Iterator
 
@@ -61,6 +61,8 @@ class TextMethods:
             batch_size: most texts of one request.
             details: called with the `ResponseDetails` of each response: the model that answered, times, tokens of the
                 texts.
+            progress: called with the number of items done so far; None: no calls.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             float32, shape (texts, dimensions); row i is the vector of `texts[i]`.
@@ -130,8 +132,17 @@ class TextMethods:
     ) -> list[int]:
         """Count the tokens of texts, prompt and special tokens included.
 
-        Arguments and errors are those of `embed`. But a text may be empty, `model` may name a classifier, and
-        `ResponseDetails` also has `max_tokens`, and neither times nor tokens.
+        Errors are those of `embed`.
+
+        Args:
+            texts: a list or another iterable of texts, at least one; a text may be empty.
+            model: name of the embedding model or classifier; empty: the only embedding model of the server, or the only
+                model if no model embeds texts.
+            input_kind: purpose of the texts; decides which prompt of the model the server puts before each text.
+            batch_size: most texts of one request.
+            details: called with the `ResponseDetails` of each response: the model, and `max_tokens`, the most tokens of
+                a text that the model reads.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             Item i is the number of tokens of `texts[i]`, before any truncation.
@@ -160,6 +171,7 @@ class TextMethods:
             targets: texts to compare the sources with, at least one, none empty.
             source_kind: purpose of the sources; decides which prompt the server puts before each.
             target_kind: purpose of the targets.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             float32, shape (sources, targets): cosine similarities in [-1, 1].
@@ -194,6 +206,9 @@ class TextMethods:
             texts: a list or another iterable of texts; at least one, none empty.
             classifier: name of the classifier; empty: the only classifier of the server.
             top_k: the most labels with probabilities to return for each text, the most probable first; 0: all.
+            batch_size: most texts of one request.
+            progress: called with the number of items done so far; None: no calls.
+            timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             Item i is the result for `texts[i]`: predicted labels, probabilities, and whether the text is rejected.
