@@ -103,7 +103,7 @@ def import_records(
     batch_size: BatchSize = DEFAULT_BATCH,
     as_json: AsJson = False,
 ) -> None:
-    """Upsert the records of a file or folder of any size. An invalid record fails alone.
+    """Upsert the records of a file or folder of any size. Invalid records are reported; the others are written.
 
     It is safe to repeat the command. If the server restarts meanwhile, the
     import resumes.

@@ -75,7 +75,10 @@ class RowFile:
         self._file.write(vector.astype("<f4").tobytes())
 
     def _complete(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Write the left out rows as NaN, and the header, at the end of the block; `kind` is its exception, if any."""
+        """Write NaN into the rows that were left out, and write the header, at the end of the block.
+
+        Does nothing if the block raised an exception: `kind` is its type, or None.
+        """
         if kind is not None:
             return
         for row in self._missing:

@@ -57,7 +57,7 @@ def _options() -> list[Parameter]:
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command with an option for each setting added. It calls `command` with the loaded settings.
 
-    The settings come from the options, the environment, the configuration file, and the defaults, in this order. A
+    A setting comes from the first of these places that has it: option, environment, configuration file, default. A
     wrong setting raises CliError.
     """
 

@@ -86,7 +86,10 @@ class Runner:
         return job.result()
 
     def run_one(self, call: Call[Any, Result], timeout: float | None) -> Result:
-        """Run one call, with retries, and return its result; raise EmberpcError if the call fails."""
+        """Run one call, with retries, and return its result; raise EmberpcError if the call fails.
+
+        `timeout` is the seconds of all tries together; None: the timeout of the connection.
+        """
         result: Result = self._response(self._start(call, timeout), timeout)
         return result
 
@@ -95,7 +98,8 @@ class Runner:
     ) -> Item:
         """Run one call whose responses report steps, and return the result in the last step.
 
-        `progress` is called with the stage of each step; None: no calls. Raises EmberpcError if the call fails.
+        `progress` is called with the stage of each step; None: no calls. `timeout` is the seconds of all tries
+        together; None: the timeout of the connection. Raises EmberpcError if the call fails.
         """
         steps = Steps(call, progress)
         with closing(self.responses(call, timeout)) as responses:
@@ -106,8 +110,9 @@ class Runner:
     def responses(self, call: Call[Any, Item], timeout: float | None) -> Generator[Item, None, None]:
         """Run one call with several responses, and yield the result of each when it arrives.
 
-        Closing the generator ends the call. The call is retried only if it fails before the first response. Raises
-        EmberpcError if the call fails and is not retried.
+        Closing the generator ends the call. The call is retried only if it fails before the first response. `timeout`
+        is the seconds of all tries together; None: the timeout of the connection. Raises EmberpcError if the call fails
+        and is not retried.
         """
         retries = Retries(self._connection.deadline(timeout), allowed=self._transport.owns_channel)
         answered = False
@@ -133,7 +138,8 @@ class Runner:
     def upload(self, call: Call[Any, Result], requests: Iterator[Message], timeout: float | None) -> Result:
         """Run one call with several requests and one response, and return its result.
 
-        The call is not retried, because the requests can be read only once. Raises EmberpcError if it fails.
+        The call is not retried, because the requests can be read only once. `timeout` is the seconds of the call; None:
+        the timeout of the connection. Raises EmberpcError if the call fails.
         """
         pending = _Pending(call, Retries(self._connection.deadline(timeout), allowed=False), requests)
         self._try(pending, "stream_unary")
@@ -146,13 +152,22 @@ class Runner:
     def pages(self, page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None) -> Iterator[Item]:
         """Iterate over the items of all pages, and request each page when it is needed.
 
-        `page_call` returns the call for a page token; the token of the first page is empty.
+        Args:
+            page_call: returns the call for a page token; the token of the first page is empty.
+            timeout: seconds of each call; None: the timeout of the connection.
+
+        Raises:
+            EmberpcError: a call failed; raised when the next item is taken.
         """
         # A generator would build the first call only when the first item is taken. Here wrong arguments raise at once.
         return self._walk(page_call(""), page_call, timeout)
 
     def all_items(self, page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None) -> list[Item]:
-        """Return the items of all pages; `page_call` returns the call for a page token, which is empty at first."""
+        """Return the items of all pages; raise EmberpcError if a call fails.
+
+        `page_call` returns the call for a page token, which is empty for the first page. `timeout` is the seconds of
+        each call; None: the timeout of the connection.
+        """
         items: list[Item] = []
         for item in self.pages(page_call, timeout):
             items.append(item)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-# Ruff's check D417 wants each parameter in each docstring. It is off, since some docstrings refer to that of `search`.
-# ruff: noqa: D417
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -111,17 +109,37 @@ class SearchMethods:
         details: Details | None = None,
         timeout: float | None = None,
     ) -> list[SearchResult]:
-        """Search for the records nearest to each query; the other arguments, and the errors, are those of `search`.
+        """Search for the records nearest to each query.
 
-        At most 100 queries are sent in one request, and fewer if the response would be too large.
+        At most 100 queries are sent in one request, and fewer if the response would be too large. `search` describes
+        the arguments in more detail.
 
         Args:
             collection: name of the collection.
-            queries: queries as for `search`, or `SearchQuery` with a filter, `top_k` and `ef` of its own.
+            queries: texts, vectors, `RecordId`, or `SearchQuery` with a filter, `top_k` and `ef` of its own.
+            top_k: the most hits of a query, 1 to 10,000.
+            ef: candidates that a search of the graph keeps; 0: the server chooses.
+            min_recall: least recall, in (0, 1]; 0: no least recall.
+            where: only records that match this filter; None: all records.
+            mode: `dense`: search by vectors; `lexical`: by words; `hybrid`: both.
+            dense_weight: for `hybrid`: weight of the dense ranking, 0 to 1; None: 0.5.
+            fusion: for `hybrid`: how the two rankings are joined; None: by `scores`.
+            truncation: how query texts with too many tokens are truncated.
+            with_vectors: whether to return the vectors of the hits too.
+            priority: urgency of the call.
+            details: called with the `ResponseDetails` of each response.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             Item i is the result for query i: hits, plan of the search, tokens of the query.
+
+        Raises:
+            NotFound: there is no collection of this name, or no record with the id of a `RecordId`; or the server does
+                not serve the collection's model.
+            FailedPrecondition: a query is a text, and the collection has no model, or vectors of another model.
+            InputError: an argument or a query is wrong; nothing was sent.
+            InputTypeError: an argument or a query has the wrong type; nothing was sent.
+            EmberpcError: a request failed otherwise.
         """
         options = SearchOptions(
             top_k, ef, min_recall, where, mode, dense_weight, fusion, truncation, with_vectors, priority

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-# Ruff's check D417 wants each parameter in each docstring. It is off, since some docstrings refer to that of `embed`.
-# ruff: noqa: D417
 from collections.abc import Iterable, Iterator
 
 from emberpc.client._core import embedding
@@ -92,7 +90,7 @@ class TextMethods:
         window: int = 1024,
         timeout: float | None = None,
     ) -> Iterator[StreamedEmbedding]:
-        """Embed any number of texts; the other arguments are those of `embed`.
+        """Embed any number of texts. `embed` describes the options in more detail.
 
         Results arrive as soon as they are ready, in any order, each text exactly once. An invalid text fails alone: its
         result has an error instead of a vector. If the connection breaks or the server is restarted, the texts that
@@ -101,6 +99,13 @@ class TextMethods:
         Args:
             items: texts, or tuples (id, text).
                 The iterable is read as needed, in the thread that takes the results.
+            model: name of the embedding model; empty: the only embedding model of the server.
+            input_kind: purpose of the texts; decides which prompt of the model the server puts before each text.
+            dimensions: number of first dimensions to return (Matryoshka); 0: all.
+            truncation: how texts with too many tokens are truncated; `refuse` fails only these texts.
+            dtype: element type of the responses; the results are float32 in any case.
+            normalize: whether to scale the vectors to length 1; None: the setting of the model's export.
+            priority: urgency of the call; the server may delay `bulk` calls in favour of `interactive` calls.
             batch_size: texts per request. A request is sent when this many texts are read, so choose a smaller number
                 if the texts arrive slowly.
             window: the most texts that are read and not yet answered; fewer if they have more than 2**24 characters.
@@ -162,7 +167,7 @@ class TextMethods:
         details: Details | None = None,
         timeout: float | None = None,
     ) -> Matrix:
-        """Compare each source with each target, in one request; other arguments and errors are those of `embed`.
+        """Compare each source with each target, in one request. Errors are those of `embed`.
 
         Sources and targets together must be within the server's limit of texts (by default 4096).
 
@@ -171,6 +176,9 @@ class TextMethods:
             targets: texts to compare the sources with, at least one, none empty.
             source_kind: purpose of the sources; decides which prompt the server puts before each.
             target_kind: purpose of the targets.
+            model: name of the embedding model; empty: the only embedding model of the server.
+            truncation: how texts with too many tokens are truncated.
+            details: called with the `ResponseDetails` of the response.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
@@ -200,12 +208,15 @@ class TextMethods:
         details: Details | None = None,
         timeout: float | None = None,
     ) -> list[Classification]:
-        """Classify texts; other arguments and errors are those of `embed`.
+        """Classify texts. Errors are those of `embed`.
 
         Args:
             texts: a list or another iterable of texts; at least one, none empty.
             classifier: name of the classifier; empty: the only classifier of the server.
             top_k: the most labels with probabilities to return for each text, the most probable first; 0: all.
+            truncation: how texts with too many tokens are truncated.
+            priority: urgency of the call; the server may delay `bulk` calls in favour of `interactive` calls.
+            details: called with the `ResponseDetails` of each response.
             batch_size: most texts of one request.
             progress: called with the number of items done so far; None: no calls.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
