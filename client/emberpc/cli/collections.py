@@ -20,7 +20,7 @@ from emberpc.cli.records import WithVectors
 from emberpc.client import Client, Collection
 from emberpc.client.types import Distance, Progress, Truncation
 
-app = typer.Typer(help="Create, list, show and delete collections.", no_args_is_help=True)
+app = typer.Typer(help="Create, show, change, check, analyse, copy and delete collections.", no_args_is_help=True)
 
 #: Timeout of a request for duplicates or clusters, in seconds, in place of --timeout: with a million records the server
 #: may need minutes.

@@ -62,7 +62,7 @@ def compare(
         list[str] | None,
         typer.Option(
             metavar="N,…",
-            help=f"Training texts of each label; may be given several times; default: {_EVERYTHING}.",
+            help=f"Numbers of training texts of each label; may be given several times; default: {_EVERYTHING}.",
             show_default=False,
         ),
     ] = None,

@@ -25,7 +25,7 @@ class _ShowByDefault(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_ShowByDefault, help="List the models served; load, reload and unload them. `models NAME` shows one."
+    cls=_ShowByDefault, help="List the served models; show, load, reload or unload a model. `models NAME` shows one."
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the served model.")]

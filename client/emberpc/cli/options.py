@@ -83,8 +83,8 @@ def add_options(
         run: called with the values of the added options by name, and the values of the command's other parameters by
             name. It must call the command.
     """
-    # The annotations are texts. Typer could not evaluate them all in one module, since those of the command name things
-    # in the module of the command. So they are evaluated here.
+    # Annotations are texts that use names of the command's module. Typer would evaluate them with the names of this
+    # module, where `with_options` is defined. `eval_str` evaluates them with the names of the command's module.
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
     names = {option.name for option in options}
 

@@ -46,7 +46,8 @@ _TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
 _KEEPALIVE: ChannelOptions = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
 
 #: gRPC's service config: calls are spread over all addresses of the target. It has no retry policy, since the client
-#: retries by itself; the module `retries` says why. gRPC repeats calls that never reached a server even so.
+#: retries by itself; the module `retries` says why. Even without a policy, gRPC repeats calls that never reached a
+#: server.
 _SERVICE_CONFIG: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
 
 
