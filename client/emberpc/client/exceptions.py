@@ -13,7 +13,7 @@
     ├── PermissionDenied            the server does not allow the call, or not with this token
     ├── Unimplemented               the server does not support the call; it is another version or index backend
     ├── Cancelled                   the call was cancelled, such as by `close()`
-    ├── DataLoss                    a record is damaged on the server's disk; delete it or write it again
+    ├── DataLoss                    a record or the word index of a collection is damaged on the server's disk
     └── Internal                    an error in the server, or a response that contradicts itself
     InputError(ValueError)          an argument is wrong, and was not sent
     InputTypeError(TypeError)       an argument has the wrong type, and was not sent
@@ -164,7 +164,10 @@ class Cancelled(EmberpcError):
 
 
 class DataLoss(EmberpcError):
-    """A record is damaged on the server's disk; delete the record or write it again."""
+    """A record, or the word index of a collection, is damaged on the server's disk; the message states the remedy.
+
+    Delete a damaged record or write it again. The server rebuilds a damaged word index by itself: search again later.
+    """
 
     code = grpc.StatusCode.DATA_LOSS
 
