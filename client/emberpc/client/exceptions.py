@@ -181,7 +181,7 @@ class Internal(EmberpcError):
 class FilterWarning(UserWarning):
     """A filter matches no record and is probably a mistake.
 
-    For example, the filter compares a field that has strings only with a number.
+    For example, the filter compares a field with a number, and the records have only strings in this field.
     """
 
 

@@ -200,7 +200,7 @@ class ListCollector(Generic[Item]):
         self._items.extend(part)
 
     def result(self) -> list[Item]:
-        """Return all items."""
+        """Return the items of all calls, in the order of the calls."""
         return self._items
 
 

@@ -162,9 +162,9 @@ def _numbers(value: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
 
 
 def _same_length(values: Sequence[Any], name: str) -> None:
-    """Raise InputError for the first vector whose length differs from vector 0, InputTypeError for an item without one.
+    """Raise InputError for the first vector that has another length than vector 0; errors call the list `name`.
 
-    Errors call the list `name`.
+    Raises InputTypeError for an item that is not a vector.
     """
     lengths = [len(item) if isinstance(item, (Sequence, np.ndarray)) else None for item in values]
     for i, length in enumerate(lengths):

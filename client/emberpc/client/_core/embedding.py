@@ -26,7 +26,11 @@ CLASSIFY = Method("/emberpc.v1.ClassificationService/Classify", classification_p
 
 @dataclass(frozen=True)
 class EmbedOptions:
-    """The options that `embed` and `embed_stream` share; `Client.embed` documents them."""
+    """The options that `embed` and `embed_stream` share, as the caller gave them; `fields` validates them.
+
+    They are model, purpose of the texts, dimensions, truncation, element type, normalization and priority, with the
+    meanings that `Client.embed` documents.
+    """
 
     model: str
     input_kind: InputKind

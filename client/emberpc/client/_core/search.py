@@ -37,7 +37,11 @@ _QUERIES = 100
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """The options that `search` and `search_batch` share; `Client.search` documents them."""
+    """The options that `search` and `search_batch` share, as the caller gave them; `request` validates them.
+
+    They are number of hits, ef, least recall, filter, mode, weight and kind of fusion, truncation, whether to return
+    vectors, and priority, with the meanings that `Client.search` documents.
+    """
 
     top_k: int
     ef: int
