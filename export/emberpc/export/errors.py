@@ -6,4 +6,4 @@ class ExportError(Exception):
 
 
 class NoRoomError(ExportError):
-    """The disk is full, so further attempts would fail, too."""
+    """A checkpoint cannot be written, most likely since the disk is full, so further attempts would fail, too."""

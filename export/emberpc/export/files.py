@@ -1,4 +1,4 @@
-"""Write files so that each is whole or not there."""
+"""Write files atomically: a file with its final name is always complete."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from emberpc.export.errors import ExportError
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """Give a name to write to that becomes `path` if the block ends without an exception, and else is removed.
+    """Yield a path beside `path` for a new file, which replaces `path` at the end of the block.
 
-    A link is followed: the file that it leads to is replaced, and the link stays.
+    If the block raises an exception, the new file is removed, and `path` stays as it is. If `path` is a symbolic link,
+    the file that the link leads to is replaced, and the link stays.
 
     Raises:
         ExportError: `path` is a device, a pipe or a folder, which is never replaced.
+        OSError: the new file cannot be moved to `path`.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
@@ -32,7 +34,12 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a text file as `staged` does; return its path."""
+    """Write a text file atomically as UTF-8; return `path`.
+
+    Raises:
+        ExportError: `path` is a device, a pipe or a folder.
+        OSError: the file cannot be written.
+    """
     with staged(path) as beside:
         beside.write_text(text, encoding="utf-8")
     return path

@@ -13,11 +13,11 @@ class Progress(Protocol):
 
         Args:
             stage: name of the step in a few words; another name starts another step.
-            done: amount of work done.
-            total: amount of work of the step; at least 1.
-            detail: more information of the moment, such as the loss.
+            done: amount of the step's work that is done, in the unit of `total`.
+            total: amount of work of the step, such as its number of texts; at least 1.
+            detail: more information about the moment, such as the loss.
         """
 
 
 def no_progress(stage: str, done: int, total: int, detail: str = "") -> None:
-    """Report nothing; this is the default."""
+    """Ignore a report. This is the default wherever a `Progress` is an argument."""

@@ -8,7 +8,10 @@ from time import perf_counter, process_time
 
 @dataclass
 class Cost:
-    """Time of a `with` block: wall seconds, and CPU seconds of all cores. Several blocks add up."""
+    """Context manager that measures its block: wall seconds, and CPU seconds of this process on all cores.
+
+    A further block with the same object adds its time to both.
+    """
 
     seconds: float = 0.0
     cpu_seconds: float = 0.0

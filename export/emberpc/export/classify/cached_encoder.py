@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Account:
-    """Requests of a piece of work to a cached encoder: texts by kind of result, and the time it waited for them.
+    """Requests that one piece of work, such as a fit, made to a `CachedEncoder`.
 
-    A cached text takes no time. `CachedEncoder.price` estimates the time without the cache.
+    `asked` has the distinct texts by kind of result: "vectors", or the `top` of `CachedEncoder.states` as text.
+    `waited` is the wall and CPU time that the requests took. A cached text takes no time; `CachedEncoder.price`
+    estimates the time without the cache.
     """
 
     asked: dict[str, set[str]] = field(default_factory=dict)
@@ -32,14 +34,14 @@ class Account:
 
 
 class CachedEncoder:
-    """Computes and caches vectors of texts, and hidden states of lower layers, with the encoder's original weights.
+    """Computes vectors, token ids and hidden states of texts with the encoder's original weights, and caches them.
 
-    The encoder's passage prompt is put before every text, as the server does.
+    The encoder's passage prompt is put before every text, as the server does. The cache has no limit.
 
     Args:
         encoder: the encoder.
-        runner: runner of its ONNX file.
-        progress: called with the number of texts done.
+        runner: runner of the encoder's ONNX file.
+        progress: called with the number of texts done; the attribute `progress` may be replaced later.
     """
 
     def __init__(self, encoder: Encoder, runner: OnnxRunner, progress: Progress = no_progress) -> None:
@@ -54,7 +56,7 @@ class CachedEncoder:
 
     @contextmanager
     def account(self) -> Iterator[Account]:
-        """Record all requests inside the block in a new account."""
+        """Yield a new account, which records all requests inside the block. The account of an outer block does not."""
         before, self._account = self._account, Account()
         try:
             yield self._account
@@ -62,7 +64,10 @@ class CachedEncoder:
             self._account = before
 
     def price(self, account: Account) -> Cost:
-        """Estimate the time of an account's requests without the cache, by the mean time of the texts run so far."""
+        """Return an estimate of the wall and CPU seconds that an account's requests would have taken without the cache.
+
+        For each kind of result, it is the mean time of all texts computed so far, times the account's number of texts.
+        """
         total = Cost()
         for kind, texts in account.asked.items():
             known = self._vectors if kind == "vectors" else self._states[int(kind)]
@@ -71,7 +76,14 @@ class CachedEncoder:
         return total
 
     def vectors(self, texts: Sequence[str]) -> Matrix:
-        """Return the vectors of texts with the encoder's original weights, float32 (texts, dimensions)."""
+        """Return the vectors of texts with the encoder's original weights, float32 (texts, dimensions).
+
+        Args:
+            texts: at least one text, without prompt.
+
+        Raises:
+            ExportError: the ONNX file cannot be run.
+        """
         new = [text for text in dict.fromkeys(texts) if text not in self._vectors]
         with self._accounted("vectors", texts):
             if new:
@@ -82,22 +94,26 @@ class CachedEncoder:
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the PyTorch encoder is loaded; loading takes seconds and may fail."""
+        """Whether the encoder in PyTorch, which training needs, is loaded. Loading takes seconds and may fail."""
         return "backbone" in vars(self)
 
     @cached_property
     def backbone(self) -> Backbone:
-        """The encoder in PyTorch; it is loaded at the first use.
+        """The encoder in PyTorch, which is loaded at the first use of this property.
 
         Raises:
-            ExportError: it cannot be loaded or trained.
+            ExportError: sentence-transformers cannot load the encoder, or its layers cannot be trained.
         """
         from emberpc.export.tuning.backbone import Backbone
 
         return Backbone(self.encoder)
 
     def tokens(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Return the token ids of each text."""
+        """Return the token ids of each text with the passage prompt before it, truncated to the encoder's limit.
+
+        Raises:
+            ExportError: the encoder cannot be loaded in PyTorch.
+        """
         new = [text for text in dict.fromkeys(texts) if text not in self._tokens]
         if new:
             prompt = self.encoder.prompts.passage
@@ -105,7 +121,21 @@ class CachedEncoder:
         return [self._tokens[text] for text in texts]
 
     def states(self, texts: Sequence[str], top: int) -> list[States] | None:
-        """Return the hidden states of each text below the upper `top` layers; None if there are no layers below."""
+        """Return the hidden states of each text below the upper `top` layers, each float16 (tokens, hidden size).
+
+        States that are not cached are computed. That restores the original weights of `backbone`, so do not call this
+        for new texts during a training.
+
+        Args:
+            texts: the texts, without prompt.
+            top: number of upper layers.
+
+        Returns:
+            The states in the order of `texts`; None if the encoder has no layers below the upper `top`.
+
+        Raises:
+            ExportError: the encoder cannot be loaded in PyTorch.
+        """
         if top >= self.backbone.layers:
             return None
         known = self._states.setdefault(top, {})
@@ -117,7 +147,7 @@ class CachedEncoder:
 
     @contextmanager
     def _accounted(self, kind: str, texts: Sequence[str]) -> Iterator[None]:
-        """Record a request and the time that the block takes for it."""
+        """Record a request for `texts` in the account, and add the block's time to the account and to its `kind`."""
         self._account.asked.setdefault(kind, set()).update(texts)
         with Cost() as cost:
             yield

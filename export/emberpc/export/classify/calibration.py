@@ -1,4 +1,4 @@
-"""Calibration: fit the temperature, so that probabilities agree with the share of right answers, and the thresholds."""
+"""Fit the temperature, the thresholds and the rejection threshold of a classifier, and measure its calibration."""
 
 from __future__ import annotations
 
@@ -10,27 +10,34 @@ from emberpc.bundle.decision import DEFAULT_THRESHOLD
 from emberpc.export.data.examples import Targets
 
 _BINS = 15
-#: Least held-out texts of a label that gets its own threshold; the other labels share a threshold.
+#: Fewest held-out texts of a label that gets a threshold of its own. All labels with fewer texts share one threshold,
+#: since a threshold fitted to few texts is mostly chance.
 _OWN_THRESHOLD_TEXTS = 20
-#: Fewer held-out texts say little of how often a confident answer is wrong: if all of N are right, the share of errors
-#: is below 3 / N with 95 % confidence (Hanley and Lippman-Hand, "If Nothing Goes Wrong, Is Everything All Right?",
-#: JAMA 1983).
+#: Fewest held-out texts of a calibration without a warning. Fewer texts say little about how often a confident answer
+#: is wrong: if all answers to N texts are right, the share of errors is below 3 / N with 95 % confidence (Hanley and
+#: Lippman-Hand, "If Nothing Goes Wrong, Is Everything All Right?", JAMA 1983).
 FEW_TEXTS = 100
 Scores = npt.NDArray[np.floating]
 
 
 def fit_temperature(logits: Scores, targets: Targets, *, multi_label: bool = False) -> float:
-    """Return the temperature under which the labels are likeliest (Guo et al., "On Calibration of Modern Neural
-    Networks", ICML 2017), found by golden-section search over its logarithm in [-4, 4].
+    """Return the temperature that makes the right labels most probable.
 
-    The labels count as slightly uncertain (Platt, "Probabilistic Outputs for Support Vector Machines", 1999): a label
-    that is right in each of N texts has a probability of (N + 1) / (N + 2). Where all texts are right, as few and easy
-    ones are, labels that count as certain would have no likeliest temperature: the lower, the likelier.
+    This follows Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. A golden-section search over the
+    natural logarithm of the temperature, in [-4, 4], finds it.
+
+    The right labels count as slightly uncertain (Platt, "Probabilistic Outputs for Support Vector Machines", 1999):
+    with N texts, the right label of each has the target probability (N + 1) / (N + 2). If right labels counted as
+    certain, there would be no best temperature for logits that are right in all texts, which is common with few and
+    easy texts: a lower temperature would always be better.
 
     Args:
-        logits: float (texts, labels), of texts that the model was not fitted to; 1 is returned where there are none.
-        targets: bool (texts, labels).
-        multi_label: whether labels do not exclude each other.
+        logits: float (texts, labels), of texts that the model was not fitted to.
+        targets: the right labels, bool (texts, labels).
+        multi_label: whether a text may have several labels.
+
+    Returns:
+        The temperature, from exp(-4) to exp(4); 1.0 if there are no texts.
     """
     if not len(logits):
         return 1.0
@@ -56,9 +63,11 @@ def fit_temperature(logits: Scores, targets: Targets, *, multi_label: bool = Fal
 
 
 def _smoothed(targets: Targets, *, multi_label: bool) -> Scores:
-    """Return Platt's probabilities instead of certain labels, (texts, labels); those of one text add up to 1.
+    """Return target probabilities in place of certain labels, float64 (texts, labels), by Platt's rule.
 
-    One temperature serves all labels, so all texts count together; if multi-label, all decisions of the same outcome.
+    Single-label, with N texts: a text's right label gets (N + 1) / (N + 2), and its other labels share the rest.
+    Multi-label, where P entries of `targets` are true and Q are false: a true entry gets (P + 1) / (P + 2), and a false
+    one 1 / (Q + 2). The counts are over all labels together, since one temperature serves all labels.
     """
     if multi_label:
         yes, no = targets.sum(), (~targets).sum()
@@ -69,7 +78,14 @@ def _smoothed(targets: Targets, *, multi_label: bool) -> Scores:
 
 
 def weakness(held_out: int) -> str:
-    """Return what few held-out texts cannot show, in words; empty if they are not few."""
+    """Return a clause for a warning: which rate of errors `held_out` texts cannot show.
+
+    Args:
+        held_out: number of held-out texts.
+
+    Returns:
+        The clause; empty if there are no held-out texts, or at least `FEW_TEXTS`.
+    """
     if not 0 < held_out < FEW_TEXTS:
         return ""
     return f"{held_out} held-out texts cannot show whether errors are rarer than one in {max(1, held_out // 3)}"
@@ -78,10 +94,17 @@ def weakness(held_out: int) -> str:
 def reliability(found: Scores, targets: Targets, *, multi_label: bool = False) -> list[tuple[float, float, int]]:
     """Sort decisions into 15 equal bins of confidence.
 
-    A decision is a text's best label; if multi-label, each label of each text.
+    A decision is a text's best label; if multi-label, each label of each text. Its confidence is the label's
+    probability.
+
+    Args:
+        found: probabilities, float (texts, labels).
+        targets: the right labels, bool (texts, labels).
+        multi_label: whether a text may have several labels.
 
     Returns:
-        For each bin that is not empty: the mean confidence, the share that is right, and how many there are.
+        For each bin that is not empty, from the lowest confidence to the highest: the mean confidence of its decisions,
+        the share of them whose label the text has, and the number of them.
     """
     if multi_label:
         confidence, right = found.ravel(), targets.ravel()
@@ -96,7 +119,16 @@ def reliability(found: Scores, targets: Targets, *, multi_label: bool = False) -
 
 
 def expected_calibration_error(found: Scores, targets: Targets, *, multi_label: bool = False) -> float:
-    """Return the mean gap between confidence and accuracy over 15 equal bins of confidence, weighted by their size."""
+    """Return the expected calibration error (ECE) on at least one text, in [0, 1].
+
+    It is the mean gap between confidence and accuracy over 15 equal bins of confidence, each weighted by its number of
+    decisions. The arguments and bins are those of `reliability`.
+
+    Args:
+        found: probabilities, float (texts, labels).
+        targets: the right labels, bool (texts, labels).
+        multi_label: whether a text may have several labels.
+    """
     bins = reliability(found, targets, multi_label=multi_label)
     return sum(abs(confidence - right) * count for confidence, right, count in bins) / sum(bin_[2] for bin_ in bins)
 
@@ -104,11 +136,14 @@ def expected_calibration_error(found: Scores, targets: Targets, *, multi_label: 
 def fit_thresholds(found: Scores, targets: Targets) -> tuple[float, ...]:
     """Return the threshold of each label of a multi-label classifier: the probability with the best F1.
 
-    Labels with fewer than 20 texts share one threshold, which is fitted to all of these labels together.
+    Labels with fewer than 20 texts share one threshold, which is fitted to the decisions on all labels together.
 
     Args:
-        found: probabilities (texts, labels), of texts that the model was not fitted to.
-        targets: bool (texts, labels).
+        found: probabilities, float (texts, labels), of texts that the model was not fitted to.
+        targets: the right labels, bool (texts, labels).
+
+    Returns:
+        A threshold for each label, in their order; 0.5 for all of them if no text has a label.
     """
     if not targets.any():
         return (DEFAULT_THRESHOLD,) * len(targets.T)
@@ -119,11 +154,15 @@ def fit_thresholds(found: Scores, targets: Targets) -> tuple[float, ...]:
 
 
 def _best_f1(scores: Scores, wanted: npt.NDArray[np.bool_]) -> float:
-    """Return the threshold midway between the two scores where the F1 is best to cut."""
+    """Return the threshold with the best F1: the middle between two adjacent scores.
+
+    If the F1 is best when all scores are above the threshold, it is half of the lowest score. `scores` is float
+    (decisions,), and `wanted` says whether each decision should be above the threshold, bool (decisions,).
+    """
     order = np.argsort(-scores, kind="stable")
     hits = np.cumsum(wanted[order])
     f1 = 2 * hits / (np.arange(1, len(order) + 1) + wanted.sum())
-    # Only between different scores can be cut.
+    # A threshold cannot separate equal scores, so the positions between them are ruled out.
     ranked = scores[order]
     f1[:-1][ranked[:-1] == ranked[1:]] = -1
     cut = int(f1.argmax())
@@ -134,9 +173,11 @@ def _best_f1(scores: Scores, wanted: npt.NDArray[np.bool_]) -> float:
 def out_of_scope_auroc(inside: Scores, outside: Scores) -> float:
     """Return the AUROC: the probability that an inside text has a higher scope score than an outside text.
 
+    The scope score of a text is its best logit. Equal scores count half.
+
     Args:
-        inside: scope scores of texts that have a label, shape (texts,).
-        outside: scope scores of texts that have none of the labels, shape (texts,).
+        inside: scope scores of texts that have a label, float (texts,); at least one.
+        outside: scope scores of texts that have none of the labels, float (texts,); at least one.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -145,15 +186,18 @@ def out_of_scope_auroc(inside: Scores, outside: Scores) -> float:
 
 
 def fit_rejection(inside: Scores, outside: Scores | None, rate: float) -> float | None:
-    """Return the rejection threshold: the scope score below which a text is rejected; None if `inside` is empty.
+    """Return the rejection threshold: the scope score (best logit) below which a text is rejected.
 
     With outside texts, the threshold maximizes the share of inside texts that are kept plus the share of outside texts
     that are rejected (Youden's J). Without them, it is the quantile `rate` of the inside scores.
 
     Args:
-        inside: scope scores of held-out texts that have a label, shape (texts,).
-        outside: scope scores of texts that have none of the labels, shape (texts,); None or empty if there are none.
+        inside: scope scores of held-out texts that have a label, float (texts,).
+        outside: scope scores of texts that have none of the labels, float (texts,); None or empty if there are none.
         rate: the share of inside texts to reject if there are no outside texts, 0 to 1.
+
+    Returns:
+        The threshold; None if `inside` is empty.
     """
     if not len(inside):
         return None

@@ -23,8 +23,9 @@ class HeldOut:
     """Logits of held-out texts, float32 (texts, labels), and the texts' right labels, bool (texts, labels).
 
     `rows` has the indexes of the texts among the training texts, int (texts,); it is empty for texts of a validation
-    file. `unseen` is true if this classifier itself was not trained on the texts; false if that holds only for other
-    classifiers fitted in the same way.
+    file. `unseen` says how the training texts at `rows` were held out. True: the final classifier was not trained on
+    them. False: it was, and the logits come from other classifiers, fitted in the same way to other texts. `unseen`
+    has no meaning if `rows` is empty.
     """
 
     logits: Matrix
@@ -39,13 +40,17 @@ class HeldOut:
 def calibrate(
     held_out: HeldOut, *, multi_label: bool = False, outside: Matrix | None = None, rejection_rate: float = 0.01
 ) -> DecisionRule:
-    """Fit a decision rule: temperature, thresholds and the rejection logit.
+    """Fit a decision rule to held-out texts: temperature, thresholds and rejection threshold.
 
     Args:
-        held_out: logits of texts that the classifier was not trained on.
+        held_out: logits of texts that the classifier was not trained on; may be empty.
         multi_label: whether a text may have several labels.
         outside: logits of texts without any of the labels, float32 (texts, labels); None if there are no such texts.
-        rejection_rate: without such texts, the share of held-out texts that may be rejected; 0: nothing is rejected.
+        rejection_rate: used if `outside` is None: the share of held-out texts to reject, in [0, 1]; 0: none.
+
+    Returns:
+        The rule. Only a multi-label rule has thresholds. Without held-out texts, the temperature is 1, and there are no
+        thresholds of its own and no rejection threshold.
     """
     temperature = fit_temperature(held_out.logits, held_out.targets, multi_label=multi_label)
     thresholds: tuple[float, ...] = ()
@@ -60,22 +65,23 @@ def calibrate(
 
 
 def measure(logits: Matrix, targets: Targets, rule: DecisionRule) -> dict[str, float]:
-    """Return figures of a classifier on labelled texts.
+    """Return figures of a classifier on labelled texts, each in [0, 1].
 
     Args:
-        logits: float32 (texts, labels).
+        logits: float32 (texts, labels), of at least one text.
         targets: the right labels, bool (texts, labels).
-        rule: temperature and thresholds; its rejection logit has no effect on these figures.
+        rule: temperature and thresholds. The rejection threshold of `rule` has no effect on these figures.
 
     Returns:
-        `accuracy` (if multi-label: the share of texts with exactly the right labels), `macro_f1`, `micro_f1`,
-        `ece` and `ece_uncalibrated`.
+        `accuracy` (the share of texts with exactly the right labels), `macro_f1`, `micro_f1`, and the expected
+        calibration error of the probabilities with the rule's temperature (`ece`) and with temperature 1
+        (`ece_uncalibrated`).
     """
     from sklearn.metrics import f1_score
 
     multi_label = rule.multi_label
     decided = rule.labels(logits)
-    # Leave out labels that no text has and none is given: F1 would count them as 0.
+    # Leave out labels that no text has and no text is given: macro F1 would count their F1 as 0.
     seen = targets.any(axis=0) | decided.any(axis=0)
     raw = probabilities(logits, multi_label=multi_label)
     return {
@@ -91,13 +97,14 @@ def measure_scope(inside: Matrix, outside: Matrix, rule: DecisionRule) -> dict[s
     """Return figures of how well texts outside all labels are separated from texts with labels.
 
     Args:
-        inside: logits of texts with labels, float32 (texts, labels).
-        outside: logits of texts outside all labels, float32 (texts, labels).
-        rule: with or without a rejection logit.
+        inside: logits of texts with labels, float32 (texts, labels); at least one text.
+        outside: logits of texts outside all labels, float32 (texts, labels); at least one text.
+        rule: decides which texts are rejected, if it has a rejection threshold.
 
     Returns:
-        `out_of_scope_auroc` and, if there is a rejection logit, the shares `rejected_in_scope` and
-        `rejected_out_of_scope`.
+        `out_of_scope_auroc`: the probability that an inside text has a higher best logit than an outside text. If
+        `rule` has a rejection threshold, also the shares of rejected texts: `rejected_in_scope` of the inside texts and
+        `rejected_out_of_scope` of the outside texts.
     """
     within, beyond = scope_scores(inside), scope_scores(outside)
     found = {"out_of_scope_auroc": out_of_scope_auroc(within, beyond)}

@@ -1,4 +1,4 @@
-"""Add descriptions to labels: from a file, or from the labels' names if these help to classify the texts."""
+"""Add descriptions to labels: from a file, or from the labels' names if the names help to classify the texts."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from emberpc.export.classify.cached_encoder import CachedEncoder
 from emberpc.export.classify.strategies import STRATEGIES, Options
 from emberpc.export.data.examples import Examples, label_names, read_descriptions
 
-#: Label names are used only if a zero-shot classifier with them exceeds the share of the most frequent label by this.
+#: Label names become descriptions only if the accuracy of a zero-shot classifier by these names exceeds the share of
+#: the most frequent label by more than this. Both are shares of the texts, in [0, 1].
 _LEAST_GAIN = 0.1
 
 
 def described_examples(examples: Examples, path: Path | str | None, cached_encoder: CachedEncoder) -> Examples:
-    """Return the examples with label descriptions: from the file, or the labels' names if they help to classify.
+    """Return the examples with label descriptions, or without if there is no file and the labels' names do not help.
 
     Args:
         examples: labelled texts.
-        path: file with descriptions; None: try the labels' names.
+        path: file with descriptions; None: use the labels' names if they help to classify; see `names_help`.
         cached_encoder: the encoder to try the names with.
 
     Raises:
@@ -34,11 +35,13 @@ def described_examples(examples: Examples, path: Path | str | None, cached_encod
 
 
 def names_help(named: Examples, cached_encoder: CachedEncoder) -> bool:
-    """Return whether zero-shot classification by the descriptions is at least 0.1 better than the most frequent label.
+    """Return whether zero-shot classification by the descriptions is clearly better than the most frequent label.
+
+    Its accuracy on the texts must exceed the share of texts with the most frequent label by more than 0.1.
 
     Args:
-        named: labelled texts with descriptions.
-        cached_encoder: the encoder.
+        named: labelled texts with descriptions; at least one text.
+        cached_encoder: the encoder whose vectors are compared.
     """
     best = best_labels(STRATEGIES["zero-shot"].fit(named, cached_encoder, Options()).classify(named.texts))
     right = named.targets[np.arange(len(best)), best].mean()

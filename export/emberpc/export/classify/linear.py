@@ -1,4 +1,4 @@
-"""Linear heads on vectors: logistic regression with its regularization chosen by cross-validation."""
+"""Fit linear heads on vectors by logistic regression, with the regularization chosen by cross-validation."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from emberpc.bundle import DecisionRule, Head, unit
 from emberpc.export.data.examples import Rows, Targets
 from emberpc.export.progress import Progress, no_progress
 
-#: Inverse strengths of regularization to choose from. Few examples need a large value, many a small one.
+#: Inverse strengths of regularization that cross-validation tries. Few examples need a large value, many a small one.
 GRID = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-#: Value for one example of each label, where cross-validation is not possible. It was good for few examples.
+#: Inverse strength of regularization if every label has one example only, so that cross-validation is not possible.
+#: This value was good with few examples.
 FEW_EXAMPLES_C = 10.0
 _FOLDS = 5
 _MAX_ITERATIONS = 300
-#: Stop once no entry of the gradient of the mean loss is larger. Smaller tolerances changed no figure's third digit.
+#: L-BFGS stops once no entry of the mean loss's gradient is larger. Smaller tolerances changed no measured figure's
+#: third digit.
 _TOLERANCE = 3e-5
-#: Stop at this many grid steps beyond the best value: along the grid, accuracy rises and then falls.
+#: Cross-validation tries no more values of `GRID` once it is this many values beyond the best value so far. Along the
+#: grid, accuracy rises and then falls, so later values are not better.
 _PATIENCE = 2
 
 Matrix = npt.NDArray[np.float32]
@@ -27,10 +30,10 @@ Matrix = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class CrossValidated:
-    """A head, and logits of texts by heads that were fitted in the same way but not on these texts.
+    """A head fitted to all texts, and logits of texts by other heads, fitted in the same way but not to these texts.
 
-    `c` is the chosen inverse strength of regularization. `rows` has the indexes of those texts, int (rows,); `logits`
-    is float32 (rows, labels). Both are empty if every label has one text only.
+    `c` is the chosen inverse strength of regularization. `rows` has the indexes of the texts that have logits, int
+    (rows,), and `logits` is float32 (rows, labels). Both are empty if every label has one text only.
     """
 
     head: Head
@@ -48,15 +51,17 @@ def fit_head(
     weights: Matrix | None = None,
     start: Head | None = None,
 ) -> Head:
-    """Fit logistic regression with L-BFGS: multinomial, or one binary regression for each label if multi-label.
+    """Fit logistic regression with L-BFGS, and return it as a linear head.
+
+    The regression is multinomial; if multi-label, there is one binary regression for each label.
 
     Args:
-        vectors: float32 (texts, dimensions); they are scaled to length 1.
-        targets: bool (texts, labels).
+        vectors: float32 (texts, dimensions), of any length; the function scales a copy to length 1.
+        targets: the right labels, bool (texts, labels).
         c: inverse strength of the L2 regularization, as in scikit-learn's `LogisticRegression`.
         multi_label: whether a text may have several labels.
         weights: weight of each text, float32 (texts,) with a mean of 1; default: equal weights.
-        start: head to start from; one for a similar `c` saves time.
+        start: head to start from, to save time, such as a head fitted with a similar `c`; default: zeros.
     """
     import torch
     from torch.nn import functional
@@ -103,21 +108,25 @@ def cross_validate(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> CrossValidated:
-    """Fit a head with the C of the best cross-validated accuracy.
+    """Fit a head to all texts, with the inverse strength of regularization chosen by cross-validation in 5 folds.
 
-    Among the values within one standard error of the best, the smallest is taken, which is the most regularized head
-    (Hastie et al., The Elements of Statistical Learning, 7.10). The error is that of the paired difference, text by
-    text, since all heads are measured on the same texts.
+    The smallest value of `GRID` whose accuracy is within one standard error of the best accuracy is chosen; it gives
+    the most regularized head (Hastie et al., The Elements of Statistical Learning, 7.10). The standard error is that of
+    the paired difference, text by text, since all heads are measured on the same texts. If every label has one text
+    only, the value is `FEW_EXAMPLES_C`.
 
     Args:
-        vectors: float32 (texts, dimensions).
-        targets: bool (texts, labels).
+        vectors: float32 (texts, dimensions), of any length.
+        targets: the right labels, bool (texts, labels).
         multi_label: whether a text may have several labels.
-        weights: weight of each text, float32 (texts,); default: equal weights.
-        always: this many of the last texts are trained on in every fold and never measured on, such as label
-            descriptions.
+        weights: weight of each text, float32 (texts,) with a mean of 1; default: equal weights.
+        always: number of texts at the end of `vectors`, such as label descriptions, that every fold is trained on and
+            none is measured on.
         seed: seed of the folds.
         progress: called with the number of fits done.
+
+    Returns:
+        The head, the chosen value, and the cross-validated logits of the texts that were measured on.
     """
     folds = stratify(targets, seed)
     folds[len(folds) - always :] = -1
@@ -149,16 +158,19 @@ def cross_validate(
 
 
 def _as_good(hits: npt.NDArray[np.float64], best: npt.NDArray[np.float64]) -> bool:
-    """Return whether a head's accuracy is within one standard error of the best; both arrays are float64 (texts,)."""
+    """Return whether a head's mean accuracy is within one standard error of the best head's mean accuracy.
+
+    `hits` and `best` are the accuracies of the two heads on the same texts, float64 (texts,), as `right` returns them.
+    """
     behind = best - hits
     return bool(behind.mean() <= behind.std() / len(behind) ** 0.5)
 
 
 def balanced_weights(targets: Targets) -> Matrix:
-    """Return weights under which every label has the same total weight, float32 (texts,) with a mean of 1.
+    """Return weights of texts under which every label has the same total weight, float32 (texts,) with a mean of 1.
 
-    A text with several labels gets the weight of its rarest label. A text without labels gets the weight of a label
-    with the mean number of texts.
+    `targets` is bool (texts, labels). A text with several labels gets the weight of its rarest label. A text without
+    labels gets the weight of a label with the mean number of texts.
     """
     counts = np.maximum(targets.sum(axis=0), 1)
     rarity = counts.mean() / counts
@@ -169,11 +181,16 @@ def balanced_weights(targets: Targets) -> Matrix:
 def stratify(targets: Targets, seed: int, folds: int = _FOLDS) -> Rows:
     """Divide texts into folds, with the texts of each label spread as evenly as possible.
 
-    A text with several labels counts for its rarest label. A label's only text is in no fold (-1), so that every head
-    is trained on every label.
+    A text with several labels counts for its rarest label. Texts without labels are spread as those of one more label.
+
+    Args:
+        targets: bool (texts, labels).
+        seed: seed of the division.
+        folds: number of folds.
 
     Returns:
-        The fold of each text, int (texts,).
+        The fold of each text, from 0, int (texts,); -1 for the only text of a label, so that every head is trained on
+        every label.
     """
     generator = np.random.default_rng(seed)
     counts = targets.sum(axis=0)
@@ -189,7 +206,16 @@ def stratify(targets: Targets, seed: int, folds: int = _FOLDS) -> Rows:
 
 
 def right(logits: Matrix, targets: Targets, multi_label: bool) -> npt.NDArray[np.float64]:
-    """Return 1 or 0 for each text whether its best label is right; if multi-label, its share of right labels."""
+    """Return how right the decision on each text is, float64 (texts,).
+
+    It is 1 or 0: whether the text has the label with the best logit. If multi-label, it is the share of all labels that
+    the text is rightly given or rightly not given, with a threshold of 0.5.
+
+    Args:
+        logits: float32 (texts, labels).
+        targets: the right labels, bool (texts, labels).
+        multi_label: whether a text may have several labels.
+    """
     chosen = DecisionRule(multi_label=multi_label).labels(logits)
     if multi_label:
         return np.asarray((chosen == targets).mean(axis=1))

@@ -19,7 +19,11 @@ from emberpc.export.timing import Cost
 
 @dataclass(frozen=True)
 class Base:
-    """An opened encoder: its ONNX file in `folder`, a runner, its cache, and the seconds that opening took."""
+    """An encoder that is open for a comparison.
+
+    `folder` has its ONNX file and tokenizer, and `converted` describes them. `runner` runs the ONNX file, and
+    `cached_encoder` caches the results. `seconds` is the wall time that opening took.
+    """
 
     encoder: Encoder
     folder: Path
@@ -33,9 +37,9 @@ def open_base(source: str, folder: Path, max_tokens: int | None, progress: Progr
     """Read an encoder, convert it to ONNX, and open it.
 
     Args:
-        source: as for `read_encoder`.
-        folder: new folder to write the ONNX file and the tokenizer to.
-        max_tokens: the most tokens of a text; default: the limit that the source states.
+        source: the encoder: a folder, an installed package that holds one, or a hub id.
+        folder: folder to create, for the ONNX file and the tokenizer.
+        max_tokens: the most tokens of a text; longer texts are truncated. None: the limit that the source states.
         progress: called with the current step.
 
     Raises:
@@ -51,16 +55,19 @@ def open_base(source: str, folder: Path, max_tokens: int | None, progress: Progr
 
 
 def export_fitted(base: Base, fitted: Fitted, folder: Path, progress: Progress) -> tuple[OnnxRunner, int]:
-    """Write the ONNX file of a fitted classifier. A classifier without a linear head is served by the base's own file.
+    """Write the ONNX file of a fitted classifier, and open it.
+
+    For a classifier without a linear head nothing is written: the base's own ONNX file would serve it.
 
     Args:
-        base: the base that it was fitted on.
+        base: the base that the classifier was fitted on.
         fitted: the result of a strategy.
         folder: existing, empty folder to write to.
         progress: called with the current step.
 
     Returns:
-        A runner of the ONNX file, and the bytes to serve: the ONNX file with its weights, and the tokenizer's files.
+        A runner of the ONNX file, and the bytes of the files that serving needs: the ONNX file with its weights, and
+        the tokenizer's files.
 
     Raises:
         ExportError: the tuned encoder cannot be converted.
@@ -73,7 +80,7 @@ def export_fitted(base: Base, fitted: Fitted, folder: Path, progress: Progress) 
     if tuned is None:
         for path in base.folder.glob("*.json"):
             shutil.copyfile(path, folder / path.name)
-    # Temperature and `multi_label` do not change the logits, so any value will do.
+    # Only the logits are compared. Temperature and `multi_label` do not change them, so any values do.
     graph.classify(fitted.head.weights, fitted.head.bias, 1.0, multi_label=False)
     graph.save(folder / MODEL_PATH)
     return _runner(folder, base.folder, base.encoder, base.converted), _size(folder)

@@ -23,7 +23,7 @@ def compare(
     """Compare strategies, and write a report.
 
     Outcomes are stored in the folder. The same call continues an interrupted comparison, also with more budgets,
-    strategies, seeds or time.
+    strategies, seeds or time. Checkpoints of interrupted trainings are kept in the folder until no cell is skipped.
 
     Args:
         settings: settings of the comparison.
@@ -35,8 +35,9 @@ def compare(
         The summary; `report.html`, `report.json` and PNG files are in the folder.
 
     Raises:
-        ExportError: data or a base cannot be used, the folder holds another comparison, or the time limit left no time
-            for any outcome.
+        ExportError: data or a base cannot be used, the folder holds another comparison, a checkpoint cannot be written,
+            no strategy could be fitted, or the time limit left no time for any outcome.
+        OSError: another file cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +58,9 @@ def compare(
 
 
 def check_winner(settings: ComparisonSettings, target: Path | str, *, overwrite: bool = False) -> None:
-    """Check that the winner of a comparison can be exported; call this before the comparison, which may take hours.
+    """Check that a comparison can have a winner to export, and that `target` may be written.
+
+    Call this before the comparison, which may take hours.
 
     Args:
         settings: settings of the comparison.
@@ -86,10 +89,10 @@ def export_winner(
 ) -> Manifest:
     """Fit the recommended strategy to all training texts, and export it as a bundle.
 
-    This takes time in addition to the comparison's time limit; the progress has an estimate.
+    This takes time in addition to the comparison's time limit; the first progress message has an estimate.
 
     Args:
-        summary: the comparison.
+        summary: the summary of the comparison, which names the recommended strategy.
         settings: settings of the comparison.
         target: the bundle's folder; it is written atomically.
         overwrite: whether to replace an existing bundle.

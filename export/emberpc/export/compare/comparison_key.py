@@ -1,4 +1,4 @@
-"""Key that identifies a comparison, so that outcomes of different comparisons are never mixed."""
+"""Key that identifies a comparison, so that a folder never mixes outcomes of different comparisons."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from emberpc.export.compare.base_encoders import Base
 from emberpc.export.data.examples import Examples
 
-#: Modules of `emberpc.export` whose code determines an outcome. The other modules plan, report and export.
+#: Files and folders of `emberpc.export` whose code determines an outcome. Other modules plan, report and export.
 _MAKES_OUTCOMES = ("classify", "tuning", "data/examples.py", "timing.py", "compare/outcomes.py")
 _TOOLS = ("torch", "transformers", "sentence-transformers", "onnxruntime", "tokenizers")
 
@@ -28,7 +28,7 @@ def key_of(
     balanced: bool,
     descriptions: Path | str | None,
 ) -> str:
-    """Return a key of a comparison's inputs, to be compared with the key of the outcomes stored in its folder.
+    """Return the key of a comparison. A folder's stored outcomes may be used only if they have the same key.
 
     Args:
         train: training texts with their targets.
@@ -40,8 +40,8 @@ def key_of(
         descriptions: file with label descriptions, or None.
 
     Returns:
-        A SHA-256 (hex) of everything that an outcome depends on apart from its cell: data, encoders, options, the
-        code that makes outcomes, and the versions of the libraries.
+        A SHA-256 (hex) of everything that an outcome depends on, apart from strategy, budget and seed: data, encoders,
+        options, the code that makes outcomes, and the versions of the libraries.
 
     Raises:
         OSError: the file with descriptions cannot be read.
@@ -61,9 +61,9 @@ def key_of(
 
 @cache
 def code_version() -> str:
-    """Return a SHA-256 (hex) of the code that determines outcomes.
+    """Return a SHA-256 (hex) of the source files that determine outcomes; they are read once in a process.
 
-    The package's version does not suffice: it may stay the same while the code changes.
+    The package's version would not suffice: it may stay the same while the code changes.
     """
     room = Path(str(files("emberpc.export")))
     digest = hashlib.sha256()

@@ -30,10 +30,10 @@ from emberpc.export.progress import Progress, no_progress
 from emberpc.export.timing import Cost
 from emberpc.export.tuning.checkpoint import Checkpoints
 
-#: Seconds of the time limit that are reserved for the report. The conversion of one encoder cannot be interrupted and
-#: may exceed the limit: it takes 5 to 15 s for an encoder of MiniLM's size (docs/compare.md).
+#: Seconds of the time limit that are reserved for the report. The limit may be exceeded all the same: the conversion of
+#: an encoder cannot be interrupted, and takes 5 to 15 s for an encoder of MiniLM's size (docs/compare.md).
 FOR_REPORT = 15.0
-#: Most texts that are embedded to estimate how much time is needed, when the time limit has passed before.
+#: Most texts of an encoder that are embedded after the time limit has passed, to estimate the limit that would suffice.
 _SAMPLED_TEXTS = 32
 _NO_LABEL_TEXTS = "it uses only the texts of the labels, and these are switched off"
 
@@ -42,8 +42,10 @@ _NO_LABEL_TEXTS = "it uses only the texts of the labels, and these are switched 
 class ComparisonSettings:
     """Settings of a comparison.
 
-    `data` names the training texts, and `test` is a file of the same format. Texts of `data` that are outside all
-    labels are used for measuring and not for training.
+    `data` names the training texts, and `test` is a file of the same format with the test texts. The texts of
+    `data.outside` are used for measuring and not for training. `bases` are encoders: folders, installed packages or hub
+    ids. `budgets` are numbers of training texts of each label, and `seeds` is the number of seeds for each budget.
+    `max_tokens` is the most tokens of a text; None: each encoder's limit.
     """
 
     data: ClassifierData
@@ -61,7 +63,7 @@ class ComparisonSettings:
 
 @dataclass(frozen=True)
 class ComparisonResult:
-    """Result of a comparison: its data, the outcomes of all cells, serving costs, and cells that were skipped."""
+    """Result of a comparison: data, outcomes of the cells that were measured, serving costs, and skipped cells."""
 
     #: Title of the data: the name of the folder with the training texts.
     title: str
@@ -70,11 +72,12 @@ class ComparisonResult:
     outcomes: tuple[Outcome, ...]
     serving: tuple[ServingCost, ...]
     skipped: tuple[Skipped, ...]
-    #: Mean number of texts of a label, by budget.
+    #: Mean number of training texts of a label, by budget.
     per_label: dict[int, float]
-    #: The source of each base, by the base's name.
+    #: The source of each base (folder, package or hub id), by the base's name.
     sources: dict[str, str]
-    #: Estimate of the least time limit, in seconds, with which the next cell is measured; 0: none was skipped for time.
+    #: Estimate of the least time limit, in seconds, with which one more cell is measured; 0 if no cell was skipped for
+    #: lack of time.
     needed_seconds: float = 0.0
 
 
@@ -83,16 +86,21 @@ class _OutOfTimeError(Exception):
 
 
 def run(settings: ComparisonSettings, folder: Path, progress: Progress = no_progress) -> ComparisonResult:
-    """Fit and measure all cells that the time limit allows.
+    """Fit and measure all cells of a comparison that its time limit allows.
 
     Args:
         settings: settings of the comparison.
         folder: folder for outcomes and checkpoints. Outcomes that it has already are read and not computed again.
         progress: called with the current step.
 
+    Returns:
+        The outcomes, also those of earlier calls, and the skipped cells with reasons. A cell whose fit failed is a
+        skipped one.
+
     Raises:
         ExportError: the settings, the data or a base cannot be used, or the folder holds another comparison.
         NoRoomError: a checkpoint cannot be written.
+        OSError: another file of the folder cannot be written.
     """
     start = perf_counter()
     _check(settings)
@@ -184,7 +192,15 @@ class _Comparison:
         self._cells = [cell for cell in cells if cell not in self._left_out]
 
     def run(self) -> tuple[dict[Cell, Outcome], list[Skipped]]:
-        """Fit all cells without a stored outcome; return all outcomes, and the cells that were skipped."""
+        """Fit the cells without a stored outcome, as long as the time limit allows, and store their outcomes.
+
+        Returns:
+            All outcomes, also those stored before, and the skipped cells.
+
+        Raises:
+            NoRoomError: a checkpoint cannot be written.
+            OSError: an outcome cannot be written.
+        """
         done = self._store.read(self._cells)
         todo = [cell for cell in self._cells if cell not in done]
         skipped = [Skipped(cell, _NO_LABEL_TEXTS) for cell in self._left_out]
@@ -230,7 +246,11 @@ class _Comparison:
         return done, [*skipped, *planner.skipped(todo, done, self._seconds_left() or 0.0)]
 
     def _fails_too(self, cell: Cell, todo: Sequence[Cell]) -> list[Cell]:
-        """Return the other cells that will fail like this one: all that train the encoder, if it cannot be trained."""
+        """Return the cells of `todo` that will fail as `cell` did.
+
+        If the encoder of `cell` cannot be loaded for training, these are all cells that train the same encoder; else
+        none.
+        """
         if not STRATEGIES[cell.strategy].tunes or self._bases[cell.base].cached_encoder.is_trainable:
             return []
         return [other for other in todo if other.base == cell.base and STRATEGIES[other.strategy].tunes]
@@ -239,7 +259,7 @@ class _Comparison:
         return None if self._end is None else self._end - perf_counter()
 
     def _timed(self, title: str) -> Progress:
-        """Return a progress callback for one step; it raises `_OutOfTimeError` once the time limit has passed."""
+        """Return a progress callback for the step `title` that raises `_OutOfTimeError` after the time limit."""
 
         def report(stage: str, done: int, total: int, detail: str = "") -> None:
             if self._end is not None and perf_counter() > self._end:
@@ -249,7 +269,9 @@ class _Comparison:
         return report
 
     def _shared_seconds(self, cell: Cell, per_text: float) -> float:
-        """Estimate the seconds of work for a cell that several cells share and that is not done yet.
+        """Estimate the seconds of work that `cell` needs, that other cells need too, and that is not done yet.
+
+        That is loading the encoder for training, and measuring the serving cost.
 
         Args:
             cell: the cell.
@@ -261,25 +283,37 @@ class _Comparison:
         return base.seconds * loading + self.serving.estimate(base, cell.strategy, texts, per_text)
 
     def _sample(self, cell: Cell) -> Examples:
-        """Return a cell's training texts; with the budget `NO_TEXTS` none, but still all labels."""
+        """Return a cell's training texts; with the budget `NO_TEXTS`, examples without texts but with all labels."""
         if cell.budget == NO_TEXTS:
             return self._train.take(np.zeros(0, dtype=np.int64))
         return self._samples[cell.budget, cell.seed]
 
     def _embed(self, base: Base, texts: Sequence[str], progress: Progress) -> float:
-        """Embed texts; return the mean seconds for one text."""
+        """Embed texts, so that their vectors are cached; return the mean wall seconds for one text."""
         base.cached_encoder.progress = progress
         with Cost() as cost:
             base.cached_encoder.vectors(texts)
         return cost.seconds / len(texts)
 
     def _sampled(self, base: Base) -> float:
-        """Embed some texts, whatever the time limit; return the mean seconds for one text."""
+        """Embed at most 32 texts, even after the time limit has passed; return the mean wall seconds for one text."""
         step = -(-len(self._all_texts) // _SAMPLED_TEXTS)
         return self._embed(base, self._all_texts[::step], no_progress)
 
     def _fit(self, cell: Cell, number: str, checkpoints: Checkpoints) -> Outcome:
-        """Fit and measure one cell; return its outcome, with seconds that include earlier, interrupted trainings."""
+        """Fit and measure one cell, and measure its serving cost; return the outcome.
+
+        The seconds of the outcome include those of interrupted trainings that this one continues.
+
+        Args:
+            cell: the cell.
+            number: the cell's place among all cells, as text for the progress.
+            checkpoints: where trainings store their checkpoints.
+
+        Raises:
+            _OutOfTimeError: the time limit passed.
+            ExportError: the classifier cannot be fitted or converted.
+        """
         base, sample = self._bases[cell.base], self._sample(cell)
         report = self._timed(f"{number}: {cell.title}")
         report("beginning", 0, 1)
@@ -304,7 +338,11 @@ class _Comparison:
         return outcome
 
     def _described(self, sample: Examples, cached_encoder: CachedEncoder) -> Examples:
-        """Add label descriptions to the sample if label texts are switched on; zero-shot falls back to label names."""
+        """Return the sample with label descriptions, if label texts are switched on.
+
+        Without a file of descriptions, label names are used if they help to classify the sample's texts. A sample
+        without texts, as for zero-shot, always gets label names.
+        """
         if not self._settings.label_texts:
             return sample
         if not sample.texts and self._settings.data.descriptions is None:
@@ -312,7 +350,7 @@ class _Comparison:
         return described_examples(sample, self._settings.data.descriptions, cached_encoder)
 
     def _measure(self, cell: Cell, sample: Examples, fitted: Fitted) -> Outcome:
-        """Measure a fitted classifier on the test texts, calibrated on the texts that its strategy held out."""
+        """Calibrate a fitted classifier on its held-out texts, measure it on the test texts, and return the outcome."""
         rule = calibrate(fitted.held_out, multi_label=sample.multi_label)
         logits = fitted.classify(self._test.texts)
         held_out = fitted.held_out

@@ -14,50 +14,53 @@ from emberpc.export.data.examples import Examples
 _MOST_PAIRS = 12
 _MOST_TEXTS = 4
 _MOST_SUSPECTS = 40
-#: A label is suspect only if the classifiers that disagree with it have at least this mean confidence.
+#: Least mean confidence, in [0, 1], of the classifiers that suggest another label for the label to be suspect.
 _LEAST_CONFIDENCE = 0.5
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """Test texts of one label (or set of labels) that a classifier gave another label."""
+    """Test texts of one label (or set of labels) that a classifier gave another label (or set).
+
+    `label` is the right label, `given` the classifier's; a set is joined by commas. `texts` are some of the texts.
+    """
 
     label: str
     given: str
     #: Share of the label's test texts, in [0, 1].
     share: float
-    #: Number of texts, the mean over the seeds.
+    #: Number of these texts, as the mean over the seeds.
     count: float
     texts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Suspect:
-    """A text whose label is probably wrong: most classifiers agree on another label."""
+    """A text whose label `label` is probably wrong: most classifiers agree on another one, `suggested`."""
 
-    #: `train` or `test`.
+    #: The file that has the text: `train` or `test`.
     part: str
-    #: Index in the file, from 0.
+    #: Index of the text in its file, from 0.
     row: int
     text: str
     label: str
     suggested: str
-    #: Mean confidence of the classifiers that suggest the label, in [0, 1].
+    #: Mean confidence in [0, 1] of the classifiers that suggest `suggested`.
     confidence: float
-    #: Number of classifiers that suggest the label, and number of classifiers asked.
+    #: Number of classifiers that suggest `suggested`, and number of classifiers that voted.
     votes: int
     voters: int
 
 
 def confusions(summary: Summary, point: Point) -> list[Confusion]:
-    """Return the pairs of labels that a point confuses most on the test texts, the most frequent pair first.
+    """Return the pairs of labels that a strategy confuses most on the test texts, the most frequent pair first.
 
     Args:
         summary: the comparison.
-        point: the strategy and budget to look at.
+        point: the strategy, base and budget whose decisions are counted.
 
     Returns:
-        At most 12 pairs, each with at most 4 texts.
+        At most 12 pairs, each with at most 4 texts, the most frequently confused texts first.
     """
     test = summary.result.test
     names = [_name(test, np.flatnonzero(row).tolist()) for row in test.targets]
@@ -83,12 +86,13 @@ def confusions(summary: Summary, point: Point) -> list[Confusion]:
 
 
 def suspects(summary: Summary) -> list[Suspect]:
-    """Return texts whose label is probably wrong, the most certain first; at most 40.
+    """Return at most 40 texts whose label is probably wrong, those with the greatest share of votes first.
 
-    Each strategy votes at the largest budget, on texts that it was not fitted to: its vote is the label that it gives
-    most often over its seeds. A text is suspect if more than half of the votes are for one other label, and their mean
-    confidence is at least 0.5. This is disagreement with the label in confidence, as in Northcutt et al.,
-    "Confident Learning", 2021, but by several models.
+    Each strategy on each base votes at the largest budget, on texts that it was not fitted to: on the test texts and,
+    if the budget is all texts, on held-out training texts. Its vote is the label that it gives most often over its
+    seeds. A text is suspect if it has at least two votes, more than half of them are for one other label, and the mean
+    confidence of these votes is at least 0.5. As in Northcutt et al., "Confident Learning", 2021, confident
+    disagreement with the label counts, but that of several models.
     """
     points = [point for point in summary.at(summary.largest) if point.budget == summary.largest]
     parts = (("test", summary.result.test), ("train", summary.result.train))

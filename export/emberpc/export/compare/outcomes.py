@@ -1,4 +1,4 @@
-"""Cells of a comparison: a cell is one classifier, fitted with one budget and seed; its outcome is stored in a file."""
+"""Cells of a comparison and their outcomes: a cell is one classifier, fitted with one budget and one seed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from emberpc.export.data.examples import Examples, Rows
 from emberpc.export.errors import ExportError
 from emberpc.export.files import write_text
 
-#: The budget of a strategy that learns from no text.
+#: Budget of a strategy that learns from no training text.
 NO_TEXTS = 0
-#: The budget of all training texts.
+#: Budget that means all training texts.
 ALL = -1
 
 
@@ -32,12 +32,12 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """Strategy, budget and seed, for progress messages."""
+        """Text for progress messages: strategy, budget and seed of the cell."""
         return f"{self.strategy}, {budget_name(self.budget)}, seed {self.seed}"
 
     @property
     def file_name(self) -> str:
-        """Name of the file that stores the outcome."""
+        """Name of the file that stores the cell's outcome."""
         base = re.sub(r"[^A-Za-z0-9.]+", "-", self.base).strip("-.")
         return f"{base}_{self.strategy}_{budget_name(self.budget).replace(' ', '-')}_{self.seed}.json"
 
@@ -62,29 +62,30 @@ class Decisions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of fitting and measuring one cell."""
+    """Result of fitting and measuring one cell; `test` has the decisions on the test texts."""
 
     cell: Cell
-    #: Number of training texts.
+    #: Number of training texts, without label descriptions.
     texts: int
-    #: `accuracy`, `macro_f1`, `ece`, `out_of_scope_auroc`, `seconds` and `cpu_seconds` of the training, and others.
+    #: Figures by name: `accuracy`, `macro_f1`, `ece`, `out_of_scope_auroc` and others in [0, 1]; `seconds` and
+    #: `cpu_seconds` of the training, in wall and CPU seconds.
     figures: dict[str, float]
     test: Decisions
-    #: Decisions on the training texts that were held out or cross-validated.
+    #: Decisions on training texts that were held out or cross-validated; empty unless the budget is `ALL`.
     held_out: Decisions
-    #: Mean confidence, share of right decisions, and number of decisions of each bin: see `calibration.reliability`.
+    #: For each bin of confidence on the test texts: mean confidence, share of right decisions, number of decisions.
     reliability: list[tuple[float, float, int]]
 
 
 class Store:
-    """Stores the outcomes of a comparison in its folder, one file each.
+    """Stores the outcomes of a comparison in its folder, each in a file of its own.
 
     Args:
         folder: folder of the comparison; it is created if it does not exist.
-        key: key of the comparison; see `comparison_key.key_of`.
+        key: key of the comparison from `comparison_key.key_of`; it is written to the folder.
 
     Raises:
-        ExportError: the folder holds outcomes of other data or options.
+        ExportError: the folder holds a comparison with another key.
         OSError: the folder cannot be written to.
     """
 
@@ -110,7 +111,11 @@ class Store:
         return found
 
     def write(self, outcome: Outcome) -> None:
-        """Store an outcome."""
+        """Write an outcome to the file of its cell, in place of an earlier outcome.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         write_text(self._folder / outcome.cell.file_name, json.dumps(asdict(outcome)))
 
 
@@ -128,13 +133,16 @@ def _outcome(data: dict[str, object]) -> Outcome:
 def take_budget(examples: Examples, budget: int, seed: int) -> Examples:
     """Draw a number of texts of each label at random. With the same seed, a larger budget includes the smaller ones.
 
-    A text with several labels counts for each of them. Texts without labels are drawn like the texts of one more
-    label.
+    A text with several labels counts for each of them, and is drawn as long as one of them has too few texts. Texts
+    without labels are drawn like the texts of one more label.
 
     Args:
         examples: texts to draw from.
         budget: number of texts of each label, or `ALL`, or `NO_TEXTS`. A label with fewer texts gives all of them.
         seed: seed of the draw.
+
+    Returns:
+        The drawn texts in the order of `examples`.
     """
     if budget == ALL:
         return examples

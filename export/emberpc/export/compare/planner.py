@@ -11,12 +11,12 @@ import numpy as np
 from emberpc.export.classify.strategies import STRATEGIES
 from emberpc.export.compare.outcomes import ALL, Cell, Outcome
 
-#: A cell is started only if the time left is this multiple of its estimate: estimates can be this far off.
+#: A cell is started only if the time left is at least this multiple of its estimate: estimates can be this far off.
 _SAFETY = 1.25
-#: Estimate for a strategy that has not been measured: training on a text takes this multiple of the time of embedding
-#: it. The factor is high on purpose, so that a strategy's first cell is a small one.
+#: Estimate for a strategy that trains the encoder and has not been measured: training on a text takes this multiple of
+#: the time of embedding the text. The factor is high on purpose, so that the first cell of a strategy is a small one.
 _UNMEASURED_FACTOR = 40.0
-#: Least estimate in seconds. With few texts a fit takes a fixed time that hardly depends on their number.
+#: Least estimate of a cell, in wall seconds. With few texts a fit takes a time that hardly depends on their number.
 _LEAST_SECONDS = 0.05
 
 
@@ -31,13 +31,13 @@ class Skipped:
 
 
 class Planner:
-    """Orders the cells of a comparison: cheap cells first, expensive ones only while their strategy can still win.
+    """Orders the cells of a comparison: cheap cells first, and last those whose strategy can hardly win any more.
 
     Args:
         texts: number of texts that each cell learns from.
         per_label: mean number of texts of a label, by budget.
         seconds_per_text: seconds that embedding one text takes, by base; the first estimates use it.
-        once: returns the extra seconds that a cell takes for work that is shared by several cells and is not done yet,
+        once: returns the extra seconds that a cell takes for work that several cells share and that is not done yet,
             such as measuring the serving cost.
     """
 
@@ -54,11 +54,16 @@ class Planner:
         self._once = once
 
     def estimate(self, cell: Cell, done: Mapping[Cell, Outcome]) -> float:
-        """Estimate the seconds that a cell will take, shared work that is not done yet included.
+        """Estimate the wall seconds that a cell will take, shared work that is not done yet included.
 
-        The estimate scales the time of the measured cell of the same base and strategy whose budget is nearest.
-        It assumes that time is proportional to the number of texts. Training makes fewer passes over more texts,
-        so an estimate from a smaller budget is too long rather than too short.
+        The estimate scales the time of the measured cell of the same base and strategy whose number of texts is
+        nearest. It assumes that time is proportional to the number of texts. Training makes fewer passes over more
+        texts, so an estimate from a smaller budget is too long rather than too short. Without a measured
+        cell, the estimate is 40 times the time of embedding the texts, or 0.05 s if the encoder is not trained.
+
+        Args:
+            cell: the cell.
+            done: outcomes so far, by cell.
         """
         return self._own_seconds(cell, done) + self._once(cell)
 
@@ -75,13 +80,13 @@ class Planner:
     def hopeless(self, done: Mapping[Cell, Outcome]) -> set[tuple[str, str]]:
         """Return the (base, strategy) pairs that train the encoder and are not expected to become the best.
 
-        For each pair, take its accuracy minus the best accuracy of all other pairs, at the pair's two largest
-        measured budgets. Extend the line through these two gaps, over the logarithm of the texts of a label, to the
-        largest budget of the comparison. The pair is hopeless if the line is more than two standard errors of an
-        accuracy below 0 there.
+        For each pair, the gap is its accuracy minus the best accuracy of all other pairs, at each of the pair's two
+        largest measured budgets. The line through these two gaps, over the logarithm of the texts of a label, gives the
+        gap at the largest budget of the comparison; if the gap widens, the later of the two is used instead. The pair
+        is hopeless if the gap there is below 0 by more than two standard errors of an accuracy.
 
         Args:
-            done: outcomes so far.
+            done: outcomes so far, by cell.
         """
         means = mean_accuracies(done.values())
         errors = {known.budget: _standard_error(outcome) for known, outcome in done.items()}
@@ -99,7 +104,7 @@ class Planner:
                 gaps.append(means[base, strategy, budget] - max(others, default=-np.inf))
             first, last, end = (log2(self._per_label[budget]) for budget in (*budgets, largest))
             slope = (gaps[1] - gaps[0]) / (last - first)
-            # A gap that widens is not extrapolated. A gap that closes is extended to the largest budget.
+            # Only a gap that closes is extended to the largest budget, in favour of the pair.
             if gaps[1] + max(slope, 0) * (end - last) < -2 * errors[budgets[1]]:
                 found.add((base, strategy))
         return found
@@ -113,8 +118,8 @@ class Planner:
 
         Args:
             cells: cells that are not fitted yet.
-            done: outcomes so far.
-            seconds_left: time left; None: no limit.
+            done: outcomes so far, by cell.
+            seconds_left: wall seconds until the time limit; None: no limit.
         """
         hopeless = self.hopeless(done)
 
@@ -128,16 +133,16 @@ class Planner:
         return min(in_time, key=rank, default=None)
 
     def least_seconds(self, cells: Iterable[Cell], done: Mapping[Cell, Outcome]) -> float:
-        """Return the least seconds left with which one of the cells would be started."""
+        """Return how many seconds must be left so that `choose` starts at least one of the cells, given outcomes."""
         return _SAFETY * min(self.estimate(cell, done) for cell in cells)
 
     def skipped(self, cells: Iterable[Cell], done: Mapping[Cell, Outcome], seconds_left: float) -> list[Skipped]:
         """Return cells that were not fitted for lack of time, each with its estimate as the reason.
 
         Args:
-            cells: the cells.
-            done: outcomes so far.
-            seconds_left: time left when the comparison stopped.
+            cells: the cells that were not fitted.
+            done: outcomes so far, by cell.
+            seconds_left: wall seconds until the time limit when the comparison stopped.
         """
         hopeless = self.hopeless(done)
 
@@ -152,7 +157,7 @@ class Planner:
 
 
 def mean_accuracies(outcomes: Iterable[Outcome]) -> dict[tuple[str, str, int], float]:
-    """Return the mean accuracy over the seeds, keyed by (base, strategy, budget)."""
+    """Return the mean accuracy over the seeds, in [0, 1], by (base, strategy, budget)."""
     found: dict[tuple[str, str, int], list[float]] = {}
     for outcome in outcomes:
         cell = outcome.cell
@@ -170,7 +175,7 @@ def budgets_of(wanted: Sequence[int], largest_label: int) -> list[int]:
     """Return the distinct budgets in ascending order, with `ALL` last.
 
     Args:
-        wanted: texts of each label, or `ALL`.
+        wanted: the budgets that the user gave: numbers of texts of each label, or `ALL`.
         largest_label: number of texts of the most frequent label. A budget of at least this many becomes `ALL`.
     """
     found = sorted({ALL if budget >= largest_label else budget for budget in wanted})

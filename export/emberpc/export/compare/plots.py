@@ -21,7 +21,8 @@ _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D")
 _INCHES = (7.2, 4.4)
 _DOTS_PER_INCH = 130
-#: A bin with fewer decisions is not drawn: its share of right decisions is too uncertain.
+#: Fewest decisions of a bin of confidence that the reliability plot draws. With fewer, the share of right decisions is
+#: too uncertain.
 _LEAST_DECISIONS = 10
 
 
@@ -30,14 +31,15 @@ def draw_plots(summary: Summary, confused: Sequence[Confusion], folder: Path) ->
 
     Args:
         summary: the comparison.
-        confused: confusions of the recommended classifier; see `data_problems.confusions`.
+        confused: confusions of the recommended classifier, from `data_problems.confusions`.
         folder: folder to write the PNG files to; it must exist.
 
     Returns:
-        The files, by plot: `learning-curves`, `accuracy-cost`, `reliability`, `confusions`.
+        The path of each PNG file, by plot: `learning-curves`, `accuracy-cost`, `reliability`, `confusions`.
 
     Raises:
         OSError: a file cannot be written.
+        ExportError: `folder` has a folder or a device with the name of a plot's file.
     """
     plots: dict[str, Callable[[Axes], None]] = {
         "learning-curves": lambda axes: _learning_curves(axes, summary),
@@ -85,7 +87,7 @@ def _learning_curves(axes: Axes, summary: Summary) -> None:
         axes.plot(x, y, markersize=4, linewidth=1.6, **style)  # type: ignore[arg-type]
         low, high = ([a + sign * b for a, b in zip(y, half, strict=True)] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    # The confidence band of two seeds can be wider than the plot, so the limits follow the lines, not the bands.
+    # A confidence band of only two seeds can be very wide, so the limits of the axis follow the lines, not the bands.
     axes.set_ylim(min(p.accuracy for p in summary.points) - 0.05, min(1.0, summary.best.accuracy + 0.05))
     budgets = sorted(summary.result.per_label, key=summary.per_label)
     axes.set_xscale("log", base=2)
@@ -135,7 +137,11 @@ def _reliability(axes: Axes, summary: Summary) -> None:
 
 
 def _reliability_points(summary: Summary) -> list[Point]:
-    """Return the points that get a reliability line: the winner, and the best point with and without training."""
+    """Return the points that get a reliability line, without repetition.
+
+    They are the recommended point, the best point of the strategies that do not train the encoder, and the best of
+    those that do.
+    """
     points = [summary.winner, summary.frozen, summary.tuned]
     return list({point.way: point for point in points if point is not None}.values())
 

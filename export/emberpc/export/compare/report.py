@@ -21,17 +21,18 @@ _BYTES_PER_MB = 1e6
 
 
 def write_report(summary: Summary, folder: Path) -> Path:
-    """Write `report.html` (with the plots inside), `report.json` and the plots as PNG files.
+    """Write the report of a comparison: `report.html` (with the plots inside), `report.json` and a PNG for each plot.
 
     Args:
         summary: the comparison.
-        folder: folder to write to; it must exist.
+        folder: folder to write to; it must exist. Files of the same names are replaced.
 
     Returns:
         The path of the HTML file.
 
     Raises:
         OSError: a file cannot be written.
+        ExportError: `folder` has a folder or a device with the name of a file of the report.
     """
     from jinja2 import Environment
 
@@ -56,7 +57,10 @@ def write_report(summary: Summary, folder: Path) -> Path:
 
 
 def table_row(summary: Summary, point: Point) -> dict[str, str | bool]:
-    """Return a row of the report's table: the figures of a point as formatted strings; empty if not measured."""
+    """Return a row of the report's table: the figures of a point as text, by column.
+
+    A figure that was not measured is an empty text. `winner` is True for the recommended point.
+    """
     serving = summary.serving(point.way)
     auroc = point.means.get("out_of_scope_auroc")
     cpu = point.means["cpu_seconds"]
@@ -78,7 +82,7 @@ def table_row(summary: Summary, point: Point) -> dict[str, str | bool]:
 
 
 def content(summary: Summary) -> dict[str, Any]:
-    """Return the content of `report.json` as plain data; the HTML report is rendered from it, too."""
+    """Return the content of `report.json` as plain data, from which the HTML report is rendered, too."""
     result, winner = summary.result, summary.winner
     return {
         "recommendation": recommendation(summary),

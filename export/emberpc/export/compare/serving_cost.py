@@ -19,18 +19,20 @@ from emberpc.export.compare.base_encoders import Base, export_fitted
 from emberpc.export.files import write_text
 from emberpc.export.progress import Progress
 
-#: Number of texts to measure agreement on, number of texts to time one by one, and number of timing rounds.
+#: Number of texts on which the labels of the ONNX file and of the strategy are compared.
 _TEXTS = 100
+#: Number of texts that are timed one by one in each round, and number of rounds, of which the median counts.
 _TIMED = 24
 _ROUNDS = 7
-#: Time of one text alone, as a multiple of its time in a batch (approximate).
+#: Time of one text alone, as a multiple of its time in a batch. This is approximate and serves estimates only.
 _ALONE_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
 class ServingCost:
-    """Time to classify one text alone, from text to logits, and the bytes that serving needs.
+    """Time to classify one text alone, from text to logits, and the bytes that serving needs, for a strategy on a base.
 
+    `size_bytes` counts the ONNX file with its weights, the tokenizer's files, and the vectors that the strategy stores.
     `agreement` is the share of texts, in [0, 1], for which the ONNX file and the strategy in the comparison give the
     same best label.
     """
@@ -39,25 +41,26 @@ class ServingCost:
     strategy: str
     #: Number of texts that the strategy was fitted to.
     texts: int
-    #: Time of a text as a multiple of the time that the base's encoder alone takes, both run alternately.
+    #: Time to classify one text as a multiple of the time in which the base's encoder alone embeds it. The two are run
+    #: alternately.
     times_encoder: float
-    #: Milliseconds of the base's encoder for one text. It is measured once per base and used for all its strategies,
-    #: so that strategies differ by their own work only.
+    #: Milliseconds in which the base's encoder embeds one text. This is measured once for each base and used for all
+    #: strategies on the base, so that strategies differ by their own work only.
     encoder_milliseconds: float
     size_bytes: int
     agreement: float
 
     @property
     def milliseconds(self) -> float:
-        """Milliseconds to classify one text."""
+        """Milliseconds of wall time to classify one text alone."""
         return self.times_encoder * self.encoder_milliseconds
 
 
 class ServingCosts:
-    """Measures the serving cost of each strategy on a base once, and stores it.
+    """Measures the serving cost of each strategy on each base once, and stores it in a file.
 
     Args:
-        path: JSON file with the costs. A file that is missing or cannot be read counts as empty.
+        path: JSON file with the costs, which is read now. A file that is missing or cannot be read counts as empty.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,11 +69,11 @@ class ServingCosts:
             costs = [ServingCost(**item) for item in json.loads(path.read_text(encoding="utf-8"))]
         except (OSError, ValueError, TypeError):
             costs = []
-        #: Known costs, by base and strategy.
+        #: Costs measured so far, by the names of base and strategy.
         self.known = {(cost.base, cost.strategy): cost for cost in costs}
 
     def estimate(self, base: Base, strategy: str, trained_on: int, per_text: float) -> float:
-        """Estimate the seconds that measuring a strategy will take; 0 if its cost is known.
+        """Return an estimate of the seconds that `measure` will take for a strategy; 0 if its cost is known already.
 
         Args:
             base: the base.
@@ -92,21 +95,22 @@ class ServingCosts:
         texts: Sequence[str],
         progress: Progress,
     ) -> None:
-        """Measure the serving cost of a strategy and store it, unless it is known.
+        """Measure the serving cost of a strategy on a base, and store it in the file, unless it is known already.
 
-        A strategy that stores its texts, such as `nearest`, is measured again when it has more texts than before.
+        A strategy that stores its texts, such as `nearest`, is measured again if it was fitted to more texts than when
+        it was measured before.
 
         Args:
             base: the base.
             strategy: name of the strategy.
             fitted: the fitted classifier.
-            trained_on: number of texts that it was fitted to.
+            trained_on: number of texts that the classifier was fitted to.
             texts: texts to measure on; the first 100 are used.
             progress: called before each round; an exception that it raises ends the measurement.
 
         Raises:
             ExportError: the classifier cannot be converted to ONNX.
-            OSError: the file cannot be written.
+            OSError: the file of the costs cannot be written.
         """
         if self._is_measured(base, strategy, trained_on):
             return
@@ -148,8 +152,15 @@ def _time_alternately(
 ) -> tuple[float, float]:
     """Time two functions alternately, text by text, so that other load on the host slows both.
 
+    Args:
+        reference: runs on the text of an index.
+        own: the function to compare with `reference`; also runs on the text of an index.
+        count: number of texts; the indexes are 0 to `count` - 1.
+        progress: called before each round.
+
     Returns:
-        Median over the rounds of the reference's seconds for a text, and of the ratio of `own` to the reference.
+        Two medians over the rounds: the wall seconds of `reference` for one text, and the ratio of the time of `own` to
+        that of `reference`.
     """
     reference(0), own(0)
     seconds: list[float] = []

@@ -15,15 +15,16 @@ from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Outcome, budget_name
 from emberpc.export.compare.planner import Skipped
 from emberpc.export.compare.serving_cost import ServingCost
 
-#: A difference counts as significant from this many standard errors on (about 95 % confidence).
+#: A difference of accuracies counts as significant if it is greater than this many standard errors (about 95 %
+#: confidence).
 _SIGNIFICANT_ERRORS = 2.0
-#: A difference of training times, in CPU-seconds, that is too small to be a price.
+#: Training times that differ by less than this many CPU-seconds are reported as about the same.
 _NEGLIGIBLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Way:
-    """A strategy on a base."""
+    """A strategy on a base encoder, both by name."""
 
     base: str
     strategy: str
@@ -36,17 +37,17 @@ class Way:
 
 @dataclass(frozen=True)
 class Point:
-    """A strategy on a base at one budget: its figures as means over the seeds."""
+    """A strategy on a base at one budget, with its figures as means over the seeds, by name, in `means`."""
 
     way: Way
     budget: int
-    #: Number of training texts, the mean over the seeds.
+    #: Number of training texts, as the rounded mean over the seeds.
     texts: int
     seeds: int
     means: dict[str, float]
     #: Half the width of the 95 % confidence interval of the accuracy over the seeds; None for a single seed.
     band: float | None
-    #: bool (seeds, test texts): whether the decision was right.
+    #: Whether a test text got exactly the right labels, bool (seeds, test texts).
     right: npt.NDArray[np.bool_]
     outcomes: tuple[Outcome, ...]
 
@@ -57,7 +58,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Name for a sentence, such as `linear on frozen vectors`."""
+        """Name of the strategy for a sentence, such as `linear on frozen vectors`."""
         if self.way.strategy == "zero-shot":
             return "zero-shot (label names alone)"
         return self.way.strategy if self.way.tunes else f"{self.way.strategy} on frozen vectors"
@@ -78,7 +79,7 @@ class Summary:
 
     @cached_property
     def points(self) -> list[Point]:
-        """All points, ordered by base, by strategy as listed in `STRATEGIES`, and by budget."""
+        """All points, ordered by the base's name, by strategy as listed in `STRATEGIES`, and by budget."""
         groups: dict[tuple[Way, int], list[Outcome]] = {}
         for outcome in self.result.outcomes:
             way = Way(outcome.cell.base, outcome.cell.strategy)
@@ -88,12 +89,12 @@ class Summary:
         return sorted(found, key=lambda p: (p.way.base, order.index(p.way.strategy), self.per_label(p.budget)))
 
     def per_label(self, budget: int) -> float:
-        """Return the mean number of texts of a label at a budget."""
+        """Return the mean number of training texts of a label at a budget."""
         return self._texts[budget]
 
     @cached_property
     def largest(self) -> int:
-        """The largest budget that any strategy was fitted with."""
+        """The budget with the most texts of a label that any strategy was measured at."""
         return max((point.budget for point in self.points), key=self.per_label)
 
     def at(self, budget: int) -> list[Point]:
@@ -116,10 +117,10 @@ class Summary:
 
     @cached_property
     def winner(self) -> Point:
-        """The recommended point at the largest budget, among the strategies that can be exported.
+        """The recommended point at the largest budget, among the strategies that can be exported, if there are any.
 
         Candidates are compared from the cheapest training to the most expensive. A candidate replaces the current
-        choice if it is more accurate by at least `worth`, and by more than 2 standard errors.
+        choice if it is more accurate by at least `worth`, and by more than 2 standard errors of the difference.
         """
         candidates = [point for point in self.at(self.largest) if point.way.strategy in EXPORTABLE]
         ranked = sorted(candidates or self.at(self.largest), key=lambda point: point.means["cpu_seconds"])
@@ -132,17 +133,21 @@ class Summary:
 
     @cached_property
     def frozen(self) -> Point | None:
-        """The most accurate point at the largest budget whose strategy does not train the encoder; None if none."""
+        """The most accurate point at the largest budget of the strategies that do not train the encoder, or None."""
         return self._best(self.largest, lambda way: not way.tunes)
 
     @cached_property
     def tuned(self) -> Point | None:
-        """The most accurate point at the largest budget whose strategy trains the encoder; None if none."""
+        """The most accurate point at the largest budget of the strategies that train the encoder, or None."""
         return self._best(self.largest, lambda way: way.tunes)
 
     @cached_property
     def crossover(self) -> int | None:
-        """The least budget from which on fine-tuning is significantly ahead of frozen vectors; None if it never is."""
+        """The least budget from which on fine-tuning is significantly more accurate than frozen vectors.
+
+        The best strategies of both kinds are compared at each budget that has both. None if fine-tuning is not ahead at
+        the largest of these budgets.
+        """
         found = None
         for budget in sorted({point.budget for point in self.points} - {NO_TEXTS}, key=self.per_label, reverse=True):
             tuned = self._best(budget, lambda way: way.tunes)
@@ -159,7 +164,7 @@ class Summary:
         return next((c for c in self.result.serving if (c.base, c.strategy) == (way.base, way.strategy)), None)
 
     def where(self, budget: int) -> str:
-        """Return a budget as a phrase for a sentence."""
+        """Return a budget as a phrase for a sentence, such as `at 8 of each label`."""
         if budget == ALL:
             return f"with all {len(self.result.train.texts):,} texts"
         return "without any text" if budget == NO_TEXTS else f"at {budget} of each label"
@@ -178,7 +183,10 @@ class Summary:
 
 
 def confidence_band(values: npt.NDArray[np.float64]) -> float | None:
-    """Return half the width of the 95 % confidence interval of a mean, by Student's t; None for a single value."""
+    """Return half the width of the 95 % confidence interval of the mean of `values`, by Student's t.
+
+    None is returned for a single value.
+    """
     from scipy.stats import t
 
     if len(values) < 2:
@@ -187,7 +195,7 @@ def confidence_band(values: npt.NDArray[np.float64]) -> float | None:
 
 
 def standard_error(a: Point, b: Point) -> float:
-    """Return the standard error of the difference of two accuracies.
+    """Return the standard error of the difference of the accuracies of two points, as a share in [0, 1].
 
     It joins the variance over the test texts, paired text by text, and the variance over the seeds.
     """
@@ -198,7 +206,11 @@ def standard_error(a: Point, b: Point) -> float:
 
 
 def recommendation(summary: Summary) -> str:
-    """Return one sentence that names the strategy to use, its accuracy, and what the alternative gains and costs."""
+    """Return one sentence that names the recommended strategy, its accuracy, and gain and training time of another.
+
+    The other strategy is the best one of the other kind, with or without training of the encoder, at the same budget;
+    if there is none of that kind, it is the best of all others. With a single strategy, the sentence names no other.
+    """
     winner, frozen, tuned = summary.winner, summary.frozen, summary.tuned
     where = summary.where(winner.budget if winner.budget == NO_TEXTS else summary.largest)
     base = f" ({winner.way.base})" if len(summary.result.sources) > 1 else ""
@@ -209,7 +221,7 @@ def recommendation(summary: Summary) -> str:
 
 
 def _versus(winner: Point, other: Point) -> str:
-    """Describe the accuracy that another strategy gains or loses against the winner, and its training time."""
+    """Return a clause on the accuracy that `other` gains or loses against `winner`, and on its training time."""
     gain = 100 * (other.accuracy - winner.accuracy)
     significant = abs(gain) > 100 * _SIGNIFICANT_ERRORS * standard_error(winner, other)
     ratio = max(other.means["cpu_seconds"], 1e-3) / max(winner.means["cpu_seconds"], 1e-3)
@@ -230,7 +242,8 @@ def crossover(summary: Summary) -> str:
         return "No fine-tuning was measured."
     if summary.tuned is None or summary.frozen is None:
         return "Fine-tuning and frozen vectors were not both measured at the largest budget."
-    # The best of several strategies is partly the luckiest one. A side with more strategies profits more from this.
+    # The sentence says that the test texts chose both strategies: the best of several strategies is partly the luckiest
+    # one, and the kind with more strategies profits more from this.
     sentence = (
         "The best fine-tuning was significantly ahead of the best strategy on frozen vectors, "
         "both chosen by the test texts, {}"
@@ -243,7 +256,11 @@ def crossover(summary: Summary) -> str:
 
 
 def caveats(summary: Summary) -> list[str]:
-    """Return warnings about the figures, one sentence each: texts in both files, single seeds, no calibration."""
+    """Return warnings about the figures, one sentence each.
+
+    They are about test texts that are training texts, strategies fitted with one seed only, and strategies that had too
+    few texts for a calibration. The list is empty if there is nothing to warn of.
+    """
     training_texts = set(summary.result.train.texts)
     shared = [text for text in summary.result.test.texts if text in training_texts]
     once = [point for point in summary.points if point.seeds == 1 and point.budget != NO_TEXTS]
@@ -268,7 +285,7 @@ def caveats(summary: Summary) -> list[str]:
 
 
 def _listed(points: Sequence[Point], summary: Summary) -> str:
-    """List points as text, grouped by strategy."""
+    """Return the budgets of points as text, grouped by strategy and base."""
     budgets: dict[Way, list[str]] = {}
     for point in points:
         budgets.setdefault(point.way, []).append(budget_name(point.budget))
@@ -279,7 +296,7 @@ def _listed(points: Sequence[Point], summary: Summary) -> str:
 
 
 def skipped_lines(summary: Summary) -> list[str]:
-    """Return the cells that were not measured and the reason, one line for each strategy and budget."""
+    """Return one line for each strategy, base and budget with skipped cells: the number of seeds, and the reason."""
     groups: dict[tuple[Way, int], list[Skipped]] = {}
     for skipped in summary.result.skipped:
         cell = skipped.cell

@@ -1,1 +1,1 @@
-"""Training of an encoder on a CPU: frozen layers that run once, checkpoints, and the training loop."""
+"""Train an encoder on a CPU: frozen lower layers that run once for each text, checkpoints, and the training loop."""

@@ -1,4 +1,4 @@
-"""A PyTorch encoder whose frozen lower layers run once per text; training steps run the upper layers only."""
+"""A PyTorch encoder whose frozen lower layers run once for each text; training steps run the upper layers only."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from emberpc.export.libraries import calling_libraries
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.source.encoder import Encoder
 
-#: Texts of a batch when nothing is trained. Batches are made of texts of similar length.
+#: Number of texts of a batch when nothing is trained. Batches are made of texts of similar length.
 _BATCH = 32
 
 TokenIds = Sequence[int]
-#: Hidden states of a text after the frozen lower layers: float16 (tokens, hidden size). Half precision halves the
-#: memory (17 MB for 1,000 texts of 20 tokens with 384 dimensions) and does not change the training measurably.
+#: Hidden states of a text after the frozen lower layers: float16 (tokens, hidden size). Half precision takes half the
+#: memory of float32 (15 MB for 1,000 texts of 20 tokens with a hidden size of 384) and does not change the training
+#: measurably.
 States = npt.NDArray[np.float16]
 
 
 class _CachedStates(nn.Module):
-    """Takes the place of the lower layers and returns their cached states, whatever its input.
+    """Module in the place of the lower layers: it ignores its input and returns `states`, their cached output.
 
-    The rest of the model runs unchanged. Its own code computes the masks and position biases that the upper layers
-    need, for every architecture.
+    The code of the model's other parts runs unchanged. So it computes the masks and position biases that the upper
+    layers need, for every architecture.
     """
 
     def __init__(self) -> None:
@@ -49,7 +50,7 @@ class Backbone:
         encoder: the encoder to load.
 
     Raises:
-        ExportError: sentence-transformers cannot load it, or its list of layers is not found.
+        ExportError: sentence-transformers cannot load the encoder, or its model has no list of layers.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -59,7 +60,7 @@ class Backbone:
         ):
             self.model = SentenceTransformer(str(encoder.folder), device="cpu", local_files_only=True)
         self.model.max_seq_length = encoder.max_tokens
-        # Dropout is off: over so few epochs it made no measurable difference.
+        # Evaluation mode switches dropout off: over the few epochs of a training, it made no measurable difference.
         self.model.eval()
         self._transformer = self.model[0].auto_model
         self._owner, self._name = self._find_layers()
@@ -75,7 +76,11 @@ class Backbone:
         return len(self._layers)
 
     def _find_layers(self) -> tuple[nn.Module, str]:
-        """Return the module that holds the list of layers, and the list's attribute name; raise ExportError if none."""
+        """Return the module that holds the list of layers, and the name of the list's attribute in that module.
+
+        Raises:
+            ExportError: no list has as many layers as the model's configuration states.
+        """
         config = self._transformer.config
         count = getattr(config, "num_hidden_layers", None) or getattr(config, "n_layers", None)
         for module in self._transformer.modules():
@@ -87,7 +92,10 @@ class Backbone:
         )
 
     def tokenize(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Return the token ids of texts, truncated at the encoder's most tokens; no prompt is added."""
+        """Return the token ids of each text, special tokens included; texts above the encoder's limit are truncated.
+
+        Texts are lower-cased first if the encoder needs it. No prompt is added.
+        """
         given = [text.lower() for text in texts] if self.encoder.lower_case else list(texts)
         found: list[TokenIds] = self.model.tokenizer(
             given, truncation=True, max_length=self.encoder.max_tokens, return_attention_mask=False
@@ -95,10 +103,13 @@ class Backbone:
         return found
 
     def train_top(self, top: int) -> dict[str, nn.Parameter]:
-        """Restore the original weights, and set the upper `top` layers and all modules behind them to be trained.
+        """Restore the original weights, and make the upper `top` layers and all modules behind them trainable.
+
+        Runs of the model need cached states of the lower layers from then on. If `top` is the number of layers, all
+        parameters are trainable, those of the token embeddings included.
 
         Returns:
-            The parameters to train, by name; if `top` is the number of layers, all parameters of the model.
+            The trainable parameters, by name, without BERT's pooler.
         """
         self.reset()
         upper = self._layers[self.layers - top :]
@@ -108,7 +119,7 @@ class Backbone:
         self._trained = {
             name: parameter
             for name, parameter in self.model.named_parameters()
-            # BERT's pooler does not affect the token vectors.
+            # Leave BERT's pooler out: it does not affect the token vectors.
             if parameter.requires_grad and "pooler" not in name.split(".")
         }
         self._original = self.weights()
@@ -116,35 +127,35 @@ class Backbone:
         return self._trained
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return a copy of the trained parameters, by name."""
+        """Return copies of the parameters that `train_top` made trainable, by name."""
         return {name: parameter.detach().clone() for name, parameter in self._trained.items()}
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Set the trained parameters to other values.
+        """Copy weights, by name, into the parameters that `train_top` made trainable; ignore other names.
 
         Raises:
-            KeyError: a parameter is missing in `weights`.
+            KeyError: `weights` lacks one of these parameters.
         """
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(weights[name])
 
     def reset(self) -> None:
-        """Restore the original weights and all layers; set no parameter to be trained."""
+        """Restore the original weights; run all layers from now on, with no parameter trainable."""
         self.load(self._original)
         self._trained, self._original = {}, {}
         self.model.requires_grad_(False)
         self._freeze(self.layers)
 
     def _freeze(self, top: int) -> None:
-        """Run only the upper `top` layers from now on; cached states take the place of the layers below."""
+        """Let the model run only the upper `top` layers from now on; cached states take the place of the others."""
         self._frozen = self.layers - top
         upper = self._layers[self._frozen :]
         setattr(self._owner, self._name, nn.ModuleList([self._cached, *upper] if self._frozen else upper))
 
     @contextmanager
     def all_layers(self) -> Iterator[None]:
-        """Run all layers inside the block, with the current weights: for texts whose lower states are not cached."""
+        """Run all layers inside the block, with the current weights: for texts without cached states."""
         top = self.layers - self._frozen
         self._freeze(self.layers)
         try:
@@ -153,7 +164,18 @@ class Backbone:
             self._freeze(top)
 
     def lower_states(self, tokens: Sequence[TokenIds], top: int, progress: Progress = no_progress) -> list[States]:
-        """Run the layers below the upper `top` once, with the original weights; return their states for each text."""
+        """Run the layers below the upper `top` with the original weights; return the hidden states after them.
+
+        This restores the original weights, as `reset` does.
+
+        Args:
+            tokens: token ids of each text.
+            top: number of upper layers that do not run; fewer than the encoder has.
+            progress: called with the number of texts done.
+
+        Returns:
+            The states of each text, float16 (tokens, hidden size).
+        """
         self.reset()
         caught: list[torch.Tensor] = []
 
@@ -183,7 +205,7 @@ class Backbone:
 
         Args:
             tokens: token ids of each text.
-            states: cached states of each text; not needed if no layer is frozen.
+            states: states of each text from `lower_states`; None if no layer is frozen.
 
         Raises:
             ValueError: layers are frozen and `states` is None.
@@ -203,9 +225,18 @@ class Backbone:
     def embed(
         self, tokens: Sequence[TokenIds], states: Sequence[States] | None = None, progress: Progress = no_progress
     ) -> npt.NDArray[np.float32]:
-        """Embed texts in batches with the current weights, without gradients; return float32 (texts, dimensions).
+        """Embed texts in batches with the current weights, without gradients.
 
-        `tokens` and `states` are as for `forward`; `progress` is called with the number of texts done.
+        Args:
+            tokens: token ids of each text; at least one text.
+            states: states of each text from `lower_states`; None if no layer is frozen.
+            progress: called with the number of texts done.
+
+        Returns:
+            float32 (texts, dimensions), in the order of `tokens`.
+
+        Raises:
+            ValueError: layers are frozen and `states` is None.
         """
         found: dict[int, npt.NDArray[np.float32]] = {}
         for rows in by_length(tokens, _BATCH):
@@ -219,8 +250,8 @@ class Backbone:
         """Write the model with trained weights in the format of sentence-transformers; then restore the original ones.
 
         Args:
-            weights: the result of `weights`.
-            top: the argument of `train_top` for these weights.
+            weights: trained weights by name, as the method `weights` returned them after the training.
+            top: number of upper layers that were trained.
             folder: folder to write to.
 
         Raises:
@@ -244,7 +275,7 @@ class Backbone:
 
 
 def by_length(tokens: Sequence[TokenIds], size: int) -> Iterator[list[int]]:
-    """Yield the indexes of texts in batches of similar length, the shortest texts first."""
+    """Yield the indexes of texts in batches of `size` texts of similar numbers of tokens, the shortest texts first."""
     order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]))
     for start in range(0, len(order), size):
         yield order[start : start + size]

@@ -19,7 +19,11 @@ from emberpc.export.timing import Cost
 
 @dataclass
 class TrainingState:
-    """State of a training after some or all epochs: tensors by name, scores of the epochs, and time spent."""
+    """State of a training after `epoch` epochs.
+
+    `tensors` has the parameters, the best epoch's parameters and the optimizer's state, by name. `scores` has the
+    held-out score of each epoch. `spent` is the time of the training, that of earlier processes included.
+    """
 
     tensors: dict[str, torch.Tensor]
     epoch: int = 0
@@ -28,24 +32,24 @@ class TrainingState:
 
 
 class Checkpoints:
-    """The checkpoints of all trainings that one outcome needs, in a folder. Remove them once the outcome is stored.
+    """The checkpoints of all trainings that make one result. Remove the checkpoints once the result is stored.
 
     Args:
-        folder: folder of the files; it is created if it does not exist. None: nothing is stored.
+        folder: folder of the checkpoint files; the first checkpoint creates it. None: nothing is stored.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
         self._given: list[Checkpoint] = []
-        #: Time that resumed trainings had taken before this process continued them.
+        #: Wall and CPU time that resumed trainings had taken before this process continued them.
         self.spent = Cost()
 
     def of(self, **what: object) -> Checkpoint:
-        """Return the checkpoint of one training. The same arguments give the same file.
+        """Return the checkpoint of one training. Equal arguments give the same file, so the training is resumed.
 
         Args:
-            what: everything that the training's result depends on: texts, labels, encoder, seed and so on. Values are
-                plain data or have a `repr` that identifies them.
+            what: everything that the training's result depends on: texts, labels, encoder, seed and so on. Each value
+                is plain data, or has a `repr` that identifies it.
         """
         if self._folder is None:
             return Checkpoint(None)
@@ -54,7 +58,7 @@ class Checkpoints:
         return self._given[-1]
 
     def remove(self) -> None:
-        """Delete all checkpoints that `of` returned."""
+        """Delete the files of all checkpoints that `of` returned."""
         for checkpoint in self._given:
             checkpoint.remove()
 
@@ -63,8 +67,8 @@ class Checkpoint:
     """The checkpoint of one training.
 
     Args:
-        path: its file; None: nothing is stored.
-        spent: `read` adds the time of a resumed training to it.
+        path: file of the checkpoint; None: nothing is stored.
+        spent: time to which `read` adds the time that a stored training has taken; default: a new one.
     """
 
     def __init__(self, path: Path | None, spent: Cost | None = None) -> None:
@@ -72,7 +76,10 @@ class Checkpoint:
         self._spent = spent or Cost()
 
     def read(self) -> TrainingState | None:
-        """Return the stored state, or None if there is no file or it cannot be read."""
+        """Return the stored state, and add its time to `spent` of the constructor.
+
+        None is returned if there is no file, or the file is damaged, has another format or cannot be read.
+        """
         if self._path is None or not self._path.exists():
             return None
         try:
@@ -88,7 +95,7 @@ class Checkpoint:
         return state
 
     def write(self, state: TrainingState) -> None:
-        """Store a state in place of the previous one.
+        """Store a state atomically in place of the previous one; do nothing if the checkpoint has no path.
 
         Raises:
             NoRoomError: the file cannot be written.
@@ -112,6 +119,6 @@ class Checkpoint:
             ) from error
 
     def remove(self) -> None:
-        """Delete the file."""
+        """Delete the checkpoint's file if there is one."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)

@@ -15,7 +15,8 @@ from emberpc.export.progress import Progress, no_progress
 from emberpc.export.timing import Cost
 from emberpc.export.tuning.checkpoint import Checkpoint, TrainingState
 
-#: Number of batches whose texts are sorted by length together: batches of similar length need little padding.
+#: Number of batches whose texts are drawn together and sorted by length: a batch of texts of similar length needs
+#: little padding.
 _BUCKET = 8
 
 
@@ -23,8 +24,9 @@ _BUCKET = 8
 class Recipe:
     """Hyperparameters of a training.
 
-    The learning rates are AdamW's peak values. They rise linearly over the first `warm_up` share of the steps, and then
-    fall linearly to 0.
+    `encoder_rate` and `head_rate` are the peak values of AdamW's learning rates. The rates rise linearly over the first
+    `warm_up` share of the steps, and then fall linearly to 0. `batch` is a number of texts. `weight_decay` applies to
+    the encoder's parameters, and `most_gradient` limits the norm of their gradient.
     """
 
     epochs: int
@@ -34,13 +36,16 @@ class Recipe:
     warm_up: float = 0.1
     weight_decay: float = 0.01
     most_gradient: float = 1.0
-    #: Stop after this many epochs in a row that scored worse than the best one on the held-out texts.
+    #: Number of epochs in a row with a worse score on the held-out texts than the best epoch after which to stop.
     patience: int = 3
 
 
 @dataclass(frozen=True)
 class Log:
-    """Course of a training: mean loss and held-out score of each epoch, and the epoch whose weights were kept."""
+    """Course of a training: mean loss and held-out score of each epoch, and the best epoch.
+
+    `best_epoch` counts from 1; the weights after it were kept.
+    """
 
     losses: list[float]
     scores: list[float] = field(default_factory=list)
@@ -60,25 +65,26 @@ def train(
     stage: str = "training",
     progress: Progress = no_progress,
 ) -> Log:
-    """Train parameters in place.
+    """Train parameters in place with AdamW, and keep the weights of the best epoch.
 
     Args:
         parameters: parameters of the encoder, by name.
         heads: parameters of the head, by name; they have their own learning rate and no weight decay.
-        batches: returns the batches of an epoch as indexes of texts; for the same epoch always the same.
+        batches: returns the batches of an epoch, which is numbered from 0, as indexes of texts. The same epoch must
+            always have the same batches.
         loss_of: returns the mean loss of a batch.
         recipe: hyperparameters.
         score: called after each epoch; returns a score on held-out texts, greater is better. The weights of the last
             epoch that is as good as the best are kept. Default: the weights of the last epoch are kept.
-        tolerance: a score that is lower than the best by at most this much is as good. Give the standard error:
-            otherwise chance would stop the training where few texts are held out.
+        tolerance: a score that is lower than the best by at most this much is as good. Give the standard error of the
+            score: otherwise chance would stop the training if few texts are held out.
         checkpoint: stores the state after each epoch; a stored state is resumed. A finished training leaves its weights
             there, and the caller removes them once the result is stored.
         stage: name of the step in the progress.
-        progress: called at every step with the loss and the remaining seconds.
+        progress: called at every step with the epoch's mean loss and the remaining seconds.
 
     Returns:
-        The course of the training; losses only of the epochs of this process.
+        The course of the training. After a resumption, its losses are only those of the epochs since then.
 
     Raises:
         ExportError: the loss is not finite.
@@ -132,7 +138,7 @@ def train(
         with torch.no_grad():
             for name, parameter in everything.items():
                 parameter.copy_(best[name])
-    # Keep the weights until the result is stored, but not the optimizer's state, which is twice their size.
+    # Keep the weights until the caller has stored the result, but not the optimizer's state, which is twice as large.
     checkpoint.write(TrainingState(_values(everything), recipe.epochs, log.scores, spent()))
     return Log(log.losses, log.scores, _best_epoch(log.scores, tolerance) if log.scores else recipe.epochs)
 
@@ -144,7 +150,7 @@ def shuffled(lengths: Sequence[int], size: int, seed: int, epoch: int) -> list[l
         lengths: number of tokens of each text.
         size: number of texts of a batch.
         seed: seed of the order.
-        epoch: number of the epoch; each has another order.
+        epoch: number of the epoch, from 0; each epoch has its own order.
     """
     generator = np.random.default_rng((seed, epoch))
     order = generator.permutation(len(lengths)).tolist()
@@ -182,7 +188,11 @@ def _state(
 def _resumed(
     checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> tuple[TrainingState, dict[str, torch.Tensor]]:
-    """Load the stored state into parameters and optimizer if there is one; return it with the best epoch's weights."""
+    """Load the state that `checkpoint` stores, if there is one, into parameters and optimizer.
+
+    Returns:
+        The state and the best epoch's weights by name; an empty state and no weights if none is stored.
+    """
     state = checkpoint.read()
     if state is None:
         return TrainingState({}), {}

@@ -7,7 +7,7 @@ from emberpc.export.classify.strategies.contrastive import Contrastive
 from emberpc.export.classify.strategies.frozen import Centroids, Linear, Nearest, ZeroShot
 from emberpc.export.classify.strategies.layers import FullTuning, TopLayers
 
-#: All strategies, from the cheapest to the most expensive.
+#: All strategies by name, from the cheapest training to the most expensive.
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
     for strategy in (ZeroShot(), Nearest(), Centroids(), Linear(), TopLayers(), Contrastive(), FullTuning())

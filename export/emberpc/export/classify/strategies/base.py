@@ -22,41 +22,51 @@ if TYPE_CHECKING:
 
     from emberpc.export.tuning.backbone import Backbone
 
-#: The held-out texts serve early stopping and calibration where no validation file is given: one fold of this many,
-#: and at most this number of texts.
+#: Without a validation file, one of this many folds of the training texts is held out for early stopping and
+#: calibration.
 _HELD_OUT_FOLDS = 5
+#: Most training texts that are held out.
 _MOST_HELD_OUT = 500
-#: From this number of texts on, the held-out texts are few enough to do without: the model is not trained again on all
-#: texts.
+#: Number of training texts from which on the model is not trained a second time on all texts: the held-out texts are
+#: then at most a tenth of them, too few to be worth it.
 _REFIT_BELOW = 5000
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a fit."""
+    """Options of a fit. `seed` decides held-out texts, folds and order; `progress` is called with the current step."""
 
     seed: int = 0
-    #: Whether every label has the same weight, whatever its number of texts.
+    #: Whether every label has the same total weight in the loss, whatever its number of texts.
     balanced: bool = False
     #: Texts for early stopping and calibration; default: some of the training texts are held out.
     validation: Examples | None = None
-    #: Passes over the texts; default: the more texts, the fewer passes.
+    #: The most passes over the texts of a strategy that trains the encoder; None: 5 to 12, fewer for more texts.
     epochs: int | None = None
-    #: Where trainings store their checkpoints. The caller removes them once the outcome is stored.
+    #: Where trainings store their checkpoints. The caller removes the checkpoints once the fit's result is stored.
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     progress: Progress = no_progress
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Trained weights of an encoder by parameter name, and the number of upper layers that they belong to."""
+    """Trained weights of an encoder by parameter name.
+
+    `top` is the number of upper layers that were trained. `backbone` is the encoder in PyTorch that was trained.
+    """
 
     weights: Mapping[str, torch.Tensor]
     top: int
     backbone: Backbone
 
     def save(self, folder: Path) -> None:
-        """Write the tuned encoder in the format of sentence-transformers."""
+        """Write the tuned encoder to `folder` in the format of sentence-transformers.
+
+        This restores the original weights of `backbone`.
+
+        Raises:
+            ExportError: the folder cannot be written.
+        """
         self.backbone.save(self.weights, self.top, folder)
 
 
@@ -64,17 +74,17 @@ class Tuned:
 class Fitted:
     """Result of a strategy.
 
-    `classify` returns the logits of texts, float32 (texts, labels). `head` is the linear head on the encoder's vectors
-    that gives the same logits, or None if no linear head can. `tuned` has the trained weights of the encoder, or None
-    if the encoder was not trained. `held_out` has logits of texts, from models that were fitted in the same way but not
-    on these texts.
+    `classify` returns the logits of texts, float32 (texts, labels). `held_out` has logits of texts by classifiers that
+    were not trained on them: by this classifier, or by others fitted in the same way. `head` is the linear head on the
+    encoder's vectors that gives the same logits as `classify`, or None if no linear head can. `tuned` has the trained
+    weights of the encoder, or None if the encoder was not trained.
     """
 
     classify: Callable[[Sequence[str]], Matrix]
     held_out: HeldOut
     head: Head | None = None
     tuned: Tuned | None = None
-    #: Figures such as the epochs or the strength of regularization that were chosen.
+    #: Figures of the fit by name, such as the chosen number of epochs or strength of regularization.
     figures: dict[str, float] = field(default_factory=dict)
 
 
@@ -83,15 +93,15 @@ class Strategy(Protocol):
 
     @property
     def name(self) -> str:
-        """Name on the command line."""
+        """Name of the strategy, as given on the command line."""
 
     @property
     def exportable(self) -> bool:
-        """Whether its result is a linear head on an encoder."""
+        """Whether the strategy's result is a linear head on an encoder, which can be exported as one ONNX graph."""
 
     @property
     def tunes(self) -> bool:
-        """Whether it trains the weights of the encoder."""
+        """Whether the strategy trains the weights of the encoder."""
 
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Fit a classifier to labelled texts.
@@ -101,23 +111,29 @@ class Strategy(Protocol):
             cached_encoder: the encoder, with cached tokens and vectors.
             options: options of the fit.
 
+        Returns:
+            The classifier, with logits of texts that it or a classifier fitted in the same way was not trained on.
+
         Raises:
-            ExportError: it cannot be fitted, for example because label descriptions are missing.
+            ExportError: the classifier cannot be fitted, for example because label descriptions are missing.
         """
 
 
 def accuracy(logits: Matrix, examples: Examples) -> float:
-    """Return the share of texts whose labels the logits give exactly, in [0, 1]; `logits`: float32 (texts, labels)."""
+    """Return the share of right decisions by logits, float32 (texts, labels), on the examples, in [0, 1].
+
+    A decision is a text's best label; if multi-label, each label of each text, with a threshold of 0.5.
+    """
     return float(right(logits, examples.targets, examples.multi_label).mean())
 
 
 def standard_error(held_out: Examples | None) -> float:
-    """Return the standard error of an accuracy of 0.9 (binomial) on the held-out texts; 0 without held-out texts."""
+    """Return the binomial standard error of an accuracy of 0.9, a typical one, on the held-out texts; 0 if None."""
     return float((0.1 * 0.9 / len(held_out.texts)) ** 0.5) if held_out else 0.0
 
 
 def no_texts(examples: Examples) -> HeldOut:
-    """Return an empty `HeldOut` with the labels of the examples, for a fit that held out no text."""
+    """Return a `HeldOut` without texts and with the labels of the examples, for a fit that held out no text."""
     return HeldOut(np.zeros((0, len(examples.labels)), dtype=np.float32), examples.targets[:0])
 
 
@@ -139,18 +155,21 @@ def fit_and_hold_out(
     examples: Examples,
     options: Options,
 ) -> Fitted:
-    """Fit a classifier, and compute logits of held-out texts with a model that was not trained on them.
+    """Fit a classifier, and compute logits of held-out texts with a classifier that was not trained on them.
 
-    With a validation file, its texts are the held-out ones. Otherwise some training texts are held out. A first
-    training on the others finds the best epoch. With fewer than 5,000 texts, a second training on all texts makes the
-    result.
+    The texts of `options.validation` are the held-out texts. Without them, some training texts are held out, and a
+    training on the other texts finds the best epoch. With fewer than 5,000 training texts, a second training on all
+    texts makes the result. If no text can be held out, since no label has two texts, one training on all texts does.
 
     Args:
-        fit: trains on examples. It gets the examples, the texts for early stopping (or None), the number of epochs (or
-            None for its default) and the name of the training for the progress. It returns the result and the best
-            epoch.
+        fit: trains a classifier. Its arguments are the training texts, the texts for early stopping (or None), the
+            number of epochs (or None for the default number) and the name of the training for the progress. It returns
+            the classifier and the best epoch.
         examples: all training texts.
         options: options of the fit.
+
+    Returns:
+        The classifier, with the logits of the held-out texts if there are any.
     """
     if options.validation is not None:
         fitted, _ = fit(examples, options.validation, options.epochs, "training")
@@ -170,6 +189,9 @@ def fit_and_hold_out(
 
 
 def _with_held_out(fitted: Fitted, by: Fitted, held_out: Examples, rows: Rows) -> Fitted:
-    """Return `fitted` with the logits of the held-out texts by the classifier `by`, which was not trained on them."""
+    """Return `fitted` with the logits of the held-out texts by the classifier `by`, which was not trained on them.
+
+    `rows` has the indexes of the held-out texts among the training texts; it is empty for texts of a validation file.
+    """
     logits = by.classify(held_out.texts)
     return replace(fitted, held_out=HeldOut(logits, held_out.targets, rows, unseen=by is fitted))

@@ -1,4 +1,4 @@
-"""The contrastive strategy: train texts of one label to be near each other, then fit a linear head."""
+"""The contrastive strategy: train the encoder so that texts of one label are near each other, then fit a head."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ from emberpc.export.classify.strategies.layers import by_tuned, checkpoint_of, d
 from emberpc.export.data.examples import Examples
 from emberpc.export.tuning.loop import Recipe, train
 
-#: Texts of a batch, in pairs of one label. All other texts of the batch serve as negatives.
+#: Number of texts of a batch, which is made of pairs of texts with one label. For each text, the texts of the batch
+#: without a label in common with it are the negatives.
 _BATCH = 32
 _TEMPERATURE = 0.1
-#: Inverse strength of the head's regularization. It cannot be cross-validated, since the encoder was trained on these
-#: texts. On texts that it was not trained on, 3, 10 and 30 gave equal accuracy.
+#: Inverse strength of the head's regularization. It cannot be chosen by cross-validation, since the encoder was trained
+#: on all these texts. On texts that the encoder was not trained on, 3, 10 and 30 gave equal accuracy.
 _C = 10.0
 
 
 @dataclass(frozen=True)
 class Contrastive:
-    """Trains the upper half of the layers by which texts share a label, then fits logistic regression.
+    """Trains the upper half of the layers to bring texts of one label together, then fits logistic regression.
 
     This follows SetFit (Tunstall et al., "Efficient Few-Shot Learning Without Prompts", 2022), but with the supervised
-    contrastive loss (Khosla et al., 2020). That loss compares a text with all texts of its batch instead of one other
-    text, so each forward pass teaches more, and forward passes are the main cost.
+    contrastive loss (Khosla et al., 2020). The supervised contrastive loss compares a text with all texts of its batch
+    instead of one other text. So each forward pass teaches more, and forward passes are the main cost.
     """
 
     name: str = "contrastive"
@@ -46,7 +47,11 @@ class Contrastive:
     tunes: bool = True
 
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
-        """Train with early stopping on held-out texts, then fit the head; see `Strategy.fit`."""
+        """Train the encoder with early stopping on held-out texts, then fit the head; return encoder and head.
+
+        Raises:
+            ExportError: the encoder cannot be trained, the loss is not finite, or a checkpoint cannot be written.
+        """
 
         def fit(known: Examples, held_out: Examples | None, epochs: int | None, stage: str) -> tuple[Fitted, int]:
             return self._train(known.described(), held_out, epochs, stage, cached_encoder, options)
@@ -66,7 +71,8 @@ class Contrastive:
         top = max(1, backbone.layers // 2)
         tokens, states = cached_encoder.tokens(examples.texts), cached_encoder.states(examples.texts, top)
         if held_out is not None:
-            # Cache these states before the training: the lower layers must run with the original weights.
+            # Cache these states before the training: computing them later would undo it, since that restores the
+            # original weights.
             cached_encoder.states(held_out.texts, top)
         parameters = backbone.train_top(top)
         recipe = Recipe(epochs or default_epochs(examples.per_label), 1e-4, batch=_BATCH)
@@ -112,10 +118,11 @@ def supervised_contrastive(vectors: torch.Tensor, targets: torch.Tensor) -> torc
 
     Args:
         vectors: float32 (texts, dimensions), of any length.
-        targets: float32 (texts, labels), 1 where a text has a label. Two texts are a positive pair if they share one.
+        targets: float32 (texts, labels), 1 where a text has a label, else 0. Two texts with a label in common are a
+            positive pair.
 
     Returns:
-        A scalar, the mean over the texts that have a positive pair in the batch; 0 if none has.
+        A scalar, the mean over the texts that belong to a positive pair of the batch; 0 if there is no positive pair.
     """
     units = functional.normalize(vectors, dim=1)
     itself = torch.eye(len(units), dtype=torch.bool)
@@ -123,18 +130,20 @@ def supervised_contrastive(vectors: torch.Tensor, targets: torch.Tensor) -> torc
     together = ((targets @ targets.T) > 0) & ~itself
     likelihood = similarity.log_softmax(dim=1).masked_fill(~together, 0.0)
     count = together.sum(dim=1)
-    # A text without a positive pair in its batch does not count.
+    # A text without a positive pair in its batch has no loss, so the mean leaves it out.
     return -(likelihood.sum(dim=1) / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
 
 
 def paired(examples: Examples, size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Return the batches of an epoch, as indexes of texts. Each batch is made of pairs of texts with the same label.
+    """Return the batches of an epoch, as indexes of texts. Each batch is made of random pairs of texts with one label.
+
+    If a label has an odd number of texts, one of the texts is in two pairs; a batch has each index only once.
 
     Args:
-        examples: the texts. For a text with several labels, one of them is drawn.
-        size: number of texts of a batch.
+        examples: the texts. Of a text's several labels, one is drawn for the epoch. Texts without a label are left out.
+        size: the most texts of a batch.
         seed: seed of the draw.
-        epoch: number of the epoch; each has another draw.
+        epoch: number of the epoch, from 0; each epoch has its own draw.
     """
     generator = np.random.default_rng((seed, epoch))
     drawn = (examples.targets * generator.random(examples.targets.shape)).argmax(axis=1)

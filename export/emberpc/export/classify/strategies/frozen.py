@@ -29,7 +29,13 @@ class ZeroShot:
     tunes: bool = False
 
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
-        """Use the vectors of the label descriptions as the head; see `Strategy.fit`."""
+        """Return a classifier whose head is made of the vectors of the label descriptions.
+
+        The held-out texts are those of the validation file; without one, all `examples`: none of them is trained on.
+
+        Raises:
+            ExportError: there are no label descriptions.
+        """
         if not examples.descriptions:
             raise ExportError("the strategy zero-shot needs label descriptions, and there are none; give them")
         head = prototypes(cached_encoder.vectors(examples.descriptions))
@@ -50,7 +56,10 @@ class Centroids:
     tunes: bool = False
 
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
-        """Use the mean vector of each label as the head; see `Strategy.fit`."""
+        """Return a classifier whose head is made of the mean vector of each label's texts and description.
+
+        The held-out texts are those of the validation file; without one, `examples` are cross-validated.
+        """
 
         def fit_head(known: Examples) -> Head:
             return prototypes(class_means(cached_encoder.vectors(known.texts), known))
@@ -72,7 +81,10 @@ class Nearest:
     tunes: bool = False
 
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
-        """Cache the vectors of the examples; nothing is trained. See `Strategy.fit`."""
+        """Return a classifier that compares texts with all examples; compute and cache the examples' vectors now.
+
+        The held-out texts are those of the validation file; without one, `examples` are cross-validated.
+        """
 
         def classify(known: Examples, texts: Sequence[str]) -> Matrix:
             kept, vectors = unit(cached_encoder.vectors(known.texts)), unit(cached_encoder.vectors(texts))
@@ -101,7 +113,10 @@ class Linear:
     tunes: bool = False
 
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
-        """Fit the head by logistic regression; see `Strategy.fit`."""
+        """Return a classifier whose head is fitted to the texts and label descriptions by logistic regression.
+
+        The held-out texts are those of the validation file; without one, `examples` are cross-validated.
+        """
         described = examples.described()
         found = cross_validate(
             cached_encoder.vectors(described.texts),
@@ -122,10 +137,10 @@ class Linear:
 
 
 def class_means(vectors: Matrix, examples: Examples) -> Matrix:
-    """Return the mean vector of each label's texts, scaled to length 1, float32 (labels, dimensions).
+    """Return the mean of the normalized vectors of each label's texts, itself normalized, float32 (labels, dimensions).
 
     Args:
-        vectors: vectors of the examples, float32 (texts, dimensions).
+        vectors: vectors of the examples, float32 (texts, dimensions), of any length.
         examples: the examples; a label without texts gets zeros.
     """
     counts = np.maximum(examples.targets.sum(axis=0), 1)[:, None]
@@ -133,10 +148,10 @@ def class_means(vectors: Matrix, examples: Examples) -> Matrix:
 
 
 def prototypes(vectors: Matrix) -> Head:
-    """Return the head whose logits are `COSINE_SCALE` times the cosine to each label's vector.
+    """Return the head whose logits of a text are `COSINE_SCALE` times its vector's cosine to each label's vector.
 
     Args:
-        vectors: a vector of each label, float32 (labels, dimensions).
+        vectors: one vector for each label, float32 (labels, dimensions), of any length.
     """
     return Head(np.ascontiguousarray(COSINE_SCALE * unit(vectors).T), np.zeros(len(vectors), dtype=np.float32))
 
@@ -149,7 +164,7 @@ def _hold_out(classify: Callable[[Examples, Sequence[str]], Matrix], examples: E
     """Return logits of held-out texts: of the validation texts, or by cross-validation of the examples.
 
     Args:
-        classify: returns the logits of texts by a classifier that is fitted to the examples given.
+        classify: fits a classifier to the examples given, and returns its logits of the texts given.
         examples: the training texts.
         options: options of the fit.
     """

@@ -1,4 +1,4 @@
-"""Strategies that train layers of the encoder together with a head: the upper layers, or all of them."""
+"""Strategies that train layers of the encoder together with a head: the upper layers, or all layers."""
 
 from __future__ import annotations
 
@@ -28,24 +28,27 @@ from emberpc.export.data.examples import Examples
 from emberpc.export.tuning.checkpoint import Checkpoint
 from emberpc.export.tuning.loop import Recipe, shuffled, train
 
-#: Share of the trained weights in the result; the rest comes from the original weights (Wortsman et al., "Robust
-#: fine-tuning of zero-shot models", 2022). The weighted mean is more accurate than either (docs/decisions/0010).
+#: Share of the trained weights in the resulting weights, which are a weighted mean of trained and original weights
+#: (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022). The mean is more accurate than the trained weights
+#: and than the original weights (docs/decisions/0010).
 _TUNED_SHARE = 0.8
-#: From this mean number of texts of a label on, half of the layers are trained instead of a third.
+#: Mean number of texts of a label from which on the strategy top-layers trains half of the layers instead of a third.
 _HALF_FROM = 64
 
 
 class _CosineHead(nn.Module):
-    """Logits = scale × cosine(vector, vector of the label) + bias. Once trained, it is a linear head.
+    """Trainable head: logit = `COSINE_SCALE` × cosine(vector, vector of the label) + bias; `linear` makes it a `Head`.
 
-    It starts from the mean vector of each label, so it begins with the accuracy of the strategy centroids. With few
-    examples this helps (docs/decisions/0010).
+    The vectors of the labels start as `means`, the mean vector of each label's texts, float32 (labels, dimensions). So
+    the training starts with the accuracy of the strategy centroids, which helps with few examples
+    (docs/decisions/0010).
     """
 
     def __init__(self, means: Matrix, *, multi_label: bool) -> None:
         super().__init__()
         self.labels = nn.Parameter(torch.from_numpy(means))
-        # With several labels for a text, each label needs its own cosine above which it is given. The bias learns it.
+        # If multi-label, each label needs its own cosine from which on a text gets the label: the bias learns it.
+        # If single-label, only the order of the logits counts, and the bias stays 0.
         self.bias = nn.Parameter(torch.full((len(means),), -COSINE_SCALE / 2 if multi_label else 0.0))
         self.bias.requires_grad_(multi_label)
 
@@ -60,7 +63,10 @@ class _CosineHead(nn.Module):
 
 @dataclass(frozen=True)
 class _Layers:
-    """Strategy that trains layers and head together; subclasses choose the layers."""
+    """Strategy that trains layers and head together. `encoder_rate` is the peak learning rate of the layers.
+
+    Subclasses choose the layers with `top`.
+    """
 
     name: str
     encoder_rate: float
@@ -68,11 +74,20 @@ class _Layers:
     tunes: bool = True
 
     def top(self, layers: int, per_label: float) -> int:
-        """Return the number of upper layers to train, for an encoder's layers and the mean texts of a label."""
+        """Return the number of upper layers to train.
+
+        Args:
+            layers: number of layers of the encoder.
+            per_label: mean number of texts of a label.
+        """
         raise NotImplementedError
 
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
-        """Train with early stopping on held-out texts; see `Strategy.fit`."""
+        """Train layers and head with early stopping on held-out texts; return the tuned encoder and the head.
+
+        Raises:
+            ExportError: the encoder cannot be trained, the loss is not finite, or a checkpoint cannot be written.
+        """
 
         def fit(known: Examples, held_out: Examples | None, epochs: int | None, stage: str) -> tuple[Fitted, int]:
             return self._train(known.described(), held_out, epochs, stage, cached_encoder, options)
@@ -92,7 +107,8 @@ class _Layers:
         top = self.top(backbone.layers, examples.per_label)
         tokens, states = cached_encoder.tokens(examples.texts), cached_encoder.states(examples.texts, top)
         if held_out is not None:
-            # Cache these states before the training: the lower layers must run with the original weights.
+            # Cache these states before the training: computing them later would undo it, since that restores the
+            # original weights.
             cached_encoder.states(held_out.texts, top)
         parameters = backbone.train_top(top)
         original = backbone.weights()
@@ -135,13 +151,16 @@ class _Layers:
 
 
 class TopLayers(_Layers):
-    """Trains the upper third of the layers, or half with many texts; states of the lower layers are computed once."""
+    """Trains the upper third of the layers, or the upper half from 64 texts of each label on.
+
+    The states of the lower layers are computed once for each text, so an epoch runs the upper layers only.
+    """
 
     def __init__(self) -> None:
         super().__init__("top-layers", 2e-4)
 
     def top(self, layers: int, per_label: float) -> int:
-        """Return a third of the layers, or half of them from 64 texts of each label on; at least one."""
+        """Return a third of `layers`, or half of them from a mean of 64 texts of a label on; at least 1."""
         return max(1, layers // (2 if per_label >= _HALF_FROM else 3))
 
 
@@ -157,9 +176,10 @@ class FullTuning(_Layers):
 
 
 def by_tuned(head: Head, tuned: Tuned, cached_encoder: CachedEncoder) -> Callable[[Sequence[str]], Matrix]:
-    """Return a function that returns the logits of texts by a tuned encoder.
+    """Return a function that returns the logits of texts by a tuned encoder and its head, float32 (texts, labels).
 
-    It loads the tuned weights at each call, since the backbone may have been trained for something else meanwhile.
+    The function loads the tuned weights into the PyTorch encoder at each call, since another training may have changed
+    the encoder's weights meanwhile.
     """
 
     def classify(texts: Sequence[str]) -> Matrix:
@@ -179,7 +199,7 @@ def checkpoint_of(
     cached_encoder: CachedEncoder,
     options: Options,
 ) -> Checkpoint:
-    """Return the checkpoint of one training; its key covers everything that the outcome depends on."""
+    """Return the checkpoint of one training. Its file name is a hash of everything that the training depends on."""
     encoder = cached_encoder.encoder
     return options.checkpoints.of(
         strategy=strategy,
@@ -196,19 +216,25 @@ def checkpoint_of(
 
 
 def default_epochs(per_label: float) -> int:
-    """Return the default number of epochs, from 5 to 12: with 4 texts of each label 10, with 16 texts 8, with 64 6."""
+    """Return the default number of epochs for a mean of `per_label` texts of a label: 10 for 4, 8 for 16, 6 for 64.
+
+    It is at least 5 and at most 12.
+    """
     return max(5, min(12, round(12 - log2(max(per_label, 1)))))
 
 
 def loss_by_targets(examples: Examples, *, balanced: bool) -> Callable[[torch.Tensor, list[int]], torch.Tensor]:
-    """Return the loss of a batch's logits: cross-entropy, or binary cross-entropy summed over labels if multi-label.
+    """Return a function that computes the mean loss of a batch.
+
+    The loss is cross-entropy; if multi-label, binary cross-entropy summed over the labels.
 
     Args:
         examples: the training texts.
-        balanced: whether every label has the same weight.
+        balanced: whether every label has the same total weight.
 
     Returns:
-        A function of logits, float32 (texts, labels), and of the texts' indexes; it returns a scalar.
+        A function of a batch's logits, float32 (texts, labels), and of the indexes of its texts in `examples`. The
+        function returns a scalar.
     """
     wanted = torch.from_numpy(examples.targets.astype(np.float32))
     weights = torch.from_numpy(balanced_weights(examples.targets)) if balanced else torch.ones(len(wanted))
