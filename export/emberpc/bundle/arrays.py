@@ -1,4 +1,4 @@
-"""Read arrays from a bundle's npz files, without trusting the files."""
+"""Read arrays from a bundle's npz files without trusting the files: they may be damaged or malicious."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from emberpc.bundle.errors import BundleError
 
 
 def read_arrays(path: Path, what: str, max_bytes: int) -> dict[str, npt.NDArray[Any]]:
-    """Read all arrays of an npz file; pickled arrays are refused.
+    """Return all arrays of an npz file, by name.
 
     Args:
         path: the file.
@@ -22,7 +22,8 @@ def read_arrays(path: Path, what: str, max_bytes: int) -> dict[str, npt.NDArray[
         max_bytes: limit of the unpacked size in bytes; a file of a few kilobytes can unpack to many gigabytes.
 
     Raises:
-        BundleError: the file is missing, damaged or too large.
+        BundleError: the file is missing or damaged, unpacks to more than `max_bytes`, or has an array of Python objects
+            (pickled), which could run code when read.
     """
     try:
         with zipfile.ZipFile(path) as archive:

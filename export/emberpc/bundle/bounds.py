@@ -14,7 +14,7 @@ _TINY = 1e-6
 
 
 def cosines(expected: npt.NDArray[np.float32], got: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return the cosine of each pair of rows, float32 (rows,); two rows of length 0 give 1."""
+    """Return the cosine of each row of `expected` and the same row of `got`, float32 (rows,); 1 if both are zero."""
     lengths = np.stack([np.linalg.norm(expected, axis=1), np.linalg.norm(got, axis=1)])
     found = (expected * got).sum(axis=1) / np.maximum(lengths.prod(axis=0), _TINY**2)
     return np.asarray(np.where((lengths < _TINY).all(axis=0), 1.0, found), dtype=np.float32)
@@ -22,28 +22,29 @@ def cosines(expected: npt.NDArray[np.float32], got: npt.NDArray[np.float32]) -> 
 
 @dataclass(frozen=True)
 class Bound:
-    """Accuracy that a variant must reach, compared with fp32.
+    """Accuracy that a variant must reach, compared with fp32. Every figure is a share in [0, 1].
 
-    The first two figures hold for every text. So verify and serve can check them on any host with a bundle's few
-    reference texts. The other figures are means over many texts, and only export measures them.
+    `cosine_min` and `difference_max` hold for every text. So `verify` and `serve` can check them on any host with a
+    bundle's few reference texts. The other figures are means over many texts, and only an export measures them.
     """
 
     #: Least cosine between the outputs of a text by the variant and by fp32.
     cosine_min: float
     #: Greatest difference of one value, as a share of the largest magnitude in fp32's outputs.
     difference_max: float
-    #: Least mean cosine.
+    #: Least mean, over the texts, of the cosine between the outputs by the variant and by fp32.
     cosine_mean: float = 0.0
     #: Least mean share of a text's 10 nearest texts that are also among the 10 nearest by fp32.
     neighbour_agreement: float = 0.0
-    #: Classifiers only: least share of texts with the same best label as by fp32, and least share of fp32's accuracy.
+    #: Classifiers only: least share of texts with the same best label as by fp32.
     label_agreement: float = 0.0
+    #: Classifiers only: least accuracy of the variant, as a share of fp32's accuracy.
     accuracy_share: float = 0.0
-    #: Least share of fp32's nDCG@10, where there are queries to measure it with.
+    #: Least nDCG@10 of the variant, as a share of fp32's nDCG@10, if there are queries to measure it with.
     ndcg_share: float = 0.0
 
     def __post_init__(self) -> None:
-        """Validate that every figure is a share.
+        """Validate that every figure is a share in [0, 1].
 
         Raises:
             BundleError: a figure is not in [0, 1].
@@ -53,11 +54,14 @@ class Bound:
                 raise BundleError(f"the bound {name} of a variant is {value}; it must be from 0 to 1")
 
     def faults(self, expected: npt.NDArray[np.float32], got: npt.NDArray[np.float32]) -> list[str]:
-        """Return a message for each of the first two figures that outputs miss; an empty list if they meet both.
+        """Check outputs against `cosine_min` and `difference_max`.
 
         Args:
-            expected: outputs of fp32, float32 (texts, dimensions).
+            expected: outputs of fp32, float32 (texts, dimensions or labels).
             got: outputs of the variant for the same texts, of the same shape.
+
+        Returns:
+            A message for each of the two figures that the outputs miss; an empty list if they meet both.
         """
         cosine = float(cosines(expected, got).min(initial=1.0))
         scale = float(np.abs(expected).max(initial=_TINY))

@@ -1,4 +1,4 @@
-"""Read each file of a model once, so that the bytes that are hashed are the bytes that are used."""
+"""Read each file of a model only once, so that the bytes that are hashed are the bytes that are used."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from emberpc.bundle.errors import BundleError
 from emberpc.bundle.hashing import too_short
 
-#: Bytes that are hashed between two calls of `stop`.
+#: Number of bytes that are hashed between two calls of `stop`, so that a cancelled loading ends soon.
 _PIECE_BYTES = 1 << 24
 
 
 class Contents:
-    """The contents of files in memory, as they were when each was first read. Thread-safe.
+    """Keeps the contents of files in memory, each as it was when it was first read. Thread-safe.
 
     Args:
-        stop: whether to stop hashing, since the loading was cancelled; called between pieces.
+        stop: returns whether hashing must stop, since the loading of the model was cancelled; called every 16 MiB.
     """
 
     def __init__(self, stop: Callable[[], bool] = lambda: False) -> None:
@@ -28,7 +28,7 @@ class Contents:
         self._hashes: dict[Path, bytes] = {}
 
     def read(self, path: Path) -> bytes:
-        """Return the content of a file.
+        """Return the content of a file as it was when this object first read it.
 
         Raises:
             BundleError: the file cannot be read.
@@ -43,14 +43,14 @@ class Contents:
             raise BundleError(f"{path} cannot be read; see that it is there and this user may read it") from error
 
     def holds(self, path: Path) -> bool:
-        """Whether a file was read."""
+        """Return whether this object has read a file."""
         return path.resolve() in self._data
 
     def sha256(self, path: Path) -> str:
-        """Return the SHA-256 (hex) of a file.
+        """Return the SHA-256 (hex) of the content that `read` returns for a file; it is computed once.
 
         Raises:
-            BundleError: the file cannot be read, or `stop` said so.
+            BundleError: the file cannot be read, or the loading of the model was cancelled.
         """
         key, data = path.resolve(), self.read(path)
         with self._hashing:
@@ -59,15 +59,16 @@ class Contents:
             return self._hashes[key].hex()
 
     def sha256_of_part(self, path: Path, offset: int = 0, length: int | None = None) -> bytes:
-        """Return the SHA-256 of a part of a file.
+        """Return the SHA-256, as 32 bytes, of a part of the content that `read` returns for a file.
 
         Args:
             path: the file.
-            offset: where the part begins, in bytes.
-            length: its length in bytes; None: up to the end of the file.
+            offset: start of the part, in bytes.
+            length: length of the part in bytes; None: to the end of the file.
 
         Raises:
-            BundleError: the file cannot be read or is shorter, or `stop` said so.
+            BundleError: the file cannot be read or ends before the part does, or the loading of the model was
+                cancelled.
         """
         data = memoryview(self.read(path))
         end = len(data) if length is None else offset + length

@@ -1,9 +1,10 @@
 """The rule that turns a classifier's logits into probabilities, labels and rejections.
 
-The export measures a classifier by this rule, and the server answers by it, so the figures in the manifest hold for
-what is served. All steps are computed in float64: a logit in float32 and the same number in float64 give the same
-result, and the comparison with a threshold does not depend on numpy's rules for mixed types (numpy 1 and 2 differ).
-Infinite logits count as the largest finite float32. NaN is not handled: a row with NaN has NaN as probabilities.
+The export measures a classifier by this rule, and the server answers by the same rule, so the figures in the manifest
+hold for the server's answers. All steps are computed in float64. So a logit in float32 and the same number in float64
+give the same result, and the comparison with a threshold does not depend on numpy's rules for mixed types (numpy 1 and
+2 differ). An infinite logit counts as the largest finite float32, with its sign. NaN is not handled: a row of logits
+with NaN has NaN as probabilities.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-#: Threshold of each label's probability in a multi-label classifier that has no thresholds of its own.
+#: Threshold of each label's probability, in a multi-label classifier without thresholds of its own.
 DEFAULT_THRESHOLD = 0.5
 _MAX_LOGIT = float(np.finfo(np.float32).max)
 
@@ -27,37 +28,38 @@ def probabilities(logits: Scores, temperature: float = 1.0, *, multi_label: bool
 
     Args:
         logits: float (texts, labels).
-        temperature: divides the logits; above 0.
+        temperature: number above 0 that divides the logits.
         multi_label: whether a text may have several labels.
 
     Returns:
         float64 (texts, labels), in [0, 1]. Each row adds up to 1 unless multi-label.
     """
     exact = _float64(logits)
-    # A tiny temperature makes the quotient infinite, which tanh and exp turn into the right limit.
+    # With a tiny temperature the quotient overflows to infinity; tanh and exp of infinity are the right limits.
     with np.errstate(over="ignore"):
         if multi_label:
-            # In contrast to exp, tanh does not overflow, whatever the logit.
+            # This is the sigmoid. It uses tanh, which does not overflow for any logit, in contrast to exp.
             return np.asarray(0.5 * (1 + np.tanh(exact / temperature / 2)))
         exponentials = np.exp((exact - exact.max(axis=1, keepdims=True)) / temperature)
     return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
 
 
 def ranking(logits: Scores) -> Indexes:
-    """Return the labels of each text, best first, as indexes (texts, labels); equal logits keep the label order."""
+    """Return the indexes of the labels by falling logit, int64 (texts, labels); equal logits keep the label order."""
     return np.asarray(np.argsort(-_float64(logits), axis=1, kind="stable"))
 
 
 def best_labels(logits: Scores) -> Indexes:
-    """Return the index of the best label of each text, (texts,); of equal logits, the first label is the best."""
+    """Return the index of the label with the greatest logit, int64 (texts,); of equal logits, the first label's."""
     return np.asarray(_float64(logits).argmax(axis=1))
 
 
 def scope_scores(logits: Scores) -> npt.NDArray[np.float64]:
-    """Return how much each text seems to belong to any label at all: its best logit, float64 (texts,).
+    """Return a score of how likely each text has any of the labels: its best logit, float64 (texts,).
 
-    The best logit separates texts of other subjects better than the best probability, which softmax raises wherever
-    one label leads (Hendrycks et al., "Scaling Out-of-Distribution Detection for Real-World Settings", ICML 2022).
+    The best logit separates texts of other subjects better than the best probability does: softmax gives a high
+    probability to any label that is clearly ahead of the others, even if all logits are low (Hendrycks et al., "Scaling
+    Out-of-Distribution Detection for Real-World Settings", ICML 2022).
     """
     return np.asarray(_float64(logits).max(axis=1))
 
@@ -82,7 +84,12 @@ class LabelDecisions:
 
 @dataclass(frozen=True)
 class DecisionRule:
-    """How a classifier decides; see the fields of the same names in `emberpc.bundle.Manifest`."""
+    """Rule by which a classifier decides on labels.
+
+    `temperature`, above 0, divides the logits before they become probabilities. `thresholds` has the least probability
+    of each label of a multi-label classifier; empty: 0.5 for each. A text whose best logit is below `rejection_logit`
+    is rejected; None: no text is. `multi_label`: whether a text may have several labels.
+    """
 
     temperature: float = 1.0
     thresholds: tuple[float, ...] = ()
@@ -90,20 +97,23 @@ class DecisionRule:
     multi_label: bool = False
 
     def probabilities(self, logits: Scores) -> npt.NDArray[np.float64]:
-        """Return calibrated probabilities, float64 (texts, labels), of logits of the same shape."""
+        """Return the probabilities that belong to logits with this temperature, both float (texts, labels)."""
         return probabilities(logits, self.temperature, multi_label=self.multi_label)
 
     def label_thresholds(self, labels: int) -> tuple[float, ...]:
-        """Return the threshold of each of the labels: those of the rule, or 0.5; empty unless multi-label."""
+        """Return the thresholds of a multi-label rule, or 0.5 for each of `labels` labels if it has none of its own.
+
+        A single-label rule returns an empty tuple.
+        """
         if not self.multi_label:
             return ()
         return self.thresholds or (DEFAULT_THRESHOLD,) * labels
 
     def labels(self, logits: Scores) -> Flags:
-        """Return the labels of each text if none is rejected, bool (texts, labels), of logits of the same shape.
+        """Return whether each text gets each label, bool (texts, labels), without regard to rejection.
 
-        A single-label classifier gives the best label. A multi-label classifier gives each label whose probability is
-        at least its threshold, which may be none.
+        A single-label classifier gives a text its best label. A multi-label classifier gives a text each label whose
+        probability is at least the label's threshold, so a text may get no label. `logits` are float (texts, labels).
         """
         width = logits.shape[1]
         if self.multi_label:
@@ -111,13 +121,16 @@ class DecisionRule:
         return np.asarray(np.arange(width) == best_labels(logits)[:, None])
 
     def rejected(self, logits: Scores) -> Flags:
-        """Return whether each text seems to have none of the labels, bool (texts,): its best logit is too low."""
+        """Return whether each text is rejected, bool (texts,): its best logit is below the rejection threshold.
+
+        All are False if the rule has no rejection threshold. `logits` are float (texts, labels).
+        """
         if self.rejection_logit is None:
             return np.zeros(len(logits), dtype=bool)
         return np.asarray(scope_scores(logits) < self.rejection_logit)
 
     def decide(self, logits: Scores) -> LabelDecisions:
-        """Return all decisions on texts by their logits, float (texts, labels)."""
+        """Return probabilities, ranking, labels and rejection of texts, given their logits, float (texts, labels)."""
         rejected = self.rejected(logits)
         labels = self.labels(logits) & ~rejected[:, None]
         return LabelDecisions(self.probabilities(logits), ranking(logits), labels, rejected)

@@ -11,8 +11,8 @@ class UnstatedError(BundleError):
     """A foreign model lacks a setting that its user can state with a model option.
 
     Args:
-        message: the setting that is missing.
-        option: the model option that states it, such as `pooling=mean`.
+        message: the problem, with the name of the setting that is missing.
+        option: the model option with which the user can state the setting, such as `pooling=mean`.
     """
 
     def __init__(self, message: str, option: str) -> None:

@@ -1,9 +1,8 @@
-"""Read a foreign folder, that is one without a manifest: from its files, its graph and the user's model options.
+"""Read a foreign folder, which has no manifest, from its files, its graph and the user's model options.
 
-Such folders are written by sentence-transformers, optimum and others: an ONNX
-file in `onnx/` or beside `tokenizer.json`, `config.json`, and for embedding
-models often `modules.json`, `1_Pooling/config.json` and
-`config_sentence_transformers.json`.
+Tools such as sentence-transformers and optimum write foreign folders. These hold `tokenizer.json`, `config.json` and an
+ONNX file, which lies beside them or in `onnx/`. Folders of embedding models often hold `modules.json`,
+`1_Pooling/config.json` and `config_sentence_transformers.json`, too.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from emberpc.bundle.peers import (
 from emberpc.bundle.reading import TOKENIZER_NAME, Bundle, read_bundle, sha256_of
 from emberpc.bundle.tokenizer_settings import check_tokenizer
 
-#: Texts to probe a model with. Their lengths differ, so that a batch of them is padded.
+#: Texts on which a model is tried. Their lengths differ, so that a batch of all of them is padded.
 PROBES = (
     "a kitten asleep on the sofa",
     "Interest rates rose again this spring, and lenders expect another rise before the year is out.",
@@ -47,13 +46,13 @@ PROBES = (
 #: Name of the only variant of a foreign folder.
 VARIANT = "onnx"
 _MODULES = ("Transformer", "Pooling", "Normalize")
-#: Modules that an export puts into the graph; it refuses all others.
+#: Further modules, beyond `_MODULES`, that an export can put into the graph. An export refuses all other modules.
 _EXPORTED = ("Dense",)
 
 
 @dataclass(frozen=True)
 class Stated:
-    """Model options: settings that the user states for a foreign model. An empty one is read from the folder."""
+    """Model options: settings that the user states for a foreign model. An empty setting is read from the folder."""
 
     #: The ONNX file, as a path in the folder.
     file: str = ""
@@ -70,7 +69,7 @@ class Stated:
 
     @classmethod
     def parse(cls, options: Mapping[str, str]) -> Stated:
-        """Make the object from model options by name.
+        """Validate model options, given by name, and return them.
 
         Raises:
             BundleError: an option is unknown, or its value is not allowed.
@@ -98,17 +97,19 @@ def open_bundle(
     check_hashes: bool = True,
     contents: Contents | None = None,
 ) -> Bundle:
-    """Read a bundle or a foreign folder.
+    """Read a bundle, or a foreign folder as if it were a bundle.
 
     Args:
         folder: the folder.
-        options: model options of a foreign folder: fields of `Stated`.
+        options: model options of a foreign folder, by the names of the fields of `Stated`; none for a bundle.
         look: loads an ONNX file and returns its inputs and outputs; it is not called for a bundle.
-        check_hashes: as in `read_bundle`.
-        contents: as in `read_foreign`.
+        check_hashes: whether to compare the SHA-256 of each file of a bundle with the manifest, and not only its size.
+        contents: reads the tokenizer and the weights of a foreign folder; None: they are read from disk.
 
     Raises:
-        BundleError: the folder is neither; options were given for a bundle; or an option is missing or wrong.
+        BundleError: the folder is neither a bundle nor a foreign folder, a file is missing or wrong, or options were
+            given for a bundle or are wrong.
+        UnstatedError: a foreign folder lacks a setting; the error has the model option that states the setting.
     """
     if not folder.is_dir() or (folder / MANIFEST_NAME).exists():
         bundle = read_bundle(folder, check_hashes=check_hashes)
@@ -130,10 +131,11 @@ def read_foreign(
         contents: reads the tokenizer and the files with weights; None: they are read from disk.
 
     Returns:
-        The bundle. It has no reference outputs, and its hashes are computed from the files now.
+        A bundle without reference outputs. The hashes in its manifest are computed from the files now.
 
     Raises:
-        BundleError: a file is missing, lies outside the folder or cannot be read, or an option is missing or wrong.
+        BundleError: a file is missing, lies outside the folder or cannot be read, or an option is wrong.
+        UnstatedError: the folder lacks a setting; the error has the model option that states the setting.
     """
     model = _model_file(folder, stated.file)
     _plain(folder, TOKENIZER_NAME)
@@ -146,13 +148,14 @@ def read_foreign(
     external = external_files(folder, model, contents)  # before the file is loaded: none may lie outside the folder
     graph = look(folder / model)
     config = read_json(folder / "config.json") or read_json(transformer_folder(folder) / "config.json")
-    # Embedding models have labels in config.json, too: transformers writes default ones.
+    # Labels in config.json do not make a model a classifier: transformers writes default labels for every model.
     classifies = stated.output == "logits" or any(tensor.name == "logits" for tensor in graph.outputs)
     task = Task.CLASSIFICATION if classifies and not (stated.pooling or _is_embedder(folder)) else Task.EMBEDDING
     output = find_output(graph, task, stated.output)
     interface, pooling = _interface(folder, graph, config, task, output, stated)
     check_tokenizer(folder, feeds_types=bool(interface.inputs.token_type_ids), contents=contents)
-    # The old fingerprint hashed files of this name pattern only. The hash here covers all files with weights.
+    # The fingerprint of the old scheme covers only weight files with this pattern of names. These files are hashed here
+    # even if the ONNX file does not name them, and so are all external weight files.
     named = {str(path.relative_to(folder)) for path in (folder / model).parent.glob(f"{Path(model).name}_data*")}
     for name in named:
         _plain(folder, name)
@@ -177,7 +180,8 @@ def read_foreign(
         multi_label=config.get("problem_type") == "multi_label_classification",
         files=entries,
     )
-    # Under the old scheme, inputs for positions were fed zeros, so its fingerprint belongs to other vectors.
+    # When the old scheme was in use, inputs for positions were fed zeros, so the fingerprint of such a graph belongs to
+    # other vectors than those of today.
     covered = set(external) <= named and not interface.inputs.position_ids
     return Bundle(folder, manifest, interface, legacy_covers_weights=covered)
 
@@ -185,7 +189,12 @@ def read_foreign(
 def _interface(
     folder: Path, graph: Graph, config: dict[str, Any], task: Task, output: Tensor, stated: Stated
 ) -> tuple[Interface, str]:
-    """Return how to call the graph, and the pooling for the manifest; raise BundleError if either is not known."""
+    """Return how to call the graph, and the pooling for the manifest.
+
+    Raises:
+        BundleError: the graph's inputs or the modules of the folder are not supported.
+        UnstatedError: the role of an input or the pooling is unknown.
+    """
     inputs = find_inputs(graph, stated.inputs, read_first_position(config))
     if task is Task.CLASSIFICATION:
         return Interface(inputs, output.name), "none"
@@ -240,7 +249,16 @@ def _modules(folder: Path) -> tuple[str, bool]:
 
 
 def _model_file(folder: Path, stated: str) -> str:
-    """Return the path of the ONNX file in the folder; raise BundleError if there is none, or several to choose from."""
+    """Return the path of the ONNX file, relative to the folder.
+
+    Args:
+        folder: the foreign folder.
+        stated: the model option `file`; empty: the usual name, or else the only ONNX file.
+
+    Raises:
+        BundleError: there is no such file, or it lies outside the folder.
+        UnstatedError: there are several ONNX files, and none has a usual name.
+    """
     if stated:
         _plain(folder, stated)
         if not (folder / stated).is_file():
@@ -264,13 +282,17 @@ def _model_file(folder: Path, stated: str) -> str:
 
 
 def _plain(folder: Path, name: str) -> None:
-    """Raise BundleError if a file is not inside the folder."""
+    """Raise BundleError if a file is not inside the folder once symbolic links are followed."""
     if Path(name).is_absolute() or not (folder / name).resolve().is_relative_to(folder.resolve()):
         raise BundleError(f"{folder / name} leads out of the model's folder; copy the files there (cp -rL)")
 
 
 def _dimensions(config: dict[str, Any], output: Tensor, task: Task, stated: Stated) -> int:
-    """Return the dimensions of a text's vector; 1 for a classifier, which returns no vectors."""
+    """Return the dimensions of a text's vector; 1 for a classifier, which returns no vectors.
+
+    Raises:
+        UnstatedError: neither the options, nor the graph, nor config.json states them.
+    """
     if task is Task.CLASSIFICATION:
         return 1
     if stated.dimensions:

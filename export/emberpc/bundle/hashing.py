@@ -1,4 +1,4 @@
-"""Hash files in chunks, so that no file is in memory as a whole."""
+"""Hash files in chunks, so that no file is in memory as a whole at any time."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from pathlib import Path
 
 from emberpc.bundle.errors import BundleError
 
-#: Size of the read buffer. hashlib releases the interpreter's lock while it hashes a chunk.
+#: Number of bytes that are read and hashed at a time. hashlib releases the interpreter's lock while it hashes a chunk,
+#: so other threads can run.
 _CHUNK_BYTES = 1 << 18
 
 
 def sha256_of_part(path: Path, offset: int = 0, length: int | None = None) -> bytes:
-    """Return the SHA-256 of a part of a file.
+    """Return the SHA-256, as 32 bytes, of a part of a file.
 
     Args:
         path: the file.
@@ -42,5 +43,5 @@ def sha256_of_part(path: Path, offset: int = 0, length: int | None = None) -> by
 
 
 def too_short(path: Path) -> BundleError:
-    """Return the error for a file that is shorter than its ONNX message says."""
+    """Return the error for a file that ends before a part that an ONNX file states for it."""
     return BundleError(f"{path} is shorter than the ONNX file says; get the model again or export it again")

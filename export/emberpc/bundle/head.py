@@ -1,7 +1,7 @@
-"""The linear head of a classifier, stored beside its graph.
+"""The linear head of a classifier, stored in a file of its own beside the classifier's graph.
 
-The graph contains the head, too. With the separate file, a server can run one encoder for an
-embedding model and for all classifiers that are based on it.
+The graph contains the head, too. With the separate file, a server can run one encoder for an embedding model and for
+all classifiers that are based on this encoder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from emberpc.bundle.arrays import read_arrays
 from emberpc.bundle.errors import BundleError
 
 HEAD_NAME = "head.npz"
-#: Limit of the unpacked size in bytes: a head of 4,096 dimensions and 30,000 labels.
+#: Limit of the unpacked size of `head.npz` in bytes: enough for a head of 4,096 dimensions and 30,000 labels.
 MAX_HEAD_BYTES = 512 * 2**20
 
 
@@ -40,15 +40,20 @@ class Head:
         return np.asarray(unit(vectors) @ self.weights + self.bias, dtype=np.float32)
 
     def write(self, folder: Path) -> None:
-        """Write `head.npz` into a folder."""
+        """Write the head to `head.npz` in a folder; an existing file is replaced."""
         np.savez(folder / HEAD_NAME, allow_pickle=False, weights=self.weights, bias=self.bias)
 
     @classmethod
     def read(cls, folder: Path, dimensions: int, labels: int) -> Head:
-        """Read `head.npz` from a folder.
+        """Read a head from `head.npz` in a folder.
+
+        Args:
+            folder: the bundle.
+            dimensions: number of dimensions that the head must have.
+            labels: number of labels that the head must have.
 
         Raises:
-            BundleError: the file is missing or damaged, or the shape is not (dimensions, labels).
+            BundleError: the file is missing or damaged, or has other numbers of dimensions or labels.
         """
         path = folder / HEAD_NAME
         arrays = read_arrays(path, "a head", MAX_HEAD_BYTES)

@@ -12,26 +12,28 @@ from emberpc.bundle.errors import BundleError, UnstatedError
 from emberpc.bundle.manifest import Task
 
 POOLINGS = ("mean", "cls", "max", "lasttoken")
-#: Names of outputs with a vector of each text, and names of outputs with a vector of each token, by preference.
+#: Names of outputs with a vector for each text, the preferred name first.
 _VECTORS = ("sentence_embedding", "text_embeds", "embeddings", "embedding")
+#: Names of outputs with a vector for each token, the preferred name first.
 _TOKENS = ("last_hidden_state", "token_embeddings")
-#: BERT's pooler was trained to predict whether one sentence follows another. It is not a vector of the text.
+#: Name of an output that is never taken for the vector of a text: BERT's pooler was trained to predict whether one
+#: sentence follows another.
 _POOLER = "pooler_output"
 _LOGITS = "logits"
-#: Names of inputs, by role. Any other name has no known role: a guess from a part of the name once fed zeros to inputs
-#: for positions.
+#: Names of inputs, by role. Any other name has no known role. A role is not guessed from a part of a name: that once
+#: fed zeros to inputs for positions.
 _ROLE_NAMES = {
     "input_ids": ("input_ids", "ids", "tokens", "token_ids", "input_tokens", "input_token_ids", "input_word_ids"),
     "attention_mask": ("attention_mask", "mask", "input_mask", "padding_mask", "attn_mask"),
     "token_type_ids": ("token_type_ids", "token_types", "segment_ids", "segments", "input_type_ids", "type_ids"),
     "position_ids": ("position_ids", "positions", "pos_ids"),
 }
-#: Roles of inputs that the server can feed.
+#: Roles of the inputs for which the server can compute values.
 ROLES = tuple(_ROLE_NAMES)
-#: Roles that the option `inputs` may state by the order of the names alone.
+#: Roles that the model option `inputs` may state by the order of the names alone, without `ROLE=`.
 _IN_ORDER = ROLES[:3]
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
-#: Least divisor, as in sentence-transformers.
+#: Least divisor of a mean and of a normalization, so that nothing is divided by 0; sentence-transformers has the same.
 _TINY = 1e-9
 
 Integers = npt.NDArray[np.int64]
@@ -40,7 +42,11 @@ Matrix = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output of a graph. `type` is as in ONNX Runtime; a dimension in `shape` is an int if it is fixed."""
+    """An input or output of an ONNX graph.
+
+    `type` is ONNX Runtime's name, such as `tensor(int64)`. A dimension in `shape` is an int if it is fixed, else a name
+    or None.
+    """
 
     name: str
     type: str
@@ -49,7 +55,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Graph:
-    """The inputs and outputs of a graph, in the graph's order."""
+    """The inputs and outputs of an ONNX graph, in the graph's order."""
 
     inputs: Sequence[Tensor]
     outputs: Sequence[Tensor]
@@ -57,9 +63,10 @@ class Graph:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Names of a graph's inputs by role (empty if the graph has no such input), and their integer type, as `int64`.
+    """Names of a graph's inputs by role; a name is empty if the graph has no input of that role.
 
-    `first_position` is the position of a text's first token, for graphs with an input for positions.
+    `integers` is the type of all inputs, `int64` or `int32`. `first_position` is the position of a text's first token,
+    for graphs with an input for positions.
     """
 
     input_ids: str
@@ -70,15 +77,17 @@ class Inputs:
     first_position: int = 0
 
     def roles(self) -> dict[str, str | int]:
-        """Return the name of each role's input, for roles that have one; with positions, also `first_position`."""
+        """Return the names of the graph's inputs, by role; with an input for positions, also `first_position`."""
         found: dict[str, str | int] = {role: getattr(self, role) for role in ROLES if getattr(self, role)}
         return found | ({"first_position": self.first_position} if self.position_ids else {})
 
     def feeds(self, input_ids: Integers, mask: Integers) -> dict[str, npt.NDArray[np.integer]]:
-        """Return the graph's inputs for a batch, by name.
+        """Return the values of the graph's inputs for a batch, by name, each int (texts, tokens) of type `integers`.
+
+        Token types are zeros, and positions count a text's tokens from `first_position`.
 
         Args:
-            input_ids: int64 (texts, tokens).
+            input_ids: token ids, int64 (texts, tokens).
             mask: int64 (texts, tokens), 1 for each token and 0 for padding.
         """
         named = {self.input_ids: input_ids, self.attention_mask: mask, self.token_type_ids: np.zeros_like(mask)}
@@ -91,8 +100,8 @@ class Inputs:
 class Interface:
     """How to call a graph: its inputs, and the name of the output to read.
 
-    `pooling` makes one vector from the vectors of a text's tokens; empty: the graph does this. `normalize`: scale
-    vectors to length 1.
+    `pooling`, one of `POOLINGS`, makes one vector from the vectors of a text's tokens; empty: the output has one vector
+    for each text already. `normalize`: whether to scale vectors to length 1.
     """
 
     inputs: Inputs
@@ -101,7 +110,10 @@ class Interface:
     normalize: bool = False
 
     def legacy_text(self) -> str:
-        """Return the text that stands for this object in fingerprints of the old scheme; it must never change."""
+        """Return the text that fingerprints of the old scheme include for this object.
+
+        It must never change, since collections store fingerprints of the old scheme.
+        """
         inputs = self.inputs
         return (
             f"Interface(inputs=Inputs(input_ids={inputs.input_ids!r}, attention_mask={inputs.attention_mask!r}, "
@@ -113,13 +125,14 @@ class Interface:
         """Turn the output of a batch into a vector, or logits, for each text.
 
         Args:
-            output: (texts, dimensions), or (texts, tokens, dimensions) if there is a pooling.
-            mask: (texts, tokens), 1 for each token and 0 for padding.
+            output: float (texts, dimensions or labels), or float (texts, tokens, dimensions) if there is a pooling.
+            mask: int (texts, tokens), 1 for each token and 0 for padding.
 
         Returns:
-            float32 (texts, dimensions).
+            float32 (texts, dimensions or labels).
 
         Raises:
+            UnstatedError: the output has a vector for each token, and there is no pooling.
             BundleError: the output has another number of axes.
         """
         found = np.asarray(output, dtype=np.float32)
@@ -140,8 +153,8 @@ def pool(tokens: Matrix, mask: npt.NDArray[np.integer], pooling: str) -> Matrix:
     """Pool the vectors of a text's tokens to one vector, as sentence-transformers does.
 
     Args:
-        tokens: float32 (texts, tokens, dimensions).
-        mask: (texts, tokens), 1 for each token and 0 for padding.
+        tokens: vectors of the tokens, float32 (texts, tokens, dimensions).
+        mask: int (texts, tokens), 1 for each token and 0 for padding.
         pooling: one of `POOLINGS`.
 
     Returns:
@@ -159,16 +172,21 @@ def pool(tokens: Matrix, mask: npt.NDArray[np.integer], pooling: str) -> Matrix:
 
 
 def find_inputs(graph: Graph, stated: str = "", first_position: int | None = None) -> Inputs:
-    """Find the role of each of a graph's inputs, by its name or as stated.
+    """Find the role of each input of a graph, by the input's name or as the user states it.
 
     Args:
         graph: the graph.
-        stated: `ROLE=NAME` with colons between; or names without roles, in the order of `ROLES`; empty: by name.
+        stated: the model option `inputs`: `ROLE=NAME` of each input, separated by colons; or at most three names
+            without roles, in the order of `ROLES`. Empty: roles are found by name.
         first_position: position of a text's first token; None: unknown.
 
+    Returns:
+        The names of the inputs by role.
+
     Raises:
-        BundleError: the inputs are not those of a text encoder; or a role is unknown, and the message has the option
-            that states it; or there is an input for positions and `first_position` is None.
+        UnstatedError: the role of an input is unknown; the error has the model option that states it.
+        BundleError: the inputs are not those of a text encoder, `stated` is wrong, or there is an input for positions
+            and `first_position` is None.
     """
     names = [tensor.name for tensor in graph.inputs]
     types = {tensor.type for tensor in graph.inputs}
@@ -194,7 +212,7 @@ def find_inputs(graph: Graph, stated: str = "", first_position: int | None = Non
 
 
 def _known_roles(names: Sequence[str]) -> dict[str, str]:
-    """Infer the role of each input of a graph from its name; return the names of the inputs by role.
+    """Infer the role of each input of a graph from the input's name; return the names of the inputs by role.
 
     Raises:
         UnstatedError: a name has no known role, two names have the same role, or no input is for token ids.
@@ -250,15 +268,19 @@ def _role(name: str) -> str:
 
 
 def find_output(graph: Graph, task: Task | None, stated: str = "") -> Tensor:
-    """Find the output to read: a text's vector, or else its tokens' vectors, of an embedding model; logits otherwise.
+    """Return the output of a graph to read.
+
+    For a classifier, this is the output `logits`. For an embedding model, it is the output with a vector for each text
+    or, without one, with a vector for each token; known names come before other outputs of a suitable shape.
 
     Args:
         graph: the graph.
-        task: the model's task; None: decide by the outputs.
-        stated: name of the output; empty: find it.
+        task: the model's task; None: a classifier if there is an output `logits`, else an embedding model.
+        stated: the model option `output`, a name; empty: find the output.
 
     Raises:
-        BundleError: there is no suitable output, or several; the message has the option that states it.
+        BundleError: there is no output `stated` with float values.
+        UnstatedError: no output is suitable, or several are; the error has the model option that states the output.
     """
     outputs = {tensor.name: tensor for tensor in graph.outputs if tensor.type.startswith("tensor(float")}
     if stated:

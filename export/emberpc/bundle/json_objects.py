@@ -7,7 +7,7 @@ from typing import Any
 
 
 class RepeatedKeyError(ValueError):
-    """A JSON object has the same key twice; `key` is that key."""
+    """A JSON object has the same key twice; the attribute `key` is that key."""
 
     def __init__(self, key: str) -> None:
         super().__init__(key)

@@ -12,7 +12,7 @@ from emberpc.bundle.errors import BundleError
 
 MAX_DIMENSIONS = 65_536
 MAX_TOKENS = 2**20
-#: Token ids and counts are int32 on the wire and in some graphs.
+#: Greatest token id: ids are int32 in the wire format and in some graphs.
 MAX_TOKEN_ID = 2**31 - 1
 MAX_LABELS = 30_000
 MAX_MATRYOSHKA_DIMENSIONS = 1_000
@@ -21,11 +21,11 @@ MAX_VARIANTS = 100
 MAX_ENTRIES = 10_000
 #: The most characters of a name, label, path or digest.
 MAX_NAME_LENGTH = 1_024
-#: The most characters of a prompt or of an explanation.
+#: The most characters of a prompt, a model option, or the manifest's field `measured_on`.
 MAX_TEXT_LENGTH = 16_384
 #: The most characters of all labels of a model together.
 MAX_LABEL_CHARACTERS = 2**20
-#: The greatest value of any other number, such as the bytes of a file: int64.
+#: The greatest value of any other whole number in a manifest, such as the bytes of a file: that of int64.
 MAX_INTEGER = 2**63 - 1
 
 
@@ -69,7 +69,7 @@ def check_length(value: str, name: str, most: int = MAX_NAME_LENGTH) -> str:
 
 
 def check_count(count: int, name: str, most: int) -> None:
-    """Validate the number of entries of a list or table.
+    """Validate the number of entries of a list or table. `name` is its name and place, for the error.
 
     Raises:
         BundleError: `count` is above `most`.
@@ -79,10 +79,14 @@ def check_count(count: int, name: str, most: int) -> None:
 
 
 def check_labels(labels: Iterable[str], name: str) -> None:
-    """Validate the number of labels, the length of each, and their total length.
+    """Validate the number of labels, the characters of each label, and the characters of all labels together.
+
+    Args:
+        labels: the labels.
+        name: name and place of the labels, for the error.
 
     Raises:
-        BundleError: a limit is exceeded.
+        BundleError: a limit of this module is exceeded, or a label has a lone surrogate, which UTF-8 cannot encode.
     """
     found = tuple(labels)
     check_count(len(found), name, MAX_LABELS)
@@ -93,5 +97,5 @@ def check_labels(labels: Iterable[str], name: str) -> None:
 
 
 def is_unicode(text: str) -> bool:
-    """Return False for a text with a lone surrogate, which JSON can escape and UTF-8 cannot encode."""
+    """Return whether UTF-8 can encode a text. False means a lone surrogate, which JSON can contain as an escape."""
     return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -1,4 +1,4 @@
-"""The manifest `emberpc.json` of a bundle as a typed object."""
+"""The manifest `emberpc.json` of a bundle as a typed and validated object."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ from emberpc.bundle.limits import (
 )
 
 MANIFEST_NAME = "emberpc.json"
-#: Raised when an older reader could misunderstand a newer bundle.
+#: Version of the manifest's format. It grows when an older reader could misunderstand a newer bundle; a reader refuses
+#: manifests of any other version.
 FORMAT_VERSION = 1
 
 T = TypeVar("T")
@@ -57,10 +58,12 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Parity:
-    """Agreement of a variant with PyTorch's fp32, measured at export on real texts."""
+    """Agreement of a variant with PyTorch's fp32, measured at export on `texts` real texts."""
 
     texts: int
+    #: Greatest absolute difference of one output value.
     max_abs_diff: float
+    #: Least cosine between the outputs of a text.
     cosine_min: float
     #: Share of texts with the same best label; 1 for an embedding model.
     label_agreement: float = 1.0
@@ -68,7 +71,12 @@ class Parity:
 
 @dataclass(frozen=True)
 class Measured:
-    """Accuracy and speed of a variant against fp32, measured at export on real texts, on one core of that host."""
+    """Accuracy and speed of a variant, measured at export on `texts` real texts, on one core of the exporting host.
+
+    `cosine_min` and `cosine_mean` are the least and the mean cosine between a text's outputs by the variant and by
+    fp32. `load_seconds` is the wall time to load the variant. `size_bytes` counts the ONNX file and its external
+    weights.
+    """
 
     texts: int
     cosine_min: float
@@ -76,15 +84,15 @@ class Measured:
     #: Mean share of a text's 10 nearest texts that are also among the 10 nearest by fp32.
     neighbour_agreement: float
     texts_per_cpu_second: float
-    #: Texts per CPU-second as a multiple of fp32's: the median of runs that alternate with fp32.
+    #: The variant's texts per CPU-second divided by fp32's: the median over rounds in which the two alternate.
     speedup: float
     load_seconds: float
     size_bytes: int
     #: Share of texts with the same best label as by fp32; 1 for an embedding model.
     label_agreement: float = 1.0
-    #: Share of texts with the right label (multi-label: exactly the right ones); None for an embedding model.
+    #: Share of texts with the right label (multi-label: exactly the right labels); None for an embedding model.
     accuracy: float | None = None
-    #: nDCG@10 of the validation file's queries; None if it has no queries.
+    #: nDCG@10 of the queries that the variant was measured on; None if there were no queries.
     ndcg_at_10: float | None = None
 
 
@@ -95,15 +103,15 @@ class Variant:
     name: str
     path: str
     parity: Parity
-    #: Accuracy that it must reach against fp32; None for fp32, which is as near to PyTorch as float32 allows.
+    #: Accuracy that the variant must reach against fp32; None for fp32, which is as near to PyTorch as float32 allows.
     bound: Bound | None = None
-    #: None: the bundle was written before variants were measured.
+    #: Figures of the variant; None if the bundle was written by a version that did not measure variants.
     measured: Measured | None = None
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts that the server puts before a text; empty if the model needs none."""
+    """Prompts that the server puts before the text of a query or of a passage; empty if the model needs none."""
 
     query: str = ""
     passage: str = ""
@@ -111,7 +119,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All settings of a model that a server needs, and the origin of the model."""
+    """All settings of a model that a server needs, and the source of the model."""
 
     task: Task
     #: Name of the exported model: its name on a hub, or the name of its folder.
@@ -120,9 +128,9 @@ class Manifest:
     #: SHA-256 (hex) of the source's weights.
     weights_sha256: str
     dimensions: int
-    #: `mean`, `cls`, `max` or `lasttoken`.
+    #: `mean`, `cls`, `max` or `lasttoken`; of a foreign folder also `in the graph`, or `none` for a classifier.
     pooling: str
-    #: Whether the graph returns vectors of length 1.
+    #: Whether the model's vectors are normalized to length 1.
     normalize: bool
     #: The most tokens of a text, special tokens and prompt included.
     max_tokens: int
@@ -133,21 +141,21 @@ class Manifest:
     #: Labels of a classifier, in the order of the logits.
     labels: tuple[str, ...] = ()
     multi_label: bool = False
-    #: Multi-label: the threshold of each label's probability. Empty: 0.5.
+    #: Multi-label: the threshold of each label's probability. Empty: 0.5 for each label.
     thresholds: tuple[float, ...] = ()
     #: Divides the logits before they become probabilities.
     temperature: float = 1.0
-    #: A text whose best logit, before the temperature, is below this is rejected; None: no text is.
+    #: Rejection threshold: a text whose best logit, before the temperature, is below it is rejected; None: no text is.
     rejection_logit: float | None = None
     #: Strategy of a fine-tuned classifier, such as `linear`.
     strategy: str = ""
-    #: Figures measured at export, such as `accuracy`.
+    #: Figures of the model measured at export, by name, such as `accuracy`.
     quality: dict[str, float] = field(default_factory=dict)
-    #: Variants that were tried and not kept, with the reason.
+    #: Variants that were tried and not kept: name and reason.
     dropped: dict[str, str] = field(default_factory=dict)
-    #: Description of the texts that the variants were measured on; empty: the bundle was written before it was kept.
+    #: Description of the texts that the variants were measured on; empty if an older version wrote the bundle.
     measured_on: str = ""
-    #: Whether `max_tokens` was stated by the user; otherwise it is where the source's own library truncates texts.
+    #: Whether the user stated `max_tokens`; otherwise it is the number at which the source's own library truncates.
     max_tokens_stated: bool = False
     #: Versions of the libraries that made the bundle.
     tools: dict[str, str] = field(default_factory=dict)
@@ -217,7 +225,7 @@ class Manifest:
                 check_length(key, f"{MANIFEST_NAME}: a key of {table}")
 
     def variant(self, name: str = "") -> Variant:
-        """Return the variant with a name, or the first variant for an empty name.
+        """Return the variant of the given name, or the first variant for an empty name.
 
         Raises:
             BundleError: the bundle has no such variant.
@@ -230,13 +238,20 @@ class Manifest:
 
     @property
     def decision_rule(self) -> DecisionRule:
-        """Rule by which the classifier decides."""
+        """Rule by which the classifier decides on labels; without meaning for an embedding model."""
         return DecisionRule(self.temperature, self.thresholds, self.rejection_logit, self.multi_label)
 
     def legacy_fingerprint(self, variant: str = "") -> str:
-        """Return the fingerprint (hex) of the old scheme, which collections were bound to before `Bundle.fingerprint`.
+        """Return a variant's fingerprint (hex) of the old scheme, which collections from before the new scheme store.
 
-        It is computed from the manifest only, so it proves nothing about the files.
+        It is computed from the manifest only, so it proves nothing about the files. `Bundle.fingerprint` returns that
+        of the new scheme.
+
+        Args:
+            variant: name of the variant; empty: the first one.
+
+        Raises:
+            BundleError: the bundle has no such variant.
         """
         tokenizer = self.files.get("tokenizer.json")
         parts = {
@@ -259,7 +274,8 @@ class Manifest:
         """Parse a manifest.
 
         Raises:
-            BundleError: the text is not JSON, has another format version, or a field is missing or has a wrong type.
+            BundleError: the text is not a JSON object, has another format version, or a field is missing, has a wrong
+                type or value, or contradicts another field.
         """
         try:
             data = json.loads(text)
@@ -279,7 +295,18 @@ class Manifest:
 
 
 def _read(kind: type[T], data: Mapping[str, Any], where: str) -> T:
-    """Build a dataclass from JSON and validate every type. Unknown fields are ignored: a newer writer may add some."""
+    """Build a dataclass from a JSON object and validate every type.
+
+    Unknown fields are ignored, since a newer writer may have added them.
+
+    Args:
+        kind: the dataclass.
+        data: the JSON object.
+        where: path of the object in the manifest, with a dot at its end, for errors; empty for the manifest itself.
+
+    Raises:
+        BundleError: a field is missing, or has a wrong type or value.
+    """
     hints = get_type_hints(kind)
     values = {}
     for item in dataclasses.fields(kind):  # type: ignore[arg-type]  # only ever called with dataclasses
@@ -292,7 +319,10 @@ def _read(kind: type[T], data: Mapping[str, Any], where: str) -> T:
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
-    """Validate a value against its type and return it as that type; raise BundleError if it does not fit."""
+    """Validate a JSON value against a type and return it as that type; raise BundleError if it is of another type.
+
+    `path` is the value's path in the manifest, for errors.
+    """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is UnionType:  # an optional field
         return None if value is None else _value(arguments[0], value, path)

@@ -26,11 +26,12 @@ _TENSOR_NAME, _TENSOR_DOCUMENTATION, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 8, 12,
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _VALUE_NAME = 1
 _EXTERNAL = 1
-#: Deepest nesting of graphs that is read; no real model comes near it.
+#: Greatest depth of graphs inside operators of graphs that is read. Real models are far below this depth.
 _MAX_DEPTH = 16
 #: Magic bytes, from the fifth byte on, of ONNX Runtime's own format, a FlatBuffer.
 _ORT_FORMAT = b"ORTM"
-#: A part of the file of at least this many bytes is read in chunks and not copied from the mapping.
+#: Least number of bytes of a part of the ONNX file that is hashed by reading the file in chunks. A smaller part is
+#: copied from the memory-mapped file.
 _LARGE_BYTES = 1 << 16
 
 
@@ -38,11 +39,11 @@ _HashPart = Callable[..., bytes]
 
 
 class _IrregularError(Exception):
-    """The graph has a part that `output_digest` does not support, so the digest must cover all bytes of the files."""
+    """The graph has a part that `_Digests` does not support, so a digest must cover all bytes of the model's files."""
 
 
 def external_files(folder: Path, model: str, contents: Contents | None = None) -> tuple[str, ...]:
-    """Return the external weight files of an ONNX file, sorted.
+    """Return the external weight files of an ONNX file, sorted. A file in ONNX Runtime's own format has none.
 
     Args:
         folder: the model's folder; no file may lie outside it.
@@ -61,7 +62,11 @@ def external_files(folder: Path, model: str, contents: Contents | None = None) -
 
 
 def external_locations(path: Path, contents: Contents) -> tuple[str, ...]:
-    """Return the locations of external weights as they stand in an ONNX file, sorted.
+    """Return the locations of external weights, as an ONNX file states them relative to itself, sorted.
+
+    Args:
+        path: the ONNX file. A file in ONNX Runtime's own format has no external weights.
+        contents: reads the ONNX file.
 
     Raises:
         BundleError: the ONNX file cannot be read, or has external weights where ONNX Runtime cannot read them
@@ -81,11 +86,12 @@ def external_locations(path: Path, contents: Contents) -> tuple[str, ...]:
 
 
 def output_digest(folder: Path, model: str, output: str, contents: Contents | None = None) -> str:
-    """Return a SHA-256 (hex) of all that decides an output of an ONNX graph.
+    """Return a SHA-256 (hex) of everything that decides an output of an ONNX graph.
 
-    The digest covers the operators that the output depends on, with their attributes and weights (in whatever file
-    these are), and the versions of the operator sets. Names of values, other outputs and documentation do not count.
-    If the graph has unsupported parts, such as loops or functions, the digest covers all bytes of all its files.
+    The digest covers the operators that the output depends on, with their attributes, their weights (in the ONNX file
+    or in external files), and the versions of the operator sets. Names of values, other outputs and documentation do
+    not count. If the graph has unsupported parts, such as loops or functions, the digest
+    covers all bytes of the model's files.
 
     Args:
         folder: the model's folder; no file may lie outside it.
@@ -94,7 +100,7 @@ def output_digest(folder: Path, model: str, output: str, contents: Contents | No
         contents: reads the files; None: they are read from disk.
 
     Raises:
-        BundleError: see `external_files`.
+        BundleError: the ONNX file cannot be read, or a file that it names is missing, too short or outside the folder.
     """
     hash_part = sha256_of_part if contents is None else contents.sha256_of_part
     try:
@@ -129,7 +135,12 @@ def _is_ort_format(data: bytes | mmap.mmap) -> bool:
 
 
 def _place(folder: Path, model: str, location: str) -> str:
-    """Return the path, relative to the folder, of a weight file whose location an ONNX file states relative to itself.
+    """Return the path of an external weight file, relative to the model's folder.
+
+    Args:
+        folder: the model's folder.
+        model: the ONNX file, as a path in the folder.
+        location: the weight file, as a path relative to the ONNX file.
 
     Raises:
         BundleError: the file is missing or lies outside the folder.
@@ -147,7 +158,7 @@ def _place(folder: Path, model: str, location: str) -> str:
 
 
 def _locations(model: Message) -> Iterator[str]:
-    """Yield the names of the files that hold tensors of a model, as the model writes them."""
+    """Yield the location of each external tensor of a model, as the model states it; locations may repeat."""
     for graph in model.messages(_MODEL_GRAPH):
         yield from _graph_locations(graph, 0)
     for training in model.messages(_MODEL_TRAINING):
@@ -160,7 +171,7 @@ def _locations(model: Message) -> Iterator[str]:
 
 
 def _plain_locations(graph: Message) -> Iterator[str]:
-    """Yield the names of the files that hold a graph's initializers and constants; nested graphs are not read."""
+    """Yield the location of each external initializer and constant of a graph, but not of graphs inside operators."""
     for tensor in graph.messages(_GRAPH_INITIALIZER):
         yield from _tensor_locations(tensor)
     for node in graph.messages(_GRAPH_NODE):
@@ -210,7 +221,10 @@ def _tensor_locations(tensor: Message) -> Iterator[str]:
 
 
 def storage_of(tensor: Message) -> tuple[dict[str, str], bool]:
-    """Return the entries of a tensor that locate its external file, and whether the tensor is in an external file."""
+    """Return a tensor's entries on its external file, and whether the tensor's values are in an external file.
+
+    The entries are texts by key: `location` (the path), and `offset` and `length` in bytes.
+    """
     entries: dict[str, str] = {}
     external = False
     for number, value in tensor.fields():
@@ -222,7 +236,7 @@ def storage_of(tensor: Message) -> tuple[dict[str, str], bool]:
 
 
 def _text(message: Message, wanted: int) -> str:
-    """Return a text field: the last of repeated ones, or an empty text if it is missing."""
+    """Return the text field `wanted` of a message: the last if it is repeated, or an empty text if it is missing."""
     found = [value.bytes().decode() for value in message.messages(wanted)]
     return found[-1] if found else ""
 
@@ -241,7 +255,7 @@ class _Digests:
     folder: Path
     model_path: str
     model: Message
-    #: As `sha256_of_part`.
+    #: `sha256_of_part`, or a function with the same arguments and result that reads from memory.
     hash_part: _HashPart
     _initializers: dict[str, Message] = field(default_factory=dict)
     _inputs: set[str] = field(default_factory=set)
@@ -249,17 +263,23 @@ class _Digests:
 
     @classmethod
     def read(cls, folder: Path, model: str, data: bytes | mmap.mmap, hash_part: _HashPart) -> _Digests:
-        """Find the graph's parts by their names.
+        """Parse an ONNX file and collect the parts of its graph.
+
+        Args:
+            folder: the model's folder.
+            model: the ONNX file, as a path in the folder.
+            data: the bytes of the ONNX file.
+            hash_part: `sha256_of_part`, or a function with the same arguments and result.
 
         Raises:
-            _IrregularError: the graph has an unsupported part.
+            _IrregularError: the file is in ONNX Runtime's own format, or the graph has an unsupported part.
         """
         if _is_ort_format(data):
             raise _IrregularError
         return cls(folder, model, Message(data, 0, len(data)), hash_part)
 
     def __post_init__(self) -> None:
-        """Collect initializers, inputs and nodes by name; raises as `read` does."""
+        """Collect the graph's initializers, inputs and nodes; raise _IrregularError for an unsupported part."""
         graphs = list(self.model.messages(_MODEL_GRAPH))
         if len(graphs) != 1 or any(True for _ in self.model.messages(_MODEL_FUNCTION)):
             raise _IrregularError
@@ -280,13 +300,14 @@ class _Digests:
                 raise _IrregularError
 
     def of(self, output: str) -> bytes:
-        """Return the digest of an output and of the versions of the operator sets.
+        """Return the digest of the graph's output of this name and of the versions of the operator sets.
 
         Raises:
             _IrregularError: the graph has no such output, or an unsupported part.
         """
         wanted, needed = {output}, list[_Node]()
-        # ONNX requires that nodes are listed in the order of computation, so one pass from the end finds all inputs.
+        # ONNX requires that nodes are listed in the order of computation. So one pass from the end finds all nodes that
+        # the output depends on.
         for node in reversed(self._nodes):
             if wanted.intersection(node.outputs):
                 needed.append(node)
@@ -328,7 +349,7 @@ class _Digests:
         )
 
     def _tensor(self, tensor: Message) -> bytes:
-        """Return the digest of a tensor's type, shape and values, wherever these lie."""
+        """Return the digest of a tensor's type, shape and values, whether in the ONNX file or in an external file."""
         entries, external = storage_of(tensor)
         digest = hashlib.sha256(b"tensor")
         for number, value in tensor.fields():
@@ -345,7 +366,12 @@ class _Digests:
         return digest.digest()
 
     def _external(self, entries: dict[str, str]) -> bytes:
-        """Return the SHA-256 of a tensor's part of its external file."""
+        """Return the SHA-256 of the part of an external file that has a tensor's values.
+
+        Raises:
+            _IrregularError: offset or length are not numbers of at most 18 digits.
+            BundleError: the file is missing, too short or outside the model's folder.
+        """
         place = _place(self.folder, self.model_path, entries.get("location", ""))
         offset, length = entries.get("offset", "0"), entries.get("length", "")
         if not all(each.isascii() and each.isdecimal() and len(each) < 19 for each in (offset, length or "0")):
@@ -353,7 +379,10 @@ class _Digests:
         return self.hash_part(self.folder / place, int(offset), int(length) if length else None)
 
     def _sha256(self, part: Message) -> bytes:
-        """Return the SHA-256 of a part of the ONNX file; a large part is read in chunks, not mapped page by page."""
+        """Return the SHA-256 of a part of the ONNX file.
+
+        A large part is read in chunks, since copying it from the mapped file would load it page by page.
+        """
         length = part.end - part.start
         if length < _LARGE_BYTES:
             return hashlib.sha256(part.bytes()).digest()

@@ -1,4 +1,4 @@
-"""Read settings from the JSON files of a sentence-transformers or transformers folder."""
+"""Read settings from the JSON files of a folder that sentence-transformers or transformers wrote."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from emberpc.bundle.interface import POOLINGS
 from emberpc.bundle.limits import MAX_DIMENSIONS, MAX_TOKEN_ID, check_labels, check_length, whole_number
 from emberpc.bundle.manifest import Prompts
 
-#: File of peft that describes an adapter and the model it belongs to.
+#: File in which peft describes an adapter and names the model that the adapter belongs to.
 ADAPTER_CONFIG = "adapter_config.json"
-#: Limit in bytes of a JSON file. Real ones have some kilobytes.
+#: Limit of a JSON file in bytes. Real files have some kilobytes.
 MAX_JSON_BYTES = 16 * 2**20
 _POOLING_KEYS = {
     "pooling_mode_mean_tokens": "mean",
@@ -21,21 +21,22 @@ _POOLING_KEYS = {
     "pooling_mode_max_tokens": "max",
     "pooling_mode_lasttoken": "lasttoken",
 }
-#: Of these keys, every configuration of a pooling has one. The dimension had another name before.
+#: Keys of which every configuration of a pooling has at least one. The last key is the older name of the second.
 _POOLING_STATED = ("pooling_mode", "embedding_dimension", "word_embedding_dimension")
-#: A limit in tokens from here on counts as not stated: tokenizers write an absurdly large number then.
+#: A limit of at least this many tokens counts as not stated: tokenizers without a limit write an absurdly large number.
 _MOST_TOKENS = 100_000
-#: Keys of the tokenizer's limit in tokens, in the order in which transformers looks for them.
+#: Keys of the tokenizer's limit in tokens. transformers uses the first of these keys that is stated.
 _LENGTH_KEYS = ("model_max_length", "max_len")
-#: Files with the settings of the Transformer module, in the order in which sentence-transformers looks for them.
+#: Files with the settings of the Transformer module. sentence-transformers uses the first of these files that exists.
 _TRANSFORMER_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-#: Names of prompts, in the order in which sentence-transformers 5 looks for them (`encode_query`, `encode_document`).
+#: Names of the prompts of queries and of passages, in the order in which `encode_query` and `encode_document` of
+#: sentence-transformers 5 look for them.
 _QUERY_NAMES = ("query",)
 _PASSAGE_NAMES = ("document", "passage", "corpus")
-#: Architectures whose positions start after the padding token's id; lower positions are never used.
+#: Architectures that count a text's positions from the padding token's id + 1, so that lower positions are not used.
 _OFFSET = (
     *("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "roberta-prelayernorm"),
     *("data2vec-text", "ibert", "xmod", "luke"),
@@ -43,10 +44,10 @@ _OFFSET = (
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; return an empty one if the file is missing.
+    """Return the JSON object in a file; an empty object if the file is missing.
 
     Raises:
-        BundleError: the file is too large or holds something else.
+        BundleError: the file cannot be read, has more than `MAX_JSON_BYTES`, or holds no JSON object.
     """
     data = _parse(path) if path.exists() else {}
     if not isinstance(data, dict):
@@ -65,10 +66,13 @@ def _parse(path: Path) -> object:
 
 
 def read_modules(folder: Path) -> list[tuple[str, str]]:
-    """Return the kind, such as `Pooling`, and the folder of each module in `modules.json`; empty without that file.
+    """Return the kind, such as `Pooling`, and the folder of each module that `modules.json` lists, in their order.
+
+    Returns:
+        Kinds and folders; the folders are relative to `folder`. Empty if there is no `modules.json`.
 
     Raises:
-        BundleError: the file is not a list of modules, or a folder lies outside.
+        BundleError: the file is not a list of modules, or a module's folder lies outside `folder`.
     """
     path = folder / "modules.json"
     if not path.exists():
@@ -84,22 +88,28 @@ def read_modules(folder: Path) -> list[tuple[str, str]]:
 
 
 def _kind(path: str) -> str:
-    """Return the class name of a module; a class that is not of sentence-transformers keeps its package's name."""
+    """Return the kind of a module from the path of its class.
+
+    It is the name of a class of sentence-transformers, and the whole path for any other class.
+    """
     return path.rpartition(".")[2] if path.startswith("sentence_transformers.") else path
 
 
 def read_pooling(path: Path) -> str:
-    """Read the pooling from `1_Pooling/config.json`, in the older or the newer format of that file.
+    """Return the pooling, one of `POOLINGS`, from the configuration of a Pooling module.
+
+    Args:
+        path: the file, such as `1_Pooling/config.json`, in its older or newer format.
 
     Raises:
-        BundleError: the file is missing or is no configuration of a pooling, the pooling is none of `POOLINGS`, or it
-            leaves the prompt's tokens out.
+        BundleError: the file is missing or is no configuration of a pooling, or the pooling is not supported: a mix of
+            several, another than `POOLINGS`, or one that leaves out the tokens of the prompt.
     """
     if not path.is_file():
         raise BundleError(f"{path} is missing, and modules.json lists it; copy the folder with its subfolders")
     config = read_json(path)
     older = [_POOLING_KEYS.get(key, key) for key in config if key.startswith("pooling_mode_") and config[key]]
-    # sentence-transformers takes the mean by default, but fails without the dimension.
+    # sentence-transformers takes the mean by default, but it fails if the configuration lacks the dimension, too.
     if not older and not any(key in config for key in _POOLING_STATED):
         raise BundleError(
             f"{path} states no pooling: it has neither pooling_mode nor embedding_dimension; get the model again"
@@ -116,7 +126,7 @@ def read_pooling(path: Path) -> str:
 
 
 def read_token_id(config: dict[str, Any], key: str, default: int) -> int:
-    """Return the id of a token from config.json; `default` if it is not stated.
+    """Return the id of a token from the content of config.json; `default` if the key is missing or null.
 
     Raises:
         BundleError: the id is not a whole number from 0 to 2**31 - 1.
@@ -126,7 +136,7 @@ def read_token_id(config: dict[str, Any], key: str, default: int) -> int:
 
 
 def read_dimensions(config: dict[str, Any]) -> int | None:
-    """Return the dimensions of the hidden states from config.json; None if they are not stated.
+    """Return the dimensions of the hidden states from the content of config.json; None if they are not stated.
 
     Raises:
         BundleError: the value is not a whole number from 1 to `MAX_DIMENSIONS`.
@@ -138,10 +148,10 @@ def read_dimensions(config: dict[str, Any]) -> int | None:
 
 
 def read_labels(config: dict[str, Any]) -> tuple[str, ...]:
-    """Return the labels from `id2label` in config.json, ordered by id; empty if there are none.
+    """Return the labels from `id2label` in the content of config.json, ordered by id; empty if there are none.
 
     Raises:
-        BundleError: a label or id is invalid, or there are too many or too long labels.
+        BundleError: a label or id is invalid, or there are more or longer labels than `emberpc.bundle.limits` allows.
     """
     given = config.get("id2label")
     if not isinstance(given, dict) or not given:
@@ -155,10 +165,10 @@ def read_labels(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def read_name(config: dict[str, Any], folder: Path) -> str:
-    """Return the model's name from config.json, or else the folder's name.
+    """Return the model's name from the content of config.json, or else the folder's name.
 
     Raises:
-        BundleError: the name is too long or not a text.
+        BundleError: the name is not a text, has more than 1,024 characters, or cannot be encoded as UTF-8.
     """
     stated = config.get("_name_or_path") or folder.resolve().name.encode(errors="replace").decode()
     if not isinstance(stated, str):
@@ -169,8 +179,11 @@ def read_name(config: dict[str, Any], folder: Path) -> str:
 def read_positions(config: dict[str, Any]) -> int | None:
     """Return the number of tokens that the model has positions for; None if it is not stated or not plausible.
 
+    Args:
+        config: content of config.json.
+
     Raises:
-        BundleError: the padding token's id, after which some models start to count, is out of range.
+        BundleError: the padding token's id, from which some models count positions, is out of range.
     """
     positions = config.get("max_position_embeddings")
     if type(positions) is not int or not 0 < positions < _MOST_TOKENS:
@@ -181,8 +194,11 @@ def read_positions(config: dict[str, Any]) -> int | None:
 def read_first_position(config: dict[str, Any]) -> int | None:
     """Return the position of a text's first token; None if config.json does not state the model type.
 
+    Args:
+        config: content of config.json.
+
     Raises:
-        BundleError: the padding token's id, after which some models start to count, is out of range.
+        BundleError: the padding token's id, from which some models count positions, is out of range.
     """
     if not config.get("model_type"):
         return None
@@ -193,7 +209,7 @@ def transformer_folder(folder: Path) -> Path:
     """Return the folder of the encoder's own files: the folder itself, or its `0_Transformer` in the older layout.
 
     Raises:
-        BundleError: see `read_modules`.
+        BundleError: `modules.json` is not a list of modules, or a module's folder lies outside `folder`.
     """
     modules = read_modules(folder)
     if not modules or modules[0][0] != "Transformer":
@@ -202,14 +218,13 @@ def transformer_folder(folder: Path) -> Path:
 
 
 def read_transformer(folder: Path) -> dict[str, Any]:
-    """Return the settings of the Transformer module, from the first of the files that sentence-transformers looks for.
+    """Return the settings of the Transformer module, such as `max_seq_length` and `do_lower_case`.
 
-    Returns:
-        The settings, such as `max_seq_length` and `do_lower_case`. Empty without modules.json: sentence-transformers
-        does not read these files then.
+    They are in `sentence_bert_config.json` or one of its older names. The result is empty without these files. It is
+    empty without modules.json, too, since sentence-transformers does not read these files then.
 
     Raises:
-        BundleError: a file is not a JSON object.
+        BundleError: one of the files is too large or not a JSON object, or `modules.json` is wrong.
     """
     if not (folder / "modules.json").exists():
         return {}
@@ -218,7 +233,7 @@ def read_transformer(folder: Path) -> dict[str, Any]:
 
 
 def tokenizer_keywords(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the keywords with which sentence-transformers loads the tokenizer; earlier ones take precedence.
+    """Return the dicts of keywords with which sentence-transformers loads the tokenizer; earlier dicts take precedence.
 
     Args:
         settings: the settings of the Transformer module, as `read_transformer` returns them.
@@ -232,8 +247,12 @@ def read_max_tokens(folder: Path, config: dict[str, Any]) -> int | None:
 
     The limit is that of the Transformer module, or else the tokenizer's, but at most the number of positions.
 
+    Args:
+        folder: the model's folder.
+        config: content of config.json.
+
     Raises:
-        BundleError: a file is not a JSON object, or the padding token's id is out of range.
+        BundleError: a file is too large or not a JSON object, or the padding token's id is out of range.
     """
     settings = read_transformer(folder)
     stated = [
@@ -277,8 +296,8 @@ def read_sentence_transformers(folder: Path) -> dict[str, Any]:
 def read_prompts(settings: dict[str, Any]) -> Prompts:
     """Return the prompts of queries and of passages by their usual names, or else the default prompt.
 
-    If several names are in use, the first prompt that is not empty counts: sentence-transformers 5 writes an empty
-    `document` beside a `passage`. If all stated prompts are empty, there is no prompt, whatever the default is.
+    If prompts of several usual names are stated, the first that is not empty counts: sentence-transformers 5 writes an
+    empty `document` beside a `passage`. If all of these are empty, there is no prompt, even if there is a default.
 
     Args:
         settings: content of `config_sentence_transformers.json`.

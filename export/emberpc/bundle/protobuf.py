@@ -1,4 +1,4 @@
-"""Parse messages in protobuf's wire format from a file, without a schema and without copying them."""
+"""Parse messages in protobuf's wire format without a schema and without copying their bytes."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-#: Wire types. The others, 3 and 4, begin and end a group, and are not read.
+#: Numbers of protobuf's wire types. Groups, of the types 3 and 4, are not supported.
 VARINT, EIGHT_BYTES, DELIMITED, FOUR_BYTES = 0, 1, 2, 5
 
 
 @dataclass(frozen=True)
 class Message:
-    """A message, string or packed list in protobuf's wire format: a range of bytes of `data`."""
+    """A message, string or packed list in protobuf's wire format: the bytes of `data` from `start` to before `end`."""
 
     data: bytes | mmap.mmap
     start: int
     end: int
 
     def fields(self) -> Iterator[tuple[int, int | Message]]:
-        """Yield the number and value of each field; messages, strings and packed lists are `Message` objects.
+        """Yield the number and value of each field, in order.
 
-        Fixed-size numbers are skipped.
+        The value is an int for a varint, and a `Message` for a message, string or packed list. Numbers of a fixed size
+        (4 or 8 bytes) are skipped.
 
         Raises:
             ValueError: the bytes are not in the wire format.
@@ -35,34 +36,42 @@ class Message:
                 yield number, Message(self.data, start, place)
 
     def messages(self, wanted: int) -> Iterator[Message]:
-        """Yield the values of one field number that are messages, strings or packed lists."""
+        """Yield the values of the field number `wanted` that are messages, strings or packed lists.
+
+        Raises:
+            ValueError: the bytes are not in the wire format.
+        """
         return (value for number, value in self.fields() if number == wanted and isinstance(value, Message))
 
     def varints(self) -> Iterator[int]:
-        """Yield the numbers of a packed list."""
+        """Yield the numbers of a packed list of varints.
+
+        Raises:
+            ValueError: the bytes are not a list of varints.
+        """
         place = self.start
         while place < self.end:
             value, place = read_varint(self.data, place, self.end)
             yield value
 
     def bytes(self) -> bytes:
-        """Return a copy of the bytes."""
+        """Return a copy of the message's bytes."""
         return self.data[self.start : self.end]
 
 
 def read_field(data: bytes | mmap.mmap, place: int, end: int) -> tuple[int, int, int, int]:
-    """Read the key of a field.
+    """Read the key of a field, and find where the field's value lies.
 
     Args:
         data: the bytes.
-        place: offset of the field.
-        end: offset of the byte after its message.
+        place: offset of the field in `data`.
+        end: offset of the byte after the message that has the field.
 
     Returns:
         The number of the field, its wire type, and the offsets of its value and of the byte after the value.
 
     Raises:
-        ValueError: the bytes are not in the wire format, or the field is a group.
+        ValueError: the bytes are not in the wire format, the field is a group, or it ends after `end`.
     """
     key, start = read_varint(data, place, end)
     kind = key & 7
@@ -81,15 +90,15 @@ def read_field(data: bytes | mmap.mmap, place: int, end: int) -> tuple[int, int,
 
 
 def read_varint(data: bytes | mmap.mmap, place: int, end: int) -> tuple[int, int]:
-    """Return a number and the offset of the byte after it.
+    """Return a varint, as a number of at least 0, and the offset of the byte after it.
 
     Args:
         data: the bytes.
-        place: offset of the number.
-        end: offset of the byte after the message that holds it.
+        place: offset of the number in `data`.
+        end: offset of the byte after the message that has the number.
 
     Raises:
-        ValueError: the number ends after its message, or has more than ten bytes.
+        ValueError: the number ends after `end`, or has more than ten bytes.
     """
     if place < end and data[place] < 0x80:  # most have one byte
         return data[place], place + 1

@@ -31,8 +31,8 @@ class Bundle:
     """A folder whose manifest was read and whose files were checked.
 
     `foreign` is the interface of the graph of a foreign folder (see `emberpc.bundle.foreign`), which has no reference
-    outputs; None for a bundle. `legacy_covers_weights`: whether the old scheme's fingerprint covers all files with
-    weights and stands for the vectors of now.
+    outputs; None for a bundle. `legacy_covers_weights`: whether the fingerprint of the old scheme covers all files with
+    weights and belongs to the vectors that the model returns today.
     """
 
     folder: Path
@@ -41,12 +41,12 @@ class Bundle:
     legacy_covers_weights: bool = True
 
     def model_path(self, variant: Variant) -> Path:
-        """Return the ONNX file of a variant."""
+        """Return the path of a variant's ONNX file."""
         return self.folder / variant.path
 
     @property
     def tokenizer_path(self) -> Path:
-        """The tokenizer, in the format of the `tokenizers` library."""
+        """Path of the tokenizer's file, which has the format of the `tokenizers` library."""
         return self.folder / TOKENIZER_NAME
 
     def interface(self, graph: Graph, *, headless: bool = False) -> Interface:
@@ -54,7 +54,8 @@ class Bundle:
 
         Args:
             graph: the graph's inputs and outputs.
-            headless: for a classifier, read the vector that its head takes instead of the logits.
+            headless: for a classifier in a bundle, whether to read the vector that the head takes instead of the
+                logits.
 
         Raises:
             BundleError: an input or output of a bundle's graph is missing.
@@ -71,7 +72,12 @@ class Bundle:
             raise BundleError(f"{error}; {_REEXPORT}") from error
 
     def output(self, *, headless: bool = False) -> str:
-        """Return the name of the graph's output to read; `headless` as in `interface`."""
+        """Return the name of the graph's output to read.
+
+        Args:
+            headless: for a classifier in a bundle, whether to read the vector that the head takes instead of the
+                logits.
+        """
         if self.foreign is not None:
             return self.foreign.output
         logits = self.manifest.task is Task.CLASSIFICATION and not headless
@@ -103,14 +109,15 @@ class Bundle:
 
         Args:
             variant: name of the variant; empty: the first one.
-            headless: as in `interface`.
+            headless: for a classifier in a bundle, whether the vector that the head takes counts instead of the logits.
             contents: reads the files; None: they are read from disk now.
 
         Raises:
-            BundleError: see `external_files`, or a file cannot be read.
+            BundleError: a file cannot be read, or a file with weights is missing, lies outside the folder or is not
+                listed in the manifest.
         """
         manifest, model = self.manifest, self.manifest.variant(variant).path
-        self.external_files(variant, contents)  # see that the manifest has all of them
+        self.external_files(variant, contents)  # raises if the manifest lacks one
         parts = {
             "scheme": 2,
             "output": output_digest(self.folder, model, self.output(headless=headless), contents),
@@ -124,14 +131,16 @@ class Bundle:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def classifier_fingerprint(self, fingerprint: str, head: Head | None) -> str:
-        """Return a SHA-256 (hex) of all that decides a classifier's labels; empty if the model is not a classifier.
+        """Return a SHA-256 (hex) of everything that decides a classifier's labels; empty if it is no classifier.
 
-        Two classifiers on the same encoder have the same `fingerprint`, since they make the same vectors. This one
-        also covers the head, the labels with their order, the decision rule and `max_tokens`.
+        Two classifiers with heads on the same encoder have equal results of `Bundle.fingerprint`, since their vectors
+        are equal. The classifier's fingerprint also covers the head, the labels with their order, the decision rule and
+        `max_tokens`.
 
         Args:
-            fingerprint: the result of `fingerprint`. Without a head file it covers the weights of the head.
-            head: the head, if the bundle has a head file.
+            fingerprint: the result of `Bundle.fingerprint`, with `headless` if there is a head file. For a classifier
+                without a head file, that result covers the weights of the head.
+            head: the head; None if the bundle has no head file.
         """
         manifest = self.manifest
         if manifest.task is not Task.CLASSIFICATION:
@@ -149,7 +158,10 @@ class Bundle:
         return digest.hexdigest()
 
     def legacy_fingerprint(self, variant: str = "") -> str:
-        """Return the old scheme's fingerprint (hex) of a variant (empty name: the first); empty if it misses weights.
+        """Return a variant's fingerprint (hex) of the old scheme; empty if `legacy_covers_weights` is false.
+
+        Args:
+            variant: name of the variant; empty: the first one.
 
         Raises:
             BundleError: the bundle has no such variant.
@@ -157,17 +169,17 @@ class Bundle:
         return self.manifest.legacy_fingerprint(variant) if self.legacy_covers_weights else ""
 
     def head(self) -> Head | None:
-        """Read a classifier's head; return None if the bundle has no head file.
+        """Read a classifier's head from its file; return None if the bundle has no head file.
 
         Raises:
-            BundleError: the file is damaged.
+            BundleError: the file is missing or damaged, or does not fit the manifest's dimensions and labels.
         """
         if self.foreign is not None or HEAD_NAME not in self.manifest.files:
             return None
         return Head.read(self.folder, self.manifest.dimensions, len(self.manifest.labels))
 
     def reference(self) -> Reference:
-        """Read the reference outputs.
+        """Read the texts and outputs of `reference.npz`.
 
         Raises:
             BundleError: the file is missing or damaged.
@@ -175,13 +187,13 @@ class Bundle:
         return Reference.read(self.folder)
 
     def check_hashes(self, contents: Contents | None = None) -> None:
-        """Compare each file's SHA-256 with the manifest.
+        """Compare the SHA-256 of each file of a bundle with the manifest; a foreign folder is not checked.
 
         Args:
-            contents: contents that were read earlier; they are compared, and only other files are read from disk.
+            contents: contents that were read earlier and are compared; files that it has not read are read from disk.
 
         Raises:
-            BundleError: a file differs.
+            BundleError: a file differs, is missing, or is not inside the folder.
         """
         for name in self.manifest.files if self.foreign is None else ():
             check_file(self.folder, self.manifest, name, contents=contents)
@@ -190,7 +202,7 @@ class Bundle:
         """Compare the SHA-256 of each file that `contents` has read with the manifest.
 
         Raises:
-            BundleError: a file was read in another state than the manifest says.
+            BundleError: a file's content, as it was read, differs from the manifest.
         """
         for name, entry in self.manifest.files.items():
             path = self.folder / name
@@ -203,10 +215,11 @@ def read_bundle(folder: Path | str, *, check_hashes: bool = True) -> Bundle:
 
     Args:
         folder: the bundle's folder.
-        check_hashes: compare the SHA-256 of each file with the manifest, and not only its size.
+        check_hashes: whether to compare the SHA-256 of each file with the manifest, and not only its size.
 
     Raises:
-        BundleError: the folder or a file is missing, changed or outside the folder, or the manifest is invalid.
+        BundleError: the folder or a file is missing, a file differs from the manifest or is not a plain file inside the
+            folder, or the manifest is invalid.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -254,10 +267,11 @@ def check_file(
 
     Args:
         folder: the bundle.
-        manifest: its manifest.
-        name: the file's path in `manifest.files`.
-        check_hashes: compare its SHA-256, not only its size.
-        contents: contents that were read earlier; they are compared instead of the file on disk.
+        manifest: the bundle's manifest.
+        name: the file's path, a key of `manifest.files`.
+        check_hashes: whether to compare the file's SHA-256, and not only its size on disk.
+        contents: contents that were read earlier; if they include the file, their SHA-256 is compared instead of that
+            of the file on disk.
 
     Raises:
         BundleError: the file lies outside the folder, is a link, is missing, or differs from the manifest.
@@ -284,9 +298,9 @@ def sha256_of(path: Path, contents: Contents | None = None) -> str:
 
     Args:
         path: the file.
-        contents: reads it; None: it is read from disk, piece by piece.
+        contents: reads the file; None: the file is read from disk in chunks.
 
     Raises:
-        BundleError: the file cannot be read.
+        BundleError: the file cannot be read, or `contents` stopped since the loading of the model was cancelled.
     """
     return sha256_of_part(path).hex() if contents is None else contents.sha256(path)

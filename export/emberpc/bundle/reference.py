@@ -1,7 +1,7 @@
 """Reference outputs: outputs of PyTorch for some texts, stored in the bundle.
 
-With them a bundle can be checked on a host without PyTorch: the ONNX file must
-give the same numbers there.
+With the reference outputs, a bundle can be checked on a host without PyTorch: the outputs of the ONNX file on that host
+must agree with them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from emberpc.bundle.arrays import read_arrays
 from emberpc.bundle.errors import BundleError
 
 REFERENCE_NAME = "reference.npz"
-#: Limit of the unpacked size in bytes. Some tens of texts with their outputs are far below it.
+#: Limit of the unpacked size of `reference.npz` in bytes. Some tens of texts with their outputs are far below it.
 MAX_REFERENCE_BYTES = 256 * 2**20
 
 
@@ -33,7 +33,7 @@ class Reference:
     logits: npt.NDArray[np.float32] | None = None
 
     def write(self, folder: Path) -> None:
-        """Write `reference.npz` into a folder."""
+        """Write the texts and outputs to `reference.npz` in a folder; an existing file is replaced."""
         arrays: dict[str, npt.NDArray[np.generic]] = {"texts": np.array(self.texts), "embeddings": self.embeddings}
         if self.logits is not None:
             arrays["logits"] = self.logits
@@ -41,10 +41,10 @@ class Reference:
 
     @classmethod
     def read(cls, folder: Path) -> Reference:
-        """Read `reference.npz` from a folder.
+        """Read texts and outputs from `reference.npz` in a folder.
 
         Raises:
-            BundleError: the file is missing or damaged.
+            BundleError: the file is missing or damaged, or has no texts.
         """
         path = folder / REFERENCE_NAME
         arrays = read_arrays(path, "reference outputs", MAX_REFERENCE_BYTES)

@@ -2,10 +2,10 @@
 
 The server tokenizes with `tokenizer.json` alone. transformers and sentence-transformers also read
 `tokenizer_config.json`, `special_tokens_map.json` and the settings of the Transformer module, and change the tokenizer
-accordingly. A folder in which both agree gives the same tokens either way. A folder in which they differ would give
-other vectors than its library does, so it is refused.
+by these settings. If the settings agree with `tokenizer.json`, the tokens are the same. If they differ, the server's
+vectors would differ from those of the library, so the folder is refused.
 
-The rules are those of transformers 4.57 (`PreTrainedTokenizerFast.__init__` and the tokenizers of BERT, GPT-2 and
+The checks follow transformers 4.57 (`PreTrainedTokenizerFast.__init__` and the tokenizers of BERT, GPT-2 and
 Llama) and of sentence-transformers 5.7 (`Transformer`).
 """
 
@@ -23,18 +23,22 @@ from emberpc.bundle.reading import TOKENIZER_NAME
 
 _Settings = Mapping[str, Any]
 
-#: Settings of the normalizer of BERT's tokenizers: key in `tokenizer_config.json`, key in `tokenizer.json`, default.
+#: Settings of the normalizer of BERT's tokenizers: key in `tokenizer_config.json`, key in `tokenizer.json`, and value
+#: if a key is missing.
 _NORMALIZER = (
     ("do_lower_case", "lowercase", True),
     ("strip_accents", "strip_accents", None),
     ("tokenize_chinese_chars", "handle_chinese_chars", True),
 )
-#: Classes of tokenizers that apply these settings; all others ignore them.
+#: Classes of tokenizers, without the suffixes Tokenizer and Fast, that apply the settings `_NORMALIZER`; all other
+#: classes ignore these settings.
 _BERT_LIKE = ("Bert", "DistilBert", "Electra", "MPNet", "MobileBert", "ConvBert", "SqueezeBert", "LayoutLM", "Funnel")
-#: Classes of tokenizers that make the post-processor from `add_bos_token` and `add_eos_token`.
+#: Classes of tokenizers, without the suffixes Tokenizer and Fast, that make the post-processor from the settings
+#: `add_bos_token` and `add_eos_token`.
 _LLAMA_LIKE = ("Llama", "CodeLlama", "Gemma", "Cohere", "GPTNeoX")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-#: Keywords of the Transformer module's tokenizer that do not change tokens, or that are checked or read elsewhere.
+#: Keywords of the Transformer module's tokenizer that are allowed: they do not change tokens, or other code checks or
+#: reads them.
 _KNOWN_KEYWORDS = {
     *(key for key, _, _ in _NORMALIZER),
     *("add_prefix_space", "add_bos_token", "add_eos_token", "split_special_tokens", "truncation_side", "max_len"),
@@ -53,10 +57,11 @@ def check_tokenizer(folder: Path, *, feeds_types: bool, contents: Contents | Non
     Args:
         folder: the foreign folder.
         feeds_types: whether the graph has an input for token types, which the server fills with zeros.
-        contents: reads the tokenizer; None: it is read from disk.
+        contents: reads `tokenizer.json`; None: it is read from disk.
 
     Raises:
-        BundleError: a setting contradicts `tokenizer.json`, or is not supported; the error names file and key.
+        BundleError: a setting contradicts `tokenizer.json` or is not supported, and the error names file and key; or a
+            file cannot be read.
     """
     tokenizer = _Tokenizer(folder / TOKENIZER_NAME, contents)
     place = transformer_folder(folder)
@@ -88,7 +93,11 @@ def check_tokenizer(folder: Path, *, feeds_types: bool, contents: Contents | Non
 
 
 class _Tokenizer:
-    """The parts of a `tokenizer.json` that settings can change; raises BundleError if the file is no tokenizer."""
+    """The parts of a `tokenizer.json` that settings can change.
+
+    `lowers` says whether the tokenizer lower-cases texts. The constructor raises BundleError if the file cannot be read
+    or is no tokenizer.
+    """
 
     def __init__(self, path: Path, contents: Contents | None) -> None:
         try:
@@ -106,19 +115,22 @@ class _Tokenizer:
             raise BundleError(f"{path} is no tokenizer; get the model again") from error
 
     def template(self) -> Sequence[_Settings]:
-        """Return the items of the template for one text; empty if there is no template."""
+        """Return the items of the post-processor's template for a single text, in order; empty without a template.
+
+        An item is a JSON object with the key `SpecialToken` or `Sequence` (the tokens of the text).
+        """
         for step in self._post_processors:
             if step.get("type") == "TemplateProcessing":
                 return [_object(item) for item in step.get("single") or ()]
         return ()
 
     def type_ids(self) -> list[int]:
-        """Return the token types of the template's items."""
+        """Return the token type of each item of the template for a single text."""
         return [int(_object(value).get("type_id") or 0) for item in self.template() for value in item.values()]
 
 
 def _object(value: object) -> dict[str, Any]:
-    """Return a JSON object, or an empty one for null; raise TypeError for anything else."""
+    """Return `value` if it is a JSON object, or an empty object for null; raise TypeError for any other value."""
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -127,14 +139,18 @@ def _object(value: object) -> dict[str, Any]:
 
 
 def _steps(step: dict[str, Any], key: str) -> Iterator[dict[str, Any]]:
-    """Yield a step and the steps of a sequence in it, which it lists under `key`."""
+    """Yield a step of a normalizer or post-processor and, recursively, the steps that it lists under `key`."""
     yield step
     for inner in step.get(key) or ():
         yield from _steps(_object(inner), key)
 
 
 def _keywords(folder: Path) -> dict[str, Any]:
-    """Return the keywords with which sentence-transformers loads the tokenizer; raise BundleError for unknown ones."""
+    """Return the keywords with which sentence-transformers loads the tokenizer of a folder.
+
+    Raises:
+        BundleError: the folder states a keyword that is not supported, or `processing_kwargs`.
+    """
     settings = read_transformer(folder)
     found: dict[str, Any] = {}
     for keywords in reversed(tokenizer_keywords(settings)):
@@ -160,7 +176,7 @@ def _has_class(settings: _Settings, names: Sequence[str]) -> bool:
 
 
 def _normalizer_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Conflicts:
-    """Yield key, stated value and value of `tokenizer.json` of the normalizer's settings that differ."""
+    """Yield key, stated value and value in `tokenizer.json` of each setting of the normalizer that differs."""
     normalizer = tokenizer.normalizer
     if normalizer.get("type") != "BertNormalizer":
         return
@@ -168,7 +184,8 @@ def _normalizer_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Confli
     if not known and settings.get("tokenizer_class"):
         return
     for key, own, default in _NORMALIZER:
-        # Without a class, transformers takes that of config.json; only a stated value is then certain to be applied.
+        # If no class is stated, transformers takes the class for the model type in config.json. Whether that class
+        # applies its defaults is then unknown, so only stated values are compared.
         if key in settings or known:
             value, found = settings.get(key, default), normalizer.get(own, default)
             if value != found:
@@ -176,7 +193,10 @@ def _normalizer_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Confli
 
 
 def _prefix_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Conflicts:
-    """Yield, as `_normalizer_conflicts`, whether a blank goes before a text; transformers takes false by default."""
+    """Yield key, stated value and value in `tokenizer.json` of `add_prefix_space`, if the two values differ.
+
+    The setting says whether a blank is put before a text. transformers takes false if it is not stated.
+    """
     own = tokenizer.pre_tokenizer
     if own.get("type") == "ByteLevel":
         value, found = bool(settings.get("add_prefix_space", False)), own.get("add_prefix_space")
@@ -185,7 +205,10 @@ def _prefix_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Conflicts:
 
 
 def _end_token_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Conflicts:
-    """Yield, as `_normalizer_conflicts`, whether there is a token before and after each text."""
+    """Yield key, stated value and value in `tokenizer.json` of `add_bos_token` and `add_eos_token`, if these differ.
+
+    The settings say whether a special token is put before and after each text.
+    """
     template = tokenizer.template()
     if not template or not _has_class(settings, _LLAMA_LIKE):
         return
@@ -196,7 +219,13 @@ def _end_token_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Conflic
 
 
 def _check_added_tokens(tokenizer: _Tokenizer, place: Path, settings: _Settings) -> None:
-    """Refuse tokens that transformers would add to the tokenizer or change in it."""
+    """Raise BundleError if transformers would add tokens to the tokenizer, or change the flags of its tokens.
+
+    Args:
+        tokenizer: the content of `tokenizer.json`.
+        place: the folder of `tokenizer_config.json`.
+        settings: the settings of `tokenizer_config.json` and of the Transformer module.
+    """
     config, decoder = place / "tokenizer_config.json", settings.get("added_tokens_decoder")
     sources: list[tuple[Path, _Settings]] = [(config, settings)]
     if decoder is None:  # with a decoder, transformers does not read the other file
@@ -218,7 +247,7 @@ def _check_added_tokens(tokenizer: _Tokenizer, place: Path, settings: _Settings)
 
 
 def _special_tokens(settings: _Settings) -> Iterator[tuple[str, str]]:
-    """Yield the key and the text of each special token."""
+    """Yield the key and the text of each special token that the settings state."""
     for key in _SPECIAL_TOKENS:
         if settings.get(key):
             yield key, _content(settings[key])
@@ -233,7 +262,10 @@ def _content(token: object) -> str:
 
 
 def _check_case(folder: Path, tokenizer: _Tokenizer) -> None:
-    """Refuse a model that needs lower-cased texts if its tokenizer keeps the case: the server does not lower-case."""
+    """Raise BundleError if the model needs lower-cased texts and its tokenizer keeps the case.
+
+    sentence-transformers lower-cases the texts itself if the model needs it; the server does not.
+    """
     if read_transformer(folder).get("do_lower_case") and not tokenizer.lowers:
         raise BundleError(
             f"{folder} states do_lower_case, and its {TOKENIZER_NAME} keeps the case; add the normalizer Lowercase "

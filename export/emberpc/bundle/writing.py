@@ -1,4 +1,4 @@
-"""Write a bundle atomically: it is complete or does not exist."""
+"""Write a bundle atomically: a folder with the bundle's name is complete or does not exist."""
 
 from __future__ import annotations
 
@@ -25,11 +25,16 @@ def staged_folder(target: Path | str, *, overwrite: bool = False) -> Iterator[Pa
     """Yield a temporary folder beside `target`; rename it to `target` if the block ends without an exception.
 
     On an exception, Ctrl-C included, the temporary folder is removed and `target` does not change. A process that is
-    killed leaves its temporary folder there; the next process that writes to the same `target` removes it.
+    killed leaves its temporary folder behind; the next process that writes to the same `target` removes it.
+
+    Args:
+        target: the bundle's folder. It may exist if it is empty, or if it holds a bundle and `overwrite` is set.
+        overwrite: whether to replace an existing bundle.
 
     Raises:
-        BundleError: `target` exists and is not an empty folder, and `overwrite` is not set; or it holds something that
-            is not a bundle; or no folder can be created there.
+        BundleError: `target` holds a bundle and `overwrite` is not set; or it holds something else or is not a folder;
+            or no folder can be created there.
+        OSError: the temporary folder cannot be renamed to `target`.
     """
     target = check_target(target, overwrite=overwrite)
     made = [parent for parent in target.parents if not parent.exists()]
@@ -38,7 +43,7 @@ def staged_folder(target: Path | str, *, overwrite: bool = False) -> Iterator[Pa
         staging, lock = _make(target, "new")
     except OSError as error:
         raise BundleError(f"{target} cannot be created; choose a place where this user may write") from error
-    # mkdtemp creates folders that only their owner can read. A bundle gets the usual permissions.
+    # mkdtemp creates folders that only their owner can read, but other users, such as a server's, must read a bundle.
     staging.chmod(0o755)
     try:
         yield staging
@@ -54,13 +59,17 @@ def staged_folder(target: Path | str, *, overwrite: bool = False) -> Iterator[Pa
 
 
 def check_target(target: Path | str, *, overwrite: bool = False) -> Path:
-    """Check that a bundle may be written to a folder; remove the temporary folders of killed processes.
+    """Check that a bundle may be written to a folder; remove the temporary folders of killed processes beside it.
+
+    Args:
+        target: the bundle's folder; it need not exist, and is not created.
+        overwrite: whether to replace an existing bundle.
 
     Returns:
         The absolute path of the folder.
 
     Raises:
-        BundleError: see `staged_folder`, except that creating the folder is not tried.
+        BundleError: `target` holds a bundle and `overwrite` is not set; or it holds something else or is not a folder.
     """
     target = Path(target).absolute()
     remove_abandoned(target)
@@ -75,9 +84,11 @@ def check_target(target: Path | str, *, overwrite: bool = False) -> Path:
 
 
 def remove_abandoned(target: Path) -> None:
-    """Remove the temporary folders of a target whose process is gone; restore a bundle that such a process moved away.
+    """Remove temporary folders that killed processes left beside `target`.
 
-    A process locks its temporary folders as long as it lives. On a file system without locks, nothing is removed.
+    If a process was killed between moving the old bundle away and renaming the new one, the old bundle is moved back to
+    `target`. A process locks its temporary folders as long as it lives. On a file system without locks, nothing is
+    removed.
     """
     own = re.compile(rf"\.{re.escape(target.name)}-(new|old)-[^/]*{re.escape(_SUFFIX)}")
     with suppress(OSError), _locked(target.parent):
@@ -91,7 +102,18 @@ def remove_abandoned(target: Path) -> None:
 
 
 def _make(target: Path, kind: str) -> tuple[Path, int]:
-    """Create and lock a temporary folder beside a target; return it and the descriptor that holds the lock."""
+    """Create and lock a temporary folder beside `target`.
+
+    Args:
+        target: the bundle's folder.
+        kind: part of the temporary folder's name: `new`, or `old` for a bundle that is replaced.
+
+    Returns:
+        The folder, and the descriptor that holds the lock; closing it releases the lock.
+
+    Raises:
+        OSError: the folder cannot be created.
+    """
     with ExitStack() as stack:
         with suppress(OSError):
             # Until the new folder is locked, this lock keeps other processes from removing it as abandoned.
@@ -117,6 +139,10 @@ def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
 def finish_bundle(folder: Path, manifest: Manifest) -> Manifest:
     """Write the manifest with the size and hash of every file now in the folder, and sync all files to disk.
 
+    Args:
+        folder: the bundle's folder, with all its files except the manifest.
+        manifest: the manifest; its `files` are ignored.
+
     Returns:
         The manifest as written.
 
@@ -137,7 +163,7 @@ def finish_bundle(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def _replace(staging: Path, target: Path) -> None:
-    """Rename `staging` to `target`, replacing an existing bundle; on an exception `target` does not change."""
+    """Rename `staging` to `target`, and delete the bundle that was there; on an exception `target` does not change."""
     if target.exists():
         old, lock = _make(target, "old")
         try:

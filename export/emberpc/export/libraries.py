@@ -11,9 +11,11 @@ from contextlib import ExitStack, contextmanager
 
 from emberpc.export.errors import ExportError
 
-#: `errno` of a failed write for lack of room: on the disk, in the user's quota, or beyond the greatest file size.
+#: Values of `errno` after a write that failed for lack of room: the disk is full, the user's quota is used up, or the
+#: file would exceed the greatest file size.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-#: Loggers that are silenced: they log internal details on every export. ONNX Runtime's quantizer uses the root ("").
+#: Names of loggers that are silenced, since they log internal details on every export. ONNX Runtime's quantizer logs to
+#: the root logger (the empty name).
 _SILENCED_LOGGERS = ("", "optimum", "sentence_transformers", "huggingface_hub", "torch.onnx")
 
 
@@ -30,7 +32,7 @@ def calling_libraries(problem: str, remedy: str, *, hub_only: bool = False) -> I
 
     Raises:
         ExportError: the block raised; the message has the exception's class, and `__cause__` is the exception.
-        OSError: the disk is full, which says nothing about the model.
+        OSError: the disk or the quota is full, or a file is too large; this says nothing about the model.
     """
     try:
         with _silence(hub_only=hub_only):
@@ -38,7 +40,7 @@ def calling_libraries(problem: str, remedy: str, *, hub_only: bool = False) -> I
     except ExportError:
         raise
     except Exception as error:  # these libraries raise all kinds, with no common base class
-        # Libraries in Rust or C++ report a full disk only in the message.
+        # Libraries in Rust or C++ raise errors without `errno`: they report a full disk only in the message.
         for code in _FULL:
             if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
                 raise OSError(code, os.strerror(code)) from error

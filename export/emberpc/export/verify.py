@@ -28,7 +28,7 @@ from emberpc.export.errors import ExportError
 
 T = TypeVar("T")
 
-#: The outputs of a bundle's graph, in order.
+#: Names of the outputs that a bundle's graph must have, in this order, by task.
 _OUTPUTS = {
     Task.EMBEDDING: ["last_hidden_state", "sentence_embedding"],
     Task.CLASSIFICATION: ["logits", "sentence_embedding", "probabilities"],
@@ -37,7 +37,7 @@ _OUTPUTS = {
 
 @dataclass(frozen=True)
 class Check:
-    """Result of one check."""
+    """Result of one check; `detail` says in words what was found, or what is wrong."""
 
     name: str
     ok: bool
@@ -46,7 +46,11 @@ class Check:
 
 @dataclass
 class VerifyReport:
-    """Results of all checks, and figures of each variant measured meanwhile, such as `fp32.load_seconds`."""
+    """Results of all checks of a bundle, and figures of each variant that were measured meanwhile.
+
+    The figures are, by the variant's name: `fp32.load_seconds` (wall time), `fp32.size_bytes` of the ONNX file, and
+    `fp32.texts_per_second` in one batch.
+    """
 
     folder: Path
     checks: list[Check] = field(default_factory=list)
@@ -67,8 +71,9 @@ def verify_bundle(
 
     Args:
         folder: the bundle or foreign folder.
-        options: model options of a foreign folder; see `emberpc.bundle.Stated`.
-        against: the PyTorch model to compare with, as for an export; needs the extra `export`.
+        options: model options of a foreign folder, by the names of the fields of `emberpc.bundle.Stated`.
+        against: the PyTorch model to compare with (needs the extra `export`): a folder, an installed package that holds
+            one, or a hub id. None: no comparison with PyTorch.
 
     Returns:
         The report. Checks end at the first failure that makes further checks impossible. A bad bundle gives a report
@@ -98,7 +103,8 @@ def _attempt(report: VerifyReport, name: str, look: Callable[[], tuple[T, str]])
     Args:
         report: report to add to.
         name: name of the check.
-        look: returns a value for later checks and the detail as words; it raises BundleError or ExportError to fail.
+        look: does the check. It returns a value for later checks, and what was found, in words. It raises BundleError
+            or ExportError if the check fails.
 
     Returns:
         The value that `look` returned, or None if it raised.
@@ -149,7 +155,13 @@ def _reference(bundle: Bundle) -> tuple[Reference, str]:
 def _check_variant(
     bundle: Bundle, variant: Variant, reference: Reference | None, report: VerifyReport
 ) -> OnnxRunner | None:
-    """Load a variant and run texts, each alone and all in one batch; add the results to the report.
+    """Load a variant and run texts, each alone and all in one batch; add results and figures to the report.
+
+    Args:
+        bundle: the bundle or foreign folder.
+        variant: the variant.
+        reference: the reference outputs; None for a foreign folder, which is run on other texts.
+        report: report to add to.
 
     Returns:
         The runner, or None if the variant cannot be loaded.
@@ -186,7 +198,14 @@ def _load(bundle: Bundle, variant: Variant) -> tuple[OnnxRunner, str]:
 
 
 def _run_foreign(bundle: Bundle, runner: OnnxRunner) -> tuple[None, str]:
-    """Run texts alone and in a padded batch: outputs must be equal, and their dimensions as stated."""
+    """Run texts of a foreign folder's model alone and in a padded batch, and compare the outputs.
+
+    Returns:
+        None, and the result in words.
+
+    Raises:
+        ExportError: the outputs differ, or have another number of values than dimensions or labels were stated.
+    """
     manifest, interface = bundle.manifest, bundle.foreign
     output = interface.output if interface else ""
     width = len(manifest.labels) or manifest.dimensions
@@ -201,7 +220,14 @@ def _run_foreign(bundle: Bundle, runner: OnnxRunner) -> tuple[None, str]:
 
 
 def _run(runner: OnnxRunner, variant: Variant, reference: Reference, batch_size: int) -> tuple[None, str]:
-    """Run the reference texts, and compare every output of the reference."""
+    """Run the reference texts in batches of `batch_size`, and compare the outputs with those of the reference.
+
+    Returns:
+        None, and the result in words.
+
+    Raises:
+        ExportError: outputs have another shape, or differ by more than the variant's bound.
+    """
     words = []
     for output, expected in (("sentence_embedding", reference.embeddings), ("logits", reference.logits)):
         if expected is None:
@@ -217,7 +243,7 @@ def _run(runner: OnnxRunner, variant: Variant, reference: Reference, batch_size:
 
 
 def _faults(variant: Variant, parity: Parity, expected: Matrix, got: Matrix) -> list[str]:
-    """Return the misses of a variant's bound; for fp32, which has no bound, the misses of the limits of float32."""
+    """Return a message for each limit that a variant's outputs miss: its bound, or for fp32 the limits of parity."""
     if variant.bound is not None:
         return variant.bound.faults(expected, got)
     return faults(parity, scale=max(1.0, float(abs(expected).max())))

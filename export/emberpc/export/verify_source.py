@@ -16,15 +16,15 @@ from emberpc.export.libraries import calling_libraries
 from emberpc.export.source.find_source import find_source
 from emberpc.export.variants.measurement import neighbour_agreement
 
-#: Number of texts to compare: enough for each text to have 10 nearest neighbours among them.
+#: Number of texts to compare, enough to compare the 10 nearest texts of each text.
 _TEXTS = 64
 
 
 def compare_with_source(bundle: Bundle, variant: str, runner: OnnxRunner, source: str | Path) -> tuple[None, str]:
     """Compare a variant with PyTorch on real texts: docstrings of Python's standard library.
 
-    Vectors are compared; for a foreign classifier, logits. A classifier that emberpc tuned has its own encoder: give
-    that encoder as the source, not its base.
+    Vectors are compared; for a foreign classifier, logits. A classifier that emberpc fine-tuned has an encoder of its
+    own: give the fine-tuned encoder as the source, not its base.
 
     Args:
         bundle: the bundle or foreign folder.
@@ -33,10 +33,11 @@ def compare_with_source(bundle: Bundle, variant: str, runner: OnnxRunner, source
         source: the PyTorch model: a folder, an installed package that holds one, or a hub id.
 
     Returns:
-        None, and the result as words.
+        None, and the result in words.
 
     Raises:
-        ExportError: the source cannot be run, or the difference exceeds the variant's bound.
+        ExportError: the source cannot be found or run, its outputs have another shape, or the difference exceeds the
+            variant's bound (for fp32, the limits of the parity check).
     """
     folder = find_source(source).folder
     texts = sample_texts(_TEXTS)
@@ -66,7 +67,14 @@ def compare_with_source(bundle: Bundle, variant: str, runner: OnnxRunner, source
 def _torch_logits(folder: str, texts: Sequence[str], max_tokens: int, *, stated: bool) -> Matrix:
     """Return the logits of texts by transformers in fp32, float32 (texts, labels).
 
-    For arguments and errors, see `torch_embeddings`.
+    Args:
+        folder: folder of the PyTorch model.
+        texts: the texts.
+        max_tokens: longer texts are truncated.
+        stated: whether the user stated `max_tokens`; if not, it must be the limit that transformers reads.
+
+    Raises:
+        ExportError: transformers cannot run the model, or has another limit.
     """
     with calling_libraries(f"{folder} cannot be run by transformers", "is it a text classifier?"):
         import torch
