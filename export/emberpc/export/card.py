@@ -1,4 +1,4 @@
-"""The model card: a bundle's README.md, written from its manifest."""
+"""The model card: the README.md of a bundle, made from the bundle's manifest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from emberpc.export.classify.calibration import weakness
 
 
 def model_card(manifest: Manifest) -> str:
-    """Return the card as Markdown, with the front matter that model hubs read."""
+    """Return the model card of a bundle as Markdown, with the front matter that model hubs read."""
     classifier = manifest.task is Task.CLASSIFICATION
     tag = "text-classification" if classifier else "sentence-similarity"
     prompts = [f"{kind} {text!r}" for kind, text in vars(manifest.prompts).items() if text]
@@ -58,7 +58,10 @@ def model_card(manifest: Manifest) -> str:
 
 
 def _variants(manifest: Manifest) -> list[str]:
-    """Return a table of the variants' figures as lines of Markdown, and the variants that were not kept."""
+    """Return lines of Markdown: a table of the variants' figures, and the variants that were tried and not kept.
+
+    The list is empty if fp32 is the only measured variant and no variant was dropped.
+    """
     rows = [(variant, variant.measured) for variant in manifest.variants if variant.measured is not None]
     if len(rows) < 2 and not manifest.dropped:
         return []

@@ -46,10 +46,10 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClassifierData:
-    """Paths and format of a classifier's texts, as CSV, TSV, JSONL or Parquet.
+    """Paths of the files with a classifier's texts (CSV, TSV, JSONL or Parquet), and their columns.
 
-    `validation` has texts for early stopping and calibration. `outside` has texts without any of the labels.
-    `descriptions` has a description of each label.
+    `train` has the training texts. `validation` has texts for early stopping and calibration; None: some training texts
+    serve for this. `outside` has texts without any of the labels. `descriptions` has a description of each label.
     """
 
     train: Path | str
@@ -60,7 +60,7 @@ class ClassifierData:
     label_column: str = "label"
     #: Separator between the labels of a text; None: every text has one label.
     separator: str | None = None
-    #: Fewest texts of a label.
+    #: Fewest training texts that each label must have.
     min_examples: int = 2
 
 
@@ -81,7 +81,7 @@ def export_classifier(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> Manifest:
-    """Fine-tune a classifier, export it, and check it against PyTorch.
+    """Fine-tune a classifier, export it as a bundle, and check it against PyTorch.
 
     Temperature, thresholds and the figures in `quality` come from texts that the classifier, or a classifier fitted in
     the same way, was not trained on: those of the validation file, or training texts that are held out or
@@ -92,16 +92,17 @@ def export_classifier(
         base: the encoder: a folder, an installed package that holds one, or a hub id.
         target: the bundle's folder; it is written atomically.
         strategy: one of `EXPORTABLE`.
-        label_texts: whether to train on the labels' names or descriptions, too. Names that say nothing about the texts,
-            such as numbers, are not used.
+        label_texts: whether to train on the labels' descriptions, too, or on the labels' names if there are no
+            descriptions. Names are used only if they help to classify the texts; numbers do not.
         balanced: whether every label has the same weight, whatever its number of texts.
-        epochs: passes over the texts; default: the more texts, the fewer passes.
+        epochs: the most passes over the texts, if the strategy trains the encoder; default: 5 to 12, fewer for more
+            texts.
         rejection_rate: share of texts with labels that may be rejected as out of scope, in [0, 1), if `data` has no
             texts outside all labels; 0: nothing is rejected.
         checkpoints: folder for checkpoints, from which an interrupted training continues; None: no checkpoints.
         variants: variants to write in addition to fp32: names, or `auto`; see `emberpc.export.variants`. They are
-            measured on the validation file, or else on training texts that were held out for good, or else on texts
-            that were trained on. The manifest says which.
+            measured on the validation file, or else on training texts that the classifier was not trained on, or else
+            on texts that it was trained on. The manifest says which texts these were.
         overwrite: whether to replace an existing bundle.
         max_tokens: the most tokens of a text; training truncates longer texts. Default: the base's limit.
         seed: seed of splits and order.
@@ -165,7 +166,12 @@ def export_classifier(
 
 
 def _warn_of_few(held_out: int, source: Path | str) -> None:
-    """Warn that the probabilities are not calibrated, or that few held-out texts support them."""
+    """Log a warning if there are no held-out texts, or too few for a good calibration.
+
+    Args:
+        held_out: number of held-out texts.
+        source: file of the training texts, for the warning.
+    """
     if not held_out:
         _LOGGER.warning(
             "%s: there are too few texts to hold any out, so no temperature could be fitted: the probabilities are "
@@ -182,7 +188,11 @@ def _warn_of_few(held_out: int, source: Path | str) -> None:
 
 
 def read_data(data: ClassifierData) -> tuple[Examples, Examples | None, list[str]]:
-    """Read the training texts, the validation texts (or None), and the texts outside all labels (or none).
+    """Read the training texts, the validation texts, and the texts outside all labels.
+
+    Returns:
+        The training examples; the validation examples, or None without that file; the texts outside all labels, an
+        empty list without that file.
 
     Raises:
         ExportError: a file cannot be read or its data cannot be used; the error names the row.
@@ -203,7 +213,12 @@ class _Measuring(TypedDict):
 
 
 def _to_measure_on(examples: Examples, validation: Examples | None, held_out: HeldOut) -> _Measuring:
-    """Choose texts to measure variants on, if possible texts that the classifier was not trained on.
+    """Choose the texts to measure variants on: if possible, texts that the classifier was not trained on.
+
+    Args:
+        examples: the training texts.
+        validation: the texts of the validation file; None without such a file.
+        held_out: the held-out texts of the fit.
 
     Returns:
         Keyword arguments for `add_variants`: the examples, and their description.
@@ -219,7 +234,7 @@ def _to_measure_on(examples: Examples, validation: Examples | None, held_out: He
 
 
 def _conflicts(examples: Examples) -> int:
-    """Return the number of texts that occur with different labels."""
+    """Return the number of distinct texts that occur with different labels."""
     given: dict[str, set[bytes]] = {}
     for text, targets in zip(examples.texts, examples.targets, strict=True):
         given.setdefault(text, set()).add(targets.tobytes())
@@ -227,7 +242,10 @@ def _conflicts(examples: Examples) -> int:
 
 
 def _measured(fitted: Fitted, rule: DecisionRule, beyond: Matrix | None) -> dict[str, float]:
-    """Return figures on the held-out texts; an empty dict if there are none."""
+    """Return figures of a classifier on its held-out texts; an empty dict if there are none.
+
+    `beyond` are logits of texts outside all labels, float32 (texts, labels); None: no figures of their rejection.
+    """
     held_out = fitted.held_out
     if not len(held_out):
         return {}
@@ -248,7 +266,12 @@ def _write(
     strategy: str,
     progress: Progress,
 ) -> Manifest:
-    """Add the head to the graph, compare it with PyTorch, write the other files, and return the manifest.
+    """Write a classifier's bundle except its manifest and model card, and compare the classifier with PyTorch.
+
+    The encoder of `converted`, or the tuned encoder of `fitted`, gets the head of `fitted`.
+
+    Returns:
+        The manifest, without further variants and without hashes of files.
 
     Raises:
         ExportError: the strategy made no linear head, or outputs differ from PyTorch's.
@@ -281,9 +304,17 @@ def _write(
 
 @contextmanager
 def tuned_encoder(encoder: Encoder, fitted: Fitted, folder: Path) -> Iterator[tuple[Encoder, Encoder | None]]:
-    """Yield the encoder whose vectors the head needs, and the same encoder again if it was tuned, or else None.
+    """Yield the encoder that the head belongs to, twice if it was tuned, or else together with None.
 
-    A tuned encoder is in a temporary folder that is removed after the block.
+    A tuned encoder is written to a temporary folder in `folder`, which is removed after the block.
+
+    Args:
+        encoder: the encoder before the fit.
+        fitted: the result of the fit.
+        folder: existing folder for the temporary folder.
+
+    Raises:
+        ExportError: the tuned encoder cannot be written or read.
     """
     if fitted.tuned is None:
         yield encoder, None
@@ -299,9 +330,19 @@ def _runner(folder: Path, encoder: Encoder, converted: Converted) -> OnnxRunner:
 
 
 def _compare(folder: Path, head: Head, source: Encoder, runner: OnnxRunner) -> Variant:
-    """Compare the exported classifier with PyTorch, and store some texts with their outputs as the reference.
+    """Compare the exported classifier with PyTorch, write the head and the reference outputs, and return the variant.
 
-    The reference has docstrings and none of the user's texts: training texts must not leave with the bundle.
+    The texts of the reference are docstrings of Python's standard library and none of the user's texts: a bundle must
+    not give training texts away.
+
+    Args:
+        folder: the bundle's folder.
+        head: the linear head.
+        source: the encoder that the head belongs to, for PyTorch.
+        runner: runner of the exported classifier.
+
+    Raises:
+        ExportError: the outputs differ from PyTorch's.
     """
     texts: Sequence[str] = sample_texts(PARITY_TEXTS)
     embeddings = torch_embeddings(str(source.folder), texts, source.max_tokens, stated=source.max_tokens_stated)
@@ -315,7 +356,7 @@ def _compare(folder: Path, head: Head, source: Encoder, runner: OnnxRunner) -> V
 
 
 def _write_config(folder: Path, config: dict[str, object], examples: Examples) -> None:
-    """Write a config.json with which transformers loads the bundle as a classifier."""
+    """Write the config.json of a classifier's bundle: `config` of the encoder, with the labels for transformers."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as ARCHITECTURES
 
     architecture = ARCHITECTURES.get(str(config.get("model_type")))

@@ -31,11 +31,12 @@ from emberpc.export.source.matryoshka import check_matryoshka
 from emberpc.export.variants import FP32, add_variants, check_names
 
 MODEL_PATH = "onnx/model.onnx"
-#: Number of texts to compare with PyTorch, and number of these that are stored in the bundle for later checks.
+#: Number of texts on which an exported model is compared with PyTorch.
 PARITY_TEXTS = 64
+#: Number of these texts that are stored in the bundle with their outputs, for later checks on any host.
 REFERENCE_TEXTS = 16
-#: Keys of tokenizer_config.json that transformers copies from tokenizer.json's truncation and padding. Some readers
-#: obey them, so they are removed.
+#: Keys of tokenizer_config.json that are removed. transformers copies them from the truncation and padding that
+#: tokenizer.json states, and some readers would truncate or pad by them.
 _BAKED_IN = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
 _TOOLS = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
 
@@ -67,14 +68,15 @@ def export_embedding(
         variants: variants to write in addition to fp32: names, or `auto`; see `emberpc.export.variants`.
         validation: a file to measure variants on: texts like those to be served, or queries with passages that answer
             them; default: docstrings of Python's standard library.
-        corpus: with queries, a file of more passages to search in.
+        corpus: if `validation` has queries, a file of more passages to search in; None: no more passages.
         progress: called with the current step.
 
     Returns:
         The manifest, with the measured parity.
 
     Raises:
-        ExportError: the source cannot be exported, or outputs differ from PyTorch's.
+        ExportError: an argument is invalid, a file cannot be read, the source cannot be exported, a variant requested
+            by name misses its bound, or outputs differ from PyTorch's.
         BundleError: `target` exists and may not be replaced.
     """
     check_names(variants)
@@ -92,7 +94,14 @@ def export_embedding(
 
 
 def _validation(path: Path | str | None, corpus: Path | str | None) -> tuple[list[str], Judged | None]:
-    """Read the data to measure variants on: texts, or queries with their passages (then the texts are empty)."""
+    """Read the data to measure variants on: texts, or queries with their passages.
+
+    Returns:
+        The texts and None; or no texts, and the queries and passages. Without a file, no texts and None.
+
+    Raises:
+        ExportError: a file cannot be read, or there is a corpus without queries.
+    """
     if path is not None and has_queries(path):
         return [], read_judged(path, corpus)
     if corpus is not None:
@@ -114,23 +123,24 @@ def write_embedding(
     quality: Mapping[str, float] | None = None,
     progress: Progress,
 ) -> Manifest:
-    """Write an encoder as an embedding bundle into a staged folder, without the final manifest, and check it.
+    """Write the files of an embedding model's bundle except the manifest, and check the model against PyTorch.
 
     Args:
         encoder: the encoder.
         folder: a folder from `staged_folder`.
-        variants: as for `export_embedding`.
+        variants: variants to write in addition to fp32: names, or `auto`.
         texts_to_try: texts to measure variants on; none: docstrings of Python's standard library.
         judged: queries and passages to measure variants on instead.
-        strategy: name of the method that tuned the encoder, if any.
-        quality: figures of the tuning.
+        strategy: name of the method by which the encoder was fine-tuned; empty if it was not.
+        quality: figures of the fine-tuning, for the manifest.
         progress: called with the current step.
 
     Returns:
         The manifest; `finish_bundle` must write it.
 
     Raises:
-        ExportError: the encoder cannot be exported, or outputs differ from PyTorch's.
+        ExportError: the encoder cannot be exported, a variant requested by name misses its bound, or outputs differ
+            from PyTorch's.
     """
     converted = convert_encoder(encoder, folder, progress)
     converted.graph.save(folder / MODEL_PATH)
@@ -173,7 +183,10 @@ def _measured_on(texts: Sequence[str], judged: Judged | None) -> str:
 
 @dataclass(frozen=True)
 class Converted:
-    """An encoder's graph with pooling; its tokenizer is in the bundle's folder."""
+    """An encoder that was converted to ONNX: its graph with pooling, the dimensions of its vectors, and its padding.
+
+    The tokenizer's files are in the bundle's folder.
+    """
 
     graph: GraphEditor
     dimensions: int
@@ -182,6 +195,8 @@ class Converted:
 
 def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Converted:
     """Convert an encoder to ONNX, add its pooling, and write its tokenizer to the bundle's folder.
+
+    The graph itself is not written yet.
 
     Raises:
         ExportError: the encoder cannot be converted, or its limits contradict each other.
@@ -194,10 +209,11 @@ def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Conve
     graph.take_tokens_alone(encoder.name)
     dimensions = graph.pool(encoder.pooling, encoder.dense, normalize=encoder.normalize)
     check_matryoshka(encoder.matryoshka_dimensions, dimensions, encoder.name)
-    # Truncation and padding are switched off in the file: the server truncates as a call asks, and pads each batch.
+    # Switch off truncation and padding in tokenizer.json: the server truncates as a call states, and pads each batch.
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if encoder.lower_case:
-        # sentence-transformers lower-cases outside the tokenizer, but a server of the bundle has only the tokenizer.
+        # sentence-transformers lower-cases texts outside the tokenizer, but the server uses only the tokenizer. So make
+        # the tokenizer lower-case.
         own = tokenizer.get("normalizer")
         before = [{"type": "Lowercase"}, *([own] if own else [])]
         tokenizer["normalizer"] = {"type": "Sequence", "normalizers": before}
@@ -215,7 +231,10 @@ def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Conve
 
 
 def common_fields(encoder: Encoder, converted: Converted) -> dict[str, Any]:
-    """Return the manifest's fields that describe the encoder, for embedding models and classifiers."""
+    """Return the fields of a manifest that describe the encoder, by name; `created` is the current time.
+
+    They are the same for embedding models and classifiers.
+    """
     return {
         "base_model": encoder.name,
         "revision": encoder.revision,
@@ -234,7 +253,13 @@ def common_fields(encoder: Encoder, converted: Converted) -> dict[str, Any]:
 
 
 def write_sentence_transformers(encoder: Encoder, dimensions: int, folder: Path) -> None:
-    """Write the configuration files with which sentence-transformers, TEI and others load the folder."""
+    """Write the configuration files with which sentence-transformers, TEI and others can load a bundle.
+
+    Args:
+        encoder: the encoder.
+        dimensions: dimensions of the model's vectors.
+        folder: the bundle's folder.
+    """
     dense = ["Dense" for _ in encoder.dense]
     kinds = ["Transformer", "Pooling", *dense, *(["Normalize"] if encoder.normalize else [])]
     modules = [
@@ -266,6 +291,6 @@ def write_sentence_transformers(encoder: Encoder, dimensions: int, folder: Path)
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write data as JSON; create the parent folder if it does not exist."""
+    """Write data to a file as indented JSON; create the parent folders if they do not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from emberpc.export.timing import Cost
 from emberpc.export.tuning.checkpoint import Checkpoints
 from emberpc.export.variants import FP32, check_names
 
-#: Value of `strategy` in the manifest.
+#: Value of the manifest's field `strategy` for a fine-tuned embedding model: the name of its loss.
 STRATEGY = "multiple-negatives-ranking"
 
 
@@ -38,13 +38,13 @@ def finetune_embedding(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> Manifest:
-    """Fine-tune an embedding model, export it, and check it against PyTorch.
+    """Fine-tune an embedding model for retrieval, export it, and check it against PyTorch.
 
     Args:
         files: paths of the data files.
         base: the encoder: a folder, an installed package that holds one, or a hub id.
         target: the bundle's folder; it is written atomically.
-        epochs: the most passes over the queries; the best epoch on the held-out queries is kept.
+        epochs: the most passes over the queries; the weights of the best epoch on the held-out queries are kept.
         layers: number of upper layers to train; default: a third of all layers.
         hard_negatives: number of hard negatives for each query of a batch; 0: none.
         checkpoints: folder for checkpoints, from which an interrupted training continues; None: no checkpoints.
@@ -55,11 +55,12 @@ def finetune_embedding(
         progress: called with the current step.
 
     Returns:
-        The manifest; `quality` has the figures before and after, see `emberpc.export.retrieval.ranking.tune`.
+        The manifest; its `quality` has the figures before and after the training, which are described at
+        `emberpc.export.retrieval.ranking.tune`.
 
     Raises:
         ExportError: an argument is invalid, data or base cannot be used, nDCG@10 of the held-out queries did not grow,
-            or outputs differ from PyTorch's.
+            or outputs differ from PyTorch's. Nothing is written then, except checkpoints.
         BundleError: `target` exists and may not be replaced.
     """
     for name, value, least in (("epochs", epochs, 1), ("layers", layers, 1), ("hard_negatives", hard_negatives, 0)):
@@ -109,7 +110,10 @@ def finetune_embedding(
 
 
 def _no_gain(quality: dict[str, float]) -> str:
-    """Return an error message if nDCG@10 of the held-out queries did not grow; empty if it did."""
+    """Return an error message if the training did not raise nDCG@10 of the held-out queries; empty if it did.
+
+    `quality` has the figures of `tune` and the number of held-out queries.
+    """
     before, after = (quality[f"held_out_{DECIDING}_{when}"] for when in ("before", "after"))
     if after > before:
         return ""

@@ -1,1 +1,1 @@
-"""Convert a model to ONNX and compare the result with its source."""
+"""Convert a model to ONNX, run the ONNX file, and compare its outputs with those of the source."""

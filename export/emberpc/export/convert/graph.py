@@ -13,13 +13,14 @@ from onnx import TensorProto, helper, numpy_helper
 from emberpc.export.errors import ExportError
 from emberpc.export.source.encoder import Dense
 
-#: Prefix of the names of nodes that an export adds to a converted graph.
+#: Prefix of the names of the nodes that an export adds to a converted graph, by which variants tell them from others.
 ADDED = "emberpc_"
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
-#: Least divisors for an empty mask and for a zero vector, as in sentence-transformers and torch.
+#: Least divisor of a mean over tokens, so that an empty mask does not divide by 0; sentence-transformers has the same.
 _MIN_TOKENS = 1e-9
+#: Least length that a vector is divided by, so that a zero vector does not divide by 0; torch has the same.
 _MIN_NORM = 1e-12
-#: An ONNX file is one protobuf message of at most 2 GiB. 16 MiB are reserved for everything except weights.
+#: The most bytes of a graph that is written as one file: protobuf allows 2 GiB, and 16 MiB are a reserve.
 _MOST_BYTES = 2**31 - 2**24
 
 
@@ -30,7 +31,7 @@ class GraphEditor:
     """Adds nodes to the end of an ONNX graph.
 
     Args:
-        path: ONNX file of the converted encoder; it must have the output `last_hidden_state`.
+        path: ONNX file of a converted encoder, which must have the output `last_hidden_state`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,13 +43,14 @@ class GraphEditor:
     def take_tokens_alone(self, name: str) -> None:
         """Reduce the graph's inputs to token ids, mask and token types.
 
-        `position_ids`, an input of decoders, are computed from the mask: the number of tokens before each token.
+        If the graph has the input `position_ids`, as graphs of decoders have, nodes compute the positions from the mask
+        instead: the number of tokens before each token.
 
         Args:
             name: name of the model, for errors.
 
         Raises:
-            ExportError: the graph has another input, like an encoder with a decoder.
+            ExportError: the graph has any other input, such as those of an encoder with a decoder.
         """
         inputs = self.model.graph.input
         for given in [given for given in inputs if given.name == "position_ids"]:
@@ -59,7 +61,7 @@ class GraphEditor:
             counted = self._node("CumSum", ["attention_mask", "axis_1_scalar"])
             places = self._node("Max", [self._node("Sub", [counted, "one"]), "zero"])
             self.model.graph.node.append(helper.make_node("Identity", [places], [given.name], name=f"{ADDED}positions"))
-            # ONNX requires that nodes are listed in the order of computation.
+            # Move the new nodes to the front: ONNX requires that nodes are listed in the order of computation.
             nodes = list(self.model.graph.node)
             del self.model.graph.node[:]
             self.model.graph.node.extend(nodes[before:] + nodes[:before])
@@ -71,17 +73,17 @@ class GraphEditor:
 
     @property
     def hidden_size(self) -> int:
-        """Dimensions of a token's vector, read from the graph: config.json files use several names for this number."""
+        """Dimensions of a token's vector. They are read from the graph, since config.json files have several names."""
         output = next(output for output in self.model.graph.output if output.name == "last_hidden_state")
         return int(output.type.tensor_type.shape.dim[2].dim_value)
 
     def pool(self, pooling: str, dense: Sequence[Dense], *, normalize: bool) -> int:
-        """Add the output `sentence_embedding`, fp32 (texts, dimensions), as sentence-transformers computes it.
+        """Add the output `sentence_embedding`, float32 (texts, dimensions), as sentence-transformers computes it.
 
         Args:
             pooling: `mean`, `cls`, `max` or `lasttoken`.
-            dense: layers behind the pooling.
-            normalize: whether to scale vectors to length 1.
+            dense: layers behind the pooling, in their order.
+            normalize: whether to scale vectors to length 1 at the end.
 
         Returns:
             The dimensions of the output.
@@ -101,16 +103,17 @@ class GraphEditor:
         return dimensions
 
     def classify(self, weights: Matrix, bias: Matrix, temperature: float, *, multi_label: bool) -> None:
-        """Add a linear head. It reads the vectors of `sentence_embedding`, scaled to length 1.
+        """Add a linear head, which reads the vectors of `sentence_embedding`, scaled to length 1.
 
-        The outputs are then `logits`, `sentence_embedding` and `probabilities`,
-        fp32 (texts, labels), (texts, dimensions) and (texts, labels).
+        The graph's outputs are then `logits`, float32 (texts, labels), `sentence_embedding`, float32 (texts,
+        dimensions), and `probabilities`, float32 (texts, labels).
 
         Args:
             weights: float32 (dimensions, labels).
             bias: float32 (labels,).
-            temperature: divides the logits before they become probabilities.
-            multi_label: whether each label has its own probability (sigmoid); otherwise they sum to 1 (softmax).
+            temperature: number above 0 that divides the logits before they become probabilities.
+            multi_label: whether each label has its own probability (sigmoid); otherwise a text's probabilities add up
+                to 1 (softmax).
         """
         self._constant("head_weights", weights)
         self._constant("head_bias", bias)
@@ -126,7 +129,11 @@ class GraphEditor:
         self.model.graph.output.extend(outputs[name] for name in ("logits", "sentence_embedding", "probabilities"))
 
     def save(self, path: Path) -> None:
-        """Write and check the graph; see `save_model`."""
+        """Write the graph to an ONNX file and check it; a graph beyond 2 GiB gets a second file for its weights.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
         save_model(self.model, path)
 
     def _mean(self) -> str:
@@ -149,18 +156,18 @@ class GraphEditor:
     def _last(self) -> str:
         """Add nodes that take the vector of each text's last token; return the name of their output.
 
-        The last token is where the running count of tokens reaches their number.
+        The last token is where the running count of tokens reaches the text's number of tokens.
         """
         counted = self._node("CumSum", ["attention_mask", "axis_1_scalar"])
         count = self._node("ReduceSum", ["attention_mask", "axis_1"], keepdims=1)
         here = self._node("Cast", [self._node("Equal", [counted, count])], to=TensorProto.FLOAT)
-        # Padding behind the last token has the same count, so the mask removes it.
+        # The running count stays the same in the padding behind the last token, so the mask removes the padding.
         here = self._node("Mul", [here, self._node("Cast", ["attention_mask"], to=TensorProto.FLOAT)])
         chosen = self._node("Mul", ["last_hidden_state", self._node("Unsqueeze", [here, "axis_last"])])
         return self._node("ReduceSum", [chosen, "axis_1"], keepdims=0)
 
     def _unit(self, vectors: str) -> str:
-        """Add nodes that normalize vectors to length 1; return the name of their output."""
+        """Add nodes that scale the vectors of the output `vectors` to length 1; return the name of the last output."""
         squares = self._node("Mul", [vectors, vectors])
         norm = self._node("Sqrt", [self._node("ReduceSum", [squares, "axis_1"], keepdims=1)])
         return self._node("Div", [vectors, self._at_least(norm, _MIN_NORM)])
@@ -174,7 +181,7 @@ class GraphEditor:
         self.model.graph.initializer.append(numpy_helper.from_array(value, name))
 
     def _node(self, operator: str, inputs: list[str], **attributes: int) -> str:
-        """Add a node with one output; return the output's name."""
+        """Add a node with one output at the end of the graph; return the output's name."""
         name = f"{ADDED}{operator.lower()}_{len(self.model.graph.node)}"
         self.model.graph.node.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
         return name
@@ -186,7 +193,13 @@ class GraphEditor:
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> None:
-    """Write and check a graph; weights beyond the 2 GiB of one file go to `<name>_data` beside it.
+    """Write a graph to an ONNX file, and check the file.
+
+    If the graph does not fit into one file of 2 GiB, its weights go to the file `<name>_data` beside the ONNX file.
+
+    Args:
+        model: the graph; it does not change.
+        path: the ONNX file; an existing file is replaced, and missing folders are created.
 
     Raises:
         OSError: a file cannot be written.
@@ -204,6 +217,6 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
 
 
 def check_size(model: onnx.ModelProto) -> None:
-    """Raise ExportError for a graph that does not fit into one file: quantizer and optimizer do not support it."""
+    """Raise ExportError for a graph beyond the 2 GiB of one file: the quantizer and the optimizer do not support it."""
     if model.ByteSize() > _MOST_BYTES:
         raise ExportError("the model is larger than 2 GiB; variants of such models are not supported yet")

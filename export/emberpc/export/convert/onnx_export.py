@@ -11,14 +11,16 @@ from emberpc.export.libraries import calling_libraries
 
 
 def convert(folder: Path, target: Path) -> Path:
-    """Convert an encoder; the graph returns `last_hidden_state`, fp32 (texts, tokens, hidden size).
+    """Convert an encoder from PyTorch to ONNX with optimum.
+
+    The graph has the output `last_hidden_state`, float32 (texts, tokens, hidden size).
 
     Args:
         folder: the encoder, in Hugging Face's format.
         target: folder for the ONNX file, the configuration and the tokenizer.
 
     Returns:
-        The ONNX file.
+        The path of the ONNX file.
 
     Raises:
         ExportError: the encoder cannot be converted, or its tokenizer or weights are incomplete.
@@ -46,7 +48,7 @@ def convert(folder: Path, target: Path) -> Path:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Raise ExportError if there is no fast tokenizer, or one that its tokenizer.json alone does not describe."""
+    """Raise ExportError if the folder has no fast tokenizer that its tokenizer.json alone describes."""
     with calling_libraries(
         f"{folder} has no tokenizer that can be read", "get the model again, with its tokenizer.json"
     ):
@@ -66,7 +68,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    """Raise ExportError if weights are missing: transformers would use random ones instead, with only a warning."""
+    """Raise ExportError if weights are missing: transformers would use random weights in their place and only warn."""
     from transformers import AutoModel
 
     _, info = AutoModel.from_pretrained(

@@ -14,13 +14,13 @@ from emberpc.bundle import BundleError, Graph, Interface, Tensor, find_inputs
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
 
-#: Texts of a batch. Small batches of texts of similar length are the fastest on a CPU.
+#: Number of texts of a batch. Small batches of texts of similar length are the fastest on a CPU.
 _BATCH = 16
 
 Matrix = npt.NDArray[np.float32]
 
 
-#: Inputs of a graph for a batch of texts, by name, each int (texts, tokens).
+#: Values of a graph's inputs for a batch of texts, by the input's name, each int (texts, tokens).
 Feeds = dict[str, npt.NDArray[np.integer]]
 
 
@@ -29,11 +29,12 @@ class OnnxRunner:
 
     Args:
         model: the ONNX file.
-        tokenizer: its `tokenizer.json`.
-        max_tokens: longer texts are truncated.
+        tokenizer: `tokenizer.json` of the model.
+        max_tokens: number of tokens after which a text is truncated.
         pad_token_id: token id that fills up the shorter texts of a batch.
         threads: number of threads that run the model; 0: one for each core.
-        interface: how to call the graph of a foreign folder; its output is then turned into a vector for each text.
+        interface: how to call the graph of a foreign folder, and how to turn its output into a vector for each text.
+            None: the graph is that of a bundle, which does this itself.
 
     Raises:
         ExportError: a file cannot be loaded, or the graph has inputs other than those of a text encoder.
@@ -64,7 +65,7 @@ class OnnxRunner:
                 "export the model again"
             ) from error
         graph = graph_of(self._session)
-        #: The graph's outputs, in order.
+        #: Names of the graph's outputs, in the graph's order.
         self.outputs = [output.name for output in graph.outputs]
         self._interface = interface
         try:
@@ -75,16 +76,16 @@ class OnnxRunner:
     def run(
         self, texts: Sequence[str], output: str, *, batch_size: int = _BATCH, progress: Progress = no_progress
     ) -> Matrix:
-        """Compute one output for texts, in their order.
+        """Run the model on texts in batches, and return one of its outputs.
 
         Args:
-            texts: at least one text.
-            output: name of the output, of shape (texts, dimensions or labels).
-            batch_size: texts of a batch; texts of similar length go together.
+            texts: at least one text, with its prompt if it needs one.
+            output: name of the output, such as `sentence_embedding` or `logits`.
+            batch_size: number of texts of a batch; a batch has texts of similar length.
             progress: called with the number of texts done.
 
         Returns:
-            float32 (texts, dimensions or labels).
+            float32 (texts, dimensions or labels), in the order of `texts`.
 
         Raises:
             ExportError: the model cannot be run.
@@ -99,7 +100,7 @@ class OnnxRunner:
         return np.stack([row for row in rows if row is not None])
 
     def prepare(self, texts: Sequence[str]) -> list[Feeds]:
-        """Return inputs for `infer`: the texts tokenized, in the batches and the order that `run` uses."""
+        """Tokenize texts and return them as inputs for `infer`: batches of 16 texts, the shortest texts first."""
         ordered = sorted(texts, key=len)
         return [self._feeds(ordered[start : start + _BATCH]) for start in range(0, len(ordered), _BATCH)]
 
@@ -113,7 +114,11 @@ class OnnxRunner:
         return self._inputs.feeds(ids, mask)
 
     def infer(self, feeds: Feeds, output: str) -> Matrix:
-        """Compute one output for a batch from `prepare`, in its order; return float32 (texts, dimensions or labels).
+        """Run the model on one batch, and return one of its outputs, float32 (texts, dimensions or labels).
+
+        Args:
+            feeds: a batch from `prepare`.
+            output: name of the output, such as `sentence_embedding` or `logits`.
 
         Raises:
             ExportError: the model cannot be run.
@@ -134,7 +139,7 @@ class OnnxRunner:
 
 
 def graph_of(session: ort.InferenceSession) -> Graph:
-    """Return the inputs and outputs of a loaded model."""
+    """Return the inputs and outputs of a model that ONNX Runtime has loaded."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
     return Graph(
         [Tensor(node.name, node.type, node.shape) for node in inputs],
@@ -143,7 +148,7 @@ def graph_of(session: ort.InferenceSession) -> Graph:
 
 
 def look(path: Path) -> Graph:
-    """Load an ONNX file, and return its inputs and outputs.
+    """Load an ONNX file with ONNX Runtime, and return the inputs and outputs of its graph.
 
     Raises:
         ExportError: the file cannot be loaded.

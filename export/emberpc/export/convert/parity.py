@@ -1,4 +1,4 @@
-"""Compare an ONNX file's outputs with PyTorch's."""
+"""Compare the outputs of an ONNX file with those of PyTorch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,27 @@ from emberpc.bundle.peers import read_json, read_positions, transformer_folder
 from emberpc.export.convert.onnx_runner import Matrix
 from emberpc.export.errors import ExportError
 
-#: Limits of fp32: both sides compute the same operations in another order.
+#: Least cosine between a text's outputs by an fp32 ONNX file and by PyTorch. The two compute the same operations in
+#: another order, so only rounding may differ.
 MIN_COSINE = 0.9999
+#: Greatest absolute difference of an output value between an fp32 ONNX file and PyTorch, for outputs of at most 1.
 MAX_ABS_DIFF = 1e-4
-#: Logits that differ by less count as equal, for example those of a head that learned nothing.
+#: Logits that differ by at most this much count as equal when best labels are compared: a head that learned nothing has
+#: such logits.
 _TIE = 1e-6
 
 
 def compare(expected: Matrix, got: Matrix, *, labels: bool = False) -> Parity:
-    """Compare outputs, both float32 (texts, dimensions or labels).
+    """Compare outputs of PyTorch and of ONNX Runtime for the same texts.
 
     Args:
-        expected: outputs of PyTorch.
-        got: outputs of ONNX Runtime.
+        expected: outputs of PyTorch, float32 (texts, dimensions or labels).
+        got: outputs of ONNX Runtime, of the same shape.
         labels: whether the outputs are logits, so that the best label of each text is compared, too.
+
+    Returns:
+        The greatest absolute difference, the least cosine, and the share of texts with the same best label (1.0 unless
+        `labels`).
 
     Raises:
         ExportError: the outputs have different shapes.
@@ -50,11 +57,11 @@ def compare(expected: Matrix, got: Matrix, *, labels: bool = False) -> Parity:
 
 
 def faults(parity: Parity, scale: float = 1.0) -> list[str]:
-    """Return a message for each limit that fp32 misses; an empty list if it meets all.
+    """Return a message for each limit of an fp32 ONNX file that `parity` misses; an empty list if it meets all limits.
 
     Args:
         parity: result of `compare`.
-        scale: largest magnitude of the outputs; the limit of the difference is multiplied by it.
+        scale: factor of the limit of the difference: the largest magnitude of the outputs, at least 1.
     """
     found = []
     if not parity.cosine_min >= MIN_COSINE:
@@ -67,7 +74,13 @@ def faults(parity: Parity, scale: float = 1.0) -> list[str]:
 
 
 def require(name: str, parity: Parity, expected: Matrix) -> None:
-    """Raise ExportError if `parity` misses a limit of fp32; `name` is for the message, `expected` for the scale."""
+    """Raise ExportError if `parity` misses a limit of an fp32 ONNX file.
+
+    Args:
+        name: name of the model, for the error.
+        parity: result of `compare`.
+        expected: outputs of PyTorch, whose largest magnitude scales the limit of the difference.
+    """
     found = faults(parity, scale=max(1.0, float(np.abs(expected).max())))
     if found:
         raise ExportError(
@@ -76,13 +89,14 @@ def require(name: str, parity: Parity, expected: Matrix) -> None:
 
 
 def torch_embeddings(folder: str, texts: Sequence[str], max_tokens: int, *, stated: bool = False) -> Matrix:
-    """Embed texts with sentence-transformers in fp32, without any prompt; float32 (texts, dimensions).
+    """Return the vectors of texts by sentence-transformers in fp32, without any prompt, float32 (texts, dimensions).
 
     Args:
-        folder: the model.
+        folder: folder of the model.
         texts: the texts.
-        max_tokens: number of tokens at which the other side of the comparison truncates texts.
-        stated: whether the user stated this limit; otherwise the model itself must have it.
+        max_tokens: number of tokens at which texts are truncated: the limit of the ONNX model in the comparison.
+        stated: whether the user stated `max_tokens`. Otherwise it must be the limit of the model in
+            sentence-transformers.
 
     Raises:
         ExportError: sentence-transformers cannot load or run the model, or truncates texts at another limit.
@@ -96,7 +110,8 @@ def torch_embeddings(folder: str, texts: Sequence[str], max_tokens: int, *, stat
         model = SentenceTransformer(folder, device="cpu", local_files_only=True)
         if not stated:
             require_limit(folder, model.max_seq_length, max_tokens, "sentence-transformers")
-        # Here the model has this limit already, or a limit beyond its positions, with which it would fail.
+        # If the user did not state the limit, the model has the same limit already, or one beyond its positions, with
+        # which it would fail.
         model.max_seq_length = max_tokens
         with torch.inference_mode():
             found = model.encode(list(texts), prompt="", convert_to_numpy=True, show_progress_bar=False)
@@ -107,11 +122,11 @@ def source_limit(folder: Path, own: float | None) -> int | None:
     """Return the number of tokens at which a model's own library truncates texts.
 
     Args:
-        folder: the model.
-        own: the limit of the loaded model in the library; None or an absurdly large number: no limit.
+        folder: folder of the model.
+        own: limit in tokens of the model as the library loaded it; None or an absurdly large number: no limit.
 
     Returns:
-        That limit, or the number of the model's positions if it is less; None without either.
+        The smaller of `own` and the number of positions of the model; None if there is neither.
     """
     positions = read_positions(read_json(transformer_folder(folder) / "config.json"))
     limits = [int(limit) for limit in (own, positions) if limit is not None and limit <= MAX_TOKENS]
@@ -119,12 +134,12 @@ def source_limit(folder: Path, own: float | None) -> int | None:
 
 
 def require_limit(folder: str, own: float | None, max_tokens: int, library: str) -> None:
-    """Raise ExportError unless a model's own library truncates texts at the same limit as the other side.
+    """Raise ExportError if a model's own library truncates texts at another number of tokens than the ONNX model.
 
     Args:
-        folder: the model.
-        own: as for `source_limit`.
-        max_tokens: number of tokens at which the other side truncates texts.
+        folder: folder of the model.
+        own: limit in tokens of the model as the library loaded it; None or an absurdly large number: no limit.
+        max_tokens: number of tokens at which the ONNX model truncates texts.
         library: name of the library, for the error.
     """
     limit = source_limit(Path(folder), own)

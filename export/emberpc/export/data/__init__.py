@@ -1,1 +1,1 @@
-"""Read labelled examples and texts."""
+"""Read texts and labelled texts from files, and the docstrings of Python's standard library."""

@@ -20,22 +20,23 @@ from emberpc.export.errors import ExportError
 _LOGGER = logging.getLogger(__name__)
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _FORMATS = ".csv, .tsv, .jsonl, .ndjson or .parquet"
-#: Code points of invisible characters that other programs leave at the ends of a cell; `str.strip` keeps them.
-#: They are those that the server's search ignores: soft hyphen, zero width spaces and joiners, bidirectional marks.
-#: Variation selectors and tags are kept, since they are part of an emoji, and Hangul fillers, which are letters.
+#: Code points of invisible characters that other programs leave at the ends of a cell and that `str.strip` does not
+#: remove: soft hyphen, zero width spaces and joiners, bidirectional marks. The server's lexical search ignores the same
+#: characters. Variation selectors and tags are not among them, since they are part of an emoji, nor are Hangul fillers,
+#: which are letters.
 _INVISIBLE = (
     *(0xAD, 0x34F, 0x61C, 0x17B4, 0x17B5, 0xFEFF),
     *(*range(0x180B, 0x1810), *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070)),
     *(*range(0xFFF0, 0xFFF9), *range(0x1BCA0, 0x1BCA4), *range(0x1D173, 0x1D17B)),
 )
-#: Space and invisible characters, which are removed around a label.
+#: White space and invisible characters, which are removed at both ends of a label.
 _AROUND = "".join([*filter(str.isspace, map(chr, range(0x3001))), *map(chr, _INVISIBLE)])
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts of a file with the labels of each, and the place of each in the file, such as `line 17`."""
+    """Texts of a file in their order, with the labels of each text, and its place in the file, such as `line 17`."""
 
     path: Path
     texts: list[str]
@@ -43,7 +44,11 @@ class LabelledTexts:
     places: list[str]
 
     def conflicts(self) -> dict[str, list[str]]:
-        """Return the texts that occur with different labels, each with its places and labels: `line 17: cancel`."""
+        """Return the texts that occur with different labels.
+
+        Returns:
+            For each such text, the first place of each of its sets of labels, such as `line 17: cancel`.
+        """
         seen: dict[str, dict[tuple[str, ...], str]] = {}
         for text, labels, place in zip(self.texts, self.labels, self.places, strict=True):
             seen.setdefault(text, {}).setdefault(labels, f"{place}: {', '.join(labels) or 'no label'}")
@@ -61,11 +66,11 @@ def read_labelled(
 
     Args:
         path: CSV or TSV with a header, JSONL, or Parquet (needs the extra `parquet`); UTF-8.
-        text_column: the column with the texts.
-        label_column: the column with the labels. Space and invisible characters around a label are removed, and the
-            label is normalized to NFC.
-        separator: separator of a text's labels. In JSONL and Parquet, labels may also be a list, or missing, or null.
-            Default: every text has one label.
+        text_column: name of the column with the texts.
+        label_column: name of the column with the labels. White space and invisible characters around a label are
+            removed, and the label is normalized to NFC.
+        separator: separator between the labels of a text, which may have any number of labels. In JSONL and Parquet,
+            the labels of a text may also be a list, missing, or null. Default: every text has one label.
 
     Returns:
         The texts in the order of the file.
@@ -81,7 +86,7 @@ def read_labelled(
     labels: list[tuple[str, ...]] = []
     places: list[str] = []
     rows = read_rows(path)
-    # A column that no row has is a mistake, even where labels may be missing.
+    # Labels may be missing in some rows, but a column that no row has is a mistake in its name.
     may_be_missing = separator is not None and any(label_column in row for _, row in rows)
     for place, row in rows:
         texts.append(text_of(path, place, row, text_column))
@@ -96,7 +101,11 @@ def read_labelled(
 
 
 def read_texts(path: Path | str, *, text_column: str = "text") -> list[str]:
-    """Read a file of texts without labels, as `read_labelled` does.
+    """Return the texts of a CSV, TSV, JSONL or Parquet file, in their order; labels in the file are ignored.
+
+    Args:
+        path: the file, in UTF-8; CSV and TSV need a header.
+        text_column: name of the column with the texts.
 
     Raises:
         ExportError: the file cannot be read, has no such column, or a row has no text.
@@ -106,7 +115,7 @@ def read_texts(path: Path | str, *, text_column: str = "text") -> list[str]:
 
 
 def check_columns(path: Path, columns: Sequence[str]) -> None:
-    """Check that a file can be read and that its first row has some columns. Reads only the start of the file.
+    """Check that a file can be read, and that its first row has all of `columns`; a Parquet file is read as a whole.
 
     Raises:
         ExportError: the file cannot be read, has no rows, or has no such column.
@@ -117,14 +126,17 @@ def check_columns(path: Path, columns: Sequence[str]) -> None:
 
 
 def read_rows(path: Path, most: int | None = None) -> list[tuple[str, dict[str, Any]]]:
-    """Read the rows of a file, each with its place in the file, such as `line 17`.
+    """Return the rows of a CSV, TSV, JSONL or Parquet file.
 
     Args:
-        path: the file.
-        most: the most rows to read; None: all.
+        path: the file; its suffix says the format.
+        most: the most rows to return; None: all.
+
+    Returns:
+        For each row, its place in the file, such as `line 17`, and its cells by column.
 
     Raises:
-        ExportError: the file cannot be read, or has no rows.
+        ExportError: the file cannot be read, has another suffix, is malformed, or has no rows.
     """
     readers = {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}
     suffix = path.suffix.lower()
@@ -142,7 +154,13 @@ def read_rows(path: Path, most: int | None = None) -> list[tuple[str, dict[str, 
 
 
 def text_of(path: Path, place: str, row: dict[str, Any], column: str) -> str:
-    """Return the text of a cell that must not be empty.
+    """Return the text of a cell that must not be empty; a whole number becomes text.
+
+    Args:
+        path: the file, for errors.
+        place: place of the row, for errors.
+        row: cells of the row by column.
+        column: name of the column.
 
     Raises:
         ExportError: there is no such column, or the cell is empty or does not hold a text.
@@ -151,10 +169,10 @@ def text_of(path: Path, place: str, row: dict[str, Any], column: str) -> str:
 
 
 def _text(path: Path, place: str, column: str, value: Any) -> str:
-    """Return the text of a cell; an empty text for a missing value.
+    """Return the text of a cell; an empty text for None. A whole number becomes text.
 
     Raises:
-        ExportError: the cell does not hold a text, or holds characters that no text may have.
+        ExportError: the cell holds another type, a NUL character or a lone surrogate.
     """
     if value is None:
         return ""
@@ -180,21 +198,30 @@ def _filled(path: Path, place: str, column: str, text: str) -> str:
 
 
 def label_of(path: Path, place: str, row: dict[str, Any], column: str) -> str:
-    """Return the label of a cell that must not be empty, without space around it and normalized to NFC.
+    """Return the label in a cell, normalized to NFC, without white space and invisible characters around it.
+
+    Args:
+        path: the file, for errors.
+        place: place of the row, for errors.
+        row: cells of the row by column.
+        column: name of the column.
 
     Raises:
-        ExportError: see `text_of`.
+        ExportError: there is no such column, or the cell is empty or does not hold a text.
     """
     return _filled(path, place, column, _plain_label(text_of(path, place, row, column)))
 
 
 def _plain_label(text: str) -> str:
-    """Normalize a label to NFC, and remove space and invisible characters around it."""
+    """Return a label normalized to NFC, without white space and invisible characters around it."""
     return unicodedata.normalize("NFC", text).strip(_AROUND)
 
 
 def report_alike(path: Path, labels: Iterable[str]) -> None:
-    """Log a warning for labels that hardly differ. They count as different labels, which may be unintended."""
+    """Log a warning for labels that differ only in case, space, invisible characters or how a number is written.
+
+    They count as different labels, which may be unintended. `path` is the file, for the warning.
+    """
     alike: dict[str, list[str]] = {}
     for label in sorted(set(labels)):
         alike.setdefault(_comparable(label), []).append(label)
@@ -210,14 +237,17 @@ def report_alike(path: Path, labels: Iterable[str]) -> None:
 
 
 def _comparable(label: str) -> str:
-    """Normalize a label for comparison: case, space, invisible characters and how a number is written do not count."""
+    """Return a form of a label that is equal for labels that hardly differ.
+
+    Case, amount of space, invisible characters and how a number is written (`1` or `1.0`) make no difference.
+    """
     visible = "".join(" " if each.isspace() else each for each in label if unicodedata.category(each) != "Cf")
     form = " ".join(unicodedata.normalize("NFKC", visible).casefold().split())
     return str(Decimal(form).normalize()) if _NUMBER.fullmatch(form) else form
 
 
 def _undecodable(path: Path) -> str:
-    """Return the line, and the byte in that line, of the first bytes that are not UTF-8; both count from 1."""
+    """Return the place of the first bytes of a file that are not UTF-8, such as `line 3, byte 7`; both count from 1."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -228,7 +258,11 @@ def _undecodable(path: Path) -> str:
 
 
 def _several(path: Path, place: str, row: dict[str, Any], column: str, separator: str) -> tuple[str, ...]:
-    """Return the distinct labels of a cell with any number of labels, in alphabetical order."""
+    """Return the distinct labels in a cell, which may be none, in alphabetical order.
+
+    The labels are a list, or a text with `separator` between them. Raises ExportError if there is no such column, or a
+    label is not a text.
+    """
     value = _cell(path, place, row, column)
     parts = value if isinstance(value, list) else _text(path, place, column, value).split(separator)
     if wrong := [part for part in parts if type(part) not in (str, int)]:

@@ -23,13 +23,13 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def evenly(count: int, most: int) -> Rows:
-    """Return at most `most` of the indexes from 0 to `count` - 1, spaced evenly, as int64."""
+    """Return at most `most` of the indexes from 0 to `count` - 1, at equal distances and ascending, int64."""
     return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts with their labels.
+    """Texts with their labels, and descriptions of the labels.
 
     `targets` is bool (texts, labels), with one True in each row unless `multi_label`. `descriptions` has a text for
     each label, in the order of the labels, or is empty.
@@ -52,11 +52,14 @@ class Examples:
         return float(self.targets.sum() / len(self.labels))
 
     def take(self, rows: Rows | Sequence[int]) -> Examples:
-        """Return the examples of the given indexes, in that order."""
+        """Return examples with only the texts of the given indexes, in that order, and all labels."""
         return replace(self, texts=tuple(self.texts[row] for row in rows), targets=self.targets[np.asarray(rows)])
 
     def described(self) -> Examples:
-        """Return the examples with each label's description appended as one more text of that label."""
+        """Return the examples with each label's description added at the end as one more text of the label.
+
+        Examples without descriptions are returned as they are.
+        """
         if not self.descriptions:
             return self
         return replace(
@@ -67,7 +70,10 @@ class Examples:
 
 
 def label_names(labels: Sequence[str]) -> tuple[str, ...]:
-    """Return labels as words: `card_arrival` and `cardArrival` become `card arrival`."""
+    """Return each label as lower-case words: `card_arrival` and `cardArrival` become `card arrival`.
+
+    A label that consists of separators only, such as `_`, is returned as it is.
+    """
     return tuple(
         re.sub(r"[\s_\-./]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label)).strip().lower() or label
         for label in labels
@@ -104,7 +110,7 @@ def read_descriptions(path: Path | str, labels: Sequence[str]) -> tuple[str, ...
 
 
 def training_examples(data: LabelledTexts, *, multi_label: bool = False, min_examples: int = 2) -> Examples:
-    """Make training examples from the texts of a file; labels are numbered in alphabetical order.
+    """Return training examples made from the texts of a file; labels are numbered in alphabetical order.
 
     Logs a warning for labels that hardly differ, and for texts with conflicting labels.
 
@@ -138,7 +144,7 @@ def training_examples(data: LabelledTexts, *, multi_label: bool = False, min_exa
 
 
 def held_out_examples(data: LabelledTexts, like: Examples) -> Examples:
-    """Make examples to measure on, with the labels of the training texts.
+    """Return examples to measure on, made from the texts of a file, with the labels of the training texts.
 
     Logs a warning for texts with conflicting labels, and for texts that are training texts, too.
 
@@ -162,7 +168,7 @@ def held_out_examples(data: LabelledTexts, like: Examples) -> Examples:
 
 
 def _report_shared(data: LabelledTexts, training: Examples) -> None:
-    """Log a warning for texts to measure on that are training texts, too."""
+    """Log a warning if texts of `data`, which are to be measured on, are training texts, too."""
     training_texts = set(training.texts)
     shared = [(text, place) for text, place in zip(data.texts, data.places, strict=True) if text in training_texts]
     if shared:
@@ -186,7 +192,7 @@ def targets_of(data: LabelledTexts, labels: Sequence[str]) -> Targets:
 
 
 def report_conflicts(data: LabelledTexts, *, multi_label: bool = False) -> None:
-    """Log a warning for texts that occur with different labels: no classifier can get them all right."""
+    """Log a warning for texts that occur with different labels: no classifier can be right at all of their places."""
     conflicts = data.conflicts()
     if conflicts:
         text, places = next(iter(conflicts.items()))

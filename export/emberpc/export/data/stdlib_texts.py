@@ -1,7 +1,7 @@
-"""Real texts that every host has: the docstrings of its Python's standard library.
+"""Read real texts that every host has: the docstrings of the standard library of its Python.
 
 Modules written in Python are parsed and never imported, so none of their code runs. A few modules are written in C
-and have no source to parse. They are imported, which has no side effects.
+and have no source to parse. These are imported, which has no side effects.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-#: Modules whose docstrings are not of a public API.
+#: Modules and folders that are not read, since their docstrings do not describe a public API.
 _SKIPPED = frozenset(
     {
         "test",
@@ -53,7 +53,7 @@ _IN_C = (
 
 @dataclass(frozen=True)
 class StdlibDoc:
-    """A docstring.
+    """A docstring of the standard library.
 
     `name` is qualified (`itertools.chain.from_iterable`), `module` is the top-level module, `kind` is `function`,
     `method` or `class`, and `text` is the docstring without its indentation.
@@ -66,13 +66,16 @@ class StdlibDoc:
 
 
 def read_stdlib() -> list[StdlibDoc]:
-    """Return the docstrings of all public functions, methods and classes, sorted by name; each name occurs once."""
+    """Return the docstrings of all public functions, methods and classes of the standard library, sorted by name.
+
+    Each name occurs once. The docstrings are read once in each process, which takes seconds.
+    """
     return list(_read_once())
 
 
 @cache
 def _read_once() -> tuple[StdlibDoc, ...]:
-    """Read the docstrings once in each process, since it takes seconds and every export needs some."""
+    """Return the docstrings of the standard library, sorted by name; cached, since reading them takes seconds."""
     found: dict[str, StdlibDoc] = {}
     for doc in (*_from_source(), *_from_c()):
         found.setdefault(doc.name, doc)
@@ -80,9 +83,10 @@ def _read_once() -> tuple[StdlibDoc, ...]:
 
 
 def sample_texts(count: int) -> list[str]:
-    """Return texts of mixed length: edge cases, long concatenations of docstrings, and single docstrings.
+    """Return texts of mixed length: edge cases, two long concatenations of docstrings, and single docstrings.
 
-    The edge cases are a single letter, a word, other scripts, whitespace and code.
+    The edge cases are a single letter, a word, other scripts, whitespace and code. The texts are the same at each call
+    with the same version of Python.
 
     Args:
         count: number of texts, at least 8.
@@ -101,7 +105,7 @@ def sample_texts(count: int) -> list[str]:
 
 
 def _from_source() -> Iterator[StdlibDoc]:
-    """Yield the docstrings of modules written in Python, by parsing them."""
+    """Yield the docstrings of the standard library's modules written in Python; the modules are only parsed."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in _sources(root):
         parts = path.relative_to(root).with_suffix("").parts
@@ -114,7 +118,10 @@ def _from_source() -> Iterator[StdlibDoc]:
 
 
 def _sources(root: Path) -> Iterator[Path]:
-    """Yield the source files of public modules; other folders, such as site-packages, are not entered."""
+    """Yield the source files of public modules below `root`, the folder of the standard library.
+
+    Folders of other modules, such as site-packages, are not entered.
+    """
     for folder, folders, files in os.walk(root):
         if folder == str(root):
             folders[:] = [name for name in folders if name in sys.stdlib_module_names]
@@ -139,7 +146,7 @@ def _walk(node: ast.Module | ast.ClassDef, prefix: str, module: str, *, inside_c
 
 
 def _from_c() -> Iterator[StdlibDoc]:
-    """Yield the docstrings of modules written in C, by importing them."""
+    """Yield the docstrings of some of the standard library's modules written in C; the modules are imported."""
     for module_name in _IN_C:
         module = importlib.import_module(module_name)
         for name, member in sorted(vars(module).items()):

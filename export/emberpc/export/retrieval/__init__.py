@@ -1,1 +1,1 @@
-"""Fine-tuning of embedding models for search: data, hard negatives, training and measurement."""
+"""Fine-tune embedding models for search: read data, mine hard negatives, train and measure."""

@@ -1,4 +1,4 @@
-"""Embed texts with an encoder that is being trained, and cache the hidden states of the layers that stay frozen."""
+"""Embed texts with an encoder in training; the hidden states of its frozen lower layers are cached."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from emberpc.export.convert.onnx_runner import Matrix
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.tuning.backbone import Backbone, States, TokenIds
 
-#: Default limit in bytes of the cached states: room for 13,000 passages of 200 tokens with 384 dimensions.
+#: Default limit of the cached states in bytes: enough for 13,000 passages of 200 tokens with a hidden size of 384.
 ROOM = 2 * 1024**3
-#: Number of texts after which the remaining room is checked.
+#: Number of texts whose states are computed before the remaining room for states is checked again.
 _CHUNK = 256
 
 
 class Embedder:
-    """Embeds texts with the current weights of a backbone. Texts must include their prompts.
+    """Embeds texts with the current weights of an encoder in PyTorch. Texts must include their prompts.
 
-    Hidden states of the frozen lower layers are cached by `keep` as far as `room` allows. Other texts run through all
-    layers, which takes longer and gives the same vectors.
+    `keep` caches the hidden states of texts after the frozen lower layers, as far as `room` allows. Texts without
+    cached states run through all layers, which takes longer and gives the same vectors.
 
     Args:
-        backbone: the encoder; call `keep` before it is trained.
+        backbone: the encoder in PyTorch; call `keep` before a training starts.
         top: number of upper layers that will be trained.
         room: limit of the cached states in bytes.
         progress: called with the number of texts done.
@@ -40,7 +40,13 @@ class Embedder:
         self._states: dict[str, States] = {}
 
     def keep(self, texts: Sequence[str]) -> None:
-        """Cache the states of texts after the frozen lower layers, in the order given, until the room is used up."""
+        """Cache the token ids of texts, and their states after the frozen lower layers until the room is used up.
+
+        This restores the original weights of the encoder, so call it before a training only.
+
+        Args:
+            texts: the texts, those first whose states are needed most.
+        """
         new = list(dict.fromkeys(texts))
         self.tokens(new)
         if self._top >= self._backbone.layers:
@@ -58,14 +64,14 @@ class Embedder:
         self._progress(stage, len(new), max(1, len(new)))
 
     def tokens(self, texts: Sequence[str]) -> list[TokenIds]:
-        """Return the token ids of each text; they are cached."""
+        """Return the token ids of each text, special tokens included, truncated to the encoder's limit; cache them."""
         new = [text for text in dict.fromkeys(texts) if text not in self._tokens]
         if new:
             self._tokens.update(zip(new, self._backbone.tokenize(new), strict=True))
         return [self._tokens[text] for text in texts]
 
     def forward(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return the vectors of a batch, float32 (texts, dimensions), with gradients for training."""
+        """Return the vectors of a batch of texts, float32 (texts, dimensions), with gradients for training."""
         tokens = self.tokens(texts)
         if all(text in self._states for text in texts):
             return self._backbone.forward(tokens, [self._states[text] for text in texts])

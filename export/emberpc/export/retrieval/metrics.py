@@ -8,9 +8,9 @@ from emberpc.bundle import unit
 from emberpc.export.convert.onnx_runner import Matrix
 from emberpc.export.retrieval.queries import Queries
 
-#: The figure that decides between models.
+#: Name of the figure by which weights, epochs and models are chosen.
 DECIDING = "ndcg_at_10"
-#: Number of queries whose scores are in memory at the same time.
+#: Number of queries whose scores, one for each passage, are in memory at the same time.
 _BLOCK = 256
 
 
@@ -20,15 +20,16 @@ def measure(
     """Return retrieval figures of an exact search by cosine over all candidates, as means over the queries.
 
     Args:
-        query_vectors: float32 (queries, dimensions).
-        passage_vectors: vectors of the candidates, float32 (candidates, dimensions).
-        queries: the queries with their relevant passages; each must have at least one.
+        query_vectors: float32 (queries, dimensions), of any length.
+        passage_vectors: vectors of the candidates, float32 (candidates, dimensions), of any length.
+        queries: the queries with their relevant passages; each must have at least one. At least one query.
         candidates: index of the passage of each candidate, int (candidates,); default: all passages in their order.
+            A query's own passage is left out of its ranking.
 
     Returns:
         `ndcg_at_10`, with a gain of 1 for each relevant passage (Järvelin and Kekäläinen, "Cumulated gain-based
-        evaluation of IR techniques", 2002), and `recall_at_10` and `recall_at_100`, the share of the relevant
-        passages among the first 10 and 100.
+        evaluation of IR techniques", 2002), and `recall_at_10` and `recall_at_100`, the shares of a query's relevant
+        passages that are among its first 10 and 100 candidates. All are in [0, 1].
     """
     names = np.arange(len(passage_vectors)) if candidates is None else candidates
     column = {int(name): i for i, name in enumerate(names)}

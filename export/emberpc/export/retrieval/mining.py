@@ -1,4 +1,4 @@
-"""Mine hard negatives: passages near a query that do not answer it, found with an HNSW graph."""
+"""Mine hard negatives with an HNSW graph: passages that are near a query and do not answer it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from emberpc.export.convert.onnx_runner import Matrix
 from emberpc.export.errors import ExportError
 from emberpc.export.retrieval.queries import Queries
 
-#: hnswlib's usual parameters. The graph serves one pass over the queries only.
+#: Parameters of the HNSW graph, the usual ones of hnswlib. The graph serves one pass over the queries only.
 _M, _EF_CONSTRUCTION = 16, 200
-#: Number of nearest passages that negatives are picked from.
+#: Number of passages nearest to a query from which its negatives are picked.
 _NEAREST = 50
-#: A passage that is almost as near as the best known answer may be an answer that nobody marked. Negatives must stay
-#: below this share of the answer's cosine (Moreira et al., "NV-Retriever", 2024, found 0.95 to be the best).
+#: Greatest cosine of a negative to the query, as a share of the cosine of the nearest known answer (Moreira et al.,
+#: "NV-Retriever", 2024, found 0.95 to be the best). A passage that is nearer may be an answer that nobody marked.
 _MARGIN = 0.95
 
 
 class Neighbours:
-    """An HNSW graph of passages that is searched by cosine. It checks all input, since hnswlib crashes on bad input.
+    """An HNSW graph of passages, to be searched by cosine. All input is checked, since hnswlib crashes on bad input.
 
     Args:
         vectors: vectors of the passages, float32 (passages, dimensions).
@@ -35,7 +35,7 @@ class Neighbours:
         self._units = _checked(vectors)
         self._index = hnswlib.Index(space="ip", dim=self._units.shape[1])
         self._index.init_index(len(self._units), M=_M, ef_construction=_EF_CONSTRUCTION, random_seed=0)
-        # hnswlib builds the same graph from the same vectors only with one thread.
+        # With several threads, hnswlib would build another graph from the same vectors at each run.
         self._index.add_items(self._units, np.arange(len(self._units)), num_threads=1)
 
     def nearest(self, queries: Matrix, count: int) -> tuple[np.ndarray, Matrix]:
@@ -57,7 +57,8 @@ class Neighbours:
         if units.shape[1] != self._units.shape[1] or count < 1:
             raise ValueError(f"queries of shape {units.shape}, count {count}, passages of shape {self._units.shape}")
         if 2 * count > len(self._units):
-            # An exact search: for most of the passages, hnswlib raises and leaks memory if its links reach too few.
+            # Search exactly if more than half of the passages are wanted: hnswlib raises and leaks memory if the links
+            # of the graph reach too few passages.
             scores = units @ self._units.T
             best = np.argsort(-scores, axis=1, kind="stable")[:, :count]
             return best, np.take_along_axis(scores, best, axis=1)
@@ -69,14 +70,14 @@ class Neighbours:
 def mine(
     query_vectors: Matrix, passage_vectors: Matrix, queries: Queries, count: int, minable: Sequence[int] | None = None
 ) -> list[list[int]]:
-    """Return hard negatives of each query, the nearest first.
+    """Return hard negatives of each query: passages near it that are not known to answer it, the nearest first.
 
     Args:
-        query_vectors: float32 (queries, dimensions).
-        passage_vectors: float32 (passages, dimensions).
-        queries: the queries; their relevant passages and the query itself are never returned.
-        count: number of negatives for each query; fewer are returned if fewer are near enough.
-        minable: indexes of the passages to choose from; default: all.
+        query_vectors: float32 (queries, dimensions), of any length.
+        passage_vectors: float32 (passages, dimensions), of any length.
+        queries: the queries. A query's relevant passages and its own passage are never returned for it.
+        count: the most negatives for each query; fewer are returned if fewer of the nearest passages are suitable.
+        minable: indexes of the passages to choose from; default: all passages.
 
     Returns:
         Indexes of passages for each query.
@@ -86,7 +87,8 @@ def mine(
     """
     if not count:
         return [[] for _ in range(len(queries))]
-    # The relevant passages of a query are mostly near it. Search for as many more, since they are skipped.
+    # The relevant passages of a query are mostly near the query, and are skipped below. So search for as many passages
+    # more as a query has relevant ones, but for at most twice `_NEAREST`.
     most = max(len(known) for known in queries.relevant) + 1
     rows = np.arange(len(passage_vectors)) if minable is None else np.array(minable, dtype=np.int64)
     best, scores = Neighbours(passage_vectors[rows]).nearest(
@@ -106,7 +108,7 @@ def mine(
 
 
 def _checked(vectors: Matrix) -> Matrix:
-    """Return vectors scaled to length 1; raise ExportError if there are none or one is not finite."""
+    """Return vectors scaled to length 1; raise ExportError if there are no vectors or a vector is not finite."""
     if vectors.ndim != 2 or not vectors.size:
         raise ExportError("there are no vectors to search; give at least one passage")
     if not np.isfinite(vectors).all():

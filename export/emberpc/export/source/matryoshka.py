@@ -1,6 +1,6 @@
 """Read the dimensions that a Matryoshka model's vectors may be shortened to.
 
-No file is the standard place. These are read, in this order:
+There is no standard place for these dimensions. The first of these places that states them counts:
 
 - `matryoshka_dimensions` in `config.json`, which vLLM and SGLang read;
 - `matryoshka_dims` in the model card (`README.md`), which sentence-transformers writes there with the
@@ -19,20 +19,21 @@ from typing import Any
 from emberpc.bundle.limits import MAX_DIMENSIONS
 from emberpc.export.errors import ExportError
 
-#: The parameters are an indented JSON object in a code block. Only this list is needed.
+#: Pattern of the dimensions in a model card. sentence-transformers writes the parameters of the loss as an indented
+#: JSON object in a code block; only this list in it is needed.
 _IN_CARD = re.compile(r'"matryoshka_dims":\s*(\[[\d\s,]*\])')
 _MAX_CARD_BYTES = 4 * 2**20
 
 
 def read_matryoshka(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """Return the dimensions that a model's files state, in descending order; empty if they state none.
+    """Return the dimensions to shorten vectors to that a model's files state, in descending order, or none.
 
     Args:
         folder: the encoder's folder.
         config: content of its config.json.
 
     Raises:
-        ExportError: config.json states something else than whole numbers above 0 and within the limit.
+        ExportError: config.json states something else than whole numbers from 1 to `MAX_DIMENSIONS`.
     """
     stated = config.get("matryoshka_dimensions")
     if stated is None:
@@ -46,7 +47,13 @@ def read_matryoshka(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
 
 
 def check_matryoshka(sizes: Sequence[int], dimensions: int, name: str) -> None:
-    """Raise ExportError if a stated size is larger than the dimensions of the model's vectors."""
+    """Raise ExportError if one of the dimensions to shorten vectors to is more than the dimensions of the vectors.
+
+    Args:
+        sizes: the dimensions to shorten vectors to.
+        dimensions: dimensions of the model's vectors.
+        name: name of the model, for the error.
+    """
     if sizes and max(sizes) > dimensions:
         raise ExportError(
             f"{name} returns vectors of {dimensions} dimensions, which cannot be shortened to {max(sizes)}; "
@@ -55,7 +62,7 @@ def check_matryoshka(sizes: Sequence[int], dimensions: int, name: str) -> None:
 
 
 def _in_card(path: Path) -> list[int]:
-    """Return the dimensions of the last `MatryoshkaLoss` in a model card; empty for any problem with the card."""
+    """Return the dimensions of the last `MatryoshkaLoss` in a model card; empty if there are none, or no card."""
     try:
         if path.stat().st_size > _MAX_CARD_BYTES:
             return []

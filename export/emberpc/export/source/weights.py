@@ -1,4 +1,4 @@
-"""Find and check the weights of an encoder: complete, undamaged, and in safetensors only."""
+"""Find the weights of an encoder, and check that they are complete, undamaged, and in safetensors only."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def find_weights(folder: Path) -> list[Path]:
     """Return the files with an encoder's weights, sorted by name.
 
     Raises:
-        ExportError: there are none, a file that the index names is missing, or a file is damaged.
-        BundleError: the index is not JSON.
+        ExportError: there are no safetensors files, a file that the index names is missing, or a file is damaged.
+        BundleError: the index is not a JSON object.
     """
     files = sorted(folder.glob("*.safetensors"))
     shards = read_json(folder / _INDEX).get("weight_map")
@@ -36,7 +36,7 @@ def find_weights(folder: Path) -> list[Path]:
 
 
 def sha256_of_all(files: Sequence[Path]) -> str:
-    """Return the SHA-256 (hex) of the concatenated contents of files.
+    """Return the SHA-256 (hex) of the contents of files, concatenated in the order given.
 
     Raises:
         ExportError: a file is missing.

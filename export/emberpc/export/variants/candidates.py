@@ -1,4 +1,4 @@
-"""The variants that can be made, each with its file name and its accuracy bound."""
+"""The variants that an export can make, each with its file name and its accuracy bound."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from emberpc.export.convert.onnx_runner import Feeds
 from emberpc.export.variants import surgery
 from emberpc.export.variants.outliers import find_outliers
 
-#: Bound for graphs with the same float32 operations in another order.
+#: Bound for a graph that computes the same float32 operations as fp32 in another order.
 _SAME = Bound(
     cosine_min=0.9999,
     difference_max=0.001,
@@ -22,7 +22,7 @@ _SAME = Bound(
     accuracy_share=0.995,
     ndcg_share=0.995,
 )
-#: Bound for fp16: weights keep eleven bits, a relative error of up to one in ten thousand.
+#: Bound for fp16: weights keep eleven significant bits, so the relative error of a weight is at most 1 in 2,048.
 _FP16 = Bound(
     cosine_min=0.999,
     difference_max=0.02,
@@ -33,8 +33,8 @@ _FP16 = Bound(
     ndcg_share=0.99,
 )
 #: Bound for int8, from measurements on all-MiniLM-L6-v2; docs/variants.md explains each figure. The least cosine and
-#: the greatest difference hold for any text on any host, so they leave room. Below an agreement of 0.9, a search
-#: returns noticeably other hits.
+#: the greatest difference must hold for any text on any host, so they leave room. With a neighbour agreement below 0.9,
+#: a search returns noticeably other hits.
 _INT8 = Bound(
     cosine_min=0.96,
     difference_max=0.3,
@@ -44,8 +44,8 @@ _INT8 = Bound(
     accuracy_share=0.99,
     ndcg_share=0.99,
 )
-#: Bound for int8 without split outliers. It refuses weights with one scale for a whole matrix, which are known to be
-#: bad (a cosine of 0.963).
+#: Bound for int8 without split outliers. It refuses a graph whose weights have one scale for a whole matrix instead of
+#: one for each column: such a graph had a mean cosine of 0.963.
 _INT8_FAST = Bound(
     cosine_min=0.95,
     difference_max=0.4,
@@ -59,12 +59,12 @@ _INT8_FAST = Bound(
 
 @dataclass(frozen=True)
 class Material:
-    """Input for making a variant.
+    """Input of `Candidate.make`, which makes a variant.
 
     Args:
-        model: the fp32 graph; `make` may change it in place.
+        model: the fp32 graph; making the variant may change it in place.
         model_type: `model_type` of the encoder's config.json.
-        texts: some texts, each as a batch of its own, to observe activations with.
+        texts: inputs of some texts, each as a batch of its own; running the graph on them shows the activations.
     """
 
     model: onnx.ModelProto
@@ -74,13 +74,14 @@ class Material:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A variant that can be made.
+    """A variant that an export can make.
 
-    `make` returns the graph; it raises ExportError if the variant cannot be made from this model.
+    `make` returns the variant's graph. It raises ExportError if the variant cannot be made from the given model.
     """
 
     name: str
-    #: Path in the bundle; where sentence-transformers and optimum have a name for such a file, it is that name.
+    #: Path of the variant's ONNX file in the bundle. If sentence-transformers and optimum have a name for files of this
+    #: kind, the file has that name.
     path: str
     bound: Bound
     make: Callable[[Material], onnx.ModelProto]
@@ -106,7 +107,7 @@ def _fp16(material: Material) -> onnx.ModelProto:
     return material.model
 
 
-#: All candidates, in the order in which they are tried and written.
+#: All candidates, in the order in which an export tries and writes them.
 CANDIDATES = (
     Candidate("optimized", "onnx/model_O2.onnx", _SAME, _optimized),
     Candidate("int8", "onnx/model_qint8_avx2.onnx", _INT8, _int8),

@@ -21,15 +21,17 @@ from emberpc.export.retrieval.metrics import DECIDING
 from emberpc.export.retrieval.metrics import measure as measure_search
 from emberpc.export.retrieval.queries import Queries
 
-#: Timing rounds, in which both models run alternately. The median of the ratios ignores rounds that were disturbed.
+#: Number of timing rounds. In each round, fp32 and a variant run one after the other. The median of the rounds ignores
+#: rounds that other load on the host disturbed.
 ROUNDS = 5
-#: The most texts to measure on: enough for mean cosine and agreement to settle within 0.01. Each text is run by every
-#: candidate.
+#: The most texts to measure on. With this number, mean cosine and agreement are within 0.01 of those of more texts, and
+#: every candidate must run each text.
 MOST_TEXTS = 512
-#: Number of texts to time, taken evenly.
+#: Least number of texts to time, if there are as many; they are taken at equal distances.
 TIMED_TEXTS = 64
-#: The most queries, and the most passages to search for their answers.
+#: The most queries to measure retrieval with.
 MOST_QUERIES = 256
+#: The most passages to search for the answers of the queries.
 MOST_PASSAGES = 1024
 NEIGHBOURS = 10
 
@@ -42,7 +44,7 @@ class Trial:
         folder: the bundle so far.
         manifest: the bundle's manifest so far.
         texts: at least 2 texts; the passages if there are queries.
-        targets: labels of each text, bool (texts, labels); None for an embedding model.
+        targets: right labels of each text, bool (texts, labels); None for an embedding model.
         queries: queries of an embedding model with their relevant texts; None: retrieval is not measured.
     """
 
@@ -53,7 +55,11 @@ class Trial:
     queries: Queries | None = None
 
     def runner(self, path: str) -> OnnxRunner:
-        """Load one of the bundle's ONNX files with one thread."""
+        """Load the ONNX file at `path` in the bundle, to be run with one thread.
+
+        Raises:
+            ExportError: the file cannot be loaded.
+        """
         manifest = self.manifest
         return OnnxRunner(
             self.folder / path, self.folder / "tokenizer.json", manifest.max_tokens, manifest.pad_token_id, threads=1
@@ -61,7 +67,7 @@ class Trial:
 
     @property
     def output(self) -> str:
-        """Name of the model's main output."""
+        """Name of the output to compare: `logits` of a classifier, else `sentence_embedding`."""
         return "logits" if self.manifest.task is Task.CLASSIFICATION else "sentence_embedding"
 
     @property
@@ -76,48 +82,48 @@ class Trial:
 
     @cached_property
     def fp32(self) -> OnnxRunner:
-        """The runner of the fp32 model."""
+        """Runner of the fp32 ONNX file, with one thread; it is loaded once."""
         return self.runner(self.fp32_path)
 
     @cached_property
     def prompted(self) -> list[str]:
-        """The texts with the passage prompt, as the server runs them."""
+        """The texts, each with the passage prompt before it, as a server runs them."""
         return [self.manifest.prompts.passage + text for text in self.texts]
 
     @property
     def timed(self) -> list[str]:
-        """The texts to time: about `TIMED_TEXTS` of the prompted texts."""
+        """The texts to time, with prompts: 64 to 127 of the texts, at equal distances, or all of fewer texts."""
         return self.prompted[:: max(1, len(self.prompted) // TIMED_TEXTS)]
 
     @cached_property
     def singles(self) -> list[Feeds]:
-        """The inputs of the texts to time, each text as a batch of its own."""
+        """Inputs of the graph for the texts to time, each text as a batch of its own."""
         return [batch for text in self.timed for batch in self.fp32.prepare([text])]
 
     @cached_property
     def expected(self) -> Matrix:
-        """Output of fp32 for the texts, float32 (texts, dimensions or labels)."""
+        """Outputs of fp32 for the texts, float32 (texts, dimensions or labels); they are computed once."""
         return self.fp32.run(self.prompted, self.output)
 
     @cached_property
     def fp32_accuracy(self) -> float | None:
-        """Accuracy of fp32; None for an embedding model."""
+        """Accuracy of fp32 on the texts, in [0, 1]; None for an embedding model."""
         return self._accuracy(self.expected)
 
     @cached_property
     def fp32_ndcg(self) -> float | None:
-        """nDCG@10 of fp32; None without queries."""
+        """nDCG@10 of fp32 over the queries, in [0, 1]; None without queries."""
         return self._ndcg(self.fp32, self.expected)
 
     def measure(self, path: str, bound: Bound | None = None) -> tuple[Measured, list[str]]:
-        """Measure one of the bundle's ONNX files, which may be fp32, and check its bound.
+        """Measure one of the bundle's ONNX files, which may be fp32, and check it against a bound.
 
         Args:
             path: path of the file in the bundle.
-            bound: bound to check; None: nothing is checked.
+            bound: the bound; None: nothing is checked.
 
         Returns:
-            The figures, and a message for each part of the bound that is missed.
+            The figures, and a message for each figure of the bound that the file misses.
 
         Raises:
             ExportError: the file cannot be loaded or run.
@@ -146,7 +152,7 @@ class Trial:
 
     def _faults(self, bound: Bound, measured: Measured, got: Matrix) -> list[str]:
         found = bound.faults(self.expected, got)
-        # Allow one text (or query) to differ: with few texts, a share cannot be measured more finely.
+        # A share may miss its bound by one text (or query): with few texts, a share cannot be measured more finely.
         one = 1 / measured.texts
         shares = [("mean cosine", measured.cosine_mean, bound.cosine_mean, 0.0)]
         if self.targets is None:
@@ -177,9 +183,11 @@ class Trial:
         return measure_search(asked, found, self.queries)[DECIDING]
 
     def _speed(self, runner: OnnxRunner, *, alone: bool) -> tuple[float, float]:
-        """Return texts per CPU-second, and their ratio to fp32's; inference only, on one thread.
+        """Return the texts per CPU-second of a model, and their ratio to fp32's, on one thread without tokenizing.
 
-        `alone` is for fp32 itself, whose ratio is 1.
+        Args:
+            runner: runner of the model.
+            alone: whether the model is fp32 itself, so that the ratio is 1 and only `runner` is timed.
         """
         batches = runner.prepare(self.timed)
 
@@ -198,9 +206,10 @@ class Trial:
 
 
 def neighbour_agreement(expected: Matrix, got: Matrix) -> float:
-    """Return the mean share, in [0, 1], of each row's 10 nearest rows by cosine that both matrices agree on.
+    """Return the mean share, in [0, 1], of a row's 10 nearest rows by cosine that are the same in both matrices.
 
-    A row is not its own neighbour. With fewer than 20 rows, half as many neighbours as rows are compared.
+    A row does not count among its own nearest rows. With fewer than 20 rows, half as many nearest rows as rows are
+    compared.
 
     Args:
         expected: vectors of fp32, float32 (texts, dimensions); at least 2 rows.
@@ -218,12 +227,12 @@ def _nearest(vectors: Matrix, count: int) -> npt.NDArray[np.int64]:
 
 
 def _rounded(cosine: float) -> float:
-    """Return a cosine, limited to 1: rounding in float32 can exceed it."""
+    """Return a cosine as float, at most 1.0: rounding in float32 can make it greater."""
     return min(1.0, float(cosine))
 
 
 def _size(path: Path) -> int:
-    """Return the bytes of an ONNX file and of its external weights, if there are any."""
+    """Return the bytes of an ONNX file, and of the file with its external weights if there is one."""
     data = path.with_name(f"{path.name}_data")
     return path.stat().st_size + (data.stat().st_size if data.exists() else 0)
 

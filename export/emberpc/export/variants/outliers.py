@@ -13,21 +13,24 @@ from emberpc.export.convert.onnx_runner import Feeds
 from emberpc.export.errors import ExportError
 from emberpc.export.variants.surgery import Columns, Weights, products
 
-#: Number of columns split from an input. On all-MiniLM-L6-v2, 4 or 8 columns hold nearly all outliers.
+#: Number of columns that are split from an input of a matrix product. On all-MiniLM-L6-v2, 4 or 8 columns of an input
+#: hold nearly all outliers.
 COLUMNS = 8
-#: An input is split only if this makes the range of the other columns smaller by this factor: splitting costs time.
+#: Columns are split from an input only if the range of its other columns is smaller by at least this factor, since the
+#: split takes time at each run.
 _NARROWER = 3.0
 
 
 def find_outliers(model: onnx.ModelProto, texts: Sequence[Feeds]) -> dict[str, Columns]:
-    """Find the inputs of matrix products whose range shrinks much without their few largest columns.
+    """Find the inputs of matrix products whose range is much smaller without their 8 largest columns.
 
-    Activations have one scale for a whole batch. If one column reaches 28 and all others stay below 4, the others get a
-    seventh of the int8 steps.
+    In int8, the activations of a batch have a single scale. If one column reaches 28 and all others stay below 4, the
+    other columns use only a seventh of the int8 steps.
 
     Args:
         model: a bundle's graph.
-        texts: inputs to run, each a batch of one text: the activations of a batch take much memory.
+        texts: inputs to run the graph on, each a batch of one text, since the activations of larger batches take much
+            memory.
 
     Returns:
         For each input to split, by name: the indexes of its outlier columns, int64 (`COLUMNS`,), ascending.
@@ -44,7 +47,14 @@ def find_outliers(model: onnx.ModelProto, texts: Sequence[Feeds]) -> dict[str, C
 
 
 def _peaks(model: onnx.ModelProto, texts: Sequence[Feeds]) -> dict[str, Weights]:
-    """Return the largest magnitude of each column, float32 (columns,), by the name of the product's input."""
+    """Return the largest magnitude of each column of the inputs of matrix products, over all texts.
+
+    Returns:
+        float32 (columns,), by the name of the input.
+
+    Raises:
+        ExportError: the graph cannot be run.
+    """
     names = list(dict.fromkeys(node.input[0] for node in products(model)))
     watched = onnx.ModelProto()
     watched.CopyFrom(model)

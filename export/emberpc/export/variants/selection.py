@@ -1,4 +1,4 @@
-"""Choose the variants of a bundle: those that the caller names, or those that are worth their space."""
+"""Make and measure the variants of a bundle: those that the caller names, or all that are worth their space."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ from emberpc.export.variants.measurement import (
     check_texts,
 )
 
-#: Name of the variant that every bundle has. It comes first and is the default of the server.
+#: Name of the variant that every bundle has. It is the first variant, and the one that a server uses by default.
 FP32 = "fp32"
-#: Name that tries all candidates and keeps those that are worth their space.
+#: Name with which a caller asks for all candidates that are worth their space.
 AUTO = "auto"
 
-#: A variant is worth keeping from this speed on, as a multiple of fp32's, or up to this size, as a share of fp32's. A
-#: smaller gain is within the noise of two runs, or does not justify a second file.
+#: Least speed, in texts per CPU-second as a multiple of fp32's, at which `auto` keeps a variant of any size. A smaller
+#: gain is within the noise of two runs.
 _FASTER = 1.1
+#: Greatest size, in bytes as a share of fp32's, at which `auto` keeps a variant of any speed. A smaller saving does not
+#: justify a second file.
 _SMALLER = 0.75
 
 
@@ -71,16 +73,17 @@ def add_variants(
         names: names of candidates, or `auto` alone; fp32 is always included.
         model_type: `model_type` of the encoder's config.json.
         texts: texts to measure an embedding model on; default: docstrings of Python's standard library.
-        examples: labelled texts to measure a classifier on.
-        judged: queries and passages to measure an embedding model's retrieval on; used instead of `texts`.
-        measured_on: description of these texts, for the manifest.
+        examples: labelled texts to measure a classifier on; default: as for `texts`.
+        judged: queries and passages to measure an embedding model's retrieval on; used instead of `texts`. If only fp32
+            is measured, `judged` is ignored.
+        measured_on: description of the texts that are measured on, for the manifest.
         progress: called before each variant.
 
     Returns:
         The manifest with all measurements; `dropped` has the reason for each variant that `auto` left out.
 
     Raises:
-        ExportError: a name is invalid, a variant requested by name cannot be made, or it misses its bound; the error
+        ExportError: a name is invalid, or a variant requested by name cannot be made or misses its bound; the error
             has the figure and the bound.
     """
     check_names(names)
@@ -114,7 +117,11 @@ def _trial(
     judged: Judged | None,
     most: int,
 ) -> Trial:
-    """Return a trial on at most `most` of the texts, taken evenly."""
+    """Return a trial on at most `most` of the texts, taken at equal distances.
+
+    The texts are the passages of `judged` (then at most `MOST_PASSAGES`), or else those of `examples`, or else `texts`,
+    or else docstrings of Python's standard library. Raises ExportError if there are fewer than 2 texts.
+    """
     if judged is not None:
         few = judged.few(MOST_QUERIES, MOST_PASSAGES)
         check_texts(few.passages)
@@ -129,7 +136,11 @@ def _trial(
 
 
 def _make(trial: Trial, candidate: Candidate, model_type: str) -> Variant:
-    """Make a candidate, measure it, and raise ExportError if it misses its bound."""
+    """Make a candidate, write its ONNX file, measure it, and return the variant.
+
+    Raises:
+        ExportError: the candidate cannot be made from this model, or misses its bound.
+    """
     path = trial.folder / candidate.path
     model = onnx.load(str(trial.folder / trial.fp32_path))
     check_size(model)
@@ -142,10 +153,12 @@ def _make(trial: Trial, candidate: Candidate, model_type: str) -> Variant:
 
 
 def _parity(trial: Trial, candidate: Candidate) -> Parity:
-    """Check a candidate's bound on the reference texts, as `verify` will: each output, one by one and in a batch.
+    """Check a candidate's bound on the reference texts, as `emberpc verify` will, and compare it with PyTorch.
+
+    Each output is checked with the texts one by one and all in one batch.
 
     Returns:
-        The parity of the last output, in one batch.
+        The parity of the logits, or of the vectors of an embedding model, in one batch.
 
     Raises:
         ExportError: an output misses the bound.
@@ -155,7 +168,7 @@ def _parity(trial: Trial, candidate: Candidate) -> Parity:
     if reference.logits is not None:
         outputs["logits"] = reference.logits
     for output, expected in outputs.items():
-        # Under int8 the output of a text depends on the other texts of its batch, so both sizes are checked.
+        # In int8, a text's output depends on the other texts of its batch, so batches of one and of all are checked.
         for how, size in (("one by one", 1), ("in one batch", len(reference.texts))):
             got = runner.run(reference.texts, output, batch_size=size)
             if faults := candidate.bound.faults(expected, got):
@@ -164,9 +177,14 @@ def _parity(trial: Trial, candidate: Candidate) -> Parity:
 
 
 def _require_gain(variant: Variant, kept: Sequence[Variant]) -> None:
-    """Raise ExportError unless a variant is faster or smaller than fp32, and no other variant is better in all points.
+    """Raise ExportError if a variant is not worth its space.
 
-    The points are speed, size and mean cosine to fp32.
+    A variant is worth its space if it is clearly faster or smaller than fp32, and no variant kept before is at least as
+    good in speed, size and mean cosine to fp32.
+
+    Args:
+        variant: the variant.
+        kept: the variants kept before; fp32 is the first.
     """
     own, fp32 = _measured(variant), _measured(kept[0])
     if own.speedup < _FASTER and own.size_bytes > _SMALLER * fp32.size_bytes:

@@ -1,4 +1,4 @@
-"""Change a bundle's graph to make a variant: fusion, int8 weights, fp16 storage."""
+"""Change a bundle's graph to make a variant: fused nodes, int8 products, fp16 storage."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from emberpc.export.convert.graph import ADDED
 from emberpc.export.errors import ExportError
 from emberpc.export.libraries import calling_libraries
 
-#: Least number of values for which a table or matrix is stored in fewer bits.
+#: Least number of values of a table or matrix that is stored in fewer bits; smaller ones save hardly any bytes.
 _WORTH_IT = 4096
 _INT8_MAX = 127
 _FP16_MAX = float(np.finfo(np.float16).max)
-#: Architectures whose attention ONNX Runtime's optimizer fuses with the model type `bert`.
+#: Architectures whose attention ONNX Runtime's optimizer can fuse if it is called with the model type `bert`.
 _LIKE_BERT = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet")
 
 #: Prefix of the names of nodes that compute outliers separately.
@@ -32,11 +32,11 @@ Columns = npt.NDArray[np.int64]
 def fuse(model: onnx.ModelProto, model_type: str) -> onnx.ModelProto:
     """Fuse attention, exact GELU and layer normalization into single nodes with ONNX Runtime's optimizer.
 
-    The optimizer finds no attention in a graph with pooling and head. So it gets the encoder alone, and pooling and
-    head are added again afterwards.
+    The optimizer finds no attention in a graph with pooling and head. So the optimizer runs on the encoder alone, and
+    pooling and head are added to its result.
 
     Args:
-        model: a bundle's graph.
+        model: a bundle's graph; it does not change.
         model_type: `model_type` of the encoder's config.json.
 
     Returns:
@@ -54,7 +54,8 @@ def fuse(model: onnx.ModelProto, model_type: str) -> onnx.ModelProto:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "encoder.onnx"
             onnx.save(encoder, str(path))
-            # Level 1 only: higher levels depend on the host, and ONNX Runtime applies them at load anyway.
+            # Use level 1 only: the result of higher levels depends on the host, and ONNX Runtime applies these levels
+            # anyway when it loads the file.
             optimizer = optimize_model(str(path), model_type="bert", opt_level=1, use_gpu=False)
     fused: onnx.ModelProto = optimizer.model
     if not any(node.op_type in ("Attention", "MultiHeadAttention") for node in fused.graph.node):
@@ -69,7 +70,10 @@ def fuse(model: onnx.ModelProto, model_type: str) -> onnx.ModelProto:
 
 
 def products(model: onnx.ModelProto) -> list[NodeProto]:
-    """Return the encoder's matrix products with constant weights; a forward pass spends most of its time in them."""
+    """Return the nodes of the encoder that are matrix products with constant weights, but not those of split outliers.
+
+    A forward pass spends most of its time in these products.
+    """
     matrices = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
     return [
         node
@@ -79,15 +83,15 @@ def products(model: onnx.ModelProto) -> list[NodeProto]:
 
 
 def split_outliers(model: onnx.ModelProto, columns: Mapping[str, Columns]) -> None:
-    """Compute outlier columns of products' inputs separately in fp32, in place.
+    """Change a graph in place so that it computes outlier columns of the inputs of matrix products separately in fp32.
 
-    x @ W becomes (x with those columns set to 0) @ W + x[those columns] @ W[those rows], which is equal in exact
-    arithmetic. This follows LLM.int8() (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339), except that the
-    columns are chosen once and not for each input.
+    With outlier columns C, x @ W becomes (x with the columns C set to 0) @ W + (columns C of x) @ (rows C of W), which
+    is equal in exact arithmetic. This follows LLM.int8() (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339),
+    except that the columns are chosen once and not for each x.
 
     Args:
         model: a bundle's graph.
-        columns: indexes of the columns to split, by the name of a product's input.
+        columns: indexes of the outlier columns, int64 (columns,), by the name of a product's input.
     """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     wanted: dict[str, list[NodeProto]] = {}
@@ -125,18 +129,18 @@ def split_outliers(model: onnx.ModelProto, columns: Mapping[str, Columns]) -> No
 
 
 def quantize(model: onnx.ModelProto) -> None:
-    """Make the encoder's matrix products int8, in place: weights per column and in advance, activations at run time.
+    """Change a graph in place so that the encoder's matrix products are computed in int8.
 
-    Weights are signed and have 7 bits. With 8 bits, processors without VNNI add two products in 16 bits and saturate,
-    so vectors would depend on the processor
-    (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "U8S8").
-    Pooling, the layers behind it, the head and split outliers do not change.
+    Weights are quantized now, with one scale for each column. Activations are quantized at run time. Weights are signed
+    and have 7 bits. With 8 bits, processors without VNNI add two products in 16 bits and saturate, so vectors would
+    depend on the processor (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "U8S8").
+    Pooling, the layers behind the pooling, the head and split outliers stay fp32.
 
     Args:
         model: a bundle's graph.
 
     Raises:
-        ExportError: the graph has no such products, or ONNX Runtime cannot quantize them.
+        ExportError: the graph has no matrix products with constant weights, or ONNX Runtime cannot quantize them.
     """
     names = [node.name for node in products(model)]
     if not names:
@@ -161,7 +165,10 @@ def quantize(model: onnx.ModelProto) -> None:
 
 
 def quantize_tables(model: onnx.ModelProto) -> None:
-    """Store embedding tables as int8 with one scale per row, in place; each lookup converts its rows to fp32."""
+    """Change a graph in place so that embedding tables are stored as int8 with one fp32 scale for each row.
+
+    A lookup converts the rows that it reads to fp32. Tables with fewer than 4,096 values do not change.
+    """
 
     def stored(name: str, table: Weights) -> tuple[list[TensorProto], Callable[[NodeProto], list[NodeProto]]]:
         scales = np.maximum(np.abs(table).max(axis=1, keepdims=True), np.finfo(np.float32).tiny) / _INT8_MAX
@@ -185,10 +192,11 @@ def quantize_tables(model: onnx.ModelProto) -> None:
 
 
 def store_as_fp16(model: onnx.ModelProto) -> None:
-    """Store weights as fp16, in place. They are converted to fp32 at load, and tables at each lookup.
+    """Change a graph in place so that weights are stored as fp16; all computation stays in fp32.
 
-    ONNX Runtime folds a Cast of a constant when it loads a graph, so it computes as with fp32.
-    A tensor with a value beyond fp16's range does not change.
+    Matrices are converted to fp32 when ONNX Runtime loads the graph, since it folds a Cast of a constant. A lookup in
+    an embedding table converts the rows that it reads. Tensors with fewer than 4,096 values do not change, nor do
+    matrices with a value beyond fp16's range.
     """
 
     def stored(name: str, table: Weights) -> tuple[list[TensorProto], Callable[[NodeProto], list[NodeProto]]]:
@@ -216,7 +224,7 @@ def store_as_fp16(model: onnx.ModelProto) -> None:
 
 
 def _split(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[NodeProto]]:
-    """Return the encoder's graph, and the nodes that an export added to it: pooling, normalization, head."""
+    """Return a graph of the encoder alone, and the nodes that an export added to it: pooling, normalization, head."""
     added = [node for node in model.graph.node if node.name.startswith(ADDED)]
     encoder = onnx.ModelProto()
     encoder.CopyFrom(model)
@@ -234,12 +242,12 @@ def _replace_tables(
     model: onnx.ModelProto,
     store: Callable[[str, Weights], tuple[list[TensorProto], Callable[[NodeProto], list[NodeProto]]]],
 ) -> None:
-    """Replace large tables that are used by a single row lookup only, in place.
+    """Change a graph in place: replace each large table that only a single lookup of rows uses, and the lookup.
 
     Args:
         model: a bundle's graph.
-        store: returns, for a table's name and values, the tensors to store and a function that returns the nodes of a
-            lookup.
+        store: function of a table's name and values. It returns the tensors to store instead, and a function that
+            returns the nodes to put in the place of the lookup's node.
     """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = []
@@ -266,7 +274,7 @@ def _replace_tables(
 
 
 def _set_nodes(model: onnx.ModelProto, nodes: Sequence[NodeProto]) -> None:
-    # Copy first: deleting the nodes from the graph empties the originals.
+    # Copy the nodes first: deleting them from the graph empties the originals.
     copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del model.graph.node[:]
     model.graph.node.extend(copies)
