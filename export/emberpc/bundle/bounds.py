@@ -1,4 +1,4 @@
-"""Bounds of a variant: the accepted difference of its outputs from those of fp32, and the check."""
+"""Bounds of a variant: the accepted difference of its outputs from those of fp32, and the check of outputs by them."""
 
 from __future__ import annotations
 

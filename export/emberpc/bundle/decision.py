@@ -97,7 +97,7 @@ class DecisionRule:
     multi_label: bool = False
 
     def probabilities(self, logits: Scores) -> npt.NDArray[np.float64]:
-        """Return the probabilities that belong to logits with this temperature, both float (texts, labels)."""
+        """Return calibrated probabilities, float64 (texts, labels), of logits, float (texts, labels), by this rule."""
         return probabilities(logits, self.temperature, multi_label=self.multi_label)
 
     def label_thresholds(self, labels: int) -> tuple[float, ...]:

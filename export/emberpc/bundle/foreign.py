@@ -37,7 +37,7 @@ from emberpc.bundle.peers import (
 from emberpc.bundle.reading import TOKENIZER_NAME, Bundle, read_bundle, sha256_of
 from emberpc.bundle.tokenizer_settings import check_tokenizer
 
-#: Texts on which a model is tried. Their lengths differ, so that a batch of all of them is padded.
+#: Texts on which a model without reference outputs is tried. Their lengths differ, so that a batch of them is padded.
 PROBES = (
     "a kitten asleep on the sofa",
     "Interest rates rose again this spring, and lenders expect another rise before the year is out.",
@@ -46,7 +46,7 @@ PROBES = (
 #: Name of the only variant of a foreign folder.
 VARIANT = "onnx"
 _MODULES = ("Transformer", "Pooling", "Normalize")
-#: Further modules, beyond `_MODULES`, that an export can put into the graph. An export refuses all other modules.
+#: Modules that the server does not run, but that an export can put into the graph. An export refuses all other modules.
 _EXPORTED = ("Dense",)
 
 
@@ -282,7 +282,7 @@ def _model_file(folder: Path, stated: str) -> str:
 
 
 def _plain(folder: Path, name: str) -> None:
-    """Raise BundleError if a file is not inside the folder once symbolic links are followed."""
+    """Raise BundleError if the file `name` of a folder lies outside the folder once symbolic links are followed."""
     if Path(name).is_absolute() or not (folder / name).resolve().is_relative_to(folder.resolve()):
         raise BundleError(f"{folder / name} leads out of the model's folder; copy the files there (cp -rL)")
 
@@ -291,7 +291,8 @@ def _dimensions(config: dict[str, Any], output: Tensor, task: Task, stated: Stat
     """Return the dimensions of a text's vector; 1 for a classifier, which returns no vectors.
 
     Raises:
-        UnstatedError: neither the options, nor the graph, nor config.json states them.
+        UnstatedError: neither the options, nor the graph, nor config.json states the dimensions.
+        BundleError: the dimensions are out of range.
     """
     if task is Task.CLASSIFICATION:
         return 1

@@ -16,12 +16,12 @@ POOLINGS = ("mean", "cls", "max", "lasttoken")
 _VECTORS = ("sentence_embedding", "text_embeds", "embeddings", "embedding")
 #: Names of outputs with a vector for each token, the preferred name first.
 _TOKENS = ("last_hidden_state", "token_embeddings")
-#: Name of an output that is never taken for the vector of a text: BERT's pooler was trained to predict whether one
-#: sentence follows another.
+#: Name of an output that is not chosen as the vector of a text unless the user states it: BERT's pooler was trained to
+#: predict whether one sentence follows another.
 _POOLER = "pooler_output"
 _LOGITS = "logits"
-#: Names of inputs, by role. Any other name has no known role. A role is not guessed from a part of a name: that once
-#: fed zeros to inputs for positions.
+#: Names of inputs, by role. Any other name has no known role. A role is not guessed from a part of a name: with such
+#: guesses, inputs for positions got zeros.
 _ROLE_NAMES = {
     "input_ids": ("input_ids", "ids", "tokens", "token_ids", "input_tokens", "input_token_ids", "input_word_ids"),
     "attention_mask": ("attention_mask", "mask", "input_mask", "padding_mask", "attn_mask"),

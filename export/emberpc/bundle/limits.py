@@ -69,7 +69,12 @@ def check_length(value: str, name: str, most: int = MAX_NAME_LENGTH) -> str:
 
 
 def check_count(count: int, name: str, most: int) -> None:
-    """Validate the number of entries of a list or table. `name` is its name and place, for the error.
+    """Validate the number of entries of a list or table.
+
+    Args:
+        count: number of entries.
+        name: name and place of the list or table, for the error.
+        most: the most entries allowed.
 
     Raises:
         BundleError: `count` is above `most`.

@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class Task(str, Enum):
-    """The task of a model."""
+    """The task of a model: to return vectors, or labels."""
 
     EMBEDDING = "embedding"
     CLASSIFICATION = "classification"
@@ -98,7 +98,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Variant:
-    """One ONNX file of the model, such as `fp32`."""
+    """One ONNX file of a model: its name, such as `fp32`, its path in the bundle, and its figures."""
 
     name: str
     path: str
@@ -122,10 +122,10 @@ class Manifest:
     """All settings of a model that a server needs, and the source of the model."""
 
     task: Task
-    #: Name of the exported model: its name on a hub, or the name of its folder.
+    #: Name of the exported model: one that the user gave, its name on a hub, or the name of its folder.
     base_model: str
     revision: str
-    #: SHA-256 (hex) of the source's weights.
+    #: SHA-256 (hex) of the source's weights; of a foreign folder, of its files with weights and how they are used.
     weights_sha256: str
     dimensions: int
     #: `mean`, `cls`, `max` or `lasttoken`; of a foreign folder also `in the graph`, or `none` for a classifier.
@@ -143,7 +143,7 @@ class Manifest:
     multi_label: bool = False
     #: Multi-label: the threshold of each label's probability. Empty: 0.5 for each label.
     thresholds: tuple[float, ...] = ()
-    #: Divides the logits before they become probabilities.
+    #: Number above 0 that divides the logits of a classifier before they become probabilities.
     temperature: float = 1.0
     #: Rejection threshold: a text whose best logit, before the temperature, is below it is rejected; None: no text is.
     rejection_logit: float | None = None
@@ -348,7 +348,10 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 
 def _is_finite(number: float) -> bool:
-    """Return False for NaN, infinities and integers beyond float's range, all of which Python's json accepts."""
+    """Return whether a number is finite as a float.
+
+    It is not for NaN, infinities and integers beyond float's range, all of which Python's json accepts.
+    """
     try:
         return math.isfinite(number)
     except OverflowError:

@@ -26,7 +26,8 @@ _TENSOR_NAME, _TENSOR_DOCUMENTATION, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 8, 12,
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _VALUE_NAME = 1
 _EXTERNAL = 1
-#: Greatest depth of graphs inside operators of graphs that is read. Real models are far below this depth.
+#: Greatest depth of nested graphs (graphs inside operators) that is read; a file with deeper ones is refused. Real
+#: models are far below this depth.
 _MAX_DEPTH = 16
 #: Magic bytes, from the fifth byte on, of ONNX Runtime's own format, a FlatBuffer.
 _ORT_FORMAT = b"ORTM"
@@ -51,7 +52,7 @@ def external_files(folder: Path, model: str, contents: Contents | None = None) -
         contents: reads the ONNX file; None: it is read from disk.
 
     Returns:
-        Paths in the folder, with slashes.
+        Paths relative to the folder, with slashes.
 
     Raises:
         BundleError: the ONNX file cannot be read, or a file that it names is missing or lies outside the folder.
@@ -90,8 +91,8 @@ def output_digest(folder: Path, model: str, output: str, contents: Contents | No
 
     The digest covers the operators that the output depends on, with their attributes, their weights (in the ONNX file
     or in external files), and the versions of the operator sets. Names of values, other outputs and documentation do
-    not count. If the graph has unsupported parts, such as loops or functions, the digest
-    covers all bytes of the model's files.
+    not count. If the graph has unsupported parts, such as loops or functions, the digest covers all bytes of the
+    model's files.
 
     Args:
         folder: the model's folder; no file may lie outside it.
@@ -221,7 +222,7 @@ def _tensor_locations(tensor: Message) -> Iterator[str]:
 
 
 def storage_of(tensor: Message) -> tuple[dict[str, str], bool]:
-    """Return a tensor's entries on its external file, and whether the tensor's values are in an external file.
+    """Return the entries that locate a tensor's external file, and whether the tensor has its values in such a file.
 
     The entries are texts by key: `location` (the path), and `offset` and `length` in bytes.
     """
@@ -396,7 +397,7 @@ def _digest(kind: bytes, *parts: bytes) -> bytes:
 
 
 def _update(digest: hashlib._Hash, *parts: bytes) -> None:
-    """Add parts, each with its length before it, so that different lists of parts never give the same bytes."""
+    """Add parts to a digest, each after its length, so that different lists of parts never add the same bytes."""
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)

@@ -220,8 +220,9 @@ def transformer_folder(folder: Path) -> Path:
 def read_transformer(folder: Path) -> dict[str, Any]:
     """Return the settings of the Transformer module, such as `max_seq_length` and `do_lower_case`.
 
-    They are in `sentence_bert_config.json` or one of its older names. The result is empty without these files. It is
-    empty without modules.json, too, since sentence-transformers does not read these files then.
+    They are in `sentence_bert_config.json` or a file of a similar name, such as `sentence_roberta_config.json`. The
+    result is empty without these files. It is empty without modules.json, too, since sentence-transformers does not
+    read these files then.
 
     Raises:
         BundleError: one of the files is too large or not a JSON object, or `modules.json` is wrong.

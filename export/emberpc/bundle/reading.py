@@ -131,7 +131,7 @@ class Bundle:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def classifier_fingerprint(self, fingerprint: str, head: Head | None) -> str:
-        """Return a SHA-256 (hex) of everything that decides a classifier's labels; empty if it is no classifier.
+        """Return a SHA-256 (hex) of everything that decides a classifier's labels; empty if the model is no classifier.
 
         Two classifiers with heads on the same encoder have equal results of `Bundle.fingerprint`, since their vectors
         are equal. The classifier's fingerprint also covers the head, the labels with their order, the decision rule and

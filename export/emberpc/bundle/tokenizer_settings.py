@@ -6,7 +6,7 @@ by these settings. If the settings agree with `tokenizer.json`, the tokens are t
 vectors would differ from those of the library, so the folder is refused.
 
 The checks follow transformers 4.57 (`PreTrainedTokenizerFast.__init__` and the tokenizers of BERT, GPT-2 and
-Llama) and of sentence-transformers 5.7 (`Transformer`).
+Llama) and sentence-transformers 5.7 (`Transformer`).
 """
 
 from __future__ import annotations
@@ -176,7 +176,10 @@ def _has_class(settings: _Settings, names: Sequence[str]) -> bool:
 
 
 def _normalizer_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Conflicts:
-    """Yield key, stated value and value in `tokenizer.json` of each setting of the normalizer that differs."""
+    """Yield key, stated value and value in `tokenizer.json` of each setting of the normalizer whose values differ.
+
+    Only BERT's normalizer has such settings, and only tokenizers of some classes apply them.
+    """
     normalizer = tokenizer.normalizer
     if normalizer.get("type") != "BertNormalizer":
         return
@@ -205,9 +208,10 @@ def _prefix_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Conflicts:
 
 
 def _end_token_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Conflicts:
-    """Yield key, stated value and value in `tokenizer.json` of `add_bos_token` and `add_eos_token`, if these differ.
+    """Yield key, stated value and value in `tokenizer.json` of `add_bos_token` and `add_eos_token`, if the two differ.
 
-    The settings say whether a special token is put before and after each text.
+    The settings say whether a special token is put before and after each text. Only tokenizers of some classes, such as
+    Llama's, apply these settings.
     """
     template = tokenizer.template()
     if not template or not _has_class(settings, _LLAMA_LIKE):

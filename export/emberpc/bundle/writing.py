@@ -127,7 +127,10 @@ def _make(target: Path, kind: str) -> tuple[Path, int]:
 
 @contextmanager
 def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Lock a folder against other processes; without `wait`, raise BlockingIOError if another process has locked it."""
+    """Lock a folder against other processes inside the block.
+
+    If another process has locked it, wait; without `wait`, raise BlockingIOError.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

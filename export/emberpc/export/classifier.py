@@ -304,7 +304,7 @@ def _write(
 
 @contextmanager
 def tuned_encoder(encoder: Encoder, fitted: Fitted, folder: Path) -> Iterator[tuple[Encoder, Encoder | None]]:
-    """Yield the encoder that the head belongs to, twice if it was tuned, or else together with None.
+    """Yield the encoder that the head belongs to, and the tuned encoder, or None if the fit trained no encoder.
 
     A tuned encoder is written to a temporary folder in `folder`, which is removed after the block.
 
@@ -330,7 +330,7 @@ def _runner(folder: Path, encoder: Encoder, converted: Converted) -> OnnxRunner:
 
 
 def _compare(folder: Path, head: Head, source: Encoder, runner: OnnxRunner) -> Variant:
-    """Compare the exported classifier with PyTorch, write the head and the reference outputs, and return the variant.
+    """Compare the exported classifier with PyTorch, write the head and the reference outputs, and return fp32.
 
     The texts of the reference are docstrings of Python's standard library and none of the user's texts: a bundle must
     not give training texts away.

@@ -28,7 +28,8 @@ def calling_libraries(problem: str, remedy: str, *, hub_only: bool = False) -> I
     Args:
         problem: the meaning of an exception for the user, such as "the model m cannot be loaded".
         remedy: what the user can do.
-        hub_only: the block calls huggingface_hub only. Then transformers is not imported, which takes 2 s of CPU time.
+        hub_only: whether the block calls huggingface_hub only. If so, transformers is not imported to silence it: the
+            import takes 2 s of CPU time.
 
     Raises:
         ExportError: the block raised; the message has the exception's class, and `__cause__` is the exception.

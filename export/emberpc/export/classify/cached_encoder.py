@@ -56,7 +56,10 @@ class CachedEncoder:
 
     @contextmanager
     def account(self) -> Iterator[Account]:
-        """Yield a new account, which records all requests inside the block. The account of an outer block does not."""
+        """Yield a new account, which records all requests inside the block.
+
+        The account of an outer block does not record these requests.
+        """
         before, self._account = self._account, Account()
         try:
             yield self._account
@@ -66,7 +69,8 @@ class CachedEncoder:
     def price(self, account: Account) -> Cost:
         """Return an estimate of the wall and CPU seconds that an account's requests would have taken without the cache.
 
-        For each kind of result, it is the mean time of all texts computed so far, times the account's number of texts.
+        For each kind of result, the estimate is the mean time of all texts computed so far, times the number of texts
+        in the account.
         """
         total = Cost()
         for kind, texts in account.asked.items():
@@ -147,7 +151,7 @@ class CachedEncoder:
 
     @contextmanager
     def _accounted(self, kind: str, texts: Sequence[str]) -> Iterator[None]:
-        """Record a request for `texts` in the account, and add the block's time to the account and to its `kind`."""
+        """Record a request for `texts` in the account; add the time of the block to it and to the total of `kind`."""
         self._account.asked.setdefault(kind, set()).update(texts)
         with Cost() as cost:
             yield

@@ -78,13 +78,14 @@ def _smoothed(targets: Targets, *, multi_label: bool) -> Scores:
 
 
 def weakness(held_out: int) -> str:
-    """Return a clause for a warning: which rate of errors `held_out` texts cannot show.
+    """Return a clause for a warning that there are few held-out texts.
 
     Args:
         held_out: number of held-out texts.
 
     Returns:
-        The clause; empty if there are no held-out texts, or at least `FEW_TEXTS`.
+        The clause, such as `30 held-out texts cannot show whether errors are rarer than one in 10`; empty if there are
+        no held-out texts, or at least `FEW_TEXTS`.
     """
     if not 0 < held_out < FEW_TEXTS:
         return ""
@@ -122,7 +123,7 @@ def expected_calibration_error(found: Scores, targets: Targets, *, multi_label: 
     """Return the expected calibration error (ECE) on at least one text, in [0, 1].
 
     It is the mean gap between confidence and accuracy over 15 equal bins of confidence, each weighted by its number of
-    decisions. The arguments and bins are those of `reliability`.
+    decisions. A decision is a text's best label; if multi-label, each label of each text.
 
     Args:
         found: probabilities, float (texts, labels).

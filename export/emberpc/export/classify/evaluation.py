@@ -49,8 +49,8 @@ def calibrate(
         rejection_rate: used if `outside` is None: the share of held-out texts to reject, in [0, 1]; 0: none.
 
     Returns:
-        The rule. Only a multi-label rule has thresholds. Without held-out texts, the temperature is 1, and there are no
-        thresholds of its own and no rejection threshold.
+        The rule. Only a multi-label rule has thresholds. Without held-out texts, the temperature is 1, and the rule has
+        neither thresholds nor a rejection threshold.
     """
     temperature = fit_temperature(held_out.logits, held_out.targets, multi_label=multi_label)
     thresholds: tuple[float, ...] = ()

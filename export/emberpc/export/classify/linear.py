@@ -21,8 +21,8 @@ _MAX_ITERATIONS = 300
 #: L-BFGS stops once no entry of the mean loss's gradient is larger. Smaller tolerances changed no measured figure's
 #: third digit.
 _TOLERANCE = 3e-5
-#: Cross-validation tries no more values of `GRID` once it is this many values beyond the best value so far. Along the
-#: grid, accuracy rises and then falls, so later values are not better.
+#: Number of values of `GRID` that cross-validation tries beyond the best value so far before it stops. Along the grid,
+#: accuracy rises and then falls, so later values are not better.
 _PATIENCE = 2
 
 Matrix = npt.NDArray[np.float32]

@@ -94,8 +94,8 @@ def run(settings: ComparisonSettings, folder: Path, progress: Progress = no_prog
         progress: called with the current step.
 
     Returns:
-        The outcomes, also those of earlier calls, and the skipped cells with reasons. A cell whose fit failed is a
-        skipped one.
+        The outcomes, also those of earlier calls, and the skipped cells with reasons. A cell whose fit failed counts as
+        skipped.
 
     Raises:
         ExportError: the settings, the data or a base cannot be used, or the folder holds another comparison.
@@ -271,7 +271,7 @@ class _Comparison:
     def _shared_seconds(self, cell: Cell, per_text: float) -> float:
         """Estimate the seconds of work that `cell` needs, that other cells need too, and that is not done yet.
 
-        That is loading the encoder for training, and measuring the serving cost.
+        This work is loading the encoder for training, and measuring the serving cost.
 
         Args:
             cell: the cell.

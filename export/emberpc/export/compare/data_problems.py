@@ -27,9 +27,9 @@ class Confusion:
 
     label: str
     given: str
-    #: Share of the label's test texts, in [0, 1].
+    #: Share of the test texts of `label` that got `given`, in [0, 1], as the mean over the seeds.
     share: float
-    #: Number of these texts, as the mean over the seeds.
+    #: Number of test texts of `label` that got `given`, as the mean over the seeds.
     count: float
     texts: tuple[str, ...]
 

@@ -23,7 +23,10 @@ ALL = -1
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """A classifier to fit. `budget` is the number of training texts of each label, or `NO_TEXTS` or `ALL`."""
+    """A classifier to fit: base encoder and strategy by name, budget and seed.
+
+    `budget` is the number of training texts of each label, or `NO_TEXTS` or `ALL`; `seed` decides which texts.
+    """
 
     base: str
     strategy: str
@@ -52,7 +55,8 @@ class Decisions:
     """Decisions of a classifier on texts that it was not trained on.
 
     `rows` are the indexes of the texts in their file. `labels` are the indexes of the labels given to each text.
-    `confidence` is the probability of each decision, in [0, 1].
+    `confidence` is the probability of each text's best label. If multi-label, it is the least probability, over all
+    labels, of the decision to give the label to the text or not.
     """
 
     rows: list[int]

@@ -133,11 +133,16 @@ class Planner:
         return min(in_time, key=rank, default=None)
 
     def least_seconds(self, cells: Iterable[Cell], done: Mapping[Cell, Outcome]) -> float:
-        """Return how many seconds must be left so that `choose` starts at least one of the cells, given outcomes."""
+        """Return how many wall seconds must be left so that `choose` returns one of the cells and not None.
+
+        Args:
+            cells: cells that are not fitted yet; at least one.
+            done: outcomes so far, by cell.
+        """
         return _SAFETY * min(self.estimate(cell, done) for cell in cells)
 
     def skipped(self, cells: Iterable[Cell], done: Mapping[Cell, Outcome], seconds_left: float) -> list[Skipped]:
-        """Return cells that were not fitted for lack of time, each with its estimate as the reason.
+        """Return cells as skipped for lack of time, each with its estimate and the time left as the reason.
 
         Args:
             cells: the cells that were not fitted.

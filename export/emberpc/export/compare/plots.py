@@ -15,7 +15,7 @@ from emberpc.export.files import staged
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Colours that colour-blind readers can distinguish (Okabe and Ito, "Color Universal Design", 2008).
+#: Colours of strategies, which colour-blind readers can distinguish (Okabe and Ito, "Color Universal Design", 2008).
 _COLOURS = ("#999999", "#56B4E9", "#009E73", "#0072B2", "#E69F00", "#CC79A7", "#D55E00")
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D")

@@ -31,7 +31,7 @@ class Way:
 
     @property
     def tunes(self) -> bool:
-        """Whether the encoder's weights are trained."""
+        """Whether the strategy trains the encoder's weights."""
         return STRATEGIES[self.strategy].tunes
 
 
@@ -236,7 +236,10 @@ def _versus(winner: Point, other: Point) -> str:
 
 
 def crossover(summary: Summary) -> str:
-    """Return a sentence that names the budget from which on fine-tuning is significantly ahead of frozen vectors."""
+    """Return a sentence that names the budget from which on fine-tuning is significantly ahead of frozen vectors.
+
+    The sentence says so if fine-tuning is ahead at no budget, or if the two were not both measured.
+    """
     budgets = sorted({p.budget for p in summary.points if p.way.tunes}, key=summary.per_label)
     if not budgets:
         return "No fine-tuning was measured."

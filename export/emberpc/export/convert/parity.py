@@ -16,7 +16,8 @@ from emberpc.export.errors import ExportError
 #: Least cosine between a text's outputs by an fp32 ONNX file and by PyTorch. The two compute the same operations in
 #: another order, so only rounding may differ.
 MIN_COSINE = 0.9999
-#: Greatest absolute difference of an output value between an fp32 ONNX file and PyTorch, for outputs of at most 1.
+#: Greatest absolute difference of an output value between an fp32 ONNX file and PyTorch. The limit grows with outputs
+#: whose largest magnitude is above 1.
 MAX_ABS_DIFF = 1e-4
 #: Logits that differ by at most this much count as equal when best labels are compared: a head that learned nothing has
 #: such logits.

@@ -1,4 +1,4 @@
-"""Training examples of a classifier: texts, the labels of each, and descriptions of the labels."""
+"""Examples of a classifier: texts with their labels, to train or to measure on, and descriptions of the labels."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def training_examples(data: LabelledTexts, *, multi_label: bool = False, min_exa
     Args:
         data: the texts of the file.
         multi_label: whether a text may have any number of labels.
-        min_examples: fewest texts of a label.
+        min_examples: fewest texts that each label must have.
 
     Raises:
         ExportError: there are fewer than two labels, or a label has too few texts.

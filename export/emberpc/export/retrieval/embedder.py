@@ -42,7 +42,7 @@ class Embedder:
     def keep(self, texts: Sequence[str]) -> None:
         """Cache the token ids of texts, and their states after the frozen lower layers until the room is used up.
 
-        This restores the original weights of the encoder, so call it before a training only.
+        This restores the original weights of the encoder, so call it only before a training.
 
         Args:
             texts: the texts, those first whose states are needed most.

@@ -22,7 +22,7 @@ def measure(
     Args:
         query_vectors: float32 (queries, dimensions), of any length.
         passage_vectors: vectors of the candidates, float32 (candidates, dimensions), of any length.
-        queries: the queries with their relevant passages; each must have at least one. At least one query.
+        queries: at least one query, each with at least one relevant passage.
         candidates: index of the passage of each candidate, int (candidates,); default: all passages in their order.
             A query's own passage is left out of its ranking.
 

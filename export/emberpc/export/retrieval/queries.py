@@ -270,8 +270,11 @@ def _read_labelled(
 ) -> _Read:
     """Read labelled texts, and add them to `passages` and `members`.
 
-    Each text is a query, and all other texts of its labels in all files read so far are its answers. Raises ExportError
-    if a cell is empty or no text. The function `queries` of the result raises it if a text has no answer.
+    Each text is a query, and all other texts of its labels in all files read so far are its answers. The function
+    `queries` of the result raises ExportError if a text has no answer.
+
+    Raises:
+        ExportError: a cell is empty or no text.
     """
     places: dict[str, str] = {}
     labels: dict[str, set[str]] = defaultdict(set)

@@ -26,10 +26,10 @@ from emberpc.export.tuning.loop import Recipe, shuffled, train
 _TEMPERATURE = 0.05
 #: Number of hard negatives that are mined for each query. Each epoch draws some of these for the query.
 _MINED = 4
-#: Number of passages that epochs are compared on: the answers of the held-out queries filled up with the passages
-#: nearest to these queries.
+#: Number of passages that epochs are compared on: the answers of the held-out queries and, if there are fewer answers
+#: than this number, the passages nearest to these queries.
 _POOL = 1000
-#: Shares of the trained weights that are tried, besides 0, for the result: a weighted mean of original weights (share 0)
+#: Shares of trained weights that are tried, besides 0, for the result: a weighted mean of original weights (share 0)
 #: and trained weights (share 1), as in Wortsman et al., "Robust fine-tuning of zero-shot models", 2022.
 _SHARES = (1.0, 0.75, 0.5)
 
@@ -189,7 +189,8 @@ class _Tuning:
     def _pool(self, passage_vectors: Matrix) -> np.ndarray:
         """Return the indexes of the passages to compare epochs on, int (passages,).
 
-        They are the answers of the held-out queries, and the passages nearest to these queries until there are 1,000.
+        They are the answers of the held-out queries and, if there are fewer than 1,000 answers, the passages nearest to
+        these queries.
         """
         held_out = self._data.held_out
         chosen = dict.fromkeys(sorted({i for known in held_out.relevant for i in known}))

@@ -154,7 +154,7 @@ def _refuse_adapter(folder: Path) -> None:
 def _refuse_own_code(folder: Path, config: dict[str, Any]) -> None:
     """Raise ExportError for a model that needs Python code of its own.
 
-    If transformers loaded the weights into its architecture of the same name, the vectors would be wrong.
+    If transformers loaded the weights into an architecture of its own with a similar name, vectors would be wrong.
     Examples are gte v1.5 (`model_type` "new"), nomic ("nomic_bert"), and jina v2, which states "bert".
     """
     own = config.get("auto_map")

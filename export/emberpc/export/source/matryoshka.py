@@ -26,7 +26,7 @@ _MAX_CARD_BYTES = 4 * 2**20
 
 
 def read_matryoshka(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """Return the dimensions to shorten vectors to that a model's files state, in descending order, or none.
+    """Return the dimensions that vectors may be shortened to, in descending order; empty if no file states any.
 
     Args:
         folder: the encoder's folder.

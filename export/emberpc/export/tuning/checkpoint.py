@@ -76,7 +76,7 @@ class Checkpoint:
         self._spent = spent or Cost()
 
     def read(self) -> TrainingState | None:
-        """Return the stored state, and add its time to `spent` of the constructor.
+        """Return the stored state, and add its time to the `Cost` that the constructor got.
 
         None is returned if there is no file, or the file is damaged, has another format or cannot be read.
         """

@@ -36,7 +36,7 @@ class Recipe:
     warm_up: float = 0.1
     weight_decay: float = 0.01
     most_gradient: float = 1.0
-    #: Number of epochs in a row with a worse score on the held-out texts than the best epoch after which to stop.
+    #: The training stops after this number of epochs in a row whose held-out score is worse than the best.
     patience: int = 3
 
 

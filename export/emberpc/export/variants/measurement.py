@@ -92,7 +92,7 @@ class Trial:
 
     @property
     def timed(self) -> list[str]:
-        """The texts to time, with prompts: 64 to 127 of the texts, at equal distances, or all of fewer texts."""
+        """The texts to time, with prompts: 64 to 127 of the texts at equal distances, or all if there are fewer."""
         return self.prompted[:: max(1, len(self.prompted) // TIMED_TEXTS)]
 
     @cached_property

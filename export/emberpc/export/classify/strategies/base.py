@@ -128,7 +128,7 @@ def accuracy(logits: Matrix, examples: Examples) -> float:
 
 
 def standard_error(held_out: Examples | None) -> float:
-    """Return the binomial standard error of an accuracy of 0.9, a typical one, on the held-out texts; 0 if None."""
+    """Return the binomial standard error of an accuracy of 0.9 (a typical one) on the held-out texts; 0 without any."""
     return float((0.1 * 0.9 / len(held_out.texts)) ** 0.5) if held_out else 0.0
 
 
@@ -159,7 +159,8 @@ def fit_and_hold_out(
 
     The texts of `options.validation` are the held-out texts. Without them, some training texts are held out, and a
     training on the other texts finds the best epoch. With fewer than 5,000 training texts, a second training on all
-    texts makes the result. If no text can be held out, since no label has two texts, one training on all texts does.
+    texts makes the result. If no text can be held out, since no label has two texts, a single training on all texts
+    makes the result.
 
     Args:
         fit: trains a classifier. Its arguments are the training texts, the texts for early stopping (or None), the

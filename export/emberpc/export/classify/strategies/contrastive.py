@@ -71,8 +71,8 @@ class Contrastive:
         top = max(1, backbone.layers // 2)
         tokens, states = cached_encoder.tokens(examples.texts), cached_encoder.states(examples.texts, top)
         if held_out is not None:
-            # Cache these states before the training: computing them later would undo it, since that restores the
-            # original weights.
+            # Cache these states before the training: computing them later would restore the original weights, which
+            # undoes the training.
             cached_encoder.states(held_out.texts, top)
         parameters = backbone.train_top(top)
         recipe = Recipe(epochs or default_epochs(examples.per_label), 1e-4, batch=_BATCH)

@@ -15,8 +15,8 @@ from emberpc.export.classify.strategies.base import Fitted, Options, no_texts
 from emberpc.export.data.examples import Examples
 from emberpc.export.errors import ExportError
 
-#: Factor that turns a cosine, in [-1, 1], into a logit of a range that softmax can use. Calibration fits a temperature
-#: on top of it.
+#: Factor that turns a cosine, in [-1, 1], into a logit of a range that softmax can use. Calibration also fits a
+#: temperature.
 COSINE_SCALE = 10.0
 
 
@@ -74,7 +74,7 @@ class Centroids:
 
 @dataclass(frozen=True)
 class Nearest:
-    """Gives the label of the nearest example. It is not exportable: no linear head can compute it."""
+    """Gives the label of the nearest example. The strategy is not exportable: no linear head gives the same logits."""
 
     name: str = "nearest"
     exportable: bool = False
@@ -106,7 +106,7 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Linear:
-    """Logistic regression on the encoder's vectors, with its regularization chosen by cross-validation."""
+    """Logistic regression on the encoder's vectors, with the regularization chosen by cross-validation."""
 
     name: str = "linear"
     exportable: bool = True
@@ -148,7 +148,7 @@ def class_means(vectors: Matrix, examples: Examples) -> Matrix:
 
 
 def prototypes(vectors: Matrix) -> Head:
-    """Return the head whose logits of a text are `COSINE_SCALE` times its vector's cosine to each label's vector.
+    """Return the head whose logit for a label is `COSINE_SCALE` times the cosine of the text's and the label's vector.
 
     Args:
         vectors: one vector for each label, float32 (labels, dimensions), of any length.

@@ -107,8 +107,8 @@ class _Layers:
         top = self.top(backbone.layers, examples.per_label)
         tokens, states = cached_encoder.tokens(examples.texts), cached_encoder.states(examples.texts, top)
         if held_out is not None:
-            # Cache these states before the training: computing them later would undo it, since that restores the
-            # original weights.
+            # Cache these states before the training: computing them later would restore the original weights, which
+            # undoes the training.
             cached_encoder.states(held_out.texts, top)
         parameters = backbone.train_top(top)
         original = backbone.weights()
@@ -165,13 +165,13 @@ class TopLayers(_Layers):
 
 
 class FullTuning(_Layers):
-    """Trains all layers."""
+    """Strategy that trains all layers of the encoder together with the head."""
 
     def __init__(self) -> None:
         super().__init__("full", 1e-4)
 
     def top(self, layers: int, per_label: float) -> int:
-        """Return all layers."""
+        """Return `layers`, the number of layers of the encoder: all of them are trained."""
         return layers
 
 
