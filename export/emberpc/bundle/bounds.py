@@ -14,7 +14,7 @@ _TINY = 1e-6
 
 
 def cosines(expected: npt.NDArray[np.float32], got: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return the cosine of each row of `expected` and the same row of `got`, float32 (rows,); 1 if both are zero."""
+    """Return the cosine of each row of `expected` and the same row of `got`, float32 (rows,); 1 for zero rows."""
     lengths = np.stack([np.linalg.norm(expected, axis=1), np.linalg.norm(got, axis=1)])
     found = (expected * got).sum(axis=1) / np.maximum(lengths.prod(axis=0), _TINY**2)
     return np.asarray(np.where((lengths < _TINY).all(axis=0), 1.0, found), dtype=np.float32)

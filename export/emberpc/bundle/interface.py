@@ -112,7 +112,7 @@ class Interface:
     def legacy_text(self) -> str:
         """Return the text that fingerprints of the old scheme include for this object.
 
-        It must never change, since collections store fingerprints of the old scheme.
+        The text must never change, since collections store fingerprints of the old scheme.
         """
         inputs = self.inputs
         return (
@@ -262,7 +262,7 @@ def _stated_roles(stated: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def _role(name: str) -> str:
-    """Return the role of an input by its name; empty if the name is unknown."""
+    """Return the role of an input by the input's name; empty if the name is unknown."""
     plain = name.lower().partition(":")[0]  # TensorFlow's names end with `:0`
     return next((role for role, known in _ROLE_NAMES.items() if plain in known), "")
 

@@ -244,8 +244,8 @@ class Manifest:
     def legacy_fingerprint(self, variant: str = "") -> str:
         """Return a variant's fingerprint (hex) of the old scheme, which collections from before the new scheme store.
 
-        It is computed from the manifest only, so it proves nothing about the files. `Bundle.fingerprint` returns that
-        of the new scheme.
+        This fingerprint is computed from the manifest only, so it proves nothing about the files. `Bundle.fingerprint`
+        returns the fingerprint of the new scheme.
 
         Args:
             variant: name of the variant; empty: the first one.
@@ -350,7 +350,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 def _is_finite(number: float) -> bool:
     """Return whether a number is finite as a float.
 
-    It is not for NaN, infinities and integers beyond float's range, all of which Python's json accepts.
+    NaN, infinities and integers beyond float's range are not, and Python's json accepts all of these.
     """
     try:
         return math.isfinite(number)

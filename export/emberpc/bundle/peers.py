@@ -90,7 +90,7 @@ def read_modules(folder: Path) -> list[tuple[str, str]]:
 def _kind(path: str) -> str:
     """Return the kind of a module from the path of its class.
 
-    It is the name of a class of sentence-transformers, and the whole path for any other class.
+    The kind is the class name for a class of sentence-transformers, and the whole path for any other class.
     """
     return path.rpartition(".")[2] if path.startswith("sentence_transformers.") else path
 
@@ -220,9 +220,9 @@ def transformer_folder(folder: Path) -> Path:
 def read_transformer(folder: Path) -> dict[str, Any]:
     """Return the settings of the Transformer module, such as `max_seq_length` and `do_lower_case`.
 
-    They are in `sentence_bert_config.json` or a file of a similar name, such as `sentence_roberta_config.json`. The
-    result is empty without these files. It is empty without modules.json, too, since sentence-transformers does not
-    read these files then.
+    The settings are in `sentence_bert_config.json` or a file of a similar name, such as `sentence_roberta_config.json`.
+    The result is empty if there is no such file. The result is empty without modules.json, too, since
+    sentence-transformers does not read the file then.
 
     Raises:
         BundleError: one of the files is too large or not a JSON object, or `modules.json` is wrong.
@@ -276,8 +276,8 @@ def read_sentence_transformers(folder: Path) -> dict[str, Any]:
     """Return the content of `config_sentence_transformers.json`; empty if the file is missing.
 
     Raises:
-        BundleError: the file is not a JSON object, the model does not return one vector for a text, or the file
-            states `truncate_dim`.
+        BundleError: the file is too large or not a JSON object, the model does not return one vector for a text, or the
+            file states `truncate_dim`.
     """
     settings = read_json(folder / "config_sentence_transformers.json")
     kind = settings.get("model_type", "SentenceTransformer")

@@ -28,7 +28,7 @@ def staged_folder(target: Path | str, *, overwrite: bool = False) -> Iterator[Pa
     killed leaves its temporary folder behind; the next process that writes to the same `target` removes it.
 
     Args:
-        target: the bundle's folder. It may exist if it is empty, or if it holds a bundle and `overwrite` is set.
+        target: the bundle's folder. If the folder exists, it must be empty, or hold a bundle with `overwrite` set.
         overwrite: whether to replace an existing bundle.
 
     Raises:

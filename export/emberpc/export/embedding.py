@@ -233,7 +233,7 @@ def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Conve
 def common_fields(encoder: Encoder, converted: Converted) -> dict[str, Any]:
     """Return the fields of a manifest that describe the encoder, by name; `created` is the current time.
 
-    They are the same for embedding models and classifiers.
+    The manifests of embedding models and of classifiers have the same fields for this.
     """
     return {
         "base_model": encoder.name,

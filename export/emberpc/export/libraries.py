@@ -50,7 +50,10 @@ def calling_libraries(problem: str, remedy: str, *, hub_only: bool = False) -> I
 
 @contextmanager
 def _silence(*, hub_only: bool) -> Iterator[None]:
-    """Switch off warnings, logs and progress bars inside the block; restore them afterwards."""
+    """Switch off warnings, logs and progress bars inside the block; restore them afterwards.
+
+    With `hub_only`, transformers is left alone.
+    """
     loggers = [logging.getLogger(name) for name in _SILENCED_LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""Progress callbacks of an export."""
+"""Callbacks that report the progress of an export."""
 
 from __future__ import annotations
 

@@ -8,9 +8,10 @@ from time import perf_counter, process_time
 
 @dataclass
 class Cost:
-    """Context manager that measures its block: wall seconds, and CPU seconds of this process on all cores.
+    """Context manager that measures the time of a block.
 
-    A further block with the same object adds its time to both.
+    `seconds` is wall time, and `cpu_seconds` is the CPU time of this process on all cores. A further block with the
+    same object adds its time to both.
     """
 
     seconds: float = 0.0

@@ -204,7 +204,7 @@ def _run_foreign(bundle: Bundle, runner: OnnxRunner) -> tuple[None, str]:
         None, and the result in words.
 
     Raises:
-        ExportError: the outputs differ, or have another number of values than dimensions or labels were stated.
+        ExportError: the outputs differ, or the number of their values is not the number of dimensions or labels.
     """
     manifest, interface = bundle.manifest, bundle.foreign
     output = interface.output if interface else ""
@@ -243,7 +243,10 @@ def _run(runner: OnnxRunner, variant: Variant, reference: Reference, batch_size:
 
 
 def _faults(variant: Variant, parity: Parity, expected: Matrix, got: Matrix) -> list[str]:
-    """Return a message for each limit that a variant's outputs miss: its bound, or for fp32 the limits of parity."""
+    """Return a message for each limit that a variant's outputs miss.
+
+    The limits are those of the variant's bound or, for fp32, which has no bound, those of the parity check.
+    """
     if variant.bound is not None:
         return variant.bound.faults(expected, got)
     return faults(parity, scale=max(1.0, float(abs(expected).max())))

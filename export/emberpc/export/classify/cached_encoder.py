@@ -151,7 +151,7 @@ class CachedEncoder:
 
     @contextmanager
     def _accounted(self, kind: str, texts: Sequence[str]) -> Iterator[None]:
-        """Record a request for `texts` in the account; add the time of the block to it and to the total of `kind`."""
+        """Record a request for `texts`, and add the block's time to the account and to the total of `kind`."""
         self._account.asked.setdefault(kind, set()).update(texts)
         with Cost() as cost:
             yield

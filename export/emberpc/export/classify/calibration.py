@@ -122,8 +122,8 @@ def reliability(found: Scores, targets: Targets, *, multi_label: bool = False) -
 def expected_calibration_error(found: Scores, targets: Targets, *, multi_label: bool = False) -> float:
     """Return the expected calibration error (ECE) on at least one text, in [0, 1].
 
-    It is the mean gap between confidence and accuracy over 15 equal bins of confidence, each weighted by its number of
-    decisions. A decision is a text's best label; if multi-label, each label of each text.
+    This error is the mean gap between confidence and accuracy over 15 equal bins of confidence, each bin weighted by
+    its number of decisions. A decision is a text's best label; if multi-label, each label of each text.
 
     Args:
         found: probabilities, float (texts, labels).

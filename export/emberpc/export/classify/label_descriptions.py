@@ -13,7 +13,7 @@ from emberpc.export.classify.strategies import STRATEGIES, Options
 from emberpc.export.data.examples import Examples, label_names, read_descriptions
 
 #: Label names become descriptions only if the accuracy of a zero-shot classifier by these names exceeds the share of
-#: the most frequent label by more than this. Both are shares of the texts, in [0, 1].
+#: the most frequent label by more than this. Accuracy and share count texts, in [0, 1].
 _LEAST_GAIN = 0.1
 
 
@@ -37,7 +37,7 @@ def described_examples(examples: Examples, path: Path | str | None, cached_encod
 def names_help(named: Examples, cached_encoder: CachedEncoder) -> bool:
     """Return whether zero-shot classification by the descriptions is clearly better than the most frequent label.
 
-    Its accuracy on the texts must exceed the share of texts with the most frequent label by more than 0.1.
+    The accuracy of the classification must exceed the share of texts with the most frequent label by more than 0.1.
 
     Args:
         named: labelled texts with descriptions; at least one text.

@@ -33,7 +33,7 @@ class CrossValidated:
     """A head fitted to all texts, and logits of texts by other heads, fitted in the same way but not to these texts.
 
     `c` is the chosen inverse strength of regularization. `rows` has the indexes of the texts that have logits, int
-    (rows,), and `logits` is float32 (rows, labels). Both are empty if every label has one text only.
+    (rows,), and `logits` is float32 (rows, labels). `rows` and `logits` are empty if every label has one text only.
     """
 
     head: Head
@@ -208,8 +208,8 @@ def stratify(targets: Targets, seed: int, folds: int = _FOLDS) -> Rows:
 def right(logits: Matrix, targets: Targets, multi_label: bool) -> npt.NDArray[np.float64]:
     """Return how right the decision on each text is, float64 (texts,).
 
-    It is 1 or 0: whether the text has the label with the best logit. If multi-label, it is the share of all labels that
-    the text is rightly given or rightly not given, with a threshold of 0.5.
+    The value is 1 if the text has the label with the best logit, else 0. If multi-label, the value is the share of all
+    labels that the text is rightly given or rightly not given, with a threshold of 0.5.
 
     Args:
         logits: float32 (texts, labels).

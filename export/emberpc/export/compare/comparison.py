@@ -1,4 +1,4 @@
-"""Compare all strategies for a classifier on the user's data, and recommend one of them."""
+"""Compare strategies for a classifier on the user's data, and recommend a strategy."""
 
 from __future__ import annotations
 

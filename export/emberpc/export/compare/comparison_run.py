@@ -259,7 +259,7 @@ class _Comparison:
         return None if self._end is None else self._end - perf_counter()
 
     def _timed(self, title: str) -> Progress:
-        """Return a progress callback for the step `title` that raises `_OutOfTimeError` after the time limit."""
+        """Return a callback that reports progress of the step `title`, or raises `_OutOfTimeError` if time is up."""
 
         def report(stage: str, done: int, total: int, detail: str = "") -> None:
             if self._end is not None and perf_counter() > self._end:

@@ -139,8 +139,8 @@ def _reliability(axes: Axes, summary: Summary) -> None:
 def _reliability_points(summary: Summary) -> list[Point]:
     """Return the points that get a reliability line, without repetition.
 
-    They are the recommended point, the best point of the strategies that do not train the encoder, and the best of
-    those that do.
+    These are the recommended point, the best point of the strategies that do not train the encoder, and the best point
+    of the strategies that do.
     """
     points = [summary.winner, summary.frozen, summary.tuned]
     return list({point.way: point for point in points if point is not None}.values())

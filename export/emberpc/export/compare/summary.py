@@ -197,7 +197,7 @@ def confidence_band(values: npt.NDArray[np.float64]) -> float | None:
 def standard_error(a: Point, b: Point) -> float:
     """Return the standard error of the difference of the accuracies of two points, as a share in [0, 1].
 
-    It joins the variance over the test texts, paired text by text, and the variance over the seeds.
+    Its square is the sum of two variances: that over the test texts, paired text by text, and that over the seeds.
     """
     difference = a.right.mean(axis=0) - b.right.mean(axis=0)
     of_texts = difference.var() / max(1, len(difference))
@@ -261,8 +261,8 @@ def crossover(summary: Summary) -> str:
 def caveats(summary: Summary) -> list[str]:
     """Return warnings about the figures, one sentence each.
 
-    They are about test texts that are training texts, strategies fitted with one seed only, and strategies that had too
-    few texts for a calibration. The list is empty if there is nothing to warn of.
+    The warnings are about test texts that are training texts, strategies fitted with one seed only, and strategies that
+    had too few texts for a calibration. The list is empty if there is nothing to warn of.
     """
     training_texts = set(summary.result.train.texts)
     shared = [text for text in summary.result.test.texts if text in training_texts]

@@ -75,7 +75,7 @@ class GraphEditor:
     def hidden_size(self) -> int:
         """Dimensions of a token's vector.
 
-        They are read from the graph, since config.json files use several names for this number.
+        This number is read from the graph, since config.json files use several names for it.
         """
         output = next(output for output in self.model.graph.output if output.name == "last_hidden_state")
         return int(output.type.tensor_type.shape.dim[2].dim_value)

@@ -124,7 +124,7 @@ def source_limit(folder: Path, own: float | None) -> int | None:
 
     Args:
         folder: folder of the model.
-        own: limit in tokens of the model as the library loaded it; None or an absurdly large number: no limit.
+        own: limit in tokens of the model as the library loaded it; None or above `MAX_TOKENS`: no limit.
 
     Returns:
         The smaller of `own` and the number of positions of the model; None if there is neither.
@@ -139,7 +139,7 @@ def require_limit(folder: str, own: float | None, max_tokens: int, library: str)
 
     Args:
         folder: folder of the model.
-        own: limit in tokens of the model as the library loaded it; None or an absurdly large number: no limit.
+        own: limit in tokens of the model as the library loaded it; None or above `MAX_TOKENS`: no limit.
         max_tokens: number of tokens at which the ONNX model truncates texts.
         library: name of the library, for the error.
     """

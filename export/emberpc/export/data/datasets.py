@@ -220,7 +220,7 @@ def _plain_label(text: str) -> str:
 def report_alike(path: Path, labels: Iterable[str]) -> None:
     """Log a warning for labels that differ only in case, space, invisible characters or how a number is written.
 
-    They count as different labels, which may be unintended. `path` is the file, for the warning.
+    These labels count as different, which may be unintended. `path` is the file, for the warning.
     """
     alike: dict[str, list[str]] = {}
     for label in sorted(set(labels)):

@@ -179,7 +179,7 @@ class _Tuning:
     def _negatives(self, passage_vectors: Matrix) -> list[list[int]]:
         """Return the hard negatives of each training query, as indexes of passages.
 
-        They are the negatives that the data states or, if there are none for the query, mined negatives.
+        A query gets the negatives that the data states or, if it states none for the query, mined negatives.
         """
         queries = self._data.train
         count = _MINED if self._options.hard_negatives else 0
@@ -189,8 +189,8 @@ class _Tuning:
     def _pool(self, passage_vectors: Matrix) -> np.ndarray:
         """Return the indexes of the passages to compare epochs on, int (passages,).
 
-        They are the answers of the held-out queries and, if there are fewer than 1,000 answers, the passages nearest to
-        these queries.
+        These passages are the answers of the held-out queries and, if there are fewer than 1,000 answers, the passages
+        nearest to these queries.
         """
         held_out = self._data.held_out
         chosen = dict.fromkeys(sorted({i for known in held_out.relevant for i in known}))
@@ -204,8 +204,8 @@ class _Tuning:
     def _batches(self, epoch: int) -> list[list[int]]:
         """Return the batches of an epoch, each a list of numbers.
 
-        The number for the training query q is `epoch * (number of training queries) + q`. It tells the loss the epoch,
-        so that each epoch draws other passages for the same query.
+        The number for the training query q is `epoch * (number of training queries) + q`. The loss finds query and
+        epoch in this number, and draws other passages for the same query in each epoch.
         """
         lengths = [len(self._embedder.tokens([self._passages[min(known)]])[0]) for known in self._data.train.relevant]
         batches = shuffled(lengths, self._options.batch, self._options.seed, epoch)
@@ -259,7 +259,7 @@ class _Tuning:
         return best
 
     def _checkpoint(self, recipe: Recipe, negatives: Sequence[Sequence[int]]) -> Checkpoint:
-        """Return the checkpoint of this training. Its file name is a hash of everything that the outcome depends on."""
+        """Return the checkpoint of this training. The file's name is a hash of all that the outcome depends on."""
         train, held_out = self._data.train, self._data.held_out
         return self._options.checkpoints.of(
             method="multiple-negatives-ranking",
@@ -291,7 +291,7 @@ def multiple_negatives_ranking(
 
     The loss is small if each query is nearer to its answer than to all other passages, and each answer is nearer to its
     query than to all other queries (Henderson et al., "Efficient Natural Language Response Suggestion for Smart Reply",
-    2017, section 4.4). It is computed from cosines, divided by a temperature.
+    2017, section 4.4). The loss is computed from cosines, divided by a temperature.
 
     Args:
         query_vectors: float32 (queries, dimensions), of any length.

@@ -182,9 +182,9 @@ def _refuse_cut_starts(folder: Path, transformer: Path) -> None:
 
 
 def _tokenizer_side(path: Path) -> str:
-    """Return the side at which a tokenizer.json truncates texts, `Left` or `Right`; empty if it does not truncate.
+    """Return the side at which a tokenizer.json truncates texts, `Left` or `Right`.
 
-    It is also empty if there is no such file. Raises ExportError if the file is damaged.
+    The result is empty if the file states no truncation or does not exist. Raises ExportError if the file is damaged.
     """
     try:
         truncation = json.loads(path.read_text(encoding="utf-8")).get("truncation")
@@ -228,9 +228,9 @@ def _modules(folder: Path) -> tuple[str, list[str], bool]:
 
 
 def _report_unread(folder: Path) -> None:
-    """Log a warning if the folder has files that are read only together with modules.json, and modules.json is missing.
+    """Log a warning if a folder without modules.json has files that are read only together with modules.json.
 
-    It may have been lost when the folder was copied.
+    Then modules.json may have been lost when the folder was copied.
     """
     found = sorted(
         path.relative_to(folder) for path in [*folder.glob("*_*/config.json"), *folder.glob("sentence_*.json")]

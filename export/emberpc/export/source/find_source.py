@@ -47,8 +47,8 @@ def find_source(source: str | Path, progress: Progress = no_progress) -> Source:
     """Find a model on this host, or download it from the Hugging Face hub.
 
     Args:
-        source: a folder, the name of an installed package (with the prefix `python:`: only that), or a hub id. They are
-            tried in this order.
+        source: a folder, the name of an installed package, or a hub id; these are tried in this order. With the prefix
+            `python:`, only packages are tried.
         progress: called before and after a download.
 
     Raises:

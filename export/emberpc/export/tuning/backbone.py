@@ -31,8 +31,8 @@ States = npt.NDArray[np.float16]
 class _CachedStates(nn.Module):
     """Module in the place of the lower layers: it ignores its input and returns `states`, their cached output.
 
-    The code of the model's other parts runs unchanged. So it computes the masks and position biases that the upper
-    layers need, for every architecture.
+    The code of the model's other parts runs unchanged. So this code computes the masks and position biases that the
+    upper layers need, for every architecture.
     """
 
     def __init__(self) -> None:
@@ -166,7 +166,7 @@ class Backbone:
     def lower_states(self, tokens: Sequence[TokenIds], top: int, progress: Progress = no_progress) -> list[States]:
         """Run the layers below the upper `top` with the original weights; return the hidden states after them.
 
-        This restores the original weights, as `reset` does.
+        This restores the original weights; trained weights are lost.
 
         Args:
             tokens: token ids of each text.

@@ -28,8 +28,8 @@ from emberpc.export.tuning.loop import Recipe, train
 #: without a label in common with it are the negatives.
 _BATCH = 32
 _TEMPERATURE = 0.1
-#: Inverse strength of the head's regularization. It cannot be chosen by cross-validation, since the encoder was trained
-#: on all these texts. On texts that the encoder was not trained on, 3, 10 and 30 gave equal accuracy.
+#: Inverse strength of the head's regularization. Cross-validation cannot choose it, since the encoder was trained on
+#: all these texts. On texts that the encoder was not trained on, 3, 10 and 30 gave equal accuracy.
 _C = 10.0
 
 

@@ -199,7 +199,7 @@ def checkpoint_of(
     cached_encoder: CachedEncoder,
     options: Options,
 ) -> Checkpoint:
-    """Return the checkpoint of one training. Its file name is a hash of everything that the training depends on."""
+    """Return the checkpoint of one training. The file's name is a hash of everything that the training depends on."""
     encoder = cached_encoder.encoder
     return options.checkpoints.of(
         strategy=strategy,
@@ -218,7 +218,7 @@ def checkpoint_of(
 def default_epochs(per_label: float) -> int:
     """Return the default number of epochs for a mean of `per_label` texts of a label: 10 for 4, 8 for 16, 6 for 64.
 
-    It is at least 5 and at most 12.
+    The number is at least 5 and at most 12.
     """
     return max(5, min(12, round(12 - log2(max(per_label, 1)))))
 
