@@ -13,7 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from emberpc.export.errors import ExportError
 from emberpc.export.source.encoder import Dense
 
-#: Prefix of the names of the nodes that an export adds to a converted graph, by which variants tell them from others.
+#: Prefix of the names of the nodes that an export adds to a converted graph. It tells these nodes from those of the
+#: encoder when a variant is made.
 ADDED = "emberpc_"
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 #: Least divisor of a mean over tokens, so that an empty mask does not divide by 0; sentence-transformers has the same.

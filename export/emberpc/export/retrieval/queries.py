@@ -203,7 +203,7 @@ class _Read:
     """A file that was read.
 
     `places` has the place of each query's first row, such as `line 17`, by the query's text. `queries` returns the
-    file's queries; for labelled texts, their answers are all texts of the label in all files read before the call.
+    file's queries. The answers of a labelled text are all other texts of its labels in all files read before the call.
     """
 
     path: Path

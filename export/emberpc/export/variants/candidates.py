@@ -22,7 +22,8 @@ _SAME = Bound(
     accuracy_share=0.995,
     ndcg_share=0.995,
 )
-#: Bound for fp16: weights keep eleven significant bits, so the relative error of a weight is at most 1 in 2,048.
+#: Bound for fp16: weights keep eleven significant bits, so rounding changes a weight by at most 1 in 2,048, or by more
+#: if the weight's magnitude is below 0.00006.
 _FP16 = Bound(
     cosine_min=0.999,
     difference_max=0.02,

@@ -22,7 +22,7 @@ COSINE_SCALE = 10.0
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Gives the label whose description is nearest to the text; the training texts are not used for fitting."""
+    """Gives the label whose description has the vector nearest to the text's; the fit uses no training texts."""
 
     name: str = "zero-shot"
     exportable: bool = True
@@ -49,7 +49,7 @@ class ZeroShot:
 
 @dataclass(frozen=True)
 class Centroids:
-    """Gives the label whose mean vector of examples is nearest to the text."""
+    """Gives the label for which the mean vector of its examples is nearest to the text's vector."""
 
     name: str = "centroids"
     exportable: bool = True
