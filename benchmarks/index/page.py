@@ -39,43 +39,53 @@ KEPT = "<!-- figures of other runs -->\n"
 
 HEAD = """# Benchmarks of the index
 
-{records} vectors: {vectors}.
-The true neighbours come from an exact search, for 1,000 queries that are not among the vectors.
-{date}; {processor}, {cores} cores; Python {python}, grpcio {grpcio}, numpy {numpy}.
-Made by `corpus.py`, `compare.py` and `page.py` of `benchmarks/index/`; all in one run, one after the other.
+Vectors: {records} {vectors}.
+Queries: 1,000 vectors that are not among them. The true neighbours of a query come from an exact search.
+Host: {date}; {processor}, {cores} cores; Python {python}, grpcio {grpcio}, numpy {numpy}.
+Scripts: `corpus.py`, `compare.py` and `page.py` of `benchmarks/index/`. All rows were measured in one run, one
+after the other.
 """
 
 TAIL = """
 ![Queries per second by recall](images/index.png)
 
-hnswlib is the library in process: built with one thread, recall at `ef` 200, queries as in the path of a search.
-emberpc is measured through gRPC. Its records have an id and metadata, and every batch is on disk before its response.
-Its build time is from the first upsert until the graph has all vectors.
-Peers run in process and store ids only.
+The row "hnswlib" is the library in process. It was built with one thread; its recall is that at `ef` 200, and its
+queries per second are those of the section "The path of a search".
 
-- Time to build the graph alone: {build} times `add_items` with one thread (target: at most 1.15).
-- Memory: {each} bytes per vector, in addition to the {empty} MB of the server.
-- Restart, until the first response: {restart_seconds} s after a normal stop, {restart_killed_seconds} s after
-  `kill -9` with 3,000 records that no snapshot has, {restart_without_graph_seconds} s without any snapshot; then the
-  graph is built while the server serves.
-- Extrapolated in proportion, not measured: a million records take {memory} GB in memory, {disk} GB on disk, and a
-  restart {restart} s.
+The row "emberpc" is the server, measured through gRPC. Its records have an id and metadata, and each batch is on
+disk before its response. The build time is from the first upsert until the graph has all vectors.
+
+Peers, if there are rows of them, run in process and store ids only.
+
+- Building the graph alone takes {build} times as long as `add_items` of hnswlib with one thread (target: at most
+  1.15).
+- The memory is {each} bytes per vector, in addition to the {empty} MB of the server without records.
+- A restart, from the start of the process to the first response, takes {restart_seconds} s after a normal stop, and
+  {restart_killed_seconds} s after `kill -9` with 3,000 records that no snapshot has. Without any snapshot it takes
+  {restart_without_graph_seconds} s; the graph is then built while the server serves.
+- Extrapolated in proportion from these figures, and not measured: a million records take {memory} GB in memory and
+  {disk} GB on disk, and a restart takes {restart} s.
 """
 
 PATH = """
 ## The path of a search
 
-Medians of {rounds} alternating rounds, all at `ef` {ef}, which the server chose.
-8 callers (h2load) send one vector per call; a client in Python sends one call at a time; as many callers as there are
-cores send 64 vectors per call. hnswlib runs in process on as many threads. The empty handler is a gRPC server in Python
-whose handler does nothing; with ten ready hits, its response has the same bytes as emberpc's.
+The figures are medians of {rounds} alternating rounds, all at `ef` {ef}, which the server chose.
+
+- Column 1: 8 callers (h2load) send one vector per call.
+- Column 2: a client in Python sends one vector per call, one call at a time.
+- Column 3: as many callers as there are cores send 64 vectors per call.
+
+hnswlib runs in process on as many threads as there are cores. The empty handler is a gRPC server in Python whose
+handler does nothing. With ten ready hits, its response has the same bytes as that of emberpc.
 """
 
 SHARES = """
-- One vector per call: {calls} of the calls of an empty handler
-  (target: 0.6; [why it is missed](decisions/0017-the-path-of-a-search.md)), {hits} of one with ten ready hits.
-  One call at a time: {latency} and {latency_hits}.
-- 64 vectors per call: {together} of hnswlib's `knn_query` with as many candidates (target: 0.8).
+- With one vector per call, emberpc answers {calls} times as many calls per second as the empty handler (target: 0.6;
+  [why it is missed](decisions/0017-the-path-of-a-search.md)), and {hits} times as many as with ten ready hits. With
+  one call at a time, the shares are {latency} and {latency_hits}.
+- With 64 vectors per call, emberpc answers {together} times as many queries per second as hnswlib's `knn_query`
+  with as many candidates (target: 0.8).
 """
 
 
@@ -133,8 +143,10 @@ def filtered(found: dict[str, Any]) -> list[str]:
     ]
     plain = found["unfiltered"]
     return [
-        f"## Filters\n\n{found['records']:,} vectors ({found['vectors']}), in process, one query at a time. Without a "
-        f"filter: p50 {plain['p50_ms']:.2f} ms, p99 {plain['p99_ms']:.2f} ms.\n",
+        f"## Filters\n\nThe searches run in process, one query at a time, on {found['records']:,} vectors "
+        f"({found['vectors']}). Without a filter, a search takes {plain['p50_ms']:.2f} ms (p50) and "
+        f"{plain['p99_ms']:.2f} ms (p99). With a filter that was used before, it takes the p50 and p99 of the table; "
+        "the last two columns are those of a new filter.\n",
         "| records that match | field indexed | recall@10 | p50, ms | p99, ms | new filter: p50, ms | p99, ms |",
         "|---|---|---|---|---|---|---|",
         *rows,

@@ -71,7 +71,11 @@ def page(found: Mapping[str, Any], queries: str) -> str:
         f"{day}: {described}. Model: all-MiniLM-L6-v2 in fp32, unless a line says int8. Short texts are {queries}.",
         "",
     ]
-    lines += ["**Roofline** (`benchmarks/server/roofline.py`): the server compared with its model alone.", ""]
+    lines += [
+        "**Roofline** (`benchmarks/server/roofline.py`): throughput and CPU-seconds per text of the server, compared "
+        'with those of its model without a server ("model alone").',
+        "",
+    ]
     roofline = found["roofline"]
     for way, rounds in roofline["rounds"].items():
         texts = sorted(one["texts_per_second"] for one in rounds)[len(rounds) // 2]
@@ -82,7 +86,11 @@ def page(found: Mapping[str, Any], queries: str) -> str:
         lines += [
             f"- {way}: {texts:.0f} texts per second, {speed:.2f} of the model alone, at {cpu:.2f} times its CPU-seconds"
         ]
-    lines += ["", "**Peers** (`benchmarks/server/peers.py`): the same weights, texts and cores.", ""]
+    lines += [
+        "",
+        "**Peers** (`benchmarks/server/peers.py`): other servers and libraries with the same weights, texts and cores.",
+        "",
+    ]
     rows = [
         [
             way,
@@ -106,21 +114,28 @@ def page(found: Mapping[str, Any], queries: str) -> str:
     lines += table(titles, rows)
     lines += [", ".join(f"{name} {version}" for name, version in found["peers"]["versions"].items()) + ".", ""]
     lines += [f"{name} was not measured: {reason}." for name, reason in found["peers"]["failed"].items()]
-    lines += ["", "**A single text** (`benchmarks/server/latency.py`):", ""]
+    lines += [
+        "",
+        "**A single text** (`benchmarks/server/latency.py`): the time of a call with one text on an idle server, "
+        "compared with its inference alone on one core.",
+        "",
+    ]
     rows = [
         [tokens, f"{one['inference_ms']:.1f}", f"{one['served_ms']:.1f}", f"{one['ratio']:.2f}"]
         for tokens, one in found["latency"]["lone"].items()
     ]
     lines += table(["tokens", "inference, ms", "through gRPC, ms", "times"], rows)
     lines += [
-        "**Lanes** (`benchmarks/server/lanes.py`): a text of 8 tokens during a request, or a stream, of 10,000 texts.",
+        "**Lanes** (`benchmarks/server/lanes.py`): the time of calls with a text of 8 tokens, while a request or a "
+        "stream of 10,000 texts runs.",
         "",
     ]
     rows = [[way, f"{one['p50_ms']:.1f}", f"{one['p99_ms']:.1f}"] for way, one in found["lanes"]["lanes"].items()]
     lines += table(["during", "p50 ms", "p99 ms"], rows)
     lines += [
-        f"**Overload** (`benchmarks/server/overload.py`): open loop, a deadline of one second, capacity "
-        f"{found['overload']['capacity']:.0f} texts per second.",
+        "**Overload** (`benchmarks/server/overload.py`): calls arrive at 1, 2 and 5 times the capacity of "
+        f"{found['overload']['capacity']:.0f} texts per second, whether or not earlier calls were answered. Each has a "
+        "deadline of one second.",
         "",
     ]
     rows = [
