@@ -73,8 +73,8 @@ def page(found: Mapping[str, Any], queries: str) -> str:
     ]
     lines += [
         "**Roofline** (`benchmarks/server/roofline.py`): throughput and CPU-seconds per text of the server, compared "
-        'with those of its model without a server ("model alone").',
-        "",
+        'with those of its model without a server ("model alone"). "64 × 1" means 64 callers that each send calls with '
+        'one text, "4 × 32" means 4 callers of 32 texts, and "h2load" is a caller in C instead of Python:',
     ]
     roofline = found["roofline"]
     for way, rounds in roofline["rounds"].items():
@@ -112,7 +112,8 @@ def page(found: Mapping[str, Any], queries: str) -> str:
         "emberpc with the same calls: times as fast",
     ]
     lines += table(titles, rows)
-    lines += [", ".join(f"{name} {version}" for name, version in found["peers"]["versions"].items()) + ".", ""]
+    versions = ", ".join(f"{name} {version}" for name, version in found["peers"]["versions"].items())
+    lines += [f"Versions of the peers: {versions}.", ""]
     lines += [f"{name} was not measured: {reason}." for name, reason in found["peers"]["failed"].items()]
     lines += [
         "",
@@ -157,7 +158,10 @@ def page(found: Mapping[str, Any], queries: str) -> str:
         "refused after, ms",
     ]
     lines += table(titles, rows)
-    lines += ["**Start and memory** (`benchmarks/server/cold_start.py`, `benchmarks/server/soak.py`):", ""]
+    lines += [
+        "**Start and memory** (`benchmarks/server/cold_start.py`, `benchmarks/server/soak.py`): seconds from the start "
+        "of the process until health is SERVING, and resident memory:"
+    ]
     for name in ("fp32", "int8"):
         start = found[f"cold start {name}"]
         lines.append(f"- {name}: SERVING after {start['seconds']:.2f} s, {start['resident_megabytes']:.0f} MB idle")
@@ -166,8 +170,8 @@ def page(found: Mapping[str, Any], queries: str) -> str:
     for soak in (found["soak"], *found["long soak"]):
         minutes = soak["megabytes"][-1][0] / 60
         lines.append(
-            f"- {minutes:.0f} minutes of {soak['texts']} texts of 1 to {soak['max_tokens']} tokens: memory "
-            f"{soak['growth']:+.1%} after the first two minutes, {soak['megabytes'][-1][1]:.0f} MB at the end"
+            f"- under load for {minutes:.0f} minutes, {soak['texts']} texts of 1 to {soak['max_tokens']} tokens: "
+            f"memory {soak['growth']:+.1%} after the first two minutes, {soak['megabytes'][-1][1]:.0f} MB at the end"
         )
     lines.append("")
     return "\n".join(
