@@ -70,8 +70,7 @@ Peers, if there are rows of them, run in process and store ids only.
 PATH = """
 ## The path of a search
 
-The figures are medians of {rounds} alternating rounds, all at `ef` {ef}, which the server chose.
-
+The figures are medians of {rounds} alternating rounds, all at `ef` {ef}, which the server chose. The columns are:
 - Column 1: 8 callers (h2load) send one vector per call.
 - Column 2: a client in Python sends one vector per call, one call at a time.
 - Column 3: as many callers as there are cores send 64 vectors per call.
