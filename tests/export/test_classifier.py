@@ -14,6 +14,7 @@ import onnxruntime as ort
 import pytest
 from tokenizers import Tokenizer
 
+from bundle_cache import PARITY_TEXTS
 from emberpc.bundle import Manifest, Reference, Task, probabilities, read_bundle
 from emberpc.export import classifier
 from emberpc.export.classifier import ClassifierData, export_classifier
@@ -71,7 +72,7 @@ def test_a_classifier_is_trained_and_its_quality_is_measured(classifier_bundle: 
 
 def test_it_agrees_with_pytorch(classifier_bundle: Path) -> None:
     parity = read_bundle(classifier_bundle).manifest.variant().parity
-    assert parity.texts == 64
+    assert parity.texts == PARITY_TEXTS
     assert parity.cosine_min >= 0.9999
     assert parity.label_agreement == 1
     assert verify_bundle(classifier_bundle).ok

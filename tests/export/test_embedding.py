@@ -14,6 +14,7 @@ import onnxruntime as ort
 import pytest
 from tokenizers import Tokenizer
 
+from bundle_cache import PARITY_TEXTS
 from emberpc.bundle import BundleError, Manifest, Prompts, Reference, Task, read_bundle
 from emberpc.export.convert import graph
 from emberpc.export.convert.onnx_runner import OnnxRunner
@@ -84,7 +85,7 @@ def test_minilm_gives_what_pytorch_gives(minilm_bundle: Path) -> None:
     assert (manifest.weights_sha256[:8], manifest.weights_sha256[-4:]) == ("53aa5117", "d9db")
     assert manifest.revision == manifest.weights_sha256[:12]
     parity = manifest.variant().parity
-    assert parity.texts == 64
+    assert parity.texts == PARITY_TEXTS
     assert parity.cosine_min >= 0.9999
     assert parity.max_abs_diff <= 1e-4
 
@@ -181,6 +182,9 @@ def test_options_go_into_the_manifest_and_the_folder(tiny_source: Path, tmp_path
     manifest = export_embedding(str(tiny_source), target, name="me/mine", max_tokens=12, prompts=prompts)
     assert read_bundle(target).manifest == manifest
     assert (manifest.base_model, manifest.max_tokens, manifest.prompts) == ("me/mine", 12, prompts)
+    parity = manifest.variant().parity
+    assert parity is not None
+    assert parity.texts == 64
     assert json.loads((target / "sentence_bert_config.json").read_text())["max_seq_length"] == 12
     from sentence_transformers import SentenceTransformer
 
