@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from unittest.mock import Mock
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -104,6 +105,18 @@ def test_draining_gives_the_calls_that_waited() -> None:
     assert queue.drain() == set(calls)
     assert not queue
     assert queue.tokens == 0
+
+
+@pytest.mark.parametrize("tokens", [16, 4096])
+def test_a_discarded_call_is_found_though_the_limit_of_batches_has_changed(tokens: int) -> None:
+    backlog = Backlog(256, bulk_seconds=5)
+    gone, stays = job(Doubler(), [8] * 70), job(Doubler(), [8] * 10)
+    for each in (gone, stays):
+        backlog.add(each)
+    backlog.set_batch_tokens(tokens)
+    backlog.discard(gone)
+    assert backlog.tokens == 80
+    assert backlog.drain() == {stays}
 
 
 def test_callers_have_turns_however_many_calls_each_has() -> None:

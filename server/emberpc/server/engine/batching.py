@@ -366,8 +366,10 @@ class Backlog:
         return self._queues[lane].take()
 
     def discard(self, job: Job) -> None:
-        """Remove the waiting texts of a job from its lane; do nothing if none waits."""
-        self._queues[self.lane(job.tokens, job.caller)].discard(job)
+        """Remove the waiting texts of a job from the lane that it waits in; do nothing if none waits."""
+        # The limit of a micro-batch, and with it the lane of a call of this size, may have changed since `add`.
+        for queue in self._queues.values():
+            queue.discard(job)
 
     def drain(self) -> set[Job]:
         """Remove all waiting texts; return their jobs."""
