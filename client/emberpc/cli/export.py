@@ -314,8 +314,8 @@ def show_bundle(manifest: Manifest, folder: Path, as_json: bool) -> None:
             "base model": manifest.base_model,
             "dimensions": manifest.dimensions,
             "max tokens": manifest.max_tokens,
-            "labels": manifest.labels,
-            "strategy": manifest.strategy,
+            **({"labels": manifest.labels} if manifest.labels else {}),
+            **({"strategy": manifest.strategy} if manifest.strategy else {}),
             **{name: f"{value:.4g}" for name, value in manifest.quality.items()},
         }
     )

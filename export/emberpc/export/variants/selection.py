@@ -89,7 +89,7 @@ def add_variants(
     check_names(names)
     chosen = [candidate for candidate in CANDIDATES if AUTO in names or candidate.name in names]
     trial = _trial(folder, manifest, texts, examples, judged if chosen else None, MOST_TEXTS if chosen else TIMED_TEXTS)
-    progress("measuring variants", 0, len(chosen) + 1, FP32)
+    progress("measuring variants" if chosen else "measuring speed", 0, len(chosen) + 1, FP32)
     first, _ = trial.measure(trial.fp32_path)
     variants = [replace(manifest.variant(), measured=first)]
     dropped: dict[str, str] = {}
