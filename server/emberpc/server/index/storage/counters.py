@@ -1,6 +1,7 @@
 """Counters of a collection's database: the sequence of the last write, and the greatest label ever assigned.
 
-The function `problem` checks them when a collection is opened, verified, backed up, restored or written to.
+The function `problem` checks them when a collection is opened, verified, backed up or restored, and before records are
+inserted or replaced. A deletion checks only the sequence.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ _READ = """SELECT
 def problem(connection: sqlite3.Connection, newest_label: int = 0, newest_revision: int = 0) -> str:
     """Return a description of what is wrong with the counters of a database; empty if they are valid.
 
+    Without a stored counter of labels, as before the first insert, that counter is 0.
+
     Args:
         connection: a connection to the database.
         newest_label: the greatest label of the undamaged records; 0 if it is not known.
@@ -49,7 +52,9 @@ def problem(connection: sqlite3.Connection, newest_label: int = 0, newest_revisi
 
 
 def next_label(connection: sqlite3.Connection, subject: str) -> int:
-    """Return a label that was never assigned, greater than all labels below 2**61 in the database, damaged or not.
+    """Return a new label: one more than the greatest label ever assigned, by the counter and by the present records.
+
+    Labels of 2**61 and more in the database are ignored.
 
     Args:
         connection: a connection to the database.
@@ -60,7 +65,7 @@ def next_label(connection: sqlite3.Connection, subject: str) -> int:
         sqlite3.Error: the database fails.
     """
     row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'records'").fetchone()
-    # Labels from 2**61 on are damaged. They are ignored: labels after them would soon reach the limit.
+    # Labels from 2**61 on can only come from damage. They are ignored: the labels after them would soon reach `MOST`.
     (present,) = connection.execute(f"SELECT max(label) FROM records WHERE label < {MOST // 2}").fetchone()  # noqa: S608 - ours
     return max(integer_of(row, subject) if row else 0, present or 0) + 1
 

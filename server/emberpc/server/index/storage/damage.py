@@ -1,4 +1,4 @@
-"""Reading of rows in spite of damage on disk: a damaged record is logged once, and left out of all responses.
+"""Reading of rows in spite of damage on disk: a damaged record is logged once, and left out of searches and pages.
 
 SQLite fails a whole statement if one value is damaged. A damaged record must not make other records unavailable.
 """

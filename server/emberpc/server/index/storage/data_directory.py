@@ -74,7 +74,8 @@ class DataDirectory:
     """The catalogue of collections, for the one server that may use it. Not safe to use from several threads.
 
     The catalogue decides which collections exist. A folder that the catalogue does not name belongs to a collection
-    that was never finished or was deleted. Such folders are removed when the directory is opened.
+    that was never finished or was deleted. Such folders are removed when the directory is opened, unless a folder that
+    the catalogue names is missing.
 
     Every method may raise `ServiceError`: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the catalogue fails.
 
@@ -163,7 +164,7 @@ class DataDirectory:
         return specs
 
     def add(self, entry: Entry) -> None:
-        """Insert the entry of a new collection; its folder and the entry are on disk when this returns.
+        """Insert the entry of a new collection, whose name must be free; its folder and the entry are then on disk.
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the catalogue fails.
@@ -225,6 +226,8 @@ class DataDirectory:
 
     def switch(self, name: str) -> None:
         """Give a collection the folder and spec of its reembedding, and delete the reembedding's entry, atomically.
+
+        The reembedding must exist. The collection's old folder is not deleted.
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the catalogue fails.
@@ -339,7 +342,8 @@ def _lock(data_dir: Path) -> IO[bytes]:
         The lock file; closing it, or the end of the process, unlocks the directory.
 
     Raises:
-        ServiceError: FAILED_PRECONDITION if the directory cannot be written to, or another server has locked it.
+        ServiceError: FAILED_PRECONDITION if the path is no directory or cannot be written to, no file descriptor is
+            free, or another server has locked the directory.
     """
     if data_dir.exists() and not data_dir.is_dir():
         raise _unusable(data_dir, "is not a directory; choose another --data-dir")

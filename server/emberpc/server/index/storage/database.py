@@ -1,4 +1,4 @@
-"""SQLite connections as the index uses them: a commit waits for the disk, and errors become `ServiceError`."""
+"""SQLite connections of the index: a commit waits for the disk, and `translated` makes errors `ServiceError`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from emberpc.server.index.storage.files import disk_is_full
 
 log = logging.getLogger(__name__)
 
-#: SQLite's message for a full disk. Errors are recognized by messages, since exceptions have SQLite's error code only
-#: from Python 3.11 on.
+#: SQLite's messages for a full disk and for an interrupted statement. Errors are recognized by messages, since
+#: exceptions have SQLite's error code only from Python 3.11 on.
 _DISK_FULL = "database or disk is full"
 _INTERRUPTED = "interrupted"
 #: SQLite's messages if it cannot create or extend a database's write-ahead log or the log's index: the disk is full, no

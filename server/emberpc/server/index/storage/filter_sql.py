@@ -73,7 +73,8 @@ def compile_filter(condition: Filter) -> Clause:
 def _conjunction(conditions: Sequence[Filter]) -> list[Clause]:
     """Return clauses, to be joined by AND, for conditions that must all hold.
 
-    All comparisons and prefixes of one field become one clause, so that SQLite uses an index for both ends of a range.
+    All comparisons (but NOT_EQUAL) and prefixes of one field become one clause. SQLite then uses an index for both ends
+    of a range.
     """
     ends: dict[str, list[_Test]] = {}
     others = []
@@ -138,7 +139,10 @@ def _comparison(operator: Operator, value: Value) -> _Test:
 
 
 def _memberships(values: Sequence[Value]) -> list[_Test]:
-    """Return one test for each JSON type among `values`. A value that meets one of the tests is among `values`."""
+    """Return a test for the strings among `values`, one for the numbers, and one each for null, true and false.
+
+    There is no test for a kind that is not among `values`. A value that meets one of the tests is among `values`.
+    """
     tests = []
     for kind, types in _TYPES.items():
         if some := [value for value in values if kind_of(value) == kind]:
@@ -159,6 +163,7 @@ def _prefix(prefix: str) -> _Test:
     """Return a test for the strings that start with `prefix`, as a range, for which SQLite uses an index.
 
     The range starts at the prefix and ends before the first string that is greater than all strings with the prefix.
+    If there is no such string, as for an empty prefix, the range has no end, and the start of each value is compared.
     """
     test = "{type} IS 'text' AND {value} >= ?"
     start = prefix.rstrip(chr(_LAST_CHARACTER))
@@ -193,8 +198,8 @@ def _value_clause(path: tuple[str, ...], tests: Sequence[_Test], *, lists: bool 
 def _stepwise_clause(path: tuple[str, ...], test: _Test, *, lists: bool) -> Clause:
     """Return a clause that is true if the value at a path in the metadata meets a test, without a JSON path of SQLite.
 
-    SQLite's paths cannot name a key that is empty or contains a quote or a backslash, so each key of `path` is compared
-    by itself. If `lists` is true, a list meets the test if at least one item meets it.
+    SQLite's paths cannot name a key that is empty or contains a double quote, a backslash or a control character. So
+    each key of `path` is compared by itself. If `lists` is true, a list meets the test if at least one item meets it.
     """
     tables = ["json_each(metadata) AS step0"]
     conditions = ["step0.key = ?"]
@@ -216,7 +221,7 @@ def _stepwise_clause(path: tuple[str, ...], test: _Test, *, lists: bool) -> Clau
 
 
 def _join(operator: str, clauses: Sequence[Clause]) -> Clause:
-    """Join clauses by `operator`, " AND " or " OR ", with the deepest clause first.
+    """Join clauses, at least one, by `operator`, " AND " or " OR ", with the deepest clause first.
 
     The stack of SQLite's parser has 100 entries. A nested expression takes one entry if it is the first operand, and
     three otherwise. With the deepest clause first, a level of nesting takes three entries only if two of its clauses

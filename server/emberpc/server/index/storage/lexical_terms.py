@@ -71,7 +71,10 @@ _RUN = re.compile(f"(?:[{_UNSPACED}][{_MARKS}]*)+")
 
 
 class _Forms(dict[str, str]):
-    """Cache of `_form`: maps a character with a compatibility form to its replacement, and others to themselves."""
+    """Cache of `_form`: maps a character to its compatibility form (NFKC).
+
+    A character without such a form maps to itself, and so do fractions and most marks that stand on their own.
+    """
 
     def __missing__(self, character: str) -> str:
         found = self[character] = _form(character)

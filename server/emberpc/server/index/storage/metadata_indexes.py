@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 def make_indexes(connection: sqlite3.Connection, spec: CollectionSpec) -> None:
     """Create the missing metadata indexes of a collection, those of `spec.indexed_fields`.
 
-    If damaged metadata prevents an index, a warning is logged and the index is skipped.
+    Fields that SQLite cannot index are skipped. If damaged metadata prevents an index, a warning is logged and the
+    index is skipped.
 
     Raises:
         sqlite3.Error: an index cannot be created for another reason.
@@ -35,7 +36,7 @@ def make_indexes(connection: sqlite3.Connection, spec: CollectionSpec) -> None:
 def delete_rows(connection: sqlite3.Connection, spec: CollectionSpec, labels: Iterable[int]) -> None:
     """Delete the rows with the given labels, damaged or not; missing labels are ignored.
 
-    If damaged metadata prevents the deletion, the metadata indexes are dropped and created again.
+    If damaged metadata prevents the deletion, the metadata indexes are dropped before it and created again after it.
 
     Raises:
         sqlite3.Error: the deletion failed for another reason.

@@ -45,7 +45,8 @@ class Readers:
         The thread holds the connection until `release`.
 
         Raises:
-            ServiceError: INTERNAL if the database cannot be opened, RESOURCE_EXHAUSTED if no file descriptor is free.
+            ServiceError: INTERNAL if the database cannot be opened, RESOURCE_EXHAUSTED if the disk is full or no file
+                descriptor is free, also after `on_shortage`.
         """
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:

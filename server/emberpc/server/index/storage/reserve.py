@@ -1,4 +1,4 @@
-"""Reserved disk space that only deletions use.
+"""Reserved disk space for deletions, and for opening the databases that they change.
 
 A deletion writes to a log before it frees space, and SQLite creates files when it opens a database. Neither works on a
 full disk without the reserve.
@@ -124,7 +124,10 @@ class Reserve:
         return True
 
     def _allocate(self) -> None:
-        """Allocate the file, and refuse other writes if the disk has no room for it. The caller holds the lock."""
+        """Allocate the file, and refuse other writes if the disk has no room for it. The caller holds the lock.
+
+        If the file cannot be allocated for another reason, no writes are refused.
+        """
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Limit on the bytes of the records in one response, checked before the records are read."""
+"""Limit on the bytes of the records in one response, checked before records are read, or after if they are few."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from emberpc.server.errors import response_too_large
 #: Number of records whose bytes one statement adds up. The number is small, since SQLite reads the texts of these
 #: records, and the limit is checked only after each statement.
 SIZES_AT_ONCE = 32
-#: The bytes of at most this many records are counted after the records are read, which saves a statement. Records that
-#: are too large to be kept whole are read this many at a time.
+#: The bytes of at most this many whole records without vectors are counted after the records are read, which saves a
+#: statement. Records that are too large to be kept whole are read this many at a time.
 FEW_RECORDS = 8
 _BYTES = {name: f"length(CAST({name} AS BLOB))" for name in ("text", "metadata", "class_label")}
 #: Bytes of a record in a response besides its texts, metadata and vector.
@@ -65,12 +65,13 @@ class ResponseBytes:
 
     @contextmanager
     def limited(self, parts: RecordParts = WHOLE_RECORD) -> Iterator[None]:
-        """Limit the bytes of the records that the calling thread reads in the block for one response.
+        """Limit the bytes of the records that the calling thread reads in the block for one response, to `limit`.
 
-        Outside of such a block, nothing is limited.
+        A read over the limit (`spend`, `count`) raises RESOURCE_EXHAUSTED in the block. Outside of a block, nothing is
+        limited. Blocks must not be nested.
 
         Args:
-            parts: parts of a record that the response contains; only their bytes count.
+            parts: parts of a record that the response contains. `spend` counts these and the label, and no vectors.
         """
         self._response.left = self._response.room = self.limit
         self._response.parts = parts

@@ -223,7 +223,10 @@ def has_vector(row: Sequence[Any], size: int) -> bool:
 
 
 def has_intact_vector(row: Sequence[Any], size: int) -> bool:
-    """Return whether a row of `VECTOR_COLUMNS` has a vector of `size` bytes that matches its checksum."""
+    """Return whether a row of `VECTOR_COLUMNS` has a vector of `size` bytes that matches its checksum.
+
+    The texts are not checked.
+    """
     if not has_vector(row, size):
         return False
     _, vector, text_checksum, checksum = row

@@ -73,6 +73,7 @@ _SEARCH_TEXTS = (
     "UPDATE records SET search_text = search_text_of(CAST(text AS BLOB)) "
     "WHERE search_text IS NOT search_text_of(CAST(text AS BLOB))"
 )
+#: Statement that fills an empty word index from the prepared texts, or from the texts that need no preparation.
 _INDEX_WORDS = "INSERT INTO words (rowid, text) SELECT label, coalesce(search_text, text) FROM records WHERE text <> ''"
 
 #: Option that chooses FTS5's tokenizer for texts prepared by `lexical_terms.search_text`.
@@ -151,6 +152,8 @@ _CONVERTED_AT_ONCE = 500
 def prepare(connection: sqlite3.Connection, subject: str, *, create: bool) -> None:
     """Create the tables, or migrate those of an older version; each migration step is one transaction.
 
+    Then the rows that an older version wrote get their missing checksums.
+
     Args:
         connection: a connection to the database.
         subject: name of the database in messages.
@@ -183,7 +186,8 @@ def _convert(connection: sqlite3.Connection, subject: str) -> None:
     """Add the missing checksums to rows that an older version wrote, if their present checksums are right.
 
     A damaged row gets no checksum, and so stays damaged. A row without any checksum counts as undamaged, unless it was
-    inserted after a row with a checksum: then it had a checksum too, which was lost. `subject` names the database.
+    inserted after a row with a checksum: then it had a checksum too, which was lost. A row without a positive revision
+    is damaged. `subject` names the database.
     """
     statement = "SELECT label FROM records WHERE checksum IS NOT NULL ORDER BY label LIMIT 1"
     (first,) = connection.execute(statement).fetchone() or (None,)

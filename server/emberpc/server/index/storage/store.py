@@ -50,7 +50,8 @@ DATABASE_NAME = "records.db"
 class Store(StoreReader):
     """The database of one collection. Any number of threads may read; the caller serializes writes.
 
-    Opening the database migrates tables of an older version, and logs lost writes and damaged counters.
+    Opening the database migrates tables of an older version, creates missing metadata indexes, and logs lost writes and
+    damaged counters.
 
     Args:
         folder: the collection's folder.
@@ -107,6 +108,8 @@ class Store(StoreReader):
     ) -> Change:
         """Insert records, or replace those with the same ids, in one transaction: all records or none.
 
+        A replaced record keeps its create time, unless its row is damaged.
+
         Args:
             records: the records, with distinct ids; a time to live counts from now.
             documents: the metadata of each record, as JSON.
@@ -114,13 +117,12 @@ class Store(StoreReader):
             expected_revisions: the expected present revision of each record, 0 for a missing record; None: no check.
 
         Returns:
-            The sequence of the write, the labels that were added and removed, and the number of inserted and of
-            replaced records.
+            The sequence of the write, the labels added and removed, and the numbers of inserted and replaced records.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the number of expected revisions is wrong, ABORTED if a revision differs
-                from the expected revision, DATA_LOSS if a revision is expected of a damaged record, RESOURCE_EXHAUSTED
-                if the disk is full, INTERNAL if the database fails or a counter is damaged.
+            ServiceError: INVALID_ARGUMENT if the number of expected revisions is wrong, ABORTED if a revision differs,
+                DATA_LOSS if a revision is expected of a damaged record, RESOURCE_EXHAUSTED if the disk is full,
+                INTERNAL if the database fails or a counter is damaged, DEADLINE_EXCEEDED if the call is cancelled.
         """
         if expected_revisions is not None and len(expected_revisions) != len(records):
             message = f"has {len(expected_revisions)} items for {len(records)} records; give one for each"
@@ -176,7 +178,8 @@ class Store(StoreReader):
             The sequence of the last write, and the labels that were added and removed.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the database or a counter is damaged.
+            ServiceError: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the database or a counter is damaged,
+                DEADLINE_EXCEEDED if the call is cancelled.
         """
         self._reserve.check(f"the request wrote nothing to {self._subject}")
         return self._write(lambda connection: self._copy(connection, records, documents, vectors))
@@ -282,6 +285,8 @@ class Store(StoreReader):
     def delete_expired(self, most: int | None = None) -> Change:
         """Delete expired records in one transaction, earliest expiry first; if there are none, nothing is written.
 
+        A record whose times are damaged is not deleted.
+
         Args:
             most: most records to delete; None: all that have expired.
 
@@ -289,7 +294,8 @@ class Store(StoreReader):
             The sequence of the last write, and the labels that were removed.
 
         Raises:
-            ServiceError: INTERNAL if the database fails, RESOURCE_EXHAUSTED if the disk and the reserve are full.
+            ServiceError: INTERNAL if the database fails, DEADLINE_EXCEEDED if the call is cancelled, RESOURCE_EXHAUSTED
+                if the disk and the reserve are full.
         """
         now = datetime.now(timezone.utc).timestamp()
         due = Clause("expires <= ?", (now,))
@@ -337,9 +343,10 @@ class Store(StoreReader):
         delete_rows(connection, self._spec, labels)
 
     def build_words(self) -> None:
-        """Rebuild the word index from the texts, even if the call of this thread is cancelled; counts as a write.
+        """Rebuild the word index from the texts, even if the call of this thread is cancelled.
 
-        If the rebuild fails because of damage, `words_beyond_repair` becomes true, and only `verify` tries again.
+        The caller must hold the lock of writes. If the rebuild fails because of damage, `words_beyond_repair` becomes
+        true, and only `verify` tries again. After another failure `words_suspect` is true, and maintenance tries again.
 
         Raises:
             ServiceError: INTERNAL if the database is damaged, RESOURCE_EXHAUSTED if the disk is full.
@@ -363,7 +370,8 @@ class Store(StoreReader):
     def _run_transaction(self, work: Callable[[sqlite3.Connection], Change]) -> Change:
         """Run `work` in a transaction and return its change.
 
-        If a damaged word index may be why `work` failed, rebuild the word index and run `work` once more.
+        If a damaged word index may be why `work` failed, rebuild the index and run `work` once more; not if a rebuild
+        failed because of damage before.
         """
         with translated(self._subject):
             try:

@@ -165,7 +165,7 @@ class StoreReader:
         """Return the first `count` undamaged records that meet a condition, of those with ids greater than `after`.
 
         Returns:
-            The records in byte order of ids, and whether some are left out because of the response's limit of bytes.
+            The records in byte order of ids, the first whatever its size; whether the limit of bytes left some out.
         """
         found: list[StoredRecord] = []
         seen = size = 0
@@ -211,18 +211,18 @@ class StoreReader:
             return None if condition is None else nul_metadata.compiled(self._connection(), condition)
 
     def count(self, condition: Clause = EVERYTHING) -> int:
-        """Return the number of records that meet a condition."""
+        """Return the number of records that meet a condition; damaged ones count if the condition can read them."""
         with translated(self._subject):
             statement = f"SELECT count(*) FROM records WHERE {condition.sql}"  # noqa: S608 - our own conditions
             return int(self._damage.select(self._connection(), statement, condition.parameters)[0][0])
 
     def matching(self, condition: Clause, after: int | None = None) -> Labels:
-        """Return the labels, int64, ascending, of undamaged records that meet a condition; above `after` if given."""
+        """Return labels, int64, ascending, of matching records not marked as damaged; if given, above `after` only."""
         with translated(self._subject):
             return self._damage.undamaged(self._matching(self._connection(), condition, after))
 
     def lexical_matches(self, expression: str, count: int, condition: Clause) -> list[tuple[int, float]]:
-        """Search the word index; return labels of the best matches with BM25 scores (greater is better), best first.
+        """Search the word index; return labels of the best matches, damaged ones too, with BM25 scores, greatest first.
 
         Args:
             expression: a valid query in FTS5's syntax.
@@ -230,7 +230,7 @@ class StoreReader:
             condition: condition that the records must meet.
 
         Raises:
-            ServiceError: DATA_LOSS if the word index is damaged, INTERNAL if the database fails.
+            ServiceError: DATA_LOSS if the word index is damaged, INTERNAL if it is beyond repair or the database fails.
         """
         # A join doubles the time, so only a condition uses it. CROSS JOIN reads `words` first, which has fewer rows.
         joined = "" if condition is EVERYTHING else "CROSS JOIN records ON label = words.rowid"
@@ -257,7 +257,7 @@ class StoreReader:
         return self._sequence(self._connection())
 
     def labels(self) -> Labels:
-        """Return the labels of all records, int64, ascending. Labels outside 1 to 2**62 are damaged and left out."""
+        """Return the labels, int64, ascending, of all records, damaged or not, but no labels outside 1 to 2**62."""
         with translated(self._subject):
             rows = self._connection().execute(counters.SELECT_LABELS).fetchall()
         return np.array([row[0] for row in rows], dtype=np.int64)

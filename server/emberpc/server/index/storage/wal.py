@@ -73,6 +73,9 @@ def inspect(database: Path) -> LogContents | None:
 def report_lost_commits(connection: sqlite3.Connection, found: LogContents | None, subject: str) -> None:
     """Log how many commits of a write-ahead log SQLite did not apply; merges the applied ones into the database.
 
+    If only the last frame of the log is a lost commit, only a warning is logged: a crash may have cut that write off
+    before it was acknowledged. If the disk is full, nothing is logged, and the next opening checks the log.
+
     Args:
         connection: the first connection that was opened after `inspect`.
         found: the result of `inspect`; None: there is nothing to report.
