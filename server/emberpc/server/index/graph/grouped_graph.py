@@ -18,12 +18,12 @@ _NEAR = 0.02
 #: only a twentieth of the time of an insert.
 _LEADER_EF = 2
 #: Most vectors of a group that a search compares one by one. A larger group gets an HNSW graph of its own: inserting
-#: 128 vectors takes some 10 ms.
+#: 128 vectors takes some 10 ms. The vectors that are too short for a graph never get one.
 _MAX_COMPARED_GROUP = 128
 #: Most strays that a search compares one by one, in less time than a search of a graph takes. More strays get a graph
 #: of their own.
 _MAX_COMPARED_STRAYS = 500
-#: Number of nodes for which the graph of a group allocates room at first.
+#: Number of nodes for which the graph of a group or of strays allocates room at first.
 _GROUP_CAPACITY = 2 * _MAX_COMPARED_GROUP
 
 
@@ -84,7 +84,7 @@ class GroupedGraph(GroupedGraphReader):
     def compare_always(self, labels: Iterable[int]) -> None:
         """Make strays of the vectors of those labels that exist, since searches miss them.
 
-        From now on these vectors are compared with every query.
+        Every search covers strays, see `GroupedGraphReader`. Vectors that every search compares already are not changed.
         """
         for vector_id in {self._vector_of[label] for label in labels if label in self._vector_of}:
             leader = self._leader_of.get(vector_id)

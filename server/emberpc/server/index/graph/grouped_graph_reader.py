@@ -14,11 +14,11 @@ from emberpc.server.index.graph.hnsw import FIRST_CAPACITY, GraphError, Hnsw
 from emberpc.server.index.graph.pool import Pool
 from emberpc.server.index.graph.shells import Shells
 
-#: Number of nodes that a search finds for each hit if there are groups, since a leader may be less near to the query
-#: than its group.
+#: Number of nodes that a search finds for each hit if there are groups, at most ef in all, since a leader may be less
+#: near to the query than its group.
 _LEADERS_PER_HIT = 5
 
-#: Value in place of a leader for a stray: a vector that is compared with every query.
+#: Value in place of a leader for a stray: a vector that every search covers apart from the graph.
 STRAY = -1
 #: Value in place of a leader for a vector that is too short for the graph: every search compares these vectors too.
 SHORT = -2
@@ -165,7 +165,7 @@ class GroupedGraphReader:
 
     @property
     def checked(self) -> int:
-        """Value of `to_check` when the last complete check ended."""
+        """Value of `to_check` when the last complete check ended; 0 before the first."""
         return self._checked
 
     @property
@@ -197,9 +197,9 @@ class GroupedGraphReader:
         return dict(zip(here, self._vectors([self._vector_of[label] for label in here]), strict=True))
 
     def representatives(self) -> list[int]:
-        """Return one label of each node, and of each vector in the pool of a shell.
+        """Return one label of each node, also in the graph of a shell, and of each vector in the pool of a shell.
 
-        Labels of strays, of short vectors, and of other members of groups are left out.
+        Labels of strays, of short vectors, and of other members of groups are left out. Ghosts have no labels.
         """
         vector_ids = self._node_ids()
         for leader, group in self._groups.items():
@@ -212,7 +212,7 @@ class GroupedGraphReader:
 
         Args:
             queries: float32 (queries, dimensions).
-            k: number of labels to find for each query.
+            k: number of labels to find for each query, at most the ef that `set_ef` set.
 
         Returns:
             Labels, int64 (queries, k), nearest first, and their scores, float32 of the same shape. If there are no
@@ -263,7 +263,7 @@ class GroupedGraphReader:
         return [vector_id for vector_id in dict.fromkeys(self._vector_of.values()) if vector_id not in self._leader_of]
 
     def _vectors(self, vector_ids: list[int]) -> Matrix:
-        """Return the vectors with the given ids, in that order, float32 (ids, dimensions)."""
+        """Return the vectors with the given ids, which must exist, in that order, float32 (ids, dimensions)."""
         if self._leader_of.keys().isdisjoint(vector_ids):
             return self._hnsw.vectors(vector_ids)
         by_leader: dict[int | None, list[int]] = {}

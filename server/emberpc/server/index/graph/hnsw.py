@@ -34,8 +34,8 @@ class Hnsw:
     A label is added once and never changed: an in-place update takes 27 times as long as an insert. Vectors must be
     prepared and checked by `metric.prepare` and `metric.check_vectors`.
 
-    hnswlib must not be searched while vectors are added, and crashes if it is resized meanwhile: `search`, `vectors`
-    and `every` may run concurrently, and all other methods must run alone.
+    hnswlib must not be searched while vectors are added, and crashes if it is resized meanwhile: `search`, `vectors`,
+    `every`, `size` and `write` may run concurrently, and all other methods must run alone.
 
     hnswlib's index is created on first use: the locks of an empty index take 2.6 MB, and a small collection is searched
     without a graph.
@@ -168,7 +168,8 @@ class Hnsw:
     def missed(self, nodes: Labels, vectors: Matrix) -> Labels:
         """Return those of `nodes` that searches for their own vectors do not find, int64 (m,).
 
-        A node also counts as found if no hit is farther away than the node, as among nodes at equal distances.
+        A node also counts as found if no hit is farther away than the node, as among nodes at equal distances, or if
+        it is the only node. If links lead to too few nodes for a search, the nodes still searched for are missed.
 
         Args:
             nodes: the nodes to check, int64 (n,).

@@ -44,7 +44,7 @@ ReadVectors = Callable[[list[int]], tuple[Labels, Matrix]]
 class Candidates(NamedTuple):
     """Labels near a query with their scores, nearest first, and the plan of the search.
 
-    `complete` is whether these are all labels of the collection.
+    `complete` is whether these are all labels of the collection or, with a filter, of the records that meet it.
     """
 
     labels: list[int]
@@ -99,7 +99,7 @@ class Neighbours:
 
     @property
     def needs_check(self) -> bool:
-        """Whether vectors were added to the graph since the last complete check, so that searches may miss nodes."""
+        """Whether a complete check is in progress, or vectors were added since the last: searches may miss nodes."""
         return bool(self._graph.added or self._unchecked)
 
     def representatives(self) -> list[int]:
@@ -113,7 +113,8 @@ class Neighbours:
     def catch_up(self, stored: Labels, read: ReadVectors) -> None:
         """Bring the graph of a snapshot to the state of the store.
 
-        Labels that the store lacks are removed, and stored labels that the graph lacks are added to the buffer.
+        Labels that the store lacks are removed, and stored labels that the graph lacks are added to the buffer. Labels
+        for which `read` returns no vector stay out.
 
         Args:
             stored: all labels in the store, int64 (n,), ascending.
@@ -207,8 +208,8 @@ class Neighbours:
     def check(self, stop: Callable[[], bool], *, at_rest: bool = False) -> None:
         """Run a complete check if the graph grew enough since the last: search for every node by its own vector.
 
-        Nodes that the searches miss become strays, which are compared with every query. Searches and writes may run
-        meanwhile, but not `drain`.
+        A check that was interrupted is continued. Nodes that the searches miss become strays, which every search
+        covers. Searches and writes may run meanwhile, but not `drain`.
 
         Args:
             stop: whether to end early; the next call continues the check.
@@ -231,12 +232,12 @@ class Neighbours:
             self._graph.end_check()
 
     def probe(self) -> float:
-        """Check a random sample of 256 labels of the graph: search for each by its own vector.
+        """Check a random sample of at most 256 labels of the graph: search for each by its own vector.
 
-        Nodes that the searches miss become strays, which are compared with every query.
+        Nodes that the searches miss become strays, which every search covers.
 
         Returns:
-            The share of the sample that the searches missed, 0 to 1.
+            The share of the sample that the searches missed, 0 to 1; 0 for an empty graph.
         """
         with self._lock.read():
             labels = sorted(self._graph.labels())
@@ -250,9 +251,9 @@ class Neighbours:
         return missed / max(1, len(chosen))
 
     def compare_always(self, labels: list[int]) -> None:
-        """Make strays of the vectors of labels that searches of the graph miss; other labels are ignored.
+        """Make strays of the vectors of labels, which searches of the graph miss; labels outside the graph are ignored.
 
-        From now on these vectors are compared with every query.
+        Every search covers strays.
         """
         with self._lock.write():
             self._graph.compare_always(labels)
@@ -323,7 +324,9 @@ class Neighbours:
         return True
 
     def save(self, path: Path) -> PendingSave:
-        """Begin to write the present graph to a file, and return at once; `PendingSave.wait` waits for the end.
+        """Begin to write the present graph to a file; `PendingSave.wait` waits for the end.
+
+        On Linux this returns at once; elsewhere, only when the file is written.
 
         Raises:
             OSError: writing cannot begin.

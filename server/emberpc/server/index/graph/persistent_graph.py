@@ -16,7 +16,7 @@ from emberpc.server.index.graph.hnsw import Hnsw
 from emberpc.server.index.graph.shells import Shells
 
 #: Most vectors of a group in a snapshot: inserting them takes some 0.5 s when a collection is opened. Vectors of larger
-#: groups are left out, and are inserted again in the background after the collection is opened.
+#: groups are left out, and are inserted again in the background after the collection is opened. Strays are all saved.
 _MAX_SAVED_GROUP = 2000
 #: Number of nodes whose vectors are read from hnswlib at a time when a snapshot is loaded.
 _READ_BATCH = 2000
@@ -67,7 +67,7 @@ class PersistentGraph(GroupedGraph):
     """A `GroupedGraph` that can be written to a file and read from it; for the arguments see `GroupedGraphReader`."""
 
     def save(self, path: Path) -> PendingSave:
-        """Begin to write the present graph to a file, in a child process; later changes do not affect the file.
+        """Begin to write the present graph to a file, as `in_child` does; later changes do not affect the file.
 
         Returns:
             The contents of the snapshot that are not in the file, and a function that waits for the file.

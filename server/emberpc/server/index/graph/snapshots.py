@@ -77,7 +77,7 @@ def save(begin: Callable[[Path], PendingSave], spec: CollectionSpec, identity: s
 def load(spec: CollectionSpec, identity: str, newest: int, folder: Path) -> PersistentGraph | None:
     """Return the graph of the newest snapshot that is undamaged and belongs to a collection's database, or None.
 
-    A newer snapshot that cannot be used is logged.
+    A newer snapshot that cannot be used is logged. The caller must restore the `awaited` vectors of the graph.
 
     Args:
         spec: the spec of the collection.

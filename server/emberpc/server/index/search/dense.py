@@ -1,7 +1,7 @@
-"""Dense search in a collection: find the records nearest to prepared queries, all of them or those that meet a filter.
+"""Dense search in a collection: find the records nearest to prepared queries, among all or those that meet a filter.
 
 If few records meet the filter, all their vectors are compared. If many do, the graph is searched for more and more
-candidates until enough candidates meet the filter.
+candidates until enough candidates meet the filter, or comparing all their vectors is cheaper.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _SCAN_BATCH = 4000
 #: With a filter, all matching vectors are compared if there are at most this many for each candidate (ef) of a graph
 #: search. A vector that must be read from the store and a candidate take about 3 µs each.
 _VECTORS_PER_CANDIDATE = 2
-#: If at most this many records meet a filter, their vectors are always compared, and are cached for the next search.
+#: If at most this many records meet a filter, and their vectors take at most a quarter of the cache of selections, the
+#: vectors are compared, and are cached for the next search.
 _FEW = 1000
 #: Factor of ef for the next graph search, after one that found too few records that meet the filter.
 _WIDER = 4
@@ -174,7 +175,7 @@ class DenseSearcher:
         )
 
     def _search_memory(self, request: DenseRequest) -> Sequence[SearchOutcome | None]:
-        """Search the vectors in memory; None for a query if the store no longer has the record of a candidate.
+        """Search the vectors in memory; None for a query if the store lacks a candidate's record, or hits are missing.
 
         If the graph fails, the vectors in the store are compared instead.
         """
@@ -242,7 +243,7 @@ class DenseSearcher:
     ) -> list[SearchOutcome | None]:
         """Read the records of candidates, and return the outcome of each query.
 
-        None for a query without candidates, or if the store no longer has the record of a candidate.
+        None for a query without candidates, or for which `_outcome` returns None.
 
         Args:
             request: the queries.
@@ -295,11 +296,11 @@ class DenseSearcher:
                 yield found, prepare(vectors, self._distance)
 
     def _nearest(self, batches: Iterable[tuple[Labels, Matrix]], queries: Matrix, k: int) -> tuple[Labels, Matrix, int]:
-        """Compare the queries with batches of vectors, each with its labels.
+        """Compare prepared queries with batches of labels and prepared vectors (see `metric.prepare`).
 
         Returns:
-            For each query the labels of the nearest vectors, int64 (queries, at most k), nearest first; their scores,
-            float32 of the same shape; and the number of vectors compared.
+            The labels of the k vectors nearest to each query, int64 (queries, k), nearest first, with fewer columns if
+            fewer vectors are compared; their scores, float32 of the same shape; and the number of vectors compared.
         """
         labels = np.empty((len(queries), 0), dtype=np.int64)
         scores = np.empty((len(queries), 0), dtype=np.float32)

@@ -41,7 +41,8 @@ class EfChooser:
         self._folder = folder
         self._neighbours = neighbours
         self._measured = recall.load(folder)
-        #: Cache of the default ef by `top_k`; cleared at each measurement. None: every vector must be compared.
+        #: Cache of the default ef by `top_k`; None: every vector must be compared. A new dict replaces it when
+        #: measurements are made or discarded (see `_set`).
         self._by_default: dict[int, int | None] = {}
 
     def ef(self, top_k: int, ef: int, min_recall: float) -> int | None:
@@ -51,7 +52,7 @@ class EfChooser:
             top_k: hits to find for each query.
             ef: the ef that the caller set, which is returned; 0: choose one.
             min_recall: share of the true nearest records to find, in (0, 1]; 0: no target, so that the default ef is
-                returned.
+                returned. 1, a share that no measured ef finds, or a graph without measurements gives None.
         """
         if ef:
             return ef

@@ -57,6 +57,7 @@ class HybridSearcher:
     def by_words(self, request: LexicalRequest) -> list[SearchOutcome]:
         """Return for each text the records that have a word of the text, best first by BM25.
 
+        Words in more than half of the texts can be left out (`_distinctive_words`). A text without words has no hits.
         All texts are searched for in one snapshot of the store. If a text has fewer hits than its top_k, the plan of
         the outcome states why.
 

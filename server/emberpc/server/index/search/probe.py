@@ -94,7 +94,8 @@ class Probe:
         """Repeat the queued searches exactly, and add their recall to the figures.
 
         After that, no search is probed for a hundred times as long as the repetitions took. Hits that were written or
-        deleted since the search do not count; nor does a search with a hit that is damaged now.
+        deleted since the search do not count; nor does a search with a hit that is damaged now, or for which `_recall`
+        returns None. After an error, the search is repeated again at the next call.
 
         Args:
             search: returns the outcome of each query of a request.

@@ -35,7 +35,7 @@ _GROWTH = 1.5
 _NOISES = ((1.0, 128), (0.2, 48), (0.04, 48))
 _SIZES = (10, 100)
 _EFS = (25, 50, 100, 150, 200, 300, 400, 600, 800, 1200, 1600, 2400)
-#: Recall from which greater values of ef are not tried. Callers who set a greater `min_recall` get an exact search.
+#: Recall from which greater values of ef are not tried. A search with about this `min_recall`, or more, may be exact.
 _ENOUGH = 0.9995
 #: Queries that a measurement searches for in one call, a few milliseconds. Searches of callers may wait meanwhile.
 _TURN = 4
@@ -44,7 +44,7 @@ _TURN = 4
 _RESERVE = 0.25
 _SCAN_BATCH = 2000
 _NAME = "recall.json"
-#: Format of `recall.json` that is written. From this format on the file has a checksum.
+#: Formats of `recall.json` that are read: the one that is written, and the older one, which has no checksum.
 _FORMAT = 2
 _UNCHECKED_FORMAT = 1
 #: Greatest k and ef that a valid `recall.json` may contain.
@@ -143,7 +143,10 @@ def save(measured: RecallMap, folder: Path) -> None:
 
 
 def load(folder: Path) -> RecallMap | None:
-    """Return the measurements saved in a collection's folder; None if there are none, or they are damaged (logged)."""
+    """Return the measurements saved in a collection's folder; None if there are none, or their format is unknown.
+
+    None too if they are damaged, which is logged.
+    """
     try:
         document = json.loads((folder / _NAME).read_text(encoding="utf-8"))
         if document["format"] not in (_FORMAT, _UNCHECKED_FORMAT):
