@@ -98,6 +98,8 @@ class CallGate:
     def suspend(self, begun: int, close: Callable[[], None]) -> bool:
         """Close the resource, unless a call is in progress, or has begun since the caller read `self.begun`.
 
+        Do nothing either if the resource is closed or is being opened or closed, or the end of the gate has begun.
+
         A call that begins meanwhile waits, and opens the resource again.
 
         Args:
@@ -120,7 +122,7 @@ class CallGate:
         return True
 
     def wait(self, deadline: Deadline) -> bool:
-        """Wait until no call is in progress; return False if the deadline passes before."""
+        """Wait, after `begin_end`, until no call is in progress; return False if the deadline passes before."""
         with self._mutex:
             return self._idle.wait_for(lambda: not self._count, deadline.seconds_left)
 

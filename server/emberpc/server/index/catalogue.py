@@ -49,7 +49,7 @@ class Index:
 
     Args:
         data_dir: the data directory; created if it is missing.
-        buffer_limit: number of vectors in a collection's buffer from which they are moved to the collection's graph.
+        buffer_limit: most vectors in a collection's buffer; with more, they are moved to the collection's graph.
         snapshot_every: least number of vectors that are inserted into a graph between two of its snapshots.
         record_cache_bytes: approximate limit of the bytes of the record cache; 0: no cache.
         probe_share: share of the searches that are repeated exactly to measure recall, 0 to 1; 0: none.
@@ -258,7 +258,7 @@ class Index:
             return self._reembeddings[name]
 
     def reembeddings(self) -> list[Reembedding]:
-        """Return the unfinished reembeddings, to resume them after a restart; drop those that cannot be opened."""
+        """Open the unfinished reembeddings, once after a start, and return them; drop those that cannot be opened."""
         with self._use():
             for entry in self._directory.reembeddings():
                 name = entry.spec.name
@@ -313,7 +313,7 @@ class Index:
                 then the directory stays locked. No acknowledged write is lost then.
 
         Returns:
-            Whether everything is closed.
+            Whether everything is closed. A second call has no effect and returns True.
         """
         deadline = deadline or Deadline()
         locked = self._lock.acquire(timeout=deadline.seconds_left)

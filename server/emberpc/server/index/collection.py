@@ -352,7 +352,7 @@ class Collection(Lifecycle, SearchMethods):
         yield from pieces(copy)
 
     def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
-        """Return the pairs of records whose score is at least `min_score`, greatest first, at most 100,000.
+        """Return the pairs of records with a cosine of at least `min_score`, greatest first, at most 100,000.
 
         If `stop` returns True, return the pairs found so far.
         """
@@ -376,8 +376,8 @@ class Collection(Lifecycle, SearchMethods):
     def maintain(self) -> None:
         """Run all maintenance that is due: fill, check, rebuild, save and measure the graph; rebuild the word index.
 
-        Takes long; other calls may run meanwhile. Ends early if the collection is about to be closed. Does nothing for
-        a closed collection. Raises UNAVAILABLE after the collection is closed for good or deleted.
+        Then repeat probed searches. Takes long; other calls may run meanwhile. Ends early if the collection is about to
+        be closed. Does nothing for a closed collection, and raises UNAVAILABLE after it is closed for good or deleted.
         """
         if not self._calls.begin_maintenance():
             return

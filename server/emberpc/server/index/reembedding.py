@@ -84,7 +84,10 @@ class Reembedding:
             more = bool(token)
 
     def is_complete(self) -> bool:
-        """Return whether the target has all records of the source, and no others; the source must be frozen."""
+        """Return whether the target has all records of the source, and no others.
+
+        Call `prune` before; the source must be frozen.
+        """
         taken, total = self.counts()
         return taken == total and not self.source.written_after(self._label, 1)
 

@@ -86,9 +86,10 @@ class Restoration:
             sha256: SHA-256 of all bytes of the backup, in hexadecimal.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the bytes are not an undamaged backup or their SHA-256 differs,
-                FAILED_PRECONDITION if a newer version wrote the backup, ALREADY_EXISTS if another collection has the
-                name by now, RESOURCE_EXHAUSTED if the disk is full, UNAVAILABLE after `close`.
+            ServiceError: INVALID_ARGUMENT if the bytes are not an undamaged backup, their SHA-256 differs, or `accept`
+                raised an error, FAILED_PRECONDITION if a newer version wrote the backup, ALREADY_EXISTS if another
+                collection has the name by now, RESOURCE_EXHAUSTED if the disk is full or there are too many
+                collections, UNAVAILABLE after `close`.
         """
         with self._lock, translated_os_errors(_NOTHING_RESTORED):
             self._check_open()

@@ -131,10 +131,10 @@ class SearchMethods:
         """Search for records by vectors and by words, and fuse both rankings.
 
         Args:
-            queries: vector of each query, float32 (queries, dimensions).
+            queries: vector of each query, float32 (queries, dimensions); at least one.
             texts: text of each query.
             top_k: most hits of each query.
-            dense_weight: weight of the dense ranking, 0 to 1; the weight of the lexical ranking is 1 minus this.
+            dense_weight: weight of the dense ranking, 0 to 1 (not checked here); the lexical ranking has 1 minus this.
             fusion: the rule that joins the rankings.
             ef: as in `search`.
             min_recall: as in `search`, for the dense ranking.

@@ -84,7 +84,7 @@ class GroupedGraph(GroupedGraphReader):
     def compare_always(self, labels: Iterable[int]) -> None:
         """Make strays of the vectors of those labels that exist, since searches miss them.
 
-        Every search covers strays, see `GroupedGraphReader`. Vectors that every search compares already are not changed.
+        Every search covers strays, see `GroupedGraphReader`. Vectors that every search compares already are left as is.
         """
         for vector_id in {self._vector_of[label] for label in labels if label in self._vector_of}:
             leader = self._leader_of.get(vector_id)

@@ -67,8 +67,8 @@ def check_backup(
         The spec of the collection, and when it was created.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if the file is not a backup or is damaged; FAILED_PRECONDITION if a newer version
-            wrote it; UNAVAILABLE if stopped.
+        ServiceError: INVALID_ARGUMENT if the file is not a backup or is damaged, or `accept` raised an error;
+            FAILED_PRECONDITION if a newer version wrote the file; UNAVAILABLE if stopped.
     """
     with _reading(path, stop) as theirs, closing(sqlite3.connect(":memory:", isolation_level=None)) as ours:
         version = _version(theirs)
@@ -187,6 +187,8 @@ def _typed_spec(text: str) -> CollectionSpec:
 
 def _check_values(theirs: sqlite3.Connection, ours: sqlite3.Connection) -> None:
     """Check the types of all values in a backup, since SQLite stores any type in any column, and the counters.
+
+    The word index is left out, since a restore rebuilds it.
 
     Args:
         theirs: the database of the backup.

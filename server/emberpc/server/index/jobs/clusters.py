@@ -29,7 +29,7 @@ def cluster_records(
     """Cluster the records of a collection, in the state of one moment.
 
     The centres are fitted to a random sample of vectors, always with the same seed. Then all vectors are read, 4,000 at
-    a time, and every record joins the cluster with the nearest centre.
+    a time, and every undamaged record joins the cluster with the nearest centre.
 
     Args:
         spec: the spec of the collection; EUCLIDEAN collections are clustered by distance, others by direction.
@@ -88,8 +88,8 @@ def k_means(vectors: Matrix, count: int, *, directions: bool, stop: Callable[[],
         vectors: float32 (n, dimensions), n at least 1; of length 1 if `directions`.
         count: number of clusters.
         directions: whether to cluster by cosine, with centres of length 1, instead of by euclidean distance.
-        stop: whether to stop; called before each first centre, and before each 4,000 vectors of a round. The centres
-            found so far are returned then.
+        stop: whether to stop; called before each further centre is drawn, and before each 4,000 vectors of a round. The
+            centres found so far are returned then.
 
     Returns:
         float32 (at most count, dimensions): no more centres than distinct vectors.

@@ -45,8 +45,8 @@ def find_duplicates(
         stop: whether to stop; then the pairs found so far are returned.
 
     Returns:
-        The pairs, greatest score first; the best 100,000 if there are more. Pairs with a record that was deleted
-        meanwhile are left out.
+        The pairs, greatest score first; the best 100,000 if there are more. Pairs with a record that is damaged or was
+        deleted meanwhile are left out.
     """
     found = _BestPairs()
     # The graph's scores are cosines only in a COSINE collection.
@@ -95,7 +95,7 @@ class _BestPairs:
 
 
 def _directions(store: Store) -> tuple[Labels, Matrix]:
-    """Return the labels, int64 (n,), and vectors, float32 (n, dimensions), of all records without a zero vector.
+    """Return labels, int64 (n,), and vectors, float32 (n, dimensions), of all records except those with a zero vector.
 
     The vectors are normalized.
     """

@@ -33,7 +33,7 @@ class Expiring(Protocol):
 class ExpiryThread(BackgroundThread[Expiring]):
     """A thread that calls `expire` of each noted collection when the next record of the collection expires.
 
-    A failed deletion is logged and retried after a minute.
+    A failed deletion is logged and retried after a minute, unless the collection was closed for good or deleted.
     """
 
     def __init__(self) -> None:

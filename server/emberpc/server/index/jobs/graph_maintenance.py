@@ -47,9 +47,9 @@ _NEW_SHARE = 0.25
 class MaintenanceLimits:
     """Limits that decide when vectors move from the buffer to the graph, and when a snapshot of the graph is saved."""
 
-    #: Most vectors in the buffer; if there are more, they are moved to the graph. A collection with at most this many
-    #: vectors has no graph, so its searches are exact. Comparing a full buffer takes four times as long as searching
-    #: the graph, but the buffer is full for a short time only.
+    #: Most vectors in the buffer; if there are more, they are moved to the graph. A collection that never had more
+    #: vectors than this has no graph, so its searches are exact. Comparing a full buffer takes four times as long as
+    #: searching the graph, but the buffer is full for a short time only.
     buffer_limit: int = 4000
     #: Fewest vectors that are inserted into the graph between two snapshots. Inserting this many takes 10 to 20 s.
     snapshot_every: int = 20_000
@@ -136,11 +136,14 @@ class GraphMaintenance:
 
     @property
     def is_saved(self) -> bool:
-        """Whether no vectors were inserted into the graph since the last snapshot."""
+        """Whether the graph was neither filled nor rebuilt since the last snapshot or since the opening.
+
+        The removal of vectors does not count.
+        """
         return not self._unsaved
 
     def save(self) -> None:
-        """Save a snapshot if vectors were inserted since the last one; do nothing while `run` is in progress."""
+        """Save a snapshot unless `is_saved`; do nothing while `run` is in progress."""
         if self._unsaved and self._lock.acquire(blocking=False):
             try:
                 self.snapshot()

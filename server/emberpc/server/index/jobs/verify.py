@@ -22,7 +22,7 @@ from emberpc.server.index.storage.store import Store
 _BATCH = 500
 #: The two attempts to find records by their own vectors: `ef`, and the number of records in one call of the graph
 #: search, while other searches wait. Only records that the first attempt misses are searched for again. The second `ef`
-#: is the greatest that searches use by default.
+#: is the usual upper limit of the default ef.
 _TRIES = ((200, 8), (800, 1))
 #: Number of records, on average, that a verification searches for unless it is full.
 _SAMPLE = 2000
