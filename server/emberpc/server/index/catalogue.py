@@ -45,7 +45,7 @@ class Index:
     files of a deleted collection are being removed.
 
     Every method may raise `ServiceError`: UNAVAILABLE after the index is closed, INTERNAL if a database fails,
-    RESOURCE_EXHAUSTED if no file descriptor is free.
+    RESOURCE_EXHAUSTED if no file descriptor is free or the disk is full.
 
     Args:
         data_dir: the data directory; created if it is missing.

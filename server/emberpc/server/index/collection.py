@@ -299,7 +299,7 @@ class Collection(Lifecycle, SearchMethods):
         return records, encode_token(records[-1].id) if more else ""
 
     def mismatches(self, condition: Filter) -> list[str]:
-        """Return sentences on why no record meets a filter, by metadata of the first records; empty if unknown."""
+        """Return sentences on why no record meets a filter, by the first 1000 records' metadata; empty if unknown."""
         with self._calls.enter(), closing(self._store.metadata(MISMATCH_RECORDS)) as documents:
             return mismatches(condition, documents)
 
@@ -317,7 +317,7 @@ class Collection(Lifecycle, SearchMethods):
         """Check every record in steps of some hundred records, between which other calls may run.
 
         Each record must be undamaged and in memory, and searches for its own vector must find it. A wrong word index is
-        rebuilt, and searches find a record that they missed from now on.
+        rebuilt. From now on, searches find a record that they missed.
 
         Args:
             full: whether to search for every record by its own vector; if not, only for a random sample.

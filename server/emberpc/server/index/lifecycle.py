@@ -131,13 +131,13 @@ class Lifecycle:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the last snapshot has the present graph, so that closing the collection writes no snapshot."""
+        """Whether closing writes no snapshot: the collection is closed, or its graph was not filled since the last."""
         # The attribute may be missing, since another thread may close the collection now.
         maintenance: GraphMaintenance | None = self.__dict__.get("_graph_maintenance")
         return maintenance is None or maintenance.is_saved
 
     def close_idle(self) -> bool:
-        """Close the database if no call is in progress, after saving a snapshot if the graph changed.
+        """Close the database if no call is in progress, after saving a snapshot if vectors were inserted.
 
         The next call opens the collection again. If a call begins while the snapshot is written, or the snapshot cannot
         be written, the collection stays open.
@@ -166,7 +166,7 @@ class Lifecycle:
         return self._calls.suspend(begun, close)
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Wait for the calls in progress, save a snapshot if the graph changed, and close the database for good.
+        """Wait for the calls in progress, save a snapshot if vectors were inserted, and close the database for good.
 
         Args:
             deadline: until when to wait for the calls; None: without limit. If the calls do not end in time, the

@@ -66,7 +66,7 @@ class Reembedding:
         return self.source.revisions(ids)
 
     def rewind(self) -> None:
-        """Start again at the first record: `next` then returns all records that the target lacks."""
+        """Start again at the first record: `next` then returns all records that the target lacks or has outdated."""
         self._label = _BEFORE_ALL
 
     def take(self, records: Sequence[StoredRecord], vectors: Matrix) -> None:

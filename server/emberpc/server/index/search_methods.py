@@ -51,7 +51,7 @@ class SearchMethods:
             queries: float32 (queries, dimensions).
             top_k: most hits of a query, 1 to 10,000: a number for all queries, or a sequence with a number for each.
             ef: number of candidates that the search of the graph keeps, at most 1,000,000; 0: chosen by `top_k` and
-                `min_recall`.
+                `min_recall`. More are kept if `ef` is not greater than the greatest `top_k`.
             min_recall: share of the true nearest records to be found, in (0, 1], as measured on this collection; 0: no
                 target. If recall is not measured yet, or the graph cannot reach this recall, every vector is compared.
                 Must not be combined with `ef`.
@@ -61,7 +61,7 @@ class SearchMethods:
             parts: parts of a record that the hits must contain; they may contain more.
 
         Returns:
-            The hits of each query, best first, and the plan of the search.
+            The hits of each query, best first, and the plan of the search; empty if there are no queries.
 
         Raises:
             ServiceError: INVALID_ARGUMENT if an argument is invalid, RESOURCE_EXHAUSTED if the hits have too many bytes
@@ -106,8 +106,8 @@ class SearchMethods:
 
         Raises:
             ServiceError: INVALID_ARGUMENT if an argument is invalid, DATA_LOSS if the word index is damaged,
-                RESOURCE_EXHAUSTED if the hits have too many bytes for one response, UNAVAILABLE if the collection is
-                closed.
+                RESOURCE_EXHAUSTED if the hits have too many bytes for one response, DEADLINE_EXCEEDED if the call is
+                cancelled, UNAVAILABLE if the collection is closed.
         """
         check_search(len(texts), top_k, len(texts), 0)
         with self._calls.enter(), self._store.response_bytes.limited(parts):
@@ -147,8 +147,8 @@ class SearchMethods:
 
         Raises:
             ServiceError: INVALID_ARGUMENT if an argument is invalid, DATA_LOSS if the word index is damaged,
-                RESOURCE_EXHAUSTED if the hits have too many bytes for one response, UNAVAILABLE if the collection is
-                closed.
+                RESOURCE_EXHAUSTED if the hits have too many bytes for one response, DEADLINE_EXCEEDED if the call is
+                cancelled, UNAVAILABLE if the collection is closed.
         """
         prepared = prepare_queries(queries, self.spec.dimensions, self.spec.distance, _VECTOR)
         if len(texts) != len(queries):

@@ -15,7 +15,7 @@ class Buffer:
     """Prepared vectors by label, in ascending order of labels.
 
     The vectors are stored in chunks of one size. Only the last chunk may be smaller; it grows to that size by doubling.
-    The cost of adding and removing is proportional to the vectors that are added or removed, whatever the size of the
+    The cost of adding and removing grows with the vectors that are added or removed, and little with the size of the
     buffer: a removed vector is only marked, and a chunk is freed when it is empty.
 
     Not safe to use from several threads; `Neighbours` holds the lock.

@@ -20,6 +20,7 @@ _PR_SET_PDEATHSIG = 1
 _FORKS = sys.platform == "linux"
 # The C library, for `prctl`. It is loaded here and not in the child, which must do as little as possible.
 _LIBRARY = ctypes.CDLL(None) if _FORKS else None
+#: Limit of the file descriptors that the child closes.
 _MAX_FILES = 1 << 20
 
 

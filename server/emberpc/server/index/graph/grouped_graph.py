@@ -33,7 +33,7 @@ class GroupedGraph(GroupedGraphReader):
     def add(self, labels: Labels, vectors: Matrix) -> None:
         """Add prepared vectors, float32 (n, dimensions), under new labels, int64 (n,); takes about 0.5 ms per vector.
 
-        Then check the new nodes, and the nodes of equal vectors that were added before, as `check` does.
+        Then check the new nodes, and the nodes or leaders of equal vectors that were added before, as `check` does.
 
         Raises:
             ValueError: the shape or type of the vectors is wrong.

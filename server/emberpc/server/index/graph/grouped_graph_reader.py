@@ -97,7 +97,7 @@ class GroupedGraphReader:
         self._groups: dict[int, Group] = {}
         #: Strays: vectors that searches of the graph miss.
         self._strays: Group = Pool(spec.dimensions, spec.distance)
-        #: Whether a search for a node by its own vector has missed the node since this graph was created.
+        #: Whether this graph has ever had strays, or a node that a search for its own vector missed.
         self._has_missed = False
         #: Hashes of vectors that are or were strays. Such a vector becomes a stray again if it is added again: as a
         #: node it would take links of other nodes, so that searches miss these.
@@ -145,7 +145,7 @@ class GroupedGraphReader:
 
     @property
     def has_misses(self) -> bool:
-        """Whether a check has missed a node, of this graph or of the graph of a group, since the graph was created."""
+        """Whether this graph, or the graph of a group, has ever had strays or a node that a check missed."""
         return self._has_missed or any(graph.has_misses for graph in _graphs_of(self._groups.values()))
 
     @property

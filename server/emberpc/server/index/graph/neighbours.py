@@ -271,7 +271,7 @@ class Neighbours:
             most_waiting: if the buffer has more vectors than this meanwhile, some are moved to the old graph, so that
                 searches stay fast.
             shuffled: whether to insert vectors in random order instead of the order of labels, and to build a graph for
-                each shell. Used if searches of the old graph miss many nodes.
+                each shell; if not, the shells of the old graph stay. Used if searches of the old graph miss many nodes.
 
         Returns:
             Whether the old graph was replaced.

@@ -67,7 +67,7 @@ class PersistentGraph(GroupedGraph):
     """A `GroupedGraph` that can be written to a file and read from it; for the arguments see `GroupedGraphReader`."""
 
     def save(self, path: Path) -> PendingSave:
-        """Begin to write the present graph to a file, as `in_child` does; later changes do not affect the file.
+        """Begin to write the present graph to a file by `in_child`; later changes do not affect the file.
 
         Returns:
             The contents of the snapshot that are not in the file, and a function that waits for the file.

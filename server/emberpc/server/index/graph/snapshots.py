@@ -86,8 +86,8 @@ def load(spec: CollectionSpec, identity: str, newest: int, folder: Path) -> Pers
         folder: the folder of the collection's snapshots.
 
     Raises:
-        AheadError: the newest undamaged snapshot of the database has labels greater than `newest`. The database will
-            assign those labels to other vectors, so it must take a new identity.
+        AheadError: the newest snapshot of the database with an undamaged sidecar has labels greater than `newest`. The
+            database will assign those labels to other vectors, so it must take a new identity.
     """
     for sidecar in sorted(folder.glob("graph-*.json"), reverse=True):
         try:

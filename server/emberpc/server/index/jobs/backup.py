@@ -37,6 +37,7 @@ APPLICATION_ID = 0x456D6272
 #: Statement for the table with one row: format of the backup, spec of the collection as JSON, and when the collection
 #: was created, in seconds since 1970.
 TABLE = "CREATE TABLE backup (format INTEGER NOT NULL, spec TEXT NOT NULL, created REAL NOT NULL)"
+#: Last line of a backup, and its number of bytes; %s is the SHA-256 (hex) of all bytes before the line.
 _LAST_LINE = b"emberpc-backup-sha256:%s\n"
 LAST_LINE_SIZE = len(_LAST_LINE % (b"0" * 64))
 #: Bytes of the disk that backups and restores leave free for writes.

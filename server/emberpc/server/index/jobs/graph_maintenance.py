@@ -25,7 +25,7 @@ _REST_SHARE = 1 / 16
 #: takes 1.5 times as long.
 _MAX_DEAD_SHARE = 0.25
 #: Greatest share of strays, vectors that searches of the graph miss; with more the graph is rebuilt in random order and
-#: in shells. Every search compares all strays.
+#: in shells. Every search covers all strays.
 _MAX_STRAY_SHARE = 0.02
 #: Most strays that never cause a rebuild: comparing this many makes a search less than 5 % slower.
 _FEW_STRAYS = 100
@@ -38,6 +38,7 @@ _FIRST_SAMPLE = 1000
 _SAMPLE_GROWTH = 1.5
 #: Share of the time that complete checks may take while there are no writes. A check of 100,000 nodes takes some 5 s.
 _CHECK_SHARE = 0.01
+#: Attempts to write a snapshot, if a signal ends the process that writes it.
 _SNAPSHOT_TRIES = 3
 #: Least share of a graph's vectors that are inserted between two snapshots, since a snapshot writes the whole graph.
 _NEW_SHARE = 0.25

@@ -29,8 +29,8 @@ class Maintained(Protocol):
 class MaintenanceThread(BackgroundThread[Maintained]):
     """A thread that calls `maintain` of the collections that request maintenance, one after the other.
 
-    Errors are logged. Close the collections before the thread: a closed collection ends its maintenance soon, and
-    `close` of the thread waits for this.
+    Errors are logged, except those of a collection that was closed or deleted. Close the collections before the thread:
+    a closed collection ends its maintenance soon, and `close` of the thread waits for this.
     """
 
     def __init__(self) -> None:

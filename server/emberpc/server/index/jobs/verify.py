@@ -26,6 +26,7 @@ _BATCH = 500
 _TRIES = ((200, 8), (800, 1))
 #: Number of records, on average, that a verification searches for unless it is full.
 _SAMPLE = 2000
+#: Hits of a search for a record; fewer in a graph of fewer than 20 vectors.
 _HITS = 10
 _WRONG_WORDS = "the words that are searched were not those of the text; they were built from the texts again"
 

@@ -16,8 +16,8 @@ from emberpc.server.index.storage.store import Store
 #: Number of dense hits, and of lexical hits, that are fused for a query: the greater of the first value and the second
 #: value times top_k.
 _MIN_DEPTH, _DEPTH_PER_HIT = 100, 2
-#: Greatest share of the texts that may contain a word of a lexical query. More common words are left out: they hardly
-#: change the scores of BM25, but take most of the time.
+#: Greatest share of the texts that may contain a word of a lexical query. More common words are left out if the query
+#: has others: they hardly change the scores of BM25, but take most of the time.
 _COMMON = 0.5
 #: Fewest records of a collection whose lexical queries leave out common words. With fewer there is little time to save.
 _LARGE = 1000
@@ -63,7 +63,7 @@ class HybridSearcher:
 
         Raises:
             ServiceError: DATA_LOSS if the word index is damaged; DEADLINE_EXCEEDED if the call of this thread is
-                cancelled.
+                cancelled; the errors of reading the store.
         """
         with self._store.snapshot():
             return [

@@ -33,6 +33,7 @@ _GROWTH = 1.5
 #: Queries with the first noise have a cosine of 0.7 to the record, like questions to the texts that answer them. Those
 #: with the other two are like nearly equal texts, which are easier to find, except among vectors in a narrow cone.
 _NOISES = ((1.0, 128), (0.2, 48), (0.04, 48))
+#: Values of k and of ef that are measured.
 _SIZES = (10, 100)
 _EFS = (25, 50, 100, 150, 200, 300, 400, 600, 800, 1200, 1600, 2400)
 #: Recall from which greater values of ef are not tried. A search with about this `min_recall`, or more, may be exact.
@@ -42,6 +43,7 @@ _TURN = 4
 #: Part of the tolerated loss of recall that is kept as a reserve, since a sample has errors: for a recall of 0.98 an ef
 #: is chosen with a measured recall of 0.985.
 _RESERVE = 0.25
+#: Stored vectors that are read and compared at a time.
 _SCAN_BATCH = 2000
 _NAME = "recall.json"
 #: Formats of `recall.json` that are read: the one that is written, and the older one, which has no checksum.

@@ -54,7 +54,7 @@ def problem(connection: sqlite3.Connection, newest_label: int = 0, newest_revisi
 def next_label(connection: sqlite3.Connection, subject: str) -> int:
     """Return a new label: one more than the greatest label ever assigned, by the counter and by the present records.
 
-    Labels of 2**61 and more in the database are ignored.
+    Records with labels of 2**61 and more are ignored.
 
     Args:
         connection: a connection to the database.

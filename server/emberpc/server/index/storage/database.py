@@ -30,8 +30,8 @@ _last_folder = Path()
 DESCRIPTORS = 4
 #: Instructions of SQLite's virtual machine between two checks for cancellation: some milliseconds.
 STEPS_BETWEEN_LOOKS = 20_000
-#: Seconds to wait for another connection's lock. Locks are held only while a connection is opened, or while the
-#: write-ahead log is merged into the database.
+#: Seconds to wait for another connection's lock. Only one connection to a database writes, so others wait only while a
+#: connection is opened, or while the write-ahead log is merged into the database.
 _TIMEOUT = 30
 
 

@@ -17,6 +17,7 @@ SIZES_AT_ONCE = 32
 #: The bytes of at most this many whole records without vectors are counted after the records are read, which saves a
 #: statement. Records that are too large to be kept whole are read this many at a time.
 FEW_RECORDS = 8
+#: SQL for the number of bytes of each text of a record, by its column.
 _BYTES = {name: f"length(CAST({name} AS BLOB))" for name in ("text", "metadata", "class_label")}
 #: Bytes of a record in a response besides its texts, metadata and vector.
 _OVERHEAD = 150

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 # Layouts of the log's header and of a frame's header: https://www.sqlite.org/fileformat2.html#the_write_ahead_log
 _HEADER = struct.Struct(">8I")
 _FRAME = struct.Struct(">6I")
+#: First number of a log, apart from its last bit, which states the byte order of the checksums.
 _MAGIC = 0x377F0682
 _MASK = 2**32 - 1
 
@@ -71,10 +72,11 @@ def inspect(database: Path) -> LogContents | None:
 
 
 def report_lost_commits(connection: sqlite3.Connection, found: LogContents | None, subject: str) -> None:
-    """Log how many commits of a write-ahead log SQLite did not apply; merges the applied ones into the database.
+    """Log how many commits of a write-ahead log SQLite did not apply; merge the applied ones into the database.
 
-    If only the last frame of the log is a lost commit, only a warning is logged: a crash may have cut that write off
-    before it was acknowledged. If the disk is full, nothing is logged, and the next opening checks the log.
+    If the header of the log is damaged, all its commits are lost, and their number is not known. If only the last frame
+    of the log is a lost commit, only a warning is logged: a crash may have cut that write off before it was
+    acknowledged. If the disk is full, nothing is logged, and the next opening checks the log.
 
     Args:
         connection: the first connection that was opened after `inspect`.
