@@ -118,7 +118,7 @@ def unreplaced(open_collections: Mapping[str, Future[Collection]], source: Colle
     """Return `source` if it is still the open collection of its name.
 
     Args:
-        open_collections: the collections that are open or being opened, by name.
+        open_collections: the collections that were opened, even if idle and closed, or are being opened, by name.
         source: the collection that the caller got before.
 
     Raises:

@@ -97,7 +97,8 @@ class GroupedGraphReader:
         self._groups: dict[int, Group] = {}
         #: Strays: vectors that searches of the graph miss.
         self._strays: Group = Pool(spec.dimensions, spec.distance)
-        #: Whether this graph has ever had strays, or a node that a search for its own vector missed.
+        #: Whether this graph has had strays, or a node that a search for its own vector missed, since it was created
+        #: or loaded.
         self._has_missed = False
         #: Hashes of vectors that are or were strays. Such a vector becomes a stray again if it is added again: as a
         #: node it would take links of other nodes, so that searches miss these.
@@ -145,7 +146,7 @@ class GroupedGraphReader:
 
     @property
     def has_misses(self) -> bool:
-        """Whether this graph, or the graph of a group, has ever had strays or a node that a check missed."""
+        """Whether this graph or that of a group has had strays, or nodes that a check missed, since it was loaded."""
         return self._has_missed or any(graph.has_misses for graph in _graphs_of(self._groups.values()))
 
     @property

@@ -47,8 +47,8 @@ class BackgroundThread(ABC, Generic[Item]):
         """Remove an item that is due, and return it; the caller holds `_changed`.
 
         Returns:
-            The item. If no item is due: the seconds until an item may be due, or None if no item will be due before the
-            next `_notify`.
+            The item. If no item is due: the seconds, as a float, until an item may be due, or None if no item will be
+            due before the next `_notify`.
         """
 
     @abstractmethod

@@ -120,9 +120,9 @@ class StoreReader:
             return self.response_bytes.spend(self._connection(), column, keys)
 
     def by_label(self, labels: Sequence[int], *, with_vectors: bool) -> dict[int, StoredRecord]:
-        """Return the existing, undamaged records by label, from the cache or the database, and cache whole ones.
+        """Return the existing, undamaged records by label, from the cache or the database.
 
-        The records have at least `response_bytes.parts`. RESOURCE_EXHAUSTED if they have too many bytes.
+        Whole ones without vectors are cached. All have at least `response_bytes.parts`; RESOURCE_EXHAUSTED if too big.
         """
         found = {} if with_vectors else self._cache.find(self._owner, labels)
         missing = [label for label in labels if label not in found]
