@@ -32,6 +32,7 @@ _BATCH = 100
 #: Seconds from the year 1970 to the year 10,000: Python's datetime has no later times.
 _END_OF_TIME = 253_402_300_800
 #: SQL conditions that the values of a column must meet, by the declared type of the column; {0} is the column's name.
+#: A column that allows NULL may have NULL too.
 _CONDITIONS = {
     "INTEGER": f"typeof({{0}}) = 'integer' AND {{0}} BETWEEN 0 AND {counters.MOST}",
     "REAL": f"typeof({{0}}) = 'real' AND {{0}} >= 0 AND {{0}} < {_END_OF_TIME}",

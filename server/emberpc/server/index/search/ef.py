@@ -21,9 +21,9 @@ _UNMEASURED = 200
 #: Recall for which the default ef may be greater than `_MOST`. If no measured ef has this recall, every vector is
 #: compared.
 _LEAST_RECALL = 0.95
-#: Greatest share of strays, vectors that graph searches miss, with which a graph is searched before its recall is
-#: measured. With more, every vector is compared: what causes strays makes searches miss other vectors too, and a better
-#: graph is being built.
+#: Greatest share of strays, vectors that graph searches miss, with which a graph is searched by the default ef before
+#: its recall is measured. With more, every vector is compared: what causes strays makes searches miss other vectors
+#: too, and a better graph is being built.
 _MAX_STRAY_SHARE = 0.02
 #: The default ef is at least this many times top_k.
 _PER_HIT = 2
