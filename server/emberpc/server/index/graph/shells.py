@@ -1,6 +1,7 @@
 """Shells: ranges of the distance from the centre of a collection's vectors, each with a graph of its own.
 
-In one graph, the vectors near the centre would take the links of distant vectors.
+In one graph, the vectors near the centre would take the links of distant vectors. A shell with few vectors, other than
+the main shell, is a pool without a graph.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ MAIN = 0
 @dataclass(frozen=True)
 class Shells:
     """Ranges of the distance from a centre. The outer radius of each shell is 1.5 times its inner radius.
+
+    The innermost shell also has all vectors nearer to the centre, and the outermost shell all vectors farther away.
 
     Attributes:
         centre: float32 (dimensions,).
