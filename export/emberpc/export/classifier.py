@@ -49,7 +49,8 @@ class ClassifierData:
     """Paths of the files with a classifier's texts (CSV, TSV, JSONL or Parquet), and their columns.
 
     `train` has the training texts. `validation` has texts for early stopping and calibration; None: some training texts
-    serve for this. `outside` has texts without any of the labels. `descriptions` has a description of each label.
+    serve for this. `outside` has texts without any of the labels, in the column `text_column`. `descriptions` has the
+    columns `label` and `description`, with one row for each label.
     """
 
     train: Path | str
@@ -85,7 +86,7 @@ def export_classifier(
 
     Temperature, thresholds and the figures in `quality` come from texts that the classifier, or a classifier fitted in
     the same way, was not trained on: those of the validation file, or training texts that are held out or
-    cross-validated.
+    cross-validated. With too few texts for this, probabilities are not calibrated, and a warning is logged.
 
     Args:
         data: paths and format of the texts.
@@ -93,13 +94,15 @@ def export_classifier(
         target: the bundle's folder; it is written atomically.
         strategy: one of `EXPORTABLE`.
         label_texts: whether to train on the labels' descriptions, too, or on the labels' names if there are no
-            descriptions. Names are used only if they help to classify the texts; numbers do not.
+            descriptions. Names are used only if they help to classify the texts; numbers do not. The strategy zero-shot
+            requires True.
         balanced: whether every label has the same weight, whatever its number of texts.
         epochs: the most passes over the texts, if the strategy trains the encoder; default: 5 to 12, fewer for more
             texts.
         rejection_rate: share of texts with labels that may be rejected as out of scope, in [0, 1), if `data` has no
             texts outside all labels; 0: nothing is rejected.
-        checkpoints: folder for checkpoints, from which an interrupted training continues; None: no checkpoints.
+        checkpoints: folder for checkpoints, from which an interrupted training continues; they are removed once the
+            bundle is written. None: no checkpoints.
         variants: variants to write in addition to fp32: names, or `auto`; see `emberpc.export.variants`. They are
             measured on the validation file, or else on training texts that the classifier was not trained on, or else
             on texts that it was trained on. The manifest says which texts these were.
@@ -112,8 +115,10 @@ def export_classifier(
         The manifest, with the measured parity and quality.
 
     Raises:
-        ExportError: an argument is invalid, the data or the base cannot be used, or outputs differ from PyTorch's.
+        ExportError: an argument is invalid, the data or the base cannot be used, label descriptions are missing, a
+            variant requested by name misses its bound, or outputs differ from PyTorch's.
         BundleError: `target` exists and may not be replaced.
+        OSError: the disk is full.
     """
     if strategy not in EXPORTABLE:
         raise ExportError(f"there is no strategy {strategy!r} to export; there are: {', '.join(EXPORTABLE)}")
@@ -195,7 +200,8 @@ def read_data(data: ClassifierData) -> tuple[Examples, Examples | None, list[str
         empty list without that file.
 
     Raises:
-        ExportError: a file cannot be read or its data cannot be used; the error names the row.
+        ExportError: a file cannot be read or its data cannot be used; the error names the file, and the row if one row
+            is the cause.
     """
     read = partial(
         read_labelled, text_column=data.text_column, label_column=data.label_column, separator=data.separator
@@ -315,6 +321,7 @@ def tuned_encoder(encoder: Encoder, fitted: Fitted, folder: Path) -> Iterator[tu
 
     Raises:
         ExportError: the tuned encoder cannot be written or read.
+        OSError: the disk is full.
     """
     if fitted.tuned is None:
         yield encoder, None

@@ -64,7 +64,7 @@ def export_embedding(
         name: name of the base model; default: the source's name.
         max_tokens: the most tokens of a text; default: the source's limit.
         prompts: prompts that the server puts before texts; default: the source's.
-        matryoshka: dimensions that vectors may be shortened to; default: the source's.
+        matryoshka: dimensions that vectors may be shortened to; empty: none; default: the source's.
         variants: variants to write in addition to fp32: names, or `auto`; see `emberpc.export.variants`.
         validation: a file to measure variants on: texts like those to be served, or queries with passages that answer
             them; default: docstrings of Python's standard library.
@@ -78,6 +78,7 @@ def export_embedding(
         ExportError: an argument is invalid, a file cannot be read, the source cannot be exported, a variant requested
             by name misses its bound, or outputs differ from PyTorch's.
         BundleError: `target` exists and may not be replaced.
+        OSError: the disk is full.
     """
     check_names(variants)
     texts_to_try, judged = _validation(validation, corpus)
@@ -199,7 +200,9 @@ def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Conve
     The graph itself is not written yet.
 
     Raises:
-        ExportError: the encoder cannot be converted, or its limits contradict each other.
+        ExportError: the encoder cannot be converted, its `max_tokens` leaves no room for a token beside the special
+            tokens, or one of its Matryoshka dimensions exceeds the dimensions of its vectors.
+        OSError: the disk is full.
     """
     progress("converting to ONNX", 0, 1)
     with tempfile.TemporaryDirectory(dir=folder) as raw:
@@ -233,7 +236,7 @@ def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Conve
 def common_fields(encoder: Encoder, converted: Converted) -> dict[str, Any]:
     """Return the fields of a manifest that describe the encoder, by name; `created` is the current time.
 
-    The manifests of embedding models and of classifiers have the same fields for this.
+    The manifests of embedding models and of classifiers share these fields.
     """
     return {
         "base_model": encoder.name,
@@ -255,8 +258,10 @@ def common_fields(encoder: Encoder, converted: Converted) -> dict[str, Any]:
 def write_sentence_transformers(encoder: Encoder, dimensions: int, folder: Path) -> None:
     """Write the configuration files with which sentence-transformers, TEI and others can load a bundle.
 
+    The folders of the encoder's dense layers are copied to the bundle.
+
     Args:
-        encoder: the encoder.
+        encoder: the encoder; its source's folder must still exist.
         dimensions: dimensions of the model's vectors.
         folder: the bundle's folder.
     """

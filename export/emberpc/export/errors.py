@@ -2,7 +2,10 @@
 
 
 class ExportError(Exception):
-    """A model cannot be exported. The message is for the user and names the item, the problem and the remedy."""
+    """An export, a training, a comparison or a verification is not possible, or failed.
+
+    The message is for the user and names the item, the problem and the remedy.
+    """
 
 
 class NoRoomError(ExportError):

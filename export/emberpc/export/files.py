@@ -14,12 +14,13 @@ from emberpc.export.errors import ExportError
 def staged(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` for a new file, which replaces `path` at the end of the block.
 
-    If the block raises an exception, the new file is removed, and `path` stays as it is. If `path` is a symbolic link,
-    the file that the link leads to is replaced, and the link stays.
+    The block must write the file; its folder must exist. If the block raises an exception, the new file is removed, and
+    `path` stays as it is. If `path` is a symbolic link, the file that the link leads to is replaced, and the link
+    stays.
 
     Raises:
         ExportError: `path` is a device, a pipe or a folder, which is never replaced.
-        OSError: the new file cannot be moved to `path`.
+        OSError: the new file cannot be moved to `path`, or the block wrote no file.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
@@ -34,7 +35,7 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a text file atomically as UTF-8; return `path`.
+    """Write a text file atomically as UTF-8 in an existing folder; return `path`.
 
     Raises:
         ExportError: `path` is a device, a pipe or a folder.

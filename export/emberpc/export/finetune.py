@@ -46,8 +46,9 @@ def finetune_embedding(
         target: the bundle's folder; it is written atomically.
         epochs: the most passes over the queries; the weights of the best epoch on the held-out queries are kept.
         layers: number of upper layers to train; default: a third of all layers, at least 1.
-        hard_negatives: number of hard negatives for each query of a batch; 0: none.
-        checkpoints: folder for checkpoints, from which an interrupted training continues; None: no checkpoints.
+        hard_negatives: the most hard negatives for each query of a batch, stated in the data or mined; 0: none.
+        checkpoints: folder for checkpoints, from which an interrupted training continues; they are removed once the
+            bundle is written or the training turned out not to help. None: no checkpoints.
         variants: variants to write in addition to fp32: names, or `auto`; they are measured on the held-out queries.
         overwrite: whether to replace an existing bundle.
         max_tokens: the most tokens of a text; longer texts are truncated. Default: the base's limit.
@@ -60,8 +61,9 @@ def finetune_embedding(
 
     Raises:
         ExportError: an argument is invalid, data or base cannot be used, nDCG@10 of the held-out queries did not grow,
-            or outputs differ from PyTorch's. Nothing is written then, except checkpoints.
+            a variant requested by name misses its bound, or outputs differ from PyTorch's. No bundle is written then.
         BundleError: `target` exists and may not be replaced.
+        OSError: the disk is full.
     """
     for name, value, least in (("epochs", epochs, 1), ("layers", layers, 1), ("hard_negatives", hard_negatives, 0)):
         if value is not None and value < least:

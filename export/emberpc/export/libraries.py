@@ -15,7 +15,8 @@ from emberpc.export.errors import ExportError
 #: file would exceed the greatest file size.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Names of loggers that are silenced, since they log internal details on every export. ONNX Runtime's quantizer logs to
-#: the root logger (the empty name).
+#: the root logger (the empty name). Its level also silences all loggers without a level of their own, such as
+#: emberpc's.
 _SILENCED_LOGGERS = ("", "optimum", "sentence_transformers", "huggingface_hub", "torch.onnx")
 
 
@@ -32,7 +33,8 @@ def calling_libraries(problem: str, remedy: str, *, hub_only: bool = False) -> I
             import takes 2 s of CPU time.
 
     Raises:
-        ExportError: the block raised; the message has the exception's class, and `__cause__` is the exception.
+        ExportError: the block raised; the message has the exception's class, and `__cause__` is the exception. An
+            ExportError of the block passes unchanged.
         OSError: the disk or the quota is full, or a file is too large; this says nothing about the model.
     """
     try:

@@ -1,4 +1,4 @@
-"""Verify a bundle on any host. This needs ONNX Runtime and tokenizers, but not PyTorch."""
+"""Verify a bundle on any host. Only a comparison with the source needs PyTorch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class VerifyReport:
     """Results of all checks of a bundle, and figures of each variant that were measured meanwhile.
 
     The figures are, by the variant's name: `fp32.load_seconds` (wall time), `fp32.size_bytes` of the ONNX file, and
-    `fp32.texts_per_second` in one batch.
+    `fp32.texts_per_second` in one batch (not for a foreign folder).
     """
 
     folder: Path

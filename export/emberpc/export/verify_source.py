@@ -23,8 +23,8 @@ _TEXTS = 64
 def compare_with_source(bundle: Bundle, variant: str, runner: OnnxRunner, source: str | Path) -> tuple[None, str]:
     """Compare a variant with PyTorch on real texts: docstrings of Python's standard library.
 
-    Vectors are compared; for a foreign classifier, logits. A classifier that emberpc fine-tuned has an encoder of its
-    own: give the fine-tuned encoder as the source, not its base.
+    Vectors are compared; for a foreign classifier, logits. If emberpc fine-tuned the encoder
+    of a classifier, give the fine-tuned encoder as the source, not its base.
 
     Args:
         bundle: the bundle or foreign folder.
@@ -36,8 +36,8 @@ def compare_with_source(bundle: Bundle, variant: str, runner: OnnxRunner, source
         None, and the result in words.
 
     Raises:
-        ExportError: the source cannot be found or run, its outputs have another shape, or the difference exceeds the
-            variant's bound (for fp32, the limits of the parity check).
+        ExportError: the source cannot be found or run, its limit of tokens or the shape of its outputs differs, or the
+            difference of the outputs exceeds the variant's bound (for fp32, the limits of the parity check).
     """
     folder = find_source(source).folder
     texts = sample_texts(_TEXTS)

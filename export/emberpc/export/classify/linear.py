@@ -189,8 +189,8 @@ def stratify(targets: Targets, seed: int, folds: int = _FOLDS) -> Rows:
         folds: number of folds.
 
     Returns:
-        The fold of each text, from 0, int (texts,); -1 for the only text of a label, so that every head is trained on
-        every label.
+        The fold of each text, from 0, int (texts,); -1 for a text that is the only one to count for its label, so that
+        every head is trained on every label.
     """
     generator = np.random.default_rng(seed)
     counts = targets.sum(axis=0)

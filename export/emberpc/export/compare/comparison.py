@@ -89,7 +89,8 @@ def export_winner(
 ) -> Manifest:
     """Fit the recommended strategy to all training texts, and export it as a bundle.
 
-    This takes time in addition to the comparison's time limit; the first progress message has an estimate.
+    This takes time in addition to the comparison's time limit; the first progress message has an estimate. Texts
+    outside all labels are not used: the bundle gets the default `rejection_rate` of `export_classifier`.
 
     Args:
         summary: the summary of the comparison, which names the recommended strategy.

@@ -43,9 +43,10 @@ class ComparisonSettings:
     """Settings of a comparison.
 
     `data` names the training texts, and `test` is a file of the same format with the test texts. The texts of
-    `data.outside` are used for measuring and not for training. `bases` are encoders: folders, installed packages or hub
-    ids. `budgets` are numbers of training texts of each label, and `seeds` is the number of seeds for each budget.
-    `max_tokens` is the most tokens of a text; None: each encoder's limit.
+    `data.outside` are used for measuring and not for training, and those of `data.validation` are not used. `bases` are
+    encoders: folders, installed packages or hub ids. `budgets` are numbers of training texts of each label, and `seeds`
+    is the number of seeds for each budget. `max_tokens` is the most tokens of a text; None: each encoder's limit.
+    `label_texts` and `balanced` have the meaning that they have for `export_classifier`.
     """
 
     data: ClassifierData

@@ -47,8 +47,9 @@ class Suspect:
     suggested: str
     #: Mean confidence in [0, 1] of the classifiers that suggest `suggested`.
     confidence: float
-    #: Number of classifiers that suggest `suggested`, and number of classifiers that voted.
+    #: Number of classifiers that suggest `suggested`.
     votes: int
+    #: Number of classifiers that voted.
     voters: int
 
 
@@ -89,10 +90,10 @@ def suspects(summary: Summary) -> list[Suspect]:
     """Return at most 40 texts whose label is probably wrong, those with the greatest share of votes first.
 
     Each strategy on each base votes at the largest budget, on texts that it was not fitted to: on the test texts and,
-    if the budget is all texts, on held-out training texts. Its vote is the label that it gives most often over its
-    seeds. A text is suspect if it has at least two votes, more than half of them are for one other label, and the mean
-    confidence of these votes is at least 0.5. As in Northcutt et al., "Confident Learning", 2021, confident
-    disagreement with the label counts, but that of several models.
+    if the budget is all texts, on held-out training texts. Zero-shot votes only if nothing else was measured. The vote
+    is the label that it gives most often over its seeds. A text is suspect if it has at least two votes, more than half
+    of them are for one other label, and the mean confidence of these votes is at least 0.5. As in Northcutt et al.,
+    "Confident Learning", 2021, confident disagreement with the label counts, but that of several models.
     """
     points = [point for point in summary.at(summary.largest) if point.budget == summary.largest]
     parts = (("test", summary.result.test), ("train", summary.result.train))

@@ -72,7 +72,8 @@ class Outcome:
     #: Number of training texts, without label descriptions.
     texts: int
     #: Figures by name: `accuracy`, `macro_f1`, `ece`, `out_of_scope_auroc` and others in [0, 1]; `seconds` and
-    #: `cpu_seconds` of the training, in wall and CPU seconds.
+    #: `cpu_seconds` of the training, in wall and CPU seconds, as if nothing were cached; `wall_seconds` that the cell
+    #: took.
     figures: dict[str, float]
     test: Decisions
     #: Decisions on training texts that were held out or cross-validated; empty unless the budget is `ALL`.

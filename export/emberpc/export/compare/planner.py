@@ -83,7 +83,8 @@ class Planner:
         For each pair, the gap is its accuracy minus the best accuracy of all other pairs, at each of the pair's two
         largest measured budgets. The line through these two gaps, over the logarithm of the texts of a label, gives the
         gap at the largest budget of the comparison; if the gap widens, the later of the two is used instead. The pair
-        is hopeless if the gap there is below 0 by more than two standard errors of an accuracy.
+        is hopeless if the gap there is below 0 by more than two standard errors of an accuracy. A pair that was
+        measured at fewer than two budgets is never hopeless.
 
         Args:
             done: outcomes so far, by cell.
@@ -110,7 +111,7 @@ class Planner:
         return found
 
     def choose(self, cells: Sequence[Cell], done: Mapping[Cell, Outcome], seconds_left: float | None) -> Cell | None:
-        """Return the cell to fit next, or None if the time left suffices for none of them.
+        """Return the cell to fit next, or None if the time left, less a reserve of a fifth, suffices for none of them.
 
         Cells of hopeless strategies come last, and strategies that train the encoder come after the others. Within
         these groups, the cell with the least product of its estimate and (seed + 1) comes first: a second seed of a

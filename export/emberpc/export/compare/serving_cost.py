@@ -21,8 +21,9 @@ from emberpc.export.progress import Progress
 
 #: Number of texts on which the labels of the ONNX file and of the strategy are compared.
 _TEXTS = 100
-#: Number of texts that are timed one by one in each round, and number of rounds, of which the median counts.
+#: Number of texts that are timed one by one in each round.
 _TIMED = 24
+#: Number of rounds; the median over the rounds counts.
 _ROUNDS = 7
 #: Time of one text alone, as a multiple of its time in a batch. This is approximate and serves estimates only.
 _ALONE_FACTOR = 2.0

@@ -299,7 +299,7 @@ def _listed(points: Sequence[Point], summary: Summary) -> str:
 
 
 def skipped_lines(summary: Summary) -> list[str]:
-    """Return one line for each strategy, base and budget with skipped cells: the number of seeds, and the reason."""
+    """Return one line for each strategy, base and budget with skipped cells: how many seeds, and why the first."""
     groups: dict[tuple[Way, int], list[Skipped]] = {}
     for skipped in summary.result.skipped:
         cell = skipped.cell

@@ -29,7 +29,7 @@ Matrix = npt.NDArray[np.float32]
 
 
 class GraphEditor:
-    """Adds nodes to the end of an ONNX graph.
+    """Changes an ONNX graph in memory; `save` writes it.
 
     Args:
         path: ONNX file of a converted encoder, which must have the output `last_hidden_state`.
@@ -109,8 +109,8 @@ class GraphEditor:
     def classify(self, weights: Matrix, bias: Matrix, temperature: float, *, multi_label: bool) -> None:
         """Add a linear head, which reads the vectors of `sentence_embedding`, scaled to length 1.
 
-        The graph's outputs are then `logits`, float32 (texts, labels), `sentence_embedding`, float32 (texts,
-        dimensions), and `probabilities`, float32 (texts, labels).
+        Call `pool` first. The graph's outputs are then `logits`, float32 (texts, labels), `sentence_embedding`, float32
+        (texts, dimensions), and `probabilities`, float32 (texts, labels).
 
         Args:
             weights: float32 (dimensions, labels).
@@ -207,6 +207,7 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
 
     Raises:
         OSError: a file cannot be written.
+        onnx.checker.ValidationError: the graph is not valid; the file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = path.with_name(f"{path.name}_data")

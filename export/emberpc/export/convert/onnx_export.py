@@ -24,6 +24,7 @@ def convert(folder: Path, target: Path) -> Path:
 
     Raises:
         ExportError: the encoder cannot be converted, or its tokenizer or weights are incomplete.
+        OSError: the disk is full.
     """
     _check_tokenizer(folder)
     model_type = read_json(folder / "config.json").get("model_type")

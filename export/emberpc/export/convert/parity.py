@@ -127,7 +127,8 @@ def source_limit(folder: Path, own: float | None) -> int | None:
         own: limit in tokens of the model as the library loaded it; None or above `MAX_TOKENS`: no limit.
 
     Returns:
-        The smaller of `own` and the number of positions of the model; None if there is neither.
+        The smaller of `own` and the number of positions of the model, without those above `MAX_TOKENS`; None if none is
+        left.
     """
     positions = read_positions(read_json(transformer_folder(folder) / "config.json"))
     limits = [int(limit) for limit in (own, positions) if limit is not None and limit <= MAX_TOKENS]
@@ -136,6 +137,8 @@ def source_limit(folder: Path, own: float | None) -> int | None:
 
 def require_limit(folder: str, own: float | None, max_tokens: int, library: str) -> None:
     """Raise ExportError if a model's own library truncates texts at another number of tokens than the ONNX model.
+
+    A model without a limit in its library passes.
 
     Args:
         folder: folder of the model.

@@ -1,4 +1,4 @@
-"""Read labelled texts from CSV, TSV, JSONL or Parquet files; errors name the row."""
+"""Read texts, with or without labels, from CSV, TSV, JSONL or Parquet files; errors name the row."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def read_labelled(
         The texts in the order of the file.
 
     Raises:
-        ExportError: the file cannot be read or has no such column; a row has no text or (without separator) no label;
-            or the separator is empty.
+        ExportError: the file cannot be read, or has no rows or no such column; a row has no text or (without separator)
+            no label; a text or label is of another type than text or whole number; or the separator is empty.
     """
     path = Path(path)
     if separator == "":
@@ -108,7 +108,7 @@ def read_texts(path: Path | str, *, text_column: str = "text") -> list[str]:
         text_column: name of the column with the texts.
 
     Raises:
-        ExportError: the file cannot be read, has no such column, or a row has no text.
+        ExportError: the file cannot be read, or has no rows or no such column, or a row has no text.
     """
     path = Path(path)
     return [text_of(path, place, row, text_column) for place, row in read_rows(path)]
@@ -118,7 +118,7 @@ def check_columns(path: Path, columns: Sequence[str]) -> None:
     """Check that a file can be read, and that its first row has all of `columns`; a Parquet file is read as a whole.
 
     Raises:
-        ExportError: the file cannot be read, has no rows, or has no such column.
+        ExportError: the file cannot be read, has no rows, or lacks a column.
     """
     ((place, row),) = read_rows(path, most=1)
     for column in columns:
@@ -133,7 +133,8 @@ def read_rows(path: Path, most: int | None = None) -> list[tuple[str, dict[str, 
         most: the most rows to return; None: all.
 
     Returns:
-        For each row, its place in the file, such as `line 17`, and its cells by column.
+        For each row, its place in the file, and its cells by column. The place is the row's last line, such as
+        `line 17`, or in Parquet its number, such as `row 17`.
 
     Raises:
         ExportError: the file cannot be read, has another suffix, is malformed, or has no rows.
@@ -154,7 +155,7 @@ def read_rows(path: Path, most: int | None = None) -> list[tuple[str, dict[str, 
 
 
 def text_of(path: Path, place: str, row: dict[str, Any], column: str) -> str:
-    """Return the text of a cell that must not be empty; a whole number becomes text.
+    """Return the text of a cell, unchanged; a whole number becomes text.
 
     Args:
         path: the file, for errors.
@@ -163,7 +164,8 @@ def text_of(path: Path, place: str, row: dict[str, Any], column: str) -> str:
         column: name of the column.
 
     Raises:
-        ExportError: there is no such column, or the cell is empty or does not hold a text.
+        ExportError: there is no such column; or the cell is empty or white space only, is of another type, or holds a
+            NUL character or a lone surrogate.
     """
     return _filled(path, place, column, _text(path, place, column, _cell(path, place, row, column)))
 
@@ -207,7 +209,7 @@ def label_of(path: Path, place: str, row: dict[str, Any], column: str) -> str:
         column: name of the column.
 
     Raises:
-        ExportError: there is no such column, or the cell is empty or does not hold a text.
+        ExportError: there is no such column, `text_of` refuses the cell, or no character of it is visible.
     """
     return _filled(path, place, column, _plain_label(text_of(path, place, row, column)))
 
@@ -239,7 +241,8 @@ def report_alike(path: Path, labels: Iterable[str]) -> None:
 def _comparable(label: str) -> str:
     """Return a form of a label that is equal for labels that hardly differ.
 
-    Case, amount of space, invisible characters and how a number is written (`1` or `1.0`) make no difference.
+    Case, amount of space, invisible characters, Unicode forms of compatibility (such as full-width letters), and how a
+    number is written (`1` or `1.0`) make no difference.
     """
     visible = "".join(" " if each.isspace() else each for each in label if unicodedata.category(each) != "Cf")
     form = " ".join(unicodedata.normalize("NFKC", visible).casefold().split())
@@ -247,7 +250,7 @@ def _comparable(label: str) -> str:
 
 
 def _undecodable(path: Path) -> str:
-    """Return the place of the first bytes of a file that are not UTF-8, such as `line 3, byte 7`; both count from 1."""
+    """Return the place of the first bytes of a file that are not UTF-8, such as `line 3, byte 7`; counted from 1."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -260,8 +263,8 @@ def _undecodable(path: Path) -> str:
 def _several(path: Path, place: str, row: dict[str, Any], column: str, separator: str) -> tuple[str, ...]:
     """Return the distinct labels in a cell, which may be none, in alphabetical order.
 
-    The labels are a list, or a text with `separator` between them. Raises ExportError if there is no such column, or a
-    label is not a text.
+    The labels are a list, or a text with `separator` between them; empty ones are dropped. Raises ExportError if there
+    is no such column, or a label is neither a text nor a whole number.
     """
     value = _cell(path, place, row, column)
     parts = value if isinstance(value, list) else _text(path, place, column, value).split(separator)

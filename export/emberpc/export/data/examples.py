@@ -17,6 +17,7 @@ from emberpc.export.errors import ExportError
 
 #: bool (texts, labels): true where a text has a label.
 Targets = npt.NDArray[np.bool_]
+#: int64 (texts,): indexes of texts.
 Rows = npt.NDArray[np.int64]
 
 _LOGGER = logging.getLogger(__name__)
@@ -192,7 +193,10 @@ def targets_of(data: LabelledTexts, labels: Sequence[str]) -> Targets:
 
 
 def report_conflicts(data: LabelledTexts, *, multi_label: bool = False) -> None:
-    """Log a warning for texts that occur with different labels: no classifier can be right at all of their places."""
+    """Log a warning for texts that occur with different labels: no classifier can be right at all of their places.
+
+    With `multi_label`, the warning leaves this reason out.
+    """
     conflicts = data.conflicts()
     if conflicts:
         text, places = next(iter(conflicts.items()))

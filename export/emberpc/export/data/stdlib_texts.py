@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-#: Modules and folders that are not read, since their docstrings do not describe a public API.
+#: Modules and folders that are not read, since their docstrings do not describe a public API. Functions and classes
+#: with one of these names are left out, too.
 _SKIPPED = frozenset(
     {
         "test",
@@ -66,9 +67,10 @@ class StdlibDoc:
 
 
 def read_stdlib() -> list[StdlibDoc]:
-    """Return the docstrings of all public functions, methods and classes of the standard library, sorted by name.
+    """Return the docstrings of public functions, methods and classes of the standard library, sorted by name.
 
-    Each name occurs once. The docstrings are read once in each process, which takes seconds.
+    They come from all public modules written in Python and from some written in C. Each name occurs once. The
+    docstrings are read once in each process, which takes seconds.
     """
     return list(_read_once())
 

@@ -14,7 +14,8 @@ from emberpc.export.tuning.backbone import Backbone, States, TokenIds
 
 #: Default limit of the cached states in bytes: enough for 13,000 passages of 200 tokens with a hidden size of 384.
 ROOM = 2 * 1024**3
-#: Number of texts whose states are computed before the remaining room for states is checked again.
+#: Number of texts whose states are computed before the remaining room for states is checked again. Their states may
+#: exceed the room.
 _CHUNK = 256
 
 

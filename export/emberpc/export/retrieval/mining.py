@@ -25,7 +25,7 @@ class Neighbours:
     """An HNSW graph of passages, to be searched by cosine. All input is checked, since hnswlib crashes on bad input.
 
     Args:
-        vectors: vectors of the passages, float32 (passages, dimensions).
+        vectors: vectors of the passages, float32 (passages, dimensions), of any length.
 
     Raises:
         ExportError: there are no passages, or a vector is not finite.
@@ -41,8 +41,10 @@ class Neighbours:
     def nearest(self, queries: Matrix, count: int) -> tuple[np.ndarray, Matrix]:
         """Return the nearest passages of each query, the nearest first.
 
+        The search is approximate, or exact if `count` is more than half of the passages.
+
         Args:
-            queries: float32 (queries, dimensions).
+            queries: float32 (queries, dimensions), of any length.
             count: number of passages to find for each query; at least 1.
 
         Returns:
@@ -72,11 +74,15 @@ def mine(
 ) -> list[list[int]]:
     """Return hard negatives of each query: passages near it that are not known to answer it, the nearest first.
 
+    Passages whose cosine is at least 0.95 of the nearest known answer's are left out: they may be answers, too.
+
     Args:
         query_vectors: float32 (queries, dimensions), of any length.
         passage_vectors: float32 (passages, dimensions), of any length.
-        queries: the queries. A query's relevant passages and its own passage are never returned for it.
-        count: the most negatives for each query; fewer are returned if fewer of the nearest passages are suitable.
+        queries: the queries, each with at least one relevant passage. A query's relevant passages and its own passage
+            are never returned for it.
+        count: the most negatives for each query; fewer are returned if fewer of the nearest passages are suitable. 0:
+            none.
         minable: indexes of the passages to choose from; default: all passages.
 
     Returns:
@@ -84,6 +90,7 @@ def mine(
 
     Raises:
         ExportError: there are no passages to choose from, or a vector is not finite.
+        ValueError: the dimensions of queries and passages differ.
     """
     if not count:
         return [[] for _ in range(len(queries))]

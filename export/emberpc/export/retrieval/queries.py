@@ -14,8 +14,9 @@ from emberpc.export.data.datasets import label_of, read_rows, report_alike, text
 from emberpc.export.data.examples import evenly
 from emberpc.export.errors import ExportError
 
-#: Share of the training queries that are held out if there is no validation file, and the most queries held out.
+#: Share of the training queries that are held out if there is no validation file.
 _HELD_OUT = 0.2
+#: The most training queries that are held out.
 _MOST_HELD_OUT = 500
 #: Fewest training queries for holding out some of them; with fewer, a validation file is required.
 _FEWEST_QUERIES = 10
@@ -144,7 +145,7 @@ def has_queries(path: Path | str) -> bool:
     """Return whether a file has pairs or triplets: whether its first row has the columns query and passage.
 
     Raises:
-        ExportError: the file cannot be read.
+        ExportError: the file cannot be read or has no rows.
     """
     return read_rows(Path(path))[0][1].keys() >= _PAIR
 
@@ -271,7 +272,7 @@ def _read_labelled(
     """Read labelled texts, and add them to `passages` and `members`.
 
     Each text is a query, and all other texts of its labels in all files read so far are its answers. The function
-    `queries` of the result raises ExportError if a text has no answer.
+    `queries` of the result raises ExportError if a label has a single text.
 
     Raises:
         ExportError: a cell is empty or no text.

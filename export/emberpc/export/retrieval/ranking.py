@@ -47,9 +47,10 @@ class TrainingOptions:
 
     seed: int = 0
     epochs: int = 3
-    #: Number of upper layers to train; default: a third of all layers.
+    #: Number of upper layers to train, at most all layers; default: a third of all layers, at least 1.
     layers: int | None = None
-    #: Number of hard negatives of each query in a batch, in addition to the passages of the batch's other queries.
+    #: The most hard negatives of each query in a batch, stated in the data or mined, in addition to the passages of the
+    #: batch's other queries; 0: none.
     hard_negatives: int = 1
     encoder_rate: float = 1e-4
     batch: int = 32
@@ -77,6 +78,7 @@ class TrainingOutcome:
 
         Raises:
             ExportError: the folder cannot be written.
+            OSError: the disk is full.
         """
         self.backbone.save(self.weights, self.top, folder)
 
@@ -180,6 +182,7 @@ class _Tuning:
         """Return the hard negatives of each training query, as indexes of passages.
 
         A query gets the negatives that the data states or, if it states none for the query, mined negatives.
+        If the option `hard_negatives` is 0, none are mined.
         """
         queries = self._data.train
         count = _MINED if self._options.hard_negatives else 0
@@ -246,7 +249,7 @@ class _Tuning:
             score: returns the score, nDCG@10 of the held-out queries, of the weights that are loaded at the moment.
 
         Returns:
-            The share of the trained weights in the mean; 0 if the original weights are the best.
+            The share of the trained weights in the mean; 0 if no mean is better than the original weights.
         """
         trained = self._backbone.weights()
         scores = {0.0: untouched, _SHARES[0]: reached}

@@ -94,11 +94,13 @@ def read_encoder(
         source: a folder, an installed package that holds one, or a hub id; see `emberpc.export.source.find_source`.
         name: name of the model; default: the hub id, or the name of the folder or package.
         max_tokens: the most tokens of a text; default: the source's limit.
-        progress: called during a download.
+        progress: called before and after a download.
 
     Raises:
-        ExportError: there is no such encoder, its weights are not safetensors, it has an unsupported part, or
-            `max_tokens` exceeds the model's positions.
+        ExportError: there is no such encoder, or a file of it is damaged; its weights are not safetensors; it is an
+            adapter, needs Python code of its own, truncates texts at their start, or has an unsupported part; or
+            `max_tokens` is below 1, exceeds the model's positions, or is None and the source states no limit.
+        OSError: the disk is full.
     """
     found = find_source(source, progress)
     try:
@@ -245,7 +247,10 @@ def _report_unread(folder: Path) -> None:
 
 
 def _dense(folder: Path, path: str) -> Dense:
-    """Read the configuration and weights of a Dense module; raise ExportError if it is unsupported or damaged."""
+    """Read the configuration and weights of a Dense module; raise ExportError if it is unsupported or damaged.
+
+    As in sentence-transformers, the activation is Tanh if none is stated, and a missing bias is 0.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -264,10 +269,11 @@ def _dense(folder: Path, path: str) -> Dense:
 
 
 def _max_tokens(folder: Path, config: dict[str, Any], wanted: int | None) -> int:
-    """Return the most tokens of a text: `wanted`, or else the least limit that the source states.
+    """Return the most tokens of a text: `wanted`, or else the limit of the source (see `read_max_tokens`).
 
     Raises:
-        ExportError: `wanted` is below 1 or above the model's positions; or it is None and the source states no limit.
+        ExportError: `wanted` is below 1 or above the model's positions (`MAX_TOKENS` if it states
+            none); or it is None and the source states no limit.
     """
     if wanted is not None:
         positions = read_positions(config)

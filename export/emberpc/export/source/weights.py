@@ -1,4 +1,4 @@
-"""Find the weights of an encoder, and check that they are complete, undamaged, and in safetensors only."""
+"""Find the safetensors files with the weights of an encoder, and check that they are complete and undamaged."""
 
 from __future__ import annotations
 

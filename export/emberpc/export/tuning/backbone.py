@@ -60,7 +60,8 @@ class Backbone:
         ):
             self.model = SentenceTransformer(str(encoder.folder), device="cpu", local_files_only=True)
         self.model.max_seq_length = encoder.max_tokens
-        # Evaluation mode switches dropout off: over the few epochs of a training, it made no measurable difference.
+        # Evaluation mode switches dropout off: over the few epochs of a training, dropout made no measurable
+        # difference.
         self.model.eval()
         self._transformer = self.model[0].auto_model
         self._owner, self._name = self._find_layers()
@@ -105,8 +106,8 @@ class Backbone:
     def train_top(self, top: int) -> dict[str, nn.Parameter]:
         """Restore the original weights, and make the upper `top` layers and all modules behind them trainable.
 
-        Runs of the model need cached states of the lower layers from then on. If `top` is the number of layers, all
-        parameters are trainable, those of the token embeddings included.
+        Runs of the model need cached states of the lower layers from then on. Exception: if `top` is the number of
+        layers, no states are needed, and all parameters are trainable, those of the token embeddings included.
 
         Returns:
             The trainable parameters, by name, without BERT's pooler.
@@ -256,6 +257,7 @@ class Backbone:
 
         Raises:
             ExportError: the folder cannot be written.
+            OSError: the disk is full.
         """
         self.train_top(top)
         self.load(weights)

@@ -36,7 +36,8 @@ class Recipe:
     warm_up: float = 0.1
     weight_decay: float = 0.01
     most_gradient: float = 1.0
-    #: The training stops after this number of epochs in a row whose held-out score is worse than the best.
+    #: The training stops after this number of epochs in a row whose held-out score is worse than the best by more than
+    #: the tolerance of `train`. Without held-out scores, all epochs are run.
     patience: int = 3
 
 
@@ -44,7 +45,7 @@ class Recipe:
 class Log:
     """Course of a training: mean loss and held-out score of each epoch, and the best epoch.
 
-    `best_epoch` counts from 1; the weights after it were kept.
+    `best_epoch` counts from 1; the weights after it were kept. Without held-out scores, it is the last epoch.
     """
 
     losses: list[float]

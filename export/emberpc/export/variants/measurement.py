@@ -44,7 +44,7 @@ class Trial:
         folder: the bundle so far.
         manifest: the bundle's manifest so far.
         texts: at least 2 texts; the passages if there are queries.
-        targets: right labels of each text, bool (texts, labels); None for an embedding model.
+        targets: right labels of each text for a classifier, bool (texts, labels); None if the texts have no labels.
         queries: queries of an embedding model with their relevant texts; None: retrieval is not measured.
     """
 
@@ -107,7 +107,7 @@ class Trial:
 
     @cached_property
     def fp32_accuracy(self) -> float | None:
-        """Accuracy of fp32 on the texts, in [0, 1]; None for an embedding model."""
+        """Accuracy of fp32 on the texts, in [0, 1]; None without `targets`."""
         return self._accuracy(self.expected)
 
     @cached_property
@@ -123,7 +123,8 @@ class Trial:
             bound: the bound; None: nothing is checked.
 
         Returns:
-            The figures, and a message for each figure of the bound that the file misses.
+            The figures, and a message for each figure of the bound that the file misses. A share may miss its bound by
+            one text or query.
 
         Raises:
             ExportError: the file cannot be loaded or run.

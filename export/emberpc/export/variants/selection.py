@@ -43,7 +43,7 @@ def check_names(names: Sequence[str]) -> None:
     """Validate names of variants; call this before the slow steps of an export.
 
     Raises:
-        ExportError: a name is unknown, or `auto` is combined with other names.
+        ExportError: a name is unknown, or `auto` is combined with other names than `fp32`.
     """
     known = [FP32, *(candidate.name for candidate in CANDIDATES)]
     for name in names:
@@ -83,8 +83,8 @@ def add_variants(
         The manifest with all measurements; `dropped` has the reason for each variant that `auto` left out.
 
     Raises:
-        ExportError: a name is invalid, or a variant requested by name cannot be made or misses its bound; the error
-            has the figure and the bound.
+        ExportError: a name is invalid, there are fewer than 2 texts to measure on, or a variant requested by name
+            cannot be made or misses its bound; then the error has the figure and the bound.
     """
     check_names(names)
     chosen = [candidate for candidate in CANDIDATES if AUTO in names or candidate.name in names]
@@ -139,7 +139,7 @@ def _make(trial: Trial, candidate: Candidate, model_type: str) -> Variant:
     """Make a candidate, write its ONNX file, measure it, and return the variant.
 
     Raises:
-        ExportError: the candidate cannot be made from this model, or misses its bound.
+        ExportError: the candidate cannot be made from this model, or misses its bound; its file stays then.
     """
     path = trial.folder / candidate.path
     model = onnx.load(str(trial.folder / trial.fp32_path))

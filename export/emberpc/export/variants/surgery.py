@@ -167,7 +167,8 @@ def quantize(model: onnx.ModelProto) -> None:
 def quantize_tables(model: onnx.ModelProto) -> None:
     """Change a graph in place so that embedding tables are stored as int8 with one fp32 scale for each row.
 
-    A lookup converts the rows that it reads to fp32. Tables with fewer than 4,096 values do not change.
+    A lookup converts the rows that it reads to fp32. Tables with fewer than 4,096 values do not change,
+    nor do tables that another node uses, too.
     """
 
     def stored(name: str, table: Weights) -> tuple[list[TensorProto], Callable[[NodeProto], list[NodeProto]]]:
@@ -196,7 +197,7 @@ def store_as_fp16(model: onnx.ModelProto) -> None:
 
     Matrices are converted to fp32 when ONNX Runtime loads the graph, since it folds a Cast of a constant. A lookup in
     an embedding table converts the rows that it reads. Tensors with fewer than 4,096 values do not change, nor do
-    matrices with a value beyond fp16's range.
+    matrices with a value beyond fp16's range. Embedding tables are not checked for that range.
     """
 
     def stored(name: str, table: Weights) -> tuple[list[TensorProto], Callable[[NodeProto], list[NodeProto]]]:

@@ -66,6 +66,7 @@ class Tuned:
 
         Raises:
             ExportError: the folder cannot be written.
+            OSError: the disk is full.
         """
         self.backbone.save(self.weights, self.top, folder)
 
@@ -75,9 +76,9 @@ class Fitted:
     """Result of a strategy.
 
     `classify` returns the logits of texts, float32 (texts, labels). `held_out` has logits of texts by classifiers that
-    were not trained on them: by this classifier, or by others fitted in the same way. `head` is the linear head on the
-    encoder's vectors that gives the same logits as `classify`, or None if no linear head can. `tuned` has the trained
-    weights of the encoder, or None if the encoder was not trained.
+    were not trained on them: by this classifier, or by others fitted in the same way; `held_out` may be empty. `head`
+    is the linear head on the encoder's vectors that gives the same logits as `classify`, or None if no linear head can.
+    `tuned` has the trained weights of the encoder, or None if the encoder was not trained.
     """
 
     classify: Callable[[Sequence[str]], Matrix]
@@ -140,8 +141,8 @@ def no_texts(examples: Examples) -> HeldOut:
 def split(examples: Examples, seed: int) -> tuple[Rows, Rows]:
     """Return the indexes of the texts to train on and of those to hold out.
 
-    A fifth of each label's texts is held out, at most 500 texts in all. A label's only text is never held out, so the
-    second array may be empty.
+    About a fifth of each label's texts is held out, at most 500 texts in all. Of a label with fewer than 5 texts,
+    sometimes none is held out. A label's only text is never held out, so the second array may be empty.
     """
     folds = stratify(examples.targets, seed, _HELD_OUT_FOLDS)
     unseen = np.flatnonzero(folds == 0)

@@ -151,7 +151,7 @@ class _Layers:
 
 
 class TopLayers(_Layers):
-    """Trains the upper third of the layers, or the upper half from 64 texts of each label on.
+    """Trains the upper third of the layers, or the upper half from a mean of 64 texts of a label on.
 
     The states of the lower layers are computed once for each text, so an epoch runs the upper layers only.
     """
