@@ -1,1 +1,1 @@
-"""Offline export: convert encoders to bundles. Modules import heavy libraries inside functions, to start fast."""
+"""Offline export: convert encoders to bundles. Many modules load torch or ONNX Runtime: import them where needed."""

@@ -45,7 +45,7 @@ def finetune_embedding(
         base: the encoder: a folder, an installed package that holds one, or a hub id.
         target: the bundle's folder; it is written atomically.
         epochs: the most passes over the queries; the weights of the best epoch on the held-out queries are kept.
-        layers: number of upper layers to train; default: a third of all layers, at least 1.
+        layers: number of upper layers to train, at most all layers; default: a third of all layers, at least 1.
         hard_negatives: the most hard negatives for each query of a batch, stated in the data or mined; 0: none.
         checkpoints: folder for checkpoints, from which an interrupted training continues; they are removed once the
             bundle is written or the training turned out not to help. None: no checkpoints.

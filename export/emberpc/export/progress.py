@@ -20,4 +20,4 @@ class Progress(Protocol):
 
 
 def no_progress(stage: str, done: int, total: int, detail: str = "") -> None:
-    """Ignore a report. This is the default wherever a `Progress` is an argument."""
+    """Ignore a report. This is the default of each optional argument of the type `Progress`."""

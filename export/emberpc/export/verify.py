@@ -198,7 +198,7 @@ def _load(bundle: Bundle, variant: Variant) -> tuple[OnnxRunner, str]:
 
 
 def _run_foreign(bundle: Bundle, runner: OnnxRunner) -> tuple[None, str]:
-    """Run texts of a foreign folder's model alone and in a padded batch, and compare the outputs.
+    """Run texts through a foreign folder's model, each alone and all in one padded batch, and compare the outputs.
 
     Returns:
         None, and the result in words.

@@ -23,8 +23,8 @@ _TEXTS = 64
 def compare_with_source(bundle: Bundle, variant: str, runner: OnnxRunner, source: str | Path) -> tuple[None, str]:
     """Compare a variant with PyTorch on real texts: docstrings of Python's standard library.
 
-    Vectors are compared; for a foreign classifier, logits. If emberpc fine-tuned the encoder
-    of a classifier, give the fine-tuned encoder as the source, not its base.
+    Vectors are compared; for a foreign classifier, logits. If emberpc fine-tuned the encoder of a classifier, give
+    the fine-tuned encoder as the source, not its base.
 
     Args:
         bundle: the bundle or foreign folder.

@@ -73,9 +73,9 @@ def measure(logits: Matrix, targets: Targets, rule: DecisionRule) -> dict[str, f
         rule: temperature and thresholds. The rejection threshold of `rule` has no effect on these figures.
 
     Returns:
-        `accuracy` (the share of texts with exactly the right labels), `macro_f1`, `micro_f1`, and the expected
-        calibration error of the probabilities with the rule's temperature (`ece`) and with temperature 1
-        (`ece_uncalibrated`).
+        `accuracy` (the share of texts with exactly the right labels), `macro_f1` (over the labels that any text has or
+        is given), `micro_f1`, and the expected calibration error of the probabilities with the rule's temperature
+        (`ece`) and with temperature 1 (`ece_uncalibrated`).
     """
     from sklearn.metrics import f1_score
 

@@ -37,7 +37,8 @@ def described_examples(examples: Examples, path: Path | str | None, cached_encod
 def names_help(named: Examples, cached_encoder: CachedEncoder) -> bool:
     """Return whether zero-shot classification by the descriptions is clearly better than the most frequent label.
 
-    The accuracy of the classification must exceed the share of texts with the most frequent label by more than 0.1.
+    The share of texts that have the label whose description is nearest must exceed the share of texts with the most
+    frequent label by more than 0.1.
 
     Args:
         named: labelled texts with descriptions; at least one text.

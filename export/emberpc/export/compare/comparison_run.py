@@ -83,7 +83,7 @@ class ComparisonResult:
 
 
 class _OutOfTimeError(Exception):
-    """The time limit passed in the middle of a cell."""
+    """The time limit passed in the middle of a cell, or while all texts were embedded."""
 
 
 def run(settings: ComparisonSettings, folder: Path, progress: Progress = no_progress) -> ComparisonResult:
@@ -314,6 +314,8 @@ class _Comparison:
         Raises:
             _OutOfTimeError: the time limit passed.
             ExportError: the classifier cannot be fitted or converted.
+            NoRoomError: a checkpoint cannot be written.
+            OSError: the serving cost cannot be written.
         """
         base, sample = self._bases[cell.base], self._sample(cell)
         report = self._timed(f"{number}: {cell.title}")
@@ -351,7 +353,10 @@ class _Comparison:
         return described_examples(sample, self._settings.data.descriptions, cached_encoder)
 
     def _measure(self, cell: Cell, sample: Examples, fitted: Fitted) -> Outcome:
-        """Calibrate a fitted classifier on its held-out texts, measure it on the test texts, and return the outcome."""
+        """Calibrate a fitted classifier on its held-out texts, measure it on the test texts, and return the outcome.
+
+        The times of the training are not in the outcome yet; `_fit` adds them.
+        """
         rule = calibrate(fitted.held_out, multi_label=sample.multi_label)
         logits = fitted.classify(self._test.texts)
         held_out = fitted.held_out

@@ -25,7 +25,8 @@ ALL = -1
 class Cell:
     """A classifier to fit: base encoder and strategy by name, budget and seed.
 
-    `budget` is the number of training texts of each label, or `NO_TEXTS` or `ALL`; `seed` decides which texts.
+    `budget` is the number of training texts of each label, or `NO_TEXTS` or `ALL`. `seed` decides which texts
+    these are, and is the seed of the fit.
     """
 
     base: str
@@ -72,8 +73,8 @@ class Outcome:
     #: Number of training texts, without label descriptions.
     texts: int
     #: Figures by name: `accuracy`, `macro_f1`, `ece`, `out_of_scope_auroc` and others in [0, 1]; `seconds` and
-    #: `cpu_seconds` of the training, in wall and CPU seconds, as if nothing were cached; `wall_seconds` that the cell
-    #: took.
+    #: `cpu_seconds` of the training, in wall and CPU seconds, as if nothing were cached; `wall_seconds` of fitting and
+    #: measuring the cell.
     figures: dict[str, float]
     test: Decisions
     #: Decisions on training texts that were held out or cross-validated; empty unless the budget is `ALL`.

@@ -172,7 +172,10 @@ def mean_accuracies(outcomes: Iterable[Outcome]) -> dict[tuple[str, str, int], f
 
 
 def _standard_error(outcome: Outcome) -> float:
-    """Return the standard error of the accuracy of one outcome: that of a binomial with its number of test texts."""
+    """Return the standard error of the accuracy of one outcome: that of a binomial with its number of test texts.
+
+    The variance of the decision on one text counts as at least 0.0001.
+    """
     accuracy = outcome.figures["accuracy"]
     return float((max(accuracy * (1 - accuracy), 1e-4) / max(1, len(outcome.test.labels))) ** 0.5)
 

@@ -106,7 +106,7 @@ class ServingCosts:
             strategy: name of the strategy.
             fitted: the fitted classifier.
             trained_on: number of texts that the classifier was fitted to.
-            texts: texts to measure on; the first 100 are used.
+            texts: at least one text to measure on; the first 100 are used, and the first 24 are timed.
             progress: called before each round; an exception that it raises ends the measurement.
 
         Raises:

@@ -164,7 +164,7 @@ class Summary:
         return next((c for c in self.result.serving if (c.base, c.strategy) == (way.base, way.strategy)), None)
 
     def where(self, budget: int) -> str:
-        """Return a budget as a phrase for a sentence, such as `at 8 of each label`."""
+        """Return a budget as a phrase: `at 8 of each label`, `with all 599 texts` or `without any text`."""
         if budget == ALL:
             return f"with all {len(self.result.train.texts):,} texts"
         return "without any text" if budget == NO_TEXTS else f"at {budget} of each label"

@@ -17,9 +17,10 @@ from emberpc.export.source.encoder import Dense
 #: encoder when a variant is made.
 ADDED = "emberpc_"
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
-#: Least divisor of a mean over tokens, so that an empty mask does not divide by 0; sentence-transformers has the same.
+#: Least divisor of a mean over tokens, so that an empty mask does not divide by 0; sentence-transformers uses the same
+#: value.
 _MIN_TOKENS = 1e-9
-#: Least length that a vector is divided by, so that a zero vector does not divide by 0; torch has the same.
+#: Least length that a vector is divided by, so that a zero vector does not divide by 0; torch uses the same value.
 _MIN_NORM = 1e-12
 #: The most bytes of a graph that is written as one file: protobuf allows 2 GiB, and 16 MiB are a reserve.
 _MOST_BYTES = 2**31 - 2**24
@@ -137,6 +138,7 @@ class GraphEditor:
 
         Raises:
             OSError: a file cannot be written.
+            onnx.checker.ValidationError: the graph is not valid; the file stays.
         """
         save_model(self.model, path)
 

@@ -23,8 +23,8 @@ def measure(
         query_vectors: float32 (queries, dimensions), of any length.
         passage_vectors: vectors of the candidates, float32 (candidates, dimensions), of any length.
         queries: at least one query, each with at least one relevant passage.
-        candidates: index of the passage of each candidate, int (candidates,); default: all passages in their order.
-            A query's own passage is left out of its ranking.
+        candidates: index of the passage of each candidate, int (candidates,); default: all passages in their order. A
+            query's own passage is left out of its ranking. Relevant passages that are no candidates count as not found.
 
     Returns:
         `ndcg_at_10`, with a gain of 1 for each relevant passage (Järvelin and Kekäläinen, "Cumulated gain-based

@@ -272,8 +272,8 @@ def _max_tokens(folder: Path, config: dict[str, Any], wanted: int | None) -> int
     """Return the most tokens of a text: `wanted`, or else the limit of the source (see `read_max_tokens`).
 
     Raises:
-        ExportError: `wanted` is below 1 or above the model's positions (`MAX_TOKENS` if it states
-            none); or it is None and the source states no limit.
+        ExportError: `wanted` is below 1 or above the model's positions (`MAX_TOKENS` if it states none); or
+            it is None and the source states no limit.
     """
     if wanted is not None:
         positions = read_positions(config)

@@ -60,8 +60,7 @@ class Backbone:
         ):
             self.model = SentenceTransformer(str(encoder.folder), device="cpu", local_files_only=True)
         self.model.max_seq_length = encoder.max_tokens
-        # Evaluation mode switches dropout off: over the few epochs of a training, dropout made no measurable
-        # difference.
+        # Evaluation mode switches dropout off. Dropout made no measurable difference over the few epochs of a training.
         self.model.eval()
         self._transformer = self.model[0].auto_model
         self._owner, self._name = self._find_layers()
@@ -156,7 +155,10 @@ class Backbone:
 
     @contextmanager
     def all_layers(self) -> Iterator[None]:
-        """Run all layers inside the block, with the current weights: for texts without cached states."""
+        """Run all layers inside the block, with the current weights, for texts without cached states.
+
+        After the block, cached states take the place of the frozen layers again.
+        """
         top = self.layers - self._frozen
         self._freeze(self.layers)
         try:

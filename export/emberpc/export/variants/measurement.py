@@ -24,8 +24,8 @@ from emberpc.export.retrieval.queries import Queries
 #: Number of timing rounds. In each round, fp32 and a variant run one after the other. The median of the rounds ignores
 #: rounds that other load on the host disturbed.
 ROUNDS = 5
-#: The most texts to measure on. With this number, mean cosine and agreement are within 0.01 of those of more texts, and
-#: every candidate must run each text.
+#: The most texts to measure on; more would cost time, since every candidate runs each text. With this number, mean
+#: cosine and agreement are within 0.01 of those of more texts.
 MOST_TEXTS = 512
 #: Least number of texts to time, if there are as many; they are taken at equal distances.
 TIMED_TEXTS = 64

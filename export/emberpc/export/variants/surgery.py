@@ -167,8 +167,8 @@ def quantize(model: onnx.ModelProto) -> None:
 def quantize_tables(model: onnx.ModelProto) -> None:
     """Change a graph in place so that embedding tables are stored as int8 with one fp32 scale for each row.
 
-    A lookup converts the rows that it reads to fp32. Tables with fewer than 4,096 values do not change,
-    nor do tables that another node uses, too.
+    A lookup converts the rows that it reads to fp32. Tables with fewer than 4,096 values do not change, nor do
+    tables that another node uses, too.
     """
 
     def stored(name: str, table: Weights) -> tuple[list[TensorProto], Callable[[NodeProto], list[NodeProto]]]:

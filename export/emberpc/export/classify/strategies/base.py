@@ -158,10 +158,10 @@ def fit_and_hold_out(
 ) -> Fitted:
     """Fit a classifier, and compute logits of held-out texts with a classifier that was not trained on them.
 
-    The texts of `options.validation` are the held-out texts. Without them, some training texts are held out, and a
-    training on the other texts finds the best epoch. With fewer than 5,000 training texts, a second training on all
-    texts makes the result. If no text can be held out, since no label has two texts, a single training on all texts
-    makes the result.
+    The texts of `options.validation` are the held-out texts, and a single training makes the result. Without them, some
+    training texts are held out, and a training on the other texts finds the best epoch. With fewer than 5,000 training
+    texts, a second training on all texts makes the result; otherwise the first one does. If no text can be held out,
+    since no label has two texts, a single training on all texts makes the result.
 
     Args:
         fit: trains a classifier. Its arguments are the training texts, the texts for early stopping (or None), the

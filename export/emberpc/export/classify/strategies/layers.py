@@ -160,7 +160,10 @@ class TopLayers(_Layers):
         super().__init__("top-layers", 2e-4)
 
     def top(self, layers: int, per_label: float) -> int:
-        """Return a third of `layers`, or half of them from a mean of 64 texts of a label on; at least 1."""
+        """Return a third of `layers`, or half of them from a mean of 64 texts of a label on.
+
+        The number is rounded down, and at least 1.
+        """
         return max(1, layers // (2 if per_label >= _HALF_FROM else 3))
 
 
