@@ -108,8 +108,8 @@ def read_texts(path: Path | str, *, text_column: str = "text") -> list[str]:
         text_column: name of the column with the texts.
 
     Raises:
-        ExportError: the file cannot be read, or has no rows or no such column; or a row's text is missing, or is neither
-            text nor a whole number.
+        ExportError: the file cannot be read, or has no rows or no such column; or a row's text is missing, or is
+            neither text nor a whole number.
     """
     path = Path(path)
     return [text_of(path, place, row, text_column) for place, row in read_rows(path)]
