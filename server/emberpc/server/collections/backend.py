@@ -63,7 +63,7 @@ class CollectionBackend(Protocol):
     def get(
         self, ids: Sequence[str], *, with_vectors: bool = False, parts: RecordParts = WHOLE_RECORD
     ) -> list[StoredRecord]:
-        """Return the existing records among the ids, in their order; RESOURCE_EXHAUSTED if they have too many bytes.
+        """Return the existing records in the order of `ids`; RESOURCE_EXHAUSTED if they have too many bytes.
 
         Args:
             ids: the ids.
@@ -130,7 +130,7 @@ class CollectionBackend(Protocol):
     def mismatches(self, condition: Filter) -> list[str]:
         """Return sentences that say why a filter without matches probably matches no record; empty: unknown.
 
-        The metadata of the first 1000 records is read for this; see `filters.mismatches`.
+        Only the metadata of the first 1000 records is examined; see `filters.mismatches`.
         """
 
     def verify(self, *, full: bool = False) -> Iterator[Verified]:
@@ -145,16 +145,17 @@ class CollectionBackend(Protocol):
     def backup(self, stop: Callable[[], bool]) -> Generator[Piece, None, None]:
         """Yield a copy of one state of the collection, piece by piece.
 
-        The copy ends early when `stop` returns True or the collection is closed.
+        Nothing is yielded if `stop` returns True, or the collection is closed, before the first piece.
 
         Raises:
-            ServiceError: before the first piece, RESOURCE_EXHAUSTED if the disk has no room for the copy.
+            ServiceError: before the first piece, RESOURCE_EXHAUSTED if the disk has no room for the copy, DATA_LOSS if
+                a record is damaged.
         """
 
     def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
         """Return the pairs of records whose vectors have a cosine of at least `min_score`, the greatest cosine first.
 
-        When `stop` returns True, the pairs found so far are returned.
+        At most 100,000 pairs are returned; when `stop` returns True, the pairs found so far. A backend may miss pairs.
         """
 
     def clusters(self, count: int, examples: int, stop: Callable[[], bool]) -> list[Cluster]:
@@ -163,7 +164,7 @@ class CollectionBackend(Protocol):
         Args:
             count: most clusters; there are fewer if some would be empty.
             examples: most records that are returned of each cluster.
-            stop: returns whether to end early; the result then covers only some of the records.
+            stop: returns whether to end early; the result is then empty.
         """
 
     def search_words(
@@ -309,10 +310,8 @@ class IndexBackend(Protocol):
     def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
         """Return a page of specs, sorted by name, and the token of the next page, empty after the last.
 
-        A page has at most `page_size` specs (1 to 1000). An empty `page_token` means the first page.
-
-        Raises:
-            ServiceError: INVALID_ARGUMENT for a wrong page size or token.
+        A page has at most `page_size` specs (1 to 1000). An empty `page_token` means the first page. The error for a
+        wrong size or token is INVALID_ARGUMENT.
         """
 
     def update(self, name: str, truncation: str) -> None:
@@ -359,7 +358,7 @@ class IndexBackend(Protocol):
     def switch(self, reembedding: ReembeddingBackend) -> bool:
         """Replace a collection by the result of its reembedding, if the new vectors of all records are stored.
 
-        Returns whether the collection was replaced. If not, there are further records to embed.
+        Returns whether the collection was replaced. If not, records remain to embed, or the reembedding was cancelled.
         """
 
     def cancel_reembedding(self, name: str) -> None:
@@ -384,7 +383,7 @@ class IndexBackend(Protocol):
     def close(self, deadline: Deadline | None = None) -> bool:
         """Wait for calls in progress until `deadline` (None: without limit), and close all collections.
 
-        Returns whether all collections are closed.
+        Returns whether all collections are closed; not those with calls that still run at the deadline.
         """
 
 

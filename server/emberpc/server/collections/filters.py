@@ -24,7 +24,7 @@ MAX_DEPTH = 32
 MAX_CONDITIONS = 256
 MAX_LIST = 100
 MAX_VALUES = 10_000
-#: Most characters of a field.
+#: Most characters of the name of a field, dots and backslashes included.
 MAX_FIELD = 1000
 #: Most nested keys in a field. The metadata of a request cannot be nested deeper, since a protobuf message may have 100
 #: levels and each level of metadata takes three of them. SQLite joins at most 64 tables, and each key without a path
@@ -72,6 +72,7 @@ class Comparison:
     """A filter that compares a field with a value.
 
     A record without the field, or with a value of another type, meets it only with NOT_EQUAL, the negation of EQUAL.
+    Only strings and numbers have an order: with the four other operators, no record meets a boolean or null.
     """
 
     field: str
@@ -106,7 +107,10 @@ Filter = AllOf | AnyOf | Not | Comparison | Membership | Prefix | Existence
 
 
 def is_field(field: str) -> bool:
-    """Return whether the syntax of a field is valid: after each backslash comes a dot or a second backslash."""
+    """Return whether the syntax of a field is valid: after each backslash comes a dot or a second backslash.
+
+    An empty field and empty keys are valid.
+    """
     return bool(_FIELD.fullmatch(field))
 
 
@@ -131,8 +135,8 @@ def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
     """Return whether the metadata of a record meets a filter.
 
     A field that is missing, or of another type than the value, meets no comparison except NOT_EQUAL. A list meets a
-    comparison if at least one of its items does, and NOT_EQUAL if no item is equal. Items that are lists or objects are
-    equal to no value.
+    comparison, membership or prefix if at least one of its items does, and NOT_EQUAL if no item is equal. Objects, and
+    lists in a list, are equal to no value.
     """
     if isinstance(condition, AllOf):
         return all(matches(each, metadata) for each in condition.conditions)
@@ -153,7 +157,7 @@ def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
     return found is not negated
 
 
-#: Number of records whose metadata callers pass to `mismatches`.
+#: Most records whose metadata callers pass to `mismatches`.
 MISMATCH_RECORDS = 1000
 #: Fields of a record that are not metadata, so that no filter compares them.
 _RECORD_FIELDS = ("id", "text", "label")
@@ -163,8 +167,8 @@ def mismatches(condition: Filter, documents: Iterable[Mapping[str, Any]]) -> lis
     """Return sentences that say why a filter that no record meets probably has no matches; empty: no reason was found.
 
     There is a sentence for each field that no record has, and for each field that is compared with a number and has
-    only strings, or is compared with a string and has only numbers. A field below a negation may be missing, since
-    records without the field meet the negation.
+    strings but no numbers, or the other way round. A field below a negation or compared by NOT_EQUAL may be missing,
+    since records without the field meet the condition. Without documents there are no sentences.
 
     Args:
         condition: the filter.
@@ -295,8 +299,8 @@ def can_be_indexed(field: str) -> bool:
 def sqlite_path(path: tuple[str, ...]) -> str | None:
     """Return SQLite's path to nested keys as an SQL literal; None if SQLite's paths cannot name a key.
 
-    They cannot name a key that is empty or contains a quote, a backslash or a control character. The path is a literal
-    and no parameter, since SQLite uses an index of an expression only for the identical expression.
+    They cannot name a key that is empty or has a double quote, a backslash or a control character. The path is a
+    literal and no parameter, since SQLite uses an index of an expression only for the identical expression.
 
     Args:
         path: the keys, the outermost first.

@@ -29,8 +29,8 @@ _LEAST_IN_GRAPH = np.float32(2**14 * 1e-5)
 _LEAST_LENGTH = np.float32(1e-15)
 #: Under DOT_PRODUCT, the least length of a vector that is not zero: float32 rounds products of shorter vectors to 0.
 _LEAST_DOT_LENGTH = 1e-16
-#: Most numbers that are computed at a time (16 MB as float32), so that a full buffer and many queries do not fill the
-#: memory.
+#: Most scores or differences that are computed at a time (16 MB as float32), so that a full buffer and many queries do
+#: not fill the memory. The scores of a single query are always computed at once.
 _BLOCK = 4 * 2**20
 #: Most queries for which vectors are multiplied by the queries as columns, and not the queries by the vectors. With
 #: thousands of vectors, four queries take half the time that way.
@@ -61,7 +61,8 @@ def check_vectors(matrix: Matrix, dimensions: int, distance: Distance, path: Fie
 def prepare(matrix: Matrix, distance: Distance) -> Matrix:
     """Return vectors, float32 (vectors, dimensions), as graph and buffer hold them, in a contiguous array.
 
-    They have length 1 under COSINE, are multiplied by 2**14 under DOT_PRODUCT, and are unchanged under EUCLIDEAN.
+    The vectors must be valid: `check_vectors` or `are_fit` has accepted them. The result may be `matrix` itself. They
+    have length 1 under COSINE, are multiplied by 2**14 under DOT_PRODUCT, and are unchanged under EUCLIDEAN.
     """
     if distance is Distance.COSINE:
         matrix = (matrix / _lengths(matrix)[:, None]).astype(np.float32)
@@ -157,8 +158,9 @@ def lengthened(queries: Matrix) -> tuple[Matrix, Matrix]:
         queries: prepared queries, float32 (queries, dimensions), for a graph of inner products.
 
     Returns:
-        The scaled queries, and the factor of each query, float32 (queries, 1). All queries except zero vectors have a
-        length of at least 2**14. The factor of a query that is so long already is 1.
+        The scaled queries, and the factor of each query, float32 (queries, 1), by which the caller divides its scores.
+        All queries except zero vectors have a length of at least 2**14. The factor of a query that is so long already
+        is 1.
     """
     lengths = np.maximum(_lengths(queries), np.finfo(np.float64).tiny)
     powers = np.clip(np.ceil(np.log2(float(_DOT_SCALE) / lengths)), 0, 120)
@@ -222,8 +224,9 @@ def best_of(found: Sequence[tuple[Labels, Matrix]], k: int) -> tuple[Labels, Mat
 
 
 def graph_scores(distances: Matrix, distance: Distance) -> Matrix:
-    """Convert distances that hnswlib returned to scores, float32 of the same shape; a greater score is nearer.
+    """Convert distances that hnswlib returned for prepared vectors to scores, float32 of the same shape.
 
+    A greater score is nearer.
     The score is the cosine, the dot product, or the negative Euclidean distance. hnswlib's distance is 1 - product, or
     the squared Euclidean distance.
     """

@@ -86,7 +86,10 @@ class CollectionSpec:
     indexed_fields: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raise INVALID_ARGUMENT, naming the first wrong field, unless name, numbers and truncation are valid."""
+        """Raise INVALID_ARGUMENT, naming the first wrong field, unless name, numbers and truncation are valid.
+
+        Dimensions must be set, also with a model. The indexed fields are not checked.
+        """
         check_name(self.name, "collection.name")
         bounds = {
             "dimensions": (self.dimensions, 1, MAX_DIMENSIONS),
@@ -206,7 +209,7 @@ class WriteResult:
         inserted: number of new records.
         updated: number of replaced records.
         deleted: number of deleted records.
-        synced: whether this server knows that the write is on disk.
+        synced: whether this server knows that the write is on disk; False if only the backend's own server knows.
     """
 
     sequence: int
@@ -225,7 +228,8 @@ class Plan:
         ef: candidates that the search of the graph kept; 0: the graph was not used.
         compared_count: number of vectors that were compared one by one.
         shortfall_reason: why there are fewer than `top_k` hits; empty: there are `top_k` hits.
-        lexical_count: number of lexical hits of a lexical or hybrid search.
+        lexical_count: number of hits of a lexical search, or of the lexical ranking of a hybrid search before fusion; 0
+            for a dense search.
     """
 
     strategy: Strategy
@@ -243,7 +247,7 @@ class SearchOutcome(NamedTuple):
 
 
 def decode_document(document: str) -> dict[str, Any]:
-    """Decode the metadata of a record from its JSON text `document`.
+    """Decode the metadata of a record from its JSON text `document`. Text after the JSON object is ignored.
 
     Raises:
         TypeError, ValueError, RecursionError: the text is no JSON object, so it is damaged.
@@ -268,7 +272,7 @@ def check_name(name: str, field: str) -> None:
 
 
 def check_page_size(page_size: int) -> None:
-    """Raise INVALID_ARGUMENT, naming the field `page_size`, unless a page may have that many items: 1 to 1000."""
+    """Raise INVALID_ARGUMENT, naming the field `page_size`, unless `page_size` is 1 to 1000."""
     if not 1 <= page_size <= MAX_PAGE_SIZE:
         raise invalid("page_size", f"is {page_size}; it must be 1 to {MAX_PAGE_SIZE}")
 

@@ -30,7 +30,8 @@ def check_records(records: Sequence[NewRecord], *, restored: bool = False) -> li
 
     Raises:
         ServiceError: INVALID_ARGUMENT if there are no records; INVALID_ARGUMENT, naming every wrong field, if ids,
-            texts, labels or metadata are malformed or too long, or two records have the same id.
+            texts, labels or metadata are malformed, ids, labels or metadata are too long, or two records have the same
+            id. The length of texts is not checked.
     """
     if not records:
         raise invalid("records", "is empty; give at least one record")
@@ -61,7 +62,7 @@ def check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int, min
     Args:
         queries: number of queries.
         top_k: `top_k` of each query; must be 1 to 10,000.
-        excluded: number of values of the option that excludes an id for each query; must be the number of queries.
+        excluded: number of items of `exclude_ids`; must be the number of queries.
         ef: candidates of a search of the graph; must be 0 to 1,000,000. 0: the server chooses.
         min_recall: least recall; must be 0 to 1, and 0 if `ef` is given. 0: no target.
     """

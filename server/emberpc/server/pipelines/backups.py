@@ -54,7 +54,8 @@ class CollectionBackups:
         index: the collections.
         pool: runs the blocking calls of the index.
         stall_seconds: seconds without reading or sending after which a caller's call is ended.
-        contended_seconds: the same while other callers wait for a slot; at most `stall_seconds` are used.
+        contended_seconds: like `stall_seconds`, but for the time while another caller waits for a slot; a greater
+            number than `stall_seconds` is lowered to it.
     """
 
     def __init__(
@@ -79,11 +80,12 @@ class CollectionBackups:
     async def backup(self, collection: CollectionBackend, caller: Caller) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of a backup of a collection. The backup ends when the caller leaves.
 
-        Two backups run at a time, and further callers wait. A backup runs until its caller has read all pieces.
+        Two backups run at a time, and further callers wait. A backup runs until its caller has read all pieces. If the
+        caller's deadline passes before the first piece, no piece is yielded.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if too many callers wait or the disk is full; DEADLINE_EXCEEDED if the
-                deadline passed; any other error of `CollectionBackend.backup`.
+            ServiceError: RESOURCE_EXHAUSTED if too many callers or heavy calls wait, or the disk is full; any other
+                error of `CollectionBackend.backup`.
         """
         async with self._backups.hold():
             stop = Cancellation(caller.seconds_left)
@@ -103,7 +105,7 @@ class CollectionBackups:
     async def restore(
         self, messages: AsyncIterator[Message], read: Callable[[Message], RestoreMessage]
     ) -> CollectionBackend:
-        """Create and return a collection from the pieces of a backup. If the caller leaves or stalls, nothing remains.
+        """Create and return a collection from the pieces of a backup. If the restore fails, nothing remains.
 
         Only two restores run at a time. A further caller waits after its first message, so a caller that sends nothing
         blocks no other.
@@ -115,8 +117,9 @@ class CollectionBackups:
         Raises:
             ServiceError: INVALID_ARGUMENT if a message is wrong or out of order, or the bytes are no intact backup;
                 ALREADY_EXISTS if a collection has the name; FAILED_PRECONDITION if a newer version wrote the backup;
-                DEADLINE_EXCEEDED if no message comes for 60 s, or 15 s while others wait; RESOURCE_EXHAUSTED if too
-                many callers wait, the disk is full, or there are too many collections.
+                DEADLINE_EXCEEDED if no message comes for 60 s, or for 15 s after the first message while others wait;
+                RESOURCE_EXHAUSTED if too many callers wait, the disk is full, or there are too many collections; any
+                other error of `IndexBackend.restore`.
         """
         message = await self._next(messages, lambda: False)
         first = None if message is None else read(message)

@@ -14,15 +14,16 @@ from emberpc.server.pipelines.limits import Limits
 
 log = logging.getLogger(__name__)
 
-#: Most texts of a group, and most characters of all its texts; a single text may have more. These are enough texts for
-#: several micro-batches, and their vectors make a small response.
+#: Most texts of a group: enough for several micro-batches, and few enough for a small response with their vectors.
 GROUP_TEXTS = 64
+#: Most characters of a group of an embedding stream; a group of a single text may have more. Groups of upsert streams
+#: and of jobs have no such limit.
 GROUP_CHARACTERS = 2**16
 #: Most groups of a stream that are embedded at a time. They are enough for a few workers to find texts of similar
 #: length, and fill only a small part of the queue.
 GROUPS = 8
-#: Codes of errors that are not the fault of a text. Work that stores the vectors ends with such an error or retries,
-#: and does not count the texts as failed.
+#: Codes of errors that are not the fault of a text. Work that stores the vectors (upsert streams, jobs) ends with such
+#: an error or retries, and does not count the texts as failed. An embedding stream ends only with UNAVAILABLE.
 SERVER_ERRORS = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED})
 #: Seconds for which a group retries while the queue is full; and the shortest and the longest pause between two tries,
 #: in seconds.
@@ -70,12 +71,14 @@ class BulkEmbedder:
     ending: frozenset[Code]
 
     async def embed(self, texts: Sequence[str]) -> EmbeddedGroup:
-        """Embed texts, and return their inferences and failures. A text that cannot be embedded fails alone.
+        """Embed texts, and return their inferences and failures.
 
-        While the queue is full, this waits and retries for up to 20 seconds.
+        A text that is empty, too long, or on which the model fails, fails alone. Any other error, such as a passed
+        deadline, fails all texts of the group, unless its code is in `self.ending`. While the queue is full, each try
+        is repeated for up to 20 seconds or until the deadline.
 
         Raises:
-            ServiceError: an error whose code is among those that end the stream (`self.ending`).
+            ServiceError: an error whose code is in `self.ending`.
         """
         group = EmbeddedGroup()
         valid = []

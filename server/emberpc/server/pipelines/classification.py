@@ -40,7 +40,8 @@ class ClassifiedTexts(NamedTuple):
     Attributes:
         model: the classifier.
         inference: the logits, float32 (texts, labels), with token counts and times.
-        decisions: the labels of the texts, with probabilities.
+        decisions: the decisions on all labels of the classifier for each text, whatever `top_k` the request has: the
+            caller selects the labels to return.
     """
 
     model: Model
@@ -63,11 +64,13 @@ class TextClassifier:
     async def classify(self, request: ClassificationRequest, caller: Caller) -> ClassifiedTexts:
         """Return the labels of texts with their probabilities.
 
+        `top_k` only decides whether the response would be too large; the result has all labels.
+
         Raises:
             ServiceError: NOT_FOUND if the classifier is not served; INVALID_ARGUMENT for wrong texts or a negative
-                `top_k`; FAILED_PRECONDITION if the model is no classifier, or examples are requested;
-                RESOURCE_EXHAUSTED if the response would be too large, or the queue is full; any other error of
-                `Inferrer.infer`.
+                `top_k`, or if no classifier is named and several are served; FAILED_PRECONDITION if the model is no
+                classifier, none is served, or examples are requested; RESOURCE_EXHAUSTED if the response would be too
+                large, or the queue is full; any other error of `Inferrer.infer`.
         """
         model = self._engine.model(request.classifier, Task.CLASSIFICATION, "classifier")
         texts = request.texts

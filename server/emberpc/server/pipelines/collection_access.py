@@ -50,7 +50,8 @@ class CollectionAccess:
     async def open(self, name: str) -> CollectionBackend:
         """Return the collection with a name; open the collection if needed.
 
-        A collection that is bound by a legacy fingerprint of its model is bound by the present fingerprint.
+        A collection that is bound by a legacy fingerprint of its model is bound by the present fingerprint. If the
+        caller leaves, the collection is opened all the same.
 
         Raises:
             ServiceError: NOT_FOUND if there is no such collection; INTERNAL if its files are damaged;
@@ -72,8 +73,8 @@ class CollectionAccess:
     ) -> Result:
         """Run work on a collection, and return the result of the work.
 
-        If the collection is closed meanwhile and another collection has its name, as after a reembedding, the work runs
-        a second time, on the other collection.
+        If the work fails since the collection was closed, and another collection now has the name, as after a
+        reembedding, the work runs a second time, on the other collection.
 
         Args:
             name: name of the collection.
@@ -109,7 +110,8 @@ class CollectionAccess:
     ) -> Result:
         """Run a blocking call on a collection in the pool, and return the result of the call.
 
-        If the collection is replaced meanwhile, as after a reembedding, the call runs again on the new collection.
+        If the call fails since the collection was replaced, as after a reembedding, it runs a second time, on the new
+        collection.
 
         Args:
             name: name of the collection.

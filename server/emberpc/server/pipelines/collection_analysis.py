@@ -39,8 +39,9 @@ class DuplicatePage:
 
 
 class CollectionAnalysis:
-    """Runs calls that read all records of a collection. Each call may take minutes, so only one runs at a time.
+    """Runs calls that read all records of a collection.
 
+    A search for duplicates or a clustering may take minutes, so only one of them runs at a time, of all collections.
     Several verifications may run at a time, since they run in short steps.
 
     Args:
@@ -58,10 +59,13 @@ class CollectionAnalysis:
     ) -> DuplicatePage:
         """Return a page of the pairs of records with similar vectors, the most similar first.
 
+        The pairs are found again for each page, unless the last search in the collection had the same `min_score` and
+        nothing was written since.
+
         Args:
             collection: the collection.
             min_score: the least cosine of a pair, in (0, 1]; 0: 0.95.
-            page_size: most pairs of the page.
+            page_size: most pairs of the page, at least 1.
             page_token: token of the page; empty: the first page.
             caller: the caller.
 
@@ -84,7 +88,7 @@ class CollectionAnalysis:
     async def clusters(
         self, collection: CollectionBackend, count: int, examples: int, caller: Caller
     ) -> Sequence[Cluster]:
-        """Cluster the records of a collection by their vectors.
+        """Cluster the records of a collection by their vectors. It may be empty if the deadline passes meanwhile.
 
         Args:
             collection: the collection.
@@ -149,7 +153,7 @@ def _read_token(token: str) -> tuple[float, str, str] | None:
         The negative score and the two ids; None for an empty token, which means the first page.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if the token is no page token of this server.
+        ServiceError: INVALID_ARGUMENT if the token is not one that `find_duplicates` returns.
     """
     if not token:
         return None

@@ -66,7 +66,8 @@ class CollectionManagement:
         If the spec names a model, the collection is bound to the fingerprint of the served model of that name.
 
         Args:
-            spec: the spec, without the fingerprint; dimensions 0: all dimensions of the model.
+            spec: the spec, without the fingerprint; dimensions 0: all dimensions of the model. Without a model, the
+                dimensions must be stated.
 
         Raises:
             ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if it is no embedding model;
@@ -89,10 +90,11 @@ class CollectionManagement:
     async def page(self, size: int, token: str) -> tuple[Sequence[CollectionDescription], str]:
         """Return a page of collections in the order of their names, and the token of the next page.
 
-        The token is empty after the last page. A damaged collection is described by its spec and the problem.
+        The token is empty after the last page. A damaged collection is described by its spec and the problem. A
+        collection that is deleted meanwhile is left out, so a page may have fewer collections or none.
 
         Args:
-            size: most collections of the page.
+            size: most collections of the page, 1 to 1000.
             token: token of the page; empty: the first page.
 
         Raises:
@@ -129,7 +131,8 @@ class CollectionManagement:
         Raises:
             ServiceError: NOT_FOUND if there is no such collection or model; INVALID_ARGUMENT for dimensions that the
                 model does not support; FAILED_PRECONDITION if the vectors would stay the same, the collection is being
-                reembedded, or a record has no text; UNAVAILABLE if the collection was deleted meanwhile.
+                reembedded, or a record has no text; UNAVAILABLE if the collection was deleted meanwhile; any other
+                error of `ReembeddingJobs.start`.
         """
         collection = await self._access.open(name)
         await self._reembedding.start(collection, model_name, dimensions)

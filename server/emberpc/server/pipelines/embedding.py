@@ -130,9 +130,10 @@ class TextEmbedder:
             caller: the caller.
 
         Raises:
-            ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if it is no embedding model;
-                INVALID_ARGUMENT for wrong texts, or for options that the model does not support; RESOURCE_EXHAUSTED if
-                the response would be too large or the queue is full; any other error of `Inferrer.infer`.
+            ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if it is no embedding model, or none
+                is served; INVALID_ARGUMENT for wrong texts, for options that the model does not support, or if the name
+                is empty and several embedding models are served; RESOURCE_EXHAUSTED if the response would be too large
+                or the queue is full; any other error of `Inferrer.infer`.
         """
         model = self._engine.model(model_name, Task.EMBEDDING)
         self._check_texts(texts, "texts")
@@ -151,8 +152,9 @@ class TextEmbedder:
 
         Raises:
             ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if it is no embedding model;
-                INVALID_ARGUMENT for wrong texts; RESOURCE_EXHAUSTED if the response would be too large or the queue is
-                full; any other error of `Inferrer.infer`.
+                INVALID_ARGUMENT for wrong texts, for no sources or targets, or if both together are more than the texts
+                of a call; RESOURCE_EXHAUSTED if the response would be too large or the queue is full; any other error
+                of `Inferrer.infer`.
         """
         model = self._engine.model(request.model, Task.EMBEDDING)
         sources, targets = request.sources, request.targets
@@ -271,7 +273,7 @@ def shape(matrix: Matrix, dimensions: int, *, unit: bool) -> Matrix:
         unit: whether to scale the vectors to length 1. A vector of zeros stays as it is.
 
     Returns:
-        float32, shape (rows, dimensions); `matrix` itself if nothing changes.
+        float32, shape (rows, dimensions); without `unit`, `matrix` itself or a view of it.
     """
     cut = matrix[:, :dimensions] if dimensions else matrix
     if not unit:

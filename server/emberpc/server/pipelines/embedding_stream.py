@@ -47,7 +47,8 @@ class TextMessage:
     Attributes:
         texts: the texts; may be empty.
         release: called when the stream keeps nothing large of the message any more: at once if the ids and the accepted
-            texts have fewer than 65,536 characters together, otherwise when the last text stops waiting.
+            texts have fewer than 65,536 characters together, otherwise when the last text stops waiting. Not called for
+            texts that still wait when the stream ends with an error.
     """
 
     texts: Sequence[StreamText]
@@ -179,7 +180,8 @@ class EmbeddingStream:
 
         Raises:
             ServiceError: INVALID_ARGUMENT if a message has too many texts; UNAVAILABLE if the server stops or has no
-                workers; any error of `read`. All other errors fail single texts.
+                workers; any error of `messages` or `read`. Any other error fails the texts that it concerns: one text,
+                or all texts of a group, as when the queue stays full.
         """
         reading: asyncio.Task[Message | None] | None = None
         #: The tasks of the running groups, each with the number of its characters.

@@ -68,8 +68,8 @@ class IndexPool:
             within: further slots; the call holds one of them until its thread is free. None: no further slot.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if too many calls wait for a slot; DEADLINE_EXCEEDED if the deadline passed
-                or the pool was closed; any error of `work`.
+            ServiceError: RESOURCE_EXHAUSTED if too many calls wait for a slot; DEADLINE_EXCEEDED, only with a `caller`,
+                if the deadline passed before or during the call, or the pool was closed; any error of `work`.
         """
         if within is not None:
             await within.take()
@@ -141,7 +141,7 @@ class IndexPool:
         return cancellation.cancelled_when(lambda: stop() or self._closing.is_set())
 
     async def close(self) -> None:
-        """Cancel the running calls that can be cancelled, and wait until no call runs. The executor stays open."""
+        """Cancel the calls that can be cancelled, and wait until no submitted call is left. The executor stays open."""
         self._closing.set()
         while self._jobs:
             # The wait must not block the event loop, since cancelled handlers still have to clean up.

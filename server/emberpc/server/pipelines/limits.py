@@ -7,22 +7,23 @@ from dataclasses import dataclass
 
 from emberpc.server.errors import FieldPath, Violation, invalid, invalid_fields, response_too_large
 
-#: Most queries of one Search, and most hits of all its queries together.
+#: Most queries of one Search.
 MAX_QUERIES = 1000
+#: Most hits of one Search: the limit of the sum of `top_k` of its queries, which is checked before the search.
 MAX_HITS = 100_000
 #: Most ids of one BatchGetRecords or DeleteRecords.
 MAX_IDS = 10_000
 #: Most items of the field `parts` of a request. Only three values exist, so a larger list is an error or an attack.
 MAX_PARTS = 100
-#: Most conditions, and most values of memberships, of all filters of a request together. The limits of a single filter
-#: are in `collections.filters`.
+#: Most conditions of all filters of a request together. The limits of a single filter are in `collections.filters`.
 MAX_REQUEST_CONDITIONS = 2_000
+#: Most values of the memberships of all filters of a request together.
 MAX_REQUEST_VALUES = 50_000
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a call that the server's settings set.
+    """Limits of a call, and of the server's collections, that the server's settings set.
 
     Attributes:
         max_texts: most texts or records of a call, or of a message of a stream.
@@ -42,7 +43,10 @@ class Limits:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Return the greatest number of elements of each repeated field of a request, by the name of the field."""
+        """Return the greatest number of elements of the repeated fields of requests, by field name.
+
+        Filters are not included.
+        """
         return {
             **dict.fromkeys(("texts", "records", "items", "sources", "targets", "expected_revisions"), self.max_texts),
             "ids": MAX_IDS,

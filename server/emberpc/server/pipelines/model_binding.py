@@ -52,11 +52,11 @@ def check_same_model(before: CollectionSpec, now: CollectionSpec) -> None:
 
 
 def collection_model(engine: Engine, collection: CollectionBackend) -> Model:
-    """Return the served model that embeds a collection's texts. The call holds the model until its task ends.
+    """Return the served model that embeds a collection's texts, and hold it until the running asyncio task ends.
 
     Raises:
-        ServiceError: FAILED_PRECONDITION if the collection has no model, or another model made its vectors; NOT_FOUND
-            if no model of that name is served.
+        ServiceError: FAILED_PRECONDITION if the collection has no model, another model made its vectors, or the model
+            of that name is no embedding model; NOT_FOUND if no model of that name is served.
     """
     spec = collection.spec
     if not spec.model:

@@ -126,8 +126,9 @@ class RecordWriter:
 
         Raises:
             ServiceError: NOT_FOUND if there is no such collection; INVALID_ARGUMENT if there are both ids and a filter,
-                neither, or too many ids; RESOURCE_EXHAUSTED if too many writes wait; DEADLINE_EXCEEDED if the deadline
-                passed; any other error of `CollectionBackend.delete` and `CollectionBackend.delete_matching`.
+                neither, or too many ids; RESOURCE_EXHAUSTED if too many writes wait or, for a filter, too many heavy
+                calls; DEADLINE_EXCEEDED if the deadline passed; any other error of `CollectionBackend.delete` and
+                `CollectionBackend.delete_matching`.
         """
         if condition is None:
             self._limits.check_ids(len(ids))
@@ -154,5 +155,8 @@ def filter_warnings(collection: CollectionBackend, condition: Filter | None, fou
         collection: the collection.
         condition: the filter; None: there are no sentences.
         found: number of records that matched the filter; with more than 0, there are no sentences.
+
+    Raises:
+        ServiceError: any error of `CollectionBackend.mismatches`.
     """
     return [] if condition is None or found else collection.mismatches(condition)

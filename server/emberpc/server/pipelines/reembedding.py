@@ -134,7 +134,8 @@ class ReembeddingJobs:
     async def wait_writable(self, name: str) -> None:
         """Wait until the collection with a name accepts writes.
 
-        It accepts no writes while its job embeds the latest writes and switches to the new vectors.
+        Writers must call this: the index itself refuses no writes. The wait is only for the time in which the job
+        embeds the latest writes and switches to the new vectors. Without a job, there is no wait.
         """
         job = self._jobs.get(name)
         if job is not None:
@@ -177,7 +178,11 @@ class ReembeddingJobs:
 
 
 class _Job:
-    """The job that reembeds one collection. It starts at once and runs in `task`, until it is cancelled or done."""
+    """The job that reembeds one collection.
+
+    It starts at once and runs in `task`, until it is done or cancelled, or the collection is closed or deleted. After
+    any other error it tries again without end.
+    """
 
     def __init__(
         self, engine: Engine, index: IndexBackend, pool: IndexPool, limits: Limits, reembedding: ReembeddingBackend
@@ -224,7 +229,8 @@ class _Job:
     async def _step(self) -> bool:
         """Do the next step of the job: embed and store some records, or try to switch to the new vectors.
 
-        The step waits a second if no record remains but some could not be embedded.
+        The step waits a second if no record remains but some could not be embedded. After a switch that failed, writes
+        wait until 256 or more records remain, a problem appears, or ten switches have failed.
 
         Returns:
             Whether the collection has switched, so that the job is done.

@@ -45,7 +45,7 @@ class Query(NamedTuple):
     Attributes:
         text: the text to embed, or to search for by its words.
         vector: the vector, float32 (1, dimensions).
-        record_id: id of the record whose vector is searched for; this record is no hit.
+        record_id: id of the record whose vector is searched for; this record is no hit. Only in DENSE mode.
         top_k: most hits.
         ef: candidates that the search of the graph keeps; 0: the index chooses.
     """
@@ -66,7 +66,7 @@ class SearchRequest:
         mode: how the search ranks records.
         conditions: the filter of each query, or None for a query without a filter; empty if no query has a filter.
         truncation: the truncation of long texts.
-        min_recall: least recall of the dense ranking, at most 1; 0: no target.
+        min_recall: least recall of the dense ranking, at most 1; 0: no target. Must be 0 if a query has an ef.
         dense_weight: weight of the dense ranking in HYBRID mode, 0 to 1.
         fusion: how HYBRID mode joins the two rankings.
         with_vectors: whether hits contain their vectors.
@@ -91,8 +91,9 @@ class SearchResults:
     Attributes:
         outcomes: hits and plan of each query, in the order of the queries.
         embedded: the queries that were embedded; None if no query was embedded.
-        warnings: sentences that say why the filter of a query without hits probably matches no record.
-        lookup_seconds: wall time of the search in the collection, without the embedding of queries.
+        warnings: sentences that say why the filter of the first query without hits probably matches no record.
+        lookup_seconds: wall time of the search in the collection, with the wait for a thread, but without the embedding
+            of queries, the look-up of the vectors of records that are queries, and the warnings.
     """
 
     outcomes: Sequence[SearchOutcome]

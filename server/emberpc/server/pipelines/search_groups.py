@@ -1,8 +1,8 @@
 """Group concurrent dense searches, so that each group needs one thread and one look-up of records.
 
 A dense search takes 0.1 ms in the graph and 0.5 ms outside of it: for the change of threads, the look-up of the hits,
-and many small calls. A group takes the 0.5 ms only once. A search that is not heavy waits only while other searches
-with the same group key run.
+and many small calls. A group takes the 0.5 ms only once. A search waits for searches with the same group key, and for a
+thread; a heavy search also waits for a slot of heavy calls.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from emberpc.server.pipelines.index_pool import IndexPool
 #: Most queries of a group, and the seconds that a group should take at most. A single search may have more queries.
 _MAX_QUERIES = 64
 _GROUP_SECONDS = 0.01
-#: Seconds for one query. If queries take longer, several small groups use the cores better than one large group.
+#: Seconds for one query. If the queries of a key take longer, several small groups use the cores better than one large
+#: group.
 _SLOW_QUERY_SECONDS = 0.001
 #: Number of candidates of all queries of a search. A search with more candidates is heavy: a candidate takes 3 µs.
 _MANY_CANDIDATES = 100_000
@@ -163,7 +164,8 @@ class SearchGroups:
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if the search is heavy and too many heavy calls wait; DEADLINE_EXCEEDED if
-                the deadline passed; any error of `CollectionBackend.search` that this search alone causes.
+                the deadline passed; any error of `CollectionBackend.search`. A `ServiceError` of one search of a group
+                does not fail the other searches.
         """
         if search.heavy:
             self._pool.heavy.check_room(sum(len(each.waiting) for each in self._queues.values() if each.heavy))

@@ -3,9 +3,10 @@
 One loop reads messages, embeds texts, writes records and returns results. Messages are embedded concurrently and
 written in their order, so the model works on the next messages while a message is written to disk. The records of a
 message are written together, without those that fail. The result of a message is a checkpoint: the written records of
-this message and of all messages before it are on disk. The loop reads no message while enough records or bytes are in
-flight, and it does nothing else while the caller receives a result. So a stream holds a few hundred records of a few
-MiB, and the latest message, for any number of records, and however slowly the caller reads.
+this message and of all messages before it are stored, and on disk if the result is `synced`. The loop reads no message
+while enough records or bytes are in flight, and it does nothing else while the caller receives a result. So a stream
+holds a few hundred records of a few MiB, and the latest message, for any number of records, and however slowly the
+caller reads.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from emberpc.server.pipelines.model_binding import collection_model
 from emberpc.server.pipelines.reembedding import ReembeddingJobs
 from emberpc.server.pipelines.stream_tasks import cancel_tasks, next_message
 
-#: No message is read while this many records, or this many messages, are in flight. Two messages may always be in
-#: flight.
+#: No message is read while this many records, or this many messages, are in flight. Two messages may be in flight with
+#: any number of records, but not with any number of bytes (`_MAX_BYTES`).
 _MAX_RECORDS = GROUP_TEXTS * GROUPS
 _MAX_MESSAGES = 64
 #: Another message is read only while the messages in flight have fewer bytes than this, or no message is in flight.
@@ -60,13 +61,14 @@ class UpsertMessage:
 
     Attributes:
         collection: name of the collection; may be empty after the first message.
-        batch_number: number of the message; it must be greater than that of the message before.
+        batch_number: number of the message; the first is at least 1, each further one greater than the one before.
         record_count: number of records.
         read_records: yields each record or its error; runs in the pool, since metadata may take seconds to read.
         read_vectors: returns the records' vectors, float32 (records, dimensions). None: their texts are embedded.
         truncation: the truncation of long texts; None: that of the collection.
         size: bytes of the message.
-        release: called when the message was answered, so that the stream does not hold it any more.
+        release: called when the message was answered, so that the stream does not hold it any more. Not called if the
+            stream ends before.
     """
 
     collection: str
@@ -372,7 +374,7 @@ def _read(batch: _Batch, message: UpsertMessage) -> list[int]:
 def _fail_named(batch: _Batch, error: ServiceError) -> None:
     """Fail the records that an error names, each with its own violations, and remove them from the batch.
 
-    If the error names no record of the batch, all records fail with all violations.
+    If the error names no record, or an index outside of the batch, all records fail with all violations.
     """
     wrong: dict[int, list[Violation]] = {}
     for violation in error.violations:
