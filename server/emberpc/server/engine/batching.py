@@ -142,7 +142,7 @@ class Queue:
         return bool(self._pools)
 
     def add(self, job: Job) -> None:
-        """Add the texts of a job to the queue, and the name of its caller to the turns."""
+        """Add the texts of a job to the queue, and the name of its caller to the turns if it is not there."""
         items = [Item(len(ids), next(_numbers), job, row) for row, ids in enumerate(job.texts)]
         pool = self._pools.setdefault(job.runner, [])
         if len(items) == 1:
@@ -231,7 +231,10 @@ class Queue:
         self._tokens.clear()
 
     def _next_anchor(self) -> Item:
-        """Return the first waiting text of the caller whose turn it is; move that caller to the end of the turns."""
+        """Return the first waiting text of the caller whose turn it is; move that caller to the end of the turns.
+
+        At least one text must wait. A caller without waiting texts loses its turn.
+        """
         while True:
             name = self._turns.popleft()
             calls = self._texts[name]

@@ -25,7 +25,7 @@ class Engine:
         registry: the models.
         pool: thread pool that runs the tokenizer.
         workers: number of threads that run models.
-        batch_tokens: most tokens of a micro-batch, padding included; 0: 512, until `calibrate` finds a better size.
+        batch_tokens: most tokens of a micro-batch, padding included; 0: 512. `calibrate` replaces it.
         max_queue_tokens: most tokens that may wait for a worker.
         cache_bytes: most bytes of the cache of outputs; 0: nothing is cached.
         on_failure: called on a worker's thread when a worker died and could not be replaced; see `revive`.
@@ -50,10 +50,11 @@ class Engine:
         self.inferrer = Inferrer(pool, self._scheduler, cache_bytes)
 
     def calibrate(self, record: Path, stop: Callable[[], bool] = lambda: False) -> bool:
-        """Measure the best size of micro-batches on this host, and use it from now on.
+        """Measure the best size of micro-batches on this host with the first model by name, and use it from now on.
 
-        Takes a second with a small model, or no time if `record` holds a measurement of the last 30 days. Without a
-        model, or if `stop` ends the measurement, the size stays as it is.
+        Takes a second with a small model, or no time if `record` holds a measurement of the last 30 days with this
+        model, processor, number of cores and ONNX Runtime. Without a model, or if `stop` ends the measurement, the size
+        stays as it is.
 
         Args:
             record: the JSON file with the last measurement. It is written after a measurement on an idle host.
@@ -93,7 +94,10 @@ class Engine:
         return self.registry.find(name, task, field)
 
     def check_room(self, caller: Caller) -> None:
-        """Raise RESOURCE_EXHAUSTED if the queue is full, or so long that a new call of `caller` misses its deadline."""
+        """Raise RESOURCE_EXHAUSTED if the queue is full, or so long that a new call of `caller` misses its deadline.
+
+        The deadline is not checked before 3 batches were measured.
+        """
         self._scheduler.check_room(caller)
 
     @property
@@ -108,7 +112,7 @@ class Engine:
 
     @property
     def tokens_per_second(self) -> float:
-        """Return the tokens that one worker runs in a second: the median of the last measured batches."""
+        """Return the tokens that one worker runs in a second: the median of 9 batches; 2000 before the first."""
         return self._scheduler.tokens_per_second
 
     @property

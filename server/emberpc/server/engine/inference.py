@@ -23,8 +23,8 @@ from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenizedText, Truncation, never
 from emberpc.server.errors import FieldPath, ServiceError, Violation, invalid_fields
 
-#: Texts with at most this many characters together are tokenized on the event loop: to hand them to a thread of the
-#: pool would take longer than to tokenize them.
+#: Texts of `infer` with at most this many characters together are tokenized on the event loop: to hand them to a thread
+#: of the pool would take longer than to tokenize them. Texts whose tokens are only counted always go to the pool.
 _FEW_CHARACTERS = 2000
 #: A text with more characters than this takes much memory, and occupies a thread of the pool for long. So calls with
 #: such a text are tokenized one at a time.
@@ -165,7 +165,7 @@ class Inferrer:
     ) -> Result:
         """Tokenize texts on a thread of the pool, and return the result; large texts first wait for their turn.
 
-        If the caller leaves, tokenizing stops after the current piece of text.
+        If the caller leaves, tokenizing stops after the current group of texts or piece of a long text.
 
         Args:
             texts: the texts.

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 #: Least size of a batch whose rate is measured, as a share of the size of a micro-batch. The rates of smaller batches
 #: say nothing about the throughput of a full queue.
 _LEAST_MEASURED_SHARE = 0.25
-#: Longest time in seconds between two turns of bulk work: it gets slower under interactive load, but never stops.
+#: Seconds without a turn after which bulk work has the next turn, so interactive load slows it down but never stops it.
 _BULK_SECONDS = 0.25
 #: Factor for the error of an estimated time. The work of a call that starts and then misses its deadline is wasted.
 _MARGIN = 1.25
@@ -47,7 +47,7 @@ _ANYBODY = Caller()
 
 @dataclass
 class Counts:
-    """Counts since the start of the server: of batches, of the texts and tokens that were run, and of failures."""
+    """Counts since the start of the server: batches, texts and tokens that were run successfully, and failures."""
 
     batches: int = 0
     texts: int = 0
@@ -120,7 +120,7 @@ class Scheduler:
             self._end(job)
 
     def check_room(self, caller: Caller) -> None:
-        """Raise RESOURCE_EXHAUSTED if the queue is full, or if its texts alone make a new call miss its deadline."""
+        """Raise RESOURCE_EXHAUSTED, and count it, if the queue is full or alone makes a new call miss its deadline."""
         with self._lock:
             if self._backlog.tokens >= self._max_queue_tokens:
                 raise self._full(0)
@@ -208,7 +208,10 @@ class Scheduler:
                 self._backlog.discard(job)
 
     def _check_time(self, tokens: int, caller: Caller) -> None:
-        """Raise RESOURCE_EXHAUSTED, and count it, if a call of `tokens` tokens is estimated to miss its deadline."""
+        """Raise RESOURCE_EXHAUSTED, and count it, if a call of `tokens` tokens is estimated to miss its deadline.
+
+        Not checked before 3 batches were measured.
+        """
         if caller.deadline == inf or not self._rates.measured:
             return
         wait = self._seconds(self._backlog.ahead(tokens, caller))

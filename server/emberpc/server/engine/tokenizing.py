@@ -24,9 +24,9 @@ from emberpc.server.errors import FieldPath, Violation, invalid_fields, items_of
 
 TokenIds = npt.NDArray[np.int64]
 
-#: A text is long if it has more characters than this number times the model's length limit in tokens. A long text is
-#: tokenized alone, in pieces of about that many characters, until it is known to exceed the length limit. In one piece,
-#: 2 MB of punctuation would take 325 MB of memory.
+#: A text is long if it has more characters, prompt included, than this number times the model's length limit in tokens.
+#: A long text is tokenized alone, if possible in pieces of about that many characters, and only until it is known to
+#: exceed the length limit. In one piece, 2 MB of punctuation would take 325 MB of memory.
 _CHARACTERS_PER_TOKEN = 32
 #: Factor by which the tokenized head of a long text grows from one try to the next, for texts that cannot be cut into
 #: pieces. The head is the first part of the text.
@@ -44,7 +44,11 @@ _TEXTS = items_of("texts")
 
 
 class Truncation(str, Enum):
-    """Handling of a text with more tokens than the model reads: refuse it, keep its start (END), or its end (START)."""
+    """Handling of a text with more tokens than the model reads.
+
+    REFUSE: the text is an error. END: the end of the text is cut off. START: its start is cut off, and the prompt is
+    kept.
+    """
 
     REFUSE = "refuse"
     END = "end"
@@ -113,7 +117,7 @@ class TextTokenizer:
         Args:
             texts: the texts.
             prompt: the prompt before each text.
-            stop: returns whether to stop, since the caller left; called between pieces.
+            stop: returns whether to stop, since the caller left; called before each group of texts or piece of a text.
             path: returns the path of text i in the request, for errors.
 
         Raises:
@@ -146,11 +150,12 @@ class TextTokenizer:
             prompt: the prompt before each text.
             truncation: handling of a text that has more tokens than the model reads.
             path: returns the path of text i in the request, for errors.
-            stop: returns whether to stop, since the caller left; called between pieces.
+            stop: returns whether to stop, since the caller left; called before each group of short texts, and before
+                each piece of a long text.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT for each text that has no token, that has too many tokens under REFUSE, or
-                that is too long for a tokenizer that cannot read it in pieces.
+            ServiceError: INVALID_ARGUMENT, naming each text that has no token, that has too many tokens under REFUSE,
+                or that is too long for a tokenizer that cannot read it in pieces. Special tokens count as tokens.
             AbandonedError: `stop` returned True.
         """
         short = self._short([prompt + text for text in texts if len(prompt) + len(text) <= self._long], stop)
@@ -195,7 +200,11 @@ class TextTokenizer:
         yield from self._ids(together, stop)
 
     def _ids(self, texts: Sequence[str], stop: Callable[[], bool]) -> list[list[int]]:
-        """Return the token ids of each text, with special tokens; raise AbandonedError if `stop` returns True."""
+        """Return the token ids of each text, with special tokens.
+
+        Raises:
+            AbandonedError: `stop` returned True. It is called once, before the first text.
+        """
         if stop():
             raise AbandonedError
         found = [None if self._words is None else self._words.ids(text) for text in texts]
@@ -206,7 +215,11 @@ class TextTokenizer:
         return [next(encodings).ids if ids is None else ids for ids in found]
 
     def _bare(self, piece: str, stop: Callable[[], bool]) -> list[int]:
-        """Return the token ids of a piece without special tokens; raise AbandonedError if `stop` returns True."""
+        """Return the token ids of a piece without special tokens.
+
+        Raises:
+            AbandonedError: `stop` returned True. It is called once, before the piece is tokenized.
+        """
         if stop():
             raise AbandonedError
         ids = None if self._words is None else self._words.bare(piece)

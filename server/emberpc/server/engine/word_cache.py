@@ -19,9 +19,9 @@ from tokenizers import Tokenizer
 Ids = tuple[int, ...]
 
 _PUNCTUATION = r"!-/:-@\[-`{-~"
-#: Matches a unit of the cache: a run of punctuation, in which each sign is a word of the tokenizer, or a run of other
-#: characters without white space. A run of other characters may hold control characters: BERT's normalizer removes them
-#: and joins the characters around them.
+#: Matches a unit of the cache: at most 32 signs of punctuation, each of which is a word of the tokenizer, or a run of
+#: other characters without white space. A run of other characters may hold control characters: BERT's normalizer
+#: removes them and joins the characters around them.
 _WORD = re.compile(rf"[{_PUNCTUATION}]{{1,32}}|[^ \t\n\r{_PUNCTUATION}]+")
 #: The end of a match is a place where a text may be cut: the ids of the parts, one after the other, are the ids of the
 #: text. Every text may be cut after white space (`_BLANK`), since no added token contains white space. A text without
@@ -76,7 +76,10 @@ class WordCache:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> WordCache | None:
-        """Return a cache for a tokenizer; None if the ids of a word may depend on the text around the word."""
+        """Return a cache for a tokenizer; None if the ids of a word may depend on the text around the word.
+
+        None also if it is unknown which special tokens come before and after a text.
+        """
         known = json.loads(tokenizer.to_str())
         normalizer, cutter, model = (
             (known[name] or {}).get("type") for name in ("normalizer", "pre_tokenizer", "model")

@@ -20,12 +20,12 @@ from emberpc.server.errors import items_of
 
 log = logging.getLogger(__name__)
 
-#: Most tokens of a micro-batch, padding included, before the measurement, and on hosts where the measurement fails.
+#: Most tokens of a micro-batch, padding included, until a measurement ends, unless the settings state another number.
 DEFAULT_BATCH_TOKENS = 512
 #: Measured sizes of micro-batches, in tokens. Smaller batches do not keep the arithmetic units of a core busy. Larger
 #: batches do not fit into the caches of a processor.
 _CANDIDATES = (128, 256, 512, 1024)
-#: Tokens of each text of the measured batches.
+#: Tokens of each text of the measured batches, or the model's length limit if that is less.
 _TEXT_TOKENS = 32
 #: Runs of each size. The sizes take turns. The fastest run counts, since other work on the host only makes runs slower.
 _ROUNDS = 3

@@ -23,8 +23,8 @@ Result = TypeVar("Result")
 class Loader:
     """Loads, reloads and unloads the models of a registry.
 
-    Callers pass these changes to `submit`, which runs them one after the other on one thread. So two changes of one
-    model never overlap, and loading takes no thread that calls need.
+    `load`, `reload` and `unload` run on the calling thread. Callers pass them to `submit`, which runs them one after
+    the other on one thread. So two changes of one model never overlap, and loading takes no thread that calls need.
 
     Args:
         registry: the models.
@@ -80,9 +80,10 @@ class Loader:
             on_stage: receives the name of each stage as it begins.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the name is malformed, or the path names no folder or leads out of the
-                models directory; ALREADY_EXISTS if a model has the name; FAILED_PRECONDITION if there is no models
-                directory or the bundle cannot be served.
+            ServiceError: INVALID_ARGUMENT if the name is malformed, or the path names no folder, leads out of the
+                models directory, contains a symbolic link, or has a part that starts with a dot; ALREADY_EXISTS if a
+                model has the name; FAILED_PRECONDITION if there is no models directory, or the bundle cannot be served
+                or has no such variant.
         """
         if not NAME.fullmatch(name):
             raise invalid("name", f"is {name!r}; it must be 1 to 128 letters, digits, '.', '_' and '-'")
@@ -112,9 +113,9 @@ class Loader:
             The new version.
 
         Raises:
-            ServiceError: NOT_FOUND if no model has that name; INVALID_ARGUMENT if the path names no folder or leads out
-                of the models directory; FAILED_PRECONDITION if there is a path but no models directory, or the bundle
-                cannot be served.
+            ServiceError: NOT_FOUND if no model has that name; INVALID_ARGUMENT if the path is wrong, as for `load`;
+                FAILED_PRECONDITION if there is a path but no models directory, or the bundle cannot be served or has no
+                such variant.
         """
         served = self._registry.get(name)
         folder = self._folder(path) if path else served.folder

@@ -57,9 +57,9 @@ class Model:
         tokenizer: tokenizer of the model.
         encoder: encoder of the model, which other models may share.
         head: head of a classifier if the encoder does not compute the logits itself, else None.
-        size_bytes: bytes of the ONNX file.
+        size_bytes: bytes of the ONNX file, without external weight files.
         loaded: when the model was loaded, in UTC.
-        fingerprint: SHA-256 (hex) of all bytes that determine the model's vectors.
+        fingerprint: SHA-256 (hex) of all bytes that determine the model's vectors, except the length limit.
         classifier_fingerprint: SHA-256 (hex) of all that determines a classifier's labels; empty for other models.
         legacy_fingerprint: fingerprint by the rule of older versions; empty if that rule does not cover all weights.
     """
@@ -114,8 +114,9 @@ class Model:
             on_stage: receives the name of each stage as it begins.
 
         Raises:
-            ModelLoadError: a file is missing, damaged or cannot be loaded by ONNX Runtime; the outputs differ from
-                those at export; or an option is missing or wrong.
+            ModelLoadError: a file is missing, damaged or cannot be loaded by ONNX Runtime; there is no such variant;
+                the outputs differ from those at export, or, of a foreign folder, alone and in a batch; or an option is
+                missing or wrong.
         """
         loading = _Loading()
         try:

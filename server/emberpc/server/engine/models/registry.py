@@ -150,12 +150,17 @@ class Registry:
         return None if version is None else version.model
 
     def calls(self, name: str) -> int:
-        """Return the number of calls that use the served version of a model; 0 if no model has that name."""
+        """Return the number of calls that use the served version of a model; 0 if no model has that name.
+
+        Calls that still use a replaced version are not counted.
+        """
         with self._lock:
             return len(self._versions[name].calls) if name in self._versions else 0
 
     def find(self, name: str, task: Task | None = None, field: str = "model") -> Model:
         """Return a model for a call; the running asyncio task holds this version of the model until the task ends.
+
+        Outside of an asyncio task, the version is not held.
 
         Args:
             name: name of the model; empty: the only served model for the task.

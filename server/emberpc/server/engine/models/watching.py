@@ -45,7 +45,7 @@ class ModelsDirectory:
     model stays. If a call unloaded the model, it is loaded again only when the folder changes.
 
     Args:
-        folder: the directory.
+        folder: the directory. It must be the models directory of `loader`.
         registry: the models.
         loader: changes the models; its thread runs `poll`.
         reserved: names that this directory may not serve.
@@ -64,6 +64,8 @@ class ModelsDirectory:
 
     def poll(self) -> None:
         """Load new subfolders, reload those whose manifest changed, and unload models whose subfolder is gone.
+
+        A model is unloaded only when two polls in a row miss its subfolder.
 
         Errors are logged, not raised. If the directory cannot be read, all models stay.
         """

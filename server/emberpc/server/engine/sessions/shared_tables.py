@@ -65,7 +65,8 @@ def _tables_of(model: Message, folder: Path, contents: Contents) -> Tables:
 def _table(tensor: Message, folder: Path, contents: Contents) -> tuple[bytes, npt.NDArray[np.generic] | None]:
     """Return the name of a tensor and a read-only view of its values.
 
-    The view is None if the tensor has less than 1 MiB, an unsupported type, or values that are stored otherwise.
+    The view is None if the tensor has less than 1 MiB, an unsupported type, or values of another length than its shape
+    says or in another field than `raw_data`.
 
     Args:
         tensor: the tensor, a message of the ONNX file.
