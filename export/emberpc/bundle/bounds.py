@@ -14,7 +14,10 @@ _TINY = 1e-6
 
 
 def cosines(expected: npt.NDArray[np.float32], got: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return the cosine of each row of `expected` and the same row of `got`, float32 (rows,); 1 for zero rows."""
+    """Return the cosine of each row of `expected` and the same row of `got`, float32 (rows,).
+
+    It is 1 if both rows are shorter than 1e-6, and near 0 if only one of them is.
+    """
     lengths = np.stack([np.linalg.norm(expected, axis=1), np.linalg.norm(got, axis=1)])
     found = (expected * got).sum(axis=1) / np.maximum(lengths.prod(axis=0), _TINY**2)
     return np.asarray(np.where((lengths < _TINY).all(axis=0), 1.0, found), dtype=np.float32)
@@ -30,7 +33,7 @@ class Bound:
 
     #: Least cosine between the outputs of a text by the variant and by fp32.
     cosine_min: float
-    #: Greatest difference of one value, as a share of the largest magnitude in fp32's outputs.
+    #: Greatest difference of one value, as a share of the largest magnitude in fp32's outputs for all compared texts.
     difference_max: float
     #: Least mean, over the texts, of the cosine between the outputs by the variant and by fp32.
     cosine_mean: float = 0.0

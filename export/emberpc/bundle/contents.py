@@ -61,6 +61,8 @@ class Contents:
     def sha256_of_part(self, path: Path, offset: int = 0, length: int | None = None) -> bytes:
         """Return the SHA-256, as 32 bytes, of a part of the content that `read` returns for a file.
 
+        It is computed at each call.
+
         Args:
             path: the file.
             offset: start of the part, in bytes.

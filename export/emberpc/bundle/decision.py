@@ -72,8 +72,9 @@ def _float64(logits: Scores) -> npt.NDArray[np.float64]:
 class LabelDecisions:
     """Decisions on texts.
 
-    `probabilities` is float64 (texts, labels). `ranking` has the indexes of the labels of each text, best first, int64
-    (texts, labels). `labels` is bool (texts, labels) and all false for a rejected text. `rejected` is bool (texts,).
+    `probabilities` is float64 (texts, labels), also of a rejected text. `ranking` has the indexes of the labels of each
+    text, best first, int64 (texts, labels). `labels` is bool (texts, labels) and all false for a rejected text.
+    `rejected` is bool (texts,).
     """
 
     probabilities: npt.NDArray[np.float64]
@@ -87,8 +88,9 @@ class DecisionRule:
     """Rule by which a classifier decides on labels.
 
     `temperature`, above 0, divides the logits before they become probabilities. `thresholds` has the least probability
-    of each label of a multi-label classifier; empty: 0.5 for each. A text whose best logit is below `rejection_logit`
-    is rejected; None: no text is. `multi_label`: whether a text may have several labels.
+    of each label of a multi-label classifier; empty: 0.5 for each. Other classifiers ignore it. A text whose best
+    logit, before the temperature, is below `rejection_logit` is rejected; None: no text is. `multi_label`: whether a
+    text may have several labels.
     """
 
     temperature: float = 1.0

@@ -37,7 +37,8 @@ from emberpc.bundle.peers import (
 from emberpc.bundle.reading import TOKENIZER_NAME, Bundle, read_bundle, sha256_of
 from emberpc.bundle.tokenizer_settings import check_tokenizer
 
-#: Texts on which a model without reference outputs is tried. Their lengths differ, so that a batch of them is padded.
+#: Texts on which a model without reference outputs is tried, alone and in one batch. Their lengths differ, so that the
+#: batch is padded.
 PROBES = (
     "a kitten asleep on the sofa",
     "Interest rates rose again this spring, and lenders expect another rise before the year is out.",
@@ -52,11 +53,14 @@ _EXPORTED = ("Dense",)
 
 @dataclass(frozen=True)
 class Stated:
-    """Model options: settings that the user states for a foreign model. An empty setting is read from the folder."""
+    """Model options: settings that the user states for a foreign model. An empty setting is read from the folder.
+
+    `pooling` is one of `POOLINGS`; `output` is the name of an output of the graph.
+    """
 
     #: The ONNX file, as a path in the folder.
     file: str = ""
-    #: Role and name of each input as `ROLE=NAME`, separated by colons; see `emberpc.bundle.interface.ROLES`.
+    #: Role and name of each input as `ROLE=NAME`, separated by colons; see `emberpc.bundle.interface.find_inputs`.
     inputs: str = ""
     output: str = ""
     pooling: str = ""
@@ -253,11 +257,12 @@ def _model_file(folder: Path, stated: str) -> str:
 
     Args:
         folder: the foreign folder.
-        stated: the model option `file`; empty: the usual name, or else the only ONNX file.
+        stated: the model option `file`; empty: `onnx/model.onnx`, else `model.onnx`, else the only ONNX file in the
+            folder and in `onnx`.
 
     Raises:
         BundleError: there is no such file, or it lies outside the folder.
-        UnstatedError: there are several ONNX files, and none has a usual name.
+        UnstatedError: there are several ONNX files, and none is called `model.onnx`.
     """
     if stated:
         _plain(folder, stated)
@@ -288,7 +293,9 @@ def _plain(folder: Path, name: str) -> None:
 
 
 def _dimensions(config: dict[str, Any], output: Tensor, task: Task, stated: Stated) -> int:
-    """Return the dimensions of a text's vector; 1 for a classifier, which returns no vectors.
+    """Return the dimensions of a text's vector: as stated, else the output's width, else the width in config.json.
+
+    1 for a classifier, which returns no vectors.
 
     Raises:
         UnstatedError: neither the options, nor the graph, nor config.json states the dimensions.

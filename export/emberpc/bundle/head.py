@@ -53,7 +53,8 @@ class Head:
             labels: number of labels that the head must have.
 
         Raises:
-            BundleError: the file is missing or damaged, or has other numbers of dimensions or labels.
+            BundleError: the file is missing, damaged or larger than `MAX_HEAD_BYTES` when unpacked, or has other
+                numbers of dimensions or labels.
         """
         path = folder / HEAD_NAME
         arrays = read_arrays(path, "a head", MAX_HEAD_BYTES)

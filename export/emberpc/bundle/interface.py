@@ -33,7 +33,8 @@ ROLES = tuple(_ROLE_NAMES)
 #: Roles that the model option `inputs` may state by the order of the names alone, without `ROLE=`.
 _IN_ORDER = ROLES[:3]
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
-#: Least divisor of a mean and of a normalization, so that nothing is divided by 0; sentence-transformers has the same.
+#: Least divisor of a mean and of a normalization, so that nothing is divided by 0. sentence-transformers uses the same
+#: number for the mean.
 _TINY = 1e-9
 
 Integers = npt.NDArray[np.int64]
@@ -154,7 +155,7 @@ def pool(tokens: Matrix, mask: npt.NDArray[np.integer], pooling: str) -> Matrix:
 
     Args:
         tokens: vectors of the tokens, float32 (texts, tokens, dimensions).
-        mask: int (texts, tokens), 1 for each token and 0 for padding.
+        mask: int (texts, tokens), 1 for each token and 0 for padding. Each text has at least one token.
         pooling: one of `POOLINGS`.
 
     Returns:
@@ -177,7 +178,8 @@ def find_inputs(graph: Graph, stated: str = "", first_position: int | None = Non
     Args:
         graph: the graph.
         stated: the model option `inputs`: `ROLE=NAME` of each input, separated by colons; or at most three names
-            without roles, in the order of `ROLES`. Empty: roles are found by name.
+            without roles, in the order of `ROLES`, if no name has a known role of another place. Empty: roles are found
+            by name.
         first_position: position of a text's first token; None: unknown.
 
     Returns:
@@ -270,8 +272,10 @@ def _role(name: str) -> str:
 def find_output(graph: Graph, task: Task | None, stated: str = "") -> Tensor:
     """Return the output of a graph to read.
 
-    For a classifier, this is the output `logits`. For an embedding model, it is the output with a vector for each text
-    or, without one, with a vector for each token; known names come before other outputs of a suitable shape.
+    For a classifier, this is the output `logits`. For an embedding model, it is an output with a known name: one with a
+    vector for each text, else one with a vector for each token. Without a known name, it is the only output with two
+    dimensions, else the only output with three. `pooler_output` and, for an embedding model, `logits` are returned only
+    if they are stated.
 
     Args:
         graph: the graph.
@@ -280,7 +284,7 @@ def find_output(graph: Graph, task: Task | None, stated: str = "") -> Tensor:
 
     Raises:
         BundleError: there is no output `stated` with float values.
-        UnstatedError: no output is suitable, or several are; the error has the model option that states the output.
+        UnstatedError: none of these rules finds an output; the error has the model option that states the output.
     """
     outputs = {tensor.name: tensor for tensor in graph.outputs if tensor.type.startswith("tensor(float")}
     if stated:

@@ -238,7 +238,7 @@ class Manifest:
 
     @property
     def decision_rule(self) -> DecisionRule:
-        """Rule by which the classifier decides on labels; without meaning for an embedding model."""
+        """The rule by which the classifier decides on labels; without meaning for an embedding model."""
         return DecisionRule(self.temperature, self.thresholds, self.rejection_logit, self.multi_label)
 
     def legacy_fingerprint(self, variant: str = "") -> str:

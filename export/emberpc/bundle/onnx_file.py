@@ -14,7 +14,7 @@ from emberpc.bundle.errors import BundleError
 from emberpc.bundle.hashing import sha256_of_part
 from emberpc.bundle.protobuf import Message
 
-# Field numbers of onnx.proto.
+# Field numbers of onnx.proto; `_EXTERNAL` is the value EXTERNAL of the field TensorProto.data_location.
 _MODEL_GRAPH, _MODEL_OPSET, _MODEL_TRAINING, _MODEL_FUNCTION = 7, 8, 20, 25
 _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_SPARSE = 1, 5, 11, 15
 _FUNCTION_NODE = 7
@@ -91,8 +91,8 @@ def output_digest(folder: Path, model: str, output: str, contents: Contents | No
 
     The digest covers the operators that the output depends on, with their attributes, their weights (in the ONNX file
     or in external files), and the versions of the operator sets. Names of values, other outputs and documentation do
-    not count. If the graph has unsupported parts, such as loops or functions, the digest covers all bytes of the
-    model's files.
+    not count. If the graph has no such output, or has unsupported parts, such as loops or functions, the digest covers
+    all bytes of the model's files.
 
     Args:
         folder: the model's folder; no file may lie outside it.

@@ -27,7 +27,8 @@ _POOLING_STATED = ("pooling_mode", "embedding_dimension", "word_embedding_dimens
 _MOST_TOKENS = 100_000
 #: Keys of the tokenizer's limit in tokens. transformers uses the first of these keys that is stated.
 _LENGTH_KEYS = ("model_max_length", "max_len")
-#: Files with the settings of the Transformer module. sentence-transformers uses the first of these files that exists.
+#: Files with the settings of the Transformer module. sentence-transformers uses the first of these files that exists;
+#: `read_transformer` uses the first that exists and is no empty object.
 _TRANSFORMER_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -206,7 +207,10 @@ def read_first_position(config: dict[str, Any]) -> int | None:
 
 
 def transformer_folder(folder: Path) -> Path:
-    """Return the folder of the encoder's own files: the folder itself, or its `0_Transformer` in the older layout.
+    """Return the folder of the encoder's own files.
+
+    It is the folder of the first module if `modules.json` lists a Transformer first, such as `0_Transformer` in the
+    older layout; otherwise `folder` itself.
 
     Raises:
         BundleError: `modules.json` is not a list of modules, or a module's folder lies outside `folder`.
@@ -246,7 +250,8 @@ def tokenizer_keywords(settings: dict[str, Any]) -> list[dict[str, Any]]:
 def read_max_tokens(folder: Path, config: dict[str, Any]) -> int | None:
     """Return the number of tokens after which sentence-transformers truncates a text; None if no limit is stated.
 
-    The limit is that of the Transformer module, or else the tokenizer's, but at most the number of positions.
+    The limit is that of the Transformer module, or else the tokenizer's, but at most the number of positions. A limit
+    of 100,000 or more counts as not stated.
 
     Args:
         folder: the model's folder.

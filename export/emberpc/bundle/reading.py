@@ -28,7 +28,7 @@ _REEXPORT = "copy the bundle again or export the model again"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder whose manifest was read and whose files were checked.
+    """A folder whose manifest was read and whose files were checked. Their hashes are checked only on request.
 
     `foreign` is the interface of the graph of a foreign folder (see `emberpc.bundle.foreign`), which has no reference
     outputs; None for a bundle. `legacy_covers_weights`: whether the fingerprint of the old scheme covers all files with
@@ -91,8 +91,8 @@ class Bundle:
             contents: reads the ONNX file; None: it is read from disk.
 
         Raises:
-            BundleError: the ONNX file cannot be read, or a file that it names is missing, lies outside the folder or is
-                not listed in the manifest.
+            BundleError: there is no such variant; or the ONNX file cannot be read, or a file that it names is missing,
+                lies outside the folder or is not listed in the manifest.
         """
         found = external_files(self.folder, self.manifest.variant(variant).path, contents)
         for name in found:
@@ -101,7 +101,7 @@ class Bundle:
         return found
 
     def fingerprint(self, variant: str = "", *, headless: bool = False, contents: Contents | None = None) -> str:
-        """Return a SHA-256 (hex) of all bytes that decide the model's vectors.
+        """Return a SHA-256 (hex) of all bytes that decide the model's vectors, except `max_tokens`.
 
         Vectors of two models with equal fingerprints may be in one collection. Their ONNX files may differ if they
         compute the vectors in the same way: a classifier with a head has the fingerprint of the embedding model that
@@ -113,8 +113,8 @@ class Bundle:
             contents: reads the files; None: they are read from disk now.
 
         Raises:
-            BundleError: a file cannot be read, or a file with weights is missing, lies outside the folder or is not
-                listed in the manifest.
+            BundleError: there is no such variant; a file cannot be read; or a file with weights is missing, lies
+                outside the folder or is not listed in the manifest.
         """
         manifest, model = self.manifest, self.manifest.variant(variant).path
         self.external_files(variant, contents)  # raises if the manifest lacks one
@@ -235,7 +235,8 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a bundle; no other file is read.
 
     Raises:
-        BundleError: the folder or the manifest is missing, or the manifest is invalid.
+        BundleError: the folder or the manifest is missing; or the manifest is a symbolic link, is larger than
+            `MAX_MANIFEST_BYTES`, is invalid, or does not list the tokenizer and the file of each variant.
     """
     if not folder.is_dir():
         raise BundleError(f"{folder}: there is no such folder")

@@ -44,7 +44,8 @@ class Reference:
         """Read texts and outputs from `reference.npz` in a folder.
 
         Raises:
-            BundleError: the file is missing or damaged, or has no texts.
+            BundleError: the file is missing, damaged or larger than `MAX_REFERENCE_BYTES` when unpacked, has no texts,
+                or has another number of outputs than of texts.
         """
         path = folder / REFERENCE_NAME
         arrays = read_arrays(path, "reference outputs", MAX_REFERENCE_BYTES)

@@ -198,7 +198,8 @@ def _normalizer_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Confli
 def _prefix_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Conflicts:
     """Yield key, stated value and value in `tokenizer.json` of `add_prefix_space`, if the two values differ.
 
-    The setting says whether a blank is put before a text. transformers takes false if it is not stated.
+    The setting says whether a blank is put before a text. transformers takes false if it is not stated. Only a
+    ByteLevel pre-tokenizer has the setting.
     """
     own = tokenizer.pre_tokenizer
     if own.get("type") == "ByteLevel":
@@ -211,7 +212,7 @@ def _end_token_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Conflic
     """Yield key, stated value and value in `tokenizer.json` of `add_bos_token` and `add_eos_token`, if the two differ.
 
     The settings say whether a special token is put before and after each text. Only tokenizers of some classes, such as
-    Llama's, apply these settings.
+    Llama's, apply these settings. A setting that is not stated is no conflict.
     """
     template = tokenizer.template()
     if not template or not _has_class(settings, _LLAMA_LIKE):

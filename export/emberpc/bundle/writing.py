@@ -24,8 +24,9 @@ _SUFFIX = ".emberpc-partial"
 def staged_folder(target: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; rename it to `target` if the block ends without an exception.
 
-    On an exception, Ctrl-C included, the temporary folder is removed and `target` does not change. A process that is
-    killed leaves its temporary folder behind; the next process that writes to the same `target` removes it.
+    The block writes all files of the bundle, the manifest last with `finish_bundle`. On an exception, Ctrl-C included,
+    the temporary folder and the parent folders that were created are removed, and `target` does not change. A process
+    that is killed leaves its temporary folder behind; the next process that writes to the same `target` removes it.
 
     Args:
         target: the bundle's folder. If the folder exists, it must be empty, or hold a bundle with `overwrite` set.
@@ -150,7 +151,8 @@ def finish_bundle(folder: Path, manifest: Manifest) -> Manifest:
         The manifest as written.
 
     Raises:
-        OSError: a file cannot be read or written.
+        BundleError: a file cannot be read, or there are more than 10,000 files.
+        OSError: a file cannot be written or synced.
     """
     manifest_path = folder / MANIFEST_NAME
     files = {}
