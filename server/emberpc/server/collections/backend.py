@@ -267,7 +267,7 @@ class ReembeddingBackend(Protocol):
         """Return at most `count` further records to embed, in the order of their writes; empty: there are none now."""
 
     def source_revisions(self, ids: Sequence[str]) -> dict[str, int]:
-        """Return the present revisions of records of the collection that is reembedded, by id; without missing ids."""
+        """Return the present revisions of records of the source, by id; without missing ids."""
 
     def rewind(self) -> None:
         """Start again at the first record: `next` then returns the records without a new vector."""
@@ -276,10 +276,10 @@ class ReembeddingBackend(Protocol):
         """Store records with their new vectors, float32 (records, dimensions), in the new collection."""
 
     def prune(self) -> None:
-        """Delete the records of the new collection that the collection that is reembedded no longer has."""
+        """Delete the records of the new collection that the source no longer has."""
 
     def is_complete(self) -> bool:
-        """Return whether the new collection has exactly the records of the old one. No write may run meanwhile."""
+        """Return whether the new collection has exactly the records of the source. No write may run meanwhile."""
 
 
 class IndexBackend(Protocol):
@@ -318,7 +318,8 @@ class IndexBackend(Protocol):
         """Change how a collection truncates texts that are too long for its model: `refuse`, `end` or `start`.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no such collection; INVALID_ARGUMENT for any other `truncation`.
+            ServiceError: NOT_FOUND if there is no such collection; INVALID_ARGUMENT for any other `truncation`;
+                RESOURCE_EXHAUSTED if the disk is full.
         """
 
     def rebind(self, name: str, legacy: str, fingerprint: str) -> CollectionBackend:

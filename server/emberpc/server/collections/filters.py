@@ -18,11 +18,14 @@ from emberpc.server import cancellation
 #: A string, a number (a double), a boolean or null.
 Value = str | float | bool | None
 
-#: Limits of a filter: levels of nested conditions, conditions in all, conditions in one list, and values in one
-#: membership. They keep the SQL expression far below SQLite's limit of 1000 nested levels.
+#: Most levels of nested conditions in a filter. The limits of a filter keep its SQL expression far below SQLite's limit
+#: of 1000 nested levels.
 MAX_DEPTH = 32
+#: Most conditions in a filter, nested ones included.
 MAX_CONDITIONS = 256
+#: Most conditions in one list of a filter.
 MAX_LIST = 100
+#: Most values in one membership.
 MAX_VALUES = 10_000
 #: Most characters of the name of a field, dots and backslashes included.
 MAX_FIELD = 1000

@@ -226,9 +226,8 @@ def best_of(found: Sequence[tuple[Labels, Matrix]], k: int) -> tuple[Labels, Mat
 def graph_scores(distances: Matrix, distance: Distance) -> Matrix:
     """Convert distances that hnswlib returned for prepared vectors to scores, float32 of the same shape.
 
-    A greater score is nearer.
-    The score is the cosine, the dot product, or the negative Euclidean distance. hnswlib's distance is 1 - product, or
-    the squared Euclidean distance.
+    The score is the cosine, the dot product, or the negative Euclidean distance; a greater score is nearer. hnswlib's
+    distance is 1 - product, or the squared Euclidean distance.
     """
     if distance is Distance.EUCLIDEAN:
         return -np.sqrt(np.maximum(distances, 0))

@@ -240,7 +240,7 @@ class Plan:
 
 
 class SearchOutcome(NamedTuple):
-    """The hits of one query, nearest first, each with its score (greater is nearer), and the plan."""
+    """The hits of one query, best first, each with its score (greater is better), and the plan."""
 
     hits: list[tuple[StoredRecord, float]]
     plan: Plan

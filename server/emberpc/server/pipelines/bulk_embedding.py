@@ -25,9 +25,9 @@ GROUPS = 8
 #: Codes of errors that are not the fault of a text. Work that stores the vectors (upsert streams, jobs) ends with such
 #: an error or retries, and does not count the texts as failed. An embedding stream ends only with UNAVAILABLE.
 SERVER_ERRORS = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED})
-#: Seconds for which a group retries while the queue is full; and the shortest and the longest pause between two tries,
-#: in seconds.
+#: Seconds for which the texts of a group are tried again while the queue is full.
 _RETRY_SECONDS = 20.0
+#: The shortest and the longest pause between two tries, in seconds; within them, the error says how long to wait.
 _PAUSES = (0.05, 2.0)
 
 _PATH = items_of("items", "text")
@@ -58,7 +58,7 @@ class BulkEmbedder:
         truncation: the truncation of long texts.
         caller: the caller of the stream or job.
         request_id: the request id of the stream, or the name of the job, for the log.
-        ending: codes of the errors that `embed` raises. Errors with other codes fail single texts.
+        ending: codes of the errors that `embed` raises. Errors with other codes fail texts.
     """
 
     engine: Engine

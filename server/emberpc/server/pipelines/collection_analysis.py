@@ -88,7 +88,7 @@ class CollectionAnalysis:
     async def clusters(
         self, collection: CollectionBackend, count: int, examples: int, caller: Caller
     ) -> Sequence[Cluster]:
-        """Cluster the records of a collection by their vectors. It may be empty if the deadline passes meanwhile.
+        """Return clusters of a collection's records by their vectors; maybe none if the deadline passes meanwhile.
 
         Args:
             collection: the collection.

@@ -48,7 +48,7 @@ class TextMessage:
         texts: the texts; may be empty.
         release: called when the stream keeps nothing large of the message any more: at once if the ids and the accepted
             texts have fewer than 65,536 characters together, otherwise when the last text stops waiting. Not called for
-            texts that still wait when the stream ends with an error.
+            texts that still wait when the stream ends early.
     """
 
     texts: Sequence[StreamText]
@@ -105,9 +105,9 @@ class EmbeddingStream:
         request_id: the request id, for the log.
 
     Raises:
-        ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if it is no embedding model;
-            INVALID_ARGUMENT for options that the model does not support; RESOURCE_EXHAUSTED if the queue is full or the
-            deadline cannot be met.
+        ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if it is no embedding model, or none is
+            served; INVALID_ARGUMENT for options that the model does not support, or if several models are served and
+            none is named; RESOURCE_EXHAUSTED if the queue is full or the deadline cannot be met.
     """
 
     def __init__(

@@ -20,9 +20,9 @@ from emberpc.server.cancellation import Cancellation
 from emberpc.server.engine import Caller
 from emberpc.server.pipelines.slots import Slots
 
-#: Most heavy calls that wait for a thread, and most writes of one collection that wait. A waiting call keeps its
-#: request in memory.
+#: Most heavy calls that wait for a slot. A waiting call keeps its request in memory.
 _MAX_HEAVY_WAITING = 256
+#: Most writes of one collection that wait for a slot. A waiting write keeps its request in memory.
 _MAX_WRITES_WAITING = 1024
 #: Most writes of a collection at a time: while the first holds the collection's lock, the second checks its records.
 _WRITERS = 2

@@ -251,7 +251,7 @@ class _Job:
             return False
         if await self._in_pool(self._index.switch, self.reembedding):
             return True
-        # A record was written meanwhile. Writes wait during the next step, so that it can succeed.
+        # A record was written meanwhile. Writes wait during the next step, so that the switch can succeed.
         self.writable.clear()
         self._switch_tries += 1
         if self._switch_tries % _SWITCH_TRIES == 0:
@@ -263,7 +263,8 @@ class _Job:
     async def _embed_and_store(self, records: Sequence[StoredRecord]) -> None:
         """Embed the texts of records, and store the records with their new vectors.
 
-        A record that cannot be embedded is noted in `self._failed` instead.
+        A record that cannot be embedded is noted in `self._failed` instead. If no record failed before, the problem of
+        the job is cleared.
 
         Raises:
             ServiceError: any error of the index, or an error of the engine with a code of `SERVER_ERRORS`.

@@ -25,8 +25,9 @@ from emberpc.server.collections.types import Matrix
 from emberpc.server.errors import ServiceError
 from emberpc.server.pipelines.index_pool import IndexPool
 
-#: Most queries of a group, and the seconds that a group should take at most. A single search may have more queries.
+#: Most queries of a group; a group of a single search may have more.
 _MAX_QUERIES = 64
+#: Seconds that a group should take at most; a group of a single search may take longer.
 _GROUP_SECONDS = 0.01
 #: Seconds for one query. If the queries of a key take longer, several small groups use the cores better than one large
 #: group.

@@ -33,9 +33,9 @@ from emberpc.server.pipelines.model_binding import collection_model
 from emberpc.server.pipelines.reembedding import ReembeddingJobs
 from emberpc.server.pipelines.stream_tasks import cancel_tasks, next_message
 
-#: No message is read while this many records, or this many messages, are in flight. Two messages may be in flight with
-#: any number of records, but not with any number of bytes (`_MAX_BYTES`).
+#: No message is read while two or more messages with at least this many records together are in flight.
 _MAX_RECORDS = GROUP_TEXTS * GROUPS
+#: No message is read while this many messages are in flight.
 _MAX_MESSAGES = 64
 #: Another message is read only while the messages in flight have fewer bytes than this, or no message is in flight.
 #: Messages with vectors are ready long before the embedding of an earlier message ends: without this limit, 4 streams
@@ -178,7 +178,8 @@ class UpsertStream:
             ServiceError: INVALID_ARGUMENT if the message names another collection, has a number that is not greater
                 than the last, or has too many records. If its texts must be embedded: NOT_FOUND if the collection's
                 model is not served; FAILED_PRECONDITION if the collection has no model or another model made its
-                vectors; RESOURCE_EXHAUSTED if the queue is full and these are the first texts of the stream.
+                vectors; for the first texts of the stream, RESOURCE_EXHAUSTED if the queue is full or the deadline
+                cannot be met.
         """
         name = self._collection.spec.name
         if message.collection not in ("", name):
@@ -271,7 +272,7 @@ class UpsertStream:
         Raises:
             ServiceError: NOT_FOUND if the collection's model is not served; FAILED_PRECONDITION if the collection has
                 no model or another model made its vectors; RESOURCE_EXHAUSTED, for the first embedder of the stream, if
-                the queue is full.
+                the queue is full or the deadline cannot be met.
         """
         truncation = message.truncation or Truncation(self._collection.spec.truncation)
         embedder = self._embedders.get(truncation)
