@@ -65,9 +65,9 @@ class Inference:
         output: float32 (texts, width): vectors or logits, one row for each text.
         tokens: the number of tokens of each text, after truncation.
         truncated: whether each text was truncated.
-        tokenize_seconds: wall time of tokenizing.
+        tokenize_seconds: wall time of tokenizing, with the wait for a thread.
         queue_seconds: wall time in the queue, and of waiting for other calls that ran the same texts.
-        infer_seconds: wall time of the model's runs.
+        infer_seconds: wall time from the start of the call's first batch to the end of its last batch.
     """
 
     output: Output

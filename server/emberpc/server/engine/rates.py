@@ -19,7 +19,10 @@ _FIRST_RATE = 2000.0
 
 
 class Rates:
-    """Measured tokens per second of one worker. `usual` is the median of the last 9 batches. Not thread-safe."""
+    """Measured tokens per second of one worker. Not thread-safe.
+
+    `usual` is the median of the last 9 batches; 2000 before the first.
+    """
 
     def __init__(self) -> None:
         self._latest: deque[float] = deque(maxlen=_RATE_BATCHES)

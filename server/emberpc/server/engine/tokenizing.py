@@ -318,6 +318,8 @@ class TextTokenizer:
     ) -> list[int]:
         """Return the token ids of a truncated text, with prompt and special tokens: as many as the model reads.
 
+        With START, a prompt is not cut, even if it alone has more tokens.
+
         Args:
             prompt: the prompt before the text.
             text: the text.

@@ -61,13 +61,14 @@ class Encoder:
         """Run the token ids of texts as one batch; return float32 (texts, width).
 
         Args:
-            batch: token ids of each text.
+            batch: token ids of each text, at least one text.
             threads: number of threads that the run may use. Several threads need a second session, which takes the
                 memory of the model again, without the large tables. The first run with several threads starts to load
                 the second session in the background. Runs use one thread until the second session is loaded, and always
                 if it is no faster.
 
         Raises:
+            BundleError: the output has another number of axes than the interface expects.
             Exception: ONNX Runtime failed; its exceptions have no common base class.
         """
         if threads > 1 and self._widener is None:

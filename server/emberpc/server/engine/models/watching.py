@@ -117,7 +117,8 @@ class ModelsDirectory:
     def _deal_with(self, name: str) -> _Outcome:
         """Load or reload the model of a subfolder that is new or has changed; return whether that succeeded or failed.
 
-        A model that was loaded from another place, or whose manifest is the same, stays as it is. A failure is logged.
+        A model that was loaded from another place, whose name is reserved, or whose manifest is the same, stays as it
+        is; this counts as success. A failure is logged.
 
         Raises:
             OSError: the manifest cannot be read.
