@@ -4,7 +4,10 @@ from __future__ import annotations
 
 
 class BundleError(Exception):
-    """A folder is not a bundle, or the bundle is damaged. The message names the file, the problem and the remedy."""
+    """A bundle or foreign folder is missing, damaged or unsupported, an option is wrong, or its loading was cancelled.
+
+    The message names the problem and, where there is one, the file and the remedy.
+    """
 
 
 class UnstatedError(BundleError):

@@ -76,7 +76,8 @@ class Stated:
         """Validate model options, given by name, and return them.
 
         Raises:
-            BundleError: an option is unknown, or its value is not allowed.
+            BundleError: an option is unknown, or its value is not allowed. `pooling` and `normalize` may be missing,
+                but not empty.
         """
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in options if name not in known]:

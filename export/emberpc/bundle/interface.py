@@ -178,8 +178,8 @@ def find_inputs(graph: Graph, stated: str = "", first_position: int | None = Non
     Args:
         graph: the graph.
         stated: the model option `inputs`: `ROLE=NAME` of each input, separated by colons; or at most three names
-            without roles, in the order of `ROLES`, if no name has a known role of another place. Empty: roles are found
-            by name.
+            without roles, in the order of `ROLES`. If one of these names has a known role, each must have the role of
+            its place. Empty: roles are found by name.
         first_position: position of a text's first token; None: unknown.
 
     Returns:
@@ -239,8 +239,8 @@ def _stated_roles(stated: str, names: Sequence[str]) -> dict[str, str]:
     entries = [entry for entry in stated.split(":") if entry]
     pairs = [(role, name) for role, equals, name in (entry.partition("=") for entry in entries) if equals]
     if not pairs:
-        # Names without roles are read in the order of the roles, but only if no name has a known role. Otherwise the
-        # third input would be fed zeros, whatever it is for.
+        # Names without roles are read in the order of the roles, but only if no name has a known role, or each name has
+        # the role of its place. Otherwise the third input would be fed zeros, whatever it is for.
         pairs = list(zip(ROLES, entries, strict=False))
         roles = [_role(name) for _, name in pairs]
         if len(entries) > len(_IN_ORDER) or (any(roles) and roles != [role for role, _ in pairs]):

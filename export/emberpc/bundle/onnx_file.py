@@ -350,7 +350,12 @@ class _Digests:
         )
 
     def _tensor(self, tensor: Message) -> bytes:
-        """Return the digest of a tensor's type, shape and values, whether in the ONNX file or in an external file."""
+        """Return the digest of a tensor's type, shape and values, whether in the ONNX file or in an external file.
+
+        Raises:
+            _IrregularError: the tensor names an external file but does not have its values there, or see `_external`.
+            BundleError: see `_external`.
+        """
         entries, external = storage_of(tensor)
         digest = hashlib.sha256(b"tensor")
         for number, value in tensor.fields():

@@ -33,9 +33,9 @@ _TRANSFORMER_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-#: Names of the prompts of queries and of passages, in the order in which `encode_query` and `encode_document` of
-#: sentence-transformers 5 look for them.
+#: Name of the prompt of queries that `encode_query` of sentence-transformers 5 looks for.
 _QUERY_NAMES = ("query",)
+#: Names of the prompt of passages, in the order in which `encode_document` of sentence-transformers 5 looks for them.
 _PASSAGE_NAMES = ("document", "passage", "corpus")
 #: Architectures that count a text's positions from the padding token's id + 1, so that lower positions are not used.
 _OFFSET = (
@@ -98,6 +98,8 @@ def _kind(path: str) -> str:
 
 def read_pooling(path: Path) -> str:
     """Return the pooling, one of `POOLINGS`, from the configuration of a Pooling module.
+
+    It is `mean` if the configuration states only the dimension.
 
     Args:
         path: the file, such as `1_Pooling/config.json`, in its older or newer format.
@@ -194,6 +196,8 @@ def read_positions(config: dict[str, Any]) -> int | None:
 
 def read_first_position(config: dict[str, Any]) -> int | None:
     """Return the position of a text's first token; None if config.json does not state the model type.
+
+    It is the padding token's id + 1 for the architectures in `_OFFSET`, and 0 for others.
 
     Args:
         config: content of config.json.

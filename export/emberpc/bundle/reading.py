@@ -50,7 +50,7 @@ class Bundle:
         return self.folder / TOKENIZER_NAME
 
     def interface(self, graph: Graph, *, headless: bool = False) -> Interface:
-        """Return how to call the graph of a variant.
+        """Return how to call the graph of a variant. For a foreign folder, this is known, and `graph` is not used.
 
         Args:
             graph: the graph's inputs and outputs.

@@ -60,7 +60,7 @@ def check_tokenizer(folder: Path, *, feeds_types: bool, contents: Contents | Non
         contents: reads `tokenizer.json`; None: it is read from disk.
 
     Raises:
-        BundleError: a setting contradicts `tokenizer.json` or is not supported, and the error names file and key; or a
+        BundleError: a setting contradicts `tokenizer.json` or is not supported, and the error names the setting; or a
             file cannot be read.
     """
     tokenizer = _Tokenizer(folder / TOKENIZER_NAME, contents)
