@@ -239,7 +239,7 @@ def _scores(queries: Matrix, vectors: Matrix, distance: Distance) -> Matrix:
     if distance is not Distance.EUCLIDEAN:
         products = (vectors @ queries.T).T if len(queries) <= _FEW_QUERIES else queries @ vectors.T
         return _unscaled(products, distance)
-    # Not by |a|² + |b|² - 2ab, which loses distances that are small compared with the lengths.
+    # The distance is not computed by |a|² + |b|² - 2ab: that loses distances that are small compared with the lengths.
     found = np.empty((len(queries), len(vectors)), dtype=np.float32)
     step = max(1, _BLOCK // max(1, queries.shape[1]))
     for row, query in enumerate(queries):

@@ -366,7 +366,7 @@ class Scheduler:
         """Store the output of a batch, run from `start` to `end` (`perf_counter`); send results of complete jobs."""
         tokens = sum(item.length for item in batch)
         finished = []
-        # Copies, since a row that is a view would keep the output of the whole batch in memory.
+        # The rows are copied, since a view would keep the output of the whole batch in memory.
         rows = [np.array(row) for row in output]
         with self._lock:
             # The measured rate is that of one thread, so runs on several threads do not count.

@@ -144,7 +144,7 @@ class IndexPool:
         """Cancel the calls that can be cancelled, and wait until no submitted call is left. The executor stays open."""
         self._closing.set()
         while self._jobs:
-            # The wait must not block the event loop, since cancelled handlers still have to clean up.
+            # The wait must not block the event loop, since the handlers of cancelled calls still have to clean up.
             await asyncio.gather(*(asyncio.wrap_future(job) for job in tuple(self._jobs)), return_exceptions=True)
             await asyncio.sleep(0)
 

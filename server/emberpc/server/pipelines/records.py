@@ -111,7 +111,7 @@ class RecordWriter:
                 InferenceRequest(model, texts, prompt, truncation, path, caller)
             )
             matrix = shape(inference.output, collection.spec.dimensions, unit=model.manifest.normalize)
-        # Without the caller, so that a write that has begun runs to its end if the caller leaves.
+        # The pool does not get the caller, so a write that has begun runs to its end if the caller leaves.
         upsert = partial(collection.upsert, records, matrix, request.expected_revisions)
         return UpsertedRecords(await self._pool.run(upsert, within=writers), inference)
 
@@ -143,8 +143,8 @@ class RecordWriter:
 
         await self._reembedding.wait_writable(name)
         writers = self._pool.writers(name)
-        # With the caller: if the caller leaves while the records that meet the filter are searched for, no record is
-        # deleted.
+        # The pool gets the caller: if the caller leaves while the records that meet the filter are searched for, no
+        # record is deleted.
         return await self._access.call(name, delete, caller, heavy=condition is not None, within=writers)
 
 

@@ -177,7 +177,7 @@ class SearchGroups:
         if queue is None:
             queue = self._queues[key] = _Queue(search.heavy)
             # Calls that arrive together get here in the same iteration of the event loop. The group starts in the next
-            # iteration, so it contains all of them.
+            # iteration, so it can contain all of them.
             loop.call_soon(self._start, loop, key, queue)
         queue.waiting.append((search, outcome))
         if queue.running and queue.running < self._at_once:
