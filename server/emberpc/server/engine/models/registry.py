@@ -258,7 +258,7 @@ class Registry:
             if rest() is not None:
                 gc.collect()  # a failed call may have left a cycle of an exception and its frames
             if (lingering := rest()) is not None:
-                # Another object still refers to the model: for example, a worker to its last job until it has a new job.
+                # Another object still refers to the model, for example a worker to its last job until it has a new job.
                 log.debug("an old version of model %s is still referred to after its last call", lingering.name)
                 weakref.finalize(lingering, self._return_late).atexit = False
                 del lingering
