@@ -9,14 +9,15 @@ import numpy.typing as npt
 
 from emberpc.bundle.errors import BundleError
 
-#: A vector shorter than this counts as zero: it has no direction to compare.
+#: Two vectors that are both shorter than this count as equal: they have no direction to compare. Also the least value
+#: by which a difference is divided.
 _TINY = 1e-6
 
 
 def cosines(expected: npt.NDArray[np.float32], got: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Return the cosine of each row of `expected` and the same row of `got`, float32 (rows,).
 
-    It is 1 if both rows are shorter than 1e-6, and near 0 if only one of them is.
+    It is 1 if both rows are shorter than 1e-6. A zero row has the cosine 0 with a longer row.
     """
     lengths = np.stack([np.linalg.norm(expected, axis=1), np.linalg.norm(got, axis=1)])
     found = (expected * got).sum(axis=1) / np.maximum(lengths.prod(axis=0), _TINY**2)
