@@ -134,8 +134,8 @@ class ReembeddingJobs:
     async def wait_writable(self, name: str) -> None:
         """Wait until the collection with a name accepts writes.
 
-        Writers must call this: the index itself refuses no writes. The wait is only for the time in which the job
-        embeds the latest writes and switches to the new vectors. Without a job, there is no wait.
+        Writers must call this, since the index itself refuses no writes. The wait lasts while the job embeds the latest
+        writes and switches to the new vectors. Without a job, there is no wait.
         """
         job = self._jobs.get(name)
         if job is not None:
