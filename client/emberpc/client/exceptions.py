@@ -41,7 +41,8 @@ class Violation:
     """A wrong field of a request.
 
     Attributes:
-        field: path of the field, such as `texts[3]`. The index is that of the item in the caller's list.
+        field: path of the field, such as `texts[3]`. The index is that of the item in the caller's list. For an item of
+            a stream that failed alone: path in this item; may be empty.
         description: what is wrong with the field, the limit and the remedy.
     """
 
@@ -303,7 +304,7 @@ def from_rpc(failure: RpcFailure, call: Circumstances) -> EmberpcError:
 
 
 def from_status(status: errors_pb2.ErrorStatus) -> EmberpcError:
-    """Convert the error of one item of a stream, as a response states it, to an EmberpcError."""
+    """Convert the error of one item of a stream, as a response states it, to an EmberpcError; paths stay unchanged."""
     request = wire_status.detail(status, errors_pb2.RequestInfo)
     code = _BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN)
     return _error(code, status.message, status, request.request_id if request else "", lambda text: text)
@@ -321,9 +322,10 @@ def _error(
     request_id: str,
     rename: Callable[[str], str],
 ) -> EmberpcError:
-    """Build the exception for a status code and the details of `status`.
+    """Build the exception for a status code, a message and the details of `status`; details may be missing.
 
-    `rename` replaces each index of an item in a text by the index in the caller's list.
+    `rename` replaces each index of an item in a text by the index in the caller's list. A code without a class of its
+    own gives EmberpcError.
     """
     info = wire_status.detail(status, errors_pb2.ErrorInfo) or errors_pb2.ErrorInfo()
     bad_request = wire_status.detail(status, errors_pb2.BadRequest) or errors_pb2.BadRequest()
@@ -343,7 +345,10 @@ def _error(
 
 
 def _own_words(code: grpc.StatusCode, details: str, call: Circumstances) -> str:
-    """Return a message for a status that gRPC or a proxy set; for an unknown case their own message, `details`."""
+    """Return a message for a status that gRPC or a proxy set.
+
+    For any other status it is their own message, `details`, or if that is empty, the names of method and code.
+    """
     if code is grpc.StatusCode.UNAVAILABLE and call.late:
         return (
             f"the connection to {call.target} broke while {call.method} was running; it was not repeated, since its "
@@ -372,12 +377,15 @@ def _own_words(code: grpc.StatusCode, details: str, call: Circumstances) -> str:
 
 
 def _python_words(text: str) -> str:
-    """Replace enum values in a server's message by the client's words, such as END by 'end'."""
+    """Replace enum values in a server's message, outside quotes, by the client's words, such as END by 'end'."""
     return _WIRE_WORD.sub(lambda found: repr(found[1].lower()) if found[1] else found[0], text)
 
 
 def _renumber(text: str, call: Circumstances) -> str:
-    """Replace each index of an item in a message, such as `texts[3]`, by the index in the caller's list."""
+    """Replace each index of an item in a message, such as `texts[3]`, by the index in the caller's list.
+
+    Only items of the field `call.items` are replaced; nothing if it is empty.
+    """
     if not (call.first and call.items):
         return text
     pattern = rf"\b{re.escape(call.items)}\[(\d+)\]"

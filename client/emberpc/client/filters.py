@@ -1,6 +1,6 @@
 """Filters as text: `lang = "en" and year >= 2020`.
 
-    field = value    also !=, <, <=, >, >=; <> is !=
+    field = value    also !=, <, <=, >, >=; == is =, and <> is !=
     field in ("en", "de")    also `not in`
     field starts with "ab"    or field ^= "ab"
     field exists
@@ -33,8 +33,8 @@ Where: TypeAlias = "str | pb.Filter"
 
 #: Most levels of nested conditions in a filter: the server's limit.
 _MAX_DEPTH = 32
-#: Numbers of filters are doubles on the wire. From this number on, a double does not represent every integer, so an
-#: integer from this number on is refused.
+#: Numbers of filters are doubles on the wire, which do not represent every integer beyond this one. So an integer is
+#: refused if it is not below this number, either sign.
 _MAX_WHOLE = 2**53
 _TOKEN = re.compile(
     r"""
@@ -73,14 +73,15 @@ def parse_filter(text: str, name: str = "where") -> pb.Filter:
         name: name of the argument in errors.
 
     Raises:
-        InputError: `text` is not a valid filter; the message states the column, what was expected and what was found.
+        InputError: `text` is not a valid filter, is nested more than 32 levels deep, or has a number that is too large;
+            the message states the column and the problem. Or `text` contains a lone surrogate.
         InputTypeError: `text` is not a str.
     """
     return _Parser(checks.text(text, name), name).parse()
 
 
 def filter_of(where: Where | None, name: str = "where") -> pb.Filter | None:
-    """Return a filter, given as text or message, as a message; None stays None.
+    """Return a filter, given as text or message, as a message; None stays None. A message is not checked.
 
     Args:
         where: the filter.
@@ -120,7 +121,10 @@ class _Token:
 
 
 class _Parser:
-    """Parses the filter `text`, token by token. Errors are InputError and call the filter `name`."""
+    """Parses the filter `text`, token by token. The constructor divides it into tokens, `parse` does the rest.
+
+    Errors of both are InputError, and call the filter `name`.
+    """
 
     def __init__(self, text: str, name: str) -> None:
         self._name = name

@@ -94,7 +94,7 @@ class Collection:
     distance: str
     #: How records whose text has too many tokens are truncated: `refuse`, `end` or `start`.
     truncation: str
-    #: Links of a node of the collection's HNSW graph, per layer.
+    #: The HNSW parameter M: links of a node of the collection's graph, per layer.
     m: int
     #: Number of candidates that an insertion into the collection's HNSW graph keeps.
     ef_construction: int
@@ -132,8 +132,9 @@ class Record:
     #: Seconds after which the record is deleted. In a record to write: counted from the write. In a result: counted
     #: from the response. None: the record is not deleted.
     time_to_live: float | None = field(default=None, compare=False)
-    #: Set by the server: sequence number of the record's last write; times (UTC) of its first and last write. A write
-    #: ignores them in a record of a result, and refuses them in any other record. See `expected_revisions` of `upsert`.
+    #: Set by the server. `revision`: sequence number of the record's last write. `create_time`, `update_time`: times
+    #: (UTC) of its first and last write. If both times are set, as in a record of a result, a write ignores the three
+    #: fields. Otherwise a write refuses them. See `expected_revisions` of `upsert`.
     revision: int = field(default=0, compare=False)
     create_time: datetime | None = field(default=None, compare=False)
     update_time: datetime | None = field(default=None, compare=False)
@@ -164,7 +165,7 @@ class SearchQuery:
 class UpsertResult:
     """The result of an upsert: number of inserted records, number of replaced records, and sequence number.
 
-    `sequence` is the sequence number of the last write in the collection; 0: there was nothing to write.
+    `sequence` is the sequence number of the last write of this upsert; 0: there was nothing to write.
     """
 
     inserted: int

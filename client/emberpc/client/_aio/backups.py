@@ -42,6 +42,8 @@ class AsyncBackupMethods:
             NotFound: there is no collection of this name.
             ResourceExhausted: the server's disk has no room for the copy that the server makes first.
             Unimplemented: the server's index backend has no backups.
+            Internal: the bytes that arrived are not those that the server sent. No file is written, but a device or a
+                pipe has received the bytes.
             OSError: the file cannot be written.
             EmberpcError: the call failed otherwise.
         """
@@ -61,9 +63,10 @@ class AsyncBackupMethods:
 
         Args:
             name: name of the new collection, which may differ from the name in the backup.
-            path: the file.
+            path: the file; not a pipe, since its size is sent first.
             progress: called repeatedly with the bytes sent so far and the bytes of the whole backup.
                 It is called in the thread of the event loop.
+                An exception that it raises ends the call, and is raised.
             timeout: seconds that the whole call may take; None: an hour.
 
         Returns:
@@ -92,7 +95,8 @@ class AsyncBackupMethods:
 async def _requests(file: BackupReader) -> AsyncIterator[pb.RestoreCollectionRequest]:
     """Yield the requests that send a file, and report the progress after each.
 
-    An error, such as an OSError, ends the iteration and is kept as `file.error`, since gRPC would replace it.
+    An error of reading the file or of the progress function ends the iteration, and is kept as `file.error`, since gRPC
+    would replace it.
     """
     requests = file.requests()
     try:

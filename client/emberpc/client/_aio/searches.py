@@ -119,7 +119,8 @@ class AsyncSearchMethods:
 
         Args:
             collection: name of the collection.
-            queries: texts, vectors, `RecordId`, or `SearchQuery` with a filter, `top_k` and `ef` of its own.
+            queries: texts, vectors, `RecordId`, or `SearchQuery` with a filter, `top_k` and `ef` of its own. Nothing
+                is sent if there are none.
             top_k: the most hits of a query, 1 to 10,000.
             ef: candidates that a search of the graph keeps; 0: the server chooses.
             min_recall: least recall, in (0, 1]; 0: no least recall.
@@ -165,7 +166,8 @@ class AsyncSearchMethods:
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
-            NotFound: there is no collection of this name; raised, like all errors, when the next pair is taken.
+            NotFound: there is no collection of this name; raised, like every EmberpcError, when the next pair is taken.
+                A wrong argument raises InputError or InputTypeError at once.
             Unimplemented: the server's index backend does not find duplicates.
             EmberpcError: a request failed otherwise.
         """

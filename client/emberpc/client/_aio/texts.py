@@ -109,9 +109,10 @@ class AsyncTextMethods:
             priority: urgency of the call; the server may delay `bulk` calls in favour of `interactive` calls.
             batch_size: texts per request. A request is sent when this many texts are read, so choose a smaller number
                 if the texts arrive slowly.
-            window: the most texts that are read and not yet answered; fewer if they have more than 2**24 characters.
-            timeout: most seconds without a result, attempts to connect again included; None: the `timeout` of the
-                constructor.
+            window: the most texts that are read and not yet answered; fewer if they have more than 2**24 characters. It
+                also limits `batch_size`.
+            timeout: most seconds without a result, attempts to connect again included, but not the time of reading
+                `items`; None: the `timeout` of the constructor.
 
         Returns:
             An iterator over the results.

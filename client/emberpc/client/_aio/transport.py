@@ -220,7 +220,7 @@ def item_iterator(items: Iterable[Item] | AsyncIterable[Item]) -> ItemIterator[I
 
 
 async def read_items(job: StreamJob[Item, Any, Any, Any], items: ItemIterator[Item]) -> None:
-    """Read items of the caller and add them to `job`, until they fill a request or there are no more."""
+    """Read items of the caller and add them to `job`, until they fill a request, reach a limit or there are no more."""
     while not job.read_enough:
         try:
             item = await anext(items) if isinstance(items, AsyncIterator) else next(items)

@@ -25,6 +25,7 @@ RESTORE_COLLECTION = Method(_SERVICE + "RestoreCollection", pb.RestoreCollection
 
 #: Default timeout of a backup or a restore, in seconds: an hour, since a backup may have many gigabytes.
 TIMEOUT = 3600.0
+#: Bytes of the file in one request of a restore.
 _CHUNK_BYTES = 2**20
 
 
@@ -44,7 +45,7 @@ def restore_collection(name: str) -> Call[pb.RestoreCollectionResponse, Collecti
 
 
 class BackupWriter:
-    """Writes a backup to a temporary file; `finish` renames the file when the backup is complete and on disk.
+    """Writes a backup to a temporary file in the same folder; `finish` syncs it to disk and renames it.
 
     A context manager, which removes the temporary file if it was not renamed. If `path` is a link, the file behind the
     link is written. A device or a pipe, such as `/dev/stdout`, is not replaced: it receives the bytes as they arrive.
@@ -101,7 +102,7 @@ class BackupWriter:
     def finish(self) -> int:
         """Check the SHA-256, sync the file to disk, rename it to its final name, and return its size in bytes.
 
-        A device or a pipe is neither synced nor renamed.
+        A device or a pipe is neither synced nor renamed, and keeps the bytes if the check fails.
 
         Raises:
             Internal: the bytes that arrived differ from those that the server sent.
@@ -143,7 +144,7 @@ class BackupReader:
     """Reads a backup from a file; a context manager.
 
     Args:
-        path: the file.
+        path: the file, not a pipe: its size is read at the start, and sent first.
         name: name of the collection to create.
         progress: called by `report` with the bytes sent so far and the bytes of the whole backup; None: no calls.
 
@@ -157,8 +158,8 @@ class BackupReader:
         self._total = os.fstat(self._file.fileno()).st_size
         self._progress = progress
         self._done = 0
-        #: The error that ended the iteration over `requests`, such as an OSError. gRPC, which iterates, raises another
-        #: error in its place.
+        #: The error that ended the iteration over `requests`, such as an OSError. The iterating function sets it, since
+        #: gRPC, which reads the requests, raises another error in its place.
         self.error: Exception | None = None
 
     def __enter__(self) -> BackupReader:

@@ -144,7 +144,10 @@ class Job(Generic[Part, Result]):
         ordered: whether a call may start only after the response to the one before, as for writes. Otherwise a few
             calls are in flight at a time.
         partly_done: text that is added to the message of an error if earlier calls wrote items; `{}` in the text is
-            replaced by the number of these items. Empty: nothing is added.
+            replaced by the number of these items. Empty: errors are not changed.
+
+    Raises:
+        InputTypeError: `progress` is not a function.
     """
 
     def __init__(
@@ -175,7 +178,8 @@ class Job(Generic[Part, Result]):
     def errors(self) -> Iterator[None]:
         """Context manager that adds to an error of its block the number of items that earlier calls wrote.
 
-        It changes EmberpcError, InputError and InputTypeError, and raises them again.
+        It changes EmberpcError, InputError and InputTypeError (see `add_done`), and raises them again. Nothing is
+        changed if no call is done, or if `partly_done` is empty.
         """
         try:
             yield
@@ -247,7 +251,8 @@ def chunks(items: Iterable[Item], size: int, weigh: Callable[[Item], int]) -> It
             first, chunk, weight = first + len(chunk), [], 0
         chunk.append(item)
         weight += bytes_of_item
-        # A full list is yielded before the next item is read: if that item is wrong, the list is sent all the same.
+        # A list of `size` items is yielded before the next item is read: if that item is wrong, the list is sent all
+        # the same.
         if len(chunk) == size:
             yield first, chunk
             first, chunk, weight = first + len(chunk), [], 0

@@ -17,7 +17,7 @@ from emberpc.client.types import Matrix, Vector
 
 
 def text(value: object, name: str) -> str:
-    """Validate a text and return it as a plain str; errors call it `name`.
+    """Validate a text, which may be empty, and return it as a plain str; errors call it `name`.
 
     Raises:
         InputTypeError: `value` is not a str.
@@ -82,7 +82,7 @@ def count(value: int, name: str, least: int = 0, bits: int = 31) -> int:
     By default the range is that of a non-negative int32. Errors call the argument `name`.
 
     Raises:
-        InputTypeError: `value` is not an integer.
+        InputTypeError: `value` is not an integer of Python or numpy, or is a bool.
         InputError: `value` is out of range.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -106,10 +106,12 @@ def flag(value: bool, name: str) -> bool:
 
 
 def number(value: float, name: str) -> float:
-    """Validate a number and return it as a float; the server checks its range. Errors call the argument `name`.
+    """Validate a number and return it as a float; errors call the argument `name`.
+
+    NaN and infinity are valid here; the server checks the range.
 
     Raises:
-        InputTypeError: `value` is not a real number.
+        InputTypeError: `value` is not a real number, or is a bool.
         InputError: `value` is beyond the range of a float.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -137,9 +139,12 @@ def vector(value: npt.ArrayLike, name: str) -> Vector:
 def matrix(values: npt.ArrayLike, name: str, rows: int) -> Matrix:
     """Validate vectors and return them as float32, shape (`rows`, dimensions); errors call the argument `name`.
 
+    `rows` must be at least 1.
+
     Raises:
-        InputTypeError: the elements are not real numbers.
-        InputError: the shape is another one, or a vector contains NaN, infinity or a number beyond float32.
+        InputTypeError: an item is not a vector, or the elements are not real numbers.
+        InputError: the vectors have different lengths, the shape is another one, or a vector contains NaN, infinity or
+            a number beyond float32.
     """
     if isinstance(values, Sequence):
         _same_length(values, name)

@@ -61,7 +61,7 @@ def check_alike(found: Collection, request: Message, error: AlreadyExists) -> Co
     """Return the existing collection if it has the settings that `create_collection(exist_ok=True)` asked for.
 
     The compared settings are the model and the distance, and those of `dimensions`, `m` and `ef_construction` that the
-    request sets.
+    request sets. Truncation and indexed fields may differ.
 
     Args:
         found: the existing collection.
@@ -98,7 +98,10 @@ def get_collection(name: str) -> Call[pb.GetCollectionResponse, Collection]:
 
 
 def list_collections(page_token: str, page_size: int) -> Call[pb.ListCollectionsResponse, Page[Collection]]:
-    """Return the call for one page of `Client.collections`; the token of the first page is empty."""
+    """Return the call for one page of `Client.collections`; the token of the first page is empty.
+
+    A wrong `page_size` raises InputError or InputTypeError.
+    """
     return Call(
         LIST_COLLECTIONS,
         pb.ListCollectionsRequest(page_token=page_token, page_size=checks.count(page_size, "page_size")),
@@ -145,6 +148,7 @@ def verify_collection(
     """Return the call of `Client.verify_collection`. A wrong argument raises InputError or InputTypeError.
 
     Decoding a response also calls `progress`, if it is not None, with the numbers of checked records and all records.
+    The call collects the problems of all responses, so it can be run once only.
     """
     problems: list[RecordProblem] = []
 

@@ -60,6 +60,10 @@ class TLS:
         private_key: the client's key, if the server requires client certificates (mTLS).
         certificate_chain: the certificate of `private_key`.
         server_name: name in the server's certificate; empty: the host of the target.
+
+    Raises:
+        InputTypeError: a certificate or the key is not bytes.
+        InputError: only one of `private_key` and `certificate_chain` is given.
     """
 
     root_certificates: bytes | None = None
@@ -123,11 +127,12 @@ class Connection:
     own_channel: bool
 
     def __post_init__(self) -> None:
-        """Validate the arguments.
+        """Validate the arguments, and add the default port to a target without a port.
 
         Raises:
             InputTypeError: an argument has the wrong type.
-            InputError: an argument is out of range, or the token would travel in plain text.
+            InputError: the target is empty or a URL, an argument is out of range, the token has other characters than
+                those of bearer tokens, or would travel in plain text over a channel that the client opens.
         """
         if not isinstance(self.target, str):
             raise InputTypeError(f"target is of type {type(self.target).__name__}; it must be a str, HOST:PORT")
@@ -236,7 +241,10 @@ def is_url(target: str) -> bool:
 
 
 def is_local(target: str) -> bool:
-    """Return whether all addresses of a target are on this host: loopback or a Unix socket."""
+    """Return whether all addresses of a target are on this host: loopback or a Unix socket.
+
+    Host names are not resolved: `localhost` is local, every other name is not.
+    """
     scheme, colon, rest = target.partition(":")
     if colon and scheme in ("unix", "unix-abstract"):
         return True
@@ -250,7 +258,7 @@ def is_local(target: str) -> bool:
 
 
 def _is_loopback(address: str) -> bool:
-    """Return whether HOST, HOST:PORT, [IPV6] or [IPV6]:PORT is on this host."""
+    """Return whether HOST, HOST:PORT, [IPV6] or [IPV6]:PORT is `localhost` or a loopback address."""
     host = address[1:].partition("]")[0] if address.startswith("[") else address
     if host == address and host.count(":") == 1:
         host = host.partition(":")[0]

@@ -71,14 +71,14 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
 
     @property
     def unsent(self) -> int:
-        """Number of texts that are read and not sent, those that cannot be sent included."""
+        """Number of texts that are read and not sent; texts that cannot be sent count until `refused` returns them."""
         return len(self._unsent) + len(self._refused)
 
     def add(self, item: StreamItem) -> None:
         """Add an item of the caller. A text that cannot be sent becomes a result with an error.
 
         Raises:
-            InputTypeError: the item is neither a text nor (id, text).
+            InputTypeError: the item is neither a str nor a tuple (id, text) of two str.
         """
         number = str(self._count)
         if isinstance(item, tuple) and len(item) == 2:
@@ -103,12 +103,15 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
         return refused
 
     def first_message(self) -> pb.EmbedStreamRequest:
-        """Return the request with the config, and mark all unanswered texts as not sent."""
+        """Return the request with the config, the first of a connection, and mark all unanswered texts as not sent."""
         self._unsent = list(self._unanswered)
         return self._config
 
     def further_messages(self) -> Iterator[pb.EmbedStreamRequest]:
-        """Yield the requests with the texts that are not sent yet, and mark these texts as sent."""
+        """Yield the requests with the texts that are not sent yet.
+
+        All these texts are marked as sent when the first request is read, so the iterator must be read to its end.
+        """
         keys, self._unsent = self._unsent, []
         items = (pb.EmbedStreamItem(id=key, text=self._unanswered[key][1]) for key in keys)
         # In UTF-8 a character has at most four bytes. Counting the exact bytes is not worth the time.

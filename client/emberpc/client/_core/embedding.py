@@ -83,7 +83,7 @@ class _Rows:
         self._filled += len(part)
 
     def result(self) -> Matrix:
-        """Return all vectors: float32, shape (rows, dimensions)."""
+        """Return all vectors, when all were added: float32, shape (rows, dimensions)."""
         return self._matrix
 
 

@@ -42,7 +42,8 @@ CLASSIFIER_KINDS = {
     "fine_tuned": classification_pb2.CLASSIFIER_KIND_FINE_TUNED,
     "examples": classification_pb2.CLASSIFIER_KIND_EXAMPLES,
 }
-#: Strategies of a classifier that is made from examples. The empty word: none is set, and the server chooses.
+#: Strategies of a classifier that is made from examples. The empty word: the response states none, as for a fine-tuned
+#: classifier.
 EXAMPLE_STRATEGIES = {
     "": classification_pb2.EXAMPLE_STRATEGY_UNSPECIFIED,
     "zero_shot": classification_pb2.EXAMPLE_STRATEGY_ZERO_SHOT,

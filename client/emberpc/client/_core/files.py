@@ -9,7 +9,7 @@ from pathlib import Path
 
 from emberpc.client.exceptions import InputError
 
-#: Folders whose entries are files that this process has open, such as the ends of pipes.
+#: Folders below which paths such as `/proc/self/fd/1` name files that a process has open, for example pipes.
 _OPEN_FILES = (Path("/proc"), Path("/dev/fd"))
 
 
@@ -55,7 +55,7 @@ def target_of(path: Path | str, name: str) -> Target:
 
 
 def _is_open_file(path: Path) -> bool:
-    """Return whether a path is a file that this process has open, such as `/dev/stdout`."""
+    """Return whether a path, or a path that it links to, is in one of `_OPEN_FILES`, as is that of `/dev/stdout`."""
     while True:
         folder = Path(os.path.realpath(path.parent))
         if any(folder.is_relative_to(known) for known in _OPEN_FILES):

@@ -30,7 +30,10 @@ HEALTH_CHECK = Method("/grpc.health.v1.Health/Check", Int32Value)
 
 
 def list_models(page_token: str, page_size: int) -> Call[model_pb2.ListModelsResponse, Page[Model]]:
-    """Return the call for one page of `Client.models`; the token of the first page is empty."""
+    """Return the call for one page of `Client.models`; the token of the first page is empty.
+
+    A wrong `page_size` raises InputError or InputTypeError.
+    """
     return Call(
         LIST_MODELS,
         model_pb2.ListModelsRequest(page_token=page_token, page_size=checks.count(page_size, "page_size")),
@@ -47,7 +50,10 @@ def get_model(name: str) -> Call[model_pb2.GetModelResponse, Model]:
 def list_classifiers(
     page_token: str, page_size: int
 ) -> Call[classification_pb2.ListClassifiersResponse, Page[Classifier]]:
-    """Return the call for one page of `Client.classifiers`; the token of the first page is empty."""
+    """Return the call for one page of `Client.classifiers`; the token of the first page is empty.
+
+    A wrong `page_size` raises InputError or InputTypeError.
+    """
     size = checks.count(page_size, "page_size")
     return Call(
         LIST_CLASSIFIERS,
@@ -85,7 +91,10 @@ def unload_model(name: str) -> Call[model_pb2.UnloadModelResponse, None]:
 
 
 def health(service: str) -> Call[Int32Value, Health]:
-    """Return the call of `Client.health`. A status that the client does not know becomes `Health.UNKNOWN`."""
+    """Return the call of `Client.health`. A status that the client does not know becomes `Health.UNKNOWN`.
+
+    A wrong `service` raises InputError or InputTypeError.
+    """
     request = StringValue(value=checks.text(service, "service"))
     known = {status.value: status for status in Health}
     return Call(HEALTH_CHECK, request, lambda response: known.get(response.value, Health.UNKNOWN))

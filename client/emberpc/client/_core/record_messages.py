@@ -19,6 +19,7 @@ from emberpc.wire import vectors
 
 #: Longest time to live of a record, in seconds: a hundred years, the limit of the API.
 _MAX_TIME_TO_LIVE = 100 * 365 * 24 * 3600
+#: Keys that a dict of a record to write may have.
 _KEYS = ("id", "text", "metadata", "label", "vector", "time_to_live")
 
 
@@ -45,13 +46,14 @@ def new_records(
 
     Args:
         records: the records, or dicts with their fields. With `matrix`, all records are read at once.
-        matrix: shape (records, dimensions): vectors of the records; None: vectors, if any, are in the records.
+        matrix: shape (records, dimensions): vectors of the records; ignored if there are no records. None: vectors, if
+            any, are in the records.
 
     Raises:
         InputTypeError: `records` is not an iterable of records; when a record is read: the record or one of its fields
             has the wrong type.
-        InputError: the numbers of vectors and records differ, or a vector is not finite; when a record is read: a field
-            cannot be sent, or the record and `matrix` both have a vector.
+        InputError: `matrix` has another shape, or a vector is not finite; when a record is read: a field is missing,
+            unknown or cannot be sent, or the record and `matrix` both have a vector.
     """
     if isinstance(records, (str, bytes, Mapping, Record)) or not isinstance(records, Iterable):
         raise InputTypeError(f"records is of type {type(records).__name__}; it must be a list of records")

@@ -60,7 +60,8 @@ def upsert(
 ) -> Job[UpsertResult, UpsertResult]:
     """Return the job of `Client.upsert`. A wrong argument raises InputError or InputTypeError.
 
-    Records are read and validated when the calls of the job are read; with `expected_revisions` all records at once.
+    Records are read and validated when the calls of the job are read, which then raises for a wrong record. With
+    `expected_revisions` all records are read and validated at once; with `matrix` all are read at once.
     """
     checks.function(details, "details")
     collection = checks.text(collection, "collection")
@@ -151,7 +152,8 @@ class _Sum:
 def delete(collection: str, ids: Iterable[str] | None, where: Where | None, details: Details | None) -> Job[int, int]:
     """Return the job of `Client.delete`. A wrong argument raises InputError or InputTypeError.
 
-    With `where` the job is one call, otherwise one for each 1000 ids.
+    With `where` the job is one call, otherwise one for each 1000 ids or 8 MiB of ids. Exactly one of `ids` and `where`
+    must be given.
     """
     checks.function(details, "details")
 

@@ -17,8 +17,8 @@ _TRIES = 5
 #: Longest run of a try, in seconds, after which the call is retried. After a longer run, a retry might repeat work that
 #: takes as long.
 _SOON = 5.0
-#: Pauses before the next try, in seconds: the first pause, and the longest. Each pause is twice the one before, times a
-#: random factor from 0.8 to 1.2, so that the retries of many clients spread.
+#: Pauses before the next try, in seconds: the first pause, and the longest. Each pause is twice the one before. The
+#: client waits the pause times a random factor from 0.8 to 1.2, so that the retries of many clients spread.
 _PAUSES = (0.1, 2.0)
 
 
@@ -67,7 +67,9 @@ class Retries:
             self.ended = monotonic()
 
     def pause(self, error: EmberpcError) -> float | None:
-        """Return the seconds to wait before the next try, those that the server stated or a growing random pause.
+        """Return the seconds to wait before the next try: those that the server stated, else a random pause.
+
+        Each call doubles the next random pause, so call this once for each failed try.
 
         None: the call is not retried, since `error` is not Unavailable, no tries remain, the try ran for more than
         5 seconds, or the pause would last until the deadline.

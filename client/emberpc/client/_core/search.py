@@ -84,7 +84,7 @@ def search(
     details: Details | None,
     name: str = "queries[{}]",
 ) -> Job[list[SearchResult], list[SearchResult]]:
-    """Return the job of `Client.search_batch`, one call for each 100 queries.
+    """Return the job of `Client.search_batch`: one call for each 100 queries or 8 MiB of queries, none without queries.
 
     Args:
         collection: name of the collection.

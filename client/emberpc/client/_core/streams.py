@@ -38,6 +38,10 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
         exhausted: whether the caller has no more items.
         greeted: whether the server has answered the first request of the present connection.
         accepted: whether a server has answered the first request of any connection of this stream.
+
+    Raises:
+        InputTypeError: `batch_size` or `window` is not an int.
+        InputError: `batch_size` or `window` is below 1.
     """
 
     call: Call[Response, Sequence[Result]]
@@ -63,11 +67,15 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
     @property
     @abstractmethod
     def unsent(self) -> int:
-        """Number of items that are read and not sent, those that cannot be sent included."""
+        """Number of items that are read and not sent; items that cannot be sent count until `refused` returns them."""
 
     @abstractmethod
     def add(self, item: Item) -> None:
-        """Add an item of the caller. An item that cannot be sent becomes a result with an error."""
+        """Add an item of the caller. An item that cannot be sent becomes a result with an error.
+
+        Raises:
+            InputTypeError: the item of a stream of texts is neither a text nor (id, text).
+        """
 
     @abstractmethod
     def refused(self) -> list[Result]:
@@ -79,22 +87,32 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
 
     @abstractmethod
     def further_messages(self) -> Iterator[Request]:
-        """Yield the requests with the items that are not sent yet, and mark these items as sent."""
+        """Yield the requests with the items that are not sent yet, and mark these items as sent.
+
+        The iterator must be read to its end, since an item may be marked before its request is yielded.
+        """
 
     @property
     def may_read(self) -> bool:
-        """Whether to read items of the caller now: there may be more, and the window has room for another request."""
+        """Whether to read items of the caller now.
+
+        The server has answered the first request of the connection, the caller may have more items, and the window and
+        the limit of bytes or characters leave room for another request.
+        """
         room = self.greeted and self._window - self.waiting >= self.batch_size and not self.full
         return room and not self.exhausted
 
     @property
     def read_enough(self) -> bool:
-        """Whether reading stops: a request is full, the caller has no more items, or a limit of bytes is reached."""
+        """Whether reading stops: a request is full, the caller has no more items, or `full` is true."""
         return self.exhausted or self.unsent >= self.batch_size or self.full
 
     @property
     def sent(self) -> bool:
-        """Whether no further request follows: the caller has no more items, and all requests were returned."""
+        """Whether no further request follows, if the iterator of `requests` was read before.
+
+        The caller has no more items, and the server has answered the first request of the connection.
+        """
         return self.exhausted and self.greeted
 
     @property
@@ -120,8 +138,9 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
     def may_go_on(self, error: EmberpcError) -> bool:
         """Return whether to open another connection after `error`.
 
-        It may succeed if the server was not reachable or out of resources, or if a connection that had been accepted
-        broke with an error of gRPC itself. Before a server has accepted the stream, 5 connections are tried.
+        It may succeed if the server was not reachable or out of resources; but not if a request is larger than its
+        limit. It may also succeed after an INTERNAL of gRPC itself, once a server has accepted the stream. Before
+        that, 5 connections are tried; later there is no limit of their number.
         """
         # A request that is larger than the server's limit would be refused by every connection.
         passing = isinstance(error, (Unavailable, ResourceExhausted)) and error.reason != REQUEST_TOO_LARGE
@@ -140,13 +159,15 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
 
 
 class Patience:
-    """The timeout of a stream, which each result restarts, and the pauses before the stream is opened again.
+    """The timeout of a stream, and the pauses before the stream is opened again.
+
+    Each result restarts the timeout, and so does each reading of items, so that a slow caller does not let it pass.
 
     Args:
         seconds: most seconds that may pass without a result.
 
     Attributes:
-        reason: why the last connection broke; None if no connection broke since the last result.
+        reason: why the last connection broke; None if no connection broke since the last restart.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -154,7 +175,7 @@ class Patience:
         self.restart()
 
     def restart(self) -> None:
-        """Restart the timeout and the growth of the pauses, after a result."""
+        """Restart the timeout and the growth of the pauses, and clear `reason`: after a result, or reading items."""
         self.reason: EmberpcError | None = None
         self._until = monotonic() + self._seconds
         self._pause = _PAUSES[0]
@@ -167,8 +188,8 @@ class Patience:
     def pause(self, error: EmberpcError) -> float | None:
         """Return the seconds to wait before the next connection; None if the timeout would pass before.
 
-        `error` is why the present connection broke; it is kept as `reason`. A pause that the server asks for in
-        `error.retry_after` is respected.
+        `error` is why the present connection broke. It is kept as `reason`, unless it is Internal and there is an
+        earlier reason. The pause is at least `error.retry_after`.
         """
         # After a connection broke, grpc.aio may report only that a request could not be sent, as INTERNAL
         # (grpc/grpc#36066). That must not replace an earlier reason.

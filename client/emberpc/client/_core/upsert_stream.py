@@ -92,7 +92,10 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
 
     @property
     def unsent(self) -> int:
-        """Number of records that are read and not yet divided into batches, those that cannot be sent included."""
+        """Number of records that are read and not yet divided into batches.
+
+        Records that cannot be sent count until `refused` returns them.
+        """
         return len(self._unsent) + len(self._refused)
 
     def add(self, item: RecordItem) -> None:
@@ -120,7 +123,10 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
         return pb.UpsertRecordsStreamRequest(collection=self._collection, batch_number=self._number)
 
     def further_messages(self) -> Iterator[pb.UpsertRecordsStreamRequest]:
-        """Divide the records added since the last call into batches; yield the requests of all batches not sent yet."""
+        """Divide the records added since the last call into batches; yield the requests of all batches not sent yet.
+
+        The division is made, and each batch is marked as sent, only when its request is read.
+        """
         self._cut()
         for batch in list(self._batches)[self._sent :]:
             self._sent += 1
@@ -135,7 +141,10 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
             )
 
     def _cut(self) -> None:
-        """Divide the unsent records into batches, each with vectors of the same length or without vectors."""
+        """Divide the unsent records into batches of at most `batch_size` records and 8 MiB.
+
+        All records of a batch have vectors of the same length, or none has a vector.
+        """
         alike: list[list[tuple[int, NewRecord]]] = []
         for item in self._unsent:
             if not alike or _shape(alike[-1][0][1]) != _shape(item[1]):

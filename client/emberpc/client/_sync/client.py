@@ -24,33 +24,35 @@ class Client(TextMethods, CollectionMethods, RecordMethods, SearchMethods, Backu
     Retries: a request that fails with UNAVAILABLE, because no server accepted it or the server is stopping, is repeated
     up to four times within the timeout, with growing pauses. A request that failed after more than 5 seconds is not
     repeated, since the server would start its work from the beginning: the call raises Unavailable.
-    `restore_collection` is never repeated.
+    `restore_collection` is never repeated. The two streams open a broken connection again by themselves.
 
     A repeated write takes effect only once. If the response to the first try was lost, the second try finds what the
     first try did. So `create_collection` may raise AlreadyExists, and `delete_collection` may raise NotFound, although
     the call itself created or deleted the collection. `upsert` may count inserted records as updated, and `delete` may
     count fewer records than it deleted.
 
-    Every method has an argument `timeout`: the seconds that one request may take, with all its tries. None: the
-    `timeout` of the constructor. `embed_stream` and `upsert_stream` may run for days; there the timeout limits the time
-    without any result. After `close()` every call raises Cancelled.
+    Methods that send requests have an argument `timeout`: the seconds that one request may take, with all its tries.
+    None: the `timeout` of the constructor, but an hour for a backup or a restore. `embed_stream` and `upsert_stream`
+    may run for days; there the timeout limits the time without any result. After `close()` every call raises Cancelled.
 
-    A list longer than `batch_size` is sent in several requests. Results keep the order of the list, and an error names
-    an item by its index in the whole list. `progress` is called with the number of items done so far. `details` is
-    called with the `ResponseDetails` of each response. Arguments are checked before anything is sent; records of
-    `upsert`, and items of streams, are checked when they are read.
+    A list is sent in several requests if it has more than `batch_size` items or 8 MiB. Results keep the order of the
+    list, and an error names an item by its index in the whole list. `progress` is called with the number of items done
+    so far. `details` is called with the `ResponseDetails` of each response. Arguments are checked before anything is
+    sent; records of `upsert`, and items of streams, are checked when they are read. A filter that matches no record and
+    is probably a mistake issues a `FilterWarning`.
 
     Args:
         target: HOST:PORT, HOST for port 50051, or any target that gRPC knows. Calls are spread over all addresses of
             the target.
         timeout: seconds that one request may take, with all its tries; above 0, at most a hundred years.
         tls: how to encrypt the connection; None: plain text.
-        token: sent with each call as `authorization: Bearer TOKEN`; None: no token. In plain text a token is refused,
-            unless the target is on this host.
+        token: sent with each call as `authorization: Bearer TOKEN`; None: no token. Without `tls` a token is refused,
+            unless the target is on this host, or `channel` is given.
         in_flight: most requests that one method call keeps in flight, 1 to 1000. A greater number helps if the target
             has several servers.
         channel: an open channel to use, such as a channel to a server in a test; None: the client opens one. The client
-            neither closes the caller's channel nor changes its settings, and does not retry calls over it.
+            neither closes the caller's channel nor changes its settings, so `tls` has no effect. Over this channel it
+            retries no requests; only the two streams open a broken connection again.
 
     Raises:
         InputError: an argument is wrong.
@@ -79,5 +81,8 @@ class Client(TextMethods, CollectionMethods, RecordMethods, SearchMethods, Backu
         self.close()
 
     def close(self) -> None:
-        """Close the connection: calls in flight and later calls raise Cancelled. A caller's own channel stays open."""
+        """Close the connection: calls in flight and later calls raise Cancelled. May be called several times.
+
+        A caller's own channel stays open, and the calls in flight over it go on.
+        """
         self._runner.close()

@@ -94,7 +94,8 @@ class CollectionMethods:
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
-            EmberpcError: a request failed; raised when the next collection is taken.
+            EmberpcError: a request failed; raised when the next collection is taken. A wrong `page_size` raises
+                InputError or InputTypeError at once.
         """
         return self._runner.pages(lambda token: collections.list_collections(token, page_size), timeout)
 

@@ -42,7 +42,8 @@ class RecordMethods:
 
         Args:
             collection: name of the collection.
-            records: records, or dicts with `id` and any of `text`, `metadata`, `label`, `vector`, `time_to_live`.
+            records: records, or dicts with `id` and any of `text`, `metadata`, `label`, `vector`, `time_to_live`. All
+                records of one request must have a `vector`, or none of them.
             vectors: vectors of all records, shape (records, dimensions). All records are then read before the first
                 request. None: the server embeds the texts, unless the records have vectors.
             truncation: how texts with too many tokens are truncated; None: the setting of the collection.
@@ -62,7 +63,8 @@ class RecordMethods:
             NotFound: there is no collection of this name.
             Aborted: a stored record has another revision, perhaps from a try of this call whose response was lost. The
                 request with this record wrote nothing; earlier requests wrote the first `done` records.
-            InputError: a record is wrong. Earlier requests, without this record, were sent.
+            InputError: a record is wrong. Earlier requests, without this record, were sent. Or another argument is
+                wrong; nothing was sent.
             InputTypeError: a record has a wrong type. Earlier requests, without this record, were sent.
             EmberpcError: a request failed otherwise.
         """
@@ -100,8 +102,8 @@ class RecordMethods:
             truncation: how texts with too many tokens are truncated; None: the setting of the collection.
             batch_size: records per request. A request is atomic, except for the records that fail.
             window: the most records that are read and not yet acknowledged; fewer if they have more than 32 MiB.
-            timeout: most seconds without a checkpoint, attempts to connect again included; None: the `timeout` of the
-                constructor.
+            timeout: most seconds without a checkpoint, attempts to connect again included, but not the time of reading
+                `records`; None: the `timeout` of the constructor.
 
         Returns:
             An iterator over checkpoints, which state how many records are on disk and which have failed.
@@ -130,7 +132,7 @@ class RecordMethods:
 
         Args:
             collection: name of the collection.
-            ids: ids of the records.
+            ids: ids of the records, at least one.
             with_vectors: whether to return the vectors too.
             details: called with the `ResponseDetails` of each response: `missing_ids` are ids without a record.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
@@ -159,7 +161,7 @@ class RecordMethods:
 
         Args:
             collection: name of the collection.
-            ids: ids of the records. At most 1000 are sent in one request; each request is atomic.
+            ids: ids of the records, at least one. At most 1000 are sent in one request; each request is atomic.
             where: a filter, instead of `ids`, such as `lang = "en"`; see `emberpc.client.filters`. All records that
                 match are deleted in one request.
             details: called with the `ResponseDetails` of each response: sequence number and durability of the write.
@@ -195,7 +197,8 @@ class RecordMethods:
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
-            EmberpcError: a request failed, for example with NotFound; raised when the next record is taken.
+            EmberpcError: a request failed, for example with NotFound; raised when the next record is taken. A wrong
+                argument raises at once.
         """
 
         def page(token: str) -> Call[Any, Page[Record]]:

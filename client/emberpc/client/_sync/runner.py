@@ -40,7 +40,8 @@ class Runner:
     """Runs calls over the channel of a client.
 
     `timeout` of the methods is the seconds that one call may take, with all its tries; None: the timeout of
-    `connection`. A wrong timeout raises InputError or InputTypeError. A failed call raises EmberpcError.
+    `connection`. A wrong timeout raises InputError or InputTypeError. A failed call raises EmberpcError. Over the
+    caller's channel, calls other than streams are not retried.
 
     Args:
         connection: target and settings of the client.
@@ -66,7 +67,7 @@ class Runner:
         of each call.
 
         Raises:
-            EmberpcError: a call failed; `done` states the items that earlier calls wrote.
+            EmberpcError: a call failed; `done` is the number of items that earlier calls wrote, 0 for calls that read.
             InputError: an item is wrong.
             InputTypeError: an item has the wrong type.
         """
@@ -157,7 +158,8 @@ class Runner:
             timeout: seconds of each call; None: the timeout of the connection.
 
         Raises:
-            EmberpcError: a call failed; raised when the next item is taken.
+            EmberpcError: a call failed; raised when the next item is taken. An error of `page_call("")` is raised at
+                once.
         """
         # A generator would build the first call only when the first item is taken. Here wrong arguments raise at once.
         return self._walk(page_call(""), page_call, timeout)

@@ -35,7 +35,8 @@ def run_stream(
         timeout: most seconds without a result; None: the timeout of `connection`.
 
     Raises:
-        EmberpcError: the stream failed, and opening it again did not help or was not possible.
+        EmberpcError: the stream failed, and opening it again did not help or was not possible; or no result came within
+            the timeout; or the server ended the stream early.
         InputTypeError: an item has the wrong type, or `timeout` is not a number.
         InputError: `timeout` is out of range.
     """

@@ -37,7 +37,7 @@ class Transport:
         channel: the caller's channel; None: open a channel.
 
     Attributes:
-        owns_channel: whether the client opened the channel itself, so that it may retry calls and closes the channel.
+        owns_channel: whether the client opened the channel itself. Only then it retries calls, and closes the channel.
 
     Raises:
         InputTypeError: `channel` is a channel of grpc.aio.
@@ -184,9 +184,9 @@ def item_iterator(items: Iterable[Item]) -> ItemIterator[Item]:
 
 
 def read_items(job: StreamJob[Item, Any, Any, Any], items: ItemIterator[Item]) -> None:
-    """Read items of the caller and add them to `job`, until they fill a request or there are no more.
+    """Read items of the caller and add them to `job`, until they fill a request, reach a limit or there are no more.
 
-    Raises what the iterator raises, and InputTypeError for an item of the wrong type.
+    The limit is `full` of the job. Raises what the iterator raises, and InputTypeError for an item of the wrong type.
     """
     while not job.read_enough:
         try:
