@@ -112,7 +112,10 @@ def _every_command(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command that `arguments` state, and return the exit code. Errors are printed to stderr."""
+    """Run the command that `arguments` state, and return the exit code. Errors are printed to stderr.
+
+    An error that Ctrl-C caused is not printed.
+    """
     arguments = _debug_first(arguments)
     if (completion := _completion(arguments)) is not None:
         return completion
@@ -173,7 +176,10 @@ def _debug_first(arguments: Sequence[str]) -> list[str]:
 
 
 def _app_for(arguments: Sequence[str]) -> typer.Typer:
-    """Return an app with only the command in the arguments, since importing the other commands is slow."""
+    """Return an app with only the command in the arguments, since importing the other commands is slow.
+
+    If the first argument, apart from --debug, is not a command, the app has all commands.
+    """
     named = next((argument for argument in arguments if argument != "--debug"), "")
     return app_with(named) if named in _COMMANDS else app_with()
 

@@ -48,7 +48,7 @@ class CollectionSettings:
             name: name of the file, for messages.
 
         Raises:
-            CliError: the JSON is damaged.
+            CliError: the text is not a JSON object, or a setting has the wrong type.
         """
         damaged = CliError(f"{name}: the settings of the collection in it are damaged; export the collection again")
         try:
@@ -83,7 +83,10 @@ class CollectionSettings:
         )
 
     def command(self, name: str) -> str:
-        """Return the shell command that creates the collection `name` with these settings."""
+        """Return the shell command that creates the collection `name` with these settings.
+
+        Settings that are empty or 0 are left out, and so is the fingerprint, for which there is no option.
+        """
         options = {
             "--model": self.model,
             "--dimensions": self.dimensions,

@@ -125,7 +125,10 @@ def delete(
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a collection with all its records. On a terminal, ask first, unless --yes is given."""
+    """Delete a collection with all its records. On a terminal, ask first, unless --yes is given.
+
+    Exit code 130: the answer was no, or Ctrl-C.
+    """
     if not yes and sys.stdin.isatty() and sys.stderr.isatty():
         count = client.get_collection(name).record_count
         try:
@@ -298,7 +301,7 @@ app.command("import")(import_export.import_records)
 
 
 def _followed(client: Client, collection: Collection, done: Progress) -> Collection:
-    """Wait until the reembedding of a collection is done, and return the collection as it is then.
+    """Wait until the reembedding of a collection is done or cancelled, and return the collection as it is then.
 
     `done` is called with the number of records with new vectors. Each new problem is printed to stderr once.
     """

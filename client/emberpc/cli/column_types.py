@@ -17,6 +17,7 @@ from emberpc.cli.options import listed
 _MAX_WHOLE = 2**53
 #: Most characters of a cell in an error message.
 _SHOWN = 60
+#: Forms of the cells of each type, apart from limits of size. Cells of the type `bool` are put in small letters first.
 _INT = re.compile(r"[+-]?[0-9]+")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
@@ -95,7 +96,9 @@ class ColumnTypes:
     def convert(
         self, cells: Mapping[str, str], refuse: Callable[[str], NoReturn]
     ) -> dict[str, str | int | float | bool]:
-        """Return the values of a row's metadata cells; an empty cell of a type other than text is left out.
+        """Return the values of a row's metadata cells.
+
+        A cell of a type other than text is left out if it is empty or only white space.
 
         Args:
             cells: the cells by column.

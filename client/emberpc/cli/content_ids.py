@@ -34,7 +34,7 @@ class ContentIds:
         """Return a record with its id; None if an earlier row has the same text, label and metadata.
 
         Args:
-            number: line of the row.
+            number: line of the row, a different number for each row.
             record: the record without id; it must have `text`.
             refuse: called with the problem if the text is empty, or an earlier row has the same text and another label
                 or other metadata; must raise an exception.

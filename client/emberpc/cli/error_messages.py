@@ -34,6 +34,8 @@ _TIMEOUT = re.compile(r"^timeout(?= is )")
 def in_cli_terms(message: str, collection: str = "") -> str:
     """Return an error message with request fields replaced by options, and API calls by commands.
 
+    Items are then counted from 1: `texts[3]` at the start of a message becomes `text 4`.
+
     Args:
         message: message of an error of the client or the server.
         collection: the collection that the command writes records to; empty: it writes none.

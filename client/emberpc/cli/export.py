@@ -327,7 +327,7 @@ def show_bundle(manifest: Manifest, folder: Path, as_json: bool) -> None:
 
 
 def _show_variants(manifest: Manifest) -> None:
-    """Print a table of the measurements of each variant, then on stderr why other variants were not kept."""
+    """Print a table of the measurements of each variant that has some; then on stderr why others were not kept."""
     classifier = manifest.task is Task.CLASSIFICATION
     agreement = "same label" if classifier else "same 10 nearest"
     first = manifest.variant().measured
@@ -352,7 +352,9 @@ def _show_variants(manifest: Manifest) -> None:
 
 
 def variant_names(values: list[str] | None) -> list[str]:
-    """Return the variants that the values of --variants name, separated by commas; `fp32` if there are none.
+    """Return the variants that the values of --variants name, separated by commas; `fp32` if there are no values.
+
+    Unknown names are returned too: the export refuses them.
 
     Raises:
         CliError: a name is empty or repeated.

@@ -183,8 +183,8 @@ def _target(output: str, overwrite: bool) -> Path:
     """Return the file that --output names, after checks.
 
     Raises:
-        CliError: the name has an unknown extension, pyarrow is missing for .parquet, the folder does not exist, or the
-            file exists and `overwrite` is false.
+        CliError: the name has an unknown extension, pyarrow is missing for .parquet, the folder does not exist, the
+            path is a folder, a disk or a socket, or the file exists and `overwrite` is false.
     """
     path = Path(output)
     if path.suffix.lower() == _PARQUET:
@@ -242,7 +242,8 @@ def _opened(name: str, split: Split, types: Sequence[str]) -> tuple[Source, Coll
 def _settings(stored: CollectionSettings, chosen: Mapping[str, Any], text_only: bool) -> CollectionSettings:
     """Return the settings of a new collection: those stored in the file, with the options of the user in their place.
 
-    `text_only`: the vectors of the file are ignored, so their fingerprint, and perhaps their dimensions, are left out.
+    `text_only`: the vectors of the file are ignored, so their fingerprint is left out. Their dimensions are left out
+    too, unless the new collection has the model of the file.
     """
     settings = dataclasses.replace(stored, **chosen)
     if not text_only:
@@ -265,7 +266,8 @@ def _create(
         source: name of the file, for messages.
 
     Raises:
-        CliError: there are neither a model nor dimensions, or another model than the server's made the vectors.
+        CliError: there are neither a model nor dimensions, or another model than the server's made the vectors (see
+            `check_vectors`); no collection is created.
         EmberpcError: a call failed.
     """
     first = next(records, None)

@@ -20,10 +20,12 @@ from emberpc.cli.output import note
 from emberpc.cli.record_sources import RECORD_KEYS, OnRejected, RecordError, raise_error
 from emberpc.client import InputError, InputTypeError, InvalidArgument
 
-#: Fields that `collection records --json` prints, and `upsert` ignores, since the server sets them.
+#: Fields that `collection records --json` prints. The server sets them, so `upsert` does not write them, and reads only
+#: `revision`, with --check-revisions.
 _OUTPUT_KEYS = ("revision", "create_time", "update_time")
 #: Columns of a table that are not metadata fields.
 _RECORD_COLUMNS = ("id", "text", "label", "metadata")
+#: Extensions of the names of JSON Lines files. `LINE_FILES` has these and the extensions of tables.
 JSON_LINES = (".jsonl", ".ndjson")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
@@ -112,10 +114,11 @@ class LineFile:
         Files named `.jsonl` or `.ndjson`, and stdin, have JSON Lines. Files named `.csv` or `.tsv` have a table with
         the columns `id` and any of `text`, `label` and `metadata` (a JSON object). Every other column is a metadata
         field, of strings or of the type that --types states. In a table with `text` and without `id`, each id is made
-        of the text; see `ContentIds`.
+        of the text, and rows that repeat an earlier row are left out; see `ContentIds`. Empty lines are skipped.
 
         Args:
-            refused: called with the error of each line that is not a record; if it returns, reading continues.
+            refused: called with the error of each line that is not a record; if it returns, reading continues. By
+                default the first error is raised.
 
         Raises:
             CliError: the file cannot be read or has another format, or a table is damaged so that the start of the
@@ -144,7 +147,7 @@ class LineFile:
         return f"{self.name}:{self.lines[item]}"
 
     def locate(self, message: str, field: str) -> str:
-        """Return an error message with each item of `field` replaced by file and line.
+        """Return an error message with each item of `field` that was read replaced by file and line.
 
         For example, with the field `records`, `records[3].text` may become `records.jsonl:5: `.
         """

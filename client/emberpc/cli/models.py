@@ -138,7 +138,7 @@ def health(
     service: Annotated[str, typer.Argument(metavar="SERVICE", help="gRPC service; default: the whole server.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Check whether the server accepts calls. Exit code 3: it does not, or no server answers."""
+    """Check whether the server accepts calls. Exit code 3: it does not, or no server answers; 4: unknown service."""
     try:
         status = client.health(service)
     except NotFound as error:

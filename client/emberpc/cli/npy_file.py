@@ -91,7 +91,7 @@ class RowFile:
 
 
 def save(matrix: Matrix, path: Path) -> None:
-    """Write vectors, float32 (rows, dimensions), to a .npy file.
+    """Write vectors, float32 (rows, dimensions), to a .npy file; without rows no file is written.
 
     Raises:
         CliError: the file cannot be written.

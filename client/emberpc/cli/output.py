@@ -1,7 +1,8 @@
 """Print results to stdout, and everything else to stderr.
 
 On a terminal, tables are fitted to its width. Elsewhere they are tab-separated and complete. With `--json`, a command
-prints JSON Lines: one object for each result.
+prints JSON Lines: one object for each result. All functions that write to stdout raise CliError if that fails, or
+`typer.Exit(0)` if the reader closed the pipe; further output is then discarded.
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ class Column:
 
 #: Least width of a wide column in terminal cells, also if the table then does not fit the terminal.
 _LEAST_WIDTH = 16
+#: Space between two columns on a terminal.
 _GAP = "  "
 
 
 def print_json(objects: Iterable[Any]) -> None:
     """Print each object, a dataclass or plain values, as a line of JSON; a field that is None is left out.
 
-    Raises CliError if stdout cannot be written.
+    Raises CliError if stdout cannot be written, or typer.Exit if its reader closed the pipe.
     """
     # An encoding of stdout other than UTF-8 lacks some characters. JSON escapes have the same meaning.
     ensure_ascii = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
@@ -62,7 +64,7 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> 
     """Print a table: on a terminal aligned and fitted to its width, elsewhere tab-separated and complete.
 
     The first line has the titles of the columns. Each row has a value for each column. Raises CliError if stdout cannot
-    be written.
+    be written, or typer.Exit if its reader closed the pipe.
     """
     header = [column.title for column in columns]
     _print_rows(columns, [header, *([one_line(str(cell)) for cell in row] for row in rows)])
@@ -81,7 +83,7 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def print_script(script: str) -> None:
-    """Print a text of several lines to stdout unchanged."""
+    """Print a text of several lines, and a line end, to stdout; characters that its encoding lacks are replaced."""
     _write(script + "\n")
 
 
@@ -142,7 +144,9 @@ def write_stderr(text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """Return a text in one line: white space becomes single spaces, unprintable characters become `�`.
+    """Return a text in one line: inner white space becomes single spaces, outer is removed.
+
+    Other unprintable characters become `�`.
 
     A terminal would execute control characters.
     """
@@ -152,7 +156,8 @@ def one_line(text: str) -> str:
 def plain(value: Any) -> Any:
     """Convert a value to types that JSON can represent.
 
-    Dataclasses become dicts without the fields that are None, arrays lists, times ISO 8601 texts, and paths texts.
+    Dataclasses become dicts without the fields that are None; one-dimensional arrays and tuples become lists, times ISO
+    8601 texts, paths and keys texts. Other values are returned unchanged.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}

@@ -29,8 +29,9 @@ def check_output_path(path: Path, overwrite: bool, *, takes_streams: bool = True
         The destination: the file with its links resolved, and whether it is a device or a pipe.
 
     Raises:
-        CliError: the folder of the file does not exist, the path is a folder, the file exists and `overwrite` is
-            false, the path is a disk or a socket, or the path is a device or a pipe and `takes_streams` is false.
+        CliError: the folder of the file does not exist, the path is a folder or a loop of links, the file exists and
+            `overwrite` is false, the path is a disk or a socket, or the path is a device or a pipe and `takes_streams`
+            is false.
     """
     target = _target(path)
     if target.is_stream:
@@ -57,7 +58,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     link, the file behind the link is replaced. A device or a pipe is written to directly.
 
     Raises:
-        CliError: the file cannot be written.
+        CliError: the file cannot be written, or the block raises an OSError.
     """
     target = _target(path)
     try:

@@ -24,7 +24,7 @@ _SETTINGS_KEY = b"emberpc.collection"
 #: written as a whole.
 _GROUP_ROWS = 4096
 _GROUP_BYTES = 32 * 2**20
-#: Number of rows that are read from a file at a time.
+#: Number of rows, and bytes of the file, that are read at a time.
 _BATCH_ROWS = 256
 _BUFFER_BYTES = 2**20
 #: Errors of pyarrow for a file that is damaged or not Parquet.
@@ -88,9 +88,11 @@ class ParquetRecords:
     Attributes:
         name: the path, for messages.
         settings: settings of the collection that the file was exported from; defaults for those that it does not state.
+            The fingerprint is empty if the file has no vectors.
 
     Raises:
-        CliError: the file cannot be read, or a column has another type.
+        CliError: the file cannot be read, lacks the column `id`, has a column twice or of another type, or the stored
+            settings are damaged.
     """
 
     def __init__(self, path: str) -> None:

@@ -41,6 +41,8 @@ class TextFolder:
     def records(self, refused: OnRejected = raise_error) -> Iterator[dict[str, Any]]:
         """Yield the records, reading the files lazily in the order of their names in each folder.
 
+        Each record has `id`, `text` and the metadata field `path`, the path of the file in the folder.
+
         Args:
             refused: called with the error of each file that cannot be read, is too large or is not UTF-8; if it
                 returns, reading continues.

@@ -232,10 +232,12 @@ def _shown(what: str, texts: list[str], file: str | None) -> AbstractContextMana
 def _write_stream(source: LineFile, results: Iterator[StreamedEmbedding], output: Path | None) -> None:
     """Write the vectors of a file's lines as they arrive: to a .npy file, a row for each line, or to stdout.
 
-    A line without a vector is noted on stderr, and the others are written.
+    A line without a vector is noted on stderr, and the others are written; in a .npy file its row is NaN. If no line
+    has a vector, there is no file.
 
     Raises:
         CliError: at the end, if a line has no vector, there are no lines, or the file cannot be written.
+        EmberpcError: the stream as a whole failed; there is no file.
     """
     total = failed = 0
     code = ExitCode.OK

@@ -30,7 +30,7 @@ def check_vectors(
 
     A file that an older version of emberpc wrote has another fingerprint of the same model, since the rule of
     fingerprints changed. So if the fingerprints differ, some texts at the start of the file are embedded, and their
-    vectors are compared with those of the file.
+    vectors are compared with those of the file. Nothing is checked if one of the two fingerprints is empty.
 
     Args:
         client: client of the server that has the model.
@@ -42,7 +42,8 @@ def check_vectors(
         truncation: treatment of texts with too many tokens.
 
     Raises:
-        CliError: another model made the vectors, or they cannot be compared.
+        CliError: another model made the vectors, or they cannot be compared: none of the first 256 records has both a
+            text and a vector, or the texts cannot be embedded.
     """
     if not fingerprint or stated in ("", fingerprint):
         return records
@@ -75,7 +76,7 @@ def _compared(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _are_of(client: Client, records: Sequence[dict[str, Any]], model: str, truncation: Truncation) -> bool:
     """Return whether a model gives the texts of records nearly the vectors that the records have: cosine >= 0.999.
 
-    False also if the model cannot give these texts vectors of the same dimensions.
+    False also if a vector has length 0, or if the call fails, for example since the model has other dimensions.
     """
     try:
         theirs = np.stack([np.asarray(record["vector"], dtype=np.float64) for record in records])

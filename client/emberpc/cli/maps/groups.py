@@ -24,8 +24,10 @@ _MOST_NUMBERS, _RANGES = 12, 7
 #: The default number of clusters is the square root of (number of records / 10): 10 for 1,000 records, and at most 24,
 #: from 5,760 records on.
 _RECORDS_PER_CLUSTER, _MOST_CLUSTERS = 10, 24
+#: Most characters of a group's name; a longer name is truncated.
 _LONGEST_NAME = 60
-#: Matches a word that may become part of a group's name. A word starts with a letter: numbers are no useful names.
+#: Matches a word that may become part of a group's name, if it has at least `_LEAST_LETTERS` characters. A word starts
+#: with a letter: numbers are no useful names.
 _WORD = re.compile(r"[^\W\d_][^\W_]*(?:['’][^\W_]+)?")
 _LEAST_LETTERS = 3
 #: Least number of a group's texts that must have a word for the word to name the group. One text may have a word by
@@ -110,7 +112,10 @@ def _by_field(records: Sequence[Record], field: str) -> Grouping:
 
 
 def _value(metadata: Mapping[str, Any], field: str) -> Any:
-    """Return the value of a field, nested keys joined by dots; None if the field is missing or null."""
+    """Return the value of a field, nested keys joined by dots; None if the field is missing or null.
+
+    A key that is equal to `field`, dots included, comes before nested keys.
+    """
     if field in metadata:
         return metadata[field]
     key, _, rest = field.partition(".")
@@ -161,7 +166,8 @@ def _by_range(values: Sequence[float | None], missing: str) -> list[Group]:
 def _by_place(records: Sequence[Record], places: Places, clusters: int) -> list[Group]:
     """Return clusters of nearby points, largest first, each named by words that distinguish its texts from the others.
 
-    `clusters` is the number of clusters; 0: a number that depends on the number of records.
+    `clusters` is the number of clusters; 0: a number that depends on the number of records. A cluster without
+    distinguishing words is named by its number. If the number of clusters is below 2, there is one group.
     """
     suggested = min(round(math.sqrt(len(records) / _RECORDS_PER_CLUSTER)), _MOST_CLUSTERS)
     count = min(clusters or suggested, len(records))
@@ -193,7 +199,8 @@ def distinguishing_words(groups: Sequence[Sequence[str]], count: int = 3) -> lis
 
     The score of a word is s * log(s / t), where s is the share of the group's texts that have the word, and t is the
     share of all texts that have the word. The word with the best score comes first. A word that is equally frequent in
-    all groups has the score 0 in any language, so no list of stop words is needed.
+    all groups has the score 0 in any language, so no list of stop words is needed. Left out are words with a score of 0
+    or less, words in only one of the group's texts (unless it has one text), and other forms of a chosen word.
     """
     in_group = [Counter(word for text in texts for word in _words_of(text)) for texts in groups]
     overall: Counter[str] = Counter()
@@ -207,7 +214,7 @@ def distinguishing_words(groups: Sequence[Sequence[str]], count: int = 3) -> lis
 
 
 def _words_of(text: str) -> set[str]:
-    """Return the different words of a text, in lower case, with at least 3 letters."""
+    """Return the different words of a text, in lower case, that start with a letter and have at least 3 characters."""
     return {word for word in _WORD.findall(text.casefold()) if len(word) >= _LEAST_LETTERS}
 
 
@@ -235,6 +242,9 @@ def _best_words(scores: dict[str, float], count: int) -> list[str]:
 
 
 def _same_stem(one: str, other: str) -> bool:
-    """Return whether two words start alike: only the last two letters of the shorter word, or what follows, differ."""
+    """Return whether two words start alike: only the last two letters of the shorter word, or what follows, differ.
+
+    At least the first three letters must be equal.
+    """
     common = max(_LEAST_LETTERS, min(len(one), len(other)) - 2)
     return one[:common] == other[:common]

@@ -17,6 +17,7 @@ Places = npt.NDArray[np.float64]
 #: Least number of points for t-SNE, which needs several neighbours of each. Fewer points are projected to their
 #: principal components.
 _FEW = 12
+#: Perplexity of t-SNE, about the number of neighbours that count for a point; less if there are fewer than 91 points.
 _PERPLEXITY = 30.0
 #: Distance, in map units, to which points are spread that would cover each other.
 _SPACING = 0.004
@@ -53,9 +54,9 @@ def lay_out(vectors: Matrix, distance: str) -> Layout:
 def _scaled(vectors: Matrix, metric: str) -> Matrix:
     """Scale vectors so that the squares of their components fit into float32.
 
-    For the metric `cosine` each vector gets the length 1, unless its length is 0. For `euclidean` all vectors are
-    divided by the same number, so the proportions of distances do not change. Vectors with one component get a second
-    component, 0.
+    `metric` is `euclidean`, or `cosine`, which is also used for the distance `dot_product`. For `cosine` each vector
+    gets the length 1, unless its length is 0. For `euclidean` all vectors are divided by the same number, so the
+    proportions of distances do not change. Vectors with one component get a second component, 0.
     """
     if metric == "cosine":
         size = np.abs(vectors).max(axis=1, keepdims=True)
