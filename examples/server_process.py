@@ -66,6 +66,8 @@ class ServerProcess:
     def stop(self) -> int:
         """Stop the server with SIGTERM, as an operator would, and wait for its end; return its exit code.
 
+        If the server has ended already, only its exit code is returned.
+
         Raises:
             TimeoutExpired: the server did not end within 300 s.
         """

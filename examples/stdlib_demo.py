@@ -5,7 +5,8 @@
 3. Start a server with the model and the classifier. Store every docstring in a collection, search for
    five queries, and classify docstrings that the classifier was not trained on, all over gRPC.
 
-All files are written to the folder `.demo/`, or to that of `--folder`.
+All files are written to the folder `.demo/`, or to that of `--folder`, and replace those of an earlier run. With
+`--keep`, the server runs until Ctrl-C. The exit code is 1 if a call to the server fails.
 """
 
 from __future__ import annotations
@@ -214,7 +215,8 @@ def split(docs: Sequence[StdlibDoc]) -> tuple[list[StdlibDoc], list[StdlibDoc]]:
     """Choose the ten modules with the most docstrings, and draw training and test texts from the docstrings of each.
 
     Returns:
-        The training texts, at most 50 of a module, and the test texts, 15 of a module. The draw is always the same.
+        The training texts, at most 50 of a module, and the test texts, 15 of a module. The draw is the same for the
+        same docstrings.
     """
     by_module: dict[str, list[StdlibDoc]] = defaultdict(list)
     # Several methods may share a docstring. Each text is kept once, so that no test text is also a training text.

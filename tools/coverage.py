@@ -1,4 +1,7 @@
-"""Run the fast tests with coverage of server and client, including servers in child processes."""
+"""Run the fast tests with coverage of server and client, including servers in child processes.
+
+Arguments are passed to pytest. The exit code is not 0 if a test fails, or if the coverage is below 90 %.
+"""
 
 from __future__ import annotations
 

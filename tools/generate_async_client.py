@@ -3,8 +3,8 @@
 This script adds `async` and `await` where a function of AWAITED is called or an iterator of ITERATED is read, renames
 the names of NAMES, and replaces the sentences of SENTENCES. The modules in HANDWRITTEN are not generated, since they
 differ in more than these changes. They are written by hand in both folders, with the same names and parameters. A
-missing `await` is a type error, which mypy reports. With --check, the script writes nothing, and exits with 1 if a
-module of _aio is not what it would generate.
+missing `await` is a type error, which mypy reports. Modules of _aio without a counterpart in _sync are deleted. With
+--check, the script changes nothing, and exits with 1 if a module of _aio is not what it would generate.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ NAMES = {
     },
 }  # fmt: skip
 #: Texts of the sync client, and the texts that replace them in the asynchronous client. Each must occur in at least one
-#: module, so that none is out of date.
+#: module, or else the script fails, so that none is out of date.
 SENTENCES = {
     "import grpc\n": "import grpc.aio\n",
     "grpc.Channel": "grpc.aio.Channel",

@@ -1,4 +1,4 @@
-"""Generate the Python code of protos/emberpc/v1, or check that it is current.
+"""Generate the Python code of protos/emberpc/v1; with --check, change nothing and exit with 1 if it is not current.
 
 The script runs the generator in the version of tools/requirements-protos.txt, in an environment of its own: in the
 development environment, the generator would force older versions of grpcio and protobuf.

@@ -95,7 +95,7 @@ def _measure(flags: Sequence[str], fields: Mapping[str, Any], rounds: int) -> di
 
 
 def _fill(address: str, fields: Mapping[str, Any]) -> Sequence[pb.SearchRequest]:
-    """Create a collection of 5,000 docstrings with clustered vectors; return one search request for each caller.
+    """Create a collection of at most 5,000 docstrings with clustered vectors; return a search request for each caller.
 
     Args:
         address: address of the server, as host:port.

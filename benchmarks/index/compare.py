@@ -2,7 +2,8 @@
 
 All systems get the same vectors, and are measured one after the other: raw hnswlib in this process; emberpc through
 gRPC, from upsert to restart; and each peer for which a Python with its packages is given
-(`benchmarks/index/peer_process.py`). Recall is measured against a comparison with every vector. Targets:
+(`benchmarks/index/peer_process.py`). Recall is measured against a comparison with every vector. Targets, which are only
+printed beside the figures:
 
 - Building the graph takes at most 1.15 times as long as raw hnswlib's add_items, with the same parameters and one
   thread.
@@ -66,7 +67,7 @@ def recall(found: Any, true: np.ndarray) -> float:
 
     Args:
         found: ids that were found for each query, as numbers or strings of numbers.
-        true: ids of the true nearest vectors, int64 (queries, K).
+        true: row numbers of the true nearest vectors, which are their ids, int64 (queries, K).
     """
     hits = sum(len(set(map(int, ids)) & set(row.tolist())) for ids, row in zip(found, true, strict=True))
     return hits / true.size
@@ -263,7 +264,7 @@ def peer(name: str, python: str, vectors: Path, queries: Path, true: np.ndarray)
         The figures that `peer_process.py` prints, and `recall`.
 
     Raises:
-        RuntimeError: the peer failed; the message is the last line of its stderr.
+        RuntimeError: the peer failed; the message is the last line of its stderr, or its exit code.
         TimeoutExpired: one of the two processes took more than an hour.
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -3,8 +3,9 @@
 The index runs in this process, with one query at a time. The vectors are those of a file, of which the first 300 are
 the queries, or synthetic clusters. Filters match several shares of the records. For each share the script measures
 recall@10 against a comparison with every matching vector. It measures the time of queries whose filter was used before
-(such as a tenant or a language) and of queries with a new filter. Targets: a recall of 0.98 at every share, and, if 1 %
-of the records match, a 99th percentile of the time of at most three times that of searches without a filter.
+(such as a tenant or a language) and of queries with a new filter. Targets, which are not checked: a recall of 0.98 at
+every share, and, if 1 % of the records match, a 99th percentile of the time of at most three times that of searches
+without a filter.
 
     python -m benchmarks.index.filters [VECTORS.npy] [--records 100000] [--folder FOLDER] [-o RESULT.json]
 
@@ -56,7 +57,7 @@ def filled(index: Index, name: str, vectors: np.ndarray, fields: tuple[str, ...]
     """Return the collection `name`. If it does not exist, create it, insert the vectors, and wait for the graph.
 
     Each record has the same number in two metadata fields, `plain` and `indexed`. `fields` are the fields that get an
-    index.
+    index. An existing collection is not compared with the vectors.
     """
     try:
         return index.get(name)
@@ -110,7 +111,8 @@ def measure(
     Args:
         collection: a collection that `filled` returned.
         vectors: the vectors of the collection.
-        queries: vectors to search for, divided among the filters.
+        queries: vectors to search for, more than 30, divided among the filters. The first query of each filter is the
+            search with a new filter.
         field: the metadata field of the filters.
         share: share of the records that a filter matches.
 

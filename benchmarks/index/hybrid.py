@@ -73,7 +73,10 @@ def measure(client: Client, name: str, queries: dict[str, str], judged: dict[str
 
 
 def main() -> None:
-    """Measure, print all figures, and write them to a JSON file if `--output` is given."""
+    """Measure, print all figures, and write them to a JSON file if `--output` is given.
+
+    Then the process ends with exit code 1 if hybrid search with default settings is not better than both others.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", type=Path, required=True)

@@ -35,6 +35,7 @@ BESIDE = {
 #: Names of the comparison servers that store no vectors. They have no row in the first table of the page.
 RPC_ONLY = ("empty handler", "ten ready hits")
 MILLION = 1_000_000
+#: Marker in the page. The text after it is kept.
 KEPT = "<!-- figures of other runs -->\n"
 
 HEAD = """# Benchmarks of the index

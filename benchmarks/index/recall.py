@@ -5,7 +5,8 @@ The script also measures the time of searches while records are replaced and gra
 One collection in this process is filled with the vectors of a file. 500 random vectors of the file are the queries, and
 are not stored. Without a file, the vectors are synthetic: clustered Gaussians (one centre for 100 vectors, sigma 0.6,
 length 1), which are easier to search than embeddings. Recall is measured against a comparison with every vector.
-Targets: recall@10 is 0.98 by default, and 0.95 after half of the records were replaced ten times.
+Targets, which are not checked: recall@10 is 0.98 by default, and 0.95 after half of the records were replaced ten
+times.
 
     python -m benchmarks.index.recall [VECTORS.npy] [--records N] [--rounds N] [-o RESULT.json]
 
@@ -100,8 +101,8 @@ def measure(collection: Collection, stored: np.ndarray, queries: np.ndarray, **o
         options: arguments of `Collection.search`, such as `min_recall`.
 
     Returns:
-        The options, recall@10, median and 99th percentile of the milliseconds of a search, and strategy and ef of the
-        first search.
+        The options, recall@10 (a hit counts if its score is at least that of the true tenth), median and 99th
+        percentile of the milliseconds of a search, and strategy and ef of the first search.
     """
     bounds = []
     for first in range(0, len(queries), 100):
@@ -133,8 +134,8 @@ def run(vectors: np.ndarray, rounds: int, folder: Path) -> dict[str, Any]:
         folder: empty folder for the index.
 
     Returns:
-        Seconds to build the collection; recall and times by default, for each target of recall, during the
-        replacements, and after them.
+        Seconds to build the collection; recall and times by default and for each target of recall; times during the
+        replacements; recall and times after them. The last two are missing if `rounds` is 0.
     """
     rng = np.random.default_rng(1)
     vectors = vectors[rng.permutation(len(vectors))]

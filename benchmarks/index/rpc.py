@@ -37,8 +37,8 @@ from emberpc.wire import vectors as wire
 
 SEARCH = "/emberpc.v1.IndexService/Search"
 COLLECTION, K, BATCH = "c", 10, 64
-#: To measure calls per second: number of concurrent callers, and number of calls by each caller. To measure latency:
-#: number of calls, one after the other.
+#: To measure calls per second: number of concurrent callers, and number of queries by each caller, in calls of one
+#: query (see `_calls_per_second` for larger calls). To measure latency: number of calls, one after the other.
 CALLERS, CALLS, ONE_BY_ONE = 8, 500, 1000
 CORES = usable_cores()
 
@@ -52,7 +52,7 @@ def measure(address: str, graph: hnswlib.Index, queries: np.ndarray, rounds: int
         address: address of the emberpc server, which has the collection `COLLECTION`.
         graph: hnswlib's graph of the vectors in the collection; its ef is changed.
         queries: vectors to search for, float32 (n, dimensions); n is at least 100, and 64 for each usable core.
-        rounds: number of rounds; the figures are their medians.
+        rounds: number of rounds; the figures are their medians. One more round is run first, and does not count.
 
     Returns:
         `ef`: the ef that the emberpc server used. `rounds`: number of rounds. `servers`: for each server, calls per
@@ -116,6 +116,8 @@ def _requests(queries: np.ndarray, calls: int, each: int) -> list[pb.SearchReque
 
 def _calls_per_second(address: str, queries: np.ndarray, callers: int = CALLERS, each: int = 1) -> float:
     """Return queries per second of concurrent callers, measured with h2load.
+
+    A caller makes 500 / `each` calls, but at least 20.
 
     Args:
         address: address of the server, as host:port.

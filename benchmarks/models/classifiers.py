@@ -4,7 +4,7 @@ FOLDER has `train.csv` and `test.csv` (columns text and label) and optionally `o
 the labels. For two data sets there are claims: figures that emberpc must reach, as means of at least three seeds. The
 claims are checked if FOLDER is named banking77 (https://github.com/PolyAI-LDN/task-specific-datasets, folder
 banking_data) or clinc150 (https://github.com/clinc/oos-eval). The exit code is 1 if a figure does not reach its claim,
-or was measured with fewer seeds.
+or was measured with fewer seeds, or if the command failed.
 
     python -m benchmarks.models.classifiers FOLDER -o REPORT [any other option of `emberpc compare`]
 """
@@ -22,6 +22,7 @@ from typing import Any
 TUNED = ("top-layers", "contrastive", "full")
 #: Fewest seeds over which a figure must be measured to be checked against a claim.
 SEEDS = 3
+#: All strategies.
 ANY = ("zero-shot", "nearest", "centroids", "linear", *TUNED)
 
 

@@ -6,8 +6,8 @@ Meanwhile another process, the probe, calls the health service and embeds a shor
 Finally the script sends SIGTERM while requests are in flight.
 
 For each request it prints the slowest calls of the probe, and the most memory of the server; at the end also the
-seconds from SIGTERM to the server's exit. Targets: a call of the probe takes at most 500 ms, memory is at most 600 MiB
-above that of the idle server, and the exit takes at most 2 s more than the drain time.
+seconds from SIGTERM to the server's exit. Targets, which are not checked: a call of the probe takes at most 500 ms,
+memory is at most 600 MiB above that of the idle server, and the exit takes at most 2 s more than the drain time.
 
     python -m benchmarks.server.hostile BUNDLE [-o RESULT.json]
 """

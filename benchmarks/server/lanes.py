@@ -60,7 +60,7 @@ def huge(address: str, way: str) -> None:
 
 
 def wait_until_busy(pid: int) -> None:
-    """Wait until a process uses more than 0.8 of the usable cores for half a second.
+    """Wait, without a limit, until a process uses more than 0.8 of the usable cores for half a second.
 
     A server that does so has received the huge request, and works on it.
     """

@@ -43,7 +43,8 @@ async def arrivals(address: str, way: str, texts: list[str], rate: float, second
 
     Returns:
         Goodput in texts per second; numbers of calls that were answered, refused and late (or failed otherwise); median
-        milliseconds of answered and of refused calls, 0 if there are none.
+        milliseconds of answered and of refused calls, 0 if there are none. A stream that ends before all its texts have
+        vectors counts as refused.
     """
     batch = WAYS[way]
     latencies: list[float] = []

@@ -54,6 +54,9 @@ def emberpc(bundle: Path, texts: Sequence[str]) -> dict[str, Figures]:
 
     Returns:
         Throughput, CPU time and memory of the server, and latency, by the kind of calls; the names have the units.
+
+    Raises:
+        RuntimeError: a call failed, or the vectors are not those of the model; see `check_answers`.
     """
     found = {}
     with serving(bundle, "--cache-bytes", "0") as server:
@@ -82,7 +85,7 @@ def child(python: str, script: str, *arguments: str, **environment: str) -> dict
         environment: further variables of the environment.
 
     Raises:
-        RuntimeError: the script failed; the message is the last line of its stderr.
+        RuntimeError: the script failed; the message is the last line of its stderr, or its exit code.
         TimeoutExpired: the script took more than 600 seconds.
     """
     run = subprocess.run(
@@ -100,7 +103,11 @@ def child(python: str, script: str, *arguments: str, **environment: str) -> dict
 
 
 def version_of(python: str, package: str) -> str:
-    """Return the version of a package that is installed in the environment of the interpreter `python`."""
+    """Return the version of a package that is installed in the environment of the interpreter `python`.
+
+    Raises:
+        CalledProcessError: the package is not installed there.
+    """
     script = f"from importlib.metadata import version; print(version({package!r}))"
     return subprocess.run([python, "-c", script], check=True, capture_output=True, text=True).stdout.strip()
 

@@ -3,7 +3,8 @@
 8 concurrent callers embed distinct texts for some minutes. The texts have 1 to 512 tokens, or fewer if the bundle's
 limit is lower (export the bundle with `emberpc export embedding --max-tokens 512`). A call has 1, 8 or 32 texts. One of
 the callers uses streams. The script reads the server's resident memory every second. Target: memory grows by at most
-2 % after the first two minutes, from the median of the third minute to the median of the last one. To try another
+2 % after the first two minutes, from the median of the third minute to the median of the last one. In a run of less
+than two minutes, the first minute takes the place of the third. The target is not checked. To try another
 allocator, set it in the environment, for example LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libjemalloc.so.2.
 
     python -m benchmarks.server.soak BUNDLE [--minutes 30] [-o RESULT.json] [--plot FILE.png]

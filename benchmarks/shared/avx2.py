@@ -4,7 +4,8 @@ Most hosts without a GPU have AVX2 but not AVX-512. Their processors use other k
 script compiles a small library (`hide_avx512.c`, with cc) and preloads the library into the command and all its child
 processes. The library answers the instruction CPUID, by which programs ask for the features of the processor. This
 needs Linux on x86-64 and a processor on which CPUID can be made to fault (`cpuid_fault` among the flags in
-/proc/cpuinfo). The figures show the kernels for AVX2, but not the speed of an older processor.
+/proc/cpuinfo). The figures show the kernels for AVX2, but not the speed of an older processor. The exit code is that of
+the command, or 1 if the library does not compile.
 
     python -m benchmarks.shared.avx2 python -m benchmarks.models.variants …
 """

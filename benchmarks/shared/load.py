@@ -64,7 +64,10 @@ class Outcome:
     errors: int
 
     def percentile(self, share: float) -> float:
-        """Return the latency in milliseconds that the share `share` (0 to 1) of the successful calls did not exceed."""
+        """Return the latency in milliseconds that the share `share` (0 to 1) of the successful calls did not exceed.
+
+        At least one call must have succeeded.
+        """
         ordered = sorted(self.latencies)
         return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
@@ -180,7 +183,7 @@ def check_answers(address: str, bundle: Path, texts: Sequence[str]) -> float:
 
 
 def capacity(address: str, method: str, requests: Sequence[Message], each: int) -> float:
-    """Call a method with one h2load process for each request; return the seconds until the last process is done.
+    """Call a method with one h2load process for each request; return the seconds from their start to the last's end.
 
     h2load (of nghttp2) uses a hundredth of the CPU time of a Python client. So it leaves the cores to the server. It
     does not decode responses: check these with `check_answers`.

@@ -95,8 +95,8 @@ class Embedder:
     def _embed(self, table: pa.Table) -> pa.Table:
         """Embed the texts of a table; return the table with the columns `vector` and `truncated` added.
 
-        A row with an empty text, or only white space, has no vector (null). `truncated` says whether the text was
-        truncated to the model's limit.
+        A row whose text is null, empty or only white space has no vector (null). `truncated` says whether the text was
+        truncated, at its end, to the model's limit.
         """
         texts = table.column(self._columns[1]).to_pylist()
         rows = [i for i, text in enumerate(texts) if text and not text.isspace()]
@@ -138,7 +138,10 @@ def read_rows(path: str, columns: list[str], start: int, stop: int) -> pa.Table:
 
 
 def write_whole(table: pa.Table, path: Path) -> None:
-    """Write a table as a Parquet file atomically: after a crash, the file is complete or does not exist."""
+    """Write a table as a Parquet file atomically: after a crash, the file is complete or does not exist.
+
+    A crash may leave an unfinished hidden file beside it, which `prepare` removes.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     with unfinished.open("wb") as file:
         pq.write_table(table, file)
