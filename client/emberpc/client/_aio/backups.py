@@ -40,6 +40,7 @@ class AsyncBackupMethods:
         Raises:
             InputError: the path is a folder, a disk or a socket.
             NotFound: there is no collection of this name.
+            DataLoss: a record is damaged on the server's disk.
             ResourceExhausted: the server's disk has no room for the copy that the server makes first.
             Unimplemented: the server's index backend has no backups.
             Internal: the bytes that arrived are not those that the server sent. No file is written, but a device or a
@@ -77,7 +78,9 @@ class AsyncBackupMethods:
             AlreadyExists: a collection of this name exists.
             InvalidArgument: the file is not a backup, or the backup is damaged.
             FailedPrecondition: a newer version of emberpc wrote the file.
-            ResourceExhausted: the server's disk has no room for the collection.
+            ResourceExhausted: the server's disk has no room for the collection, or the server has its limit of
+                collections.
+            Unimplemented: the server's index backend has no backups.
             OSError: the file cannot be read.
             EmberpcError: the call failed otherwise.
         """

@@ -44,7 +44,7 @@ class AsyncRecordMethods:
         Args:
             collection: name of the collection.
             records: records, or dicts with `id` and any of `text`, `metadata`, `label`, `vector`, `time_to_live`. All
-                records of one request must have a `vector`, or none of them.
+                records of one request must have a `vector`, or none of them. An id may not occur twice in a request.
             vectors: vectors of all records, shape (records, dimensions). All records are then read before the first
                 request. None: the server embeds the texts, unless the records have vectors.
             truncation: how texts with too many tokens are truncated; None: the setting of the collection.
@@ -61,7 +61,9 @@ class AsyncRecordMethods:
             Numbers of inserted and updated records, and the sequence number of the last write.
 
         Raises:
-            NotFound: there is no collection of this name.
+            NotFound: there is no collection of this name, or the server does not serve the collection's model.
+            FailedPrecondition: a record has no vector, and the collection has no model, or vectors of another model.
+            Unimplemented: `expected_revisions` or `time_to_live` is given, and the index backend is Milvus.
             Aborted: a stored record has another revision, perhaps from a try of this call whose response was lost. The
                 request with this record wrote nothing; earlier requests wrote the first `done` records.
             InputError: a record is wrong. Earlier requests, without this record, were sent. Or another argument is
@@ -98,7 +100,8 @@ class AsyncRecordMethods:
 
         Args:
             collection: name of the collection.
-            records: records, or dicts with their fields. Some may have vectors and others not.
+            records: records, or dicts with their fields. Some may have vectors and others not. If two records of one
+                request have the same id, the later one fails.
                 The iterable is read as needed, in the task that takes the checkpoints. It may be asynchronous.
             truncation: how texts with too many tokens are truncated; None: the setting of the collection.
             batch_size: records per request. A request is atomic, except for the records that fail.
@@ -190,6 +193,7 @@ class AsyncRecordMethods:
         """Iterate over the records of a collection, in the byte order of their ids.
 
         Each record that exists during the whole iteration is returned exactly once, also if other calls write records.
+        Only records that are damaged on the server's disk are left out.
 
         Args:
             collection: name of the collection.

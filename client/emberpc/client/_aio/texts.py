@@ -47,15 +47,16 @@ class AsyncTextMethods:
         """Embed texts.
 
         Args:
-            texts: a list or another iterable of texts; at least one, none empty. A single str is refused: write
-                `[text]`.
+            texts: a list or another iterable of texts; at least one, none empty or only white space. A single str is
+                refused: write `[text]`.
             model: name of the embedding model; empty: the only embedding model of the server.
             input_kind: purpose of the texts; decides which prompt of the model the server puts before each text.
             dimensions: number of first dimensions to return (Matryoshka), one of those that the model lists; 0: all.
             truncation: how texts with too many tokens are truncated.
             dtype: element type of the response: `float16` halves the bytes of `float32`, `int8` quarters them, `binary`
                 has only the sign of each number, 1 bit. The result is float32 in any case; for `binary` -1 and 1.
-            normalize: whether to scale the vectors to length 1; None: the setting of the model's export.
+            normalize: whether to scale the vectors to length 1; None: the setting of the model's export. A model whose
+                vectors have length 1 anyway refuses False.
             priority: urgency of the call; the server may delay `bulk` calls in favour of `interactive` calls.
             batch_size: most texts of one request.
             details: called with the `ResponseDetails` of each response: the model that answered, times, tokens of the
@@ -174,8 +175,8 @@ class AsyncTextMethods:
         Sources and targets together must be within the server's limit of texts (by default 4096).
 
         Args:
-            sources: texts, at least one, none empty.
-            targets: texts to compare the sources with, at least one, none empty.
+            sources: texts, at least one, none empty or only white space.
+            targets: texts to compare the sources with, under the same conditions.
             source_kind: purpose of the sources; decides which prompt the server puts before each.
             target_kind: purpose of the targets.
             model: name of the embedding model; empty: the only embedding model of the server.
@@ -213,7 +214,7 @@ class AsyncTextMethods:
         """Classify texts. Errors are those of `embed`.
 
         Args:
-            texts: a list or another iterable of texts; at least one, none empty.
+            texts: a list or another iterable of texts; at least one, none empty or only white space.
             classifier: name of the classifier; empty: the only classifier of the server.
             top_k: the most labels with probabilities to return for each text, the most probable first; 0: all.
             truncation: how texts with too many tokens are truncated.

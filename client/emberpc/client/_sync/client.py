@@ -35,7 +35,8 @@ class Client(TextMethods, CollectionMethods, RecordMethods, SearchMethods, Backu
     None: the `timeout` of the constructor, but an hour for a backup or a restore. `embed_stream` and `upsert_stream`
     may run for days; there the timeout limits the time without any result. After `close()` every call raises Cancelled.
 
-    A list is sent in several requests if it has more than `batch_size` items or 8 MiB. Results keep the order of the
+    A list is sent in several requests if it has more than `batch_size` items or 8 MiB. The server refuses a request of
+    more items than its limit `max_texts`, 4096 by default. Results keep the order of the
     list, and an error names an item by its index in the whole list. `progress` is called with the number of items done
     so far. `details` is called with the `ResponseDetails` of each response. Arguments are checked before anything is
     sent; records of `upsert`, and items of streams, are checked when they are read. A filter that matches no record and

@@ -34,7 +34,8 @@ class CollectionMethods:
         Args:
             name: name of the collection: 1 to 128 letters, digits, `.`, `_` and `-`, starting with a letter or digit.
             model: name of the model that embeds texts of records and queries; empty: records must have vectors.
-            dimensions: dimensions of the vectors, at most 16,000; 0: those of the model.
+            dimensions: dimensions of the vectors, at most 16,000; with a model one of its Matryoshka dimensions, or 0
+                for all. Without a model, 0 is refused.
             distance: the measure that compares vectors.
             truncation: how texts of records with too many tokens are truncated, unless an upsert states otherwise.
             m: links of a node of the HNSW graph per layer, 4 to 64; 0: the server's default.
@@ -54,6 +55,7 @@ class CollectionMethods:
                 lost. With `exist_ok`: the existing collection has other settings.
             InvalidArgument: a setting is invalid.
             NotFound: the server serves no model of this name.
+            FailedPrecondition: the model does not embed texts.
             EmberpcError: the call failed otherwise.
         """
         call = collections.create_collection(
@@ -83,11 +85,12 @@ class CollectionMethods:
 
         Raises:
             NotFound: there is no collection of this name.
+            Internal: the collection is damaged, and cannot be opened.
         """
         return self._runner.run_one(collections.get_collection(name), timeout)
 
     def collections(self, *, page_size: int = 0, timeout: float | None = None) -> Iterator[Collection]:
-        """Iterate over the collections of the server, in the order of their names.
+        """Iterate over the collections of the server, in the order of their names; unusable ones have a `problem`.
 
         Args:
             page_size: collections per request, at most 1000; 0: the server's default.
@@ -115,7 +118,7 @@ class CollectionMethods:
         return self._runner.run_one(collections.update_collection(name, truncation), timeout)
 
     def delete_collection(self, name: str, *, timeout: float | None = None) -> None:
-        """Delete a collection with all its records.
+        """Delete a collection with all its records, and cancel its reembedding.
 
         Args:
             name: name of the collection.
@@ -148,7 +151,8 @@ class CollectionMethods:
             NotFound: there is no collection or no model of this name.
             InvalidArgument: the model does not have these dimensions.
             FailedPrecondition: the collection has vectors of this model and dimensions already, another reembedding of
-                the collection runs, or a record has no text.
+                the collection runs, a record has no text, or the model does not embed texts.
+            Unimplemented: the server's index backend has no reembedding.
             EmberpcError: the call failed otherwise.
         """
         return self._runner.run_one(collections.reembed(name, model, dimensions), timeout)

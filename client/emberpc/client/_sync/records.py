@@ -43,7 +43,7 @@ class RecordMethods:
         Args:
             collection: name of the collection.
             records: records, or dicts with `id` and any of `text`, `metadata`, `label`, `vector`, `time_to_live`. All
-                records of one request must have a `vector`, or none of them.
+                records of one request must have a `vector`, or none of them. An id may not occur twice in a request.
             vectors: vectors of all records, shape (records, dimensions). All records are then read before the first
                 request. None: the server embeds the texts, unless the records have vectors.
             truncation: how texts with too many tokens are truncated; None: the setting of the collection.
@@ -60,7 +60,9 @@ class RecordMethods:
             Numbers of inserted and updated records, and the sequence number of the last write.
 
         Raises:
-            NotFound: there is no collection of this name.
+            NotFound: there is no collection of this name, or the server does not serve the collection's model.
+            FailedPrecondition: a record has no vector, and the collection has no model, or vectors of another model.
+            Unimplemented: `expected_revisions` or `time_to_live` is given, and the index backend is Milvus.
             Aborted: a stored record has another revision, perhaps from a try of this call whose response was lost. The
                 request with this record wrote nothing; earlier requests wrote the first `done` records.
             InputError: a record is wrong. Earlier requests, without this record, were sent. Or another argument is
@@ -97,7 +99,8 @@ class RecordMethods:
 
         Args:
             collection: name of the collection.
-            records: records, or dicts with their fields. Some may have vectors and others not.
+            records: records, or dicts with their fields. Some may have vectors and others not. If two records of one
+                request have the same id, the later one fails.
                 The iterable is read as needed, in the thread that takes the checkpoints.
             truncation: how texts with too many tokens are truncated; None: the setting of the collection.
             batch_size: records per request. A request is atomic, except for the records that fail.
@@ -187,6 +190,7 @@ class RecordMethods:
         """Iterate over the records of a collection, in the byte order of their ids.
 
         Each record that exists during the whole iteration is returned exactly once, also if other calls write records.
+        Only records that are damaged on the server's disk are left out.
 
         Args:
             collection: name of the collection.

@@ -48,7 +48,7 @@ class SearchMethods:
         details: Details | None = None,
         timeout: float | None = None,
     ) -> list[Hit]:
-        """Search for the records nearest to a query.
+        """Search for the records nearest to a query. Records that are damaged on the server's disk are left out.
 
         Args:
             collection: name of the collection.
@@ -80,7 +80,10 @@ class SearchMethods:
         Raises:
             NotFound: there is no collection of this name, or no record with the id of a `RecordId`; or the server does
                 not serve the collection's model.
-            FailedPrecondition: the query is a text, and the collection has no model, or vectors of another model.
+            FailedPrecondition: the query is a text, the mode is not `lexical`, and the collection has no model, or
+                vectors of another model.
+            DataLoss: the word index, or the record of a `RecordId`, is damaged.
+            Unimplemented: the index backend is Milvus, which has no `min_recall`, `lexical` and `hybrid`.
             InputError: an argument is wrong; nothing was sent.
             InputTypeError: an argument has the wrong type; nothing was sent.
             EmberpcError: the call failed otherwise.
@@ -137,7 +140,8 @@ class SearchMethods:
         Raises:
             NotFound: there is no collection of this name, or no record with the id of a `RecordId`; or the server does
                 not serve the collection's model.
-            FailedPrecondition: a query is a text, and the collection has no model, or vectors of another model.
+            FailedPrecondition: a query is a text, the mode is not `lexical`, and the collection has no model, or
+                vectors of another model.
             InputError: an argument or a query is wrong; nothing was sent.
             InputTypeError: an argument or a query has the wrong type; nothing was sent.
             EmberpcError: a request failed otherwise.
