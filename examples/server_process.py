@@ -12,9 +12,10 @@ from pathlib import Path
 from types import TracebackType
 
 _READY = re.compile(r"serving on (\S+:\d+)")
-# Most seconds to wait for the start and for the end of a server. Both usually take a few seconds. The limits are for a
-# host that is ten times slower, with other programs on every core.
+# Most seconds to wait for the start of a server. It usually takes a few seconds. The limit is for a host that is ten
+# times slower, with other programs on every core.
 _START_SECONDS = 300
+# Most seconds to wait for the end of a server, which also takes a few seconds on a host without load.
 _STOP_SECONDS = 300
 
 

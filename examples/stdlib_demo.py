@@ -53,7 +53,9 @@ QUESTIONS = (
 #: The labels of the classifier are the modules with the most docstrings: number of these modules, and for each module
 #: the most training texts and the number of test texts.
 MODULES, TRAIN_PER_MODULE, TEST_PER_MODULE = 10, 50, 15
+#: Number of records in one upsert.
 UPSERT_BATCH = 128
+#: Number of hits that are shown for each query.
 SHOWN = 3
 
 # 110 columns if the output is no terminal: enough for a hit's id and the start of its text.

@@ -34,6 +34,7 @@ DIMENSIONS, K, QUERIES = 384, 10, 300
 SHARES = (0.5, 0.1, 0.01, 0.0001)
 #: Number of different filters for each share. A filter is new for its first query, and known for its other queries.
 FILTERS = 30
+#: Number of records in one write.
 BATCH = 1000
 
 

@@ -40,6 +40,7 @@ COLLECTION, K, BATCH = "c", 10, 64
 #: To measure calls per second: number of concurrent callers, and number of queries by each caller, in calls of one
 #: query (see `_calls_per_second` for larger calls). To measure latency: number of calls, one after the other.
 CALLERS, CALLS, ONE_BY_ONE = 8, 500, 1000
+#: Number of callers that send 64 queries in a call, and of hnswlib's threads.
 CORES = usable_cores()
 
 Figures = dict[str, Any]

@@ -52,6 +52,7 @@ LOOKED_AT = 64
 TIMED_EVERY = 4
 #: Number of tokens that texts for the calibration of static ranges are truncated to.
 CUT_AT = 32
+#: Name of the graph's output that has the embeddings.
 OUTPUT = "sentence_embedding"
 
 

@@ -40,6 +40,7 @@ DRAIN = 2.0
 TIMEOUT = 600
 #: A request that took more than this many seconds when it was sent alone is also sent eight times at once.
 _LONG_SECONDS = 0.2
+#: Options of the two channels: responses of any size, and a connection of its own for each channel.
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
 
 

@@ -51,8 +51,11 @@ BATCH_TOKENS = 512
 WAYS = {"64 × 1": (64, 1), "4 × 32": (4, 32)}
 #: Number of h2load processes. Each sends a text of its own in all its calls.
 CALLERS = 64
+#: Name of the runs of h2load against the server.
 CAPACITY = f"{CALLERS} × 1, h2load"
+#: Name of the roofline's runs with the texts of h2load.
 FEW = f"bare, {CALLERS} texts"
+#: Targets of the server's figures divided by the roofline's: at least this throughput, at most this CPU time.
 TARGETS = {"texts_per_second": 0.92, "cpu_seconds_per_text": 1.08}
 
 

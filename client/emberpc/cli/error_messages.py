@@ -20,6 +20,7 @@ _REMEDIES = (
 )
 #: Repeated fields of a request that are arguments of a command, with their names on the command line.
 _ITEMS = {"texts": "text", "targets": "target", "ids": "id"}
+#: Matches an item of one of these fields at the start of a message.
 _ITEM = re.compile(rf"^({'|'.join(_ITEMS)})\[(\d+)\]")
 #: Items of which a command sends exactly one: the pattern of the item in a message, and its name on the command line.
 _SINGLE_ITEMS = (
@@ -28,6 +29,7 @@ _SINGLE_ITEMS = (
 )
 #: Matches, at the start of a message, a field of a request that is an option of a command.
 _FIELD = re.compile(r"^(?:collection\.)?(?:hnsw\.)?(model|classifier|dimensions|truncation|m|ef_construction)(?=: )")
+#: Matches the argument `timeout` of the client at the start of a message.
 _TIMEOUT = re.compile(r"^timeout(?= is )")
 
 

@@ -29,10 +29,13 @@ class CliError(Exception):
         self.code = code
 
 
-#: Import names of packages that commands need: for `serve`, `verify`, `collection map`, and the commands that export.
+#: Import names of the packages that `serve` needs.
 SERVER_PACKAGES = ("onnxruntime", "tokenizers", "hnswlib", "threadpoolctl", "grpc_health", "grpc_reflection")
+#: Import names of the packages that `verify` needs; with --against it needs EXPORT_PACKAGES too.
 VERIFY_PACKAGES = ("onnxruntime", "tokenizers")
+#: Import names of the packages that `collection map` needs.
 MAP_PACKAGES = ("sklearn",)
+#: Import names of the packages that `export` and `compare` need.
 EXPORT_PACKAGES = (
     *("torch", "transformers", "optimum", "onnx", "onnxruntime"),
     *("tokenizers", "sentence_transformers", "sklearn", "matplotlib", "jinja2", "hnswlib"),

@@ -28,8 +28,9 @@ from emberpc.client import Client, Collection, NotFound, Record
 from emberpc.client.types import Distance, Progress, Truncation
 
 _PARQUET = ".parquet"
-#: Target size in bytes of a page of records that an export requests, and most records of a page.
+#: Target size in bytes of a page of records that an export requests.
 _PAGE_BYTES = 4 * 2**20
+#: Most records of such a page.
 _PAGE_RECORDS = 1000
 
 

@@ -25,10 +25,12 @@ from emberpc.client import InputError, InputTypeError, InvalidArgument
 _OUTPUT_KEYS = ("revision", "create_time", "update_time")
 #: Columns of a table that are not metadata fields.
 _RECORD_COLUMNS = ("id", "text", "label", "metadata")
-#: Extensions of the names of JSON Lines files. `LINE_FILES` has these and the extensions of tables.
+#: Extensions of the names of JSON Lines files.
 JSON_LINES = (".jsonl", ".ndjson")
+#: Delimiters of tables by the extensions of their names.
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+#: Extensions of JSON Lines files and of tables.
 LINE_FILES = (*JSON_LINES, *_DELIMITERS)
 
 

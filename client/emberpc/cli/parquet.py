@@ -20,12 +20,13 @@ from emberpc.client import Record
 
 #: Key of the schema metadata that stores the settings of the collection.
 _SETTINGS_KEY = b"emberpc.collection"
-#: Number of rows, and bytes of texts and vectors, at which a row group ends. A row group is in memory until it is
-#: written as a whole.
+#: Number of rows at which a row group ends. A row group is in memory until it is written as a whole.
 _GROUP_ROWS = 4096
+#: Bytes of vectors and texts, counted as 4 bytes for each character, at which a row group ends with fewer rows.
 _GROUP_BYTES = 32 * 2**20
-#: Number of rows, and bytes of the file, that are read at a time.
+#: Number of rows that are decoded at a time.
 _BATCH_ROWS = 256
+#: Bytes of the file that are read at a time.
 _BUFFER_BYTES = 2**20
 #: Errors of pyarrow for a file that is damaged or not Parquet.
 _DAMAGE = (OSError, ValueError, pa.ArrowException)

@@ -17,6 +17,7 @@ Split: TypeAlias = Literal["files", "paragraphs"]
 _SUFFIXES = (".txt", ".md")
 #: Most bytes of a file. A file is read into memory as a whole, and servers refuse texts that are far shorter than this.
 _MOST_BYTES = 64 * 2**20
+#: Matches the empty lines between two paragraphs. A line of only spaces and tabs is empty.
 _EMPTY_LINES = re.compile(r"\r?\n(?:[ \t]*\r?\n)+")
 
 

@@ -33,8 +33,9 @@ Cut = Annotated[
     typer.Option(help="Treatment of texts with too many tokens: refuse them, or truncate at the end or the start."),
 ]
 
-#: Most numbers of a vector, and most labels of a text, that a table on a terminal shows.
+#: Most numbers of a vector that a table on a terminal shows.
 _PREVIEW = 6
+#: Default of --top-k for a table on a terminal.
 _TOP_K = 3
 #: Shown in a table instead of the label of a rejected text.
 _REJECTED = "(rejected)"

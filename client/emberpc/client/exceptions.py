@@ -219,6 +219,7 @@ def add_done(error: EmberpcError | InputError | InputTypeError, done: int, words
 _BY_CODE: dict[grpc.StatusCode, type[EmberpcError]] = {kind.code: kind for kind in EmberpcError.__subclasses__()}
 #: Part of gRPC's message if the server refused a call because too many calls are open on one connection.
 _REFUSED_STREAM = "RST_STREAM with error code 7"
+#: gRPC's status codes by their numbers on the wire.
 _BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 

@@ -29,6 +29,7 @@ _LONGEST_NAME = 60
 #: Matches a word that may become part of a group's name, if it has at least `_LEAST_LETTERS` characters. A word starts
 #: with a letter: numbers are no useful names.
 _WORD = re.compile(r"[^\W\d_][^\W_]*(?:['’][^\W_]+)?")
+#: Fewest characters of such a word, and of the common start of two forms of a word.
 _LEAST_LETTERS = 3
 #: Least number of a group's texts that must have a word for the word to name the group. One text may have a word by
 #: chance.

@@ -27,9 +27,11 @@ from emberpc.client.exceptions import (
 #: The port of `emberpc serve` unless its settings name another.
 DEFAULT_PORT = 50051
 
-#: Messages of the exception Cancelled: the client is closed, the caller's channel is closed, the call was cancelled.
+#: Message of the exception Cancelled for a call after `close()` of the client.
 CLIENT_CLOSED = "the client is closed; make another one"
+#: Message of Cancelled for a call over the caller's channel, which the caller has closed.
 CHANNEL_CLOSED = "the channel is closed; give the client an open one"
+#: Message of Cancelled for a call in flight that was cancelled, for example by `close()`.
 CALL_CANCELLED = "the call was cancelled before its answer came"
 
 ChannelOptions = list[tuple[str, "str | int"]]
