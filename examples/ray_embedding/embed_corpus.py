@@ -2,7 +2,8 @@
 
 The corpus is divided into parts of a fixed number of rows. An actor reads a part, embeds its texts and writes a file
 with the vectors. The name of the file identifies the part, and the file gets this name only when it is complete. So a
-part with a file is done, and the same command continues a job that was killed.
+part with a file is done, and the same command continues a job that was killed. The exit code is 2 if the arguments do
+not allow the job: see `JobError`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Part:
 
 
 class JobError(Exception):
-    """Raised when the job cannot be done; the message has the reason and the remedy."""
+    """The job cannot be done: corpus, model or output folder do not fit. The message has the reason and the remedy."""
 
 
 class Embedder:

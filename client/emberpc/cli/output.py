@@ -133,7 +133,10 @@ def details_printer(wanted: bool) -> Callable[[Any], None] | None:
 
 
 def write_stderr(text: str) -> None:
-    """Write to stderr; errors are ignored, since there is no other place to report them."""
+    """Write to stderr; errors are ignored, since there is no other place to report them.
+
+    After an error, all further output to stderr is discarded.
+    """
     try:
         sys.stderr.write(text)
         sys.stderr.flush()

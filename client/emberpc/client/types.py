@@ -407,7 +407,7 @@ class ServerInfo:
 
 
 class Health(Enum):
-    """Whether a server accepts calls. The values are those of grpc.health.v1."""
+    """Whether a server accepts calls. The values are those of grpc.health.v1; any other status becomes UNKNOWN."""
 
     UNKNOWN = 0
     SERVING = 1

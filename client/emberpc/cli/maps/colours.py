@@ -85,7 +85,8 @@ def _densest(places: Places) -> tuple[float, float, float]:
 def _apart(centres: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
     """Return a colour, (hue in degrees, tone), for each place (x, y), in the order of the places.
 
-    Each place gets the colour that differs most from those of earlier places nearby.
+    Each place gets the colour that differs most from those of earlier places nearby. No colour is used twice before all
+    are used; the weaker tone is used only if there are more than 12 places.
     """
     palette = [(hue, tone) for tone in _TONES for hue in _HUES]
     if len(centres) <= len(_HUES):

@@ -32,7 +32,7 @@ _WORD = re.compile(r"[^\W\d_][^\W_]*(?:['’][^\W_]+)?")
 #: Fewest characters of such a word, and of the common start of two forms of a word.
 _LEAST_LETTERS = 3
 #: Least number of a group's texts that must have a word for the word to name the group. One text may have a word by
-#: chance.
+#: chance, but in a group of one text it is enough.
 _LEAST_TEXTS = 2
 
 

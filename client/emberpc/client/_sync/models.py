@@ -25,11 +25,13 @@ class ModelMethods:
         """Return a model: its task, state, dimensions, limits and quality.
 
         Args:
-            name: name of the model.
+            name: name of the model; empty: the only model of the server.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
             NotFound: the server serves no model of this name.
+            InvalidArgument: the name is empty, and the server has several models.
+            FailedPrecondition: the name is empty, and the server has no model.
         """
         return self._runner.run_one(models.get_model(name), timeout)
 
