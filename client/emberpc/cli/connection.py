@@ -73,7 +73,8 @@ _OPTIONS = [
 def with_client(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command with the connection options added. It calls `command` with a client as the first argument.
 
-    The client is closed afterwards. Warnings about filters are printed to stderr.
+    The client is closed afterwards. Warnings about filters are printed to stderr. Errors about the deadline name
+    --batch-size as a remedy if the command has this option.
     """
 
     def run(options: dict[str, Any], values: dict[str, Any]) -> None:

@@ -275,7 +275,7 @@ def exporting(
 
     Raises:
         CliError: a package is missing, a file or the folder is wrong, the export failed, or a file cannot be read or
-            written.
+            written. The exit code is 5 if the folder or a bundle is wrong, otherwise 2.
     """
     require(EXPORT_PACKAGES, "export", command)
     from emberpc.export.data.datasets import check_columns

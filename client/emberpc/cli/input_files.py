@@ -100,7 +100,7 @@ class LineFile:
                 yield str(number), self._decoded(number, line).rstrip("\r\n")
 
     def count(self) -> int | None:
-        """Return the number of lines; None for stdin, which can be read only once.
+        """Return the number of lines, header and empty lines included; None for stdin, which can be read only once.
 
         Raises:
             CliError: the file cannot be read.

@@ -76,8 +76,8 @@ def write_stream(
         as_json: whether to print JSON.
 
     Raises:
-        CliError: at the end, if a record failed; the other records are written. Or the source cannot be read further;
-            the records before are written.
+        CliError: at the end, if a record failed, with the exit code of the first failure; the other records are
+            written. Or the source cannot be read further; the records before may be written.
         EmberpcError: the stream as a whole failed.
     """
     total = UpsertResult(0, 0, 0)

@@ -138,9 +138,9 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
     def may_go_on(self, error: EmberpcError) -> bool:
         """Return whether to open another connection after `error`.
 
-        It may succeed if the server was not reachable or out of resources; but not if a request is larger than its
-        limit. It may also succeed after an INTERNAL of gRPC itself, once a server has accepted the stream. Before
-        that, 5 connections are tried; later there is no limit of their number.
+        It may succeed if the server was not reachable or out of resources, but not if a request has more bytes than the
+        server allows. Once a server has accepted the stream, it may also succeed after an INTERNAL of gRPC itself.
+        Until then 5 connections are tried; after that their number has no limit.
         """
         # A request that is larger than the server's limit would be refused by every connection.
         passing = isinstance(error, (Unavailable, ResourceExhausted)) and error.reason != REQUEST_TOO_LARGE
