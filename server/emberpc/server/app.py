@@ -107,8 +107,8 @@ async def run(
         stopping: handles the signals; its deadline limits every wait of the shutdown.
 
     Raises:
-        StartupError: the address is taken, a model cannot be served, the data directory cannot be used, or Milvus
-            cannot be reached.
+        StartupError: the address of the server or of the metrics is taken, a model cannot be served, the data directory
+            cannot be used, Milvus cannot be used, or pymilvus is not installed.
     """
     loop = asyncio.get_running_loop()
     stopping.listen()
@@ -185,10 +185,11 @@ async def run(
 
 
 async def _calibrate(engine: Engine, pool: Executor, record: Path, stopping: Stopping) -> None:
-    """Measure the best size of micro-batches, keep the result in the file `record`, and use that size from then on.
+    """Use the best size of micro-batches from now on: that of the file `record`, or that of a measurement.
 
-    This is repeated, after 1 minute at first and up to 1 hour later, until a measurement succeeds, which needs an idle
-    host. An error is logged, and the current size stays.
+    The server measures if the file is older than 30 days or of another host or model, and then writes it. A measurement
+    on a busy host is used, not written, and repeated: after 1 minute at first, later after up to 1 hour. After an
+    error, which is logged, the current size stays and nothing is repeated.
     """
     pause = _CALIBRATION_SECONDS
     try:

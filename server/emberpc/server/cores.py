@@ -32,7 +32,7 @@ def quota(own: Path = _OWN, v2: Path = _V2, v1: Path = _V1) -> float:
         v1: mount point of the `cpu` controller of version 1.
 
     Returns:
-        The lowest limit of these groups, which may be a fraction; infinity if none has a limit.
+        The lowest limit of these groups, which may be a fraction; infinity if none has a limit that can be read.
     """
     limits = [math.inf]
     for root, path in _groups(own, v2, v1):

@@ -93,11 +93,11 @@ class _TooManyError(Exception):
 
 
 def count_elements(data: bytes, message: Descriptor, limits: Mapping[str, int]) -> Iterator[None]:
-    """Check the number of elements of a request; yield after each step of about 2 milliseconds.
+    """Check the number of elements of a request; yield after each step of about 2 milliseconds, or of one message.
 
-    A request of fewer than 64 KiB is not checked. An element has at least two bytes, so the size of a message limits
-    its elements. Messages inside the request are scanned one after the other, until the total is within the limit even
-    if the others have as many elements as their sizes allow.
+    A request of fewer than 64 KiB is not checked, and nothing is yielded. An element has at least two bytes, so the
+    size of a message limits its elements. Messages inside the request are scanned one after the other, until the total
+    is within the limit even if the others have as many elements as their sizes allow.
 
     Args:
         data: the request as bytes.
@@ -220,7 +220,9 @@ def _scan(
 
 
 def _is_plain_entry(data: bytes, start: int, end: int, scalars: frozenset[int]) -> bool:
-    """Return whether a map entry has a short key, and a value that is empty or has a single number or string.
+    """Return whether a map entry has a short key and a short value, which is empty or has a single number or string.
+
+    Short: fewer than 128 bytes. An entry without a value counts as one with an empty value.
 
     Most entries of metadata are of this kind, and need no scan.
 

@@ -1,9 +1,10 @@
 """Error types of the server: for a failed call, and for a failed start.
 
 Engine, index and services raise `ServiceError`. The module `statuses` converts it to a
-gRPC status, and only the module `handlers` ends a call with that status. The message is
-for the caller: it names the item, the limit and the remedy, and never contains the text
-of another exception.
+gRPC status, and the module `handlers` ends a call with that status. (Only a backup whose
+caller stalls is ended elsewhere, in `services.backups`.) The message is for the caller:
+it names the item, the limit and the remedy, and never contains the text of a library's
+exception.
 """
 
 from __future__ import annotations

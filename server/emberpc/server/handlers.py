@@ -55,8 +55,8 @@ class Handlers:
     gRPC status with details: the status of a `ServiceError`, UNIMPLEMENTED for
     NotImplementedError (a method that the service does not implement),
     RESOURCE_EXHAUSTED if no file descriptor is free, and INTERNAL for any other
-    exception. Such an exception is logged with the request id, and the caller
-    receives only that id.
+    exception. The last two are logged with the request id. The caller of the
+    last receives only that id, not the text of the exception.
 
     Handlers are wrapped once, when they are registered. An interceptor would
     wrap them again for each call, which takes a tenth of the event loop's time
@@ -72,7 +72,7 @@ class Handlers:
         counts: limits of the number of elements of repeated fields, by field name. The elements are counted before
             the request is decoded.
         max_in_flight_bytes: limit of the bytes of requests in progress and of responses that callers have not read, if
-            they have 64 KiB or more. Above the limit, large calls fail with RESOURCE_EXHAUSTED.
+            they have 64 KiB or more; responses of a stream do not count. Above it, large calls get RESOURCE_EXHAUSTED.
         max_streams: limit of the open request streams. Further streams fail with RESOURCE_EXHAUSTED.
     """
 
@@ -250,21 +250,21 @@ def _code_name(error: BaseException, context: Context) -> str:
 def _reader(handler: Any, method: str, counts: Mapping[str, int], turn: asyncio.Lock) -> _Read:
     """Return the function that decodes the request of a call: one message, or an iterator over messages.
 
-    The function raises INVALID_ARGUMENT for a request that cannot be decoded or has too many elements, and
-    RESOURCE_EXHAUSTED if too many bytes are in flight or too many streams are open.
+    The function, or `anext` of the iterator, raises INVALID_ARGUMENT for a message that cannot be decoded or has too
+    many elements, and RESOURCE_EXHAUSTED if too many bytes are in flight. For too many streams the function raises it.
 
     Args:
         handler: gRPC's handler of the method.
         method: path of the method, such as `/emberpc.v1.EmbeddingService/Embed`.
         counts: limits of the number of elements of repeated fields, by field name.
-        turn: held while a large message is decoded, so that large messages are decoded one after the other. If eight
-            were decoded step by step in turn, a short call would wait for eight steps and not for one.
+        turn: held while a large message of a call without a request stream is decoded. If eight were decoded step by
+            step in turn, a short call would wait for eight steps and not for one. Streams use `Streams.turn`.
     """
     service, _, name = method[1:].partition("/")
     request: Descriptor = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name].input_type
 
     def decode(data: bytes) -> Iterator[Any]:
-        """Decode a message in steps of a few milliseconds; yield None after each step, and at the end the message.
+        """Count the elements of a message, yielding None about every 2 ms; then decode it in one step and yield it.
 
         INVALID_ARGUMENT if the bytes are malformed or have too many elements.
         """
@@ -389,7 +389,7 @@ def _release_frames(error: BaseException | None) -> None:
 
 
 async def _abort(error: Exception, method: str, request_id: str, context: Context) -> NoReturn:
-    """End a call with the gRPC status of an error. Log the error if it is INTERNAL or a lack of file descriptors.
+    """End a call with the gRPC status of an error; log an error that is neither ServiceError nor NotImplementedError.
 
     Raises:
         grpc.aio.AbortError: always; gRPC ends a call by this exception.

@@ -33,7 +33,7 @@ class LruCache(Generic[K, V]):
         return len(self._entries)
 
     def find(self, keys: Sequence[K]) -> dict[K, V]:
-        """Return the cached values by key; keys that are not cached are left out. Counts hits and misses."""
+        """Return the cached values by key, without the keys that are not cached; counts and reorders as `each` does."""
         return {key: entry for key, entry in zip(keys, self.each(keys), strict=True) if entry is not None}
 
     def each(self, keys: Sequence[K]) -> list[V | None]:

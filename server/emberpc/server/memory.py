@@ -60,6 +60,7 @@ def keep_freed_memory() -> bool:
 def return_memory() -> None:
     """Return the free memory of all heaps to the system. Without glibc, nothing happens.
 
+    Afterwards glibc may keep 64 MiB at the end of a heap, as after `keep_freed_memory`.
     Call this after a model was unloaded, since its weights are too large to keep.
     `malloc_trim` does not return the free end of a thread's own heap. Only a `free` in
     that thread does, so this function also frees a block in the calling thread.

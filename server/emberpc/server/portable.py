@@ -16,7 +16,8 @@ from pathlib import Path
 
 #: Name of the file in the data directory that records a passed check.
 _MARKER = "hnswlib-checked"
-#: Limit of the seconds of a check. A check that takes longer is stopped, and counts neither as passed nor as failed.
+#: Seconds to wait for the end of a check, after `meanwhile` has returned. A check that takes longer is stopped, and
+#: counts neither as passed nor as failed.
 _SECONDS = 30
 # The Python code of the check. To import hnswlib is not enough: the special instructions are in the distance functions,
 # which are called only when a graph is built or searched.
@@ -42,7 +43,7 @@ def hnswlib_problem(data_dir: Path, meanwhile: Callable[[], object] = lambda: No
     Call this before hnswlib is imported in this process. A check takes about 0.2 s.
 
     Args:
-        data_dir: the data directory. A passed check is recorded in a file there, if the directory exists.
+        data_dir: the data directory. On Linux, a passed check is recorded in a file there if the directory exists.
         meanwhile: called while the child process runs; not called if no check is needed.
 
     Returns:

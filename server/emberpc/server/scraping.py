@@ -14,9 +14,11 @@ log = logging.getLogger(__name__)
 #: Most open connections. A further connection closes the oldest connection, which is probably still open because its
 #: client is silent or slow.
 MOST_CONNECTIONS = 64
-#: Seconds in which a client must send its request. The client then has the same time to read the response.
+#: Seconds in which a client must send its request. The client then has the same time to read the response. A connection
+#: of a slower client is closed.
 _SECONDS = 10.0
-#: Most bytes of a request's head (request line and headers). The body of a request is not read.
+#: Most bytes of a request's head (request line and headers). A connection with a longer head is closed without a
+#: response. The body of a request is not read.
 _HEAD_BYTES = 16 * 2**10
 
 #: Most connections that wait to be accepted. It is small since asyncio tries to accept this number one after the other,
@@ -38,7 +40,7 @@ class PageServer:
         host: the address to listen on.
         port: the port to listen on; 0: a free port. The attribute `port` has the real number.
         app: the application. It runs on the server's only thread, so it must return quickly. It gets only the method,
-            path, query and headers of a request.
+            path, query and headers of a request. If it raises an error, the response is 500.
 
     Raises:
         OSError: the address is in use, or is not an address of this host.
@@ -100,7 +102,8 @@ class PageServer:
     def _response(self, head: bytes) -> bytes:
         """Return the bytes of the HTTP response to a request, given the head (request line and headers).
 
-        400 Bad Request if the request line does not have three parts. Errors of the application are raised.
+        400 Bad Request if the request line does not have three parts. The response to a HEAD request has no body.
+        Errors of the application are raised.
         """
         line, *fields = head.decode("latin-1").split("\r\n")
         parts = line.split(" ")

@@ -60,7 +60,10 @@ _LEAST_BY_NAME = dict.fromkeys(
 
 
 class SettingsError(ValueError):
-    """A setting is invalid. The message names the setting and the remedy, and for a wrong type the source."""
+    """A setting is invalid, or the configuration file is: it cannot be read, is not TOML, or has an unknown key.
+
+    The message names the setting and what it must be, and for a wrong type the source; or the file and its problem.
+    """
 
 
 def _setting(default: Any, doc: str, form: str = "", *, secret: bool = False) -> Any:
@@ -274,6 +277,7 @@ class Settings:
         """Return the values of the setting `model_option`, by model name and option name; see `emberpc.bundle.Stated`.
 
         Each model of the setting `model` has an entry, which may be empty. Names and values of options are not checked.
+        Of two values of an option, the last counts.
 
         Raises:
             SettingsError: an entry is not NAME.OPTION=VALUE; or the setting `model` has no such name, and there is no
@@ -338,7 +342,7 @@ def load_settings(
         The settings, and the source of each.
 
     Raises:
-        SettingsError: a value is invalid, the file cannot be read or is not TOML, or the file has an unknown key.
+        SettingsError: a value is invalid or contradicts another, or the file is invalid, see `SettingsError`.
     """
     if config_file is None and environ.get(f"{ENVIRONMENT_PREFIX}CONFIG"):
         config_file = Path(environ[f"{ENVIRONMENT_PREFIX}CONFIG"])

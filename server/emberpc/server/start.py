@@ -43,12 +43,14 @@ _OPEN_FILES = 64
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then let calls in flight finish.
 
-    At most two seconds after the drain time, this function returns or ends the process with exit code 0. It changes the
-    whole process: logging, limits of open files and of heaps, garbage collection, switch interval, signal handlers.
+    At most two seconds after the drain time, this function returns or ends the process: with exit code 0, or with 1 if
+    a library call holds the interpreter lock until then. The function changes the whole process: logging, limits of
+    open files and of heaps, garbage collection, switch interval, signal handlers.
 
     Raises:
-        StartupError: there is too little address space, the limit of open files is too low, the address is taken, a
-            model cannot be served, the data directory cannot be used, or hnswlib does not run on this processor.
+        StartupError: there is too little address space, the limit of open files is too low, an address is taken, a
+            model cannot be served, the models directory does not exist, the data directory cannot be used, hnswlib does
+            not run on this processor, Milvus cannot be used, or pymilvus is not installed.
     """
     # Garbage collection takes an eighth of the time of the start, since imports create many objects but no garbage.
     # `run` turns it on again when the server serves.
@@ -117,6 +119,8 @@ def _check_address_space(workers: int) -> None:
 
 def _load_models(settings: Settings, pool: Executor) -> Registry:
     """Load the models that the settings name one by one; the bundles in the models directory are loaded later.
+
+    First make glibc keep freed memory, see `keep_freed_memory`.
 
     Args:
         settings: the settings.

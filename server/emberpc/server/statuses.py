@@ -13,19 +13,22 @@ from emberpc.wire import status
 # bytes and other details of 2,900 bytes take at most 6.7 KiB together.
 #: Limit of the bytes (UTF-8) of an error's message.
 _MAX_MESSAGE = 600
-#: Limits of the bytes of all field violations of an error; and of the path, and of the description, of one violation.
+#: Limit of the bytes of all field violations of an error together.
 _MAX_VIOLATIONS = 2000
+#: Limit of the bytes (UTF-8) of the path of one field violation, and of its description.
 _MAX_VIOLATION = 400
-#: Limits of the bytes (UTF-8) of one value of an error's metadata, and of all keys and values together.
+#: Limit of the bytes (UTF-8) of one value of an error's metadata.
 _MAX_VALUE = 200
+#: Limit of the bytes (UTF-8) of all keys and values of an error's metadata together.
 _MAX_METADATA = 600
 
 
 def status_of(error: ServiceError, request_id: str) -> errors_pb2.ErrorStatus:
-    """Convert an error to the status message of protobuf: code, message, and details with the request id.
+    """Convert an error to the status message of protobuf: code, message and details.
 
-    Long texts are shortened, so that gRPC can send the status. The message of an INTERNAL error also says that the log
-    has more about the error under the request id.
+    The details are ErrorInfo and RequestInfo, BadRequest if the error has violations, and RetryInfo if it has a retry
+    delay. Long texts are shortened, and violations and metadata above the limits are left out, so that gRPC can send
+    the status. The message of an INTERNAL error also says that the log has more about the error under the request id.
     """
     message = error.message
     if error.code is Code.INTERNAL:

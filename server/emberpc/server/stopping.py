@@ -25,8 +25,9 @@ _WAIT_SECONDS = 1.0
 _MOMENT_SECONDS = 0.3
 #: Seconds after the drain time until a watching thread ends the process, even if the shutdown is not complete.
 _END_SECONDS = 1.6
-#: Seconds after the drain time until Python's faulthandler ends the process. Unlike the watching thread, it needs no
-#: interpreter lock, so it ends the process even if a call into a library holds that lock.
+#: Seconds after the drain time until Python's faulthandler ends the process with exit code 1 and a traceback. Unlike
+#: the watching thread, it needs no interpreter lock, so it ends the process even if a call into a library holds the
+#: lock.
 _HELD_SECONDS = 2.0
 #: Limit of the seconds for writing the last log lines. Without a limit, the process could wait forever: if stderr is a
 #: pipe that nobody reads, a write may block.
@@ -42,10 +43,10 @@ class Stopping:
 
     The first signal sets `requested` and `deadline`; later signals are ignored. If the normal shutdown does not end in
     time, a separate thread ends the process with exit code 0: a call may block the event loop, or a thread may never
-    return from a library.
+    return from a library. If that thread cannot run either, Python's faulthandler ends the process with exit code 1.
 
     Args:
-        drain_seconds: seconds that calls in flight get to finish after the signal.
+        drain_seconds: seconds that calls in flight get to finish after the signal; see `serving`.
     """
 
     def __init__(self, drain_seconds: float) -> None:
@@ -77,11 +78,11 @@ class Stopping:
             signal.signal(number, self._handle)
 
     def serving(self) -> None:
-        """Give calls in flight the drain time from now on. Before this call, a signal stops the server at once."""
+        """Set that a signal gives calls in flight the drain time from now on. Before this call, the drain time is 0."""
         self._serving = True
 
     async def finish(self, work: Awaitable[object]) -> None:
-        """Wait until `work`, a step of the shutdown, ends, or until the deadline.
+        """Wait until `work`, a step of the shutdown, ends, or until the deadline. Before a signal there is no deadline.
 
         A step that takes longer continues, but nothing waits for it.
 
@@ -94,11 +95,11 @@ class Stopping:
             each.result()
 
     def end(self, pool: ThreadPoolExecutor) -> None:
-        """Stop the pool, drop its waiting work, and wait for all threads that may call native code.
+        """Stop the pool, drop its waiting work, and wait for all other threads except daemons without native code.
 
-        If a thread still runs at the deadline, end the process with exit code 0: this method does not return then. No
-        acknowledged write is lost, since a write is on disk before it is acknowledged. Without a signal there is no
-        deadline.
+        If a thread still runs at the deadline, but at least 0.3 s after this call, end the process with exit code 0:
+        this method does not return then. No acknowledged write is lost, since a write is on disk before it is
+        acknowledged. Without a signal there is no deadline. If all threads end, the process is no longer watched.
         """
         pool.shutdown(wait=False, cancel_futures=True)
         # Even idle threads need a short time to end.
@@ -139,7 +140,7 @@ def _counts(thread: threading.Thread) -> bool:
 
 
 def _exit(reason: str) -> NoReturn:
-    """Log the reason and end the process at once with exit code 0; a normal exit would wait for threads."""
+    """Log the reason, for at most 0.2 s, and end the process with exit code 0; a normal exit would wait for threads."""
 
     def write() -> None:
         log.warning("stopping: %s", reason)

@@ -87,7 +87,8 @@ class MilvusIndex:
         """Return a page of the specs of the collections, sorted by name, and the token of the next page.
 
         Args:
-            page_size: most specs of the page, 1 to 1000. There are fewer if a collection is deleted meanwhile.
+            page_size: most specs of the page, 1 to 1000. There are fewer if a collection is deleted meanwhile, has a
+                damaged spec, or was not created by emberpc.
             page_token: token of the page; empty: the first page.
 
         Returns:
@@ -214,14 +215,17 @@ class MilvusIndex:
         return bool(self._call(name, "has_collection"))
 
     def _existing(self, name: str) -> tuple[CollectionSpec, datetime]:
-        """Return spec and creation time of the collection `name`; raise NOT_FOUND if it does not exist."""
+        """Return spec and creation time of the collection `name`; raise NOT_FOUND where `_describe` returns None."""
         found = self._describe(name)
         if found is None:
             raise no_collection(name)
         return found
 
     def _describe(self, name: str) -> tuple[CollectionSpec, datetime] | None:
-        """Return spec and creation time of the collection `name`; None if it is missing or not created by emberpc."""
+        """Return spec and creation time of the collection `name`.
+
+        None if it is missing, was not created by emberpc, or has a damaged spec.
+        """
         if not schema.is_possible(name):
             return None
         try:

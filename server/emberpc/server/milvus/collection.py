@@ -129,12 +129,18 @@ class MilvusCollection:
         return WriteResult(sequence, len(records) - len(created), len(created), synced=False)
 
     def delete(self, ids: Sequence[str]) -> WriteResult:
-        """Delete the records with the given ids, by one message to Milvus; ids without a record are ignored."""
+        """Delete the records with the given ids, by one message to Milvus; ids without a record are ignored.
+
+        If no record has one of the ids, nothing is written, and the result has the sequence of the last write.
+        """
         with self._write_lock:
             return self._delete([found[schema.ID] for found in self._reader.by_id(ids, [schema.ID])])
 
     def delete_matching(self, condition: Filter) -> WriteResult:
-        """Delete the records that meet the filter `condition`, by one message to Milvus that has their ids."""
+        """Delete the records that meet the filter `condition`, by one message to Milvus that has their ids.
+
+        If no record meets it, nothing is written, and the result has the sequence of the last write.
+        """
         with self._write_lock:
             return self._delete([found[schema.ID] for found in self._reader.walk([schema.ID], condition)])
 
@@ -198,9 +204,8 @@ class MilvusCollection:
     ) -> list[SearchOutcome]:
         """Search for the records nearest to each query.
 
-        The plan says HNSW if Milvus searched; Milvus does not report which of its segments have no graph yet. If at
-        most 2,000 records meet a filter, the server compares their vectors with the query. The server also does so if
-        the graph finds too few records and there are at most 100,000.
+        The plan says HNSW if Milvus searched; Milvus does not report which of its segments have no graph yet. In other
+        cases the server compares vectors with the query, see `Searcher.search`.
 
         Args:
             queries: float32 (queries, dimensions).
@@ -235,6 +240,8 @@ class MilvusCollection:
 
     def mismatches(self, condition: Filter) -> list[str]:
         """Return sentences that say why no record matches a filter, by the metadata of the first 1,000 records.
+
+        The list is empty if these records show no reason.
 
         Args:
             condition: a filter that no record matches.
@@ -288,7 +295,10 @@ class MilvusCollection:
         raise unsupported("mode HYBRID", BACKEND, _DENSE)
 
     def _delete(self, present: Sequence[str]) -> WriteResult:
-        """Delete the records with the ids `present`, which all exist; the caller holds the write lock."""
+        """Delete the records with the ids `present`, which all exist; if there are none, send nothing to Milvus.
+
+        The caller holds the write lock.
+        """
         if present:
             self._reader.call("delete", filter=schema.one_of(present))
             self._sequence = self._next_sequence()

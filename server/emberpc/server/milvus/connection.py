@@ -76,8 +76,8 @@ NOT_LOADED = "MILVUS_NOT_LOADED"
 _UNLOADED = _Failure(Code.UNAVAILABLE, NOT_LOADED, "Milvus has not loaded the collection yet; try again", _BACK_SECONDS)
 _UNKNOWN = _Failure(Code.INTERNAL, "MILVUS_FAILED", "Milvus failed")
 
-#: The failure for each error code: gRPC's status codes, and Milvus's own codes (numbers). All other codes are
-#: `_UNKNOWN`.
+#: The failure for each error code: gRPC's status codes, and Milvus's own codes (numbers). An error with another code is
+#: `_UNREACHABLE` if pymilvus states that a retry may help (`retriable`), else `_UNKNOWN`.
 _FAILURES: dict[object, _Failure] = {
     grpc.StatusCode.UNAVAILABLE: _UNREACHABLE,
     grpc.StatusCode.CANCELLED: _UNREACHABLE,
@@ -109,7 +109,8 @@ class Connection:
         token: `user:password` or an API key; empty: Milvus requires neither.
 
     Raises:
-        ServiceError: UNAVAILABLE if Milvus cannot be reached, FAILED_PRECONDITION if it refuses access.
+        ServiceError: UNAVAILABLE if Milvus cannot be reached, FAILED_PRECONDITION if it refuses access, or another
+            error as `translated` states.
     """
 
     def __init__(self, uri: str, token: str = "") -> None:
@@ -130,8 +131,8 @@ class Connection:
             arguments: arguments of the method.
 
         Raises:
-            ServiceError: UNAVAILABLE if the connection is closed, or Milvus cannot be reached or does not answer within
-                120 s; otherwise the error that `_FAILURES` has for the code of the failure, else INTERNAL.
+            ServiceError: UNAVAILABLE if the connection is closed, or Milvus cannot be reached, does not answer within
+                120 s or states that a retry may help; otherwise the error of `_FAILURES` for the code, else INTERNAL.
         """
         if self._closed:
             raise ServiceError(Code.UNAVAILABLE, "the index is closed; try again", reason="CLOSED")
@@ -153,7 +154,8 @@ def translated(doing: str) -> Iterator[None]:
         doing: name of the operation in the message of the error and in the log.
 
     Raises:
-        ServiceError: the error that `_FAILURES` has for the code of the original error; INTERNAL for all other codes.
+        ServiceError: the error that `_FAILURES` has for the code of the original error. For other codes, UNAVAILABLE if
+            the original error is `retriable`, else INTERNAL.
     """
     try:
         yield
@@ -169,9 +171,10 @@ def translated(doing: str) -> Iterator[None]:
 
 
 def _failure(error: MilvusException | grpc.RpcError) -> _Failure:
-    """Return the failure for the code of an error or, if that code is not in `_FAILURES`, of one of its causes.
+    """Return the failure for an error or, since some errors of pymilvus have no code of their own, for its causes.
 
-    Some errors of pymilvus have no code of their own. `_UNKNOWN` if no error of the chain has a known code.
+    The first of these errors decides that has a code in `_FAILURES`, or that is `retriable` (`_UNREACHABLE`). If there
+    is none: `_UNKNOWN`.
     """
     cause: BaseException | None = error
     seen = set[int]()  # the causes of an error that pymilvus raises again can lead back to it

@@ -101,8 +101,8 @@ class Reader:
         """Search the HNSW index of Milvus for the records nearest to each query.
 
         Args:
-            queries: float32 (queries, dimensions).
-            limit: most hits of each query.
+            queries: float32 (queries, dimensions); under COSINE prepared by `metric.prepare`.
+            limit: most hits of each query, at most 16,384.
             ef: number of candidates that the search keeps.
             expression: a filter expression of Milvus that hits must meet; empty: none.
             output: names of the fields that hits have.

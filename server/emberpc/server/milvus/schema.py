@@ -31,6 +31,8 @@ _PROPERTY = "emberpc.collection"
 MAX_TEXT_BYTES = 65_535
 #: Bytes (UTF-8) of an id, which is the primary key in Milvus. emberpc's own limit is the same.
 _MAX_ID_BYTES = 512
+#: Milvus's limit of the bytes of a JSON value, and so of a record's metadata. emberpc's own limit is the same, so the
+#: server does not check this one.
 _MAX_METADATA_BYTES = 65_536
 #: Least dimensions of a vector in Milvus.
 _MIN_DIMENSIONS = 2
@@ -163,8 +165,8 @@ def check_fit(
         distance: the distance of the collection.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT, naming each record whose text or label is too long, whose metadata has too many
-            terms, or whose vector is too short.
+        ServiceError: INVALID_ARGUMENT, naming each record whose text or label is too long, each record whose metadata
+            has too many terms, and under COSINE each vector that is too short.
     """
     violations = []
     for i, record in enumerate(records):

@@ -24,10 +24,11 @@ _MAX_EF, _MAX_LIMIT = 32_768, 16_384
 #: If a filter has doubtful records (`terms.Clause`), Milvus is asked for this many times the wanted hits, since the
 #: server then drops those that do not match.
 _DOUBT = 4
-#: If at most this many records meet a filter, the server compares all their vectors with the query. The result is then
-#: exact, while a search of Milvus's graph would find only some of these records.
+#: If there is a filter and at most this many records may meet it, the server compares all their vectors with the query.
+#: The result is then exact, while a search of Milvus's graph would find only some of these records.
 _FEW = 2000
-#: If the graph found too few hits, and at most this many records meet the filter, the server compares their vectors.
+#: If the graph found too few hits, and at most this many records meet the filter (without a filter: exist), the server
+#: compares their vectors.
 _MANY = 100_000
 #: Number of vectors that the server holds in memory and compares at a time.
 _BATCH = 1000
@@ -79,9 +80,9 @@ class Searcher:
     def search(self, request: Request) -> list[SearchOutcome]:
         """Return the outcome of each query of a request, in the order of the queries; errors are those of `Reader`.
 
-        If at most 2,000 records meet the filter, the server compares their vectors. Otherwise Milvus searches, with a
-        greater ef the fewer records meet the filter. If Milvus finds too few hits of a query and at most 100,000
-        records meet the filter, the server compares their vectors.
+        If there is a filter and at most 2,000 records may meet it, the server compares their vectors. Otherwise Milvus
+        searches, with a greater ef the fewer records may meet the filter. If Milvus finds too few hits of a query and
+        at most 100,000 records meet the filter (without a filter: exist), the server compares their vectors.
         """
         widening = 1.0
         if self._condition is not None:
@@ -103,7 +104,8 @@ class Searcher:
 
         Args:
             request: the queries.
-            widening: factor of ef: the number of all records, divided by that of the records that meet the filter.
+            widening: factor of ef, also of an ef that the request sets: the number of all records, divided by that of
+                the records that may meet the filter; 1 without a filter.
         """
         wanted = max(request.top_k) + 1
         keep = max(int((request.ef or max(_MIN_EF, _EF_PER_HIT * wanted)) * widening), wanted)

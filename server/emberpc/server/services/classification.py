@@ -14,7 +14,7 @@ from emberpc.server.services import replies, requests
 from emberpc.v1 import classification_pb2 as pb
 from emberpc.v1 import classification_pb2_grpc
 
-#: Limit of the bytes of a response besides its only classifier. Most of these bytes are the page token, which encodes a
+#: Limit of the bytes of a response besides its classifiers. Most of these bytes are the page token, which encodes a
 #: name of at most 128 characters.
 _REPLY_BYTES = 1024
 

@@ -52,7 +52,7 @@ _WITH_RECORDS = ("BatchGetRecords", "ListRecords", "Search", "ClusterRecords")
 class IndexService(index_pb2_grpc.IndexServiceServicer):
     """Implements the IndexService of index.proto on an index backend.
 
-    A method that fails raises a `ServiceError` with one of the status codes that index.proto lists for the RPC.
+    A method that fails raises a `ServiceError` with a status code that index.proto lists for the RPC or for all RPCs.
 
     Args:
         engine: the models, which embed texts of records and queries.
@@ -89,7 +89,10 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def GetCollection(
         self, request: pb.GetCollectionRequest, context: requests.Context
     ) -> pb.GetCollectionResponse:
-        """Return settings and state of the collection `request.name`; NOT_FOUND if there is no such collection."""
+        """Return settings and state of the collection `request.name`.
+
+        NOT_FOUND if there is no such collection; INTERNAL if it is damaged.
+        """
         return pb.GetCollectionResponse(collection=collection_message(await self._management.get(request.name)))
 
     async def ListCollections(
@@ -105,9 +108,11 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     ) -> pb.UpdateCollectionResponse:
         """Change the truncation of a collection, and return the changed collection.
 
+        A truncation that is not set becomes REFUSE.
+
         Raises:
             ServiceError: INVALID_ARGUMENT if `update_mask` is empty or names another field, or the truncation is
-                unknown; NOT_FOUND if there is no such collection.
+                unknown; as `CollectionManagement.set_truncation` does.
         """
         if not request.update_mask.paths:
             raise invalid("update_mask", "is empty; name the fields to change, such as truncation")
@@ -130,8 +135,8 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     ) -> pb.UpsertRecordsResponse:
         """Insert or replace records, and return their numbers and the receipt of the write.
 
-        The texts are embedded unless the request has vectors; the response then has no usages and timings. Errors are
-        those of `RecordWriter.upsert`.
+        The texts are embedded unless the request has vectors; with vectors the response has no usages and timings.
+        Errors are those of `RecordWriter.upsert`; INVALID_ARGUMENT, too, for an unknown truncation without vectors.
         """
         given = request.HasField("vectors")
         upsert_request = UpsertRequest(

@@ -87,8 +87,8 @@ _DEFAULT_PARTS = RequestedParts(())
 def read_collection(message: pb.Collection) -> CollectionSpec:
     """Return the spec of a new collection from its message.
 
-    Defaults are filled in, except the fingerprint of the model and the dimensions, which stay empty and 0. The other
-    values are not checked.
+    Defaults are filled in, with two exceptions: dimensions of 0 stay 0, and the fingerprint of the model stays empty.
+    Other values than distance and truncation are not checked.
 
     Raises:
         ServiceError: INVALID_ARGUMENT for a distance or a truncation that this server does not know.
@@ -151,9 +151,12 @@ def record_vectors(records: Sequence[StoredRecord], parts: RequestedParts) -> ty
 def new_records(messages: Sequence[pb.Record]) -> list[NewRecord]:
     """Convert the records of a request. This may take seconds, so it runs in the pool.
 
+    Ids, texts and labels are not checked here, nor the size of metadata as JSON.
+
     Raises:
-        ServiceError: INVALID_ARGUMENT, naming the record, for metadata that is too large or cannot be JSON, or for a
-            time to live out of range; DEADLINE_EXCEEDED if the call that this thread runs is cancelled.
+        ServiceError: INVALID_ARGUMENT, naming the record, for metadata of more than 256 KiB as a message or that cannot
+            be JSON, or for a time to live out of range; DEADLINE_EXCEEDED if the call that this thread runs is
+            cancelled.
     """
     records = []
     for i, message in enumerate(messages):
@@ -173,8 +176,9 @@ def new_records(messages: Sequence[pb.Record]) -> list[NewRecord]:
 def read_each_record(messages: Sequence[pb.Record], limits: Limits) -> Iterator[NewRecord | FailedRecord]:
     """Yield each record of a stream's message in order; for an invalid record, yield its id and its error instead.
 
-    The field paths of an error start at the record, such as `metadata`. This may take seconds, so it runs in the pool.
-    A record that is read after the call was cancelled has the error DEADLINE_EXCEEDED.
+    Text, metadata and time to live are checked; an empty text, the id and the label are not. The field paths
+    of an error start at the record, such as `metadata`. This may take seconds, so it runs in the pool. A record that is
+    read after the call was cancelled has the error DEADLINE_EXCEEDED.
     """
     for message in messages:
         try:
@@ -209,7 +213,8 @@ def caller_vectors(block: types_pb2.Vectors, rows: int, field: str) -> Matrix:
         by the index.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if the block has another number of rows, or its fields contradict each other.
+        ServiceError: INVALID_ARGUMENT if the block has another element type or number of rows, or its fields contradict
+            each other.
     """
     if block.dtype not in _CALLER_DTYPES:
         raise invalid(f"{field}.dtype", f"is {block.dtype}; send FLOAT32 or FLOAT16")

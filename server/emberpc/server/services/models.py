@@ -75,7 +75,8 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: requests.Context) -> pb.UnloadModelResponse:
         """Stop serving a model, and wait until the calls that use it have ended and its memory was returned.
 
-        NOT_FOUND if no model has the name; PERMISSION_DENIED if callers may not change models.
+        If the caller leaves while the call waits for other changes of models, the model stays. NOT_FOUND if no model
+        has the name; PERMISSION_DENIED if callers may not change models.
         """
         self._check_admin()
         closed = await asyncio.wrap_future(self._loader.submit(lambda: self._loader.unload(request.name)))
@@ -91,7 +92,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             )
 
     async def _follow(self, name: str, change: Callable[[OnStage], Model]) -> AsyncIterator[tuple[pb.Model, str]]:
-        """Run a change of a model in the loader, and yield its progress.
+        """Run a change of a model in the loader, after the changes before it, and yield its progress.
 
         The change runs to its end even if the caller leaves.
 

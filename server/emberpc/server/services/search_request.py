@@ -34,7 +34,8 @@ _FUSIONS = {
 def read_search_request(request: pb.SearchRequest, parts: RequestedParts) -> SearchRequest:
     """Convert a SearchRequest message, and fill in the defaults.
 
-    Not checked here but later: texts, dimensions of vectors, and the range of `min_recall`.
+    Not checked here but later: texts, dimensions of vectors, the greatest `ef`, the range of `min_recall`, and whether
+    both `ef` and `min_recall` are set.
 
     Args:
         request: the message.
@@ -63,7 +64,8 @@ def _check(request: pb.SearchRequest) -> list[int]:
     """Check the number of queries, and `top_k` and `ef` of the request and of each query; return each query's `top_k`.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if a number is out of range, or all queries together ask for too many hits.
+        ServiceError: INVALID_ARGUMENT if a number is out of range, or all queries together ask for too many hits. Of
+            `ef`, only the least value is checked.
     """
     queries = request.queries
     if not 1 <= len(queries) <= MAX_QUERIES:
@@ -125,7 +127,7 @@ def _queries(request: pb.SearchRequest, mode: SearchMode, sizes: Sequence[int]) 
 
     Raises:
         ServiceError: INVALID_ARGUMENT if a query is not set, has no text though the mode is LEXICAL or HYBRID, or has a
-            block of vectors that is not a single float vector.
+            block of vectors that is not a single FLOAT32 or FLOAT16 vector.
     """
     queries = []
     for i, (query, top_k) in enumerate(zip(request.queries, sizes, strict=True)):
