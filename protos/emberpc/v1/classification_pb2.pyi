@@ -210,7 +210,7 @@ class Classifier(_message.Message):
 
     @_builtins.property
     def fit_time(self) -> _timestamp_pb2.Timestamp:
-        """FINE_TUNED: time of the export; unset if the bundle does not state it.
+        """FINE_TUNED: time of the export; unset if the bundle states no valid time.
         EXAMPLES: time of the last fit.
         """
 
@@ -395,9 +395,10 @@ class Classification(_message.Message):
 
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The predicted labels, best first. Single-label classifier: the best label.
-        Multi-label classifier: the labels whose probabilities are at least their
-        thresholds, which may be none. Empty if the text is rejected.
+        """The predicted labels, best first; `top_k` does not limit them.
+        Single-label classifier: the best label. Multi-label classifier: the
+        labels whose probabilities are at least their thresholds, which may be
+        none. Empty if the text is rejected.
         """
 
     @_builtins.property

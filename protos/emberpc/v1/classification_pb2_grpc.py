@@ -100,7 +100,8 @@ class ClassificationServiceServicer(object):
         names the text.
 
         INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-        long, or a field out of range. NOT_FOUND: there is no model with the name.
+        long, a field out of range, or no classifier name though there are several
+        classifiers. NOT_FOUND: there is no model with the name.
         FAILED_PRECONDITION: the model is not a classifier, no classifier is
         served, or `nearest_examples` is set. RESOURCE_EXHAUSTED: the queue is full,
         the deadline is too soon, or the response would be too large.
@@ -111,7 +112,8 @@ class ClassificationServiceServicer(object):
 
     def ListClassifiers(self, request, context):
         """Lists the served classifiers, sorted by name. A page ends early if its
-        classifiers would have more than 1 MiB together.
+        classifiers would have more than 1 MiB together, or more bytes than a
+        response may have.
 
         INVALID_ARGUMENT: the page size is out of range, or the page token is not
         of this server. RESOURCE_EXHAUSTED: a single classifier has more bytes than

@@ -46,14 +46,16 @@ class ClassificationServiceStub:
     names the text.
 
     INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-    long, or a field out of range. NOT_FOUND: there is no model with the name.
+    long, a field out of range, or no classifier name though there are several
+    classifiers. NOT_FOUND: there is no model with the name.
     FAILED_PRECONDITION: the model is not a classifier, no classifier is
     served, or `nearest_examples` is set. RESOURCE_EXHAUSTED: the queue is full,
     the deadline is too soon, or the response would be too large.
     """
     ListClassifiers: _grpc.UnaryUnaryMultiCallable[_classification_pb2.ListClassifiersRequest, _classification_pb2.ListClassifiersResponse]
     """Lists the served classifiers, sorted by name. A page ends early if its
-    classifiers would have more than 1 MiB together.
+    classifiers would have more than 1 MiB together, or more bytes than a
+    response may have.
 
     INVALID_ARGUMENT: the page size is out of range, or the page token is not
     of this server. RESOURCE_EXHAUSTED: a single classifier has more bytes than
@@ -106,14 +108,16 @@ class ClassificationServiceAsyncStub(ClassificationServiceStub):
     names the text.
 
     INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-    long, or a field out of range. NOT_FOUND: there is no model with the name.
+    long, a field out of range, or no classifier name though there are several
+    classifiers. NOT_FOUND: there is no model with the name.
     FAILED_PRECONDITION: the model is not a classifier, no classifier is
     served, or `nearest_examples` is set. RESOURCE_EXHAUSTED: the queue is full,
     the deadline is too soon, or the response would be too large.
     """
     ListClassifiers: _aio.UnaryUnaryMultiCallable[_classification_pb2.ListClassifiersRequest, _classification_pb2.ListClassifiersResponse]  # type: ignore[assignment]
     """Lists the served classifiers, sorted by name. A page ends early if its
-    classifiers would have more than 1 MiB together.
+    classifiers would have more than 1 MiB together, or more bytes than a
+    response may have.
 
     INVALID_ARGUMENT: the page size is out of range, or the page token is not
     of this server. RESOURCE_EXHAUSTED: a single classifier has more bytes than
@@ -168,7 +172,8 @@ class ClassificationServiceServicer:
         names the text.
 
         INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-        long, or a field out of range. NOT_FOUND: there is no model with the name.
+        long, a field out of range, or no classifier name though there are several
+        classifiers. NOT_FOUND: there is no model with the name.
         FAILED_PRECONDITION: the model is not a classifier, no classifier is
         served, or `nearest_examples` is set. RESOURCE_EXHAUSTED: the queue is full,
         the deadline is too soon, or the response would be too large.
@@ -180,7 +185,8 @@ class ClassificationServiceServicer:
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.ListClassifiersResponse, _abc.Awaitable[_classification_pb2.ListClassifiersResponse]]:
         """Lists the served classifiers, sorted by name. A page ends early if its
-        classifiers would have more than 1 MiB together.
+        classifiers would have more than 1 MiB together, or more bytes than a
+        response may have.
 
         INVALID_ARGUMENT: the page size is out of range, or the page token is not
         of this server. RESOURCE_EXHAUSTED: a single classifier has more bytes than

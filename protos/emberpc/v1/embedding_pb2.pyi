@@ -260,7 +260,9 @@ class EmbedStreamFailure(_message.Message):
     """The client's id of the text."""
     @_builtins.property
     def error(self) -> _errors_pb2.ErrorStatus:
-        """The error with which an Embed call with this text alone would fail."""
+        """The error with which an Embed call with this text alone would fail. If the
+        id is empty: INVALID_ARGUMENT.
+        """
 
     def __init__(
         self,

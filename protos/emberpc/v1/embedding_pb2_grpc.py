@@ -76,9 +76,10 @@ class EmbeddingServiceServicer(object):
         text is invalid, the call fails, and the error names the text.
 
         INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-        long, or an option that the model does not support. NOT_FOUND: there is no
-        model with the name. FAILED_PRECONDITION: the model does not embed texts,
-        or no embedding model is served. RESOURCE_EXHAUSTED: the queue is full, the
+        long, an option that the model does not support, or no model name though
+        there are several embedding models. NOT_FOUND: there is no model with the
+        name. FAILED_PRECONDITION: the model does not embed texts, or no embedding
+        model is served. RESOURCE_EXHAUSTED: the queue is full, the
         deadline is too soon, or the response would be too large.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -92,10 +93,12 @@ class EmbeddingServiceServicer(object):
         waits too long for a full queue, fails alone.
 
         INVALID_ARGUMENT: `config` is missing in the first message or is in a later
-        message, an option is invalid, or a message has too many texts. NOT_FOUND
-        and FAILED_PRECONDITION: as Embed. RESOURCE_EXHAUSTED: the queue is full
-        when the stream begins, or too many streams are open. UNAVAILABLE: the
-        server stops; send the texts without a result again in a new stream.
+        message, an option is invalid, a message has too many texts, or there is no
+        model name though there are several embedding models. NOT_FOUND and
+        FAILED_PRECONDITION: as Embed. RESOURCE_EXHAUSTED: when the stream begins,
+        the queue is full or too long for the deadline; or too many streams are
+        open. UNAVAILABLE: the server stops or has no workers; send the texts
+        without a result again in a new stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,9 +120,9 @@ class EmbeddingServiceServicer(object):
         """Embeds source texts and target texts, and returns the cosine similarity of
         each source to each target.
 
-        INVALID_ARGUMENT: no source or no target, too many texts, or a text that is
-        empty or too long. NOT_FOUND, FAILED_PRECONDITION and RESOURCE_EXHAUSTED:
-        as Embed.
+        INVALID_ARGUMENT: no source or no target, too many texts, a text that is
+        empty or too long, or no model name though there are several embedding
+        models. NOT_FOUND, FAILED_PRECONDITION and RESOURCE_EXHAUSTED: as Embed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

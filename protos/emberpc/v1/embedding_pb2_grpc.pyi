@@ -44,9 +44,10 @@ class EmbeddingServiceStub:
     text is invalid, the call fails, and the error names the text.
 
     INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-    long, or an option that the model does not support. NOT_FOUND: there is no
-    model with the name. FAILED_PRECONDITION: the model does not embed texts,
-    or no embedding model is served. RESOURCE_EXHAUSTED: the queue is full, the
+    long, an option that the model does not support, or no model name though
+    there are several embedding models. NOT_FOUND: there is no model with the
+    name. FAILED_PRECONDITION: the model does not embed texts, or no embedding
+    model is served. RESOURCE_EXHAUSTED: the queue is full, the
     deadline is too soon, or the response would be too large.
     """
     EmbedStream: _grpc.StreamStreamMultiCallable[_embedding_pb2.EmbedStreamRequest, _embedding_pb2.EmbedStreamResponse]
@@ -56,10 +57,12 @@ class EmbeddingServiceStub:
     waits too long for a full queue, fails alone.
 
     INVALID_ARGUMENT: `config` is missing in the first message or is in a later
-    message, an option is invalid, or a message has too many texts. NOT_FOUND
-    and FAILED_PRECONDITION: as Embed. RESOURCE_EXHAUSTED: the queue is full
-    when the stream begins, or too many streams are open. UNAVAILABLE: the
-    server stops; send the texts without a result again in a new stream.
+    message, an option is invalid, a message has too many texts, or there is no
+    model name though there are several embedding models. NOT_FOUND and
+    FAILED_PRECONDITION: as Embed. RESOURCE_EXHAUSTED: when the stream begins,
+    the queue is full or too long for the deadline; or too many streams are
+    open. UNAVAILABLE: the server stops or has no workers; send the texts
+    without a result again in a new stream.
     """
     CountTokens: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.CountTokensRequest, _embedding_pb2.CountTokensResponse]
     """Counts the tokens of texts, prompt and special tokens included, without
@@ -73,9 +76,9 @@ class EmbeddingServiceStub:
     """Embeds source texts and target texts, and returns the cosine similarity of
     each source to each target.
 
-    INVALID_ARGUMENT: no source or no target, too many texts, or a text that is
-    empty or too long. NOT_FOUND, FAILED_PRECONDITION and RESOURCE_EXHAUSTED:
-    as Embed.
+    INVALID_ARGUMENT: no source or no target, too many texts, a text that is
+    empty or too long, or no model name though there are several embedding
+    models. NOT_FOUND, FAILED_PRECONDITION and RESOURCE_EXHAUSTED: as Embed.
     """
 
 @_typing.type_check_only
@@ -94,9 +97,10 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
     text is invalid, the call fails, and the error names the text.
 
     INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-    long, or an option that the model does not support. NOT_FOUND: there is no
-    model with the name. FAILED_PRECONDITION: the model does not embed texts,
-    or no embedding model is served. RESOURCE_EXHAUSTED: the queue is full, the
+    long, an option that the model does not support, or no model name though
+    there are several embedding models. NOT_FOUND: there is no model with the
+    name. FAILED_PRECONDITION: the model does not embed texts, or no embedding
+    model is served. RESOURCE_EXHAUSTED: the queue is full, the
     deadline is too soon, or the response would be too large.
     """
     EmbedStream: _aio.StreamStreamMultiCallable[_embedding_pb2.EmbedStreamRequest, _embedding_pb2.EmbedStreamResponse]  # type: ignore[assignment]
@@ -106,10 +110,12 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
     waits too long for a full queue, fails alone.
 
     INVALID_ARGUMENT: `config` is missing in the first message or is in a later
-    message, an option is invalid, or a message has too many texts. NOT_FOUND
-    and FAILED_PRECONDITION: as Embed. RESOURCE_EXHAUSTED: the queue is full
-    when the stream begins, or too many streams are open. UNAVAILABLE: the
-    server stops; send the texts without a result again in a new stream.
+    message, an option is invalid, a message has too many texts, or there is no
+    model name though there are several embedding models. NOT_FOUND and
+    FAILED_PRECONDITION: as Embed. RESOURCE_EXHAUSTED: when the stream begins,
+    the queue is full or too long for the deadline; or too many streams are
+    open. UNAVAILABLE: the server stops or has no workers; send the texts
+    without a result again in a new stream.
     """
     CountTokens: _aio.UnaryUnaryMultiCallable[_embedding_pb2.CountTokensRequest, _embedding_pb2.CountTokensResponse]  # type: ignore[assignment]
     """Counts the tokens of texts, prompt and special tokens included, without
@@ -123,9 +129,9 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
     """Embeds source texts and target texts, and returns the cosine similarity of
     each source to each target.
 
-    INVALID_ARGUMENT: no source or no target, too many texts, or a text that is
-    empty or too long. NOT_FOUND, FAILED_PRECONDITION and RESOURCE_EXHAUSTED:
-    as Embed.
+    INVALID_ARGUMENT: no source or no target, too many texts, a text that is
+    empty or too long, or no model name though there are several embedding
+    models. NOT_FOUND, FAILED_PRECONDITION and RESOURCE_EXHAUSTED: as Embed.
     """
 
 class EmbeddingServiceServicer:
@@ -146,9 +152,10 @@ class EmbeddingServiceServicer:
         text is invalid, the call fails, and the error names the text.
 
         INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-        long, or an option that the model does not support. NOT_FOUND: there is no
-        model with the name. FAILED_PRECONDITION: the model does not embed texts,
-        or no embedding model is served. RESOURCE_EXHAUSTED: the queue is full, the
+        long, an option that the model does not support, or no model name though
+        there are several embedding models. NOT_FOUND: there is no model with the
+        name. FAILED_PRECONDITION: the model does not embed texts, or no embedding
+        model is served. RESOURCE_EXHAUSTED: the queue is full, the
         deadline is too soon, or the response would be too large.
         """
 
@@ -163,10 +170,12 @@ class EmbeddingServiceServicer:
         waits too long for a full queue, fails alone.
 
         INVALID_ARGUMENT: `config` is missing in the first message or is in a later
-        message, an option is invalid, or a message has too many texts. NOT_FOUND
-        and FAILED_PRECONDITION: as Embed. RESOURCE_EXHAUSTED: the queue is full
-        when the stream begins, or too many streams are open. UNAVAILABLE: the
-        server stops; send the texts without a result again in a new stream.
+        message, an option is invalid, a message has too many texts, or there is no
+        model name though there are several embedding models. NOT_FOUND and
+        FAILED_PRECONDITION: as Embed. RESOURCE_EXHAUSTED: when the stream begins,
+        the queue is full or too long for the deadline; or too many streams are
+        open. UNAVAILABLE: the server stops or has no workers; send the texts
+        without a result again in a new stream.
         """
 
     def CountTokens(
@@ -190,9 +199,9 @@ class EmbeddingServiceServicer:
         """Embeds source texts and target texts, and returns the cosine similarity of
         each source to each target.
 
-        INVALID_ARGUMENT: no source or no target, too many texts, or a text that is
-        empty or too long. NOT_FOUND, FAILED_PRECONDITION and RESOURCE_EXHAUSTED:
-        as Embed.
+        INVALID_ARGUMENT: no source or no target, too many texts, a text that is
+        empty or too long, or no model name though there are several embedding
+        models. NOT_FOUND, FAILED_PRECONDITION and RESOURCE_EXHAUSTED: as Embed.
         """
 
 def add_EmbeddingServiceServicer_to_server(servicer: EmbeddingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

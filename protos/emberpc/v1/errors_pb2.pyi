@@ -155,7 +155,8 @@ class ErrorInfo(_message.Message):
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Values that the message mentions, such as the name of the missing model
-        under the key `model`.
+        under the key `model`. Long values are shortened to 200 bytes, and values
+        that do not fit into 600 bytes together are left out.
         """
 
     def __init__(

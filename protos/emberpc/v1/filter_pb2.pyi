@@ -30,7 +30,9 @@ class _ComparisonOperatorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Co
     COMPARISON_OPERATOR_EQUAL: _ComparisonOperator.ValueType  # 1
     """The field equals the value."""
     COMPARISON_OPERATOR_NOT_EQUAL: _ComparisonOperator.ValueType  # 2
-    """The field does not equal the value, or is missing."""
+    """The field does not equal the value, is missing, or is a list in which no
+    item equals the value.
+    """
     COMPARISON_OPERATOR_LESS: _ComparisonOperator.ValueType  # 3
     """The field is less than the value. The value must be a number or a string;
     strings are ordered by code points.
@@ -56,7 +58,9 @@ COMPARISON_OPERATOR_UNSPECIFIED: ComparisonOperator.ValueType  # 0
 COMPARISON_OPERATOR_EQUAL: ComparisonOperator.ValueType  # 1
 """The field equals the value."""
 COMPARISON_OPERATOR_NOT_EQUAL: ComparisonOperator.ValueType  # 2
-"""The field does not equal the value, or is missing."""
+"""The field does not equal the value, is missing, or is a list in which no
+item equals the value.
+"""
 COMPARISON_OPERATOR_LESS: ComparisonOperator.ValueType  # 3
 """The field is less than the value. The value must be a number or a string;
 strings are ordered by code points.
@@ -82,7 +86,8 @@ class Filter(_message.Message):
     A field is named by its key. Dots join nested keys. A backslash before a dot
     or a backslash makes that character a part of the key. A comparison is false
     if the field is missing or has another type. A list matches if one of its
-    items matches. An item that is a list or an object does not match.
+    items matches. An item that is a list or an object does not match. NOT_EQUAL
+    is different: it is true whenever EQUAL is false.
 
     Limits: conditions may be nested 32 levels deep. One filter has at most 256
     conditions. All filters of a request have at most 2,000 conditions and 50,000

@@ -98,8 +98,9 @@ class _RecordPartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RecordPart
     """The vector of the record. It is in the field `vectors` of the response."""
 
 class RecordPart(_RecordPart, metaclass=_RecordPartEnumTypeWrapper):
-    """A part of a record that a response contains only if the request names it. Id,
-    label, revision and times are always in the response.
+    """A part of a record that a response contains only if the request names it. If
+    the request names no part: text and metadata. Id, label, revision and times
+    are always in the response.
     """
 
 RECORD_PART_UNSPECIFIED: RecordPart.ValueType  # 0
@@ -285,14 +286,17 @@ class Collection(_message.Message):
     record_count: _builtins.int
     """Output only. Number of records."""
     sequence: _builtins.int
-    """Output only. Sequence number of the last write to the collection."""
+    """Output only. Sequence number of the last write to the collection. With
+    Milvus: of the last write by this server since its start; 0 if none.
+    """
     size_bytes: _builtins.int
     """Output only. Bytes of the collection on disk. 0 with Milvus, where the size
     is not known.
     """
     problem: _builtins.str
     """Output only. Why the collection cannot be used, for example because it is
-    damaged; its counts are 0 then. Empty: the collection can be used.
+    damaged; its counts are 0 then and `create_time` is absent. Empty: the
+    collection can be used.
     """
     @_builtins.property
     def hnsw(self) -> Global___HnswParameters:
@@ -638,7 +642,9 @@ class UpdateCollectionRequest(_message.Message):
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def collection(self) -> Global___Collection:
-        """Name of the collection, and new values of the fields in `update_mask`."""
+        """Name of the collection, and new values of the fields in `update_mask`. An
+        unspecified `truncation` becomes REFUSE.
+        """
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
@@ -941,7 +947,9 @@ class RecordFailure(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Id of the record. Empty: the problem is of the whole collection."""
+    """Id of the record. Empty in VerifyCollection: the problem is of the whole
+    collection. Empty in UpsertRecordsStream: the record has no id.
+    """
     @_builtins.property
     def error(self) -> _errors_pb2.ErrorStatus:
         """The error. In UpsertRecordsStream: the error with which an UpsertRecords
@@ -1080,7 +1088,9 @@ class DeleteRecordsResponse(_message.Message):
     RECEIPT_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     deleted_count: _builtins.int
-    """Number of deleted records."""
+    """Number of deleted records. 0: nothing was written, and `receipt` has the
+    sequence number of the last write.
+    """
     @_builtins.property
     def receipt(self) -> Global___WriteReceipt:
         """Sequence number and durability of the write."""
@@ -1277,8 +1287,8 @@ class SearchQuery(_message.Message):
     top_k: _builtins.int
     """The most hits of this query, from 0 to 10,000. 0: `top_k` of the request."""
     ef: _builtins.int
-    """Number of candidates of this query, as `ef` of the request. 0: `ef` of the
-    request.
+    """Number of candidates of this query, with the limits of `ef` of the request.
+    0: `ef` of the request.
     """
     @_builtins.property
     def vector(self) -> _types_pb2.Vectors:
@@ -1345,13 +1355,16 @@ class SearchRequest(_message.Message):
     mode: Global___SearchMode.ValueType
     """Mode of the search. Default: DENSE."""
     dense_weight: _builtins.float
-    """HYBRID only: weight of the dense ranking, in [0, 1]. The weight of the
-    lexical ranking is 1 minus this. Default: 0.5.
+    """HYBRID only, otherwise refused with INVALID_ARGUMENT: weight of the dense
+    ranking, in [0, 1]. The weight of the lexical ranking is 1 minus this.
+    Default: 0.5.
     """
     priority: _types_pb2.Priority.ValueType
     """Urgency of the call. Default: INTERACTIVE."""
     fusion: Global___SearchFusion.ValueType
-    """HYBRID only: how the two rankings are joined. Default: SCORES."""
+    """HYBRID only, otherwise refused with INVALID_ARGUMENT: how the two rankings
+    are joined. Default: SCORES.
+    """
     truncation: _types_pb2.Truncation.ValueType
     """How query texts with too many tokens are truncated. TokenUsage states which
     queries were truncated. Default: END.

@@ -31,8 +31,9 @@ class IndexServiceStub(object):
     Besides the errors that each RPC lists, every RPC on a collection may fail
     with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to retry),
     DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was deleted
-    during the call, or Milvus cannot be reached) and INTERNAL (the database of
-    the collection is damaged, or the server made an error).
+    during the call, or Milvus cannot be reached), FAILED_PRECONDITION (Milvus
+    refuses access) and INTERNAL (the database of the collection is damaged, or
+    the server made an error).
     """
 
     def __init__(self, channel):
@@ -144,8 +145,9 @@ class IndexServiceServicer(object):
     Besides the errors that each RPC lists, every RPC on a collection may fail
     with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to retry),
     DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was deleted
-    during the call, or Milvus cannot be reached) and INTERNAL (the database of
-    the collection is damaged, or the server made an error).
+    during the call, or Milvus cannot be reached), FAILED_PRECONDITION (Milvus
+    refuses access) and INTERNAL (the database of the collection is damaged, or
+    the server made an error).
     """
 
     def CreateCollection(self, request, context):
@@ -186,6 +188,7 @@ class IndexServiceServicer(object):
 
         INVALID_ARGUMENT: `update_mask` is empty or names another field, or the new
         value is invalid. NOT_FOUND: there is no collection with the name.
+        RESOURCE_EXHAUSTED: the disk is full.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -207,9 +210,10 @@ class IndexServiceServicer(object):
 
         INVALID_ARGUMENT: a record, text or vector is invalid; the error names it.
         NOT_FOUND: there is no such collection, or its model is not served.
-        FAILED_PRECONDITION: there are no vectors and the collection has no model,
-        or another model made the collection's vectors. ABORTED: a record has
-        another revision than expected. RESOURCE_EXHAUSTED: the queue or the disk is
+        FAILED_PRECONDITION: there are no vectors, and the collection has no model
+        or another model made its vectors; or there are vectors, and the collection
+        changed its model during the call. ABORTED: a record has another revision
+        than expected. RESOURCE_EXHAUSTED: the queue or the disk is
         full, or the deadline is too soon. UNIMPLEMENTED: Milvus does not support
         `expected_revisions` and `time_to_live`.
         """
@@ -221,25 +225,28 @@ class IndexServiceServicer(object):
         """Upserts any number of records. The valid records of a message are written
         together, all or none; invalid records fail alone. Responses come in the
         order of the messages. A response is a checkpoint: all records up to its
-        message are durable, so a client can resume there.
+        message are durable, except those that failed, so a client can resume
+        there. The durability with Milvus is not known.
 
         INVALID_ARGUMENT: the first message names no collection, a later message
         names another, a batch number does not grow, or a message has too many
         records. NOT_FOUND and FAILED_PRECONDITION: as UpsertRecords.
         RESOURCE_EXHAUSTED: too many streams are open, the queue stays full, or the
-        disk is full. UNAVAILABLE: the server stops; resume in a new stream.
+        disk is full. UNAVAILABLE: the server stops, or a reembedding replaced the
+        vectors of the collection; resume in a new stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def BatchGetRecords(self, request, context):
-        """Returns records by id, in the order of the request. The response lists the
-        ids that were not found.
+        """Returns records by id, in the order of the request; a repeated id repeats
+        its record. The response lists the ids that were not found.
 
         INVALID_ARGUMENT: the number of ids is out of range, or a part is unknown.
         NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
-        damaged on disk. RESOURCE_EXHAUSTED: the response would be too large.
+        damaged on disk. RESOURCE_EXHAUSTED: the response would be too large; with
+        VECTOR, a vector is counted for each id, found or not.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -264,8 +271,9 @@ class IndexServiceServicer(object):
         out.
 
         INVALID_ARGUMENT: the page size, page token, filter or a part is invalid.
-        NOT_FOUND: there is no collection with the name. RESOURCE_EXHAUSTED: the
-        response would be too large.
+        NOT_FOUND: there is no collection with the name. RESOURCE_EXHAUSTED: with
+        VECTOR, `page_size` vectors have more bytes than a response may have, even
+        if there are fewer records; or the records and vectors of the page have.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -288,8 +296,9 @@ class IndexServiceServicer(object):
         INVALID_ARGUMENT: a query, filter or number is invalid; the error names the
         field. NOT_FOUND: there is no such collection, its model is not served, or
         a query names a record that does not exist. FAILED_PRECONDITION: a query is
-        a text and the collection has no model, or another model made the
-        collection's vectors. RESOURCE_EXHAUSTED: the queue is full, the deadline is
+        a text to embed, and the collection has no model or another model made its
+        vectors; or a query is a vector, and the collection changed its model
+        during the call. RESOURCE_EXHAUSTED: the queue is full, the deadline is
         too soon, or the response would be too large. DATA_LOSS: the word index, or
         a record that a query names, is damaged on disk. UNIMPLEMENTED: Milvus does
         not support `min_recall`, LEXICAL and HYBRID.
@@ -306,7 +315,8 @@ class IndexServiceServicer(object):
         progress.
 
         NOT_FOUND: there is no such collection or model. INVALID_ARGUMENT: the
-        model does not support the dimensions. FAILED_PRECONDITION: the model does
+        model does not support the dimensions, or there is no model name though
+        there are several embedding models. FAILED_PRECONDITION: the model does
         not embed texts, nothing would change, a reembedding runs already, or
         records have no text. RESOURCE_EXHAUSTED: the disk is full. UNIMPLEMENTED:
         the backend is Milvus.
@@ -355,8 +365,9 @@ class IndexServiceServicer(object):
         """Creates a collection from the chunks of a backup. The server checks the
         whole backup first. If the call fails, nothing remains.
 
-        INVALID_ARGUMENT: the name is missing or invalid, the bytes are not an
-        undamaged backup, or their SHA-256 differs. ALREADY_EXISTS: a collection
+        INVALID_ARGUMENT: the name is missing or invalid, a later message has
+        another name or follows the SHA-256, the bytes are not an undamaged backup,
+        or their SHA-256 differs. ALREADY_EXISTS: a collection
         has the name. FAILED_PRECONDITION: a newer version of emberpc wrote the
         backup. RESOURCE_EXHAUSTED: the server has its limit of collections, the
         disk has no room, or too many restores wait. DEADLINE_EXCEEDED: the caller
@@ -502,8 +513,9 @@ class IndexService(object):
     Besides the errors that each RPC lists, every RPC on a collection may fail
     with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to retry),
     DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was deleted
-    during the call, or Milvus cannot be reached) and INTERNAL (the database of
-    the collection is damaged, or the server made an error).
+    during the call, or Milvus cannot be reached), FAILED_PRECONDITION (Milvus
+    refuses access) and INTERNAL (the database of the collection is damaged, or
+    the server made an error).
     """
 
     @staticmethod

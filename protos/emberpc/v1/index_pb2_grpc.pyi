@@ -32,8 +32,9 @@ class IndexServiceStub:
     Besides the errors that each RPC lists, every RPC on a collection may fail
     with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to retry),
     DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was deleted
-    during the call, or Milvus cannot be reached) and INTERNAL (the database of
-    the collection is damaged, or the server made an error).
+    during the call, or Milvus cannot be reached), FAILED_PRECONDITION (Milvus
+    refuses access) and INTERNAL (the database of the collection is damaged, or
+    the server made an error).
     """
 
     @_typing.overload
@@ -66,6 +67,7 @@ class IndexServiceStub:
 
     INVALID_ARGUMENT: `update_mask` is empty or names another field, or the new
     value is invalid. NOT_FOUND: there is no collection with the name.
+    RESOURCE_EXHAUSTED: the disk is full.
     """
     DeleteCollection: _grpc.UnaryUnaryMultiCallable[_index_pb2.DeleteCollectionRequest, _index_pb2.DeleteCollectionResponse]
     """Deletes a collection with all its records, and cancels its reembedding.
@@ -79,9 +81,10 @@ class IndexServiceStub:
 
     INVALID_ARGUMENT: a record, text or vector is invalid; the error names it.
     NOT_FOUND: there is no such collection, or its model is not served.
-    FAILED_PRECONDITION: there are no vectors and the collection has no model,
-    or another model made the collection's vectors. ABORTED: a record has
-    another revision than expected. RESOURCE_EXHAUSTED: the queue or the disk is
+    FAILED_PRECONDITION: there are no vectors, and the collection has no model
+    or another model made its vectors; or there are vectors, and the collection
+    changed its model during the call. ABORTED: a record has another revision
+    than expected. RESOURCE_EXHAUSTED: the queue or the disk is
     full, or the deadline is too soon. UNIMPLEMENTED: Milvus does not support
     `expected_revisions` and `time_to_live`.
     """
@@ -89,21 +92,24 @@ class IndexServiceStub:
     """Upserts any number of records. The valid records of a message are written
     together, all or none; invalid records fail alone. Responses come in the
     order of the messages. A response is a checkpoint: all records up to its
-    message are durable, so a client can resume there.
+    message are durable, except those that failed, so a client can resume
+    there. The durability with Milvus is not known.
 
     INVALID_ARGUMENT: the first message names no collection, a later message
     names another, a batch number does not grow, or a message has too many
     records. NOT_FOUND and FAILED_PRECONDITION: as UpsertRecords.
     RESOURCE_EXHAUSTED: too many streams are open, the queue stays full, or the
-    disk is full. UNAVAILABLE: the server stops; resume in a new stream.
+    disk is full. UNAVAILABLE: the server stops, or a reembedding replaced the
+    vectors of the collection; resume in a new stream.
     """
     BatchGetRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.BatchGetRecordsRequest, _index_pb2.BatchGetRecordsResponse]
-    """Returns records by id, in the order of the request. The response lists the
-    ids that were not found.
+    """Returns records by id, in the order of the request; a repeated id repeats
+    its record. The response lists the ids that were not found.
 
     INVALID_ARGUMENT: the number of ids is out of range, or a part is unknown.
     NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
-    damaged on disk. RESOURCE_EXHAUSTED: the response would be too large.
+    damaged on disk. RESOURCE_EXHAUSTED: the response would be too large; with
+    VECTOR, a vector is counted for each id, found or not.
     """
     DeleteRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.DeleteRecordsRequest, _index_pb2.DeleteRecordsResponse]
     """Deletes records by id or by filter. Atomic: all or none. An id that is not
@@ -120,8 +126,9 @@ class IndexServiceStub:
     out.
 
     INVALID_ARGUMENT: the page size, page token, filter or a part is invalid.
-    NOT_FOUND: there is no collection with the name. RESOURCE_EXHAUSTED: the
-    response would be too large.
+    NOT_FOUND: there is no collection with the name. RESOURCE_EXHAUSTED: with
+    VECTOR, `page_size` vectors have more bytes than a response may have, even
+    if there are fewer records; or the records and vectors of the page have.
     """
     CountRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.CountRecordsRequest, _index_pb2.CountRecordsResponse]
     """Counts the records of a collection, or those that match a filter.
@@ -136,8 +143,9 @@ class IndexServiceStub:
     INVALID_ARGUMENT: a query, filter or number is invalid; the error names the
     field. NOT_FOUND: there is no such collection, its model is not served, or
     a query names a record that does not exist. FAILED_PRECONDITION: a query is
-    a text and the collection has no model, or another model made the
-    collection's vectors. RESOURCE_EXHAUSTED: the queue is full, the deadline is
+    a text to embed, and the collection has no model or another model made its
+    vectors; or a query is a vector, and the collection changed its model
+    during the call. RESOURCE_EXHAUSTED: the queue is full, the deadline is
     too soon, or the response would be too large. DATA_LOSS: the word index, or
     a record that a query names, is damaged on disk. UNIMPLEMENTED: Milvus does
     not support `min_recall`, LEXICAL and HYBRID.
@@ -150,7 +158,8 @@ class IndexServiceStub:
     progress.
 
     NOT_FOUND: there is no such collection or model. INVALID_ARGUMENT: the
-    model does not support the dimensions. FAILED_PRECONDITION: the model does
+    model does not support the dimensions, or there is no model name though
+    there are several embedding models. FAILED_PRECONDITION: the model does
     not embed texts, nothing would change, a reembedding runs already, or
     records have no text. RESOURCE_EXHAUSTED: the disk is full. UNIMPLEMENTED:
     the backend is Milvus.
@@ -183,8 +192,9 @@ class IndexServiceStub:
     """Creates a collection from the chunks of a backup. The server checks the
     whole backup first. If the call fails, nothing remains.
 
-    INVALID_ARGUMENT: the name is missing or invalid, the bytes are not an
-    undamaged backup, or their SHA-256 differs. ALREADY_EXISTS: a collection
+    INVALID_ARGUMENT: the name is missing or invalid, a later message has
+    another name or follows the SHA-256, the bytes are not an undamaged backup,
+    or their SHA-256 differs. ALREADY_EXISTS: a collection
     has the name. FAILED_PRECONDITION: a newer version of emberpc wrote the
     backup. RESOURCE_EXHAUSTED: the server has its limit of collections, the
     disk has no room, or too many restores wait. DEADLINE_EXCEEDED: the caller
@@ -214,8 +224,9 @@ class IndexServiceAsyncStub(IndexServiceStub):
     Besides the errors that each RPC lists, every RPC on a collection may fail
     with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to retry),
     DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was deleted
-    during the call, or Milvus cannot be reached) and INTERNAL (the database of
-    the collection is damaged, or the server made an error).
+    during the call, or Milvus cannot be reached), FAILED_PRECONDITION (Milvus
+    refuses access) and INTERNAL (the database of the collection is damaged, or
+    the server made an error).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -245,6 +256,7 @@ class IndexServiceAsyncStub(IndexServiceStub):
 
     INVALID_ARGUMENT: `update_mask` is empty or names another field, or the new
     value is invalid. NOT_FOUND: there is no collection with the name.
+    RESOURCE_EXHAUSTED: the disk is full.
     """
     DeleteCollection: _aio.UnaryUnaryMultiCallable[_index_pb2.DeleteCollectionRequest, _index_pb2.DeleteCollectionResponse]  # type: ignore[assignment]
     """Deletes a collection with all its records, and cancels its reembedding.
@@ -258,9 +270,10 @@ class IndexServiceAsyncStub(IndexServiceStub):
 
     INVALID_ARGUMENT: a record, text or vector is invalid; the error names it.
     NOT_FOUND: there is no such collection, or its model is not served.
-    FAILED_PRECONDITION: there are no vectors and the collection has no model,
-    or another model made the collection's vectors. ABORTED: a record has
-    another revision than expected. RESOURCE_EXHAUSTED: the queue or the disk is
+    FAILED_PRECONDITION: there are no vectors, and the collection has no model
+    or another model made its vectors; or there are vectors, and the collection
+    changed its model during the call. ABORTED: a record has another revision
+    than expected. RESOURCE_EXHAUSTED: the queue or the disk is
     full, or the deadline is too soon. UNIMPLEMENTED: Milvus does not support
     `expected_revisions` and `time_to_live`.
     """
@@ -268,21 +281,24 @@ class IndexServiceAsyncStub(IndexServiceStub):
     """Upserts any number of records. The valid records of a message are written
     together, all or none; invalid records fail alone. Responses come in the
     order of the messages. A response is a checkpoint: all records up to its
-    message are durable, so a client can resume there.
+    message are durable, except those that failed, so a client can resume
+    there. The durability with Milvus is not known.
 
     INVALID_ARGUMENT: the first message names no collection, a later message
     names another, a batch number does not grow, or a message has too many
     records. NOT_FOUND and FAILED_PRECONDITION: as UpsertRecords.
     RESOURCE_EXHAUSTED: too many streams are open, the queue stays full, or the
-    disk is full. UNAVAILABLE: the server stops; resume in a new stream.
+    disk is full. UNAVAILABLE: the server stops, or a reembedding replaced the
+    vectors of the collection; resume in a new stream.
     """
     BatchGetRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.BatchGetRecordsRequest, _index_pb2.BatchGetRecordsResponse]  # type: ignore[assignment]
-    """Returns records by id, in the order of the request. The response lists the
-    ids that were not found.
+    """Returns records by id, in the order of the request; a repeated id repeats
+    its record. The response lists the ids that were not found.
 
     INVALID_ARGUMENT: the number of ids is out of range, or a part is unknown.
     NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
-    damaged on disk. RESOURCE_EXHAUSTED: the response would be too large.
+    damaged on disk. RESOURCE_EXHAUSTED: the response would be too large; with
+    VECTOR, a vector is counted for each id, found or not.
     """
     DeleteRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.DeleteRecordsRequest, _index_pb2.DeleteRecordsResponse]  # type: ignore[assignment]
     """Deletes records by id or by filter. Atomic: all or none. An id that is not
@@ -299,8 +315,9 @@ class IndexServiceAsyncStub(IndexServiceStub):
     out.
 
     INVALID_ARGUMENT: the page size, page token, filter or a part is invalid.
-    NOT_FOUND: there is no collection with the name. RESOURCE_EXHAUSTED: the
-    response would be too large.
+    NOT_FOUND: there is no collection with the name. RESOURCE_EXHAUSTED: with
+    VECTOR, `page_size` vectors have more bytes than a response may have, even
+    if there are fewer records; or the records and vectors of the page have.
     """
     CountRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.CountRecordsRequest, _index_pb2.CountRecordsResponse]  # type: ignore[assignment]
     """Counts the records of a collection, or those that match a filter.
@@ -315,8 +332,9 @@ class IndexServiceAsyncStub(IndexServiceStub):
     INVALID_ARGUMENT: a query, filter or number is invalid; the error names the
     field. NOT_FOUND: there is no such collection, its model is not served, or
     a query names a record that does not exist. FAILED_PRECONDITION: a query is
-    a text and the collection has no model, or another model made the
-    collection's vectors. RESOURCE_EXHAUSTED: the queue is full, the deadline is
+    a text to embed, and the collection has no model or another model made its
+    vectors; or a query is a vector, and the collection changed its model
+    during the call. RESOURCE_EXHAUSTED: the queue is full, the deadline is
     too soon, or the response would be too large. DATA_LOSS: the word index, or
     a record that a query names, is damaged on disk. UNIMPLEMENTED: Milvus does
     not support `min_recall`, LEXICAL and HYBRID.
@@ -329,7 +347,8 @@ class IndexServiceAsyncStub(IndexServiceStub):
     progress.
 
     NOT_FOUND: there is no such collection or model. INVALID_ARGUMENT: the
-    model does not support the dimensions. FAILED_PRECONDITION: the model does
+    model does not support the dimensions, or there is no model name though
+    there are several embedding models. FAILED_PRECONDITION: the model does
     not embed texts, nothing would change, a reembedding runs already, or
     records have no text. RESOURCE_EXHAUSTED: the disk is full. UNIMPLEMENTED:
     the backend is Milvus.
@@ -362,8 +381,9 @@ class IndexServiceAsyncStub(IndexServiceStub):
     """Creates a collection from the chunks of a backup. The server checks the
     whole backup first. If the call fails, nothing remains.
 
-    INVALID_ARGUMENT: the name is missing or invalid, the bytes are not an
-    undamaged backup, or their SHA-256 differs. ALREADY_EXISTS: a collection
+    INVALID_ARGUMENT: the name is missing or invalid, a later message has
+    another name or follows the SHA-256, the bytes are not an undamaged backup,
+    or their SHA-256 differs. ALREADY_EXISTS: a collection
     has the name. FAILED_PRECONDITION: a newer version of emberpc wrote the
     backup. RESOURCE_EXHAUSTED: the server has its limit of collections, the
     disk has no room, or too many restores wait. DEADLINE_EXCEEDED: the caller
@@ -392,8 +412,9 @@ class IndexServiceServicer:
     Besides the errors that each RPC lists, every RPC on a collection may fail
     with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to retry),
     DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was deleted
-    during the call, or Milvus cannot be reached) and INTERNAL (the database of
-    the collection is damaged, or the server made an error).
+    during the call, or Milvus cannot be reached), FAILED_PRECONDITION (Milvus
+    refuses access) and INTERNAL (the database of the collection is damaged, or
+    the server made an error).
     """
 
     def CreateCollection(
@@ -441,6 +462,7 @@ class IndexServiceServicer:
 
         INVALID_ARGUMENT: `update_mask` is empty or names another field, or the new
         value is invalid. NOT_FOUND: there is no collection with the name.
+        RESOURCE_EXHAUSTED: the disk is full.
         """
 
     def DeleteCollection(
@@ -464,9 +486,10 @@ class IndexServiceServicer:
 
         INVALID_ARGUMENT: a record, text or vector is invalid; the error names it.
         NOT_FOUND: there is no such collection, or its model is not served.
-        FAILED_PRECONDITION: there are no vectors and the collection has no model,
-        or another model made the collection's vectors. ABORTED: a record has
-        another revision than expected. RESOURCE_EXHAUSTED: the queue or the disk is
+        FAILED_PRECONDITION: there are no vectors, and the collection has no model
+        or another model made its vectors; or there are vectors, and the collection
+        changed its model during the call. ABORTED: a record has another revision
+        than expected. RESOURCE_EXHAUSTED: the queue or the disk is
         full, or the deadline is too soon. UNIMPLEMENTED: Milvus does not support
         `expected_revisions` and `time_to_live`.
         """
@@ -479,13 +502,15 @@ class IndexServiceServicer:
         """Upserts any number of records. The valid records of a message are written
         together, all or none; invalid records fail alone. Responses come in the
         order of the messages. A response is a checkpoint: all records up to its
-        message are durable, so a client can resume there.
+        message are durable, except those that failed, so a client can resume
+        there. The durability with Milvus is not known.
 
         INVALID_ARGUMENT: the first message names no collection, a later message
         names another, a batch number does not grow, or a message has too many
         records. NOT_FOUND and FAILED_PRECONDITION: as UpsertRecords.
         RESOURCE_EXHAUSTED: too many streams are open, the queue stays full, or the
-        disk is full. UNAVAILABLE: the server stops; resume in a new stream.
+        disk is full. UNAVAILABLE: the server stops, or a reembedding replaced the
+        vectors of the collection; resume in a new stream.
         """
 
     def BatchGetRecords(
@@ -493,12 +518,13 @@ class IndexServiceServicer:
         request: _index_pb2.BatchGetRecordsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.BatchGetRecordsResponse, _abc.Awaitable[_index_pb2.BatchGetRecordsResponse]]:
-        """Returns records by id, in the order of the request. The response lists the
-        ids that were not found.
+        """Returns records by id, in the order of the request; a repeated id repeats
+        its record. The response lists the ids that were not found.
 
         INVALID_ARGUMENT: the number of ids is out of range, or a part is unknown.
         NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
-        damaged on disk. RESOURCE_EXHAUSTED: the response would be too large.
+        damaged on disk. RESOURCE_EXHAUSTED: the response would be too large; with
+        VECTOR, a vector is counted for each id, found or not.
         """
 
     def DeleteRecords(
@@ -525,8 +551,9 @@ class IndexServiceServicer:
         out.
 
         INVALID_ARGUMENT: the page size, page token, filter or a part is invalid.
-        NOT_FOUND: there is no collection with the name. RESOURCE_EXHAUSTED: the
-        response would be too large.
+        NOT_FOUND: there is no collection with the name. RESOURCE_EXHAUSTED: with
+        VECTOR, `page_size` vectors have more bytes than a response may have, even
+        if there are fewer records; or the records and vectors of the page have.
         """
 
     def CountRecords(
@@ -551,8 +578,9 @@ class IndexServiceServicer:
         INVALID_ARGUMENT: a query, filter or number is invalid; the error names the
         field. NOT_FOUND: there is no such collection, its model is not served, or
         a query names a record that does not exist. FAILED_PRECONDITION: a query is
-        a text and the collection has no model, or another model made the
-        collection's vectors. RESOURCE_EXHAUSTED: the queue is full, the deadline is
+        a text to embed, and the collection has no model or another model made its
+        vectors; or a query is a vector, and the collection changed its model
+        during the call. RESOURCE_EXHAUSTED: the queue is full, the deadline is
         too soon, or the response would be too large. DATA_LOSS: the word index, or
         a record that a query names, is damaged on disk. UNIMPLEMENTED: Milvus does
         not support `min_recall`, LEXICAL and HYBRID.
@@ -570,7 +598,8 @@ class IndexServiceServicer:
         progress.
 
         NOT_FOUND: there is no such collection or model. INVALID_ARGUMENT: the
-        model does not support the dimensions. FAILED_PRECONDITION: the model does
+        model does not support the dimensions, or there is no model name though
+        there are several embedding models. FAILED_PRECONDITION: the model does
         not embed texts, nothing would change, a reembedding runs already, or
         records have no text. RESOURCE_EXHAUSTED: the disk is full. UNIMPLEMENTED:
         the backend is Milvus.
@@ -623,8 +652,9 @@ class IndexServiceServicer:
         """Creates a collection from the chunks of a backup. The server checks the
         whole backup first. If the call fails, nothing remains.
 
-        INVALID_ARGUMENT: the name is missing or invalid, the bytes are not an
-        undamaged backup, or their SHA-256 differs. ALREADY_EXISTS: a collection
+        INVALID_ARGUMENT: the name is missing or invalid, a later message has
+        another name or follows the SHA-256, the bytes are not an undamaged backup,
+        or their SHA-256 differs. ALREADY_EXISTS: a collection
         has the name. FAILED_PRECONDITION: a newer version of emberpc wrote the
         backup. RESOURCE_EXHAUSTED: the server has its limit of collections, the
         disk has no room, or too many restores wait. DEADLINE_EXCEEDED: the caller

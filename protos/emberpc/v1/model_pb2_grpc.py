@@ -121,7 +121,8 @@ class ModelServiceServicer(object):
 
     def UnloadModel(self, request, context):
         """Stops serving a model. New calls do not find the model. The server responds
-        when the calls in flight that use the model have finished.
+        when the calls in flight that use the model have finished. If the caller
+        cancels while the call waits for other changes of models, the model stays.
 
         PERMISSION_DENIED: the server does not let callers change its models (flag
         --model-admin). NOT_FOUND: there is no model with the name.

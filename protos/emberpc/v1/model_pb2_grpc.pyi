@@ -72,7 +72,8 @@ class ModelServiceStub:
     """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]
     """Stops serving a model. New calls do not find the model. The server responds
-    when the calls in flight that use the model have finished.
+    when the calls in flight that use the model have finished. If the caller
+    cancels while the call waits for other changes of models, the model stays.
 
     PERMISSION_DENIED: the server does not let callers change its models (flag
     --model-admin). NOT_FOUND: there is no model with the name.
@@ -122,7 +123,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]  # type: ignore[assignment]
     """Stops serving a model. New calls do not find the model. The server responds
-    when the calls in flight that use the model have finished.
+    when the calls in flight that use the model have finished. If the caller
+    cancels while the call waits for other changes of models, the model stays.
 
     PERMISSION_DENIED: the server does not let callers change its models (flag
     --model-admin). NOT_FOUND: there is no model with the name.
@@ -194,7 +196,8 @@ class ModelServiceServicer:
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.UnloadModelResponse, _abc.Awaitable[_model_pb2.UnloadModelResponse]]:
         """Stops serving a model. New calls do not find the model. The server responds
-        when the calls in flight that use the model have finished.
+        when the calls in flight that use the model have finished. If the caller
+        cancels while the call waits for other changes of models, the model stays.
 
         PERMISSION_DENIED: the server does not let callers change its models (flag
         --model-admin). NOT_FOUND: there is no model with the name.

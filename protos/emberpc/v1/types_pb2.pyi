@@ -36,8 +36,9 @@ class _DataTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DataType.Val
     to get the vector.
     """
     DATA_TYPE_BINARY: _DataType.ValueType  # 4
-    """The sign of each dimension as one bit (1 = positive). A byte holds eight
-    dimensions, most significant bit first. Each row is padded to a whole byte.
+    """The sign of each dimension as one bit (1 = positive, 0 = negative or zero).
+    A byte holds eight dimensions, most significant bit first. Each row is
+    padded to a whole byte.
     """
 
 class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
@@ -54,8 +55,9 @@ DATA_TYPE_INT8: DataType.ValueType  # 3
 to get the vector.
 """
 DATA_TYPE_BINARY: DataType.ValueType  # 4
-"""The sign of each dimension as one bit (1 = positive). A byte holds eight
-dimensions, most significant bit first. Each row is padded to a whole byte.
+"""The sign of each dimension as one bit (1 = positive, 0 = negative or zero).
+A byte holds eight dimensions, most significant bit first. Each row is
+padded to a whole byte.
 """
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
@@ -139,9 +141,9 @@ class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.Val
     """Throughput matters, latency does not."""
 
 class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
-    """Urgency of a call. The server may delay bulk work in favour of interactive
-    work, but never interactive work in favour of bulk work. A large call is bulk
-    work, whatever the request states.
+    """Urgency of a call. The server runs interactive work before bulk work, but
+    bulk work gets a micro-batch at least every quarter of a second. A call with
+    more tokens than two micro-batches is bulk work, whatever the request states.
     """
 
 PRIORITY_UNSPECIFIED: Priority.ValueType  # 0

@@ -31,7 +31,7 @@ def make(code: int, message: str, details: Iterable[Message]) -> pb.ErrorStatus:
 
     Args:
         code: the gRPC status code as a number.
-        message: the problem, for a developer.
+        message: the problem, for a developer. It is not shortened here.
         details: messages of `errors.proto`, such as `BadRequest`. Each is packed under the type URL of google.rpc.
     """
     status = pb.ErrorStatus(code=code, message=message)

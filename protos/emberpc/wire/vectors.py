@@ -38,7 +38,7 @@ def encode(matrix: Matrix, dtype: pb.DataType.ValueType = pb.DATA_TYPE_FLOAT32) 
         matrix: float32, shape (rows, dimensions).
         dtype: element type in the message; unspecified means FLOAT32. INT8 has one
             scale per row: the row's largest magnitude divided by 127 (1 for a row of
-            zeros). BINARY keeps only the signs.
+            zeros). BINARY keeps only the signs; zero counts as negative.
 
     Returns:
         The message, which `decode` decodes to an array of the same shape.
