@@ -1960,7 +1960,9 @@ class ClusterRecordsRequest(_message.Message):
     collection: _builtins.str
     """Name of the collection to cluster."""
     cluster_count: _builtins.int
-    """Number of clusters, 2 to 1000. There may be fewer if some stay empty."""
+    """Required. Number of clusters, 2 to 1000. There may be fewer if some stay
+    empty.
+    """
     examples_per_cluster: _builtins.int
     """Number of example records per cluster, from 0 to 100. 0: 5."""
     def __init__(

@@ -336,9 +336,10 @@ class IndexServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def VerifyCollection(self, request, context):
-        """Checks that every record exists and is undamaged, and that a search by its
-        own vector finds the record: for a sample of the records, or for all. The
-        responses state the progress and the problems that were found.
+        """Checks that every record exists and is undamaged. Checks too, for a sample
+        of the records or for all, that a search by the record's own vector finds
+        the record. The responses state the progress and the problems that were
+        found; a problem does not end the call.
 
         NOT_FOUND: there is no collection with the name. UNIMPLEMENTED: the backend
         is Milvus.

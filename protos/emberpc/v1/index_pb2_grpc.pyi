@@ -171,9 +171,10 @@ class IndexServiceStub:
     NOT_FOUND: there is no collection with the name.
     """
     VerifyCollection: _grpc.UnaryStreamMultiCallable[_index_pb2.VerifyCollectionRequest, _index_pb2.VerifyCollectionResponse]
-    """Checks that every record exists and is undamaged, and that a search by its
-    own vector finds the record: for a sample of the records, or for all. The
-    responses state the progress and the problems that were found.
+    """Checks that every record exists and is undamaged. Checks too, for a sample
+    of the records or for all, that a search by the record's own vector finds
+    the record. The responses state the progress and the problems that were
+    found; a problem does not end the call.
 
     NOT_FOUND: there is no collection with the name. UNIMPLEMENTED: the backend
     is Milvus.
@@ -360,9 +361,10 @@ class IndexServiceAsyncStub(IndexServiceStub):
     NOT_FOUND: there is no collection with the name.
     """
     VerifyCollection: _aio.UnaryStreamMultiCallable[_index_pb2.VerifyCollectionRequest, _index_pb2.VerifyCollectionResponse]  # type: ignore[assignment]
-    """Checks that every record exists and is undamaged, and that a search by its
-    own vector finds the record: for a sample of the records, or for all. The
-    responses state the progress and the problems that were found.
+    """Checks that every record exists and is undamaged. Checks too, for a sample
+    of the records or for all, that a search by the record's own vector finds
+    the record. The responses state the progress and the problems that were
+    found; a problem does not end the call.
 
     NOT_FOUND: there is no collection with the name. UNIMPLEMENTED: the backend
     is Milvus.
@@ -621,9 +623,10 @@ class IndexServiceServicer:
         request: _index_pb2.VerifyCollectionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_index_pb2.VerifyCollectionResponse], _abc.AsyncIterator[_index_pb2.VerifyCollectionResponse]]:
-        """Checks that every record exists and is undamaged, and that a search by its
-        own vector finds the record: for a sample of the records, or for all. The
-        responses state the progress and the problems that were found.
+        """Checks that every record exists and is undamaged. Checks too, for a sample
+        of the records or for all, that a search by the record's own vector finds
+        the record. The responses state the progress and the problems that were
+        found; a problem does not end the call.
 
         NOT_FOUND: there is no collection with the name. UNIMPLEMENTED: the backend
         is Milvus.

@@ -68,7 +68,7 @@ class ModelServiceServicer(object):
 
     def ListModels(self, request, context):
         """Lists the served models, sorted by name. A page ends early if its models
-        would have more than 1 MiB together.
+        would have more than 1 MiB together; a single model may have more.
 
         INVALID_ARGUMENT: the page size is out of range, or the page token is not
         of this server.

@@ -35,7 +35,7 @@ class ModelServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]
     """Lists the served models, sorted by name. A page ends early if its models
-    would have more than 1 MiB together.
+    would have more than 1 MiB together; a single model may have more.
 
     INVALID_ARGUMENT: the page size is out of range, or the page token is not
     of this server.
@@ -86,7 +86,7 @@ class ModelServiceAsyncStub(ModelServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_model_pb2.ListModelsRequest, _model_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists the served models, sorted by name. A page ends early if its models
-    would have more than 1 MiB together.
+    would have more than 1 MiB together; a single model may have more.
 
     INVALID_ARGUMENT: the page size is out of range, or the page token is not
     of this server.
@@ -139,7 +139,7 @@ class ModelServiceServicer:
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.ListModelsResponse, _abc.Awaitable[_model_pb2.ListModelsResponse]]:
         """Lists the served models, sorted by name. A page ends early if its models
-        would have more than 1 MiB together.
+        would have more than 1 MiB together; a single model may have more.
 
         INVALID_ARGUMENT: the page size is out of range, or the page token is not
         of this server.

@@ -216,7 +216,9 @@ async def _revive(engine: Engine, workers: int, statuses: health.aio.HealthServi
 
 
 def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
-    """Create the gRPC server and bind its address, so that an address in use is reported before any model is loaded.
+    """Create the gRPC server and bind its address; `run` does this before it waits for the models.
+
+    So an address in use is reported at once.
 
     Returns:
         The server, and its address as HOST:PORT with the real port.

@@ -21,8 +21,8 @@ from emberpc.server.errors import ServiceError, invalid
 _SMALL = 64 * 1024
 #: Most fields and list items of the request itself, without the items of repeated fields that have their own limit.
 _MAX_OTHERS = 1000
-#: Most fields and list items of one message inside a request. The limit is lower than that of the whole request, since
-#: the time to decode a map grows faster than the number of its entries.
+#: Most fields and list items of one message inside a request, if the message is scanned. The limit is lower than that of
+#: the whole request, since the time to decode a map grows faster than the number of its entries.
 _MAX_ITEMS = 2**16
 #: Most list items, map entries and unknown fields of all messages inside a request together. protobuf decodes this
 #: number in 0.1 to 0.4 s.
@@ -106,8 +106,8 @@ def count_elements(data: bytes, message: Descriptor, limits: Mapping[str, int]) 
 
     Raises:
         ServiceError: INVALID_ARGUMENT if a field has more elements than its limit; if the request has more than 1,000
-            other fields and list items; if a message inside the request has more than 65,536 fields and list items; or
-            if all messages inside the request together have more than `MAX_ELEMENTS` elements.
+            other fields and list items; if a scanned message inside the request has more than 65,536 fields and list
+            items; or if all messages inside the request together have more than `MAX_ELEMENTS` elements.
         ValueError: the bytes are no valid message, or contain a group, which no message of emberpc has.
     """
     if len(data) < _SMALL:

@@ -8,7 +8,8 @@ from typing import NamedTuple, Protocol
 
 from emberpc.server.errors import Code, ServiceError
 
-#: Least bytes that are counted: of a response, or of all requests that one call holds. Smaller ones are not counted.
+#: Least bytes that are counted: of a response, or of all requests that one call holds. The memory of smaller ones is
+#: bounded by the limits of concurrent calls (`_CALLS` in `app`).
 LARGE = 64 * 1024
 #: Seconds after which a refused caller may retry.
 _RETRY_SECONDS = 1.0
@@ -17,9 +18,9 @@ _RETRY_SECONDS = 1.0
 class BytesInFlight:
     """Counts the bytes of the requests in progress and of the responses that callers have not read.
 
-    The users of this class add only bytes that `LARGE` includes. gRPC keeps a response until its caller has read it,
-    and a call that waits keeps its request. Without a limit, 100 calls with responses of 30 MB took 8.7 GB. Use an
-    object from one event loop only.
+    A response, and the requests of a call, are added only if they have `LARGE` bytes or more. gRPC keeps a response
+    until its caller has read it, and a call that waits keeps its request. Without a limit, 100 calls with responses of
+    30 MB took 8.7 GB. Use an object from one event loop only.
 
     Args:
         limit: most bytes of all messages together; a message may have more if it is the only one.

@@ -110,7 +110,10 @@ class IndexFigures(Collector):
         self._index = index
 
     def collect(self) -> Iterable[Metric]:
-        """Yield recall and number of repeated searches of each collection. The Prometheus registry calls this."""
+        """Yield the recall (NaN before the first repeated search) and number of repeated searches of each collection.
+
+        The Prometheus registry calls this.
+        """
         recall = GaugeMetricFamily(
             "emberpc_search_recall", "Mean recall of the latest repeated searches.", labels=["collection"]
         )

@@ -1,7 +1,8 @@
 """Encode and decode page tokens of list calls.
 
-A token encodes the name or id of the last item of the previous page; callers do not interpret it. The next page starts
-after that item. So writes between two pages neither repeat nor skip other items.
+A token encodes the name or id of the last item of the previous page (for duplicate pairs: score and both ids as JSON);
+callers do not interpret it. The next page starts after that item. So writes between two pages neither repeat nor skip
+other items.
 """
 
 from __future__ import annotations

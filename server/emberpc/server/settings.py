@@ -159,7 +159,7 @@ class Settings:
     log_level: str = _setting("info", f"Least severity of log lines: {', '.join(LOG_LEVELS)}.")
 
     def __post_init__(self) -> None:
-        """Check every value, and the values that depend on each other.
+        """Check every value, and the values that depend on each other; not whether files and folders exist.
 
         Raises:
             SettingsError: a value is invalid, or two values contradict each other.
