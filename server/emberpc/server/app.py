@@ -187,9 +187,9 @@ async def run(
 async def _calibrate(engine: Engine, pool: Executor, record: Path, stopping: Stopping) -> None:
     """Use the best size of micro-batches from now on: that of the file `record`, or that of a measurement.
 
-    The server measures if the file is older than 30 days or of another host or model, and then writes it. A measurement
-    on a busy host is used, not written, and repeated: after 1 minute at first, later after up to 1 hour. After an
-    error, which is logged, the current size stays and nothing is repeated.
+    The server measures if the file is missing, older than 30 days, or of another host or model, and then writes it. A
+    measurement on a busy host is used, not written, and repeated: after 1 minute at first, later after up to 1 hour.
+    After an error, which is logged, the current size stays and nothing is repeated.
     """
     pause = _CALIBRATION_SECONDS
     try:

@@ -21,8 +21,8 @@ from emberpc.server.errors import ServiceError, invalid
 _SMALL = 64 * 1024
 #: Most fields and list items of the request itself, without the items of repeated fields that have their own limit.
 _MAX_OTHERS = 1000
-#: Most fields and list items of one message inside a request, if the message is scanned. The limit is lower than that of
-#: the whole request, since the time to decode a map grows faster than the number of its entries.
+#: Most fields and list items of one message inside a request, if the message is scanned. The limit is lower than that
+#: of the whole request, since the time to decode a map grows faster than the number of its entries.
 _MAX_ITEMS = 2**16
 #: Most list items, map entries and unknown fields of all messages inside a request together. protobuf decodes this
 #: number in 0.1 to 0.4 s.

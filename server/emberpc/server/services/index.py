@@ -346,7 +346,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     ) -> UpsertMessage:
         """Convert `message`, the latest of the stream `messages`, to the message of the pipeline.
 
-        Its records and vectors are read later, in the pool. INVALID_ARGUMENT for an unknown truncation.
+        Its records and vectors are read later. INVALID_ARGUMENT for an unknown truncation if texts must be embedded.
         """
         held = requests.hold(messages)
         count, given = len(message.records), message.HasField("vectors")

@@ -77,7 +77,8 @@ def response_bytes(
         parts: the parts of records that hits have.
         rest: the other fields of the response: model, timings and warnings.
         usages: the token usage of each query, None for a query that was not embedded; empty if none was.
-        check: called with the number of bytes so far; raises an error if that is over the limit.
+        check: called with the number of bytes of the results so far, without `rest`; raises an error if that is over
+            the limit.
 
     Raises:
         ServiceError: as `check` does.
