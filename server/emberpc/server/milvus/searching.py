@@ -15,7 +15,8 @@ from emberpc.server.collections.types import Distance, Matrix, Plan, SearchOutco
 from emberpc.server.milvus import schema
 from emberpc.server.milvus.reading import Reader, clause_of
 
-#: Limit of the hits of all queries of one call to Milvus. A response of Milvus may have at most 100 MB.
+#: Limit of `top_k` of all queries of one call to Milvus together. With a filter that has doubtful records, the response
+#: may have `_DOUBT` times as many hits. A response of Milvus may have at most 100 MB.
 _HITS_AT_ONCE = 10_000
 #: If a request sets no ef: ef is twice the number of hits, and at least 200, as in the embedded backend.
 _MIN_EF, _EF_PER_HIT = 200, 2
@@ -42,7 +43,8 @@ class Request:
         queries: float32 (queries, dimensions).
         top_k: most hits of each query.
         exclude: for each query the id of a record that is no hit, or None.
-        ef: candidates that a search of the graph keeps; 0: chosen by `top_k`.
+        ef: candidates that a search of the graph keeps; 0: chosen by `top_k`. It is raised for a filter, and to the
+            number of hits, and is at most 32,768.
         with_vectors: whether hits have their vectors.
     """
 
@@ -130,7 +132,8 @@ class Searcher:
             plan: how Milvus searched.
 
         Returns:
-            The outcome; None if there are too few hits, and few enough records for the server to compare all of them.
+            The outcome. None if hits are missing, the graph did not find all records that meet the filter, and these
+            are at most 100,000, so that the server can compare them; if they are more, the outcome has a shortfall.
         """
         candidates = [(schema.stored(hit["entity"]), schema.score(self._distance, hit["distance"])) for hit in found]
         if self._condition is not None and self._clause.doubtful:
@@ -144,7 +147,10 @@ class Searcher:
         return self._outcome(hits, k, plan, left_out=len(hits) < len(candidates))
 
     def _compare(self, request: Request) -> list[SearchOutcome]:
-        """Compare the queries with the vectors of all records that meet the filter. This is slow, but exact."""
+        """Compare the queries with the vectors of all records that meet the filter; return the outcome of each query.
+
+        This is slow, but exact. A record that is deleted meanwhile is left out.
+        """
         k = max(request.top_k) + 1
         prepared = prepare(request.queries, self._distance)
         best: list[list[tuple[float, str]]] = [[] for _ in prepared]
@@ -202,7 +208,8 @@ def _score(found: tuple[float, str]) -> float:
 def _blocks(sizes: Sequence[int]) -> Iterator[list[int]]:
     """Yield groups of queries for one call to Milvus each, as indexes of `sizes`, the top_k of all queries.
 
-    In a group, the greatest top_k is at most twice the least, and the hits of all queries are within a call's limit.
+    In a group, the greatest top_k is at most twice the least, and the number of queries times the greatest top_k is at
+    most 10,000.
     """
     order = np.argsort(np.array(sizes), kind="stable").tolist()
     block: list[int] = []

@@ -44,7 +44,7 @@ def search_response(
     Args:
         results: the results.
         parts: the parts of records that the request names.
-        check: called with the number of bytes so far; raises an error if that is over the limit.
+        check: called with the number of bytes of the results so far; raises an error if that is over the limit.
 
     Raises:
         ServiceError: as `check` does.
