@@ -213,8 +213,8 @@ class IndexServiceServicer(object):
         FAILED_PRECONDITION: there are no vectors, and the collection has no model
         or another model made its vectors; or there are vectors, and the collection
         changed its model during the call. ABORTED: a record has another revision
-        than expected. RESOURCE_EXHAUSTED: the queue or the disk is
-        full, or the deadline is too soon. UNIMPLEMENTED: Milvus does not support
+        than expected. RESOURCE_EXHAUSTED: the queue or the disk is full, or the
+        deadline is too soon. UNIMPLEMENTED: Milvus does not support
         `expected_revisions` and `time_to_live`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -364,16 +364,17 @@ class IndexServiceServicer(object):
 
     def RestoreCollection(self, request_iterator, context):
         """Creates a collection from the chunks of a backup. The server checks the
-        whole backup first. If the call fails, nothing remains.
+        whole backup first; the collection's model need not be served. If the call
+        fails, nothing remains.
 
         INVALID_ARGUMENT: the name is missing or invalid, a later message has
         another name or follows the SHA-256, the bytes are not an undamaged backup,
-        or their SHA-256 differs. ALREADY_EXISTS: a collection
-        has the name. FAILED_PRECONDITION: a newer version of emberpc wrote the
-        backup. RESOURCE_EXHAUSTED: the server has its limit of collections, the
-        disk has no room, or too many restores wait. DEADLINE_EXCEEDED: the caller
-        sends nothing for a minute, or for 15 seconds while others wait.
-        UNIMPLEMENTED: the backend is Milvus.
+        or their SHA-256 differs. ALREADY_EXISTS: a collection has the name.
+        FAILED_PRECONDITION: a newer version of emberpc wrote the backup.
+        RESOURCE_EXHAUSTED: the server has its limit of collections, the disk has no
+        room, or too many restores wait. DEADLINE_EXCEEDED: the caller sends nothing
+        for a minute, or for 15 seconds while others wait. UNIMPLEMENTED: the
+        backend is Milvus.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -381,7 +382,8 @@ class IndexServiceServicer(object):
 
     def FindDuplicates(self, request, context):
         """Finds pairs of records whose vectors have at least a given cosine, whatever
-        the distance of the collection is. At most 100,000 pairs are found.
+        the distance of the collection is. If there are more than 100,000 pairs,
+        only the 100,000 with the greatest cosines are found.
 
         INVALID_ARGUMENT: the score, page size or page token is invalid. NOT_FOUND:
         there is no collection with the name. UNIMPLEMENTED: the backend is Milvus.

@@ -132,8 +132,8 @@ class Reader:
         """Run a read. If the collection is not loaded, as after a restart of Milvus, load it and run the read again.
 
         Raises:
-            ServiceError: the error of the read; DEADLINE_EXCEEDED if the call that this thread runs is cancelled before the
-            read begins.
+            ServiceError: the error of the read; DEADLINE_EXCEEDED if the call that this thread runs is cancelled before
+            the read begins.
         """
         cancellation.check()
         try:

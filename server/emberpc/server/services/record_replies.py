@@ -33,8 +33,8 @@ def batch_get(collection: CollectionBackend, ids: Sequence[str], parts: Requeste
         limits: has the limit of the response's bytes.
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if the response would be too large (if `parts` names vectors, one is counted for
-            each id, even without a record); as `CollectionBackend.get` does.
+        ServiceError: RESOURCE_EXHAUSTED if the response would be too large (if `parts` names vectors, one is counted
+            for each id, even without a record); as `CollectionBackend.get` does.
     """
     _check_vectors(collection, len(ids), parts, limits)
     records = collection.get(ids, with_vectors=parts.vector, parts=parts.record_parts)
@@ -62,8 +62,8 @@ def page(
         limits: has the limit of the response's bytes.
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if the response would be too large (if `parts` names vectors, `size` of them are
-            counted, even if there are fewer records); as `CollectionBackend.page` does.
+        ServiceError: RESOURCE_EXHAUSTED if the response would be too large (if `parts` names vectors, `size` vectors
+            are counted, even if there are fewer records); as `CollectionBackend.page` does.
     """
     _check_vectors(collection, size, parts, limits)
     records, next_token = collection.page(
