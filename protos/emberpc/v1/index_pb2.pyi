@@ -265,16 +265,17 @@ class Collection(_message.Message):
     """
     model: _builtins.str
     """Name of the model that embeds the texts of records and queries. Empty:
-    there is no model, and records and queries must have vectors.
+    there is no model; records must have vectors, and queries of a DENSE search
+    a vector or the id of a record.
     """
     model_fingerprint: _builtins.str
     """Output only. Fingerprint (hex) of the model that made the vectors. Empty:
     the collection has no model.
     """
     dimensions: _builtins.int
-    """Number of dimensions of the vectors, 1 to 16,000. With a model: 0 means the
-    model's dimensions; a smaller number must be one of the model's Matryoshka
-    dimensions.
+    """Number of dimensions of the vectors, 1 to 16,000; with Milvus at least 2.
+    With a model: 0 means the model's dimensions; a smaller number must be one
+    of the model's Matryoshka dimensions.
     """
     distance: Global___Distance.ValueType
     """How vectors are compared. Default: COSINE."""
@@ -304,8 +305,10 @@ class Collection(_message.Message):
 
     @_builtins.property
     def indexed_fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Metadata fields that filters use often, at most 16. They get a database
-        index, which makes filters faster and writes slower.
+        """Metadata fields that filters use often, at most 16, named as in Filter. They
+        get a database index, which makes filters faster and writes slower. No key
+        may be empty or have a quote, backslash or control character. With Milvus
+        this has no effect.
         """
 
     @_builtins.property
@@ -408,7 +411,9 @@ class Record(_message.Message):
     control characters.
     """
     text: _builtins.str
-    """Text of the record. May be empty only if the request has vectors."""
+    """Text of the record, at most `ServerLimits.max_text_bytes`, and with Milvus
+    at most 65,535 bytes. May be empty only if the request has vectors.
+    """
     label: _builtins.str
     """Label of the record, if it is an example of a classifier: at most 512 bytes
     of UTF-8. May be empty.
@@ -1019,8 +1024,8 @@ class BatchGetRecordsResponse(_message.Message):
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
-        """Row i is the vector of `records[i]`. Absent unless the request names the
-        part VECTOR.
+        """Row i is the vector of `records[i]`. Absent if the request does not name the
+        part VECTOR, or there are no records.
         """
 
     @_builtins.property
@@ -1178,8 +1183,8 @@ class ListRecordsResponse(_message.Message):
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
-        """Row i is the vector of `records[i]`. Absent unless the request names the
-        part VECTOR.
+        """Row i is the vector of `records[i]`. Absent if the request does not name the
+        part VECTOR, or there are no records.
         """
 
     @_builtins.property
@@ -1496,8 +1501,8 @@ class SearchResult(_message.Message):
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
-        """Row i is the vector of `hits[i]`. Absent unless the request names the part
-        VECTOR.
+        """Row i is the vector of `hits[i]`. Absent if the request does not name the
+        part VECTOR, or there are no hits.
         """
 
     @_builtins.property
