@@ -1692,7 +1692,7 @@ class VerifyCollectionRequest(_message.Message):
     """Name of the collection to verify."""
     full: _builtins.bool
     """Whether to search for every record by its own vector. Default: to search
-    for a random sample of the records. All other checks cover every record.
+    for about 2,000 random records. All other checks cover every record.
     """
     def __init__(
         self,

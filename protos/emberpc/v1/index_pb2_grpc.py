@@ -339,7 +339,8 @@ class IndexServiceServicer(object):
         """Checks that every record exists and is undamaged. Checks too, for a sample
         of the records or for all, that a search by the record's own vector finds
         the record. The responses state the progress and the problems that were
-        found; a problem does not end the call.
+        found; a problem does not end the call. Two problems are repaired: words
+        that are not those of the texts, and vectors that searches miss.
 
         NOT_FOUND: there is no collection with the name. UNIMPLEMENTED: the backend
         is Milvus.
@@ -383,7 +384,9 @@ class IndexServiceServicer(object):
     def FindDuplicates(self, request, context):
         """Finds pairs of records whose vectors have at least a given cosine, whatever
         the distance of the collection is. If there are more than 100,000 pairs,
-        only the 100,000 with the greatest cosines are found.
+        only the 100,000 with the greatest cosines are found. In a COSINE collection
+        of more than 20,000 records the graph is searched, which may miss pairs. A
+        vector of zeros is in no pair.
 
         INVALID_ARGUMENT: the score, page size or page token is invalid. NOT_FOUND:
         there is no collection with the name. UNIMPLEMENTED: the backend is Milvus.
@@ -393,7 +396,8 @@ class IndexServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ClusterRecords(self, request, context):
-        """Groups the records of a collection into clusters by their vectors (k-means)
+        """Groups the records of a collection into clusters by their vectors (k-means;
+        by distance if the collection's distance is EUCLIDEAN, else by direction),
         and returns examples of each cluster.
 
         INVALID_ARGUMENT: a number is out of range. NOT_FOUND: there is no

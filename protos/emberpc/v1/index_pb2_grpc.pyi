@@ -174,7 +174,8 @@ class IndexServiceStub:
     """Checks that every record exists and is undamaged. Checks too, for a sample
     of the records or for all, that a search by the record's own vector finds
     the record. The responses state the progress and the problems that were
-    found; a problem does not end the call.
+    found; a problem does not end the call. Two problems are repaired: words
+    that are not those of the texts, and vectors that searches miss.
 
     NOT_FOUND: there is no collection with the name. UNIMPLEMENTED: the backend
     is Milvus.
@@ -206,13 +207,16 @@ class IndexServiceStub:
     FindDuplicates: _grpc.UnaryUnaryMultiCallable[_index_pb2.FindDuplicatesRequest, _index_pb2.FindDuplicatesResponse]
     """Finds pairs of records whose vectors have at least a given cosine, whatever
     the distance of the collection is. If there are more than 100,000 pairs,
-    only the 100,000 with the greatest cosines are found.
+    only the 100,000 with the greatest cosines are found. In a COSINE collection
+    of more than 20,000 records the graph is searched, which may miss pairs. A
+    vector of zeros is in no pair.
 
     INVALID_ARGUMENT: the score, page size or page token is invalid. NOT_FOUND:
     there is no collection with the name. UNIMPLEMENTED: the backend is Milvus.
     """
     ClusterRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.ClusterRecordsRequest, _index_pb2.ClusterRecordsResponse]
-    """Groups the records of a collection into clusters by their vectors (k-means)
+    """Groups the records of a collection into clusters by their vectors (k-means;
+    by distance if the collection's distance is EUCLIDEAN, else by direction),
     and returns examples of each cluster.
 
     INVALID_ARGUMENT: a number is out of range. NOT_FOUND: there is no
@@ -366,7 +370,8 @@ class IndexServiceAsyncStub(IndexServiceStub):
     """Checks that every record exists and is undamaged. Checks too, for a sample
     of the records or for all, that a search by the record's own vector finds
     the record. The responses state the progress and the problems that were
-    found; a problem does not end the call.
+    found; a problem does not end the call. Two problems are repaired: words
+    that are not those of the texts, and vectors that searches miss.
 
     NOT_FOUND: there is no collection with the name. UNIMPLEMENTED: the backend
     is Milvus.
@@ -398,13 +403,16 @@ class IndexServiceAsyncStub(IndexServiceStub):
     FindDuplicates: _aio.UnaryUnaryMultiCallable[_index_pb2.FindDuplicatesRequest, _index_pb2.FindDuplicatesResponse]  # type: ignore[assignment]
     """Finds pairs of records whose vectors have at least a given cosine, whatever
     the distance of the collection is. If there are more than 100,000 pairs,
-    only the 100,000 with the greatest cosines are found.
+    only the 100,000 with the greatest cosines are found. In a COSINE collection
+    of more than 20,000 records the graph is searched, which may miss pairs. A
+    vector of zeros is in no pair.
 
     INVALID_ARGUMENT: the score, page size or page token is invalid. NOT_FOUND:
     there is no collection with the name. UNIMPLEMENTED: the backend is Milvus.
     """
     ClusterRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.ClusterRecordsRequest, _index_pb2.ClusterRecordsResponse]  # type: ignore[assignment]
-    """Groups the records of a collection into clusters by their vectors (k-means)
+    """Groups the records of a collection into clusters by their vectors (k-means;
+    by distance if the collection's distance is EUCLIDEAN, else by direction),
     and returns examples of each cluster.
 
     INVALID_ARGUMENT: a number is out of range. NOT_FOUND: there is no
@@ -630,7 +638,8 @@ class IndexServiceServicer:
         """Checks that every record exists and is undamaged. Checks too, for a sample
         of the records or for all, that a search by the record's own vector finds
         the record. The responses state the progress and the problems that were
-        found; a problem does not end the call.
+        found; a problem does not end the call. Two problems are repaired: words
+        that are not those of the texts, and vectors that searches miss.
 
         NOT_FOUND: there is no collection with the name. UNIMPLEMENTED: the backend
         is Milvus.
@@ -677,7 +686,9 @@ class IndexServiceServicer:
     ) -> _typing.Union[_index_pb2.FindDuplicatesResponse, _abc.Awaitable[_index_pb2.FindDuplicatesResponse]]:
         """Finds pairs of records whose vectors have at least a given cosine, whatever
         the distance of the collection is. If there are more than 100,000 pairs,
-        only the 100,000 with the greatest cosines are found.
+        only the 100,000 with the greatest cosines are found. In a COSINE collection
+        of more than 20,000 records the graph is searched, which may miss pairs. A
+        vector of zeros is in no pair.
 
         INVALID_ARGUMENT: the score, page size or page token is invalid. NOT_FOUND:
         there is no collection with the name. UNIMPLEMENTED: the backend is Milvus.
@@ -688,7 +699,8 @@ class IndexServiceServicer:
         request: _index_pb2.ClusterRecordsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.ClusterRecordsResponse, _abc.Awaitable[_index_pb2.ClusterRecordsResponse]]:
-        """Groups the records of a collection into clusters by their vectors (k-means)
+        """Groups the records of a collection into clusters by their vectors (k-means;
+        by distance if the collection's distance is EUCLIDEAN, else by direction),
         and returns examples of each cluster.
 
         INVALID_ARGUMENT: a number is out of range. NOT_FOUND: there is no

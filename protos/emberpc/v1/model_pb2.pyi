@@ -152,7 +152,8 @@ class Model(_message.Message):
     """Number of dimensions of the model's vectors."""
     pooling: _builtins.str
     """The rule that makes one vector of the vectors of a text's tokens: `mean`,
-    `cls`, `max` or `lasttoken`.
+    `cls`, `max` or `lasttoken`. Of a foreign model also `in the graph`, or
+    `none` for a classifier.
     """
     normalized: _builtins.bool
     """Whether the model's vectors have length 1."""

@@ -261,6 +261,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     ) -> AsyncIterator[pb.VerifyCollectionResponse]:
         """Check that every record is present and undamaged, and that searches find records; yield the progress.
 
+        Some problems are repaired, see index.proto.
         Errors are those of `CollectionAnalysis.verify`; NOT_FOUND if there is no such collection.
         """
         collection = await self._access.open(request.name)
@@ -287,6 +288,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     ) -> pb.FindDuplicatesResponse:
         """Return a page of the pairs of records whose vectors have at least a given cosine, greatest cosine first.
 
+        Pairs may be missing, see index.proto.
         Errors are those of `CollectionAnalysis.find_duplicates`; NOT_FOUND if there is no such collection.
         """
         size, caller = requests.page_size(request.page_size), requests.caller(context)
