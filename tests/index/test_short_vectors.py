@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from emberpc.server.collections import CollectionSpec, Distance
-from emberpc.server.collections.metric import nearest
+from emberpc.server.collections.metric import lengthened, nearest
 from emberpc.server.collections.types import Matrix, Plan, Strategy
 from emberpc.server.errors import Code
 from emberpc.server.index import Index
@@ -32,6 +32,13 @@ def test_distances_of_any_length_are_exact(scale: float) -> None:
     truth = true_distances(queries, vectors)
     assert np.allclose(-scores, np.take_along_axis(truth, rows, axis=1), rtol=1e-6, atol=0)
     assert np.allclose(-scores, np.sort(truth, axis=1)[:, :10], rtol=1e-6, atol=0)
+
+
+def test_queries_of_any_length_are_scaled_without_a_warning() -> None:
+    short = np.float32(2**14) * np.float32([[0], [1e-42], [1e-30], [0.5], [1], [1e20]])
+    scaled, factors = lengthened(short)
+    assert factors.ravel().tolist() == [2.0**120, 2.0**120, 2.0**100, 2, 1, 1]
+    assert np.array_equal(scaled, short * factors)
 
 
 @pytest.mark.parametrize("min_recall", [0, 1])

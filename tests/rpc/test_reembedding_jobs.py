@@ -115,6 +115,17 @@ async def test_a_cancellation_whose_caller_leaves_is_completed(steered: Steered)
     await steered.jobs.close()
 
 
+async def test_without_a_model_name_the_job_uses_the_only_model_and_stores_its_name(steered: Steered) -> None:
+    steered.engine.registry.remove("a")
+    collection = steered.index.get("c")
+    await steered.jobs.start(collection, "", 0)
+    await asyncio.wait_for(steered.until_reembedded(), 300)
+    with pytest.raises(ServiceError, match="has vectors of model 'b' with 32 dimensions already") as refused:
+        await steered.jobs.start(steered.index.get("c"), "", 0)
+    assert refused.value.metadata["model"] == "b"
+    await steered.jobs.close()
+
+
 async def test_closing_waits_for_a_start_whose_caller_left(steered: Steered) -> None:
     called, go_on = steered.index.delay("reembed")
     call = asyncio.create_task(steered.start())

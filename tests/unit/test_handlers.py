@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sqlite3
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
+from unittest.mock import AsyncMock
 
 import grpc
 import grpc.aio
 import pytest
 
 from emberpc.server import handlers
-from emberpc.server.errors import ServiceError, invalid
+from emberpc.server.errors import Code, ServiceError, invalid
 from emberpc.server.handlers import Handlers
 from emberpc.server.in_flight import LARGE, BytesInFlight, Held, Streams
 from emberpc.v1 import server_pb2, server_pb2_grpc
@@ -173,3 +175,22 @@ async def test_a_message_of_a_stream_is_counted_until_the_next_one_or_until_it_i
         await anext(stream)
     held.release()
     assert in_flight.total == 0
+
+
+async def test_the_log_has_an_internal_error_under_the_request_id_of_its_message(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    error = ServiceError(Code.INTERNAL, "the database of collection 'c' failed")
+    error.__cause__ = sqlite3.OperationalError("disk I/O error")
+    context = AsyncMock()
+    with pytest.raises(AssertionError, match="abort always raises"):
+        await handlers._abort(error, "/emberpc.v1.IndexService/Search", "0123abcd", context)
+    assert context.abort.await_args.args[1].endswith("the server's log has more under request id 0123abcd")
+    (record,) = caplog.records
+    assert record.getMessage().endswith("Search failed, request 0123abcd: the database of collection 'c' failed")
+    assert record.exc_info is not None
+    assert record.exc_info[1] is error.__cause__
+    caplog.clear()
+    with pytest.raises(AssertionError, match="abort always raises"):
+        await handlers._abort(ServiceError(Code.NOT_FOUND, "no collection"), "/x/Search", "0123abcd", context)
+    assert caplog.records == []

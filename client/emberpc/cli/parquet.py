@@ -171,7 +171,7 @@ class ParquetRecords:
                 row["vector"] = vector.values.to_numpy(zero_copy_only=False) if vector.is_valid else None
         except _DAMAGE as error:
             raise CliError(
-                f"{self.name} is damaged; write it again. The records before the damage are stored"
+                f"{self.name} is damaged; write it again. Records before the damage may be stored already"
             ) from error
         return rows
 

@@ -389,7 +389,7 @@ def _release_frames(error: BaseException | None) -> None:
 
 
 async def _abort(error: Exception, method: str, request_id: str, context: Context) -> NoReturn:
-    """End a call with the gRPC status of an error; log an error that is neither ServiceError nor NotImplementedError.
+    """End a call with the gRPC status of an error; log INTERNAL errors, and all errors that are no ServiceError.
 
     Raises:
         grpc.aio.AbortError: always; gRPC ends a call by this exception.
@@ -406,6 +406,8 @@ async def _abort(error: Exception, method: str, request_id: str, context: Contex
     if not isinstance(error, ServiceError):
         log.error("%s failed, request %s", method, request_id, exc_info=error)
         error = ServiceError(Code.INTERNAL, "the server made an error")
+    elif error.code is Code.INTERNAL:
+        log.error("%s failed, request %s: %s", method, request_id, error.message, exc_info=error.__cause__)
     _release_frames(raised)
     answer = status_of(error, request_id)
     metadata: list[tuple[str, str | bytes]] = [

@@ -32,7 +32,7 @@ def status_of(error: ServiceError, request_id: str) -> errors_pb2.ErrorStatus:
     """
     message = error.message
     if error.code is Code.INTERNAL:
-        message = f"{message}; its log tells more under request id {request_id}"
+        message = f"{message}; the server's log has more under request id {request_id}"
     return status.make(error.code.value, _shortened(message, _MAX_MESSAGE), _details(error, request_id))
 
 

@@ -22,6 +22,8 @@ _PLAIN = (1e-30, 1e27)
 #: Factor of queries and stored vectors under DOT_PRODUCT. hnswlib computes 1 - product in float32, which loses small
 #: products. With the factor, vectors much shorter than 1 can be distinguished. A power of two changes no digit.
 _DOT_SCALE = np.float32(2**14)
+#: Greatest power of two by which a short query is scaled. 2.0**120 is exact in float32.
+_MAX_POWER = 120
 #: Under DOT_PRODUCT, the least length of a prepared vector in a graph. hnswlib computes 1 - product in float32. For
 #: shorter vectors and a query of length 1, it could not distinguish two products that differ by a share of 1e-5.
 _LEAST_IN_GRAPH = np.float32(2**14 * 1e-5)
@@ -162,8 +164,8 @@ def lengthened(queries: Matrix) -> tuple[Matrix, Matrix]:
         All queries except zero vectors have a length of at least 2**14. The factor of a query that is so long already
         is 1.
     """
-    lengths = np.maximum(_lengths(queries), np.finfo(np.float64).tiny)
-    powers = np.clip(np.ceil(np.log2(float(_DOT_SCALE) / lengths)), 0, 120)
+    lengths = np.maximum(_lengths(queries), _DOT_SCALE * 2.0**-_MAX_POWER)
+    powers = np.maximum(np.ceil(np.log2(_DOT_SCALE / lengths)), 0)
     scales = np.exp2(powers).astype(np.float32)[:, None]
     return queries * scales, scales
 

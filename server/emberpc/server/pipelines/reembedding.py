@@ -84,7 +84,7 @@ class ReembeddingJobs:
 
         Args:
             collection: the collection.
-            model_name: name of the new model.
+            model_name: name of the new model; empty: the only embedding model.
             dimensions: dimensions of the new vectors; 0: all dimensions of the model.
 
         Raises:
@@ -97,15 +97,15 @@ class ReembeddingJobs:
         check_dimensions(model, dimensions, "dimensions")
         spec, fingerprint = collection.spec, model.fingerprint
         wanted = dimensions or model.manifest.dimensions
-        if (spec.model, spec.model_fingerprint, spec.dimensions) == (model_name, fingerprint, wanted):
+        if (spec.model, spec.model_fingerprint, spec.dimensions) == (model.name, fingerprint, wanted):
             raise ServiceError(
                 Code.FAILED_PRECONDITION,
-                f"collection {spec.name!r} has vectors of model {model_name!r} with {spec.dimensions} dimensions "
+                f"collection {spec.name!r} has vectors of model {model.name!r} with {spec.dimensions} dimensions "
                 "already; name another model or other dimensions",
                 reason="SAME_MODEL",
-                metadata={"collection": spec.name, "model": model_name},
+                metadata={"collection": spec.name, "model": model.name},
             )
-        begin = partial(self._index.reembed, collection, model=model_name, fingerprint=fingerprint, dimensions=wanted)
+        begin = partial(self._index.reembed, collection, model=model.name, fingerprint=fingerprint, dimensions=wanted)
         # A heavy call, since it checks that every record has a text.
         begun = await self._pool.submit(begin, heavy=True)
         await self._to_its_end(self._run_begun(begun))
