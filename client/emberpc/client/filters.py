@@ -14,7 +14,7 @@ a digit or `-`, or is a keyword of filters such as `in`: `author."full name" = "
 Keywords may be written in capitals.
 
 filter.proto defines the conditions: a field that is missing or of another type
-matches only `!=` and `not`, and a list matches if one of its items matches.
+matches only `!=` and `not`. A list matches if one of its items matches; it matches `!=` only if no item is equal.
 """
 
 from __future__ import annotations

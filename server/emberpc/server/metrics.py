@@ -82,7 +82,7 @@ class EngineFigures(Collector):
             "batch_tokens": ("Tokens in micro-batches, without padding.", counts.tokens),
             "batch_padding_tokens": ("Padding tokens in micro-batches.", counts.padding),
             "batch_failures": ("Micro-batches that failed.", counts.failed_batches),
-            "queue_refused": ("Calls refused because the queue was full.", counts.refused),
+            "queue_refused": ("Calls refused: the queue was full, or the deadline too soon.", counts.refused),
             "queue_expired": ("Calls whose deadline passed while they waited in the queue.", counts.expired),
             "workers_lost": ("Workers that died and were replaced.", counts.lost_workers),
             "cache_hits": ("Texts whose result was in the cache.", engine.cache.hits),
