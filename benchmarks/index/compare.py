@@ -6,7 +6,7 @@ gRPC, from upsert to restart; and each peer for which a Python with its packages
 printed beside the figures:
 
 - Building the graph takes at most 1.15 times as long as raw hnswlib's add_items, with the same parameters and one
-  thread.
+  thread. For this target, an index in this process builds the graph of vectors that it has stored before.
 - Calls with one vector reach 0.6 of the calls per second of a server with an empty handler, and calls with 64 vectors
   reach 0.8 of raw hnswlib's queries per second with the same ef (`benchmarks/index/rpc.py`, in alternating rounds).
 - recall@10 is 0.98 by default.

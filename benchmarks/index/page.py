@@ -81,9 +81,12 @@ handler does nothing. With ten ready hits, its response has the same bytes as th
 """
 
 SHARES = """
+The shares below are medians of the shares of each round, so they differ a little from the ratios of the table.
+
 - With one vector per call, emberpc answers {calls} times as many calls per second as the empty handler (target: 0.6;
   [why it is missed](decisions/0017-the-path-of-a-search.md)), and {hits} times as many as with ten ready hits. With
-  one call at a time, the shares are {latency} and {latency_hits}.
+  one call at a time, emberpc is {latency} times as fast as the empty handler, and {latency_hits} times as fast as with
+  ten ready hits.
 - With 64 vectors per call, emberpc answers {together} times as many queries per second as hnswlib's `knn_query`
   with as many candidates (target: 0.8).
 """

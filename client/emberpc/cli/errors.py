@@ -70,7 +70,7 @@ def how_to_install(extra: str) -> str:
     """Return instructions to install an extra, such as `cli`, from a checkout or from a package index."""
     in_checkout = f"pip install '.[{extra}]'"
     if extra == "export":
-        # Without the constraints, pip installs a PyTorch build with gigabytes of CUDA.
+        # Without the constraints, pip compares versions for minutes, and may install a PyTorch of several gigabytes.
         in_checkout = f"pip install torch '.[{extra}]' -c constraints.txt"
     return f"run, in a checkout: {in_checkout}; or, once it is published: pip install 'emberpc[{extra}]'"
 

@@ -63,8 +63,8 @@ class ResponseDetails:
     first: int
     #: Number of items of the request; 1 for `similarity` and for `delete` with a filter.
     count: int
-    #: The model that answered. None if no model ran. Also None for `upsert`: its response does not state the model,
-    #: which is that of the collection.
+    #: The model that answered; for `count_tokens`, the model whose tokenizer counted. None if the call needed no model.
+    #: Also None for `upsert`: its response does not state the model, which is that of the collection.
     model: ModelVersion | None = None
     #: Times of the steps. None for `count_tokens`, `get` and `delete`, whose responses do not state times.
     timings: Timings | None = None

@@ -254,8 +254,9 @@ def tokenizer_keywords(settings: dict[str, Any]) -> list[dict[str, Any]]:
 def read_max_tokens(folder: Path, config: dict[str, Any]) -> int | None:
     """Return the number of tokens after which sentence-transformers truncates a text; None if no limit is stated.
 
-    The limit is that of the Transformer module, or else the tokenizer's, but at most the number of positions. A limit
-    of 100,000 or more counts as not stated.
+    The limit is that of the Transformer module or, if the module states none, that of the tokenizer, but at most the
+    number of positions. If that limit is 100,000 or more, only the number of positions counts. A number of positions of
+    100,000 or more does not count.
 
     Args:
         folder: the model's folder.

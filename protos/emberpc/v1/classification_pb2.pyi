@@ -30,7 +30,7 @@ class _ClassifierKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Classi
     CLASSIFIER_KIND_UNSPECIFIED: _ClassifierKind.ValueType  # 0
     """The kind is not stated. The server never sends this value."""
     CLASSIFIER_KIND_FINE_TUNED: _ClassifierKind.ValueType  # 1
-    """A bundle that was fine-tuned offline."""
+    """A served model: a classifier that an export or another tool made offline."""
     CLASSIFIER_KIND_EXAMPLES: _ClassifierKind.ValueType  # 2
     """Learnt in the server from examples, on an embedding model. Planned: the
     server does not send this value yet.
@@ -42,7 +42,7 @@ class ClassifierKind(_ClassifierKind, metaclass=_ClassifierKindEnumTypeWrapper):
 CLASSIFIER_KIND_UNSPECIFIED: ClassifierKind.ValueType  # 0
 """The kind is not stated. The server never sends this value."""
 CLASSIFIER_KIND_FINE_TUNED: ClassifierKind.ValueType  # 1
-"""A bundle that was fine-tuned offline."""
+"""A served model: a classifier that an export or another tool made offline."""
 CLASSIFIER_KIND_EXAMPLES: ClassifierKind.ValueType  # 2
 """Learnt in the server from examples, on an embedding model. Planned: the
 server does not send this value yet.

@@ -117,10 +117,11 @@ def _trial(
     judged: Judged | None,
     most: int,
 ) -> Trial:
-    """Return a trial on at most `most` of the texts, taken at equal distances.
+    """Return a trial on a sample of texts. Raises ExportError if the sample has fewer than 2 texts.
 
-    The texts are the passages of `judged` (then at most `MOST_PASSAGES`), or else those of `examples`, or else `texts`,
-    or else docstrings of Python's standard library. Raises ExportError if there are fewer than 2 texts.
+    With `judged`, the sample is that of `Judged.few`: at most `MOST_QUERIES` queries, and `MOST_PASSAGES` passages.
+    Otherwise the sample has at most `most` texts, taken at equal distances: texts of `examples`; without them, of
+    `texts`; and without these, docstrings of Python's standard library.
     """
     if judged is not None:
         few = judged.few(MOST_QUERIES, MOST_PASSAGES)

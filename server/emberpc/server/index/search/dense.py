@@ -258,10 +258,11 @@ class DenseSearcher:
         ]
 
     def _compare(self, queries: Matrix, k: int, selection: Selection) -> list[Candidates] | None:
-        """Compare the queries with all vectors of a selection; return at most k candidates for each query.
+        """Compare the queries with the vectors of a selection; return at most k candidates for each query.
 
-        None if the vector of a hit is damaged or was deleted. Checksums are verified of all vectors while they are
-        read, or of the hits only, whichever is faster.
+        Vectors that were deleted, or are found damaged while they are read, are left out. Then `plan.compared_count`
+        is less than the number of labels of the selection. Checksums are verified of all vectors while they are read,
+        or of the hits only, whichever is faster. None if such a hit is damaged or was deleted.
         """
         kept = selection.vectors
         checked = kept is None and _is_check_while_reading_faster(len(queries) * k, len(selection.labels))
