@@ -134,7 +134,8 @@ def connect(target: str, timeout: float, token: str | None, tls_ca: Path | None)
         tls_ca: PEM file of the certificates that may sign the server's certificate; None: no encryption.
 
     Raises:
-        CliError: the target is a URL, the token would be sent unencrypted, or the certificate file cannot be read.
+        CliError: the target is a URL, the token would be sent to another host unencrypted, or the certificate file
+            cannot be read.
         InputError: another option is wrong.
     """
     if is_url(target):

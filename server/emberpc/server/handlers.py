@@ -55,8 +55,8 @@ class Handlers:
     gRPC status with details: the status of a `ServiceError`, UNIMPLEMENTED for
     NotImplementedError (a method that the service does not implement),
     RESOURCE_EXHAUSTED if no file descriptor is free, and INTERNAL for any other
-    exception. The last two are logged with the request id. The caller of the
-    last receives only that id, not the text of the exception.
+    exception, whose text the caller does not receive. The last two, and a
+    `ServiceError` with INTERNAL, are logged with the request id.
 
     Handlers are wrapped once, when they are registered. An interceptor would
     wrap them again for each call, which takes a tenth of the event loop's time
@@ -69,8 +69,8 @@ class Handlers:
         server: the gRPC server.
         observe: called after each call with the path of the method, the name of the status code, and the duration in
             seconds. None: no function is called.
-        counts: limits of the number of elements of repeated fields, by field name. The elements are counted before
-            the request is decoded.
+        counts: limits of the number of elements of repeated fields, by field name. A request with more elements gets
+            INVALID_ARGUMENT. The elements are counted before the request is decoded.
         max_in_flight_bytes: limit of the bytes of requests in progress and of responses that callers have not read, if
             they have 64 KiB or more; responses of a stream do not count. Above it, large calls get RESOURCE_EXHAUSTED.
         max_streams: limit of the open request streams. Further streams fail with RESOURCE_EXHAUSTED.

@@ -172,10 +172,10 @@ def text_of(path: Path, place: str, row: dict[str, Any], column: str) -> str:
 
 
 def _text(path: Path, place: str, column: str, value: Any) -> str:
-    """Return the text of a cell; an empty text for None. A whole number becomes text.
+    """Return the text of a cell; an empty text for None. An int becomes text.
 
     Raises:
-        ExportError: the cell holds another type, a NUL character or a lone surrogate.
+        ExportError: the cell holds another type (also a float such as 3.0), a NUL character or a lone surrogate.
     """
     if value is None:
         return ""

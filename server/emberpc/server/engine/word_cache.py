@@ -178,10 +178,11 @@ class WordCache:
 
 
 def _may_hold(token: dict[str, Any]) -> str:
-    """Return a regular expression that matches in every text that holds an added token.
+    """Return a regular expression that matches where a text may hold an added token.
 
-    `token` is the token's entry in `tokenizer.json`. If it says `normalized`, a text can contain the token in several
-    spellings, which all begin with the same character. The expression then is that character, else the whole token.
+    `token` is the token's entry in `tokenizer.json`. If it says `normalized`, a text of ASCII can contain the token in
+    several spellings, which all begin with the same character. The expression then is that character, else the whole
+    token. It can miss a normalized token in another text; see `ascii_only` of `WordCache`.
     """
     content: str = token["content"]
     return re.escape(content[0] if token["normalized"] else content)

@@ -83,7 +83,10 @@ class _Layers:
         raise NotImplementedError
 
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
-        """Train layers and head with early stopping on held-out texts; return the tuned encoder and the head.
+        """Train layers and head; return the tuned encoder and the head.
+
+        A training with early stopping on held-out texts finds the number of epochs. With few texts and no validation
+        texts, a second training on all texts makes the result (`fit_and_hold_out` has the cases).
 
         Raises:
             ExportError: the encoder cannot be trained, the loss is not finite, or a checkpoint cannot be written.

@@ -130,7 +130,7 @@ class DenseSearcher:
         return [outcomes[i] for i in range(len(request.queries))]
 
     def catch_up(self) -> int:
-        """Wait until memory has the store's last write, for at most a second; return the sequence of that write."""
+        """Wait until memory has the store's last write, or a second has passed; return the sequence of that write."""
         sequence = self._store.sequence()
         self._selector.wait_for(sequence)
         return sequence
