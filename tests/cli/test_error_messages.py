@@ -33,8 +33,13 @@ LONG = "has 600 tokens, the model takes at most 512; shorten it, or set the call
             "`emberpc collection create NAME --model MODEL`",
         ),
         (
-            "collection.dimensions: is 0, and no model is named; name a model, or give 1 to 16000",
-            "--dimensions: is 0, and no model is named; give --model, or --dimensions for vectors only: 1 to 16000",
+            "collection.dimensions: is not given, and no model; name a model, or give 1 to 16000",
+            "--dimensions: is not given, and no model; give --model NAME or, for vectors only, --dimensions 1 to 16000",
+        ),
+        ("top_k: is 100000; it must be 0 (for 10) to 10000", "--top-k: is 100000; it must be 1 to 10000"),
+        (
+            "no emberpc server answers at x; start a server there or give the address of another server, and check",
+            "or give the address of another server with --target HOST:PORT, and check",
         ),
         ("collection.hnsw.ef_construction: is 3", "--ef-construction: is 3"),
         ("model: is empty, and there are several", "--model: is empty, and there are several"),
@@ -47,6 +52,26 @@ LONG = "has 600 tokens, the model takes at most 512; shorten it, or set the call
 )
 def test_errors_name_options_and_arguments(message: str, wanted: str) -> None:
     assert wanted in in_cli_terms(message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["embed", "x", "--server", "a"],
+            "No such option: --server; the address of the server is --target HOST:PORT",
+        ),
+        (["search", "c", "x", "--port", "1"], "No such option: --port; the address of the server is --target"),
+        (["serach"], "No such command 'serach'. Did you mean 'search'? See emberpc --help"),
+        (["search", "c", "x", "--mode", "hybird"], "Invalid value for '--mode': 'hybird' is not one of 'dense', "),
+    ],
+)
+def test_a_slip_of_the_keyboard_is_answered_with_what_to_give(
+    emberpc: Emberpc, arguments: list[str], message: str
+) -> None:
+    outcome = emberpc(*arguments)
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize(

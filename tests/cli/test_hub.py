@@ -60,7 +60,7 @@ def test_a_hub_that_does_not_give_the_model(hub: str, tmp_path: Path) -> None:
         command, check=False, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300, input=""
     )
     assert run.returncode == 2, run.stderr
-    assert "'nobody/nothing' is no folder here" in run.stderr.splitlines()[-1]
-    assert "check the spelling and the network, or download the model and give its folder" in run.stderr
+    assert "no folder and no installed package has the name 'nobody/nothing'" in run.stderr.splitlines()[-1]
+    assert "check the spelling and the network, or give the name of a folder with a model" in run.stderr
     assert "Traceback" not in run.stderr
     assert [path.name for path in tmp_path.iterdir() if path.name != "hf"] == []

@@ -97,8 +97,8 @@ def test_any_bytes_are_read_or_refused_with_a_line(tmp_path: Path, content: byte
         ("r.jsonl", '{"id": "a", "metadata": {"x": NaN}}\n', ":1: the line is not JSON"),
         ("r.jsonl", "[" * 100_000, ":1: the line is not JSON"),
         ("r.jsonl", b'{"id": "a"}\n{"id": "\xff"}\n', ":2: byte 9 of the line is not UTF-8"),
-        ("r.csv", "title,year\na,1\n", ":1: there is no column id; the columns are title, year; name one id"),
-        ("r.csv", "ID,text\na,t\n", ":1: there is no column id; the columns are ID, text; name one id"),
+        ("r.csv", "title,year\na,1\n", ":1: there is no column id; the columns are title, year; name a column id"),
+        ("r.csv", "ID,text\na,t\n", ":1: there is no column id; the columns are ID, text; name a column id"),
         ("r.csv", "text,label\na,x\nb,x\na,y\n", ":4: line 2 has the same text with another label"),
         ("r.csv", "text,label\na,x\n ,x\n", ":3: the text is empty"),
         ("r.csv", "id,year,year\na,1,2\n", ":1: the column 'year' is there twice"),
@@ -115,6 +115,7 @@ def test_any_bytes_are_read_or_refused_with_a_line(tmp_path: Path, content: byte
         ("r.jsonl", '{"id": "a", "metadata": {"x": {"y": 1, "y": 2}}}\n', ":1: the line has 'y' twice; keep one"),
         ("r.csv", "id,metadata\na,[1]\n", ":2: metadata is no JSON object"),
         ("r.tsv", "id,text\n", ":1: the columns seem to be separated by commas"),
+        ("r.csv", "", ":1: the table is empty; its first line must name the columns"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_line(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:

@@ -226,8 +226,12 @@ def test_a_port_in_use_is_said_in_one_line(served: dict[str, str], tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("r.csv", "id;text\na;b\n", "the columns seem to be separated by semicolons, and this kind of file has commas"),
-        ("r.tsv", "id,text\na,b\n", "the columns seem to be separated by commas, and this kind of file has tabs"),
+        (
+            "r.csv",
+            "id;text\na;b\n",
+            "the columns seem to be separated by semicolons, but this kind of file needs commas",
+        ),
+        ("r.tsv", "id,text\na,b\n", "the columns seem to be separated by commas, but this kind of file needs tabs"),
         ("r.csv", "id\ttext\na\tb\n", "the columns seem to be separated by tabs"),
     ],
 )

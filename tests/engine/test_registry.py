@@ -112,9 +112,11 @@ def test_errors_say_what_there_is(registry: Registry, tiny_bundle: Path) -> None
     assert (error.value.code, error.value.reason) == (Code.FAILED_PRECONDITION, "NO_MODEL")
     registry.put(Model.load("a", tiny_bundle))
     registry.put(Model.load("b", tiny_bundle))
-    with pytest.raises(ServiceError, match="no model 'c'; served are: a, b") as error:
+    with pytest.raises(ServiceError, match="no model 'c'; the models are: a, b") as error:
         registry.find("c")
     assert error.value.code is Code.NOT_FOUND
+    with pytest.raises(ServiceError, match="no model 'c'; the classification models are: none"):
+        registry.find("c", Task.CLASSIFICATION)
     with pytest.raises(ServiceError, match="name one of: a, b"):
         registry.find("", Task.EMBEDDING)
     with pytest.raises(ServiceError, match="for embedding, not for classification"):

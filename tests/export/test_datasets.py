@@ -190,10 +190,10 @@ def test_parquet_is_read_with_lists_numbers_and_rows_that_are_named(tmp_path: Pa
         (
             "d.csv",
             "text;label\na;b\n",
-            "line 1: the columns seem to be separated by semicolons; .csv files have commas",
+            "line 1: the columns seem to be separated by semicolons, but this kind of file needs commas",
         ),
-        ("d.csv", "text\tlabel\na\tb\n", "separated by tabs; .csv files have commas"),
-        ("d.tsv", "text,label\na,b\n", "separated by commas; .tsv files have tabs"),
+        ("d.csv", "text\tlabel\na\tb\n", "separated by tabs, but this kind of file needs commas"),
+        ("d.tsv", "text,label\na,b\n", "separated by commas, but this kind of file needs tabs"),
         ("d.csv", "text,label,label\na,b,c\n", "line 1: the column 'label' is there twice"),
         ("d.tsv", "text\tlabel\ttext\na\tb\tc\n", "line 1: the column 'text' is there twice"),
     ],
@@ -353,7 +353,7 @@ def test_only_the_start_of_a_file_is_read_for_its_columns(tmp_path: Path) -> Non
     path = tmp_path / "train.csv"
     path.write_text('text,label\na,x\n"open\n')
     check_columns(path, ["text", "label"])
-    with pytest.raises(ExportError, match="line 2: there is no column 'intent'; there are: text, label"):
+    with pytest.raises(ExportError, match=r"train.csv: there is no column 'intent'; there are: text, label; "):
         check_columns(path, ["text", "intent"])
     path.write_text("text,label\n")
     with pytest.raises(ExportError, match="has no rows"):

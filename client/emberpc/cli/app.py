@@ -26,6 +26,8 @@ _EPILOG = (
     "5 conflict; 6 refused; 7 verification failed; 130 interrupted."
 )
 
+#: Options that other programs have for the address of a server.
+_ADDRESS_OPTIONS = ("--server", "--host", "--address", "--addr", "--port", "--url", "--endpoint")
 _PROGRAM, _COMPLETE = "emberpc", "_EMBERPC_COMPLETE"
 #: Whether errors are shown with their traceback: --debug or EMBERPC_DEBUG is set.
 _debug: ContextVar[bool] = ContextVar("debug", default=False)
@@ -132,9 +134,12 @@ def run(arguments: Sequence[str]) -> int:
     except typer.TyperException as error:
         # A usage error of Typer has the context of the command, with its name; other errors have none.
         command = getattr(getattr(error, "ctx", None), "command_path", "emberpc")
-        message = error.format_message().rstrip(".")
+        message = error.format_message().rstrip(".").replace("Value error, ", "")
+        if getattr(error, "option_name", None) in _ADDRESS_OPTIONS:
+            message = f"No such option: {error.option_name}; the address of the server is --target HOST:PORT"  # type: ignore[attr-defined]
         # An empty message means that the command had no arguments, and Typer printed the help.
-        return _failed(f"{message}; see {command} --help", ExitCode.INPUT) if message else ExitCode.INPUT
+        separator = " See" if message.endswith("?") else "; see"
+        return _failed(f"{message}{separator} {command} --help", ExitCode.INPUT) if message else ExitCode.INPUT
     except Exception as error:  # the only place that turns errors of all kinds into a line for the user
         if _is_of_an_interrupt(error):
             return ExitCode.INTERRUPTED

@@ -12,6 +12,7 @@ import typer
 
 from emberpc.cli.errors import CliError
 from emberpc.cli.export import (
+    DEFAULT_BASE,
     Balanced,
     Descriptions,
     LabelColumn,
@@ -53,8 +54,7 @@ def compare(
         list[str] | None,
         typer.Option(
             metavar="SOURCE",
-            help="An encoder, as for `export embedding`; may be given several times; "
-            "default: sentence-transformers/all-MiniLM-L6-v2.",
+            help=f"An encoder, as for `export embedding`; may be given several times; default: {DEFAULT_BASE}.",
             show_default=False,
         ),
     ] = None,
@@ -142,7 +142,7 @@ def compare(
                 min_examples=min_examples,
             ),
             test=test,
-            bases=tuple(base or ["sentence-transformers/all-MiniLM-L6-v2"]),
+            bases=tuple(base or [DEFAULT_BASE]),
             budgets=budgets,
             strategies=tuple(strategies or STRATEGIES),
             seeds=seeds,

@@ -16,7 +16,9 @@ _REMEDIES = (
     ),
     ("give a longer timeout, or send less at once", "give a longer --timeout, or fewer texts in one request"),
     ("give it a longer timeout, send fewer texts,", "give a longer --timeout, fewer texts in one request,"),
-    ("name a model, or give 1 to", "give --model, or --dimensions for vectors only: 1 to"),
+    ("name a model, or give 1 to", "give --model NAME or, for vectors only, --dimensions 1 to"),
+    ("give the address of another server", "give the address of another server with --target HOST:PORT"),
+    ("it must be 0 (for 10) to", "it must be 1 to"),  # the command line refuses 0
 )
 #: Repeated fields of a request that are arguments of a command, with their names on the command line.
 _ITEMS = {"texts": "text", "targets": "target", "ids": "id"}
@@ -28,7 +30,9 @@ _SINGLE_ITEMS = (
     (re.compile(r"^queries\[0\](\.text)?|^query(?= )"), "the query"),
 )
 #: Matches, at the start of a message, a field of a request that is an option of a command.
-_FIELD = re.compile(r"^(?:collection\.)?(?:hnsw\.)?(model|classifier|dimensions|truncation|m|ef_construction)(?=: )")
+_FIELD = re.compile(
+    r"^(?:collection\.)?(?:hnsw\.)?(model|classifier|dimensions|truncation|m|ef_construction|top_k)(?=: )"
+)
 #: Matches the argument `timeout` of the client at the start of a message.
 _TIMEOUT = re.compile(r"^timeout(?= is )")
 

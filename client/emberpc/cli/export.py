@@ -27,6 +27,11 @@ Checkpoints = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Folder for checkpoints, from which an interrupted training resumes.")
 ]
 
+#: Encoder of the commands that train, if --base is not given.
+DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
+Base = Annotated[str, typer.Option("--base", metavar="SOURCE", help="The encoder; as for `export embedding`.")]
+#: Names of the figures of held-out texts, by their names in the manifest.
+_HELD_OUT = {name: f"held-out {name}" for name in ("accuracy", "macro_f1", "micro_f1", "ece", "ece_uncalibrated")}
 #: Options for labelled data, of `export classifier` and of `compare`.
 Descriptions = Annotated[
     Path | None,
@@ -126,8 +131,8 @@ def embedding(
 @app.command()
 def classifier(
     train: Train,
-    base: Annotated[str, typer.Option(metavar="SOURCE", help="The encoder; as for `export embedding`.")],
     output: Target,
+    base: Base = DEFAULT_BASE,
     strategy: Annotated[
         str,
         typer.Option(
@@ -316,7 +321,7 @@ def show_bundle(manifest: Manifest, folder: Path, as_json: bool) -> None:
             "max tokens": manifest.max_tokens,
             **({"labels": manifest.labels} if manifest.labels else {}),
             **({"strategy": manifest.strategy} if manifest.strategy else {}),
-            **{name: f"{value:.4g}" for name, value in manifest.quality.items()},
+            **{_HELD_OUT.get(name, name): f"{value:.4g}" for name, value in manifest.quality.items()},
         }
     )
     print_blank_line()
@@ -345,8 +350,8 @@ def _show_variants(manifest: Manifest) -> None:
         cells += [f"{found.texts_per_cpu_second:.1f}", f"{found.speedup:.2f}", f"{found.size_bytes / 1e6:.1f}"]
         rows.append([*cells, f"{found.load_seconds:.2f}"])
     print_table([Column("variant"), *(Column(title, "right") for title in titles)], rows)
-    if len(rows) > 1:
-        note(f"variants were measured on {manifest.measured_on}")
+    if classifier or len(rows) > 1:
+        note(f"the table was measured on {manifest.measured_on}")
     for name, reason in manifest.dropped.items():
         note(f"{name} was not kept: {reason}")
 

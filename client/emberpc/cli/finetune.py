@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from emberpc.cli.export import (
+    DEFAULT_BASE,
+    Base,
     Checkpoints,
     MaxTokens,
     Target,
@@ -31,8 +33,8 @@ def finetune_embedding(
             help="CSV, TSV, JSONL or Parquet with columns query, passage and optionally negative; or text, label.",
         ),
     ],
-    base: Annotated[str, typer.Option(metavar="SOURCE", help="The encoder; as for `export embedding`.")],
     output: Target,
+    base: Base = DEFAULT_BASE,
     validation: Annotated[
         Path | None,
         typer.Option(

@@ -265,6 +265,8 @@ class LineFile:
                     self._refuse(before + 1, "a line ends with CR alone, without LF; save the file again with both")
                 self._refuse(before + 1, "the table is damaged here; check the quotes")
             if row is None:
+                if not header and self._path != "-":
+                    self._refuse(1, "the table is empty; its first line must name the columns")
                 return
             number, before = before + 1, reader.line_num
             if not row:
@@ -287,14 +289,14 @@ class LineFile:
         if other:
             self._refuse(
                 number,
-                f"the columns seem to be separated by {_DELIMITER_NAMES[other]}, and this kind of file has "
-                f"{_DELIMITER_NAMES[wanted]} between them; save it again with those",
+                f"the columns seem to be separated by {_DELIMITER_NAMES[other]}, but this kind of file needs "
+                f"{_DELIMITER_NAMES[wanted]}; save the file again with {_DELIMITER_NAMES[wanted]} between the columns",
             )
         if "id" not in header and ("text" not in header or any(title.lower() == "id" for title in header)):
             self._refuse(
                 number,
-                f"there is no column id; the columns are {', '.join(header)}; name one id, or give the table a column "
-                "text to make the ids of",
+                f"there is no column id; the columns are {', '.join(header)}; name a column id, or name the column of "
+                "the texts text: then ids are made from the texts",
             )
         if "vector" in header:
             self._refuse(number, "there is a column vector, and a table has no vectors; write JSON Lines")

@@ -362,8 +362,8 @@ def _own_words(code: grpc.StatusCode, details: str, call: Circumstances) -> str:
         )
     if code is grpc.StatusCode.UNAVAILABLE:
         return (
-            f"no emberpc server answers at {call.target}; check the address, that one runs there "
-            "(`emberpc serve`), and that both sides use TLS or neither does"
+            f"no emberpc server answers at {call.target}; start a server there (`emberpc serve`) or give the address "
+            "of another server, and check that both sides use TLS or neither does"
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return f"no answer from {call.target} within {call.timeout:g} s; give a longer timeout, or send less at once"

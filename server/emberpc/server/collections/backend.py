@@ -279,10 +279,7 @@ class ReembeddingBackend(Protocol):
         """Delete the records of the new collection that the source no longer has."""
 
     def is_complete(self) -> bool:
-        """Return whether the new collection has exactly the records of the source.
-
-        Call `prune` before. No write may run meanwhile.
-        """
+        """Return whether the new collection has the source's records. Call after `prune`, while no write runs."""
 
 
 class IndexBackend(Protocol):

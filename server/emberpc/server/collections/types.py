@@ -98,7 +98,7 @@ class CollectionSpec:
         }
         if not (self.dimensions or self.model):
             raise invalid(
-                "collection.dimensions", f"is 0, and no model is named; name a model, or give 1 to {MAX_DIMENSIONS}"
+                "collection.dimensions", f"is not given, and no model; name a model, or give 1 to {MAX_DIMENSIONS}"
             )
         for name, (value, low, high) in bounds.items():
             if not low <= value <= high:

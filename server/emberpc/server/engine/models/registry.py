@@ -195,7 +195,9 @@ class Registry:
         return all(encoder.close(deadline) for encoder in waiting)
 
     def _named(self, name: str, task: Task | None) -> Model:
-        model = self.get(name)
+        model = self.served(name)
+        if model is None:
+            raise self._not_found(name, task)
         if task not in (None, model.manifest.task):
             raise ServiceError(
                 Code.FAILED_PRECONDITION,
@@ -219,8 +221,10 @@ class Registry:
             raise invalid(field, f"is empty, and there are several {kind}s to choose from; name one of: {names}")
         return fitting[0]
 
-    def _not_found(self, name: str) -> ServiceError:
-        return not_found("model", name, f"served are: {', '.join(sorted(self._versions)) or 'none'}")
+    def _not_found(self, name: str, task: Task | None = None) -> ServiceError:
+        fitting = [model.name for model in self.models() if task in (None, model.manifest.task)]
+        kind = f"{task.value} models" if task else "models"
+        return not_found("model", name, f"the {kind} are: {', '.join(fitting) or 'none'}")
 
     def _hold(self, version: _Version) -> None:
         """Add the running asyncio task, which is the call, to the calls that use a version, until the task ends."""
