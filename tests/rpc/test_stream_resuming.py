@@ -34,7 +34,14 @@ def serve(tiny_bundle: Path, tmp_path: Path) -> Iterator[Serve]:
             server.kill()
 
 
-def test_a_corpus_of_20000_is_read_no_further_than_the_window(serve: Serve) -> None:
+@pytest.fixture(scope="module")
+def address(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Return the address of a server that no test ends."""
+    with ServerProcess({"tiny": tiny_bundle}, tmp_path_factory.mktemp("data")) as server:
+        yield server.address
+
+
+def test_a_corpus_of_20000_is_read_no_further_than_the_window(address: str) -> None:
     total, window = 20_000, 512
     read = taken = most = 0
     texts = texts_of(100)
@@ -47,7 +54,7 @@ def test_a_corpus_of_20000_is_read_no_further_than_the_window(serve: Serve) -> N
             yield texts[i % 100]
 
     seen: Counter[str] = Counter()
-    with Client(serve().address) as client:
+    with Client(address) as client:
         expected = client.embed(texts)
         for result in client.embed_stream(corpus(), window=window):
             taken += 1
@@ -59,9 +66,8 @@ def test_a_corpus_of_20000_is_read_no_further_than_the_window(serve: Serve) -> N
     assert most <= window + 64
 
 
-def test_bad_texts_fail_alone_in_both_clients(serve: Serve) -> None:
+def test_bad_texts_fail_alone_in_both_clients(address: str) -> None:
     items = [("gut", "a b"), ("leer", ""), ("lang", " ".join(LETTERS * 2)), ("schön 🦊", "c d")]
-    address = serve().address
 
     async def run() -> list[StreamedEmbedding]:
         async with AsyncClient(address) as client:
@@ -80,9 +86,9 @@ def test_bad_texts_fail_alone_in_both_clients(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "binary"])
-def test_other_element_types_are_those_of_embed(serve: Serve, dtype: DType) -> None:
+def test_other_element_types_are_those_of_embed(address: str, dtype: DType) -> None:
     texts = texts_of(20)
-    with Client(serve().address) as client:
+    with Client(address) as client:
         expected = client.embed(texts, dtype=dtype, dimensions=0)
         for result in client.embed_stream(texts, dtype=dtype):
             assert result.vector is not None
@@ -181,7 +187,7 @@ def test_a_server_that_stays_away_is_not_waited_for_for_ever(serve: Serve) -> No
 
 
 def test_another_model_under_the_name_is_not_taken_for_the_first(
-    serve: Serve, minilm_bundle: Path, tmp_path: Path
+    serve: Serve, other_tiny_bundle: Path, tmp_path: Path
 ) -> None:
     server = serve()
     with Client(server.address) as client:
@@ -189,7 +195,7 @@ def test_another_model_under_the_name_is_not_taken_for_the_first(
         next(results)
         server.kill()
         with (
-            ServerProcess({"tiny": minilm_bundle}, tmp_path / "other", listen=server.address),
+            ServerProcess({"tiny": other_tiny_bundle}, tmp_path / "other", listen=server.address),
             pytest.raises(FailedPrecondition, match="another model 'tiny'"),
         ):
             list(results)
