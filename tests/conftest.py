@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -41,6 +42,24 @@ SLOW_TIMEOUT = 3600
 EXPORTED = {
     *("minilm_bundle", "classifier_bundle", "training_file", "tiny_source", "make_source", "short_minilm_source"),
 }
+
+
+#: Where the temporary files of tests lie if it has this many free bytes.
+MEMORY_FILES, MEMORY_FILES_BYTES = Path("/dev/shm"), 4 * 2**30
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the temporary files of the fast tests in memory, or where PYTEST_DEBUG_TEMPROOT says.
+
+    On a disk, each commit of an index waits for the disk, and threads of a test search or poll meanwhile: that took
+    40 % of the CPU time of the tests of the index. Slow tests write too much for the memory of a small host.
+    """
+    if (
+        "not slow" in config.getoption("markexpr")
+        and os.access(MEMORY_FILES, os.W_OK)
+        and shutil.disk_usage(MEMORY_FILES).free >= MEMORY_FILES_BYTES
+    ):
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY_FILES))
 
 
 @pytest.hookimpl(wrapper=True)

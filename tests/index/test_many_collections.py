@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 from textwrap import dedent
 
 #: Makes the functions of the scripts below: the memory and the descriptors of the process that runs them.
@@ -52,15 +54,20 @@ def on_threads(work, count):
 """
 
 
-def run(script: str) -> None:
-    """Run a script in a process of its own."""
+def run(script: str, folder: Path) -> None:
+    """Run a script in a process of its own, with its temporary files in a folder."""
     done = subprocess.run(
-        [sys.executable, "-c", _PRELUDE + dedent(script)], check=False, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", _PRELUDE + dedent(script)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "TMPDIR": str(folder)},
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_small_collection_takes_little_memory_and_gives_it_back() -> None:
+def test_a_small_collection_takes_little_memory_and_gives_it_back(tmp_path: Path) -> None:
     """Each took 3.2 MB, most of it for a graph that a collection of so few records does not use."""
     run(
         """
@@ -76,11 +83,12 @@ def test_a_small_collection_takes_little_memory_and_gives_it_back() -> None:
             while resident() > before + 25:
                 assert time.monotonic() < deadline, (before, full, resident())
                 time.sleep(0.1)
-        """
+        """,
+        tmp_path,
     )
 
 
-def test_100_collections_fit_in_128_descriptors() -> None:
+def test_100_collections_fit_in_128_descriptors(tmp_path: Path) -> None:
     """Each took 6 or 7, so that creates, searches and lists failed at some 150 collections of 1,024 descriptors."""
     run(
         """
@@ -97,11 +105,12 @@ def test_100_collections_fit_in_128_descriptors() -> None:
                 assert descriptors() < 110, descriptors()
                 on_threads(lambda i: index.delete(f"c{i}"), 100)
                 assert not list((Path(folder) / "collections").iterdir())
-        """
+        """,
+        tmp_path,
     )
 
 
-def test_a_shortage_of_descriptors_is_said_and_passes() -> None:
+def test_a_shortage_of_descriptors_is_said_and_passes(tmp_path: Path) -> None:
     """It was INTERNAL."""
     run(
         """
@@ -130,11 +139,12 @@ def test_a_shortage_of_descriptors_is_said_and_passes() -> None:
             for i in range(3):
                 find(index, i)
             fill(index, 3)
-        """
+        """,
+        tmp_path,
     )
 
 
-def test_a_start_without_a_free_descriptor_does_not_blame_the_data_directory() -> None:
+def test_a_start_without_a_free_descriptor_does_not_blame_the_data_directory(tmp_path: Path) -> None:
     """The remedy was another data directory."""
     run(
         """
@@ -153,5 +163,6 @@ def test_a_start_without_a_free_descriptor_does_not_blame_the_data_directory() -
             for message in messages:
                 assert "64 open files" in message and "ulimit -n" in message, messages
                 assert "--data-dir" not in message, messages
-        """
+        """,
+        tmp_path,
     )

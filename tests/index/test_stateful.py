@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -28,7 +29,7 @@ class IndexAgainstDict(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp())
+        self.folder = Path(tempfile.mkdtemp(dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")))
         self.index = Index(self.folder, buffer_limit=4)
         self.collection = self.index.create(CollectionSpec("c", DIMENSIONS, indexed_fields=("indexed",)))
         self.model: dict[str, np.ndarray] = {}
