@@ -10,7 +10,7 @@ from pathlib import Path
 from emberpc.server.collections import CollectionSpec, Distance, NewRecord
 from emberpc.server.collections.filters import Comparison, Operator
 from emberpc.server.index import Collection, Index
-from index.support import gaussian, make_older
+from index.support import copy_made, gaussian, make_older
 
 COUNT, WIDTH = 30, 8
 LOST = "r00007"
@@ -24,6 +24,12 @@ def new_records() -> list[NewRecord]:
     return [NewRecord(each, f"text of {each}", {"even": i % 2 == 0}) for i, each in enumerate(TRUTH)]
 
 
+def _make(folder: Path, distance: Distance) -> None:
+    index = Index(folder, buffer_limit=8)
+    index.create(CollectionSpec("c", WIDTH, distance=distance)).upsert(new_records(), VECTORS)
+    index.close()
+
+
 @contextmanager
 def damaged(
     folder: Path, assignment: str, *parameters: object, distance: Distance = Distance.COSINE, older: int | None = None
@@ -32,9 +38,7 @@ def damaged(
 
     With `older`, a version wrote it that had done that many steps.
     """
-    index = Index(folder, buffer_limit=8)
-    index.create(CollectionSpec("c", WIDTH, distance=distance)).upsert(new_records(), VECTORS)
-    index.close()
+    copy_made(folder, _make, distance)
     (path,) = folder.rglob("records.db")
     with closing(sqlite3.connect(path)) as connection:
         if older is not None:

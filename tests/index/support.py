@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +79,21 @@ def make_checksums_right(connection: sqlite3.Connection) -> None:
             )
     connection.text_factory = str
     connection.commit()
+
+
+def copy_made(folder: Path, make: Callable[..., None], *arguments: Hashable) -> None:
+    """Write the files that `make(folder, *arguments)` writes; the calls after the first one copy those of the first."""
+    for path, data in _files_made(make, *arguments).items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+
+
+@cache
+def _files_made(make: Callable[..., None], *arguments: Hashable) -> dict[Path, bytes]:
+    with tempfile.TemporaryDirectory(dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")) as name:
+        folder = Path(name)
+        make(folder, *arguments)
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @contextmanager
