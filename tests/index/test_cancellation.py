@@ -66,7 +66,7 @@ CALLS: dict[str, Callable[[Collection], object]] = {
     "get": lambda c: c.get([f"r{i:05}" for i in range(COUNT)] * 5, with_vectors=True),
     "search with a filter": lambda c: c.search(MATRIX[:1], 5, conditions=[all_records()]),
     "exact search": lambda c: c.search(MATRIX[:1], 5, min_recall=1),
-    "search of many": lambda c: c.search(np.tile(MATRIX, (3, 1)), 5, ef=400),
+    "search of many": lambda c: c.search(MATRIX, 5, ef=400),
     "search by words": lambda c: c.search_words(["text of r00001"] * 20, [5] * 20),
     "hybrid search": lambda c: c.search_both(MATRIX[:20], ["text of"] * 20, [5] * 20, dense_weight=0.5),
     "mismatches": lambda c: c.mismatches(Comparison("id", Operator.GREATER, 1)),

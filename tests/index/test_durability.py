@@ -15,6 +15,7 @@ import pytest
 from emberpc.server.collections import CollectionSpec, Distance
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, Index
+from index.support import copy_made
 from index_helpers import DIMENSIONS, records, true_scores, vectors
 
 # Writes batches of a size that tells of half-written ones, and says of each before and after.
@@ -257,6 +258,11 @@ def test_a_crash_in_the_middle_of_maintenance_loses_nothing(tmp_path: Path, mome
 
 def filled(folder: Path) -> np.ndarray:
     """Make an index of 200 records whose graph has been saved twice; return the vectors."""
+    copy_made(folder, make_filled)
+    return vectors(200)
+
+
+def make_filled(folder: Path) -> None:
     matrix = vectors(200)
     for half in (range(100), range(100, 200)):
         index = Index(folder, buffer_limit=8)
@@ -267,7 +273,6 @@ def filled(folder: Path) -> np.ndarray:
         collection.upsert(records(*(str(i) for i in half)), matrix[half.start : half.stop])
         collection.maintain()
         index.close()
-    return matrix
 
 
 @pytest.mark.parametrize("which", ["newest", "both"])

@@ -71,7 +71,7 @@ def test_a_record_is_found_at_every_moment_of_its_updates(index: Index, limit: i
     together(update, search, search)
 
 
-@pytest.mark.parametrize("versions", [8, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("versions", [5, pytest.param(25, marks=pytest.mark.slow)])
 def test_a_batch_is_seen_whole_or_not_at_all(index: Index, versions: int) -> None:
     """Though it is more than one statement takes to read."""
     collection = index.create(CollectionSpec("c", 4))

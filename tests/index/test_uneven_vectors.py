@@ -61,7 +61,8 @@ def collection_recalls(collection: Collection, queries: Matrix, min_recall: floa
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind.startswith("many") else []) for kind in UNEVEN]
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] if kind.startswith(("many", "very")) else []) for kind in UNEVEN],
 )
 def test_uneven_vectors_are_found_after_writes_and_deletions(
     index: Index, monkeypatch: pytest.MonkeyPatch, kind: str
