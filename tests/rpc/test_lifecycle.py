@@ -43,11 +43,11 @@ def test_a_second_server_on_the_same_port_fails_loudly(server: ServerProcess, tm
     assert "Traceback" not in error
 
 
-def test_a_second_server_on_the_same_data_directory_fails_loudly(tmp_path: Path) -> None:
-    with ServerProcess({}, tmp_path):
-        code, error = start_failing("--listen", "127.0.0.1:0", "--data-dir", str(tmp_path))
+def test_a_second_server_on_the_same_data_directory_fails_loudly(server: ServerProcess) -> None:
+    data_dir = server.arguments[server.arguments.index("--data-dir") + 1]
+    code, error = start_failing("--listen", "127.0.0.1:0", "--data-dir", data_dir)
     assert code != 0
-    assert str(tmp_path) in error
+    assert data_dir in error
     assert "Traceback" not in error
 
 
