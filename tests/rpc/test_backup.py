@@ -29,7 +29,7 @@ from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc
 from examples.server_process import ServerProcess
 
-COUNT, DIMENSIONS = 3000, 500
+COUNT, DIMENSIONS = 1000, 500
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(data_dir: Path) -> Iterator[str]:
-    """A server without models, with a collection `points` of 6 MB."""
+    """A server without models, with a collection `points` of 2 MB."""
     with ServerProcess({}, data_dir) as process:
         with Client(process.address) as client:
             client.create_collection("points", dimensions=DIMENSIONS)
