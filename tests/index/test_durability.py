@@ -175,8 +175,8 @@ def crash_repeatedly(folder: Path, rounds: int, seed: int) -> None:
         index.close()
 
 
-def test_six_crashes_lose_nothing_acknowledged(tmp_path: Path) -> None:
-    crash_repeatedly(tmp_path, rounds=6, seed=1)
+def test_four_crashes_lose_nothing_acknowledged(tmp_path: Path) -> None:
+    crash_repeatedly(tmp_path, rounds=4, seed=1)
 
 
 @pytest.mark.slow
