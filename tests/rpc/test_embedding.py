@@ -24,7 +24,7 @@ from emberpc.wire import vectors
 from examples.server_process import ServerProcess
 from fixtures_bundles import minilm_source
 
-TEXTS = 200
+TEXTS = 100
 
 
 @pytest.fixture(scope="session")
