@@ -229,9 +229,9 @@ def test_a_port_in_use_is_said_in_one_line(served: dict[str, str], tmp_path: Pat
         (
             "r.csv",
             "id;text\na;b\n",
-            "the columns seem to be separated by semicolons, but this kind of file needs commas",
+            "separated by semicolons, but this kind of file needs commas",
         ),
-        ("r.tsv", "id,text\na,b\n", "the columns seem to be separated by commas, but this kind of file needs tabs"),
+        ("r.tsv", "id,text\na,b\n", "separated by commas, but this kind of file needs tabs"),
         ("r.csv", "id\ttext\na\tb\n", "the columns seem to be separated by tabs"),
     ],
 )
