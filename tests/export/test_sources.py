@@ -104,9 +104,7 @@ def test_offline_a_hub_id_that_is_not_in_the_cache_is_refused_in_words(
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        ExportError, match=r"has the name 'nobody/nothing', and it could not"
-    ) as caught:
+    with pytest.raises(ExportError, match=r"has the name 'nobody/nothing', and it could not") as caught:
         find_source("nobody/nothing")
     assert "\n" not in str(caught.value)
 
