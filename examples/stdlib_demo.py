@@ -16,6 +16,7 @@ import csv
 import json
 import platform
 import random
+import signal
 import socket
 import sys
 from collections import Counter, defaultdict
@@ -133,6 +134,7 @@ def run(folder: Path, listen: str, *, keep: bool) -> None:
 
     train, test = split(docs)
     write_csv(folder / "train.csv", train)
+    write_csv(folder / "test.csv", test)
     with report.timed(f"fine-tune a classifier of {MODULES} modules on {len(train)} docstrings"):
         export_classifier(ClassifierData(folder / "train.csv"), SOURCE, bundles["modules"], overwrite=True)
 
@@ -278,6 +280,7 @@ def suggest(server: ServerProcess, *, keep: bool) -> None:
 
 
 def wait(server: ServerProcess) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the server as Ctrl-C does
     try:
         server.process.wait()
     except KeyboardInterrupt:

@@ -219,7 +219,8 @@ def test_a_port_in_use_is_said_in_one_line(served: dict[str, str], tmp_path: Pat
     hint, err = err.split("\n", 1)
     assert hint.startswith("no model is served")
     assert err == (
-        f"error: cannot listen on {address}: it is in use or not an address of this host; choose another --listen\n"
+        f"error: cannot listen on {address}: the port is in use, or this host has no such address; stop the other "
+        "program, or choose another address with --listen HOST:PORT\n"
     )
 
 
@@ -229,9 +230,9 @@ def test_a_port_in_use_is_said_in_one_line(served: dict[str, str], tmp_path: Pat
         (
             "r.csv",
             "id;text\na;b\n",
-            "separated by semicolons, but this kind of file needs commas",
+            "the columns seem to be separated by semicolons, but",
         ),
-        ("r.tsv", "id,text\na,b\n", "separated by commas, but this kind of file needs tabs"),
+        ("r.tsv", "id,text\na,b\n", "the columns seem to be separated by commas, but"),
         ("r.csv", "id\ttext\na\tb\n", "the columns seem to be separated by tabs"),
     ],
 )

@@ -196,10 +196,11 @@ def _show(summary: Summary, folder: Path, as_json: bool, train: Path, *, exporte
         return
     budgets = sorted({point.budget for point in summary.points} - {NO_TEXTS}, key=summary.per_label)
     several = len(summary.result.sources) > 1
+    headings = ["all" if budget == ALL else str(budget) for budget in budgets]
     columns = [
         Column("strategy"),
         *([Column("base")] if several else []),
-        *(Column("all" if budget == ALL else str(budget), "right") for budget in budgets),
+        *(Column(heading, "right") for heading in headings),
         *(Column(title, "right") for title in ("ECE", "training, CPU-s", "ms a text", "size, MB")),
     ]
     rows = []
@@ -218,6 +219,7 @@ def _show(summary: Summary, folder: Path, as_json: bool, train: Path, *, exporte
                 f"{serving.size_bytes / _BYTES_PER_MB:.1f}" if serving else "",
             ]
         )
+    note(f"accuracy on the test texts, by the number of training texts of each label ({', '.join(headings)}):")
     print_table(columns, rows)
     print_blank_line()
     print_lines([recommendation(summary), crossover(summary)])

@@ -224,7 +224,7 @@ def verify(
 ) -> None:
     """Check that a model is undamaged and gives the outputs that PyTorch gave. Exit code 7: a check failed."""
     if not folder.is_dir():
-        raise CliError(f"{folder} is no folder; give that of a bundle")
+        raise CliError(f"there is no folder {folder}; give the folder of a bundle")
     require(VERIFY_PACKAGES, "server", "emberpc verify")
     if against is not None:
         require(EXPORT_PACKAGES, "export", "emberpc verify --against")

@@ -177,10 +177,10 @@ class LineFile:
         """Raise CliError if the name has the extension of a file of records, which must not be read as plain text."""
         suffix = Path(self._path).suffix.lower()
         if suffix in (*LINE_FILES, ".parquet"):
-            command = f"jq -r .text {self.name}" if suffix in JSON_LINES else "the program that reads it"
+            command = f" such as `jq -r .text {self.name}`" if suffix in JSON_LINES else ""
             raise CliError(
-                f"{self.name} holds records by its name ({suffix}), and --file takes one text a line; give a file of "
-                f"texts, or pipe the texts in with --file - (for example, from {command})"
+                f"{self.name} is a file of records ({suffix}), but --file reads one text from each line; copy the "
+                f"texts to a .txt file, or pass --file - and pipe in the output of a command{command} that prints them"
             )
 
     @contextmanager

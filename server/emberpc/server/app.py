@@ -247,7 +247,8 @@ def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
         if descriptors.none_free():
             raise StartupError(f"cannot listen on {settings.listen}: {descriptors.shortage_at_start()}") from error
         raise StartupError(
-            f"cannot listen on {settings.listen}: it is in use or not an address of this host; choose another --listen"
+            f"cannot listen on {settings.listen}: the port is in use, or this host has no such address; stop the other "
+            "program, or choose another address with --listen HOST:PORT"
         ) from error
     return server, f"{host}:{port}"
 
@@ -262,8 +263,8 @@ def _serve_metrics(settings: Settings, engine: Engine, index: IndexBackend) -> O
             message = f"cannot listen on {settings.metrics_listen}: {descriptors.shortage_at_start()}"
             raise StartupError(message) from error
         raise StartupError(
-            f"cannot listen on {settings.metrics_listen}: it is in use or not an address of this host; choose another "
-            "--metrics-listen"
+            f"cannot listen on {settings.metrics_listen}: the port is in use, or this host has no such address; choose "
+            "another --metrics-listen"
         ) from error
 
 
