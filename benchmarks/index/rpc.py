@@ -31,7 +31,7 @@ import hnswlib
 import numpy as np
 
 from benchmarks.shared.load import capacity, middle
-from emberpc.server.cores import usable_cores
+from emberpc.bundle.cores import usable_cores
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc
 from emberpc.wire import vectors as wire

@@ -20,8 +20,8 @@ from time import perf_counter, sleep
 from types import TracebackType
 
 from benchmarks.shared.load import call, cpu_seconds, host, mixed_texts, serving
+from emberpc.bundle.cores import usable_cores
 from emberpc.client import Client
-from emberpc.server.cores import usable_cores
 
 HUGE = 10_000
 

@@ -39,7 +39,7 @@ from benchmarks.shared.load import (
     mixed_texts,
     serving,
 )
-from emberpc.server.cores import usable_cores
+from emberpc.bundle.cores import usable_cores
 from emberpc.server.engine import Model, Truncation
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import items_of

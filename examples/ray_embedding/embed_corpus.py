@@ -29,7 +29,7 @@ import ray
 import ray.data
 
 from emberpc.bundle import BundleError, Task, read_bundle
-from emberpc.server.cores import usable_cores
+from emberpc.bundle.cores import usable_cores
 from emberpc.server.engine import Caller, Engine, InferenceRequest, Lane, Registry, Truncation
 from emberpc.server.errors import items_of
 

@@ -99,6 +99,6 @@ def test_search_does_without_all_of_it(fake: FakeServer) -> None:
 
 @pytest.mark.server
 def test_a_missing_module_of_our_own_is_a_fault_and_not_advice() -> None:
-    outcome = run(["emberpc.server.cores"], "serve")
+    outcome = run(["emberpc.bundle.cores"], "serve")
     assert outcome.returncode == 1
     assert outcome.stderr == "error: emberpc made an error (ModuleNotFoundError); see it with --debug\n"

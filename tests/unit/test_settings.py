@@ -141,7 +141,7 @@ def test_every_number_has_a_least_value(field: dataclasses.Field[object]) -> Non
 
 
 def test_the_cores_limit_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emberpc.server.settings.usable_cores", lambda: 2)
+    monkeypatch.setattr("emberpc.bundle.cores.usable_cores", lambda: 2)
     assert load_settings({"workers": 16}, environ={}).settings.workers == 16
     with pytest.raises(SettingsError, match=r"workers is 17; it must be at most 16: 8 for each core .* \(2\)"):
         load_settings({"workers": 17}, environ={})

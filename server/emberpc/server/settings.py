@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from emberpc.server.cores import usable_cores
 from emberpc.server.names import NAME
 
 ENVIRONMENT_PREFIX = "EMBERPC_"
@@ -203,6 +202,8 @@ class Settings:
         """
         if self.workers <= _MOST_WORKERS_PER_CORE:
             return
+        from emberpc.bundle.cores import usable_cores  # noqa: PLC0415 - the bundle loads numpy, settings do not need it
+
         cores = usable_cores()
         if self.workers > _MOST_WORKERS_PER_CORE * cores:
             raise SettingsError(

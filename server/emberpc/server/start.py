@@ -11,8 +11,8 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from emberpc.bundle.cores import usable_cores
 from emberpc.server import descriptors
-from emberpc.server.cores import usable_cores
 from emberpc.server.errors import StartupError
 from emberpc.server.memory import keep_freed_memory, limit_heaps
 from emberpc.server.portable import hnswlib_problem

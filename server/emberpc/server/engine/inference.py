@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from emberpc.server.cores import usable_cores
+from emberpc.bundle.cores import usable_cores
 from emberpc.server.engine.cache import Cache, Entry, Flights, Key
 from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.models.model import Model

@@ -7,9 +7,9 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any, cast
 
+from emberpc.bundle.cores import usable_cores
 from emberpc.server.collections import IndexBackend, SearchOutcome
 from emberpc.server.collections.filters import Filter
-from emberpc.server.cores import usable_cores
 from emberpc.server.engine import Engine, Lane
 from emberpc.server.errors import invalid
 from emberpc.server.pipelines.backups import CollectionBackups

@@ -13,7 +13,7 @@ from time import perf_counter, thread_time, time
 import numpy as np
 import onnxruntime as ort
 
-from emberpc.server.cores import quota, usable_cores
+from emberpc.bundle.cores import quota, usable_cores
 from emberpc.server.engine.models.model import Model
 from emberpc.server.engine.tokenizing import Truncation
 from emberpc.server.errors import items_of

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from emberpc.bundle.cores import usable_cores
 from emberpc.server import cancellation
 from emberpc.server.collections.metric import best_of
 from emberpc.server.collections.types import CollectionSpec, Labels, Matrix, Plan, Strategy
-from emberpc.server.cores import usable_cores
 from emberpc.server.index.graph.buffer import Buffer
 from emberpc.server.index.graph.hnsw import GraphError
 from emberpc.server.index.graph.persistent_graph import PendingSave, PersistentGraph

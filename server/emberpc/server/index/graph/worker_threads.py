@@ -13,7 +13,7 @@ from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
-from emberpc.server.cores import usable_cores
+from emberpc.bundle.cores import usable_cores
 
 Part = TypeVar("Part")
 Outcome = TypeVar("Outcome")

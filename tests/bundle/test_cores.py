@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from emberpc.server.cores import quota, usable_cores
+from emberpc.bundle.cores import quota, usable_cores
 
 
 def groups(root: Path, own: str, files: dict[str, str]) -> float:
