@@ -35,7 +35,7 @@ VERIFY_PACKAGES = ("onnxruntime", "tokenizers")
 MAP_PACKAGES = ("sklearn",)
 EXPORT_PACKAGES = (
     *("torch", "transformers", "optimum", "onnx", "onnxruntime"),
-    *("tokenizers", "sentence_transformers", "sklearn", "matplotlib", "jinja2", "hnswlib"),
+    *("tokenizers", "sentence_transformers", "sklearn", "threadpoolctl", "matplotlib", "jinja2", "hnswlib"),
 )
 
 
