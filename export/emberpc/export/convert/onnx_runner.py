@@ -18,9 +18,9 @@ from emberpc.export.threads import Check, run_in_threads, session_options, usabl
 
 #: Texts of a batch. Small batches of texts of similar length are the fastest on a CPU.
 _BATCH = 16
-#: Most batches that run at a time. On two cores, two batches took 5 to 20 % less CPU time than two threads for
-#: each batch (docs/decisions/0023). Each batch needs memory, so they are bounded; further threads share the batches.
-_MOST_AT_ONCE = 8
+#: Most batches that run at a time, since each needs memory. On two cores, two batches on one thread each took 5 to 20 %
+#: less CPU time than two threads for each batch (docs/decisions/0023).
+_MOST_AT_ONCE = 16
 
 Matrix = npt.NDArray[np.float32]
 
@@ -37,7 +37,7 @@ class OnnxRunner:
         tokenizer: its `tokenizer.json`.
         max_tokens: longer texts are truncated.
         pad_token_id: token id that fills up the shorter texts of a batch.
-        threads: number of threads that run the model; 0: as many as are usable.
+        threads: number of batches that run at a time, each on one thread; at most 16; 0: as many as threads are usable.
         interface: how to call the graph of a foreign folder; its output is then turned into a vector for each text.
 
     Raises:
@@ -54,9 +54,8 @@ class OnnxRunner:
         threads: int = 0,
         interface: Interface | None = None,
     ) -> None:
-        threads = threads or usable_threads()
-        self._at_once = min(threads, _MOST_AT_ONCE)
-        options = session_options(threads // self._at_once)
+        self._at_once = min(threads or usable_threads(), _MOST_AT_ONCE)
+        options = session_options(1)
         try:
             self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
             self._tokenizer = Tokenizer.from_file(str(tokenizer))
