@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from time import thread_time
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from emberpc.export.classify import linear
 from emberpc.export.classify.linear import cross_validate
 from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.threads import Check, StoppedError, bounded_threads, run_in_threads, usable_threads
+from emberpc.export.timing import Cost
 from fixtures_bundles import BUNDLES
 
 TINY = BUNDLES / "tiny"
@@ -134,6 +136,20 @@ def test_a_task_that_fails_stops_the_others(cores: Cores) -> None:
 
     with pytest.raises(ValueError, match="of the task"):
         run_in_threads([endless, failing, endless])
+
+
+def test_cpu_seconds_count_the_work_of_all_threads(cores: Cores) -> None:
+    cores(2)
+
+    def spend(_check: Check) -> float:
+        start = thread_time()
+        while thread_time() - start < 0.05:
+            pass
+        return thread_time() - start
+
+    with Cost() as cost:
+        spent = run_in_threads([spend] * 2)
+    assert cost.cpu_seconds >= sum(spent)
 
 
 def test_no_task_gives_no_result() -> None:
