@@ -38,7 +38,7 @@ MAP_PACKAGES = ("sklearn",)
 #: Import names of the packages that `export` and `compare` need.
 EXPORT_PACKAGES = (
     *("torch", "transformers", "optimum", "onnx", "onnxruntime"),
-    *("tokenizers", "sentence_transformers", "sklearn", "matplotlib", "jinja2", "hnswlib"),
+    *("tokenizers", "sentence_transformers", "sklearn", "threadpoolctl", "matplotlib", "jinja2", "hnswlib"),
 )
 
 

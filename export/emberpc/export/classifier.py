@@ -37,6 +37,7 @@ from emberpc.export.embedding import (
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.source.encoder import Encoder, read_encoder
+from emberpc.export.threads import bounded_threads
 from emberpc.export.timing import Cost
 from emberpc.export.tuning.checkpoint import Checkpoints
 from emberpc.export.variants import FP32, add_variants, check_names
@@ -65,6 +66,7 @@ class ClassifierData:
     min_examples: int = 2
 
 
+@bounded_threads()
 def export_classifier(
     data: ClassifierData,
     base: str | Path,

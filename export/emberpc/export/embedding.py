@@ -28,6 +28,7 @@ from emberpc.export.progress import Progress, no_progress
 from emberpc.export.retrieval.queries import Judged, has_queries, read_judged
 from emberpc.export.source.encoder import Encoder, read_encoder
 from emberpc.export.source.matryoshka import check_matryoshka
+from emberpc.export.threads import bounded_threads
 from emberpc.export.variants import FP32, add_variants, check_names
 
 MODEL_PATH = "onnx/model.onnx"
@@ -87,7 +88,7 @@ def export_embedding(
         encoder = replace(encoder, prompts=prompts)
     if matryoshka is not None:
         encoder = replace(encoder, matryoshka_dimensions=tuple(sorted(set(matryoshka), reverse=True)))
-    with staged_folder(target, overwrite=overwrite) as folder:
+    with staged_folder(target, overwrite=overwrite) as folder, bounded_threads():
         manifest = write_embedding(
             encoder, folder, variants=variants, texts_to_try=texts_to_try, judged=judged, progress=progress
         )

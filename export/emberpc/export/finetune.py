@@ -15,6 +15,7 @@ from emberpc.export.retrieval.metrics import DECIDING
 from emberpc.export.retrieval.queries import Files, Judged, read_data
 from emberpc.export.retrieval.ranking import TrainingOptions, tune
 from emberpc.export.source.encoder import read_encoder
+from emberpc.export.threads import bounded_threads
 from emberpc.export.timing import Cost
 from emberpc.export.tuning.checkpoint import Checkpoints
 from emberpc.export.variants import FP32, check_names
@@ -23,6 +24,7 @@ from emberpc.export.variants import FP32, check_names
 STRATEGY = "multiple-negatives-ranking"
 
 
+@bounded_threads()
 def finetune_embedding(
     files: Files,
     base: str | Path,

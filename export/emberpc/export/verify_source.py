@@ -14,12 +14,14 @@ from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.errors import ExportError
 from emberpc.export.libraries import calling_libraries
 from emberpc.export.source.find_source import find_source
+from emberpc.export.threads import bounded_threads
 from emberpc.export.variants.measurement import neighbour_agreement
 
 #: Number of texts to compare, enough to compare the 10 nearest texts of each text.
 _TEXTS = 64
 
 
+@bounded_threads()
 def compare_with_source(bundle: Bundle, variant: str, runner: OnnxRunner, source: str | Path) -> tuple[None, str]:
     """Compare a variant with PyTorch on real texts: docstrings of Python's standard library.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +12,7 @@ import numpy.typing as npt
 from emberpc.bundle import DecisionRule, Head, unit
 from emberpc.export.data.examples import Rows, Targets
 from emberpc.export.progress import Progress, no_progress
+from emberpc.export.threads import Check, bounded_threads, run_in_threads
 
 #: Inverse strengths of regularization that cross-validation tries. Few examples need a large value, many a small one.
 GRID = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -50,6 +53,7 @@ def fit_head(
     multi_label: bool = False,
     weights: Matrix | None = None,
     start: Head | None = None,
+    check: Check = lambda: None,
 ) -> Head:
     """Fit logistic regression with L-BFGS, and return it as a linear head.
 
@@ -62,6 +66,7 @@ def fit_head(
         multi_label: whether a text may have several labels.
         weights: weight of each text, float32 (texts,) with a mean of 1; default: equal weights.
         start: head to start from, to save time, such as a head fitted with a similar `c`; default: zeros.
+        check: called at every step of the optimizer; an exception that it raises stops the fit.
     """
     import torch
     from torch.nn import functional
@@ -82,6 +87,7 @@ def fit_head(
     )
 
     def closure() -> torch.Tensor:
+        check()
         optimizer.zero_grad()
         logits = inputs @ coefficients[:-1] + coefficients[-1]
         if multi_label:
@@ -123,7 +129,7 @@ def cross_validate(
         always: number of texts at the end of `vectors`, such as label descriptions, that every fold is trained on and
             none is measured on.
         seed: seed of the folds.
-        progress: called with the number of fits done.
+        progress: called with the number of fits done; an exception that it raises stops the fits.
 
     Returns:
         The head, the chosen value, and the cross-validated logits of the texts that were measured on.
@@ -131,30 +137,50 @@ def cross_validate(
     folds = stratify(targets, seed)
     folds[len(folds) - always :] = -1
     rows = np.flatnonzero(folds >= 0)
-    if not len(rows):
-        head = fit_head(vectors, targets, FEW_EXAMPLES_C, multi_label=multi_label, weights=weights)
-        return CrossValidated(head, FEW_EXAMPLES_C, rows, np.zeros((0, targets.shape[1]), dtype=np.float32))
-    tried: dict[float, Matrix] = {}
-    hits: dict[float, npt.NDArray[np.float64]] = {}
-    numbers = np.unique(folds[rows])
-    heads: dict[int, Head] = {}
-    for step, c in enumerate(GRID):
-        logits = np.zeros((len(folds), targets.shape[1]), dtype=np.float32)
-        for done, fold in enumerate(numbers):
-            progress("cross-validating", step * len(numbers) + done, len(GRID) * len(numbers))
-            seen, unseen = folds != fold, folds == fold
-            kept = None if weights is None else weights[seen]
-            start = heads.get(int(fold))
-            head = fit_head(vectors[seen], targets[seen], c, multi_label=multi_label, weights=kept, start=start)
-            heads[int(fold)] = head
-            logits[unseen] = head.logits(vectors[unseen])
-        tried[c], hits[c] = logits[rows], right(logits[rows], targets[rows], multi_label)
-        best = max(hits, key=lambda known: hits[known].mean())
-        if GRID.index(c) - GRID.index(best) >= _PATIENCE:
-            break
-    chosen = min(c for c in hits if _as_good(hits[c], hits[best]))
-    head = fit_head(vectors, targets, chosen, multi_label=multi_label, weights=weights)
+    fit = partial(_fit, vectors, targets, multi_label, weights)
+    every = np.ones(len(folds), dtype=bool)
+    with bounded_threads(1):
+        if not len(rows):
+            (head,) = run_in_threads([partial(fit, every, FEW_EXAMPLES_C, None)])
+            return CrossValidated(head, FEW_EXAMPLES_C, rows, np.zeros((0, targets.shape[1]), dtype=np.float32))
+        tried: dict[float, Matrix] = {}
+        hits: dict[float, npt.NDArray[np.float64]] = {}
+        numbers = np.unique(folds[rows])
+        total = len(GRID) * len(numbers)
+        starts: Sequence[Head | None] = [None] * len(numbers)
+        for step, c in enumerate(GRID):
+            tasks = [partial(fit, folds != fold, c, start) for fold, start in zip(numbers, starts, strict=True)]
+            starts = heads = run_in_threads(tasks, _reporting(progress, step * len(numbers), total))
+            logits = np.zeros((len(folds), targets.shape[1]), dtype=np.float32)
+            for fold, head in zip(numbers, heads, strict=True):
+                logits[folds == fold] = head.logits(vectors[folds == fold])
+            tried[c], hits[c] = logits[rows], right(logits[rows], targets[rows], multi_label)
+            best = max(hits, key=lambda known: hits[known].mean())
+            if GRID.index(c) - GRID.index(best) >= _PATIENCE:
+                break
+        chosen = min(c for c in hits if _as_good(hits[c], hits[best]))
+        (head,) = run_in_threads([partial(fit, every, chosen, None)], _reporting(progress, total - 1, total))
     return CrossValidated(head, chosen, rows, tried[chosen])
+
+
+def _fit(
+    vectors: Matrix,
+    targets: Targets,
+    multi_label: bool,
+    weights: Matrix | None,
+    seen: npt.NDArray[np.bool_],
+    c: float,
+    start: Head | None,
+    check: Check,
+) -> Head:
+    """Fit a head to the texts where `seen`, bool (texts,), is true; the other arguments are those of `fit_head`."""
+    kept = None if weights is None else weights[seen]
+    return fit_head(vectors[seen], targets[seen], c, multi_label=multi_label, weights=kept, start=start, check=check)
+
+
+def _reporting(progress: Progress, before: int, total: int) -> Callable[[int], None]:
+    """Return a function that reports that many fits more than `before` as done."""
+    return lambda done: progress("cross-validating", before + done, total)
 
 
 def _as_good(hits: npt.NDArray[np.float64], best: npt.NDArray[np.float64]) -> bool:

@@ -14,7 +14,7 @@ from emberpc.export.compare.base_encoders import Base
 from emberpc.export.data.examples import Examples
 
 #: Files and folders of `emberpc.export` whose code determines an outcome. Other modules plan, report and export.
-_MAKES_OUTCOMES = ("classify", "tuning", "data/examples.py", "timing.py", "compare/outcomes.py")
+_MAKES_OUTCOMES = ("classify", "tuning", "data/examples.py", "threads.py", "timing.py", "compare/outcomes.py")
 _TOOLS = ("torch", "transformers", "sentence-transformers", "onnxruntime", "tokenizers")
 
 

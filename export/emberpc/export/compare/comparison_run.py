@@ -27,6 +27,7 @@ from emberpc.export.data.datasets import read_labelled
 from emberpc.export.data.examples import Examples, held_out_examples, label_names
 from emberpc.export.errors import ExportError, NoRoomError
 from emberpc.export.progress import Progress, no_progress
+from emberpc.export.threads import bounded_threads
 from emberpc.export.timing import Cost
 from emberpc.export.tuning.checkpoint import Checkpoints
 
@@ -86,6 +87,7 @@ class _OutOfTimeError(Exception):
     """The time limit passed in the middle of a cell, or while all texts were embedded."""
 
 
+@bounded_threads()
 def run(settings: ComparisonSettings, folder: Path, progress: Progress = no_progress) -> ComparisonResult:
     """Fit and measure all cells of a comparison that its time limit allows.
 

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 from emberpc.export.convert.onnx_runner import Feeds
 from emberpc.export.errors import ExportError
+from emberpc.export.threads import session_options, usable_threads
 from emberpc.export.variants.surgery import Columns, Weights, products
 
 #: Number of columns that are split from an input of a matrix product. On all-MiniLM-L6-v2, 4 or 8 columns of an input
@@ -60,9 +61,7 @@ def _peaks(model: onnx.ModelProto, texts: Sequence[Feeds]) -> dict[str, Weights]
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
     watched.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options = session_options(usable_threads())
     try:
         session = ort.InferenceSession(watched.SerializeToString(), options, providers=["CPUExecutionProvider"])
         peaks: dict[str, Weights] = {}

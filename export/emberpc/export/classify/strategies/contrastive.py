@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from emberpc.export.classify.strategies.base import (
 from emberpc.export.classify.strategies.frozen import class_means, prototypes
 from emberpc.export.classify.strategies.layers import by_tuned, checkpoint_of, default_epochs
 from emberpc.export.data.examples import Examples
+from emberpc.export.threads import bounded_threads, run_in_threads
 from emberpc.export.tuning.loop import Recipe, train
 
 #: Number of texts of a batch, which is made of pairs of texts with one label. For each text, the texts of the batch
@@ -101,13 +103,18 @@ class Contrastive:
             stage=stage,
             progress=options.progress,
         )
-        head = fit_head(
+        fit = partial(
+            fit_head,
             backbone.embed(tokens, states),
             examples.targets,
             _C,
             multi_label=examples.multi_label,
             weights=balanced_weights(examples.targets) if options.balanced else None,
         )
+        with bounded_threads(1):
+            (head,) = run_in_threads(
+                [lambda check: fit(check=check)], lambda done: options.progress("fitting the head", done, 1)
+            )
         tuned = Tuned(backbone.weights(), top, backbone)
         figures = {"epochs": float(log.best_epoch), "layers_tuned": float(top)}
         return Fitted(by_tuned(head, tuned, cached_encoder), no_texts(examples), head, tuned, figures), log.best_epoch
