@@ -155,7 +155,7 @@ def run(folder: Path, listen: str, *, keep: bool) -> None:
 
 
 def index(client: Client, docs: Sequence[StdlibDoc], report: Report) -> None:
-    """Delete the collection if it exists, create it, and store every docstring in it; add the time to `report`."""
+    """Delete the collection if it exists, create it, and store every docstring in it; report time and throughput."""
     try:
         client.delete_collection(COLLECTION)
     except NotFound:

@@ -1,7 +1,8 @@
 """Check the protos: the generated code is current, `buf lint` passes, and clients of earlier protos still work.
 
 The last check is `buf breaking`. It compares the protos with those of main before this change: of the merge base with
-main or, on main itself, of the parent commit. It is left out if there is no such commit. The exit code is 0 if all
+main or, if HEAD is in main or there is no main, of the parent commit. It is left out if there is no such commit, or
+the commit has no buf.yaml. The exit code is 0 if all
 checks pass.
 """
 
@@ -22,9 +23,9 @@ def git(*arguments: str) -> str:
 
 
 def base() -> str:
-    """Return the hash of the commit whose protos these protos are compared with.
+    """Return the hash of the commit whose protos these protos are compared with: see the text of this module.
 
-    It is empty if there is no such commit: without git, at the first commit, or in a shallow clone.
+    It is empty if there is no such commit: without git, at the first commit, or in a clone of one commit.
     """
     head = git("rev-parse", "HEAD")
     for main in ("origin/main", "main"):

@@ -173,7 +173,7 @@ def _blocks(comments: dict[int, str], lines: list[str], path: str) -> Iterator[T
 
 
 def _paragraphs(source: str, path: str) -> Iterator[Text]:
-    """Yield the paragraphs of a Markdown document, without headings, tables, pictures and code blocks."""
+    """Yield the paragraphs of a Markdown document, without headings, tables, pictures, HTML and code blocks."""
     line, fenced = 1, False
     for part in re.split(r"(\n\s*\n)", source):
         inside, fenced = fenced, fenced ^ bool(part.count("```") % 2)

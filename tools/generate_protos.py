@@ -1,6 +1,7 @@
 """Generate the Python code of protos/emberpc/v1; with --check, change nothing and exit with 1 if it is not current.
 
-The script runs the generator in the version of tools/requirements-protos.txt, in an environment of its own: in the
+Without --check, the script first deletes the generated code, which is then missing if the generator fails. The
+script runs the generator in the version of tools/requirements-protos.txt, in an environment of its own: in the
 development environment, the generator would force older versions of grpcio and protobuf.
 """
 

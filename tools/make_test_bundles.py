@@ -1,6 +1,6 @@
 """Export the committed bundles of tests/data/bundles again, or compare them with what the export writes today.
 
-    make_test_bundles.py            replace the bundles (install the versions of constraints.txt before)
+    make_test_bundles.py            replace the folder of bundles (install the versions of constraints.txt before)
     make_test_bundles.py --check    print the differences; exit with 1 if there are any
 
 The bundles have tiny encoders with random weights. They are committed so that tests of the server need no PyTorch.

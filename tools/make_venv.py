@@ -6,9 +6,10 @@
     make_venv.py matrix   .venv-matrix: nox, which makes an environment for each set of versions
 
 PyTorch is installed first, in the version of constraints.txt, so that no later package installs another build of
-PyTorch. hnswlib has no wheel, and is compiled. By default it is compiled for the processor of this host. This script
-compiles it for x86-64-v3, so that the environment, or pip's cache, also works on another machine. An environment is
-only changed if pyproject.toml, constraints.txt or this script changed since it was made.
+PyTorch. hnswlib has no wheel, and is compiled. By default it is compiled for the processor of this host. On x86-64,
+this script compiles it for x86-64-v3 (or as CXXFLAGS in the environment says), so that the environment, or pip's cache,
+also works on another machine. An environment is only changed if its installation was not completed, or if
+pyproject.toml, constraints.txt or this script changed since.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ without a filter.
 
     python -m benchmarks.index.filters [VECTORS.npy] [--records 100000] [--folder FOLDER] [-o RESULT.json]
 
-VECTORS.npy, float32 (n, 384) of length 1, comes from `benchmarks/index/corpus.py`. With --folder, the next run uses
-the same index again.
+VECTORS.npy, float32 (n, 384) of length 1, comes from `benchmarks/index/corpus.py`. With --folder, the next run with
+the same vectors uses the same index again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def clustered(records: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def filled(index: Index, name: str, vectors: np.ndarray, fields: tuple[str, ...]) -> Collection:
-    """Return the collection `name`. If it does not exist, create it, insert the vectors, and wait for the graph.
+    """Return the collection `name`. If it does not exist, create it, insert the vectors, and build the graph.
+
+    The graph then has all but at most 4,000 vectors.
 
     Each record has the same number in two metadata fields, `plain` and `indexed`. `fields` are the fields that get an
     index. An existing collection is not compared with the vectors.

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 TUNED = ("top-layers", "contrastive", "full")
-#: Fewest seeds over which a figure must be measured to be checked against a claim.
+#: Fewest seeds over which a figure must be measured to be checked against a claim. The strategy zero-shot needs one.
 SEEDS = 3
 #: All strategies.
 ANY = ("zero-shot", "nearest", "centroids", "linear", *TUNED)

@@ -1,7 +1,8 @@
 """Measure all variants of a model on this host.
 
-The script exports an encoder with every variant, also those that `--variants auto` would not keep, and prints the
-measurements of each variant. If `--bundle` names a bundle, it prints those of this bundle instead:
+The script exports an encoder with every variant, also those that `--variants auto` would not keep since they gain too
+little, and prints the measurements of each variant. The export fails if a variant misses its bounds. If `--bundle`
+names a bundle, the script prints the measurements of this bundle instead:
 
 - on docstrings, the cosine to the vectors of fp32, and the share of a text's 10 nearest texts that are the same;
 - texts per CPU-second on one thread, and their ratio to fp32 (median over alternating rounds), size and load time;

@@ -170,7 +170,7 @@ def page(found: Mapping[str, Any], queries: str) -> str:
     for soak in (found["soak"], *found["long soak"]):
         minutes = soak["megabytes"][-1][0] / 60
         lines.append(
-            f"- under load for {minutes:.0f} minutes, {soak['texts']} texts of 1 to {soak['max_tokens']} tokens: "
+            f"- under load for {minutes:.0f} minutes, {soak['texts']} texts of 12 to {soak['max_tokens']} tokens: "
             f"memory {soak['growth']:+.1%} after the first two minutes, {soak['megabytes'][-1][1]:.0f} MB at the end"
         )
     lines.append("")

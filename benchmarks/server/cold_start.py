@@ -1,8 +1,9 @@
 """Measure the start-up time of a server, and its memory while idle.
 
 The script starts `emberpc serve` with one bundle several times. It measures the time from the start of the process to
-the first SERVING of the health service. It measures the resident memory one second after the server has measured its
-best size of micro-batches. The script prints medians over the starts, and the slowest imports of the server's modules.
+the first SERVING of the health service. It measures the resident memory one second after the server has stored its
+best size of micro-batches, for which the script waits without a limit: on a busy host, the server stores it later. The
+script prints medians over the starts, and the slowest imports of the server's modules.
 
     python -m benchmarks.server.cold_start BUNDLE [--rounds 7] [-o RESULT.json]
 """
@@ -23,8 +24,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.shared.load import host, middle, resident_megabytes
 
-#: Seconds to wait after the server has measured its best size of micro-batches, before its resident memory is read. The
-#: measurement takes memory too.
+#: Seconds to wait after the server has stored its best size of micro-batches, before its resident memory is read. The
+#: measurement of that size takes memory too.
 SETTLED = 1.0
 
 

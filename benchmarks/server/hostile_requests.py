@@ -70,8 +70,8 @@ class Size:
         text: bytes of a long text.
         message: bytes of a request with too many elements.
         records: number of records with much metadata in one request.
-        numbers: how many numbers the metadata of each of these records has. With the defaults, a request has nearly as
-            many elements as the server accepts.
+        numbers: most numbers in the metadata of each of these records. With the defaults, a request has nearly as many
+            elements as the server accepts.
         dimensions: dimensions of the model's vectors.
     """
 

@@ -3,7 +3,7 @@
 Different texts of about 8 tokens are embedded, one after the other: first on an idle server, then during a request of
 10,000 texts, then during a stream of 10,000 texts. Request and stream are repeated until enough calls were
 measured. Target: the 99th percentile of the latency during request or stream is at most 20 ms more than 3 times the
-99th percentile on the idle server.
+99th percentile on the idle server. It is printed, and not checked.
 
     python -m benchmarks.server.lanes BUNDLE [--calls 400] [-o RESULT.json]
 """

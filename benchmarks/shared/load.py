@@ -78,7 +78,8 @@ def mixed_texts(count: int, queries: Path | None, seed: int = 0) -> list[str]:
     Args:
         count: number of texts.
         queries: CSV file whose column `text` has the short queries; None: the short queries are first sentences of
-            docstrings of Python's standard library. The passages are always words of such docstrings.
+            docstrings of Python's standard library, of at most 200 characters. The passages are always words of such
+            docstrings.
         seed: seed of the draw and of the order.
 
     Raises:
@@ -195,7 +196,8 @@ def capacity(address: str, method: str, requests: Sequence[Message], each: int) 
         each: number of times that each process sends its request, one call after the other.
 
     Raises:
-        RuntimeError: not every call succeeded.
+        RuntimeError: not every call got a response with an HTTP status of success. A gRPC error has that status too,
+            so it is not noticed.
         FileNotFoundError: h2load is not installed.
     """
     with tempfile.TemporaryDirectory() as folder:

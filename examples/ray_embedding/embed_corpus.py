@@ -3,7 +3,7 @@
 The corpus is divided into parts of a fixed number of rows. An actor reads a part, embeds its texts and writes a file
 with the vectors. The name of the file identifies the part, and the file gets this name only when it is complete. So a
 part with a file is done, and the same command continues a job that was killed. The exit code is 2 if the arguments do
-not allow the job: see `JobError`.
+not allow the job (see `JobError`), or if the model is not a valid bundle.
 """
 
 from __future__ import annotations
