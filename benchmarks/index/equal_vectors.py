@@ -3,8 +3,8 @@
     python -m benchmarks.index.equal_vectors
 
 Each corpus is inserted into a collection in random order, and searched with `--ef` or the server's default `ef` for
-that collection. Self-recall is the share of the vectors that are found by a search for the same vector. In self-recall and
-in recall@10, a hit with a score equal to that of a true nearest vector counts as found.
+that collection. Self-recall is the share of the vectors that are found by a search for the same vector. In self-recall
+and in recall@10, a hit with a score equal to that of a true nearest vector counts as found.
 
 A line has figures for "alike", a sample of the vectors that are equal or nearly equal, and for "others", a sample of
 the remaining vectors. Uneven vectors have different densities: around one mean, with a single vector in the middle, or

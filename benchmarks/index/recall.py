@@ -101,8 +101,8 @@ def measure(collection: Collection, stored: np.ndarray, queries: np.ndarray, **o
         options: arguments of `Collection.search`, such as `min_recall`.
 
     Returns:
-        The options, recall@10 (a hit counts if its score is at least that of the true tenth, less 1e-5), median and 99th
-        percentile of the milliseconds of a search, and strategy and ef of the first search.
+        The options, recall@10 (a hit counts if its score is at least that of the true tenth, less 1e-5), median and
+        99th percentile of the milliseconds of a search, and strategy and ef of the first search.
     """
     bounds = []
     for first in range(0, len(queries), 100):

@@ -2,9 +2,9 @@
 
 Texts of several lengths are embedded one after another on an otherwise idle host. Each text is embedded twice: in this
 process, with a session that has one thread and otherwise the server's settings, and through gRPC. Only the time
-through gRPC includes tokenizing. The script prints medians over the texts, and the median ratio of the two times. Of texts of 128 tokens or more it measures a quarter of
-`--rounds`, and it leaves out lengths that the model does not read. Long texts may be faster through the server, since
-the server uses all cores for a single long text. Short texts after long ones may be faster through the server too.
+through gRPC includes tokenizing. The script prints medians over the texts, and the median ratio of the two times. Of
+texts of 128 tokens or more it measures a quarter of `--rounds`, and it leaves out lengths that the model does not read.
+Texts may be faster through the server, since the server may run a text that is alone on all cores.
 
     python -m benchmarks.server.latency BUNDLE [--rounds 200] [-o RESULT.json]
 """

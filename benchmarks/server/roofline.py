@@ -8,9 +8,9 @@ In every round, the same texts go through the same ONNX file without and with a 
 - through the server over gRPC: with 64 concurrent calls of one text, and with 4 concurrent calls of 32 texts.
 
 70 % of the texts are short queries, 30 % are passages of 40 to 180 words. If h2load is installed (Debian:
-nghttp2-client) and there are at least 64 texts, h2load also sends 64 of the texts to the server, each many times. A Python client takes a share of the
-cores that h2load does not take. The script prints medians over the rounds: of the figures, and of the server's figures
-divided by those of the roofline.
+nghttp2-client) and there are at least 64 texts, h2load also sends 64 of the texts to the server, each many times. A
+Python client takes a share of the cores that h2load does not take. The script prints medians over the rounds: of the
+figures, and of the server's figures divided by those of the roofline.
 
     python -m benchmarks.server.roofline BUNDLE [--queries FILE.csv] [--texts 1000] [--rounds 5] [-o RESULT.json]
 """
