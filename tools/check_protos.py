@@ -45,7 +45,8 @@ def main() -> int:
         steps.append([BIN / "buf", "breaking", "--against", f".git#ref={commit}"])
     else:
         print("buf breaking: there is no earlier commit with protos to compare with")
-    return max(subprocess.run(step, check=False, cwd=ROOT).returncode for step in steps)
+    # A step that a signal ended has a negative code.
+    return int(any([subprocess.run(step, check=False, cwd=ROOT).returncode for step in steps]))
 
 
 if __name__ == "__main__":

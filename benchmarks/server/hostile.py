@@ -70,13 +70,14 @@ def _probe(address: str, stop: Event, results: Connection) -> None:
 def watched(address: str, found: list[float]) -> Iterator[None]:
     """Probe a server from another process inside the block.
 
-    At the end, append the seconds of the slowest health check and of the slowest Embed to `found`. If a call of the
-    probe failed, the end of the block waits for ever.
+    At the end, append the seconds of the slowest health check and of the slowest Embed to `found`. EOFError: a call of
+    the probe failed.
     """
     context = multiprocessing.get_context("spawn")
     stop, (ours, theirs) = context.Event(), context.Pipe()
     process = context.Process(target=_probe, args=(address, stop, theirs))
     process.start()
+    theirs.close()  # else `recv` would wait for ever if the process ends without a result
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ def texts(path: Path) -> dict[str, str]:
 
     The title of a text is put before the text, with a space, as emberpc's commands do.
     """
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     return {row["_id"]: f"{row['title']} {row['text']}" if row.get("title") else row["text"] for row in rows}
 
 

@@ -213,7 +213,7 @@ def capacity(address: str, method: str, requests: Sequence[Message], each: int) 
         callers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
         outputs = [caller.communicate()[0] for caller in callers]
         seconds = perf_counter() - start
-    if not all(f"{each} succeeded" in output for output in outputs):
+    if not all(f" {each} succeeded" in output for output in outputs):
         raise RuntimeError("not every call succeeded")
     return seconds
 

@@ -110,7 +110,7 @@ class IndexFigures(Collector):
         self._index = index
 
     def collect(self) -> Iterable[Metric]:
-        """Yield the recall (NaN before the first repeated search) and number of repeated searches of each collection.
+        """Yield the recall and number of repeated searches of each open collection that has repeated searches.
 
         The Prometheus registry calls this.
         """

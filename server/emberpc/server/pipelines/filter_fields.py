@@ -54,5 +54,5 @@ def check_indexed_fields(fields: Sequence[str], path: str) -> None:
         raise invalid(path, f"has {len(fields)} fields, it may have {_MAX_INDEXED_FIELDS}; each slows down every write")
     for i, field in enumerate(fields):
         if not filters.can_be_indexed(check_field(field, f"{path}[{i}]")):
-            problem = "has a key that is empty or holds a quote, a backslash or a control character"
+            problem = "has a key that is empty or holds a double quote, a backslash or a control character"
             raise invalid(f"{path}[{i}]", f"{problem}, which cannot be indexed; filters can use it all the same")
