@@ -46,7 +46,8 @@ def main() -> int:
     else:
         print("buf breaking: there is no earlier commit with protos to compare with")
     # A step that a signal ended has a negative code.
-    return int(any([subprocess.run(step, check=False, cwd=ROOT).returncode for step in steps]))
+    codes = [subprocess.run(step, check=False, cwd=ROOT).returncode for step in steps]
+    return int(any(codes))
 
 
 if __name__ == "__main__":
