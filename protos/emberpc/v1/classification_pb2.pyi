@@ -184,7 +184,7 @@ class Classifier(_message.Message):
     """
     rejection_threshold: _builtins.float
     """Used only if `rejects`: a text is rejected if its best logit, before the
-    division by the temperature, is below this number.
+    division by the temperature, is below this number. 0 if not `rejects`.
     """
     rejects: _builtins.bool
     """Whether texts that seem to have none of the labels are rejected."""
@@ -385,7 +385,8 @@ class Classification(_message.Message):
     NEAREST_EXAMPLES_FIELD_NUMBER: _builtins.int
     rejected: _builtins.bool
     """Whether the text seems to have none of the labels: its best logit is below
-    the rejection threshold of the classifier.
+    the rejection threshold of the classifier. Always false if the classifier
+    does not reject.
     """
     @_builtins.property
     def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___LabelScore]:

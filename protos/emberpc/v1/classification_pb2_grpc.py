@@ -32,7 +32,8 @@ class ClassificationServiceStub(object):
 
     Besides the errors that each RPC lists, every RPC may fail with
     RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
+    INVALID_ARGUMENT (the request is malformed or has too many elements) and
     INTERNAL (the server made an error).
     """
 
@@ -91,7 +92,8 @@ class ClassificationServiceServicer(object):
 
     Besides the errors that each RPC lists, every RPC may fail with
     RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
+    INVALID_ARGUMENT (the request is malformed or has too many elements) and
     INTERNAL (the server made an error).
     """
 
@@ -100,11 +102,12 @@ class ClassificationServiceServicer(object):
         names the text.
 
         INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-        long, a field out of range, or no classifier name though there are several
-        classifiers. NOT_FOUND: there is no model with the name.
-        FAILED_PRECONDITION: the model is not a classifier, no classifier is
-        served, or `nearest_examples` is set. RESOURCE_EXHAUSTED: the queue is full,
-        the deadline is too soon, or the response would be too large.
+        long, more tokens together than the whole queue holds, a field out of
+        range, or no classifier name though there are several classifiers.
+        NOT_FOUND: there is no model with the name. FAILED_PRECONDITION: the model
+        is not a classifier, no classifier is served, or `nearest_examples` is set.
+        RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon, or the
+        response would be too large.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -115,9 +118,9 @@ class ClassificationServiceServicer(object):
         classifiers would have more than 1 MiB together, or more bytes than a
         response may have.
 
-        INVALID_ARGUMENT: the page size is out of range, or the page token is not
-        of this server. RESOURCE_EXHAUSTED: a single classifier has more bytes than
-        a response may have.
+        INVALID_ARGUMENT: the page size is out of range, or the page token is
+        malformed. RESOURCE_EXHAUSTED: a single classifier has more bytes than a
+        response may have.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -233,7 +236,8 @@ class ClassificationService(object):
 
     Besides the errors that each RPC lists, every RPC may fail with
     RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
+    INVALID_ARGUMENT (the request is malformed or has too many elements) and
     INTERNAL (the server made an error).
     """
 

@@ -33,7 +33,8 @@ class ClassificationServiceStub:
 
     Besides the errors that each RPC lists, every RPC may fail with
     RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
+    INVALID_ARGUMENT (the request is malformed or has too many elements) and
     INTERNAL (the server made an error).
     """
 
@@ -46,20 +47,21 @@ class ClassificationServiceStub:
     names the text.
 
     INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-    long, a field out of range, or no classifier name though there are several
-    classifiers. NOT_FOUND: there is no model with the name.
-    FAILED_PRECONDITION: the model is not a classifier, no classifier is
-    served, or `nearest_examples` is set. RESOURCE_EXHAUSTED: the queue is full,
-    the deadline is too soon, or the response would be too large.
+    long, more tokens together than the whole queue holds, a field out of
+    range, or no classifier name though there are several classifiers.
+    NOT_FOUND: there is no model with the name. FAILED_PRECONDITION: the model
+    is not a classifier, no classifier is served, or `nearest_examples` is set.
+    RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon, or the
+    response would be too large.
     """
     ListClassifiers: _grpc.UnaryUnaryMultiCallable[_classification_pb2.ListClassifiersRequest, _classification_pb2.ListClassifiersResponse]
     """Lists the served classifiers, sorted by name. A page ends early if its
     classifiers would have more than 1 MiB together, or more bytes than a
     response may have.
 
-    INVALID_ARGUMENT: the page size is out of range, or the page token is not
-    of this server. RESOURCE_EXHAUSTED: a single classifier has more bytes than
-    a response may have.
+    INVALID_ARGUMENT: the page size is out of range, or the page token is
+    malformed. RESOURCE_EXHAUSTED: a single classifier has more bytes than a
+    response may have.
     """
     GetClassifier: _grpc.UnaryUnaryMultiCallable[_classification_pb2.GetClassifierRequest, _classification_pb2.GetClassifierResponse]
     """Returns one classifier.
@@ -98,7 +100,8 @@ class ClassificationServiceAsyncStub(ClassificationServiceStub):
 
     Besides the errors that each RPC lists, every RPC may fail with
     RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
+    INVALID_ARGUMENT (the request is malformed or has too many elements) and
     INTERNAL (the server made an error).
     """
 
@@ -108,20 +111,21 @@ class ClassificationServiceAsyncStub(ClassificationServiceStub):
     names the text.
 
     INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-    long, a field out of range, or no classifier name though there are several
-    classifiers. NOT_FOUND: there is no model with the name.
-    FAILED_PRECONDITION: the model is not a classifier, no classifier is
-    served, or `nearest_examples` is set. RESOURCE_EXHAUSTED: the queue is full,
-    the deadline is too soon, or the response would be too large.
+    long, more tokens together than the whole queue holds, a field out of
+    range, or no classifier name though there are several classifiers.
+    NOT_FOUND: there is no model with the name. FAILED_PRECONDITION: the model
+    is not a classifier, no classifier is served, or `nearest_examples` is set.
+    RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon, or the
+    response would be too large.
     """
     ListClassifiers: _aio.UnaryUnaryMultiCallable[_classification_pb2.ListClassifiersRequest, _classification_pb2.ListClassifiersResponse]  # type: ignore[assignment]
     """Lists the served classifiers, sorted by name. A page ends early if its
     classifiers would have more than 1 MiB together, or more bytes than a
     response may have.
 
-    INVALID_ARGUMENT: the page size is out of range, or the page token is not
-    of this server. RESOURCE_EXHAUSTED: a single classifier has more bytes than
-    a response may have.
+    INVALID_ARGUMENT: the page size is out of range, or the page token is
+    malformed. RESOURCE_EXHAUSTED: a single classifier has more bytes than a
+    response may have.
     """
     GetClassifier: _aio.UnaryUnaryMultiCallable[_classification_pb2.GetClassifierRequest, _classification_pb2.GetClassifierResponse]  # type: ignore[assignment]
     """Returns one classifier.
@@ -159,7 +163,8 @@ class ClassificationServiceServicer:
 
     Besides the errors that each RPC lists, every RPC may fail with
     RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
+    INVALID_ARGUMENT (the request is malformed or has too many elements) and
     INTERNAL (the server made an error).
     """
 
@@ -172,11 +177,12 @@ class ClassificationServiceServicer:
         names the text.
 
         INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-        long, a field out of range, or no classifier name though there are several
-        classifiers. NOT_FOUND: there is no model with the name.
-        FAILED_PRECONDITION: the model is not a classifier, no classifier is
-        served, or `nearest_examples` is set. RESOURCE_EXHAUSTED: the queue is full,
-        the deadline is too soon, or the response would be too large.
+        long, more tokens together than the whole queue holds, a field out of
+        range, or no classifier name though there are several classifiers.
+        NOT_FOUND: there is no model with the name. FAILED_PRECONDITION: the model
+        is not a classifier, no classifier is served, or `nearest_examples` is set.
+        RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon, or the
+        response would be too large.
         """
 
     def ListClassifiers(
@@ -188,9 +194,9 @@ class ClassificationServiceServicer:
         classifiers would have more than 1 MiB together, or more bytes than a
         response may have.
 
-        INVALID_ARGUMENT: the page size is out of range, or the page token is not
-        of this server. RESOURCE_EXHAUSTED: a single classifier has more bytes than
-        a response may have.
+        INVALID_ARGUMENT: the page size is out of range, or the page token is
+        malformed. RESOURCE_EXHAUSTED: a single classifier has more bytes than a
+        response may have.
         """
 
     def GetClassifier(

@@ -43,12 +43,15 @@ class EmbedRequest(_message.Message):
     dimensions: _builtins.int
     """Number of first dimensions to return (Matryoshka). 0: all dimensions.
     Otherwise it must be `dimensions` or one of `matryoshka_dimensions` of the
-    model. Shortened vectors are scaled to length 1 again if `normalize`.
+    model. Shortened vectors are scaled to length 1 again if `normalize`, or
+    its default, is true.
     """
     truncation: _types_pb2.Truncation.ValueType
     """Treatment of texts with more tokens than the model reads. Default: REFUSE."""
     dtype: _types_pb2.DataType.ValueType
-    """Element type of the vectors in the response. Default: FLOAT32."""
+    """Element type of the vectors in the response. Default: FLOAT32. For the
+    limit of the response, 4 bytes count for each number, whatever the type is.
+    """
     normalize: _builtins.bool
     """Whether to scale the vectors to length 1. Default: as the model's export
     was set. A model whose vectors have length 1 anyway refuses false with
@@ -260,8 +263,9 @@ class EmbedStreamFailure(_message.Message):
     """The client's id of the text."""
     @_builtins.property
     def error(self) -> _errors_pb2.ErrorStatus:
-        """The error with which an Embed call with this text alone would fail. If the
-        id is empty: INVALID_ARGUMENT.
+        """The error with which an Embed call with this text alone would fail, but
+        with the field path `text`. If the id is empty: INVALID_ARGUMENT with the
+        field path `id`.
         """
 
     def __init__(
@@ -295,7 +299,9 @@ class EmbedStreamResponse(_message.Message):
 
     @_builtins.property
     def embeddings(self) -> _types_pb2.Vectors:
-        """Row i is the vector of the text with the id `ids[i]`."""
+        """Row i is the vector of the text with the id `ids[i]`. Absent if there are
+        no ids.
+        """
 
     @_builtins.property
     def usages(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenUsage]:
@@ -476,8 +482,9 @@ class ComputeSimilarityResponse(_message.Message):
     """Number of targets."""
     @_builtins.property
     def scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Cosine similarities in [-1, 1], row-major, `rows` × `columns`: item
-        i × `columns` + j compares `sources[i]` with `targets[j]`.
+        """Cosine similarities in [-1, 1], row-major, `rows` × `columns`: item i ×
+        `columns` + j compares `sources[i]` with `targets[j]`. 0 if a vector has
+        only zeros.
         """
 
     @_builtins.property

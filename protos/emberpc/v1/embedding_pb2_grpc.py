@@ -30,7 +30,8 @@ class EmbeddingServiceStub(object):
 
     Besides the errors that each RPC lists, every RPC may fail with
     RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
+    INVALID_ARGUMENT (the request is malformed or has too many elements) and
     INTERNAL (the server made an error).
     """
 
@@ -67,7 +68,8 @@ class EmbeddingServiceServicer(object):
 
     Besides the errors that each RPC lists, every RPC may fail with
     RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
+    INVALID_ARGUMENT (the request is malformed or has too many elements) and
     INTERNAL (the server made an error).
     """
 
@@ -76,11 +78,12 @@ class EmbeddingServiceServicer(object):
         text is invalid, the call fails, and the error names the text.
 
         INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-        long, an option that the model does not support, or no model name though
-        there are several embedding models. NOT_FOUND: there is no model with the
-        name. FAILED_PRECONDITION: the model does not embed texts, or no embedding
-        model is served. RESOURCE_EXHAUSTED: the queue is full, the
-        deadline is too soon, or the response would be too large.
+        long, more tokens together than the whole queue holds, an option that is
+        unknown or that the model does not support, or no model name though there
+        are several embedding models. NOT_FOUND: there is no model with the name.
+        FAILED_PRECONDITION: the model does not embed texts, or no embedding model
+        is served. RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon,
+        or the response would be too large.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -89,8 +92,9 @@ class EmbeddingServiceServicer(object):
     def EmbedStream(self, request_iterator, context):
         """Embeds any number of texts. The first request message must have `config`.
         The first response names the model. The other responses have the results,
-        each as soon as it is ready, in any order. An invalid text, or a text that
-        waits too long for a full queue, fails alone.
+        each as soon as it is ready, in any order. An invalid text fails alone.
+        Texts fail, and the stream continues, if they wait too long for a full
+        queue or cannot be embedded before the deadline.
 
         INVALID_ARGUMENT: `config` is missing in the first message or is in a later
         message, an option is invalid, a message has too many texts, or there is no
@@ -109,8 +113,9 @@ class EmbeddingServiceServicer(object):
         running the model.
 
         INVALID_ARGUMENT: no text, too many texts, a text that is too long, or no
-        model name though there are several models. NOT_FOUND: there is no model
-        with the name. FAILED_PRECONDITION: no model is served.
+        model name though there are several embedding models, or no embedding model
+        and several classifiers. NOT_FOUND: there is no model with the name.
+        FAILED_PRECONDITION: no model is served.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -164,7 +169,8 @@ class EmbeddingService(object):
 
     Besides the errors that each RPC lists, every RPC may fail with
     RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
+    INVALID_ARGUMENT (the request is malformed or has too many elements) and
     INTERNAL (the server made an error).
     """
 

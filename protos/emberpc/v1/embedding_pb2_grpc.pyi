@@ -31,7 +31,8 @@ class EmbeddingServiceStub:
 
     Besides the errors that each RPC lists, every RPC may fail with
     RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
+    INVALID_ARGUMENT (the request is malformed or has too many elements) and
     INTERNAL (the server made an error).
     """
 
@@ -44,17 +45,19 @@ class EmbeddingServiceStub:
     text is invalid, the call fails, and the error names the text.
 
     INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-    long, an option that the model does not support, or no model name though
-    there are several embedding models. NOT_FOUND: there is no model with the
-    name. FAILED_PRECONDITION: the model does not embed texts, or no embedding
-    model is served. RESOURCE_EXHAUSTED: the queue is full, the
-    deadline is too soon, or the response would be too large.
+    long, more tokens together than the whole queue holds, an option that is
+    unknown or that the model does not support, or no model name though there
+    are several embedding models. NOT_FOUND: there is no model with the name.
+    FAILED_PRECONDITION: the model does not embed texts, or no embedding model
+    is served. RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon,
+    or the response would be too large.
     """
     EmbedStream: _grpc.StreamStreamMultiCallable[_embedding_pb2.EmbedStreamRequest, _embedding_pb2.EmbedStreamResponse]
     """Embeds any number of texts. The first request message must have `config`.
     The first response names the model. The other responses have the results,
-    each as soon as it is ready, in any order. An invalid text, or a text that
-    waits too long for a full queue, fails alone.
+    each as soon as it is ready, in any order. An invalid text fails alone.
+    Texts fail, and the stream continues, if they wait too long for a full
+    queue or cannot be embedded before the deadline.
 
     INVALID_ARGUMENT: `config` is missing in the first message or is in a later
     message, an option is invalid, a message has too many texts, or there is no
@@ -69,8 +72,9 @@ class EmbeddingServiceStub:
     running the model.
 
     INVALID_ARGUMENT: no text, too many texts, a text that is too long, or no
-    model name though there are several models. NOT_FOUND: there is no model
-    with the name. FAILED_PRECONDITION: no model is served.
+    model name though there are several embedding models, or no embedding model
+    and several classifiers. NOT_FOUND: there is no model with the name.
+    FAILED_PRECONDITION: no model is served.
     """
     ComputeSimilarity: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.ComputeSimilarityRequest, _embedding_pb2.ComputeSimilarityResponse]
     """Embeds source texts and target texts, and returns the cosine similarity of
@@ -87,7 +91,8 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
 
     Besides the errors that each RPC lists, every RPC may fail with
     RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
+    INVALID_ARGUMENT (the request is malformed or has too many elements) and
     INTERNAL (the server made an error).
     """
 
@@ -97,17 +102,19 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
     text is invalid, the call fails, and the error names the text.
 
     INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-    long, an option that the model does not support, or no model name though
-    there are several embedding models. NOT_FOUND: there is no model with the
-    name. FAILED_PRECONDITION: the model does not embed texts, or no embedding
-    model is served. RESOURCE_EXHAUSTED: the queue is full, the
-    deadline is too soon, or the response would be too large.
+    long, more tokens together than the whole queue holds, an option that is
+    unknown or that the model does not support, or no model name though there
+    are several embedding models. NOT_FOUND: there is no model with the name.
+    FAILED_PRECONDITION: the model does not embed texts, or no embedding model
+    is served. RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon,
+    or the response would be too large.
     """
     EmbedStream: _aio.StreamStreamMultiCallable[_embedding_pb2.EmbedStreamRequest, _embedding_pb2.EmbedStreamResponse]  # type: ignore[assignment]
     """Embeds any number of texts. The first request message must have `config`.
     The first response names the model. The other responses have the results,
-    each as soon as it is ready, in any order. An invalid text, or a text that
-    waits too long for a full queue, fails alone.
+    each as soon as it is ready, in any order. An invalid text fails alone.
+    Texts fail, and the stream continues, if they wait too long for a full
+    queue or cannot be embedded before the deadline.
 
     INVALID_ARGUMENT: `config` is missing in the first message or is in a later
     message, an option is invalid, a message has too many texts, or there is no
@@ -122,8 +129,9 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
     running the model.
 
     INVALID_ARGUMENT: no text, too many texts, a text that is too long, or no
-    model name though there are several models. NOT_FOUND: there is no model
-    with the name. FAILED_PRECONDITION: no model is served.
+    model name though there are several embedding models, or no embedding model
+    and several classifiers. NOT_FOUND: there is no model with the name.
+    FAILED_PRECONDITION: no model is served.
     """
     ComputeSimilarity: _aio.UnaryUnaryMultiCallable[_embedding_pb2.ComputeSimilarityRequest, _embedding_pb2.ComputeSimilarityResponse]  # type: ignore[assignment]
     """Embeds source texts and target texts, and returns the cosine similarity of
@@ -139,7 +147,8 @@ class EmbeddingServiceServicer:
 
     Besides the errors that each RPC lists, every RPC may fail with
     RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers) and
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
+    INVALID_ARGUMENT (the request is malformed or has too many elements) and
     INTERNAL (the server made an error).
     """
 
@@ -152,11 +161,12 @@ class EmbeddingServiceServicer:
         text is invalid, the call fails, and the error names the text.
 
         INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-        long, an option that the model does not support, or no model name though
-        there are several embedding models. NOT_FOUND: there is no model with the
-        name. FAILED_PRECONDITION: the model does not embed texts, or no embedding
-        model is served. RESOURCE_EXHAUSTED: the queue is full, the
-        deadline is too soon, or the response would be too large.
+        long, more tokens together than the whole queue holds, an option that is
+        unknown or that the model does not support, or no model name though there
+        are several embedding models. NOT_FOUND: there is no model with the name.
+        FAILED_PRECONDITION: the model does not embed texts, or no embedding model
+        is served. RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon,
+        or the response would be too large.
         """
 
     def EmbedStream(
@@ -166,8 +176,9 @@ class EmbeddingServiceServicer:
     ) -> _typing.Union[_abc.Iterator[_embedding_pb2.EmbedStreamResponse], _abc.AsyncIterator[_embedding_pb2.EmbedStreamResponse]]:
         """Embeds any number of texts. The first request message must have `config`.
         The first response names the model. The other responses have the results,
-        each as soon as it is ready, in any order. An invalid text, or a text that
-        waits too long for a full queue, fails alone.
+        each as soon as it is ready, in any order. An invalid text fails alone.
+        Texts fail, and the stream continues, if they wait too long for a full
+        queue or cannot be embedded before the deadline.
 
         INVALID_ARGUMENT: `config` is missing in the first message or is in a later
         message, an option is invalid, a message has too many texts, or there is no
@@ -187,8 +198,9 @@ class EmbeddingServiceServicer:
         running the model.
 
         INVALID_ARGUMENT: no text, too many texts, a text that is too long, or no
-        model name though there are several models. NOT_FOUND: there is no model
-        with the name. FAILED_PRECONDITION: no model is served.
+        model name though there are several embedding models, or no embedding model
+        and several classifiers. NOT_FOUND: there is no model with the name.
+        FAILED_PRECONDITION: no model is served.
         """
 
     def ComputeSimilarity(

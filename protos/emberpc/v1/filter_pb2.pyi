@@ -83,11 +83,12 @@ Global___ComparisonOperator: _TypeAlias = ComparisonOperator  # noqa: Y015
 class Filter(_message.Message):
     """A condition on the metadata of a record.
 
-    A field is named by its key. Dots join nested keys. A backslash before a dot
-    or a backslash makes that character a part of the key. A comparison is false
-    if the field is missing or has another type. A list matches if one of its
-    items matches. An item that is a list or an object does not match. NOT_EQUAL
-    is different: it is true whenever EQUAL is false.
+    A field is named by its key, and may not be empty. Dots join nested keys. A
+    backslash before a dot or a backslash makes that character a part of the key;
+    elsewhere a backslash is refused. A comparison is false if the field is
+    missing or has another type. A list matches if one of its items matches. An
+    item that is a list or an object does not match. NOT_EQUAL is different: it
+    is true whenever EQUAL is false.
 
     Limits: conditions may be nested 32 levels deep. One filter has at most 256
     conditions. All filters of a request have at most 2,000 conditions and 50,000
@@ -123,7 +124,9 @@ class Filter(_message.Message):
 
     @_builtins.property
     def prefix(self) -> Global___Prefix:
-        """True if a field is a string that starts with a prefix."""
+        """True if a field is a string that starts with a prefix, or a list with
+        such a string.
+        """
 
     @_builtins.property
     def existence(self) -> Global___Existence:

@@ -39,14 +39,18 @@ class _DistanceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Distance.Val
     length zero is refused with INVALID_ARGUMENT.
     """
     DISTANCE_DOT_PRODUCT: _Distance.ValueType  # 2
-    """Dot product. The score is the product, greater is nearer."""
+    """Dot product. The score is the product, greater is nearer. A vector of a
+    length of at most 1e-16 that is not zero is refused with INVALID_ARGUMENT.
+    """
     DISTANCE_EUCLIDEAN: _Distance.ValueType  # 3
     """Euclidean distance. The score is the negated distance, so that greater is
     nearer here too.
     """
 
 class Distance(_Distance, metaclass=_DistanceEnumTypeWrapper):
-    """The measure that compares two vectors."""
+    """The measure that compares two vectors. A vector that is longer than 1e14, or
+    has NaN or infinity, is refused with INVALID_ARGUMENT.
+    """
 
 DISTANCE_UNSPECIFIED: Distance.ValueType  # 0
 """The default, which is COSINE."""
@@ -55,7 +59,9 @@ DISTANCE_COSINE: Distance.ValueType  # 1
 length zero is refused with INVALID_ARGUMENT.
 """
 DISTANCE_DOT_PRODUCT: Distance.ValueType  # 2
-"""Dot product. The score is the product, greater is nearer."""
+"""Dot product. The score is the product, greater is nearer. A vector of a
+length of at most 1e-16 that is not zero is refused with INVALID_ARGUMENT.
+"""
 DISTANCE_EUCLIDEAN: Distance.ValueType  # 3
 """Euclidean distance. The score is the negated distance, so that greater is
 nearer here too.
@@ -125,8 +131,10 @@ class _SearchModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchMode
     """Search by vectors."""
     SEARCH_MODE_LEXICAL: _SearchMode.ValueType  # 2
     """Search by words. A record matches if it has any word of the query; words
-    are stemmed as English. The score is that of BM25, greater is nearer. Needs
-    a text query, and no model.
+    are stemmed as English. In a collection of at least 1,000 records, words in
+    more than half of the texts are ignored if the query has others that occur.
+    The score is that of BM25, greater is nearer. Needs a text query, and no
+    model.
     """
     SEARCH_MODE_HYBRID: _SearchMode.ValueType  # 3
     """Dense and lexical search, joined as `fusion` states. Needs a text query and
@@ -142,8 +150,10 @@ SEARCH_MODE_DENSE: SearchMode.ValueType  # 1
 """Search by vectors."""
 SEARCH_MODE_LEXICAL: SearchMode.ValueType  # 2
 """Search by words. A record matches if it has any word of the query; words
-are stemmed as English. The score is that of BM25, greater is nearer. Needs
-a text query, and no model.
+are stemmed as English. In a collection of at least 1,000 records, words in
+more than half of the texts are ignored if the query has others that occur.
+The score is that of BM25, greater is nearer. Needs a text query, and no
+model.
 """
 SEARCH_MODE_HYBRID: SearchMode.ValueType  # 3
 """Dense and lexical search, joined as `fusion` states. Needs a text query and
@@ -161,7 +171,9 @@ class _SearchFusionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchFu
     """The default, which is SCORES."""
     SEARCH_FUSION_SCORES: _SearchFusion.ValueType  # 1
     """The score is the weighted sum of the dense and the lexical score. Each is
-    scaled first: 1 for the best candidate of the ranking, 0 for the worst.
+    scaled first: 1 for the best candidate of the ranking, 0 for the worst. If
+    the lexical ranking has all records with a word of the query, a BM25 score
+    of 0 is scaled to 0 instead.
     """
     SEARCH_FUSION_RANKS: _SearchFusion.ValueType  # 2
     """Reciprocal ranks: the score is the weighted sum of 1 / (60 + rank) in both
@@ -169,13 +181,18 @@ class _SearchFusionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchFu
     """
 
 class SearchFusion(_SearchFusion, metaclass=_SearchFusionEnumTypeWrapper):
-    """How a HYBRID search joins its two rankings."""
+    """How a HYBRID search joins its two rankings. Each ranking has at most 100
+    candidates, or twice `top_k` if that is more. A ranking adds 0 to the score of
+    a record that it does not have.
+    """
 
 SEARCH_FUSION_UNSPECIFIED: SearchFusion.ValueType  # 0
 """The default, which is SCORES."""
 SEARCH_FUSION_SCORES: SearchFusion.ValueType  # 1
 """The score is the weighted sum of the dense and the lexical score. Each is
-scaled first: 1 for the best candidate of the ranking, 0 for the worst.
+scaled first: 1 for the best candidate of the ranking, 0 for the worst. If
+the lexical ranking has all records with a word of the query, a BM25 score
+of 0 is scaled to 0 instead.
 """
 SEARCH_FUSION_RANKS: SearchFusion.ValueType  # 2
 """Reciprocal ranks: the score is the weighted sum of 1 / (60 + rank) in both
@@ -192,9 +209,13 @@ class _SearchStrategyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Search
     SEARCH_STRATEGY_UNSPECIFIED: _SearchStrategy.ValueType  # 0
     """The strategy is not stated. The server never sends this value."""
     SEARCH_STRATEGY_EXACT: _SearchStrategy.ValueType  # 1
-    """All matching vectors were compared with the query. The result is exact."""
+    """All vectors of undamaged records that match the filter were compared with
+    the query. The result is exact.
+    """
     SEARCH_STRATEGY_HNSW: _SearchStrategy.ValueType  # 2
-    """The graph was searched, and the newest records were compared one by one."""
+    """The graph was searched, and the newest records were compared one by one.
+    With Milvus: Milvus searched.
+    """
     SEARCH_STRATEGY_LEXICAL: _SearchStrategy.ValueType  # 3
     """The words of the query were looked up. No vectors were compared."""
 
@@ -204,9 +225,13 @@ class SearchStrategy(_SearchStrategy, metaclass=_SearchStrategyEnumTypeWrapper):
 SEARCH_STRATEGY_UNSPECIFIED: SearchStrategy.ValueType  # 0
 """The strategy is not stated. The server never sends this value."""
 SEARCH_STRATEGY_EXACT: SearchStrategy.ValueType  # 1
-"""All matching vectors were compared with the query. The result is exact."""
+"""All vectors of undamaged records that match the filter were compared with
+the query. The result is exact.
+"""
 SEARCH_STRATEGY_HNSW: SearchStrategy.ValueType  # 2
-"""The graph was searched, and the newest records were compared one by one."""
+"""The graph was searched, and the newest records were compared one by one.
+With Milvus: Milvus searched.
+"""
 SEARCH_STRATEGY_LEXICAL: SearchStrategy.ValueType  # 3
 """The words of the query were looked up. No vectors were compared."""
 Global___SearchStrategy: _TypeAlias = SearchStrategy  # noqa: Y015
@@ -220,7 +245,9 @@ class HnswParameters(_message.Message):
     M_FIELD_NUMBER: _builtins.int
     EF_CONSTRUCTION_FIELD_NUMBER: _builtins.int
     m: _builtins.int
-    """Number of links of a node per layer of the graph, 4 to 64. 0: 16."""
+    """The most links of a node in a layer of the graph, 4 to 64; in the lowest
+    layer twice as many. 0: 16.
+    """
     ef_construction: _builtins.int
     """Number of candidates that an insertion into the graph keeps, 16 to 2000.
     0: 200.
@@ -295,9 +322,9 @@ class Collection(_message.Message):
     is not known.
     """
     problem: _builtins.str
-    """Output only. Why the collection cannot be used, for example because it is
-    damaged; its counts are 0 then and `create_time` is absent. Empty: the
-    collection can be used.
+    """Output only, and only in ListCollections. Why the collection cannot be
+    used, for example because it is damaged; its counts are 0 then and
+    `create_time` is absent. Empty: the collection can be used.
     """
     @_builtins.property
     def hnsw(self) -> Global___HnswParameters:
@@ -305,10 +332,10 @@ class Collection(_message.Message):
 
     @_builtins.property
     def indexed_fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Metadata fields that filters use often, at most 16, named as in Filter. They
-        get a database index, which makes filters faster and writes slower. No key
-        may be empty or have a quote, backslash or control character. With Milvus
-        this has no effect.
+        """Metadata fields that filters use often, at most 16, named as in Filter.
+        They get a database index, which makes filters faster and writes slower. No
+        key may be empty or have a double quote, backslash or control character.
+        With Milvus this has no effect.
         """
 
     @_builtins.property
@@ -422,13 +449,15 @@ class Record(_message.Message):
     """Output only. Sequence number of the last write of this record."""
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
-        """Metadata of the record: any JSON object, at most 64 KiB as JSON, without NUL
-        characters.
+        """Metadata of the record: any JSON object, at most 64 KiB as JSON, without
+        NUL characters.
         """
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only. Time at which a record with this id was first inserted."""
+        """Output only. Time at which the record was inserted. An upsert that replaces
+        the record keeps it.
+        """
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
@@ -438,7 +467,7 @@ class Record(_message.Message):
     def time_to_live(self) -> _duration_pb2.Duration:
         """Time after which the record is deleted: in requests counted from the write,
         more than 0 and at most 100 years; in responses counted from now. Absent:
-        the record is not deleted.
+        the record is not deleted, even if the record that it replaces would be.
         """
 
     def __init__(
@@ -621,7 +650,9 @@ class ListCollectionsResponse(_message.Message):
     """Token of the next page. Empty: this is the last page."""
     @_builtins.property
     def collections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Collection]:
-        """Collections of this page, sorted by name."""
+        """Collections of this page, sorted by name. There may be fewer than
+        `page_size`, or none, though another page follows.
+        """
 
     def __init__(
         self,
@@ -766,8 +797,8 @@ class UpsertRecordsRequest(_message.Message):
     @_builtins.property
     def expected_revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Empty: no check. Otherwise item i must be the present revision of
-        `records[i]`, or 0 if no record may have its id yet. If an item differs, the
-        call fails with ABORTED and writes nothing.
+        `records[i]`, or 0 if no record may have its id yet. If an item differs,
+        the call fails with ABORTED and writes nothing.
         """
 
     def __init__(
@@ -917,9 +948,7 @@ class UpsertRecordsStreamResponse(_message.Message):
     """
     @_builtins.property
     def receipt(self) -> Global___WriteReceipt:
-        """Sequence number and durability of the write. Absent: there was nothing to
-        write.
-        """
+        """Sequence number and durability of the write. Absent: no record was written."""
 
     @_builtins.property
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordFailure]:
@@ -958,7 +987,8 @@ class RecordFailure(_message.Message):
     @_builtins.property
     def error(self) -> _errors_pb2.ErrorStatus:
         """The error. In UpsertRecordsStream: the error with which an UpsertRecords
-        call with this record alone would fail.
+        call with this record alone would fail, but with field paths that start at
+        the record, such as `text`. In VerifyCollection: INTERNAL.
         """
 
     def __init__(
@@ -1024,8 +1054,8 @@ class BatchGetRecordsResponse(_message.Message):
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
-        """Row i is the vector of `records[i]`. Absent if the request does not name the
-        part VECTOR, or there are no records.
+        """Row i is the vector of `records[i]`. Absent if the request does not name
+        the part VECTOR, or there are no records.
         """
 
     @_builtins.property
@@ -1183,16 +1213,16 @@ class ListRecordsResponse(_message.Message):
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
-        """Row i is the vector of `records[i]`. Absent if the request does not name the
-        part VECTOR, or there are no records.
+        """Row i is the vector of `records[i]`. Absent if the request does not name
+        the part VECTOR, or there are no records.
         """
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only on the first page, if no record matches the filter: sentences that
-        state which conditions are probably mistakes, such as a field that no record
-        has, or a number compared with a field that has only strings. The server
-        examines at most 1,000 records for this.
+        state which conditions are probably mistakes, such as a field that no
+        record has, or a number compared with a field that has only strings. The
+        server examines at most 1,000 records for this.
         """
 
     def __init__(
@@ -1301,7 +1331,9 @@ class SearchQuery(_message.Message):
 
     @_builtins.property
     def filter(self) -> _filter_pb2.Filter:
-        """Filter of this query. Absent: `filter` of the request."""
+        """Filter of this query, instead of `filter` of the request. Absent: `filter`
+        of the request.
+        """
 
     def __init__(
         self,
@@ -1349,13 +1381,16 @@ class SearchRequest(_message.Message):
     """
     ef: _builtins.int
     """Number of candidates that a search of the graph keeps, from 0 to 1,000,000.
-    A greater number is slower and has a higher recall. 0: the server chooses by
-    `top_k`. Not allowed together with `min_recall`, or in LEXICAL mode.
+    A greater number is slower and has a higher recall. More than the greatest
+    `top_k` are kept in any case. 0: the server chooses by `top_k`, or by
+    `min_recall`. Not allowed together with `min_recall`, or in LEXICAL mode.
     """
     min_recall: _builtins.float
     """Least recall: the share, in (0, 1], of the true nearest records that a
-    search returns. The server chooses `ef` to reach it. 0: no least recall. Not
-    allowed in LEXICAL mode.
+    search returns; in HYBRID mode that of the dense ranking. The server
+    chooses `ef` to reach it, by measurements of the graph; without a
+    measurement, or if no `ef` reaches it, every vector is compared. 0: no
+    least recall. Not allowed in LEXICAL mode.
     """
     mode: Global___SearchMode.ValueType
     """Mode of the search. Default: DENSE."""
@@ -1371,8 +1406,8 @@ class SearchRequest(_message.Message):
     are joined. Default: SCORES.
     """
     truncation: _types_pb2.Truncation.ValueType
-    """How query texts with too many tokens are truncated. TokenUsage states which
-    queries were truncated. Default: END.
+    """How query texts with too many tokens are truncated before they are
+    embedded. TokenUsage states which queries were truncated. Default: END.
     """
     @_builtins.property
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___SearchQuery]:
@@ -1619,7 +1654,9 @@ class ReembedCollectionResponse(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def collection(self) -> Global___Collection:
-        """The collection, with its `reembedding`, which has just begun."""
+        """The collection, with its `reembedding`, which has just begun; absent if it
+        has ended already.
+        """
 
     def __init__(
         self,
@@ -1721,7 +1758,7 @@ class VerifyCollectionResponse(_message.Message):
     checked_count: _builtins.int
     """Number of records that were checked so far."""
     total_count: _builtins.int
-    """Number of all records."""
+    """Number of all records. It may change if records are written meanwhile."""
     done: _builtins.bool
     """Whether this is the last message."""
     @_builtins.property
@@ -1994,7 +2031,7 @@ class Cluster(_message.Message):
     RECORD_COUNT_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
     record_count: _builtins.int
-    """Number of records in the cluster."""
+    """Number of records in the cluster, at least 1."""
     @_builtins.property
     def examples(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]:
         """The records nearest to the centre of the cluster, nearest first, with text

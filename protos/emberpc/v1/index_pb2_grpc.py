@@ -29,11 +29,12 @@ class IndexServiceStub(object):
     """Stores collections of records and finds the records nearest to a query.
 
     Besides the errors that each RPC lists, every RPC on a collection may fail
-    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was deleted
-    during the call, or Milvus cannot be reached), FAILED_PRECONDITION (Milvus
-    refuses access) and INTERNAL (the database of the collection is damaged, or
-    the server made an error).
+    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to
+    retry), DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was
+    deleted during the call, or Milvus cannot be reached), FAILED_PRECONDITION
+    (Milvus refuses access), INVALID_ARGUMENT (the request is malformed or has
+    too many elements) and INTERNAL (the database of the collection is damaged,
+    or the server made an error).
     """
 
     def __init__(self, channel):
@@ -143,11 +144,12 @@ class IndexServiceServicer(object):
     """Stores collections of records and finds the records nearest to a query.
 
     Besides the errors that each RPC lists, every RPC on a collection may fail
-    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was deleted
-    during the call, or Milvus cannot be reached), FAILED_PRECONDITION (Milvus
-    refuses access) and INTERNAL (the database of the collection is damaged, or
-    the server made an error).
+    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to
+    retry), DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was
+    deleted during the call, or Milvus cannot be reached), FAILED_PRECONDITION
+    (Milvus refuses access), INVALID_ARGUMENT (the request is malformed or has
+    too many elements) and INTERNAL (the database of the collection is damaged,
+    or the server made an error).
     """
 
     def CreateCollection(self, request, context):
@@ -173,11 +175,12 @@ class IndexServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListCollections(self, request, context):
-        """Lists the collections, sorted by name. A collection that cannot be opened
-        is listed too, with its `problem`.
+        """Lists the collections, sorted by name. A damaged collection is listed too,
+        with its `problem`; with Milvus, a collection with damaged settings is left
+        out.
 
-        INVALID_ARGUMENT: the page size is out of range, or the page token is not
-        of this server.
+        INVALID_ARGUMENT: the page size is out of range, or the page token is
+        malformed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -206,16 +209,18 @@ class IndexServiceServicer(object):
     def UpsertRecords(self, request, context):
         """Inserts records, or replaces those with the same ids. Atomic: all or none.
         With the embedded backend, the records survive a crash of the process or
-        the host after the response.
+        the host after the response. A write that has begun is finished even if the
+        caller cancels or the deadline passes.
 
         INVALID_ARGUMENT: a record, text or vector is invalid; the error names it.
-        NOT_FOUND: there is no such collection, or its model is not served.
-        FAILED_PRECONDITION: there are no vectors, and the collection has no model
-        or another model made its vectors; or there are vectors, and the collection
-        changed its model during the call. ABORTED: a record has another revision
-        than expected. RESOURCE_EXHAUSTED: the queue or the disk is full, or the
-        deadline is too soon. UNIMPLEMENTED: Milvus does not support
-        `expected_revisions` and `time_to_live`.
+        NOT_FOUND: there is no such collection, or there are no vectors and its
+        model is not served. FAILED_PRECONDITION: there are no vectors, and the
+        collection has no model, or another model made its vectors; or there are
+        vectors, and the collection changed its model during the call. ABORTED: a
+        record has another revision than expected. DATA_LOSS: a revision is
+        expected of a record that is damaged on disk. RESOURCE_EXHAUSTED: the queue
+        or the disk is full, or the deadline is too soon. UNIMPLEMENTED: Milvus
+        does not support `expected_revisions` and `time_to_live`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -229,11 +234,13 @@ class IndexServiceServicer(object):
         there. The durability with Milvus is not known.
 
         INVALID_ARGUMENT: the first message names no collection, a later message
-        names another, a batch number does not grow, or a message has too many
-        records. NOT_FOUND and FAILED_PRECONDITION: as UpsertRecords.
-        RESOURCE_EXHAUSTED: too many streams are open, the queue stays full, or the
-        disk is full. UNAVAILABLE: the server stops, or a reembedding replaced the
-        vectors of the collection; resume in a new stream.
+        names another, a batch number does not grow, a truncation is unknown, or a
+        message has too many records. NOT_FOUND and FAILED_PRECONDITION: as
+        UpsertRecords without vectors. RESOURCE_EXHAUSTED: too many streams are
+        open, the queue is full when the stream begins or stays full, or the disk
+        is full. UNAVAILABLE: the server stops, or a reembedding replaced the
+        vectors of the collection; resume in a new stream. UNIMPLEMENTED: Milvus
+        does not support `time_to_live`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -258,7 +265,8 @@ class IndexServiceServicer(object):
 
         INVALID_ARGUMENT: `ids` and `filter` are both set or both empty, there are
         too many ids, or the filter is invalid. NOT_FOUND: there is no collection
-        with the name. RESOURCE_EXHAUSTED: the disk is full.
+        with the name. RESOURCE_EXHAUSTED: the disk and the server's reserve for
+        deletions are full.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -280,7 +288,8 @@ class IndexServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CountRecords(self, request, context):
-        """Counts the records of a collection, or those that match a filter.
+        """Counts the records of a collection, or those that match a filter. Records
+        that are damaged on disk count too, if the filter can read them.
 
         INVALID_ARGUMENT: the filter is invalid. NOT_FOUND: there is no collection
         with the name.
@@ -294,14 +303,15 @@ class IndexServiceServicer(object):
         are left out.
 
         INVALID_ARGUMENT: a query, filter or number is invalid; the error names the
-        field. NOT_FOUND: there is no such collection, its model is not served, or
-        a query names a record that does not exist. FAILED_PRECONDITION: a query is
-        a text to embed, and the collection has no model or another model made its
-        vectors; or a query is a vector, and the collection changed its model
-        during the call. RESOURCE_EXHAUSTED: the queue is full, the deadline is
-        too soon, or the response would be too large. DATA_LOSS: the word index, or
-        a record that a query names, is damaged on disk. UNIMPLEMENTED: Milvus does
-        not support `min_recall`, LEXICAL and HYBRID.
+        field. NOT_FOUND: there is no such collection, a query is a text to embed
+        and the collection's model is not served, or a query names a record that
+        does not exist. FAILED_PRECONDITION: a query is a text to embed, and the
+        collection has no model or another model made its vectors; or a query is a
+        vector, and the collection changed its model during the call.
+        RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon, or the
+        response would be too large. DATA_LOSS: the word index, or a record that a
+        query names, is damaged on disk. UNIMPLEMENTED: Milvus does not support
+        `min_recall`, LEXICAL and HYBRID.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -327,7 +337,7 @@ class IndexServiceServicer(object):
 
     def CancelReembedding(self, request, context):
         """Cancels the reembedding of a collection. The collection keeps its model and
-        its vectors. Nothing happens if no reembedding runs.
+        its vectors. Nothing happens if no reembedding runs, as after its end.
 
         NOT_FOUND: there is no collection with the name.
         """
@@ -354,8 +364,8 @@ class IndexServiceServicer(object):
         collection, sent in chunks. Writes and searches continue meanwhile.
 
         NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
-        damaged on disk. RESOURCE_EXHAUSTED: the disk has no room for a copy, or too
-        many backups wait. DEADLINE_EXCEEDED: the caller reads nothing for a
+        damaged on disk. RESOURCE_EXHAUSTED: the disk has no room for a copy, or
+        too many backups wait. DEADLINE_EXCEEDED: the caller reads nothing for a
         minute, or for 15 seconds while others wait. UNIMPLEMENTED: the backend is
         Milvus.
         """
@@ -365,17 +375,19 @@ class IndexServiceServicer(object):
 
     def RestoreCollection(self, request_iterator, context):
         """Creates a collection from the chunks of a backup. The server checks the
-        whole backup first; the collection's model need not be served. If the call
-        fails, nothing remains.
+        whole backup first; the collection's model need not be served. If the
+        server refuses the backup, nothing remains. If the call ends by a
+        cancellation or deadline after the last message, the collection may have
+        been created.
 
         INVALID_ARGUMENT: the name is missing or invalid, a later message has
         another name or follows the SHA-256, the bytes are not an undamaged backup,
-        or their SHA-256 differs. ALREADY_EXISTS: a collection has the name.
-        FAILED_PRECONDITION: a newer version of emberpc wrote the backup.
-        RESOURCE_EXHAUSTED: the server has its limit of collections, the disk has no
-        room, or too many restores wait. DEADLINE_EXCEEDED: the caller sends nothing
-        for a minute, or for 15 seconds while others wait. UNIMPLEMENTED: the
-        backend is Milvus.
+        or their SHA-256 is missing or differs. ALREADY_EXISTS: a collection has
+        the name. FAILED_PRECONDITION: a newer version of emberpc wrote the backup.
+        RESOURCE_EXHAUSTED: the server has its limit of collections, the disk has
+        no room, or too many restores wait. DEADLINE_EXCEEDED: the caller sends
+        nothing for a minute, or for 15 seconds while others wait. UNIMPLEMENTED:
+        the backend is Milvus.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -384,9 +396,10 @@ class IndexServiceServicer(object):
     def FindDuplicates(self, request, context):
         """Finds pairs of records whose vectors have at least a given cosine, whatever
         the distance of the collection is. If there are more than 100,000 pairs,
-        only the 100,000 with the greatest cosines are found. In a COSINE collection
-        of more than 20,000 records the graph is searched, which may miss pairs. A
-        vector of zeros is in no pair.
+        only the 100,000 with the greatest cosines are found. In a COSINE
+        collection of more than 20,000 records the graph is searched, which may
+        miss pairs. A vector of zeros is in no pair, nor is a record that is
+        damaged on disk.
 
         INVALID_ARGUMENT: the score, page size or page token is invalid. NOT_FOUND:
         there is no collection with the name. UNIMPLEMENTED: the backend is Milvus.
@@ -518,11 +531,12 @@ class IndexService(object):
     """Stores collections of records and finds the records nearest to a query.
 
     Besides the errors that each RPC lists, every RPC on a collection may fail
-    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was deleted
-    during the call, or Milvus cannot be reached), FAILED_PRECONDITION (Milvus
-    refuses access) and INTERNAL (the database of the collection is damaged, or
-    the server made an error).
+    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to
+    retry), DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was
+    deleted during the call, or Milvus cannot be reached), FAILED_PRECONDITION
+    (Milvus refuses access), INVALID_ARGUMENT (the request is malformed or has
+    too many elements) and INTERNAL (the database of the collection is damaged,
+    or the server made an error).
     """
 
     @staticmethod

@@ -30,11 +30,12 @@ class IndexServiceStub:
     """Stores collections of records and finds the records nearest to a query.
 
     Besides the errors that each RPC lists, every RPC on a collection may fail
-    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was deleted
-    during the call, or Milvus cannot be reached), FAILED_PRECONDITION (Milvus
-    refuses access) and INTERNAL (the database of the collection is damaged, or
-    the server made an error).
+    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to
+    retry), DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was
+    deleted during the call, or Milvus cannot be reached), FAILED_PRECONDITION
+    (Milvus refuses access), INVALID_ARGUMENT (the request is malformed or has
+    too many elements) and INTERNAL (the database of the collection is damaged,
+    or the server made an error).
     """
 
     @_typing.overload
@@ -56,11 +57,12 @@ class IndexServiceStub:
     is damaged and cannot be opened.
     """
     ListCollections: _grpc.UnaryUnaryMultiCallable[_index_pb2.ListCollectionsRequest, _index_pb2.ListCollectionsResponse]
-    """Lists the collections, sorted by name. A collection that cannot be opened
-    is listed too, with its `problem`.
+    """Lists the collections, sorted by name. A damaged collection is listed too,
+    with its `problem`; with Milvus, a collection with damaged settings is left
+    out.
 
-    INVALID_ARGUMENT: the page size is out of range, or the page token is not
-    of this server.
+    INVALID_ARGUMENT: the page size is out of range, or the page token is
+    malformed.
     """
     UpdateCollection: _grpc.UnaryUnaryMultiCallable[_index_pb2.UpdateCollectionRequest, _index_pb2.UpdateCollectionResponse]
     """Changes settings of a collection. Only `truncation` can be changed.
@@ -77,16 +79,18 @@ class IndexServiceStub:
     UpsertRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.UpsertRecordsRequest, _index_pb2.UpsertRecordsResponse]
     """Inserts records, or replaces those with the same ids. Atomic: all or none.
     With the embedded backend, the records survive a crash of the process or
-    the host after the response.
+    the host after the response. A write that has begun is finished even if the
+    caller cancels or the deadline passes.
 
     INVALID_ARGUMENT: a record, text or vector is invalid; the error names it.
-    NOT_FOUND: there is no such collection, or its model is not served.
-    FAILED_PRECONDITION: there are no vectors, and the collection has no model
-    or another model made its vectors; or there are vectors, and the collection
-    changed its model during the call. ABORTED: a record has another revision
-    than expected. RESOURCE_EXHAUSTED: the queue or the disk is full, or the
-    deadline is too soon. UNIMPLEMENTED: Milvus does not support
-    `expected_revisions` and `time_to_live`.
+    NOT_FOUND: there is no such collection, or there are no vectors and its
+    model is not served. FAILED_PRECONDITION: there are no vectors, and the
+    collection has no model, or another model made its vectors; or there are
+    vectors, and the collection changed its model during the call. ABORTED: a
+    record has another revision than expected. DATA_LOSS: a revision is
+    expected of a record that is damaged on disk. RESOURCE_EXHAUSTED: the queue
+    or the disk is full, or the deadline is too soon. UNIMPLEMENTED: Milvus
+    does not support `expected_revisions` and `time_to_live`.
     """
     UpsertRecordsStream: _grpc.StreamStreamMultiCallable[_index_pb2.UpsertRecordsStreamRequest, _index_pb2.UpsertRecordsStreamResponse]
     """Upserts any number of records. The valid records of a message are written
@@ -96,11 +100,13 @@ class IndexServiceStub:
     there. The durability with Milvus is not known.
 
     INVALID_ARGUMENT: the first message names no collection, a later message
-    names another, a batch number does not grow, or a message has too many
-    records. NOT_FOUND and FAILED_PRECONDITION: as UpsertRecords.
-    RESOURCE_EXHAUSTED: too many streams are open, the queue stays full, or the
-    disk is full. UNAVAILABLE: the server stops, or a reembedding replaced the
-    vectors of the collection; resume in a new stream.
+    names another, a batch number does not grow, a truncation is unknown, or a
+    message has too many records. NOT_FOUND and FAILED_PRECONDITION: as
+    UpsertRecords without vectors. RESOURCE_EXHAUSTED: too many streams are
+    open, the queue is full when the stream begins or stays full, or the disk
+    is full. UNAVAILABLE: the server stops, or a reembedding replaced the
+    vectors of the collection; resume in a new stream. UNIMPLEMENTED: Milvus
+    does not support `time_to_live`.
     """
     BatchGetRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.BatchGetRecordsRequest, _index_pb2.BatchGetRecordsResponse]
     """Returns records by id, in the order of the request; a repeated id repeats
@@ -117,7 +123,8 @@ class IndexServiceStub:
 
     INVALID_ARGUMENT: `ids` and `filter` are both set or both empty, there are
     too many ids, or the filter is invalid. NOT_FOUND: there is no collection
-    with the name. RESOURCE_EXHAUSTED: the disk is full.
+    with the name. RESOURCE_EXHAUSTED: the disk and the server's reserve for
+    deletions are full.
     """
     ListRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.ListRecordsRequest, _index_pb2.ListRecordsResponse]
     """Lists records, sorted by id in byte order. All pages together contain each
@@ -131,7 +138,8 @@ class IndexServiceStub:
     if there are fewer records; or the records and vectors of the page have.
     """
     CountRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.CountRecordsRequest, _index_pb2.CountRecordsResponse]
-    """Counts the records of a collection, or those that match a filter.
+    """Counts the records of a collection, or those that match a filter. Records
+    that are damaged on disk count too, if the filter can read them.
 
     INVALID_ARGUMENT: the filter is invalid. NOT_FOUND: there is no collection
     with the name.
@@ -141,14 +149,15 @@ class IndexServiceStub:
     are left out.
 
     INVALID_ARGUMENT: a query, filter or number is invalid; the error names the
-    field. NOT_FOUND: there is no such collection, its model is not served, or
-    a query names a record that does not exist. FAILED_PRECONDITION: a query is
-    a text to embed, and the collection has no model or another model made its
-    vectors; or a query is a vector, and the collection changed its model
-    during the call. RESOURCE_EXHAUSTED: the queue is full, the deadline is
-    too soon, or the response would be too large. DATA_LOSS: the word index, or
-    a record that a query names, is damaged on disk. UNIMPLEMENTED: Milvus does
-    not support `min_recall`, LEXICAL and HYBRID.
+    field. NOT_FOUND: there is no such collection, a query is a text to embed
+    and the collection's model is not served, or a query names a record that
+    does not exist. FAILED_PRECONDITION: a query is a text to embed, and the
+    collection has no model or another model made its vectors; or a query is a
+    vector, and the collection changed its model during the call.
+    RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon, or the
+    response would be too large. DATA_LOSS: the word index, or a record that a
+    query names, is damaged on disk. UNIMPLEMENTED: Milvus does not support
+    `min_recall`, LEXICAL and HYBRID.
     """
     ReembedCollection: _grpc.UnaryUnaryMultiCallable[_index_pb2.ReembedCollectionRequest, _index_pb2.ReembedCollectionResponse]
     """Starts to replace the vectors of a collection by those of another model,
@@ -166,7 +175,7 @@ class IndexServiceStub:
     """
     CancelReembedding: _grpc.UnaryUnaryMultiCallable[_index_pb2.CancelReembeddingRequest, _index_pb2.CancelReembeddingResponse]
     """Cancels the reembedding of a collection. The collection keeps its model and
-    its vectors. Nothing happens if no reembedding runs.
+    its vectors. Nothing happens if no reembedding runs, as after its end.
 
     NOT_FOUND: there is no collection with the name.
     """
@@ -185,31 +194,34 @@ class IndexServiceStub:
     collection, sent in chunks. Writes and searches continue meanwhile.
 
     NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
-    damaged on disk. RESOURCE_EXHAUSTED: the disk has no room for a copy, or too
-    many backups wait. DEADLINE_EXCEEDED: the caller reads nothing for a
+    damaged on disk. RESOURCE_EXHAUSTED: the disk has no room for a copy, or
+    too many backups wait. DEADLINE_EXCEEDED: the caller reads nothing for a
     minute, or for 15 seconds while others wait. UNIMPLEMENTED: the backend is
     Milvus.
     """
     RestoreCollection: _grpc.StreamUnaryMultiCallable[_index_pb2.RestoreCollectionRequest, _index_pb2.RestoreCollectionResponse]
     """Creates a collection from the chunks of a backup. The server checks the
-    whole backup first; the collection's model need not be served. If the call
-    fails, nothing remains.
+    whole backup first; the collection's model need not be served. If the
+    server refuses the backup, nothing remains. If the call ends by a
+    cancellation or deadline after the last message, the collection may have
+    been created.
 
     INVALID_ARGUMENT: the name is missing or invalid, a later message has
     another name or follows the SHA-256, the bytes are not an undamaged backup,
-    or their SHA-256 differs. ALREADY_EXISTS: a collection has the name.
-    FAILED_PRECONDITION: a newer version of emberpc wrote the backup.
-    RESOURCE_EXHAUSTED: the server has its limit of collections, the disk has no
-    room, or too many restores wait. DEADLINE_EXCEEDED: the caller sends nothing
-    for a minute, or for 15 seconds while others wait. UNIMPLEMENTED: the
-    backend is Milvus.
+    or their SHA-256 is missing or differs. ALREADY_EXISTS: a collection has
+    the name. FAILED_PRECONDITION: a newer version of emberpc wrote the backup.
+    RESOURCE_EXHAUSTED: the server has its limit of collections, the disk has
+    no room, or too many restores wait. DEADLINE_EXCEEDED: the caller sends
+    nothing for a minute, or for 15 seconds while others wait. UNIMPLEMENTED:
+    the backend is Milvus.
     """
     FindDuplicates: _grpc.UnaryUnaryMultiCallable[_index_pb2.FindDuplicatesRequest, _index_pb2.FindDuplicatesResponse]
     """Finds pairs of records whose vectors have at least a given cosine, whatever
     the distance of the collection is. If there are more than 100,000 pairs,
-    only the 100,000 with the greatest cosines are found. In a COSINE collection
-    of more than 20,000 records the graph is searched, which may miss pairs. A
-    vector of zeros is in no pair.
+    only the 100,000 with the greatest cosines are found. In a COSINE
+    collection of more than 20,000 records the graph is searched, which may
+    miss pairs. A vector of zeros is in no pair, nor is a record that is
+    damaged on disk.
 
     INVALID_ARGUMENT: the score, page size or page token is invalid. NOT_FOUND:
     there is no collection with the name. UNIMPLEMENTED: the backend is Milvus.
@@ -229,11 +241,12 @@ class IndexServiceAsyncStub(IndexServiceStub):
     """Stores collections of records and finds the records nearest to a query.
 
     Besides the errors that each RPC lists, every RPC on a collection may fail
-    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was deleted
-    during the call, or Milvus cannot be reached), FAILED_PRECONDITION (Milvus
-    refuses access) and INTERNAL (the database of the collection is damaged, or
-    the server made an error).
+    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to
+    retry), DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was
+    deleted during the call, or Milvus cannot be reached), FAILED_PRECONDITION
+    (Milvus refuses access), INVALID_ARGUMENT (the request is malformed or has
+    too many elements) and INTERNAL (the database of the collection is damaged,
+    or the server made an error).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -252,11 +265,12 @@ class IndexServiceAsyncStub(IndexServiceStub):
     is damaged and cannot be opened.
     """
     ListCollections: _aio.UnaryUnaryMultiCallable[_index_pb2.ListCollectionsRequest, _index_pb2.ListCollectionsResponse]  # type: ignore[assignment]
-    """Lists the collections, sorted by name. A collection that cannot be opened
-    is listed too, with its `problem`.
+    """Lists the collections, sorted by name. A damaged collection is listed too,
+    with its `problem`; with Milvus, a collection with damaged settings is left
+    out.
 
-    INVALID_ARGUMENT: the page size is out of range, or the page token is not
-    of this server.
+    INVALID_ARGUMENT: the page size is out of range, or the page token is
+    malformed.
     """
     UpdateCollection: _aio.UnaryUnaryMultiCallable[_index_pb2.UpdateCollectionRequest, _index_pb2.UpdateCollectionResponse]  # type: ignore[assignment]
     """Changes settings of a collection. Only `truncation` can be changed.
@@ -273,16 +287,18 @@ class IndexServiceAsyncStub(IndexServiceStub):
     UpsertRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.UpsertRecordsRequest, _index_pb2.UpsertRecordsResponse]  # type: ignore[assignment]
     """Inserts records, or replaces those with the same ids. Atomic: all or none.
     With the embedded backend, the records survive a crash of the process or
-    the host after the response.
+    the host after the response. A write that has begun is finished even if the
+    caller cancels or the deadline passes.
 
     INVALID_ARGUMENT: a record, text or vector is invalid; the error names it.
-    NOT_FOUND: there is no such collection, or its model is not served.
-    FAILED_PRECONDITION: there are no vectors, and the collection has no model
-    or another model made its vectors; or there are vectors, and the collection
-    changed its model during the call. ABORTED: a record has another revision
-    than expected. RESOURCE_EXHAUSTED: the queue or the disk is full, or the
-    deadline is too soon. UNIMPLEMENTED: Milvus does not support
-    `expected_revisions` and `time_to_live`.
+    NOT_FOUND: there is no such collection, or there are no vectors and its
+    model is not served. FAILED_PRECONDITION: there are no vectors, and the
+    collection has no model, or another model made its vectors; or there are
+    vectors, and the collection changed its model during the call. ABORTED: a
+    record has another revision than expected. DATA_LOSS: a revision is
+    expected of a record that is damaged on disk. RESOURCE_EXHAUSTED: the queue
+    or the disk is full, or the deadline is too soon. UNIMPLEMENTED: Milvus
+    does not support `expected_revisions` and `time_to_live`.
     """
     UpsertRecordsStream: _aio.StreamStreamMultiCallable[_index_pb2.UpsertRecordsStreamRequest, _index_pb2.UpsertRecordsStreamResponse]  # type: ignore[assignment]
     """Upserts any number of records. The valid records of a message are written
@@ -292,11 +308,13 @@ class IndexServiceAsyncStub(IndexServiceStub):
     there. The durability with Milvus is not known.
 
     INVALID_ARGUMENT: the first message names no collection, a later message
-    names another, a batch number does not grow, or a message has too many
-    records. NOT_FOUND and FAILED_PRECONDITION: as UpsertRecords.
-    RESOURCE_EXHAUSTED: too many streams are open, the queue stays full, or the
-    disk is full. UNAVAILABLE: the server stops, or a reembedding replaced the
-    vectors of the collection; resume in a new stream.
+    names another, a batch number does not grow, a truncation is unknown, or a
+    message has too many records. NOT_FOUND and FAILED_PRECONDITION: as
+    UpsertRecords without vectors. RESOURCE_EXHAUSTED: too many streams are
+    open, the queue is full when the stream begins or stays full, or the disk
+    is full. UNAVAILABLE: the server stops, or a reembedding replaced the
+    vectors of the collection; resume in a new stream. UNIMPLEMENTED: Milvus
+    does not support `time_to_live`.
     """
     BatchGetRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.BatchGetRecordsRequest, _index_pb2.BatchGetRecordsResponse]  # type: ignore[assignment]
     """Returns records by id, in the order of the request; a repeated id repeats
@@ -313,7 +331,8 @@ class IndexServiceAsyncStub(IndexServiceStub):
 
     INVALID_ARGUMENT: `ids` and `filter` are both set or both empty, there are
     too many ids, or the filter is invalid. NOT_FOUND: there is no collection
-    with the name. RESOURCE_EXHAUSTED: the disk is full.
+    with the name. RESOURCE_EXHAUSTED: the disk and the server's reserve for
+    deletions are full.
     """
     ListRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.ListRecordsRequest, _index_pb2.ListRecordsResponse]  # type: ignore[assignment]
     """Lists records, sorted by id in byte order. All pages together contain each
@@ -327,7 +346,8 @@ class IndexServiceAsyncStub(IndexServiceStub):
     if there are fewer records; or the records and vectors of the page have.
     """
     CountRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.CountRecordsRequest, _index_pb2.CountRecordsResponse]  # type: ignore[assignment]
-    """Counts the records of a collection, or those that match a filter.
+    """Counts the records of a collection, or those that match a filter. Records
+    that are damaged on disk count too, if the filter can read them.
 
     INVALID_ARGUMENT: the filter is invalid. NOT_FOUND: there is no collection
     with the name.
@@ -337,14 +357,15 @@ class IndexServiceAsyncStub(IndexServiceStub):
     are left out.
 
     INVALID_ARGUMENT: a query, filter or number is invalid; the error names the
-    field. NOT_FOUND: there is no such collection, its model is not served, or
-    a query names a record that does not exist. FAILED_PRECONDITION: a query is
-    a text to embed, and the collection has no model or another model made its
-    vectors; or a query is a vector, and the collection changed its model
-    during the call. RESOURCE_EXHAUSTED: the queue is full, the deadline is
-    too soon, or the response would be too large. DATA_LOSS: the word index, or
-    a record that a query names, is damaged on disk. UNIMPLEMENTED: Milvus does
-    not support `min_recall`, LEXICAL and HYBRID.
+    field. NOT_FOUND: there is no such collection, a query is a text to embed
+    and the collection's model is not served, or a query names a record that
+    does not exist. FAILED_PRECONDITION: a query is a text to embed, and the
+    collection has no model or another model made its vectors; or a query is a
+    vector, and the collection changed its model during the call.
+    RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon, or the
+    response would be too large. DATA_LOSS: the word index, or a record that a
+    query names, is damaged on disk. UNIMPLEMENTED: Milvus does not support
+    `min_recall`, LEXICAL and HYBRID.
     """
     ReembedCollection: _aio.UnaryUnaryMultiCallable[_index_pb2.ReembedCollectionRequest, _index_pb2.ReembedCollectionResponse]  # type: ignore[assignment]
     """Starts to replace the vectors of a collection by those of another model,
@@ -362,7 +383,7 @@ class IndexServiceAsyncStub(IndexServiceStub):
     """
     CancelReembedding: _aio.UnaryUnaryMultiCallable[_index_pb2.CancelReembeddingRequest, _index_pb2.CancelReembeddingResponse]  # type: ignore[assignment]
     """Cancels the reembedding of a collection. The collection keeps its model and
-    its vectors. Nothing happens if no reembedding runs.
+    its vectors. Nothing happens if no reembedding runs, as after its end.
 
     NOT_FOUND: there is no collection with the name.
     """
@@ -381,31 +402,34 @@ class IndexServiceAsyncStub(IndexServiceStub):
     collection, sent in chunks. Writes and searches continue meanwhile.
 
     NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
-    damaged on disk. RESOURCE_EXHAUSTED: the disk has no room for a copy, or too
-    many backups wait. DEADLINE_EXCEEDED: the caller reads nothing for a
+    damaged on disk. RESOURCE_EXHAUSTED: the disk has no room for a copy, or
+    too many backups wait. DEADLINE_EXCEEDED: the caller reads nothing for a
     minute, or for 15 seconds while others wait. UNIMPLEMENTED: the backend is
     Milvus.
     """
     RestoreCollection: _aio.StreamUnaryMultiCallable[_index_pb2.RestoreCollectionRequest, _index_pb2.RestoreCollectionResponse]  # type: ignore[assignment]
     """Creates a collection from the chunks of a backup. The server checks the
-    whole backup first; the collection's model need not be served. If the call
-    fails, nothing remains.
+    whole backup first; the collection's model need not be served. If the
+    server refuses the backup, nothing remains. If the call ends by a
+    cancellation or deadline after the last message, the collection may have
+    been created.
 
     INVALID_ARGUMENT: the name is missing or invalid, a later message has
     another name or follows the SHA-256, the bytes are not an undamaged backup,
-    or their SHA-256 differs. ALREADY_EXISTS: a collection has the name.
-    FAILED_PRECONDITION: a newer version of emberpc wrote the backup.
-    RESOURCE_EXHAUSTED: the server has its limit of collections, the disk has no
-    room, or too many restores wait. DEADLINE_EXCEEDED: the caller sends nothing
-    for a minute, or for 15 seconds while others wait. UNIMPLEMENTED: the
-    backend is Milvus.
+    or their SHA-256 is missing or differs. ALREADY_EXISTS: a collection has
+    the name. FAILED_PRECONDITION: a newer version of emberpc wrote the backup.
+    RESOURCE_EXHAUSTED: the server has its limit of collections, the disk has
+    no room, or too many restores wait. DEADLINE_EXCEEDED: the caller sends
+    nothing for a minute, or for 15 seconds while others wait. UNIMPLEMENTED:
+    the backend is Milvus.
     """
     FindDuplicates: _aio.UnaryUnaryMultiCallable[_index_pb2.FindDuplicatesRequest, _index_pb2.FindDuplicatesResponse]  # type: ignore[assignment]
     """Finds pairs of records whose vectors have at least a given cosine, whatever
     the distance of the collection is. If there are more than 100,000 pairs,
-    only the 100,000 with the greatest cosines are found. In a COSINE collection
-    of more than 20,000 records the graph is searched, which may miss pairs. A
-    vector of zeros is in no pair.
+    only the 100,000 with the greatest cosines are found. In a COSINE
+    collection of more than 20,000 records the graph is searched, which may
+    miss pairs. A vector of zeros is in no pair, nor is a record that is
+    damaged on disk.
 
     INVALID_ARGUMENT: the score, page size or page token is invalid. NOT_FOUND:
     there is no collection with the name. UNIMPLEMENTED: the backend is Milvus.
@@ -424,11 +448,12 @@ class IndexServiceServicer:
     """Stores collections of records and finds the records nearest to a query.
 
     Besides the errors that each RPC lists, every RPC on a collection may fail
-    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was deleted
-    during the call, or Milvus cannot be reached), FAILED_PRECONDITION (Milvus
-    refuses access) and INTERNAL (the database of the collection is damaged, or
-    the server made an error).
+    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to
+    retry), DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was
+    deleted during the call, or Milvus cannot be reached), FAILED_PRECONDITION
+    (Milvus refuses access), INVALID_ARGUMENT (the request is malformed or has
+    too many elements) and INTERNAL (the database of the collection is damaged,
+    or the server made an error).
     """
 
     def CreateCollection(
@@ -460,11 +485,12 @@ class IndexServiceServicer:
         request: _index_pb2.ListCollectionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.ListCollectionsResponse, _abc.Awaitable[_index_pb2.ListCollectionsResponse]]:
-        """Lists the collections, sorted by name. A collection that cannot be opened
-        is listed too, with its `problem`.
+        """Lists the collections, sorted by name. A damaged collection is listed too,
+        with its `problem`; with Milvus, a collection with damaged settings is left
+        out.
 
-        INVALID_ARGUMENT: the page size is out of range, or the page token is not
-        of this server.
+        INVALID_ARGUMENT: the page size is out of range, or the page token is
+        malformed.
         """
 
     def UpdateCollection(
@@ -496,16 +522,18 @@ class IndexServiceServicer:
     ) -> _typing.Union[_index_pb2.UpsertRecordsResponse, _abc.Awaitable[_index_pb2.UpsertRecordsResponse]]:
         """Inserts records, or replaces those with the same ids. Atomic: all or none.
         With the embedded backend, the records survive a crash of the process or
-        the host after the response.
+        the host after the response. A write that has begun is finished even if the
+        caller cancels or the deadline passes.
 
         INVALID_ARGUMENT: a record, text or vector is invalid; the error names it.
-        NOT_FOUND: there is no such collection, or its model is not served.
-        FAILED_PRECONDITION: there are no vectors, and the collection has no model
-        or another model made its vectors; or there are vectors, and the collection
-        changed its model during the call. ABORTED: a record has another revision
-        than expected. RESOURCE_EXHAUSTED: the queue or the disk is full, or the
-        deadline is too soon. UNIMPLEMENTED: Milvus does not support
-        `expected_revisions` and `time_to_live`.
+        NOT_FOUND: there is no such collection, or there are no vectors and its
+        model is not served. FAILED_PRECONDITION: there are no vectors, and the
+        collection has no model, or another model made its vectors; or there are
+        vectors, and the collection changed its model during the call. ABORTED: a
+        record has another revision than expected. DATA_LOSS: a revision is
+        expected of a record that is damaged on disk. RESOURCE_EXHAUSTED: the queue
+        or the disk is full, or the deadline is too soon. UNIMPLEMENTED: Milvus
+        does not support `expected_revisions` and `time_to_live`.
         """
 
     def UpsertRecordsStream(
@@ -520,11 +548,13 @@ class IndexServiceServicer:
         there. The durability with Milvus is not known.
 
         INVALID_ARGUMENT: the first message names no collection, a later message
-        names another, a batch number does not grow, or a message has too many
-        records. NOT_FOUND and FAILED_PRECONDITION: as UpsertRecords.
-        RESOURCE_EXHAUSTED: too many streams are open, the queue stays full, or the
-        disk is full. UNAVAILABLE: the server stops, or a reembedding replaced the
-        vectors of the collection; resume in a new stream.
+        names another, a batch number does not grow, a truncation is unknown, or a
+        message has too many records. NOT_FOUND and FAILED_PRECONDITION: as
+        UpsertRecords without vectors. RESOURCE_EXHAUSTED: too many streams are
+        open, the queue is full when the stream begins or stays full, or the disk
+        is full. UNAVAILABLE: the server stops, or a reembedding replaced the
+        vectors of the collection; resume in a new stream. UNIMPLEMENTED: Milvus
+        does not support `time_to_live`.
         """
 
     def BatchGetRecords(
@@ -551,7 +581,8 @@ class IndexServiceServicer:
 
         INVALID_ARGUMENT: `ids` and `filter` are both set or both empty, there are
         too many ids, or the filter is invalid. NOT_FOUND: there is no collection
-        with the name. RESOURCE_EXHAUSTED: the disk is full.
+        with the name. RESOURCE_EXHAUSTED: the disk and the server's reserve for
+        deletions are full.
         """
 
     def ListRecords(
@@ -575,7 +606,8 @@ class IndexServiceServicer:
         request: _index_pb2.CountRecordsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.CountRecordsResponse, _abc.Awaitable[_index_pb2.CountRecordsResponse]]:
-        """Counts the records of a collection, or those that match a filter.
+        """Counts the records of a collection, or those that match a filter. Records
+        that are damaged on disk count too, if the filter can read them.
 
         INVALID_ARGUMENT: the filter is invalid. NOT_FOUND: there is no collection
         with the name.
@@ -590,14 +622,15 @@ class IndexServiceServicer:
         are left out.
 
         INVALID_ARGUMENT: a query, filter or number is invalid; the error names the
-        field. NOT_FOUND: there is no such collection, its model is not served, or
-        a query names a record that does not exist. FAILED_PRECONDITION: a query is
-        a text to embed, and the collection has no model or another model made its
-        vectors; or a query is a vector, and the collection changed its model
-        during the call. RESOURCE_EXHAUSTED: the queue is full, the deadline is
-        too soon, or the response would be too large. DATA_LOSS: the word index, or
-        a record that a query names, is damaged on disk. UNIMPLEMENTED: Milvus does
-        not support `min_recall`, LEXICAL and HYBRID.
+        field. NOT_FOUND: there is no such collection, a query is a text to embed
+        and the collection's model is not served, or a query names a record that
+        does not exist. FAILED_PRECONDITION: a query is a text to embed, and the
+        collection has no model or another model made its vectors; or a query is a
+        vector, and the collection changed its model during the call.
+        RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon, or the
+        response would be too large. DATA_LOSS: the word index, or a record that a
+        query names, is damaged on disk. UNIMPLEMENTED: Milvus does not support
+        `min_recall`, LEXICAL and HYBRID.
         """
 
     def ReembedCollection(
@@ -625,7 +658,7 @@ class IndexServiceServicer:
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.CancelReembeddingResponse, _abc.Awaitable[_index_pb2.CancelReembeddingResponse]]:
         """Cancels the reembedding of a collection. The collection keeps its model and
-        its vectors. Nothing happens if no reembedding runs.
+        its vectors. Nothing happens if no reembedding runs, as after its end.
 
         NOT_FOUND: there is no collection with the name.
         """
@@ -654,8 +687,8 @@ class IndexServiceServicer:
         collection, sent in chunks. Writes and searches continue meanwhile.
 
         NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
-        damaged on disk. RESOURCE_EXHAUSTED: the disk has no room for a copy, or too
-        many backups wait. DEADLINE_EXCEEDED: the caller reads nothing for a
+        damaged on disk. RESOURCE_EXHAUSTED: the disk has no room for a copy, or
+        too many backups wait. DEADLINE_EXCEEDED: the caller reads nothing for a
         minute, or for 15 seconds while others wait. UNIMPLEMENTED: the backend is
         Milvus.
         """
@@ -666,17 +699,19 @@ class IndexServiceServicer:
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.RestoreCollectionResponse, _abc.Awaitable[_index_pb2.RestoreCollectionResponse]]:
         """Creates a collection from the chunks of a backup. The server checks the
-        whole backup first; the collection's model need not be served. If the call
-        fails, nothing remains.
+        whole backup first; the collection's model need not be served. If the
+        server refuses the backup, nothing remains. If the call ends by a
+        cancellation or deadline after the last message, the collection may have
+        been created.
 
         INVALID_ARGUMENT: the name is missing or invalid, a later message has
         another name or follows the SHA-256, the bytes are not an undamaged backup,
-        or their SHA-256 differs. ALREADY_EXISTS: a collection has the name.
-        FAILED_PRECONDITION: a newer version of emberpc wrote the backup.
-        RESOURCE_EXHAUSTED: the server has its limit of collections, the disk has no
-        room, or too many restores wait. DEADLINE_EXCEEDED: the caller sends nothing
-        for a minute, or for 15 seconds while others wait. UNIMPLEMENTED: the
-        backend is Milvus.
+        or their SHA-256 is missing or differs. ALREADY_EXISTS: a collection has
+        the name. FAILED_PRECONDITION: a newer version of emberpc wrote the backup.
+        RESOURCE_EXHAUSTED: the server has its limit of collections, the disk has
+        no room, or too many restores wait. DEADLINE_EXCEEDED: the caller sends
+        nothing for a minute, or for 15 seconds while others wait. UNIMPLEMENTED:
+        the backend is Milvus.
         """
 
     def FindDuplicates(
@@ -686,9 +721,10 @@ class IndexServiceServicer:
     ) -> _typing.Union[_index_pb2.FindDuplicatesResponse, _abc.Awaitable[_index_pb2.FindDuplicatesResponse]]:
         """Finds pairs of records whose vectors have at least a given cosine, whatever
         the distance of the collection is. If there are more than 100,000 pairs,
-        only the 100,000 with the greatest cosines are found. In a COSINE collection
-        of more than 20,000 records the graph is searched, which may miss pairs. A
-        vector of zeros is in no pair.
+        only the 100,000 with the greatest cosines are found. In a COSINE
+        collection of more than 20,000 records the graph is searched, which may
+        miss pairs. A vector of zeros is in no pair, nor is a record that is
+        damaged on disk.
 
         INVALID_ARGUMENT: the score, page size or page token is invalid. NOT_FOUND:
         there is no collection with the name. UNIMPLEMENTED: the backend is Milvus.

@@ -149,7 +149,9 @@ class Model(_message.Message):
     ModelVersion.
     """
     dimensions: _builtins.int
-    """Number of dimensions of the model's vectors."""
+    """Number of dimensions of the model's vectors. CLASSIFICATION: of the vectors
+    that the head takes; 1 for a foreign model.
+    """
     pooling: _builtins.str
     """The rule that makes one vector of the vectors of a text's tokens: `mean`,
     `cls`, `max` or `lasttoken`. Of a foreign model also `in the graph`, or
@@ -170,7 +172,9 @@ class Model(_message.Message):
     variant: _builtins.str
     """The served variant: one of the bundle's ONNX files, such as `fp32`."""
     size_bytes: _builtins.int
-    """Size in bytes of the ONNX file of the served variant."""
+    """Size in bytes of the ONNX file of the served variant, without external
+    files with weights.
+    """
     classifier_fingerprint: _builtins.str
     """CLASSIFICATION: fingerprint (hex) of all that decides the labels; see
     ModelVersion. Empty for an embedding model.
@@ -350,7 +354,8 @@ class LoadModelRequest(_message.Message):
     """
     variant: _builtins.str
     """The variant to serve. Empty: the variant that the server's settings name
-    for this model name. If they name none, the first variant, fp32.
+    for this model name. If they name none, the first variant of the bundle:
+    `fp32`, or `onnx` of a foreign model.
     """
     def __init__(
         self,
@@ -408,7 +413,8 @@ class ReloadModelRequest(_message.Message):
     """Name of the served model to replace."""
     path: _builtins.str
     """Another folder to load the model from, relative to the server's models
-    directory. Empty: the folder from which the model was loaded.
+    directory, with the rules of LoadModelRequest. Empty: the folder from which
+    the model was loaded.
     """
     variant: _builtins.str
     """The variant to serve. Empty: the variant that is served now."""

@@ -70,8 +70,8 @@ class ModelServiceServicer(object):
         """Lists the served models, sorted by name. A page ends early if its models
         would have more than 1 MiB together; a single model may have more.
 
-        INVALID_ARGUMENT: the page size is out of range, or the page token is not
-        of this server.
+        INVALID_ARGUMENT: the page size is out of range, or the page token is
+        malformed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,13 +92,13 @@ class ModelServiceServicer(object):
         """Loads a bundle under a new name: the server checks the bundle, warms the
         model up and then serves it. The responses state the progress. Changes of
         models run one after the other, and are finished even if the caller
-        cancels.
+        cancels; changes that wait when the server stops do not run.
 
         PERMISSION_DENIED: the server does not let callers change its models (flag
         --model-admin). INVALID_ARGUMENT: the name is malformed, or the path names
         no folder in the models directory. ALREADY_EXISTS: a model has the name.
-        FAILED_PRECONDITION: the server has no models directory, or cannot serve
-        the bundle.
+        FAILED_PRECONDITION: the server has no models directory or cannot serve the
+        bundle, or the bundle has no such variant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,7 +113,8 @@ class ModelServiceServicer(object):
         --model-admin). NOT_FOUND: there is no model with the name.
         INVALID_ARGUMENT: the path names no folder in the models directory.
         FAILED_PRECONDITION: a path is given and the server has no models
-        directory, or the server cannot serve the new bundle.
+        directory, the server cannot serve the new bundle, or the bundle has no
+        such variant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,8 +37,8 @@ class ModelServiceStub:
     """Lists the served models, sorted by name. A page ends early if its models
     would have more than 1 MiB together; a single model may have more.
 
-    INVALID_ARGUMENT: the page size is out of range, or the page token is not
-    of this server.
+    INVALID_ARGUMENT: the page size is out of range, or the page token is
+    malformed.
     """
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]
     """Returns one model.
@@ -51,13 +51,13 @@ class ModelServiceStub:
     """Loads a bundle under a new name: the server checks the bundle, warms the
     model up and then serves it. The responses state the progress. Changes of
     models run one after the other, and are finished even if the caller
-    cancels.
+    cancels; changes that wait when the server stops do not run.
 
     PERMISSION_DENIED: the server does not let callers change its models (flag
     --model-admin). INVALID_ARGUMENT: the name is malformed, or the path names
     no folder in the models directory. ALREADY_EXISTS: a model has the name.
-    FAILED_PRECONDITION: the server has no models directory, or cannot serve
-    the bundle.
+    FAILED_PRECONDITION: the server has no models directory or cannot serve the
+    bundle, or the bundle has no such variant.
     """
     ReloadModel: _grpc.UnaryStreamMultiCallable[_model_pb2.ReloadModelRequest, _model_pb2.ReloadModelResponse]
     """Replaces a model by the bundle that is now in its folder, or by another
@@ -68,7 +68,8 @@ class ModelServiceStub:
     --model-admin). NOT_FOUND: there is no model with the name.
     INVALID_ARGUMENT: the path names no folder in the models directory.
     FAILED_PRECONDITION: a path is given and the server has no models
-    directory, or the server cannot serve the new bundle.
+    directory, the server cannot serve the new bundle, or the bundle has no
+    such variant.
     """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]
     """Stops serving a model. New calls do not find the model. The server responds
@@ -88,8 +89,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """Lists the served models, sorted by name. A page ends early if its models
     would have more than 1 MiB together; a single model may have more.
 
-    INVALID_ARGUMENT: the page size is out of range, or the page token is not
-    of this server.
+    INVALID_ARGUMENT: the page size is out of range, or the page token is
+    malformed.
     """
     GetModel: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]  # type: ignore[assignment]
     """Returns one model.
@@ -102,13 +103,13 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """Loads a bundle under a new name: the server checks the bundle, warms the
     model up and then serves it. The responses state the progress. Changes of
     models run one after the other, and are finished even if the caller
-    cancels.
+    cancels; changes that wait when the server stops do not run.
 
     PERMISSION_DENIED: the server does not let callers change its models (flag
     --model-admin). INVALID_ARGUMENT: the name is malformed, or the path names
     no folder in the models directory. ALREADY_EXISTS: a model has the name.
-    FAILED_PRECONDITION: the server has no models directory, or cannot serve
-    the bundle.
+    FAILED_PRECONDITION: the server has no models directory or cannot serve the
+    bundle, or the bundle has no such variant.
     """
     ReloadModel: _aio.UnaryStreamMultiCallable[_model_pb2.ReloadModelRequest, _model_pb2.ReloadModelResponse]  # type: ignore[assignment]
     """Replaces a model by the bundle that is now in its folder, or by another
@@ -119,7 +120,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     --model-admin). NOT_FOUND: there is no model with the name.
     INVALID_ARGUMENT: the path names no folder in the models directory.
     FAILED_PRECONDITION: a path is given and the server has no models
-    directory, or the server cannot serve the new bundle.
+    directory, the server cannot serve the new bundle, or the bundle has no
+    such variant.
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]  # type: ignore[assignment]
     """Stops serving a model. New calls do not find the model. The server responds
@@ -141,8 +143,8 @@ class ModelServiceServicer:
         """Lists the served models, sorted by name. A page ends early if its models
         would have more than 1 MiB together; a single model may have more.
 
-        INVALID_ARGUMENT: the page size is out of range, or the page token is not
-        of this server.
+        INVALID_ARGUMENT: the page size is out of range, or the page token is
+        malformed.
         """
 
     def GetModel(
@@ -165,13 +167,13 @@ class ModelServiceServicer:
         """Loads a bundle under a new name: the server checks the bundle, warms the
         model up and then serves it. The responses state the progress. Changes of
         models run one after the other, and are finished even if the caller
-        cancels.
+        cancels; changes that wait when the server stops do not run.
 
         PERMISSION_DENIED: the server does not let callers change its models (flag
         --model-admin). INVALID_ARGUMENT: the name is malformed, or the path names
         no folder in the models directory. ALREADY_EXISTS: a model has the name.
-        FAILED_PRECONDITION: the server has no models directory, or cannot serve
-        the bundle.
+        FAILED_PRECONDITION: the server has no models directory or cannot serve the
+        bundle, or the bundle has no such variant.
         """
 
     def ReloadModel(
@@ -187,7 +189,8 @@ class ModelServiceServicer:
         --model-admin). NOT_FOUND: there is no model with the name.
         INVALID_ARGUMENT: the path names no folder in the models directory.
         FAILED_PRECONDITION: a path is given and the server has no models
-        directory, or the server cannot serve the new bundle.
+        directory, the server cannot serve the new bundle, or the bundle has no
+        such variant.
         """
 
     def UnloadModel(

@@ -49,7 +49,7 @@ class GetServerInfoResponse(_message.Message):
     @_builtins.property
     def limits(self) -> Global___ServerLimits:
         """Limits of calls. A call over a limit fails with INVALID_ARGUMENT or
-        RESOURCE_EXHAUSTED before the server does its work.
+        RESOURCE_EXHAUSTED; in a stream, a text over its limit fails alone.
         """
 
     @_builtins.property
@@ -100,9 +100,14 @@ class ServerLimits(_message.Message):
     max_message_bytes: _builtins.int
     """Limit of the bytes of one request message."""
     max_response_bytes: _builtins.int
-    """Limit of the bytes of one response message."""
+    """Limit of the bytes of one response message. It may be checked only after
+    the work, as in a Search. Responses of ListModels, GetModel and
+    ListCollections are not checked.
+    """
     max_texts: _builtins.int
-    """Limit of the texts or records in one call, or in one message of a stream."""
+    """Limit of the texts or records that one call sends, or one message of a
+    stream.
+    """
     max_text_bytes: _builtins.int
     """Limit of the bytes (UTF-8) of one text."""
     max_queue_tokens: _builtins.int
@@ -131,7 +136,8 @@ class ServerLimits(_message.Message):
     """Limit of the values of all memberships of all filters of one request."""
     max_collections: _builtins.int
     """Limit of the collections on the server. At this number, CreateCollection
-    and RestoreCollection fail with RESOURCE_EXHAUSTED.
+    and RestoreCollection fail with RESOURCE_EXHAUSTED. With Milvus this has no
+    effect.
     """
     max_elements: _builtins.int
     """Limit of the list items, map entries and unknown fields of all messages

@@ -78,7 +78,8 @@ class _InputKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_InputKind.V
 
 class InputKind(_InputKind, metaclass=_InputKindEnumTypeWrapper):
     """Purpose of a text. It decides which prompt of the model the server puts
-    before the text. The server adds the prompt exactly once.
+    before the text. The text itself must not have the prompt: the server adds it
+    in any case.
     """
 
 INPUT_KIND_UNSPECIFIED: InputKind.ValueType  # 0
@@ -103,12 +104,16 @@ class _TruncationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Truncation
     """
     TRUNCATION_REFUSE: _Truncation.ValueType  # 1
     """Fail with INVALID_ARGUMENT. The error names the text and its number of
-    tokens.
+    tokens; of a long text, only that it has more than the limit.
     """
     TRUNCATION_END: _Truncation.ValueType  # 2
-    """Remove the tokens beyond the limit from the end of the text."""
+    """Remove the tokens beyond the limit from the end of the text. Special tokens
+    stay.
+    """
     TRUNCATION_START: _Truncation.ValueType  # 3
-    """Remove the tokens beyond the limit from the start of the text."""
+    """Remove the tokens beyond the limit from the start of the text. Special
+    tokens and prompt stay.
+    """
 
 class Truncation(_Truncation, metaclass=_TruncationEnumTypeWrapper):
     """Treatment of a text that has more tokens than the model reads."""
@@ -119,12 +124,16 @@ states none.
 """
 TRUNCATION_REFUSE: Truncation.ValueType  # 1
 """Fail with INVALID_ARGUMENT. The error names the text and its number of
-tokens.
+tokens; of a long text, only that it has more than the limit.
 """
 TRUNCATION_END: Truncation.ValueType  # 2
-"""Remove the tokens beyond the limit from the end of the text."""
+"""Remove the tokens beyond the limit from the end of the text. Special tokens
+stay.
+"""
 TRUNCATION_START: Truncation.ValueType  # 3
-"""Remove the tokens beyond the limit from the start of the text."""
+"""Remove the tokens beyond the limit from the start of the text. Special
+tokens and prompt stay.
+"""
 Global___Truncation: _TypeAlias = Truncation  # noqa: Y015
 
 class _Priority:
@@ -142,8 +151,9 @@ class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.Val
 
 class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
     """Urgency of a call. The server runs interactive work before bulk work, but
-    bulk work gets a micro-batch at least every quarter of a second. A call with
-    more tokens than two micro-batches is bulk work, whatever the request states.
+    bulk work gets the next micro-batch if it got none for a quarter of a second.
+    A call with more tokens than two micro-batches is bulk work, whatever the
+    request states.
     """
 
 PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
@@ -177,7 +187,9 @@ class Vectors(_message.Message):
     """Element type of `data`. Unspecified means FLOAT32."""
     @_builtins.property
     def scales(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """INT8 only: one scale per row. Vector i is row i of `data` times `scales[i]`."""
+        """INT8 only: one scale per row. Vector i is row i of `data` times
+        `scales[i]`.
+        """
 
     def __init__(
         self,
@@ -237,15 +249,16 @@ class ModelVersion(_message.Message):
     revision: _builtins.str
     """Revision of the model's weights, as the bundle states it."""
     fingerprint: _builtins.str
-    """Fingerprint (hex) of all bytes that decide the model's vectors: weights,
-    tokenizer, pooling, prompts, dimensions, normalization. Classifiers on the
-    same encoder have the same fingerprint.
+    """Fingerprint (hex) of all bytes that decide the model's vectors, except
+    `max_tokens`: graph, weights, tokenizer, pooling, prompts, dimensions,
+    normalization. Exported classifiers on the same encoder have the same
+    fingerprint; that of a foreign classifier covers its logits.
     """
     classifier_fingerprint: _builtins.str
     """CLASSIFICATION: fingerprint (hex) of all that decides the labels: the bytes
-    of `fingerprint`, the head, the labels with their order, thresholds,
-    temperature, rejection threshold and `max_tokens`. Empty: the model is not
-    a classifier.
+    of `fingerprint`, the head, the labels with their order, whether a text may
+    have several, thresholds, temperature, rejection threshold and
+    `max_tokens`. Empty: the model is not a classifier.
     """
     def __init__(
         self,
@@ -265,8 +278,9 @@ Global___ModelVersion: _TypeAlias = ModelVersion  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):
-    """Wall time of the steps of a call, in seconds. If parts of a step run in
-    parallel, the time is from the first start to the last end.
+    """Wall time of the steps of a call, in seconds. If micro-batches of a call run
+    in parallel, `infer_seconds` is from the first start to the last end. The
+    first three times are 0 if the outputs for all texts were cached.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -276,14 +290,16 @@ class Timings(_message.Message):
     INFER_SECONDS_FIELD_NUMBER: _builtins.int
     LOOKUP_SECONDS_FIELD_NUMBER: _builtins.int
     tokenize_seconds: _builtins.float
-    """Seconds of tokenizing the texts."""
+    """Seconds of tokenizing the texts, with the wait for a thread."""
     queue_seconds: _builtins.float
-    """Seconds of waiting for a free worker."""
+    """Seconds of waiting for a free worker, or for another call that runs the
+    same texts.
+    """
     infer_seconds: _builtins.float
     """Seconds of running the model."""
     lookup_seconds: _builtins.float
-    """Seconds of searching the index and reading records. 0 if the call does
-    neither.
+    """Seconds of a search in the index, with the wait for a thread and the
+    reading of the hits. 0 if the call does not search.
     """
     def __init__(
         self,

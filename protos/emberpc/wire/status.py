@@ -1,7 +1,8 @@
 """Encode and decode the details of an error in the form that all gRPC libraries use.
 
-A failed call has a serialized google.rpc.Status in its trailing metadata. The
-messages here are those of `errors.proto`, which have the same wire form as the
+A call that the server fails has a serialized google.rpc.Status in its trailing
+metadata. An error that gRPC itself makes, such as for a passed deadline, has none.
+The messages here are those of `errors.proto`, which have the same wire form as the
 messages of google.rpc.
 """
 
@@ -54,7 +55,7 @@ def unpack(data: bytes) -> pb.ErrorStatus:
 
 
 def detail(status: pb.ErrorStatus, kind: type[Detail]) -> Detail | None:
-    """Return the first detail of the type `kind` of an error; None if there is none or it cannot be decoded."""
+    """Return the first detail of the type `kind` of an error; None if there is none, or the first cannot be decoded."""
     for packed in status.details:
         if packed.type_url == _TYPE_URL + kind.DESCRIPTOR.name:
             try:

@@ -19,10 +19,11 @@ _FLOATS: dict[pb.DataType.ValueType, npt.DTypeLike] = {
 
 
 class VectorFormatError(ValueError):
-    """The fields of a `Vectors` message contradict each other, or its data type is unknown.
+    """The fields of a `Vectors` message contradict each other or are negative, or a data type is unknown.
 
     Args:
-        field: name of the wrong field, such as `data`. It is also an attribute of the error.
+        field: name of the wrong field, such as `data`; `rows` also for negative dimensions. It is also an attribute of
+            the error.
         message: the problem.
     """
 
@@ -36,9 +37,10 @@ def encode(matrix: Matrix, dtype: pb.DataType.ValueType = pb.DATA_TYPE_FLOAT32) 
 
     Args:
         matrix: float32, shape (rows, dimensions).
-        dtype: element type in the message; unspecified means FLOAT32. INT8 has one
-            scale per row: the row's largest magnitude divided by 127 (1 for a row of
-            zeros). BINARY keeps only the signs; zero counts as negative.
+        dtype: element type in the message; unspecified means FLOAT32. FLOAT16 has
+            infinity for numbers of magnitude 65,520 or more. INT8 has one scale per
+            row: the row's largest magnitude divided by 127 (1 for a row of zeros); all
+            numbers must be finite. BINARY keeps only the signs; zero counts as negative.
 
     Returns:
         The message, which `decode` decodes to an array of the same shape.
@@ -66,8 +68,8 @@ def decode(block: pb.Vectors) -> Matrix:
     """Decode a block of vectors.
 
     Returns:
-        float32, shape (rows, dimensions). FLOAT32 shares the memory of the message, so
-        the array is not writable. BINARY gives -1 and 1.
+        float32, shape (rows, dimensions). With FLOAT32 the array is not writable, since
+        it is a view of bytes that are copied from the message. BINARY gives -1 and 1.
 
     Raises:
         VectorFormatError: the numbers of bytes or scales do not agree with rows and
