@@ -29,7 +29,8 @@ class Bound:
     """Accuracy that a variant must reach, compared with fp32. Every figure is a share in [0, 1].
 
     `cosine_min` and `difference_max` hold for every text. So `verify` and `serve` can check them on any host with a
-    bundle's few reference texts. The other figures are means over many texts, and only an export measures them.
+    bundle's few reference texts. The other figures are means and shares over many texts, and only an export measures
+    them; a share may miss its bound there by one text, or one query.
     """
 
     #: Least cosine between the outputs of a text by the variant and by fp32.
@@ -38,7 +39,7 @@ class Bound:
     difference_max: float
     #: Least mean, over the texts, of the cosine between the outputs by the variant and by fp32.
     cosine_mean: float = 0.0
-    #: Least mean share of a text's 10 nearest texts that are also among the 10 nearest by fp32.
+    #: Embedding models only: least mean share of a text's 10 nearest texts that are also among the 10 nearest by fp32.
     neighbour_agreement: float = 0.0
     #: Classifiers only: least share of texts with the same best label as by fp32.
     label_agreement: float = 0.0
@@ -61,7 +62,7 @@ class Bound:
         """Check outputs against `cosine_min` and `difference_max`.
 
         Args:
-            expected: outputs of fp32, float32 (texts, dimensions or labels).
+            expected: the outputs to compare with, such as those of fp32, float32 (texts, dimensions or labels).
             got: outputs of the variant for the same texts, of the same shape.
 
         Returns:

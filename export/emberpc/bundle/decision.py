@@ -4,7 +4,7 @@ The export measures a classifier by this rule, and the server answers by the sam
 hold for the server's answers. All steps are computed in float64. So a logit in float32 and the same number in float64
 give the same result, and the comparison with a threshold does not depend on numpy's rules for mixed types (numpy 1 and
 2 differ). An infinite logit counts as the largest finite float32, with its sign. NaN is not handled: a row of logits
-with NaN has NaN as probabilities.
+with NaN has only NaN as probabilities, or if multi-label, NaN for the labels with NaN.
 """
 
 from __future__ import annotations

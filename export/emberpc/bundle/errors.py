@@ -4,8 +4,9 @@ from __future__ import annotations
 
 
 class BundleError(Exception):
-    """A bundle or foreign folder is missing, damaged or unsupported, an option is wrong, or its loading was cancelled.
+    """A bundle or foreign folder is missing, damaged or unsupported, or its loading was cancelled.
 
+    Also: an option is wrong, a value exceeds a limit, or a bundle cannot be written to a folder.
     The message names the problem and, where there is one, the file and the remedy.
     """
 

@@ -55,7 +55,8 @@ _EXPORTED = ("Dense",)
 class Stated:
     """Model options: settings that the user states for a foreign model. An empty setting is read from the folder.
 
-    `pooling` is one of `POOLINGS`; `output` is the name of an output of the graph.
+    `pooling` is one of `POOLINGS`; a stated pooling also means that the model is no classifier. `output` is the name of
+    an output of the graph.
     """
 
     #: The ONNX file, as a path in the folder.
@@ -107,13 +108,14 @@ def open_bundle(
     Args:
         folder: the folder.
         options: model options of a foreign folder, by the names of the fields of `Stated`; none for a bundle.
-        look: loads an ONNX file and returns its inputs and outputs; it is not called for a bundle.
+        look: loads an ONNX file and returns its inputs and outputs; it is not called for a bundle. Its errors are
+            raised as they are.
         check_hashes: whether to compare the SHA-256 of each file of a bundle with the manifest, and not only its size.
         contents: reads the tokenizer and the weights of a foreign folder; None: they are read from disk.
 
     Raises:
-        BundleError: the folder is neither a bundle nor a foreign folder, a file is missing or wrong, or options were
-            given for a bundle or are wrong.
+        BundleError: the folder is neither a bundle nor a foreign folder, a file or setting is missing, wrong or not
+            supported, or options were given for a bundle or are wrong.
         UnstatedError: a foreign folder lacks a setting; the error has the model option that states the setting.
     """
     if not folder.is_dir() or (folder / MANIFEST_NAME).exists():
@@ -129,6 +131,8 @@ def read_foreign(
 ) -> Bundle:
     """Read a foreign folder, which has no manifest, and infer its manifest.
 
+    The model is a classifier if the graph has an output `logits`, unless there is a `modules.json` or a stated pooling.
+
     Args:
         folder: the folder.
         stated: the model options that the user gave.
@@ -139,7 +143,8 @@ def read_foreign(
         A bundle without reference outputs. The hashes in its manifest are computed from the files now.
 
     Raises:
-        BundleError: a file is missing, lies outside the folder or cannot be read, or an option is wrong.
+        BundleError: a file is missing, lies outside the folder or cannot be read; an option is wrong; or a setting, the
+            graph or the tokenizer is not supported.
         UnstatedError: the folder lacks a setting; the error has the model option that states the setting.
     """
     model = _model_file(folder, stated.file)
@@ -153,7 +158,8 @@ def read_foreign(
     external = external_files(folder, model, contents)  # before the file is loaded: none may lie outside the folder
     graph = look(folder / model)
     config = read_json(folder / "config.json") or read_json(transformer_folder(folder) / "config.json")
-    # Labels in config.json do not make a model a classifier: transformers writes default labels for every model.
+    # Labels in config.json do not make a model a classifier: transformers gives each model two default labels, which
+    # some config.json files have.
     classifies = stated.output == "logits" or any(tensor.name == "logits" for tensor in graph.outputs)
     task = Task.CLASSIFICATION if classifies and not (stated.pooling or _is_embedder(folder)) else Task.EMBEDDING
     output = find_output(graph, task, stated.output)

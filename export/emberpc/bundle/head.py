@@ -21,7 +21,10 @@ MAX_HEAD_BYTES = 512 * 2**20
 
 
 def unit(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Normalize vectors, float32 (texts, dimensions), to length 1; zero vectors do not change."""
+    """Normalize vectors, float32 (texts, dimensions), to length 1.
+
+    Zero vectors do not change; vectors shorter than 1e-12 are divided by 1e-12, so they stay shorter than 1.
+    """
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), dtype=np.float32)
 
 

@@ -186,8 +186,9 @@ def find_inputs(graph: Graph, stated: str = "", first_position: int | None = Non
         The names of the inputs by role.
 
     Raises:
-        UnstatedError: the role of an input is unknown; the error has the model option that states it.
-        BundleError: the inputs are not those of a text encoder, `stated` is wrong, or there is an input for positions
+        UnstatedError: without `stated`, if the role of an input is unknown, two inputs have the same role, or none is
+            for token ids; the error has the model option that states the roles.
+        BundleError: the inputs are not all int64 or all int32, `stated` is wrong, or there is an input for positions
             and `first_position` is None.
     """
     names = [tensor.name for tensor in graph.inputs]

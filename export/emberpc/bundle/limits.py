@@ -12,7 +12,7 @@ from emberpc.bundle.errors import BundleError
 
 MAX_DIMENSIONS = 65_536
 MAX_TOKENS = 2**20
-#: Greatest token id: ids are int32 in the wire format and in some graphs.
+#: Greatest token id: that of int32, which is the type of token ids in some graphs.
 MAX_TOKEN_ID = 2**31 - 1
 MAX_LABELS = 30_000
 MAX_MATRYOSHKA_DIMENSIONS = 1_000

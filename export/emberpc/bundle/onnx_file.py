@@ -71,7 +71,7 @@ def external_locations(path: Path, contents: Contents) -> tuple[str, ...]:
 
     Raises:
         BundleError: the ONNX file cannot be read, or has external weights where ONNX Runtime cannot read them
-            from memory: in a graph inside an operator, a function or a sparse tensor.
+            from memory: anywhere but in an initializer or a Constant of the main graph.
     """
     with _opened(path, contents) as data:
         if _is_ort_format(data):
@@ -90,9 +90,10 @@ def output_digest(folder: Path, model: str, output: str, contents: Contents | No
     """Return a SHA-256 (hex) of everything that decides an output of an ONNX graph.
 
     The digest covers the operators that the output depends on, with their attributes, their weights (in the ONNX file
-    or in external files), and the versions of the operator sets. Names of values, other outputs and documentation do
-    not count. If the graph has no such output, or has unsupported parts, such as loops or functions, the digest covers
-    all bytes of the model's files.
+    or in external files), the names of the inputs, and the versions of the operator sets. Names of other values, other
+    outputs, and the documentation of the graph and its weights do not count. If the graph has no such output or has
+    unsupported parts, such as loops or functions, or the file is in ONNX Runtime's own format, the digest covers all
+    bytes of the model's files.
 
     Args:
         folder: the model's folder; no file may lie outside it.
@@ -304,7 +305,8 @@ class _Digests:
         """Return the digest of the graph's output of this name and of the versions of the operator sets.
 
         Raises:
-            _IrregularError: the graph has no such output, or an unsupported part.
+            _IrregularError: the graph has no value of this name, or an unsupported part.
+            BundleError: see `_external`.
         """
         wanted, needed = {output}, list[_Node]()
         # ONNX requires that nodes are listed in the order of computation. So one pass from the end finds all nodes that

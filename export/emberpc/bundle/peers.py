@@ -21,9 +21,10 @@ _POOLING_KEYS = {
     "pooling_mode_max_tokens": "max",
     "pooling_mode_lasttoken": "lasttoken",
 }
-#: Keys of which every configuration of a pooling has at least one. The last key is the older name of the second.
+#: Keys of which the configuration of a pooling has at least one, unless a key `pooling_mode_…` is true in it. The last
+#: key is the older name of the second.
 _POOLING_STATED = ("pooling_mode", "embedding_dimension", "word_embedding_dimension")
-#: A limit of at least this many tokens counts as not stated: tokenizers without a limit write an absurdly large number.
+#: A limit of at least this many tokens counts as no limit: tokenizers without a limit write an absurdly large number.
 _MOST_TOKENS = 100_000
 #: Keys of the tokenizer's limit in tokens. transformers uses the first of these keys that is stated.
 _LENGTH_KEYS = ("model_max_length", "max_len")
@@ -153,6 +154,8 @@ def read_dimensions(config: dict[str, Any]) -> int | None:
 def read_labels(config: dict[str, Any]) -> tuple[str, ...]:
     """Return the labels from `id2label` in the content of config.json, ordered by id; empty if there are none.
 
+    Ids may have gaps, which are ignored.
+
     Raises:
         BundleError: a label or id is invalid, or there are more or longer labels than `emberpc.bundle.limits` allows.
     """
@@ -197,7 +200,7 @@ def read_positions(config: dict[str, Any]) -> int | None:
 def read_first_position(config: dict[str, Any]) -> int | None:
     """Return the position of a text's first token; None if config.json does not state the model type.
 
-    It is the padding token's id + 1 for the architectures in `_OFFSET`, and 0 for others.
+    It is the padding token's id (1 if not stated) + 1 for the architectures in `_OFFSET`, and 0 for others.
 
     Args:
         config: content of config.json.
@@ -255,8 +258,8 @@ def read_max_tokens(folder: Path, config: dict[str, Any]) -> int | None:
     """Return the number of tokens after which sentence-transformers truncates a text; None if no limit is stated.
 
     The limit is that of the Transformer module or, if the module states none, that of the tokenizer, but at most the
-    number of positions. If that limit is 100,000 or more, only the number of positions counts. A number of positions of
-    100,000 or more does not count.
+    number of positions. If that limit is 100,000 or more, less than 1 or no number, only the number of positions
+    counts. A number of positions of 100,000 or more does not count.
 
     Args:
         folder: the model's folder.

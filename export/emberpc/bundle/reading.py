@@ -58,7 +58,7 @@ class Bundle:
                 logits.
 
         Raises:
-            BundleError: an input or output of a bundle's graph is missing.
+            BundleError: the output is missing in a bundle's graph, or the role of an input is unknown or not supported.
         """
         if self.foreign is not None:
             return self.foreign
@@ -114,7 +114,7 @@ class Bundle:
 
         Raises:
             BundleError: there is no such variant; a file cannot be read; or a file with weights is missing, lies
-                outside the folder or is not listed in the manifest.
+                outside the folder, is too short or is not listed in the manifest.
         """
         manifest, model = self.manifest, self.manifest.variant(variant).path
         self.external_files(variant, contents)  # raises if the manifest lacks one

@@ -1,4 +1,4 @@
-"""Write a bundle atomically: a folder with the bundle's name is complete or does not exist."""
+"""Write a bundle atomically: the folder with the bundle's name never holds a part of a bundle."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def staged_folder(target: Path | str, *, overwrite: bool = False) -> Iterator[Pa
     Raises:
         BundleError: `target` holds a bundle and `overwrite` is not set; or it holds something else or is not a folder;
             or no folder can be created there.
-        OSError: the temporary folder cannot be renamed to `target`.
+        OSError: the temporary folder cannot be renamed to `target`; or its parent cannot be synced to disk, and then
+            `target` is the new bundle already.
     """
     target = check_target(target, overwrite=overwrite)
     made = [parent for parent in target.parents if not parent.exists()]
@@ -70,7 +71,8 @@ def check_target(target: Path | str, *, overwrite: bool = False) -> Path:
         The absolute path of the folder.
 
     Raises:
-        BundleError: `target` holds a bundle and `overwrite` is not set; or it holds something else or is not a folder.
+        BundleError: `target` holds a bundle and `overwrite` is not set; or it holds something else, is not a folder, or
+            is a symbolic link.
     """
     target = Path(target).absolute()
     remove_abandoned(target)
@@ -151,7 +153,7 @@ def finish_bundle(folder: Path, manifest: Manifest) -> Manifest:
         The manifest as written.
 
     Raises:
-        BundleError: a file cannot be read, or there are more than 10,000 files.
+        BundleError: a file cannot be read, there are more than 10,000 files, or a path has more than 1,024 characters.
         OSError: a file cannot be written or synced.
     """
     manifest_path = folder / MANIFEST_NAME
@@ -168,7 +170,10 @@ def finish_bundle(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def _replace(staging: Path, target: Path) -> None:
-    """Rename `staging` to `target`, and delete the bundle that was there; on an exception `target` does not change."""
+    """Rename `staging` to `target`, and delete the bundle that was there.
+
+    On an exception `target` does not change, except if only the last step fails, the sync of its parent.
+    """
     if target.exists():
         old, lock = _make(target, "old")
         try:

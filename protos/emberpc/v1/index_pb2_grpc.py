@@ -327,9 +327,9 @@ class IndexServiceServicer(object):
         NOT_FOUND: there is no such collection or model. INVALID_ARGUMENT: the
         model does not support the dimensions, or there is no model name though
         there are several embedding models. FAILED_PRECONDITION: the model does
-        not embed texts, nothing would change, a reembedding runs already, or
-        records have no text. RESOURCE_EXHAUSTED: the disk is full. UNIMPLEMENTED:
-        the backend is Milvus.
+        not embed texts, no embedding model is served, nothing would change, a
+        reembedding runs already, or records have no text. RESOURCE_EXHAUSTED: the
+        disk is full. UNIMPLEMENTED: the backend is Milvus.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -169,9 +169,9 @@ class IndexServiceStub:
     NOT_FOUND: there is no such collection or model. INVALID_ARGUMENT: the
     model does not support the dimensions, or there is no model name though
     there are several embedding models. FAILED_PRECONDITION: the model does
-    not embed texts, nothing would change, a reembedding runs already, or
-    records have no text. RESOURCE_EXHAUSTED: the disk is full. UNIMPLEMENTED:
-    the backend is Milvus.
+    not embed texts, no embedding model is served, nothing would change, a
+    reembedding runs already, or records have no text. RESOURCE_EXHAUSTED: the
+    disk is full. UNIMPLEMENTED: the backend is Milvus.
     """
     CancelReembedding: _grpc.UnaryUnaryMultiCallable[_index_pb2.CancelReembeddingRequest, _index_pb2.CancelReembeddingResponse]
     """Cancels the reembedding of a collection. The collection keeps its model and
@@ -377,9 +377,9 @@ class IndexServiceAsyncStub(IndexServiceStub):
     NOT_FOUND: there is no such collection or model. INVALID_ARGUMENT: the
     model does not support the dimensions, or there is no model name though
     there are several embedding models. FAILED_PRECONDITION: the model does
-    not embed texts, nothing would change, a reembedding runs already, or
-    records have no text. RESOURCE_EXHAUSTED: the disk is full. UNIMPLEMENTED:
-    the backend is Milvus.
+    not embed texts, no embedding model is served, nothing would change, a
+    reembedding runs already, or records have no text. RESOURCE_EXHAUSTED: the
+    disk is full. UNIMPLEMENTED: the backend is Milvus.
     """
     CancelReembedding: _aio.UnaryUnaryMultiCallable[_index_pb2.CancelReembeddingRequest, _index_pb2.CancelReembeddingResponse]  # type: ignore[assignment]
     """Cancels the reembedding of a collection. The collection keeps its model and
@@ -647,9 +647,9 @@ class IndexServiceServicer:
         NOT_FOUND: there is no such collection or model. INVALID_ARGUMENT: the
         model does not support the dimensions, or there is no model name though
         there are several embedding models. FAILED_PRECONDITION: the model does
-        not embed texts, nothing would change, a reembedding runs already, or
-        records have no text. RESOURCE_EXHAUSTED: the disk is full. UNIMPLEMENTED:
-        the backend is Milvus.
+        not embed texts, no embedding model is served, nothing would change, a
+        reembedding runs already, or records have no text. RESOURCE_EXHAUSTED: the
+        disk is full. UNIMPLEMENTED: the backend is Milvus.
         """
 
     def CancelReembedding(
