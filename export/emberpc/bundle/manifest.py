@@ -58,7 +58,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Parity:
-    """Agreement of a variant with PyTorch's fp32, measured at export on `texts` real texts."""
+    """Agreement of a variant with PyTorch's fp32, measured at export on `texts` real texts.
+
+    In the manifest of a foreign folder `texts` is 0, and the figures are not measured.
+    """
 
     texts: int
     #: Greatest absolute difference of one output value.
@@ -105,7 +108,7 @@ class Variant:
     parity: Parity
     #: Accuracy that the variant must reach against fp32; None for fp32, which is as near to PyTorch as float32 allows.
     bound: Bound | None = None
-    #: Figures of the variant; None if the bundle was written by a version that did not measure variants.
+    #: Figures of the variant; None for a foreign folder, or a bundle of a version that did not measure variants.
     measured: Measured | None = None
 
 
@@ -151,15 +154,15 @@ class Manifest:
     strategy: str = ""
     #: Figures of the model measured at export, by name, such as `accuracy`.
     quality: dict[str, float] = field(default_factory=dict)
-    #: Variants that were tried and not kept: name and reason.
+    #: Variants that an export with `auto` tried and did not keep: name and reason.
     dropped: dict[str, str] = field(default_factory=dict)
-    #: Description of the texts that the variants were measured on; empty if an older version wrote the bundle.
+    #: Description of the texts that the variants were measured on; empty if they were not, see `Variant.measured`.
     measured_on: str = ""
     #: Whether the user stated `max_tokens`; otherwise it is the number at which the source's own library truncates.
     max_tokens_stated: bool = False
     #: Versions of the libraries that made the bundle.
     tools: dict[str, str] = field(default_factory=dict)
-    #: Time of the export, ISO 8601 in UTC.
+    #: Time of the export, ISO 8601 in UTC; not validated, and empty for a foreign folder.
     created: str = ""
     #: All files of the bundle except the manifest, by path.
     files: dict[str, FileEntry] = field(default_factory=dict)

@@ -154,7 +154,7 @@ def read_dimensions(config: dict[str, Any]) -> int | None:
 def read_labels(config: dict[str, Any]) -> tuple[str, ...]:
     """Return the labels from `id2label` in the content of config.json, ordered by id; empty if there are none.
 
-    Ids may have gaps, which are ignored.
+    Ids may have gaps, which are ignored. Of keys with the same id, such as `0` and `00`, the last counts.
 
     Raises:
         BundleError: a label or id is invalid, or there are more or longer labels than `emberpc.bundle.limits` allows.

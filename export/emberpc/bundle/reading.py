@@ -28,7 +28,7 @@ _REEXPORT = "copy the bundle again or export the model again"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder whose manifest was read and whose files were checked. Their hashes are checked only on request.
+    """A folder whose manifest was read and whose files were checked; their hashes only if `check_hashes` was called.
 
     `foreign` is the interface of the graph of a foreign folder (see `emberpc.bundle.foreign`), which has no reference
     outputs; None for a bundle. `legacy_covers_weights`: whether the fingerprint of the old scheme covers all files with

@@ -24,9 +24,10 @@ _SUFFIX = ".emberpc-partial"
 def staged_folder(target: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; rename it to `target` if the block ends without an exception.
 
-    The block writes all files of the bundle, the manifest last with `finish_bundle`. On an exception, Ctrl-C included,
-    the temporary folder and the parent folders that were created are removed, and `target` does not change. A process
-    that is killed leaves its temporary folder behind; the next process that writes to the same `target` removes it.
+    The block writes all files of the bundle, the manifest last with `finish_bundle`. On an exception in the block,
+    Ctrl-C included, the temporary folder and the parent folders that were created are removed, and `target` does not
+    change. A process that is killed leaves its temporary folder behind; the next process that writes to the same
+    `target` removes it.
 
     Args:
         target: the bundle's folder. If the folder exists, it must be empty, or hold a bundle with `overwrite` set.

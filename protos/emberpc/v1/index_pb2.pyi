@@ -182,8 +182,8 @@ class _SearchFusionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchFu
 
 class SearchFusion(_SearchFusion, metaclass=_SearchFusionEnumTypeWrapper):
     """How a HYBRID search joins its two rankings. Each ranking has at most 100
-    candidates, or twice `top_k` if that is more. A ranking adds 0 to the score of
-    a record that it does not have.
+    candidates, or twice `top_k` if that is more. A ranking adds 0 to the score
+    of a record that it does not have.
     """
 
 SEARCH_FUSION_UNSPECIFIED: SearchFusion.ValueType  # 0
@@ -2031,7 +2031,7 @@ class Cluster(_message.Message):
     RECORD_COUNT_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
     record_count: _builtins.int
-    """Number of records in the cluster, at least 1."""
+    """Number of undamaged records in the cluster, at least 1."""
     @_builtins.property
     def examples(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]:
         """The records nearest to the centre of the cluster, nearest first, with text
@@ -2061,7 +2061,7 @@ class ClusterRecordsResponse(_message.Message):
     CLUSTERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def clusters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cluster]:
-        """Clusters, most records first."""
+        """Clusters, most records first. Empty if the collection has no records."""
 
     def __init__(
         self,

@@ -381,13 +381,13 @@ class IndexServiceServicer(object):
         been created.
 
         INVALID_ARGUMENT: the name is missing or invalid, a later message has
-        another name or follows the SHA-256, the bytes are not an undamaged backup,
-        or their SHA-256 is missing or differs. ALREADY_EXISTS: a collection has
-        the name. FAILED_PRECONDITION: a newer version of emberpc wrote the backup.
-        RESOURCE_EXHAUSTED: the server has its limit of collections, the disk has
-        no room, or too many restores wait. DEADLINE_EXCEEDED: the caller sends
-        nothing for a minute, or for 15 seconds while others wait. UNIMPLEMENTED:
-        the backend is Milvus.
+        another name or follows the SHA-256, the bytes are not an undamaged backup
+        of a valid collection, or their SHA-256 is missing or differs.
+        ALREADY_EXISTS: a collection has the name. FAILED_PRECONDITION: a newer
+        version of emberpc wrote the backup. RESOURCE_EXHAUSTED: the server has its
+        limit of collections, the disk has no room, or too many restores wait.
+        DEADLINE_EXCEEDED: the caller sends nothing for a minute, or for 15 seconds
+        while others wait. UNIMPLEMENTED: the backend is Milvus.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -207,13 +207,13 @@ class IndexServiceStub:
     been created.
 
     INVALID_ARGUMENT: the name is missing or invalid, a later message has
-    another name or follows the SHA-256, the bytes are not an undamaged backup,
-    or their SHA-256 is missing or differs. ALREADY_EXISTS: a collection has
-    the name. FAILED_PRECONDITION: a newer version of emberpc wrote the backup.
-    RESOURCE_EXHAUSTED: the server has its limit of collections, the disk has
-    no room, or too many restores wait. DEADLINE_EXCEEDED: the caller sends
-    nothing for a minute, or for 15 seconds while others wait. UNIMPLEMENTED:
-    the backend is Milvus.
+    another name or follows the SHA-256, the bytes are not an undamaged backup
+    of a valid collection, or their SHA-256 is missing or differs.
+    ALREADY_EXISTS: a collection has the name. FAILED_PRECONDITION: a newer
+    version of emberpc wrote the backup. RESOURCE_EXHAUSTED: the server has its
+    limit of collections, the disk has no room, or too many restores wait.
+    DEADLINE_EXCEEDED: the caller sends nothing for a minute, or for 15 seconds
+    while others wait. UNIMPLEMENTED: the backend is Milvus.
     """
     FindDuplicates: _grpc.UnaryUnaryMultiCallable[_index_pb2.FindDuplicatesRequest, _index_pb2.FindDuplicatesResponse]
     """Finds pairs of records whose vectors have at least a given cosine, whatever
@@ -415,13 +415,13 @@ class IndexServiceAsyncStub(IndexServiceStub):
     been created.
 
     INVALID_ARGUMENT: the name is missing or invalid, a later message has
-    another name or follows the SHA-256, the bytes are not an undamaged backup,
-    or their SHA-256 is missing or differs. ALREADY_EXISTS: a collection has
-    the name. FAILED_PRECONDITION: a newer version of emberpc wrote the backup.
-    RESOURCE_EXHAUSTED: the server has its limit of collections, the disk has
-    no room, or too many restores wait. DEADLINE_EXCEEDED: the caller sends
-    nothing for a minute, or for 15 seconds while others wait. UNIMPLEMENTED:
-    the backend is Milvus.
+    another name or follows the SHA-256, the bytes are not an undamaged backup
+    of a valid collection, or their SHA-256 is missing or differs.
+    ALREADY_EXISTS: a collection has the name. FAILED_PRECONDITION: a newer
+    version of emberpc wrote the backup. RESOURCE_EXHAUSTED: the server has its
+    limit of collections, the disk has no room, or too many restores wait.
+    DEADLINE_EXCEEDED: the caller sends nothing for a minute, or for 15 seconds
+    while others wait. UNIMPLEMENTED: the backend is Milvus.
     """
     FindDuplicates: _aio.UnaryUnaryMultiCallable[_index_pb2.FindDuplicatesRequest, _index_pb2.FindDuplicatesResponse]  # type: ignore[assignment]
     """Finds pairs of records whose vectors have at least a given cosine, whatever
@@ -705,13 +705,13 @@ class IndexServiceServicer:
         been created.
 
         INVALID_ARGUMENT: the name is missing or invalid, a later message has
-        another name or follows the SHA-256, the bytes are not an undamaged backup,
-        or their SHA-256 is missing or differs. ALREADY_EXISTS: a collection has
-        the name. FAILED_PRECONDITION: a newer version of emberpc wrote the backup.
-        RESOURCE_EXHAUSTED: the server has its limit of collections, the disk has
-        no room, or too many restores wait. DEADLINE_EXCEEDED: the caller sends
-        nothing for a minute, or for 15 seconds while others wait. UNIMPLEMENTED:
-        the backend is Milvus.
+        another name or follows the SHA-256, the bytes are not an undamaged backup
+        of a valid collection, or their SHA-256 is missing or differs.
+        ALREADY_EXISTS: a collection has the name. FAILED_PRECONDITION: a newer
+        version of emberpc wrote the backup. RESOURCE_EXHAUSTED: the server has its
+        limit of collections, the disk has no room, or too many restores wait.
+        DEADLINE_EXCEEDED: the caller sends nothing for a minute, or for 15 seconds
+        while others wait. UNIMPLEMENTED: the backend is Milvus.
         """
 
     def FindDuplicates(

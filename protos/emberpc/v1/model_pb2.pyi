@@ -168,7 +168,7 @@ class Model(_message.Message):
     passage_prompt: _builtins.str
     """Prompt: text that the server puts before a passage. May be empty."""
     multi_label: _builtins.bool
-    """CLASSIFICATION: whether a text may have several labels."""
+    """CLASSIFICATION: whether a text may have several labels, or none."""
     variant: _builtins.str
     """The served variant: one of the bundle's ONNX files, such as `fp32`."""
     size_bytes: _builtins.int
