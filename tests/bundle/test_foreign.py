@@ -84,6 +84,7 @@ def test_the_width_of_the_output_has_a_limit(tmp_path: Path) -> None:
         ({"9" * 5000: "a", "1": "b"}, "an id of id2label is"),
         ({"0": ["a"], "1": "b"}, "must give a text for each id"),
         ({"0": "\ud800", "1": "b"}, "no valid Unicode"),
+        ({"0": "a", "00": "b"}, "has an id twice"),
     ],
 )
 def test_labels_have_limits(tmp_path: Path, labels: Mapping[str, object], words: str) -> None:

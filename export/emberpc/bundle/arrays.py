@@ -12,6 +12,10 @@ import numpy.typing as npt
 
 from emberpc.bundle.errors import BundleError
 
+#: Errors of a file that is missing or damaged. RuntimeError: a member is encrypted, or compressed by a method that
+#: zipfile does not know.
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
 
 def read_arrays(path: Path, what: str, max_bytes: int) -> dict[str, npt.NDArray[Any]]:
     """Return all arrays of an npz file, by name.
@@ -31,6 +35,9 @@ def read_arrays(path: Path, what: str, max_bytes: int) -> dict[str, npt.NDArray[
         if size > max_bytes:
             raise BundleError(f"{path} unpacks to {size} bytes; the limit is {max_bytes}")
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+            found = {name: arrays[name] for name in arrays.files}
+        if not all(isinstance(array, np.ndarray) for array in found.values()):
+            raise BundleError(f"{path} has a member that is no array; export the model again")
+    except _DAMAGE as error:
         raise BundleError(f"{path} cannot be read as {what}; export the model again") from error
+    return found

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from emberpc.bundle.errors import BundleError
 from emberpc.bundle.hashing import too_short
+from emberpc.bundle.paths import real_path
 
 #: Number of bytes that are hashed between two calls of `stop`, so that a cancelled loading ends soon.
 _PIECE_BYTES = 1 << 24
@@ -34,7 +35,7 @@ class Contents:
             BundleError: the file cannot be read.
         """
         try:
-            key = path.resolve()
+            key = real_path(path)
             with self._reading:
                 if key not in self._data:
                     self._data[key] = key.read_bytes()
@@ -44,7 +45,7 @@ class Contents:
 
     def holds(self, path: Path) -> bool:
         """Return whether this object has read a file."""
-        return path.resolve() in self._data
+        return real_path(path) in self._data
 
     def sha256(self, path: Path) -> str:
         """Return the SHA-256 (hex) of the content that `read` returns for a file; it is computed once.
@@ -52,7 +53,7 @@ class Contents:
         Raises:
             BundleError: the file cannot be read, or the loading of the model was cancelled.
         """
-        key, data = path.resolve(), self.read(path)
+        key, data = real_path(path), self.read(path)
         with self._hashing:
             if key not in self._hashes:
                 self._hashes[key] = self._hash(path, memoryview(data))

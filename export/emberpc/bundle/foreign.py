@@ -19,6 +19,7 @@ from emberpc.bundle.interface import POOLINGS, Graph, Interface, Tensor, find_in
 from emberpc.bundle.limits import MAX_DIMENSIONS, MAX_TEXT_LENGTH, MAX_TOKENS, check_length, whole_number
 from emberpc.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, Parity, Prompts, Task, Variant
 from emberpc.bundle.onnx_file import external_files
+from emberpc.bundle.paths import is_inside
 from emberpc.bundle.peers import (
     ADAPTER_CONFIG,
     read_dimensions,
@@ -295,7 +296,7 @@ def _model_file(folder: Path, stated: str) -> str:
 
 def _plain(folder: Path, name: str) -> None:
     """Raise BundleError if the file `name` of a folder lies outside the folder once symbolic links are followed."""
-    if Path(name).is_absolute() or not (folder / name).resolve().is_relative_to(folder.resolve()):
+    if Path(name).is_absolute() or not is_inside(folder, name):
         raise BundleError(f"{folder / name} leads out of the model's folder; copy the files there (cp -rL)")
 
 

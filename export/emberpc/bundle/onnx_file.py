@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from emberpc.bundle.contents import Contents
 from emberpc.bundle.errors import BundleError
 from emberpc.bundle.hashing import sha256_of_part
+from emberpc.bundle.paths import is_inside
 from emberpc.bundle.protobuf import Message
 
 # Field numbers of onnx.proto; `_EXTERNAL` is the value EXTERNAL of the field TensorProto.data_location.
@@ -149,7 +150,7 @@ def _place(folder: Path, model: str, location: str) -> str:
     """
     pure = PurePosixPath(model).parent / location
     outside = PurePosixPath(location).is_absolute() or ".." in pure.parts or "\\" in location or "\0" in location
-    if outside or not (folder / pure).resolve().is_relative_to(folder.resolve()):
+    if outside or not is_inside(folder, pure):
         raise BundleError(
             f"{folder / model} takes weights from {location!r}, which leads out of the model's folder; copy the files "
             "there (cp -rL)"

@@ -10,6 +10,7 @@ from emberpc.bundle.errors import BundleError
 from emberpc.bundle.interface import POOLINGS
 from emberpc.bundle.limits import MAX_DIMENSIONS, MAX_TOKEN_ID, check_labels, check_length, whole_number
 from emberpc.bundle.manifest import Prompts
+from emberpc.bundle.paths import is_inside, real_path
 
 #: File in which peft describes an adapter and names the model that the adapter belongs to.
 ADAPTER_CONFIG = "adapter_config.json"
@@ -84,7 +85,7 @@ def read_modules(folder: Path) -> list[tuple[str, str]]:
         raise BundleError(f"{path} is no list of modules; get the model again")
     for module in modules:
         place = str(module.get("path") or "")
-        if "\0" in place or not (folder / place).resolve().is_relative_to(folder.resolve()):
+        if "\0" in place or not is_inside(folder, place):
             raise BundleError(f"{path} names {place!r}, which leads out of the folder; get the model again")
     return [(_kind(str(module.get("type"))), str(module.get("path") or "")) for module in modules]
 
@@ -154,10 +155,11 @@ def read_dimensions(config: dict[str, Any]) -> int | None:
 def read_labels(config: dict[str, Any]) -> tuple[str, ...]:
     """Return the labels from `id2label` in the content of config.json, ordered by id; empty if there are none.
 
-    Ids may have gaps, which are ignored. Of keys with the same id, such as `0` and `00`, the last counts.
+    Ids may have gaps, which are ignored.
 
     Raises:
-        BundleError: a label or id is invalid, or there are more or longer labels than `emberpc.bundle.limits` allows.
+        BundleError: a label or id is invalid, two keys such as `0` and `00` are the same id, or there are more or
+            longer labels than `emberpc.bundle.limits` allows.
     """
     given = config.get("id2label")
     if not isinstance(given, dict) or not given:
@@ -165,6 +167,8 @@ def read_labels(config: dict[str, Any]) -> tuple[str, ...]:
     if not all(isinstance(label, (str, int, float)) for label in given.values()):
         raise BundleError("config.json: id2label must give a text for each id; correct it")
     ids = {whole_number(key, "config.json: an id of id2label", 0, MAX_TOKEN_ID): key for key in given}
+    if len(ids) < len(given):
+        raise BundleError("config.json: id2label has an id twice, in two spellings; keep one")
     labels = tuple(str(given[ids[number]]) for number in sorted(ids))
     check_labels(labels, "config.json: id2label")
     return labels
@@ -176,7 +180,7 @@ def read_name(config: dict[str, Any], folder: Path) -> str:
     Raises:
         BundleError: the name is not a text, has more than 1,024 characters, or cannot be encoded as UTF-8.
     """
-    stated = config.get("_name_or_path") or folder.resolve().name.encode(errors="replace").decode()
+    stated = config.get("_name_or_path") or real_path(folder).name.encode(errors="replace").decode()
     if not isinstance(stated, str):
         raise BundleError("config.json: _name_or_path must be a text; correct it")
     return check_length(stated, "config.json: _name_or_path")

@@ -85,7 +85,7 @@ def check_tokenizer(folder: Path, *, feeds_types: bool, contents: Contents | Non
         )
     _check_added_tokens(tokenizer, place, settings)
     _check_case(folder, tokenizer)
-    if feeds_types and any(tokenizer.type_ids()):
+    if feeds_types and any(tokenizer.type_ids):
         raise BundleError(
             f"{folder / TOKENIZER_NAME}: the post_processor sets a type_id other than 0, and the server feeds zeros; "
             "choose a model without token types"
@@ -95,8 +95,8 @@ def check_tokenizer(folder: Path, *, feeds_types: bool, contents: Contents | Non
 class _Tokenizer:
     """The parts of a `tokenizer.json` that settings can change.
 
-    `lowers` says whether the tokenizer lower-cases texts. The constructor raises BundleError if the file cannot be read
-    or is no tokenizer.
+    `template` has the items of the template for a single text, `type_ids` their token types. `lowers` says whether the
+    tokenizer lower-cases texts. The constructor raises BundleError if the file cannot be read or is no tokenizer.
     """
 
     def __init__(self, path: Path, contents: Contents | None) -> None:
@@ -106,7 +106,10 @@ class _Tokenizer:
             self.pre_tokenizer = _object(data.get("pre_tokenizer"))
             self.truncation_side = str(_object(data.get("truncation")).get("direction", ""))
             self.added_tokens = {str(token["content"]): _object(token) for token in data.get("added_tokens") or ()}
-            self._post_processors = list(_steps(_object(data.get("post_processor")), "processors"))
+            self.template = _template(_object(data.get("post_processor")))
+            self.type_ids = [
+                int(_object(value).get("type_id") or 0) for item in self.template for value in item.values()
+            ]
             self.lowers = any(
                 step.get("type") == "Lowercase" or step.get("lowercase") is True
                 for step in _steps(self.normalizer, "normalizers")
@@ -114,19 +117,16 @@ class _Tokenizer:
         except (OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
             raise BundleError(f"{path} is no tokenizer; get the model again") from error
 
-    def template(self) -> Sequence[_Settings]:
-        """Return the items of the post-processor's template for a single text, in order; empty without a template.
 
-        An item is a JSON object with the key `SpecialToken` or `Sequence` (the tokens of the text).
-        """
-        for step in self._post_processors:
-            if step.get("type") == "TemplateProcessing":
-                return [_object(item) for item in step.get("single") or ()]
-        return ()
+def _template(post_processor: _Settings) -> list[_Settings]:
+    """Return the items of the post-processor's template for a single text, in order; empty without a template.
 
-    def type_ids(self) -> list[int]:
-        """Return the token type of each item of the template for a single text."""
-        return [int(_object(value).get("type_id") or 0) for item in self.template() for value in item.values()]
+    An item is a JSON object with the key `SpecialToken` or `Sequence` (the tokens of the text).
+    """
+    for step in _steps(post_processor, "processors"):
+        if step.get("type") == "TemplateProcessing":
+            return [_object(item) for item in step.get("single") or ()]
+    return []
 
 
 def _object(value: object) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def _end_token_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Conflic
     The settings say whether a special token is put before and after each text. Only tokenizers of some classes, such as
     Llama's, apply these settings. A setting that is not stated is no conflict.
     """
-    template = tokenizer.template()
+    template = tokenizer.template
     if not template or not _has_class(settings, _LLAMA_LIKE):
         return
     for key, place in (("add_bos_token", 0), ("add_eos_token", -1)):
