@@ -239,7 +239,7 @@ class Index:
 
         Raises:
             ServiceError: UNAVAILABLE if the collection was deleted or replaced, FAILED_PRECONDITION if a record has no
-                text or the collection is being reembedded, RESOURCE_EXHAUSTED if the disk is full.
+                text now or a reembedding runs, INVALID_ARGUMENT for bad dimensions, RESOURCE_EXHAUSTED on a full disk.
         """
         if without := unreplaced(self._open, source).count_without_text():
             raise records_without_text(source.spec.name, without)
@@ -258,7 +258,7 @@ class Index:
             return self._reembeddings[name]
 
     def reembeddings(self) -> list[Reembedding]:
-        """Open the unfinished reembeddings, once after a start, and return them; drop those that cannot be opened."""
+        """Open the unfinished reembeddings, once after a start, and return them; forget those that cannot be opened."""
         with self._use():
             for entry in self._directory.reembeddings():
                 name = entry.spec.name
@@ -313,7 +313,7 @@ class Index:
                 then the directory stays locked. No acknowledged write is lost then.
 
         Returns:
-            Whether everything is closed. A second call has no effect and returns True.
+            Whether everything is closed. A second call has no effect and returns True, whatever the first returned.
         """
         deadline = deadline or Deadline()
         locked = self._lock.acquire(timeout=deadline.seconds_left)

@@ -50,7 +50,7 @@ from emberpc.server.paging import decode_token, encode_token
 
 log = logging.getLogger(__name__)
 
-#: Most expired records that one write deletes. Their number is limited, so that other writes can run in between.
+#: Most expired records that one write of `expire` deletes. The limit lets other writes run in between.
 _EXPIRED_AT_ONCE = 1000
 
 
@@ -80,8 +80,8 @@ class Collection(Lifecycle, SearchMethods):
         create: whether to create the database; the folder must exist and be empty.
 
     Raises:
-        ServiceError: INTERNAL if the database cannot be opened, RESOURCE_EXHAUSTED if no file descriptor is free. On a
-            full disk an existing collection stays closed, without an error.
+        ServiceError: INTERNAL if the database cannot be opened, RESOURCE_EXHAUSTED if no file descriptor is free or, if
+            `create`, the disk is full. On a full disk an existing collection stays closed, without an error.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class Collection(Lifecycle, SearchMethods):
     def get(
         self, ids: Sequence[str], *, with_vectors: bool = False, parts: RecordParts = WHOLE_RECORD
     ) -> list[StoredRecord]:
-        """Return the existing records among the ids, in the order of `ids`.
+        """Return the existing records among the ids, in the order of `ids`, that of a repeated id repeatedly.
 
         Args:
             ids: ids of records; missing ids are ignored.
@@ -354,7 +354,7 @@ class Collection(Lifecycle, SearchMethods):
     def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
         """Return the pairs of records with a cosine of at least `min_score`, greatest first, at most 100,000.
 
-        If `stop` returns True, return the pairs found so far.
+        If `stop` returns True, return the pairs found so far. `find_duplicates` says when pairs may be missed.
         """
         with self._calls.enter(stop) as ends:
             return find_duplicates(self.spec, self._store, self._neighbours, min_score, ends)
@@ -376,8 +376,9 @@ class Collection(Lifecycle, SearchMethods):
     def maintain(self) -> None:
         """Run all maintenance that is due: fill, check, rebuild, save and measure the graph; rebuild the word index.
 
-        Then repeat probed searches. Takes long; other calls may run meanwhile. Ends early if the collection is about to
-        be closed. Does nothing for a closed collection, and raises UNAVAILABLE after it is closed for good or deleted.
+        The word index is first: if its rebuild fails, nothing else is done. Probed searches are repeated last. Takes
+        long; other calls may run meanwhile. Ends early if the collection is about to be closed. Does nothing for a
+        closed collection, and raises UNAVAILABLE after it is closed for good or deleted.
         """
         if not self._calls.begin_maintenance():
             return

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 class Lifecycle:
     """Mixin of `Collection` that opens and closes it.
 
-    The attributes that `_open` sets, such as `_store`, exist only while the collection is open, so only during calls.
+    The attributes that `_open` sets, such as `_store`, exist only while the collection is open: use them only in calls.
     """
 
     spec: CollectionSpec

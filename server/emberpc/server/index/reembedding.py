@@ -86,7 +86,8 @@ class Reembedding:
     def is_complete(self) -> bool:
         """Return whether the target has all records of the source, and no others.
 
-        Call `prune` before; the source must be frozen.
+        Compares only the numbers of records, and looks for writes that `next` has not returned. So call `prune` before;
+        the source must be frozen.
         """
         taken, total = self.counts()
         return taken == total and not self.source.written_after(self._label, 1)

@@ -53,7 +53,7 @@ class SearchMethods:
             ef: number of candidates that the search of the graph keeps, at most 1,000,000; 0: chosen by `top_k` and
                 `min_recall`. More are kept if `ef` is not greater than the greatest `top_k`.
             min_recall: share of the true nearest records to be found, in (0, 1], as measured on this collection; 0: no
-                target. If recall is not measured yet, or the graph cannot reach this recall, every vector is compared.
+                target. If it is 1, recall is not measured yet, or the graph cannot reach it, every vector is compared.
                 Must not be combined with `ef`.
             exclude_ids: for each query an id to leave out of its hits, or None; empty: no ids.
             with_vectors: whether the hits contain their vectors.

@@ -45,7 +45,7 @@ class MilvusIndex:
     def create(self, spec: CollectionSpec) -> MilvusCollection:
         """Create a collection in Milvus with its HNSW index, and load it.
 
-        If a step fails, the collection is deleted again.
+        If a step after its creation fails, the collection is deleted again.
 
         Raises:
             ServiceError: INVALID_ARGUMENT for a spec that is invalid or that Milvus does not support; ALREADY_EXISTS if
@@ -75,7 +75,7 @@ class MilvusIndex:
         """Return the collection `name` with its present spec. At the first use, Milvus loads the collection.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no collection with that name.
+            ServiceError: NOT_FOUND if there is no collection with that name, or its spec is damaged.
         """
         spec, created = self._existing(name)
         return self._at_hand(spec, created) or self._keep(spec, created)
@@ -113,7 +113,8 @@ class MilvusIndex:
             truncation: `refuse`, `end` or `start`.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no collection with that name; INVALID_ARGUMENT for another truncation.
+            ServiceError: NOT_FOUND if there is no collection with that name, or its spec is damaged; INVALID_ARGUMENT
+                for another truncation.
         """
         spec, created = self._existing(name)
         self._alter(replace(spec, truncation=truncation), created)
@@ -125,7 +126,7 @@ class MilvusIndex:
             The collection, whether it was bound to another fingerprint or not.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no collection with that name.
+            ServiceError: NOT_FOUND if there is no collection with that name, or its spec is damaged.
         """
         spec, created = self._existing(name)
         if spec.model_fingerprint == legacy:
@@ -136,7 +137,7 @@ class MilvusIndex:
         """Delete the collection `name` with its records.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no collection with that name.
+            ServiceError: NOT_FOUND if there is no collection with that name, or its spec is damaged.
         """
         self._existing(name)
         with self._lock:

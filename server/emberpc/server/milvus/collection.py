@@ -48,7 +48,7 @@ class MilvusCollection:
     It differs from a collection of the embedded backend:
 
     - A write is as durable as Milvus's own log.
-    - `expected_revisions` is not supported, since Milvus has no conditional write.
+    - `expected_revisions` is not supported, since Milvus has no conditional write; nor is a time to live.
     - Sequences are microseconds since 1970, so that they grow over restarts without being stored.
     - The number of new ids, and the creation times of records, are read just before a write.
 
@@ -149,7 +149,8 @@ class MilvusCollection:
     ) -> list[StoredRecord]:
         """Return the records with the given ids, in the order of `ids`; ids without a record are left out.
 
-        `parts` is ignored: each record has text and metadata. Each has its vector only if `with_vectors`.
+        A repeated id gives its record repeatedly. `parts` is ignored: each record has text and metadata. Each has its
+        vector only if `with_vectors`.
         """
         rows = self._reader.by_id(ids, schema.fields(with_vectors=with_vectors))
         found = {record.id: record for record in map(schema.stored, rows)}
@@ -210,7 +211,7 @@ class MilvusCollection:
         Args:
             queries: float32 (queries, dimensions).
             top_k: most hits of each query, 1 to 10,000: one number, or a number for each query.
-            ef: candidates that a search of the graph keeps; 0: chosen by `top_k`.
+            ef: candidates that a search of the graph keeps, see `Request.ef`; 0: chosen by `top_k`.
             min_recall: must be 0.
             exclude_ids: for each query the id of a record that is no hit, or None; empty: no query has one.
             with_vectors: whether hits have their vectors.

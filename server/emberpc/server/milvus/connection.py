@@ -154,8 +154,8 @@ def translated(doing: str) -> Iterator[None]:
         doing: name of the operation in the message of the error and in the log.
 
     Raises:
-        ServiceError: the error that `_FAILURES` has for the code of the original error. For other codes, UNAVAILABLE if
-            the original error is `retriable`, else INTERNAL.
+        ServiceError: the error that `_FAILURES` has for the code of the original error or of one of its causes. For
+            other codes, UNAVAILABLE if one of these errors is `retriable`, else INTERNAL. See `_failure`.
     """
     try:
         yield

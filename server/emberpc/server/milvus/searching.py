@@ -18,7 +18,8 @@ from emberpc.server.milvus.reading import Reader, clause_of
 #: Limit of `top_k` of all queries of one call to Milvus together. With a filter that has doubtful records, the response
 #: may have `_DOUBT` times as many hits. A response of Milvus may have at most 100 MB.
 _HITS_AT_ONCE = 10_000
-#: If a request sets no ef: ef is twice the number of hits, and at least 200, as in the embedded backend.
+#: If a request sets no ef: ef is twice the number of hits, and at least 200, as in the embedded backend
+#: before it measures a graph. A filter makes ef greater, see `Searcher._ask`.
 _MIN_EF, _EF_PER_HIT = 200, 2
 #: Milvus's limits of ef, and of the hits of one query.
 _MAX_EF, _MAX_LIMIT = 32_768, 16_384

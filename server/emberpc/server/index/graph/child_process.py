@@ -29,7 +29,7 @@ class ChildKilledError(OSError):
 
 
 def in_child(work: Callable[[], object]) -> Callable[[], None]:
-    """Start `work`, one call into a library that writes files, in a child process; except on Linux, run it here.
+    """Start `work`, one call into a library that writes files, in a child process; run it here if not on Linux.
 
     The child has only the calling thread. So `work` must take no lock that another thread may hold: it must not log,
     and must use only data that the index's own lock protects. The C library handles its own locks at a fork, and BLAS

@@ -17,8 +17,9 @@ _NEAR = 0.02
 #: ef of the search for a node that is nearly equal to a new vector. Such nodes are easy to find, so the search takes
 #: only a twentieth of the time of an insert.
 _LEADER_EF = 2
-#: Most vectors of a group that a search compares one by one. A larger group gets an HNSW graph of its own: inserting
-#: 128 vectors takes some 10 ms. The vectors that are too short for a graph never get one.
+#: Most vectors of a group that a search compares one by one. A group that an addition makes larger gets an HNSW graph
+#: of its own: inserting 128 vectors takes some 10 ms. The addition that creates a group is not limited. Vectors that
+#: are too short for a graph never get one.
 _MAX_COMPARED_GROUP = 128
 #: Most strays that a search compares one by one, in less time than a search of a graph takes. More strays get a graph
 #: of their own.
@@ -60,7 +61,8 @@ class GroupedGraph(GroupedGraphReader):
         """Search for nodes by their own vectors, and make strays of the nodes that the searches miss.
 
         Args:
-            vector_ids: ids of vectors. Those that are nodes, of this graph or of the graph of a group, are checked.
+            vector_ids: ids of vectors. Those that are nodes, of this graph or of the graph of a group or of strays, are
+                checked. A ghost that is missed is only deleted.
         """
         here: list[int] = []
         by_leader: dict[int, list[int]] = {}
@@ -104,7 +106,7 @@ class GroupedGraph(GroupedGraphReader):
         self._add_strays(np.array([vector_id], dtype=np.int64), vector)
 
     def begin_check(self) -> list[int]:
-        """Begin a complete check: count added vectors from 0, and return the ids of all vectors, for `check`."""
+        """Begin a complete check: count added vectors from 0; return the ids of all vectors and ghosts, for `check`."""
         self._added = 0
         return [*dict.fromkeys(self._vector_of.values()), *self._ghosts]
 

@@ -100,8 +100,8 @@ class GroupedGraphReader:
         #: Whether this graph has had strays, or a node that a search for its own vector missed, since it was created
         #: or loaded.
         self._has_missed = False
-        #: Hashes of vectors that are or were strays. Such a vector becomes a stray again if it is added again: as a
-        #: node it would take links of other nodes, so that searches miss these.
+        #: Hashes of vectors that are or, since this graph was created or loaded, were strays. Such a vector becomes a
+        #: stray again if it is added again: as a node it would take links of other nodes, so that searches miss these.
         self._stray_hashes: set[int] = set()
         #: Leaders whose groups are part of every search: leaders that became strays, shells, and `SHORT`.
         self._searched_always: set[int] = set()
@@ -146,7 +146,7 @@ class GroupedGraphReader:
 
     @property
     def has_misses(self) -> bool:
-        """Whether this graph or that of a group has had strays, or nodes that a check missed, since it was loaded."""
+        """Whether this graph or that of a group has had strays or missed nodes since it was created or loaded."""
         return self._has_missed or any(graph.has_misses for graph in _graphs_of(self._groups.values()))
 
     @property
@@ -171,7 +171,7 @@ class GroupedGraphReader:
 
     @property
     def added(self) -> int:
-        """Number of different vectors that were added since the last complete check began."""
+        """Number of different vectors that were added since the last complete check began; estimated when loaded."""
         return self._added
 
     @property

@@ -1,4 +1,4 @@
-"""A wrapper of hnswlib that never passes hnswlib arguments that could crash the process."""
+"""A wrapper of hnswlib. Callers must prevent wrong arguments and concurrent calls that could crash the process."""
 
 from __future__ import annotations
 

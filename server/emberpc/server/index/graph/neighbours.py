@@ -24,16 +24,17 @@ _CORES = usable_cores()
 #: Number of queries that a search runs before it gives the lock to a waiting writer: 32 for each core.
 _QUERIES_PER_TURN = 32 * _CORES
 #: A query with at most this ef counts as one query in `_QUERIES_PER_TURN`. A query with a greater ef takes longer, and
-#: counts in proportion to ef.
+#: counts in proportion to ef, but a turn has at least one query for each core.
 _EF_PER_QUERY = 1000
-#: Number of labels whose vectors are read from the store at a time.
+#: Number of labels whose vectors are read from the store at a time; also the most vectors that a rebuild moves from the
+#: buffer to the old graph at a time, and the most from which shells are computed.
 _READ_BATCH = 2000
 #: Number of nodes that are checked at a time, while searches wait: about 1 ms for all of them.
 _CHECKED_AT_ONCE = 32
-#: Number of nodes in a sample, which is checked to estimate how many nodes searches miss: some 15 ms for all of them.
+#: Most labels of a sample, which is checked to estimate how many vectors searches miss: some 15 ms for all of them.
 _PROBED = 256
 #: A complete check is due when the number of vectors in the graph is this many times that at the last complete check,
-#: since later nodes may take links of earlier nodes. The second factor holds while no check has missed a node.
+#: since later nodes may take links of earlier nodes. The second factor holds while `has_misses` of the graph is false.
 _CHECK_GROWTH, _SOUND_CHECK_GROWTH = 1.5, 4.0
 
 #: Function that reads vectors from the store: takes labels, and returns those that still exist, int64 (n,), with their
@@ -56,8 +57,8 @@ class Candidates(NamedTuple):
 class Neighbours:
     """Holds the vectors of a collection, and searches for the labels nearest to a query.
 
-    Safe to use from several threads. A search sees every write completely or not at all: graph and buffer change under
-    one lock.
+    Safe to use from several threads. A query sees every write completely or not at all: graph and buffer change under
+    one lock. Between the turns of a search with many queries, writes may run.
 
     Args:
         spec: the spec of the collection.
@@ -79,7 +80,7 @@ class Neighbours:
 
     @property
     def count(self) -> int:
-        """Number of labels that searches can find."""
+        """Number of labels that searches can find; read without the lock, so approximate while `drain` runs."""
         return self._graph.live + len(self._buffer)
 
     @property
@@ -99,13 +100,14 @@ class Neighbours:
 
     @property
     def needs_check(self) -> bool:
-        """Whether a complete check is in progress, or vectors were added since the last: searches may miss nodes."""
+        """Whether a complete check is in progress, or vectors were added since the last began: some may be missed."""
         return bool(self._graph.added or self._unchecked)
 
     def representatives(self) -> list[int]:
         """Return one label of each set of equal or nearly equal vectors in the graph.
 
-        Strays and vectors too short for the graph are left out.
+        Strays and vectors too short for the graph are left out. In a small shell, which has no graph, nearly equal
+        vectors are not grouped.
         """
         with self._lock.read():
             return self._graph.representatives()
@@ -158,7 +160,8 @@ class Neighbours:
             ef: number of candidates that the search of the graph keeps, at least `k`.
 
         Returns:
-            Candidates for each query; None if the graph cannot answer, so that the caller must compare all vectors.
+            Candidates for each query. None if the graph cannot answer, as when `k` is at least half of its labels: then
+            the other queries of the same turn have None too, and the caller must compare all vectors.
 
         Raises:
             ServiceError: DEADLINE_EXCEEDED if the call of this thread is cancelled.
@@ -188,7 +191,7 @@ class Neighbours:
         """Move the oldest vectors from the buffer to the graph, in small steps between which searches run.
 
         Args:
-            most: most vectors to move; vectors that are added to the buffer meanwhile do not count.
+            most: most vectors to move; no more are moved than the buffer has at the start.
             stop: whether to end before the next step.
 
         Returns:
@@ -213,7 +216,7 @@ class Neighbours:
 
         Args:
             stop: whether to end early; the next call continues the check.
-            at_rest: whether any growth of the graph is enough.
+            at_rest: whether it is enough that any vector was added since the last check began.
         """
         if not self._unchecked:
             with self._lock.read():
@@ -261,7 +264,7 @@ class Neighbours:
     def rebuild(
         self, read: ReadVectors, stop: Callable[[], bool], most_waiting: int = 4000, *, shuffled: bool = False
     ) -> bool:
-        """Build a new graph of all vectors in the graph, check the new graph, and replace the old graph by it.
+        """Build a new graph of the old graph's vectors that `read` returns, check it, and replace the old graph.
 
         Searches and writes may run meanwhile, but no other call of `drain` and no `check`.
 
@@ -270,8 +273,9 @@ class Neighbours:
             stop: whether to give up; the old graph then stays.
             most_waiting: if the buffer has more vectors than this meanwhile, some are moved to the old graph, so that
                 searches stay fast.
-            shuffled: whether to insert vectors in random order instead of the order of labels, and to build a graph for
-                each shell; if not, the shells of the old graph stay. Used if searches of the old graph miss many nodes.
+            shuffled: whether to insert batches of 2,000 random vectors, each in the order of labels, instead of all in
+                that order, and to compute new shells; if not, the shells of the old graph stay. Used if searches of
+                the old graph miss many nodes.
 
         Returns:
             Whether the old graph was replaced.

@@ -16,7 +16,8 @@ from emberpc.server.index.graph.hnsw import Hnsw
 from emberpc.server.index.graph.shells import Shells
 
 #: Most vectors of a group in a snapshot: inserting them takes some 0.5 s when a collection is opened. Vectors of larger
-#: groups are left out, and are inserted again in the background after the collection is opened. Strays are all saved.
+#: groups, also of shells and of short vectors, are left out, and are inserted again in the background after the
+#: collection is opened. Strays are all saved.
 _MAX_SAVED_GROUP = 2000
 #: Number of nodes whose vectors are read from hnswlib at a time when a snapshot is loaded.
 _READ_BATCH = 2000
@@ -29,7 +30,8 @@ class GraphContents:
     Attributes:
         dead: nodes that are deleted, int64 (n,).
         members: all labels of each node that has labels besides its id, by id.
-        outside: labels of the vectors that are not nodes, by leader; the leader of strays is -1.
+        outside: labels of the vectors that are not nodes, by leader; the leader of strays is -1. Groups of more than
+            2,000 vectors are left out.
         ghosts: leaders whose own labels are removed.
         checked: value of `PersistentGraph.to_check` when the last complete check ended.
         shells: shells that have graphs of their own; None: all vectors are in one graph.

@@ -12,9 +12,9 @@ from types import TracebackType
 class ReadWriteLock:
     """Admits any number of readers, or one writer alone; no thread can starve another.
 
-    A waiting writer enters before new readers, and before later writers. When a writer leaves, the readers that waited
-    meanwhile enter before the next writer. So a thread that locks again at once, such as a thread that fills a graph in
-    small steps, delays other threads by at most one step.
+    A waiting writer enters before new readers, and before later writers. When a writer leaves, as many readers as
+    waited meanwhile enter before the next writer. So a thread that locks again at once, such as a thread that fills a
+    graph in small steps, delays other threads by at most one step.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class ReadWriteLock:
         self._waiting_readers = 0
         #: Writers that wait, each as an object of its own, in the order in which they came.
         self._waiting_writers: deque[object] = deque()
-        #: Number of waiting readers that may enter although a writer waits.
+        #: Number of readers, waiting or new, that may enter although a writer waits.
         self._admitted = 0
         self._reading_side = _Side(self._begin_to_read, self._end_reading)
         self._writing_side = _Side(self._begin_to_write, self._end_writing)

@@ -24,13 +24,13 @@ _REST_SHARE = 1 / 16
 #: Greatest share of deleted nodes of a graph; with more the graph is rebuilt. With a third of deleted nodes, an insert
 #: takes 1.5 times as long.
 _MAX_DEAD_SHARE = 0.25
-#: Greatest share of strays, vectors that searches of the graph miss; with more the graph is rebuilt in random order and
-#: in shells. Every search covers all strays.
+#: Greatest share of strays, vectors that searches of the graph miss; with more the graph is rebuilt, shuffled and in
+#: shells, if that may help (`_may_get_better`). Every search covers all strays.
 _MAX_STRAY_SHARE = 0.02
 #: Most strays that never cause a rebuild: comparing this many makes a search less than 5 % slower.
 _FEW_STRAYS = 100
 #: Greatest share of a sample of nodes that searches may miss. If they miss more, the graph is rebuilt in shells before
-#: more vectors are added.
+#: more vectors are added, if that may help (`_may_get_better`).
 _MAX_MISSED_SHARE = 0.02
 #: Number of vectors in the graph at which a sample of its nodes is first checked, and the factor for the number at the
 #: next check.
@@ -52,7 +52,8 @@ class MaintenanceLimits:
     #: vectors than this has no graph, so its searches are exact. Comparing a full buffer takes four times as long as
     #: searching the graph, but the buffer is full for a short time only.
     buffer_limit: int = 4000
-    #: Fewest vectors that are inserted into the graph between two snapshots. Inserting this many takes 10 to 20 s.
+    #: Fewest vectors that are inserted into the graph between two snapshots. Inserting this many takes 10 to 20 s. A
+    #: rebuild, and closing after any insert, also save a snapshot.
     snapshot_every: int = 20_000
     #: Seconds without a write after which all vectors of the buffer are moved to the graph, if there is a graph.
     rest_seconds: float = 1.0
@@ -90,7 +91,7 @@ class GraphMaintenance:
         self._stop = stop
         self._lock = threading.Lock()
         self._unsaved = 0
-        #: Number of vectors in the graph when it was last rebuilt because of strays; 0: never.
+        #: Number of vectors in the graph at the end of the last shuffled rebuild, finished or not; 0: never.
         self._size_shuffled = 0
         #: Number of vectors in the graph when a sample of its nodes was last checked; 0: never.
         self._size_sampled = 0
@@ -139,7 +140,7 @@ class GraphMaintenance:
     def is_saved(self) -> bool:
         """Whether the graph was neither filled nor rebuilt since the last snapshot or since the opening.
 
-        The removal of vectors does not count.
+        The removal of vectors and new strays do not count.
         """
         return not self._unsaved
 
@@ -154,7 +155,8 @@ class GraphMaintenance:
     def snapshot(self) -> None:
         """Save a snapshot of the graph in the collection's folder; the caller holds the lock of `run`.
 
-        If the process that writes the snapshot is killed, there are two more attempts. An error is only logged.
+        If the process that writes the snapshot is killed, there are two more attempts. An error of writing is only
+        logged.
         """
         for tries_left in reversed(range(_SNAPSHOT_TRIES)):
             try:
@@ -232,8 +234,9 @@ class GraphMaintenance:
         return share > max(_MAX_STRAY_SHARE, _FEW_STRAYS / max(1, size)) and self._may_get_better()
 
     def _may_get_better(self) -> bool:
-        """Return whether the graph has at least 1.5 times the vectors of its last rebuild because of strays.
+        """Return whether the graph has at least 1.5 times the vectors that it had after its last shuffled rebuild.
 
+        True before the first.
         With fewer vectors another rebuild would probably have as many strays.
         """
         return self._neighbours.graph_size >= 1.5 * self._size_shuffled

@@ -204,7 +204,7 @@ class Verifier:
             return bool(len(self.store.vectors([label])[0])) and not self.neighbours.held([label])
 
     def _words(self) -> list[Problem]:
-        """Compare the word index with the texts, and rebuild the index if they differ.
+        """Compare the word index with the texts; rebuild the index if they differ or it is suspected already.
 
         Returns:
             A problem if they differ without a reason that was reported before, or the index cannot be rebuilt.

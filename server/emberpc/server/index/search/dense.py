@@ -32,7 +32,7 @@ _SCAN_BATCH = 4000
 #: search. A vector that must be read from the store and a candidate take about 3 µs each.
 _VECTORS_PER_CANDIDATE = 2
 #: If at most this many records meet a filter, and their vectors take at most a quarter of the cache of selections, the
-#: vectors are compared, and are cached for the next search.
+#: vectors are compared, and are cached for the next search. More are, with a great ef or in a large collection.
 _FEW = 1000
 #: Factor of ef for the next graph search, after one that found too few records that meet the filter.
 _WIDER = 4
@@ -47,8 +47,9 @@ class DenseRequest(NamedTuple):
     """Queries of a dense search, with their options.
 
     `queries` are prepared vectors, float32 (queries, dimensions). `top_k`, `exclude` (an id that must not be a hit, or
-    None) and `conditions` (a filter, or None) have one item for each query. `ef` (candidates that a graph search keeps)
-    and `with_vectors` (whether hits contain their vectors) are for all queries.
+    None) and `conditions` (a filter, or None) have one item for each query; there is at least one query. `ef`
+    (candidates that a graph search keeps, at least `candidates`) and `with_vectors` (whether hits contain their
+    vectors) are for all queries.
     """
 
     queries: Matrix
@@ -57,7 +58,7 @@ class DenseRequest(NamedTuple):
     ef: int
     with_vectors: bool
     conditions: Sequence[Clause | None]
-    #: Whether to compare every vector instead of searching the graph.
+    #: Whether to compare every vector in the store that meets the filter, instead of searching memory.
     exact: bool = False
 
     @property
@@ -130,7 +131,7 @@ class DenseSearcher:
         return [outcomes[i] for i in range(len(request.queries))]
 
     def catch_up(self) -> int:
-        """Wait until memory has the store's last write, or a second has passed; return the sequence of that write."""
+        """Wait, for at most a second, until memory has the store's last write; in any case return its sequence."""
         sequence = self._store.sequence()
         self._selector.wait_for(sequence)
         return sequence
@@ -143,7 +144,7 @@ class DenseSearcher:
             _fill(outcomes, request, partial(self._answer, condition, settled=False))
             if None not in outcomes:
                 break
-            # A query without an outcome: a write changed the store after memory was searched.
+            # A query without an outcome: a write changed the store after memory was searched, or a record is damaged.
             self.catch_up()
         else:
             # Writes follow each other too quickly. With writes blocked, memory and store stay consistent.
@@ -164,7 +165,7 @@ class DenseSearcher:
     def _answer(
         self, condition: Clause | None, request: DenseRequest, *, settled: bool
     ) -> Sequence[SearchOutcome | None]:
-        """Search in memory for the records that meet `condition` (None: all); None for a query that a write disturbed.
+        """Search in memory for the records that meet `condition` (None: all); None for a query to be repeated.
 
         If `settled`, the write lock is held, and no write can disturb the search.
         """
@@ -192,8 +193,8 @@ class DenseSearcher:
     ) -> Sequence[SearchOutcome | None]:
         """Search for records that meet a filter, by graph or by comparing all their vectors.
 
-        None for the queries that must be repeated, since a write changed which records meet the filter, or the vector
-        of a hit is damaged. If `settled`, the write lock is held, and no write can disturb the search.
+        None for the queries that must be repeated, since a write changed which records meet the filter, or a record or
+        vector is damaged or was deleted. If `settled`, the write lock is held, and no write can disturb the search.
         """
         k, held = request.candidates, max(1, self._neighbours.count)
         few = max(_FEW, _exact_up_to(request.ef), isqrt(_exact_up_to(2 * k * held)))
@@ -233,7 +234,7 @@ class DenseSearcher:
             ef *= _WIDER
 
     def _still_holds(self, condition: Clause, selection: Selection) -> bool:
-        """Return whether the same records still meet the filter after the writes since the selection."""
+        """Return whether the same records, not rewritten, meet the filter after the writes since the selection."""
         if self._store.sequence() == selection.sequence:
             return True
         return np.array_equal(self._selector.select(condition, 0).labels, selection.labels)
@@ -262,7 +263,8 @@ class DenseSearcher:
 
         Vectors that were deleted, or are found damaged while they are read, are left out. Then `plan.compared_count`
         is less than the number of labels of the selection. Checksums are verified of all vectors while they are read,
-        or of the hits only, whichever is faster. None if such a hit is damaged or was deleted.
+        or of the hits only, whichever is faster; of cached vectors, only of hits that were not verified before. None if
+        a hit that is verified after the comparison is damaged or was deleted.
         """
         kept = selection.vectors
         checked = kept is None and _is_check_while_reading_faster(len(queries) * k, len(selection.labels))
@@ -278,7 +280,7 @@ class DenseSearcher:
         return [Candidates(labels[i].tolist(), scores[i].tolist(), total <= k, plan) for i in range(len(queries))]
 
     def _are_undamaged(self, labels: set[int], selection: Selection) -> bool:
-        """Verify the checksums of the vectors with these labels; return whether all are right.
+        """Verify the checksums of the vectors with these labels; return whether all exist and are right.
 
         If not, verify all vectors of the selection, so that the store notes all damage, and clear the selector's cache.
         """
@@ -320,7 +322,7 @@ class DenseSearcher:
             yield labels, prepare(vectors, self._distance)
 
     def _scan(self, condition: Clause | None, request: DenseRequest) -> list[SearchOutcome | None]:
-        """Compare the queries with all vectors in the store that meet a filter: slow, but without graph and buffer.
+        """Compare the queries with all vectors in the store that meet a filter (None: all), without graph and buffer.
 
         None for a query if a record turned out to be damaged; the store leaves it out the next time.
         """
@@ -348,7 +350,7 @@ def _exact_up_to(ef: int) -> int:
 
 
 def _is_check_while_reading_faster(hits: int, count: int) -> bool:
-    """Return whether to verify checksums while `count` vectors are read, or later, of the vectors of hits only.
+    """Return whether verifying all checksums during the reading is faster than verifying those of hits after it.
 
     Args:
         hits: number of hits, whose vectors would be read a second time.
@@ -358,7 +360,7 @@ def _is_check_while_reading_faster(hits: int, count: int) -> bool:
 
 
 def _among(found: Candidates, allowed: Labels, k: int) -> Candidates | None:
-    """Return the nearest k candidates whose labels are in `allowed`, which is ascending; None if there are fewer."""
+    """Return the nearest k candidates whose labels are in `allowed`, ascending, not empty; None if fewer."""
     labels = np.array(found.labels, dtype=np.int64)
     places = np.minimum(np.searchsorted(allowed, labels), len(allowed) - 1)
     chosen = np.flatnonzero(allowed[places] == labels)[:k]

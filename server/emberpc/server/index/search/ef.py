@@ -51,9 +51,10 @@ class EfChooser:
         Args:
             top_k: hits to find for each query.
             ef: the ef that the caller set, which is returned; 0: choose one.
-            min_recall: share of the true nearest records to find, in (0, 1]; 0: no target, so that the default ef is
-                returned. 1, a share that no measured ef finds, or a graph without measurements gives None. An empty
-                graph with a share below 1 gives 800.
+            min_recall: share of the true nearest records to find, in (0, 1]. 1, a share that no measured ef finds, or a
+                graph without measurements gives None. An empty graph with a share below 1 gives 800. 0: no target, so
+                that the default ef is returned; None if no measured ef finds 0.95, or if the graph is not measured and
+                has too many strays (`_is_poor`).
         """
         if ef:
             return ef

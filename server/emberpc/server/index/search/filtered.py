@@ -142,7 +142,7 @@ class Selector:
         return found, prepare(vectors, self._spec.distance)
 
     def forget(self) -> None:
-        """Clear the cache; called when a cached vector turned out to be damaged."""
+        """Clear the cache; called when the vector of a hit turned out to be damaged or deleted."""
         with self._lock:
             self._kept.clear()
             self._bytes = 0

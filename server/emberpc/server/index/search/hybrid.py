@@ -16,8 +16,8 @@ from emberpc.server.index.storage.store import Store
 #: Number of dense hits, and of lexical hits, that are fused for a query: the greater of the first value and the second
 #: value times top_k.
 _MIN_DEPTH, _DEPTH_PER_HIT = 100, 2
-#: Greatest share of the texts that may contain a word of a lexical query. More common words are left out if the query
-#: has others: they hardly change the scores of BM25, but take most of the time.
+#: Greatest share of the records whose texts may contain a word of a lexical query. More common words are left out if
+#: the query has rarer words that texts contain: they hardly change the scores of BM25, but take most of the time.
 _COMMON = 0.5
 #: Fewest records of a collection whose lexical queries leave out common words. With fewer there is little time to save.
 _LARGE = 1000
@@ -55,11 +55,11 @@ class HybridSearcher:
         self._write_lock = write_lock
 
     def by_words(self, request: LexicalRequest) -> list[SearchOutcome]:
-        """Return for each text the records that have a word of the text, best first by BM25.
+        """Return for each text at most top_k records that have a word of the text, best first by BM25.
 
-        Words in more than half of the texts can be left out (`_distinctive_words`). A text without words has no hits.
-        All texts are searched for in one snapshot of the store. If a text has fewer hits than its top_k, the plan of
-        the outcome states why.
+        Words in the texts of more than half of the records can be left out (`_distinctive_words`). A text without words
+        has no hits. All texts are searched for in one snapshot of the store. If a text has fewer hits than its top_k,
+        the plan of the outcome states why.
 
         Raises:
             ServiceError: DATA_LOSS if the word index is damaged; DEADLINE_EXCEEDED if the call of this thread is
@@ -151,7 +151,7 @@ class HybridSearcher:
             most += k - len(hits)  # one more for each hit whose record turned out to be damaged
 
     def _distinctive_words(self, words: list[str]) -> list[str]:
-        """Return the words of a query that are in at least one text and in at most half of the texts.
+        """Return the words of a query that are in the texts of at least one and at most half of the records.
 
         Returns all words if none of them is, or if the collection has fewer than `_LARGE` records.
         """
@@ -171,7 +171,7 @@ def fusion_depths(top_k: Sequence[int]) -> list[int]:
 
 
 def expression(words: Sequence[str]) -> str:
-    """Return the FTS5 query for texts that contain any of the words."""
+    """Return the FTS5 query for texts that contain any of the words, at least one, which `words_of` returned."""
     # Quotes keep FTS5 from reading a word as an operator.
     return " OR ".join(f'"{word}"' for word in words)
 

@@ -15,7 +15,8 @@ from emberpc.server.collections.types import ProbeFigures, SearchOutcome, Stored
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.search.dense import DenseRequest
 
-#: Most searches that wait for their exact repetition. Further searches are not probed until some are repeated.
+#: While this many searches wait for their exact repetition, no further search is chosen. Searches that were chosen
+#: before and end later wait too.
 _MOST_WAITING = 8
 #: Greatest top_k of a search that is probed.
 _MOST_HITS = 100
@@ -34,7 +35,7 @@ class _Sample(NamedTuple):
 
 
 class Probe:
-    """Measures the recall of the searches of one collection. Safe to use from several threads.
+    """Measures the recall of the searches of one collection. Safe to use from several threads, except `run`.
 
     Args:
         share: share of the searches to probe, in [0, 1]; 0: none.
@@ -91,7 +92,7 @@ class Probe:
         search: Callable[[DenseRequest], Sequence[SearchOutcome]],
         get: Callable[[Sequence[str]], dict[str, StoredRecord]],
     ) -> None:
-        """Repeat the queued searches exactly, and add their recall to the figures.
+        """Repeat the queued searches exactly, and add their recall to the figures; one thread at a time.
 
         After that, no search is probed for a hundred times as long as the repetitions took. Hits that were written or
         deleted since the search do not count; nor does a search with a hit that is damaged now, or for which `_recall`

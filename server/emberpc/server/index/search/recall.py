@@ -64,7 +64,7 @@ class Point:
 
 @dataclass(frozen=True)
 class RecallMap:
-    """Measurements of a graph that held `size` vectors; no points: the graph had too few vectors."""
+    """Measurements of a graph that held `size` vectors; no points: it had too few, or only strays and short vectors."""
 
     size: int
     points: tuple[Point, ...]
@@ -101,7 +101,7 @@ def measure(store: Store, neighbours: Neighbours, distance: Distance, stop: Call
         stop: whether to stop; called before each batch of vectors or queries.
 
     Returns:
-        The measurements; None if stopped, or if the graph fails.
+        The measurements, without points if no vector can be a query; None if stopped, or if the graph fails.
     """
     size = neighbours.graph_size
     queries = _queries(store, neighbours, distance)
@@ -131,7 +131,7 @@ def measure(store: Store, neighbours: Neighbours, distance: Distance, stop: Call
 def save(measured: RecallMap, folder: Path) -> None:
     """Save measurements in a collection's folder, as `recall.json`.
 
-    An error of the file system is only logged: without the file the graph is measured again later.
+    An error of the file system is only logged; the file of an earlier measurement then stays.
     """
     temporary = folder / f"{_NAME}.tmp"
     try:
@@ -147,7 +147,7 @@ def save(measured: RecallMap, folder: Path) -> None:
 def load(folder: Path) -> RecallMap | None:
     """Return the measurements saved in a collection's folder; None if there are none, or their format is unknown.
 
-    None too if they are damaged, which is logged.
+    None too if they are damaged or cannot be read, which is logged.
     """
     try:
         document = json.loads((folder / _NAME).read_text(encoding="utf-8"))

@@ -25,7 +25,7 @@ _INDEX = f"CREATE INDEX IF NOT EXISTS {INDEX_PREFIX}nul ON records (label) WHERE
 
 
 def make_index(connection: sqlite3.Connection, subject: str) -> None:
-    """Create the index of records whose metadata contains NUL, if it is missing; a failure is only logged.
+    """Create the index of records whose metadata contains NUL, if it is missing; an OperationalError is only logged.
 
     With the index, `compiled` finds in microseconds that there are no such records. `subject` names the database.
     """

@@ -224,6 +224,8 @@ def _unconverted(connection: sqlite3.Connection, subject: str) -> int:
 def make(connection: sqlite3.Connection, version: int) -> None:
     """Create the tables in an empty database as they are after `version` migration steps, 0 to `len(STEPS)`.
 
+    `PRAGMA user_version` stays 0.
+
     Raises:
         sqlite3.Error: a statement failed.
     """

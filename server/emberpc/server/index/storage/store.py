@@ -108,7 +108,7 @@ class Store(StoreReader):
     ) -> Change:
         """Insert records, or replace those with the same ids, in one transaction: all records or none.
 
-        A replaced record keeps its create time, unless its row is damaged.
+        A replaced record keeps its create time, unless its numbers are damaged (`has_intact_numbers`).
 
         Args:
             records: the records, with distinct ids; a time to live counts from now.
@@ -121,8 +121,8 @@ class Store(StoreReader):
 
         Raises:
             ServiceError: INVALID_ARGUMENT if the number of expected revisions is wrong, ABORTED if a revision differs,
-                DATA_LOSS if a revision is expected of a damaged record, RESOURCE_EXHAUSTED if the disk is full,
-                INTERNAL if the database fails or a counter is damaged, DEADLINE_EXCEEDED if the call is cancelled.
+                DATA_LOSS if a revision is expected of a record whose numbers are damaged, RESOURCE_EXHAUSTED if the
+                disk is full, INTERNAL if the database fails or a counter is damaged, DEADLINE_EXCEEDED if cancelled.
         """
         if expected_revisions is not None and len(expected_revisions) != len(records):
             message = f"has {len(expected_revisions)} items for {len(records)} records; give one for each"
@@ -346,7 +346,7 @@ class Store(StoreReader):
         """Rebuild the word index from the texts, even if the call of this thread is cancelled.
 
         The caller must hold the lock of writes. If the rebuild fails because of damage, `words_beyond_repair` becomes
-        true, and only `verify` tries again. After another failure `words_suspect` is true, and maintenance tries again.
+        true, also after a later success, and only `verify` tries again. After another failure, maintenance tries again.
 
         Raises:
             ServiceError: INTERNAL if the database is damaged, RESOURCE_EXHAUSTED if the disk is full.

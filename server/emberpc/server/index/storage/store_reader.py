@@ -76,12 +76,12 @@ class StoreReader:
         self._path = path
         self._spec = spec
         self._damage = DamageFilter(spec)
-        #: Called with the labels of damaged records that a read found.
+        #: Called with the labels of damaged records that a read of records, not of vectors only, found.
         self.on_damage: Callable[[set[int]], None] = lambda _: None
         #: Whether the word index must be rebuilt; and whether a rebuild failed for damage: only `verify` retries then.
         self.words_suspect = False
         self.words_beyond_repair = False
-        #: Called when `words_suspect` becomes true.
+        #: Called by `suspect_words`.
         self.on_suspect_words: Callable[[], None] = lambda: None
         self._cache = cache
         self._owner = cache.new_owner()
@@ -90,7 +90,7 @@ class StoreReader:
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Let all reads of this thread in the block see one state of the database. Blocks must not be nested."""
+        """Let all reads of this thread in the block see one state. Not to be nested: `get` and `page` use it too."""
         connection = self._connection()
         with translated(self._subject):
             connection.execute("BEGIN")
@@ -120,9 +120,9 @@ class StoreReader:
             return self.response_bytes.spend(self._connection(), column, keys)
 
     def by_label(self, labels: Sequence[int], *, with_vectors: bool) -> dict[int, StoredRecord]:
-        """Return the existing, undamaged records by label, from the cache or the database.
+        """Return the existing, undamaged records by label, with at least `response_bytes.parts`.
 
-        Whole ones without vectors are cached. All have at least `response_bytes.parts`; RESOURCE_EXHAUSTED if too big.
+        Whole records without vectors are cached. RESOURCE_EXHAUSTED if those read from the database are too big.
         """
         found = {} if with_vectors else self._cache.find(self._owner, labels)
         missing = [label for label in labels if label not in found]
@@ -242,7 +242,7 @@ class StoreReader:
             return self._damage.select(self._connection(), statement, (expression, *condition.parameters, count))
 
     def count_lexical_matches(self, expression: str) -> int:
-        """Return the number of texts that match an FTS5 query; raise DATA_LOSS if the word index is damaged."""
+        """Return the number of texts that match an FTS5 query; errors as of `lexical_matches`."""
         with translated(self._subject), self._reading_words():
             found = self._connection().execute("SELECT count(*) FROM words WHERE words MATCH ?", (expression,))
             return int(found.fetchone()[0])
