@@ -363,8 +363,8 @@ class Collection(Lifecycle, SearchMethods):
         """Cluster the records by their vectors; return the clusters, largest first.
 
         Args:
-            count: number of clusters; fewer are returned if some are empty.
-            examples: number of records to return of each cluster.
+            count: number of clusters, at least 1; fewer are returned if some are empty.
+            examples: most records to return of each cluster.
             stop: whether to give up and return no clusters.
 
         Raises:

@@ -51,7 +51,7 @@ class SearchMethods:
             queries: float32 (queries, dimensions).
             top_k: most hits of a query, 1 to 10,000: a number for all queries, or a sequence with a number for each.
             ef: number of candidates that the search of the graph keeps, at most 1,000,000; 0: chosen by `top_k` and
-                `min_recall`. More are kept if `ef` is not greater than the greatest `top_k`.
+                `min_recall`. More are kept with a filter, or if `ef` is not greater than the greatest `top_k`.
             min_recall: share of the true nearest records to be found, in (0, 1], as measured on this collection; 0: no
                 target. If it is 1, recall is not measured yet, or the graph cannot reach it, every vector is compared.
                 Must not be combined with `ef`.
@@ -105,9 +105,10 @@ class SearchMethods:
             The hits of each query, best first, and the plan of the search.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if an argument is invalid, DATA_LOSS if the word index is damaged,
-                RESOURCE_EXHAUSTED if the hits have too many bytes for one response, DEADLINE_EXCEEDED if the call is
-                cancelled, UNAVAILABLE if the collection is closed.
+            ServiceError: INVALID_ARGUMENT if an argument is invalid, DATA_LOSS if the word index is damaged, INTERNAL
+                if it cannot be rebuilt, RESOURCE_EXHAUSTED if the hits have too many bytes for one response,
+                DEADLINE_EXCEEDED if the call is cancelled, UNAVAILABLE if the collection is closed.
+            ValueError: `conditions` has not one item for each text.
         """
         check_search(len(texts), top_k, len(texts), 0)
         with self._calls.enter(), self._store.response_bytes.limited(parts):
@@ -146,9 +147,9 @@ class SearchMethods:
             The hits of each query, best first, and the plan of the search.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if an argument is invalid, DATA_LOSS if the word index is damaged,
-                RESOURCE_EXHAUSTED if the hits have too many bytes for one response, DEADLINE_EXCEEDED if the call is
-                cancelled, UNAVAILABLE if the collection is closed.
+            ServiceError: INVALID_ARGUMENT if an argument is invalid, DATA_LOSS if the word index is damaged, INTERNAL
+                if it cannot be rebuilt, RESOURCE_EXHAUSTED if the hits have too many bytes for one response,
+                DEADLINE_EXCEEDED if the call is cancelled, UNAVAILABLE if the collection is closed.
         """
         prepared = prepare_queries(queries, self.spec.dimensions, self.spec.distance, _VECTOR)
         if len(texts) != len(queries):

@@ -215,7 +215,8 @@ class MilvusCollection:
             min_recall: must be 0.
             exclude_ids: for each query the id of a record that is no hit, or None; empty: no query has one.
             with_vectors: whether hits have their vectors.
-            conditions: the filter of each query, None for a query without; empty: no query has a filter.
+            conditions: the filter of each query, None for a query without; empty: no query has a filter. Their number
+                is not checked.
             parts: ignored; hits have text and metadata.
 
         Returns:

@@ -34,8 +34,8 @@ def cluster_records(
     Args:
         spec: the spec of the collection; EUCLIDEAN collections are clustered by distance, others by direction.
         store: the records of the collection.
-        count: number of clusters. Fewer are returned if some stay empty, as among equal vectors.
-        examples: number of records to return of each cluster, those nearest to its centre.
+        count: number of clusters, at least 1. Fewer are returned if some stay empty, as among equal vectors.
+        examples: most records to return of each cluster, those nearest to its centre.
         stop: whether to stop; called before each batch of vectors.
 
     Returns:
@@ -86,7 +86,7 @@ def k_means(vectors: Matrix, count: int, *, directions: bool, stop: Callable[[],
 
     Args:
         vectors: float32 (n, dimensions), n at least 1; of length 1 if `directions`.
-        count: number of clusters.
+        count: number of clusters, at least 1.
         directions: whether to cluster by cosine, with centres of length 1, instead of by euclidean distance.
         stop: whether to stop; called before each further centre is drawn, and before each 4,000 vectors of a round. The
             centres found so far are returned then.

@@ -14,7 +14,8 @@ from emberpc.server.index.storage.store import Store
 #: queries that are less like the records than the queries of the measurement.
 _RECALL = 0.99
 #: Limits of the default ef. The least is not smaller, since queries may be unlike the records. A value above the
-#: greatest is used only if it is needed for `_LEAST_RECALL`, or for twice top_k.
+#: greatest is used only if it is needed for `_LEAST_RECALL`, or for twice top_k. The greatest is also the default ef if
+#: the measurement has no points.
 _LEAST, _MOST = 100, 800
 #: Least default ef before the graph's recall is measured.
 _UNMEASURED = 200

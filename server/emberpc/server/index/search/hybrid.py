@@ -62,8 +62,8 @@ class HybridSearcher:
         the plan of the outcome states why.
 
         Raises:
-            ServiceError: DATA_LOSS if the word index is damaged; DEADLINE_EXCEEDED if the call of this thread is
-                cancelled; the errors of reading the store.
+            ServiceError: DATA_LOSS if the word index is damaged, INTERNAL if it cannot be rebuilt; DEADLINE_EXCEEDED if
+                the call of this thread is cancelled; the errors of reading the store.
         """
         with self._store.snapshot():
             return [

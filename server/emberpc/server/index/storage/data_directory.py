@@ -77,7 +77,8 @@ class DataDirectory:
     that was never finished or was deleted. Such folders are removed when the directory is opened, unless a folder that
     the catalogue names is missing.
 
-    Every method may raise `ServiceError`: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the catalogue fails.
+    Every method may raise `ServiceError`: RESOURCE_EXHAUSTED if the disk is full or no file descriptor is free,
+    INTERNAL if the catalogue fails.
 
     Args:
         path: the directory; created if it is missing, and locked until `close`.

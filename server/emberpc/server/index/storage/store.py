@@ -63,8 +63,8 @@ class Store(StoreReader):
         create: whether to create the database; if not, a missing database is an error.
 
     Raises:
-        ServiceError: INTERNAL if the database cannot be opened or is damaged, RESOURCE_EXHAUSTED if the disk is full or
-            no file descriptor is free.
+        ServiceError: INTERNAL if the database cannot be opened, is damaged or is of a newer version, RESOURCE_EXHAUSTED
+            if the disk is full or no file descriptor is free.
     """
 
     def __init__(
