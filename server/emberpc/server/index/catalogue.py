@@ -161,7 +161,7 @@ class Index:
     def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
         """Return at most `page_size` specs, sorted by name, and the token of the next page, empty after the last page.
 
-        An empty `page_token` gives the first page. Raise INVALID_ARGUMENT if the size or the token is invalid.
+        An empty `page_token` gives the first page. INVALID_ARGUMENT if the size is not 1 to 1000 or the token is wrong.
         """
         check_page_size(page_size)
         after = decode_token(page_token)
@@ -309,8 +309,8 @@ class Index:
         """Wait for calls in progress, save snapshots, close every collection, and unlock the directory.
 
         Args:
-            deadline: until when to wait for calls; None: without limit. Collections whose calls continue stay open, and
-                then the directory stays locked. No acknowledged write is lost then.
+            deadline: until when to wait; None: without limit. Collections whose calls continue stay open. If there are
+                any, or a background thread still runs, the directory stays locked. No acknowledged write is lost.
 
         Returns:
             Whether everything is closed. A second call has no effect and returns True, whatever the first returned.

@@ -279,7 +279,7 @@ class Collection(Lifecycle, SearchMethods):
         """Return undamaged records in byte order of ids, and the token of the next page, empty after the last page.
 
         Args:
-            page_size: most records of the page; there are fewer if these reach the limit of a response's bytes.
+            page_size: most records of the page, 1 to 1000; fewer if these reach the limit of a response's bytes.
             page_token: token that the page before was returned with; empty: the first page.
             with_vectors: whether the records contain their vectors.
             condition: validated filter that the records must meet; None: all records.

@@ -131,7 +131,7 @@ class MilvusCollection:
     def delete(self, ids: Sequence[str]) -> WriteResult:
         """Delete the records with the given ids, by one message to Milvus; ids without a record are ignored.
 
-        If no record has one of the ids, nothing is written, and the result has the sequence of the last write.
+        If no record has one of the ids, nothing is written, and the result has the last write's sequence, as in `info`.
         """
         with self._write_lock:
             return self._delete([found[schema.ID] for found in self._reader.by_id(ids, [schema.ID])])
@@ -139,7 +139,7 @@ class MilvusCollection:
     def delete_matching(self, condition: Filter) -> WriteResult:
         """Delete the records that meet the filter `condition`, by one message to Milvus that has their ids.
 
-        If no record meets it, nothing is written, and the result has the sequence of the last write.
+        If no record meets it, nothing is written, and the result has the last write's sequence, as in `info`.
         """
         with self._write_lock:
             return self._delete([found[schema.ID] for found in self._reader.walk([schema.ID], condition)])

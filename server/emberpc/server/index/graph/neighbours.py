@@ -45,7 +45,7 @@ ReadVectors = Callable[[list[int]], tuple[Labels, Matrix]]
 class Candidates(NamedTuple):
     """Labels near a query with their scores, nearest first, and the plan of the search.
 
-    `complete` is whether these are all labels of the collection or, with a filter, of the records that meet it.
+    `complete` is whether these are known to be all labels of the collection or, with a filter, of the matching records.
     """
 
     labels: list[int]
@@ -283,7 +283,7 @@ class Neighbours:
         shells = self._fitted_shells(read) if shuffled else self._graph.shells
         graph = PersistentGraph(self._spec, self._graph.live, shells=shells)
         taken: set[int] = set()
-        # Vectors that the old graph received meanwhile must be in the new graph too. Each round has fewer of them.
+        # Vectors that the old graph received meanwhile must be in the new graph too. Rounds usually get shorter.
         while labels := sorted(self._graph_labels() - taken):
             first_round = not taken
             taken.update(labels)

@@ -94,7 +94,7 @@ class ReadWriteLock:
 class _Side:
     """Context manager for one side of a lock, read or write, that calls `begin` on entry and `end` on exit.
 
-    It is created once for each lock: a generator for each search would take as long as the locking itself.
+    It is created once for each side of a lock: a generator for each search would take as long as the locking itself.
     """
 
     def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:

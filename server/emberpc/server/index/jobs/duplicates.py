@@ -95,7 +95,7 @@ class _BestPairs:
 
 
 def _directions(store: Store) -> tuple[Labels, Matrix]:
-    """Return labels, int64 (n,), and vectors, float32 (n, dimensions), of all records except those with a zero vector.
+    """Return labels, int64 (n,), and vectors, float32 (n, dimensions), of undamaged records without a zero vector.
 
     The vectors are normalized.
     """

@@ -68,7 +68,7 @@ class GraphMaintenance:
         store: the records of the collection.
         neighbours: the vectors of the collection in memory.
         read: reads prepared vectors from the store, by label.
-        limits: limits that decide when each step is due.
+        limits: limits that decide when vectors are moved to the graph, and when snapshots are saved.
         stop: whether to stop, since the collection is about to be closed; called every few milliseconds.
     """
 

@@ -116,7 +116,7 @@ class Verifier:
         """Return the vector of a stored record, not prepared: float32 (1, dimensions).
 
         Raises:
-            ServiceError: a part of the record is damaged; the message says which, and what to do.
+            ServiceError: the record is damaged; the message says in what way.
         """
         try:
             metadata = json.loads(row.metadata)

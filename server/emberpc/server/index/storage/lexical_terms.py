@@ -130,7 +130,8 @@ def words_of(query: str) -> list[str]:
     """Return the first 256 distinct words of a query, in order, prepared as the words of texts are.
 
     A word in a script without spaces gives pairs of characters, since single characters are in too many texts. A word
-    of one character gives that character. Only the first 65,536 characters of the query are read.
+    of one character gives that character. Only the first 65,536 characters of the query are read; of a longer query,
+    the last of these words is dropped, since it may be incomplete.
     """
     if len(query) > _MAX_CHARACTERS:
         query = query[:_MAX_CHARACTERS]

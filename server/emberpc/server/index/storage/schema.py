@@ -37,7 +37,7 @@ INSERT INTO state VALUES (1, 0);
 COMMIT;
 """
 
-# The word index. Triggers update it in the transaction that writes the records; records are only inserted and deleted,
+# The word index. Triggers update it in the transaction that writes the records; texts are only inserted and deleted,
 # never updated. The texts themselves are read from `records`.
 _WORDS = (
     "CREATE VIRTUAL TABLE words USING fts5(text, content='records', content_rowid='label', "

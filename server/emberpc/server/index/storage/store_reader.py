@@ -346,7 +346,7 @@ class StoreReader:
             return [Row(*row) for row in found]
 
     def integrity_errors(self) -> list[str]:
-        """Run SQLite's integrity check; return its messages of damage, without those on the word index."""
+        """Run SQLite's integrity check; return its messages of damage, at most 100, none on the word index."""
         with translated(self._subject):
             found = [row[0] for row in self._connection().execute("PRAGMA integrity_check")]
         # Later versions of SQLite check the word index too, but `words_are_intact` also compares it with the texts.
