@@ -42,7 +42,7 @@ class _Failure:
         code: status code of the `ServiceError`.
         reason: reason of the `ServiceError`, for programs.
         said: the message, which follows the name of the operation.
-        retry_after: seconds after which the caller may retry; None: a retry cannot help.
+        retry_after: seconds after which the caller may retry; None: no time is stated.
     """
 
     code: Code

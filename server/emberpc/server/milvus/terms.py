@@ -10,7 +10,7 @@ array of terms. A term states one fact about a metadata field:
 
 Equality, membership and existence need terms only. Comparisons by order and prefixes read the JSON, but only of records
 whose terms state that the field is a string or a number. If the field is a list with a string or a number, Milvus
-cannot decide: the record is doubtful, and the server decides by `filters.matches`.
+cannot decide: the record is doubtful, and the server decides by `filters.matches`. `_ordered` has further such cases.
 """
 
 from __future__ import annotations

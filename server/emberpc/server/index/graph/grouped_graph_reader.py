@@ -65,7 +65,7 @@ class GroupedGraphReader:
     part of every search.
 
     `Neighbours` holds the lock: methods that change vectors or ef, and `check`, which may make strays, need the write
-    side of the lock, other methods its read side.
+    side of the lock, other methods its read side. `Neighbours` reads some properties without the lock.
 
     Args:
         spec: dimensions, distance and parameters of the graph.

@@ -53,7 +53,7 @@ def copy_of(folder: Path, spec: CollectionSpec, created: datetime, stop: Callabl
         folder: the collection's folder.
         spec: the spec of the collection.
         created: when the collection was created.
-        stop: whether to stop; called every few milliseconds.
+        stop: whether to stop; called every few milliseconds of the copying, and for each record that is verified.
 
     Returns:
         The copy, open for reading; None if stopped. The file is deleted already, so its space is free when the caller

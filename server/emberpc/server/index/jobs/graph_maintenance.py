@@ -197,7 +197,7 @@ class GraphMaintenance:
         return max(1000, wanted - self._neighbours.graph_size)
 
     def _rebuild_if_due(self, *, misses: bool = False) -> None:
-        """Rebuild the graph if too many nodes are deleted, or too many vectors are strays.
+        """Rebuild the graph if too many nodes are deleted, or too many vectors are strays and a rebuild may help.
 
         Args:
             misses: whether searches missed too many nodes of a sample. Then the graph is rebuilt too, unless the last
@@ -236,8 +236,7 @@ class GraphMaintenance:
     def _may_get_better(self) -> bool:
         """Return whether the graph has at least 1.5 times the vectors that it had after its last shuffled rebuild.
 
-        True before the first.
-        With fewer vectors another rebuild would probably have as many strays.
+        True before the first. With fewer vectors another rebuild would probably have as many strays.
         """
         return self._neighbours.graph_size >= 1.5 * self._size_shuffled
 

@@ -35,8 +35,8 @@ _WRONG_WORDS = "the words that are searched were not those of the text; they wer
 class Verifier:
     """Checks a collection while reads and writes continue.
 
-    The caller may replace `store` and `neighbours` between two steps. The check repairs two things, since nothing else
-    would: a word index that does not match the texts is rebuilt, and vectors that searches miss become strays.
+    The caller may replace `store` and `neighbours` between two steps. The check repairs two things that else may stay
+    unnoticed: a word index that does not match the texts is rebuilt, and vectors that searches miss become strays.
 
     Attributes:
         store: the records, from which memory can be rebuilt.

@@ -1,7 +1,7 @@
 """Measurement of the recall of graph searches at several values of ef.
 
 The queries are a sample of the distinct vectors, each moved by noise of several lengths. They are searched for in the
-graph, and compared with every vector. For each ef the least recall over all lengths of noise is saved in the
+graph, and compared with every vector. For each k and ef the least recall over all lengths of noise is saved in the
 collection's folder. The recall is measured again when the graph has grown by half, or is new.
 """
 

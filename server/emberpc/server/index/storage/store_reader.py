@@ -53,8 +53,8 @@ _MOST_METADATA = 4 * 2**20
 class StoreReader:
     """Reads one collection's database. Any number of threads may read.
 
-    Every method may raise `ServiceError`: INTERNAL if the database fails. Damaged records are left out of results
-    unless the method says otherwise.
+    Every method may raise the errors of `translated`, such as INTERNAL if the database fails. Damaged records are left
+    out of results unless the method says otherwise.
 
     Args:
         path: the database file.
