@@ -258,7 +258,7 @@ class Index:
             return self._reembeddings[name]
 
     def reembeddings(self) -> list[Reembedding]:
-        """Open the unfinished reembeddings, once after a start, and return them; forget those that cannot be opened."""
+        """Open the unfinished reembeddings, once after a start, and return them; delete those that cannot be opened."""
         with self._use():
             for entry in self._directory.reembeddings():
                 name = entry.spec.name

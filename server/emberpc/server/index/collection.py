@@ -208,7 +208,7 @@ class Collection(Lifecycle, SearchMethods):
             return self._store.written_after(label, count)
 
     def revisions(self, ids: Sequence[str]) -> dict[str, int]:
-        """Return the revisions of the existing records, by id."""
+        """Return the revisions of the existing records, by id, without a check for damage."""
         with self._calls.enter():
             return self._store.revisions(ids)
 
@@ -304,7 +304,7 @@ class Collection(Lifecycle, SearchMethods):
             return mismatches(condition, documents)
 
     def count(self, condition: Filter | None = None) -> int:
-        """Return the number of records that meet a validated filter, or of all records if `condition` is None."""
+        """Return the number of records that meet a validated filter; None: of all records, also damaged ones."""
         with self._calls.enter():
             return self._store.count(self._store.compile(condition) or EVERYTHING)
 

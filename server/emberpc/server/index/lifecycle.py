@@ -221,11 +221,11 @@ class Lifecycle:
             return None
 
     def _delete_expired_before_use(self) -> None:
-        """Delete records that expired while the collection was closed. If the disk is full, only log a warning."""
+        """Delete records that expired while the collection was closed; if RESOURCE_EXHAUSTED, only log a warning."""
         try:
             self._store.delete_expired()
         except ServiceError as error:
-            # The disk is full. The records can still be read, and the deletion is retried later.
+            # The disk is full, or no descriptor is free. The records can be read, and the deletion is retried later.
             if error.code is not Code.RESOURCE_EXHAUSTED:
                 raise
             log.warning("expired records are not deleted yet: %s", error.message)

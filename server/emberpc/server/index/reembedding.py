@@ -94,7 +94,7 @@ class Reembedding:
 
 
 def records_without_text(name: str, count: int) -> ServiceError:
-    """Return the error for reembedding the collection `name`, of whose records `count` have no text."""
+    """Return the error FAILED_PRECONDITION for reembedding the collection `name`: `count` records have no text."""
     return ServiceError(
         Code.FAILED_PRECONDITION,
         f"{count} record{' of' if count == 1 else 's of'} collection {name!r} "
@@ -106,7 +106,7 @@ def records_without_text(name: str, count: int) -> ServiceError:
 
 
 def already_reembedding(name: str) -> ServiceError:
-    """Return the error for reembedding the collection `name` while another reembedding of it is in progress."""
+    """Return the error FAILED_PRECONDITION for reembedding the collection `name` during another reembedding."""
     return ServiceError(
         Code.FAILED_PRECONDITION,
         f"collection {name!r} is on its way to another model already; wait, or cancel that",

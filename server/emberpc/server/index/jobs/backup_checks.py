@@ -119,7 +119,7 @@ def _reading(path: Path, stop: Callable[[], bool]) -> Iterator[sqlite3.Connectio
 
 
 def restore_cancelled() -> ServiceError:
-    """Return the UNAVAILABLE error for a restore that was stopped before its end."""
+    """Return the UNAVAILABLE error for a restore that was stopped, or for a call after its end."""
     return ServiceError(Code.UNAVAILABLE, "the restore was given up; begin again", reason="GIVEN_UP")
 
 
