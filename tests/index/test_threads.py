@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from emberpc.server.collections import CollectionSpec, NewRecord
 from emberpc.server.collections.types import StoredRecord
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, Index
+from emberpc.server.index.graph.grouped_graph_reader import _graphs_of
 from emberpc.server.index.graph.read_write_lock import ReadWriteLock
 from emberpc.server.index.jobs.graph_maintenance import MaintenanceLimits
 from emberpc.server.index.storage.store import Store
@@ -285,3 +287,20 @@ def test_the_lock_lets_no_reader_in_beside_a_writer() -> None:
 
     together(write, write, read, read)
     assert state["value"] == 600
+
+
+def test_groups_of_a_graph_may_come_while_they_are_counted() -> None:
+    """A search counts strays without the lock of the graph; a write that added a group made it fail with INTERNAL."""
+    groups: dict[int, Any] = {}
+
+    class Group:
+        """Adds a group when the type of this one is looked at, as a write on another thread may."""
+
+        @property
+        def __class__(self) -> type:  # type: ignore[override]
+            groups[len(groups)] = None
+            return object
+
+    groups.update({0: Group(), 1: Group()})
+    assert _graphs_of(groups.values()) == []
+    assert len(groups) == 4

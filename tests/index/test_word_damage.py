@@ -11,6 +11,7 @@ import pytest
 from emberpc.server.collections import NewRecord
 from emberpc.server.errors import Code
 from emberpc.server.index import Index
+from emberpc.server.index.storage import word_index
 from index.damages import COUNT, LOST, TRUTH, VECTORS, damaged
 from index.support import refused
 
@@ -70,3 +71,18 @@ def test_a_damaged_text_leaves_no_words_behind(tmp_path: Path) -> None:
         assert len(found.hits) == COUNT - 1
         assert collection.search_words([LOST], [COUNT])[0].hits == []
         assert [problem for step in collection.verify() for problem in step.problems] == []
+
+
+def test_a_rebuild_that_succeeds_ends_the_state_beyond_repair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: sqlite3.Connection) -> None:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    with damaged(tmp_path, "revision = revision") as collection:
+        store = collection._store
+        with monkeypatch.context() as patch:
+            patch.setattr(word_index, "build", fail)
+            with refused(Code.INTERNAL, "damaged"):
+                store.build_words()
+        assert store.words_beyond_repair
+        store.build_words()
+        assert not store.words_beyond_repair

@@ -360,5 +360,5 @@ class GroupedGraphReader:
 
 
 def _graphs_of(groups: Iterable[Group]) -> list[GroupedGraphReader]:
-    """Return those groups that have a graph of their own."""
-    return [group for group in groups if isinstance(group, GroupedGraphReader)]
+    """Return those groups that have a graph of their own. A write may change the dictionary of the groups meanwhile."""
+    return [group for group in tuple(groups) if isinstance(group, GroupedGraphReader)]

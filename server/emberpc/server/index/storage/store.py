@@ -345,8 +345,8 @@ class Store(StoreReader):
     def build_words(self) -> None:
         """Rebuild the word index from the texts, even if the call of this thread is cancelled.
 
-        The caller must hold the lock of writes. If the rebuild fails because of damage, `words_beyond_repair` becomes
-        true, also after a later success, and only `verify` tries again. After another failure, maintenance tries again.
+        The caller must hold the lock of writes. If the rebuild fails because of damage, `words_beyond_repair` is true
+        until a rebuild succeeds, and only `verify` tries again. After another failure, maintenance tries again.
 
         Raises:
             ServiceError: INTERNAL if the database is damaged, RESOURCE_EXHAUSTED if the disk is full.
@@ -358,7 +358,7 @@ class Store(StoreReader):
                 self.words_beyond_repair = word_index.may_be_damage(error)
                 self.words_suspect = not self.words_beyond_repair
                 raise
-        self.words_suspect = False
+        self.words_suspect = self.words_beyond_repair = False
         log.warning("%s: the word index was rebuilt from the texts", self._subject)
 
     def _write(self, work: Callable[[sqlite3.Connection], Change]) -> Change:
