@@ -62,8 +62,8 @@ class Cache(LruCache[Key, Entry]):
 
         A cached key keeps its entry. An entry of more than an eighth of the allowed bytes is not cached.
         """
-        # A worker's thread allocated the memory of each row, in a heap of its own. If the cache kept the row, that heap
-        # could not shrink after a batch of long texts. A copy lies in the heap of the calling thread.
+        # A worker's thread allocated the memory of each row, in the heap of that thread. If the cache kept the row,
+        # that heap could not shrink after a batch of long texts. A copy lies in the heap of the calling thread.
         super().add({key: entry._replace(row=entry.row.copy()) for key, entry in entries.items()})
 
 
@@ -76,7 +76,8 @@ class Flight:
     """A run of the model in progress, on texts whose outputs other calls may use too."""
 
     lane: Lane
-    #: Set at the end of the run. From then on, `entries` holds the outputs; `entries` is empty if the run failed.
+    #: Set at the end of the run. From then on, `entries` holds the outputs; it is empty if the run failed or was
+    #: cancelled.
     landed: asyncio.Event = field(default_factory=asyncio.Event)
     entries: dict[Key, Entry] = field(default_factory=dict)
 

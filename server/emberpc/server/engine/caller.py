@@ -9,7 +9,7 @@ from time import perf_counter
 
 
 class Lane(IntEnum):
-    """Priority class of a call. Interactive texts run before bulk texts, but these get a turn after 0.25 s."""
+    """Priority class of a call. Bulk texts run after interactive texts, but get a turn after 0.25 s without one."""
 
     INTERACTIVE = 0
     BULK = 1

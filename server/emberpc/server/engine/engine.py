@@ -31,7 +31,7 @@ class Engine:
         on_failure: called on a worker's thread when a worker died and could not be replaced; see `revive`.
 
     Raises:
-        RuntimeError: the system gives no thread for a worker.
+        RuntimeError: the system gives no thread for any worker. If it gives only some, the lack is only logged.
     """
 
     def __init__(
@@ -62,6 +62,9 @@ class Engine:
 
         Returns:
             False if the host was busy, so that the measurement should be repeated later; otherwise True.
+
+        Raises:
+            Exception: the model failed.
         """
         models = self.models()
         found = calibrated_batch_tokens(models[0], record, stop) if models else None

@@ -63,7 +63,7 @@ class Inference:
 
     Attributes:
         output: float32 (texts, width): vectors or logits, one row for each text.
-        tokens: the number of tokens of each text, after truncation.
+        tokens: the number of tokens of each text, with prompt and special tokens, after truncation.
         truncated: whether each text was truncated.
         tokenize_seconds: wall time of tokenizing, with the wait for a thread.
         queue_seconds: wall time in the queue, and of waiting for other calls that ran the same texts.
@@ -108,6 +108,8 @@ class Inferrer:
 
     async def infer(self, request: InferenceRequest) -> Inference:
         """Return the output of a model for each text of a request; equal texts are run once.
+
+        If the cache has all texts, nothing is checked, and no error is raised.
 
         Raises:
             ServiceError: INVALID_ARGUMENT for texts that cannot be tokenized or are too long (see

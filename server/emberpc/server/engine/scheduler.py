@@ -200,7 +200,7 @@ class Scheduler:
                 self._express_waits.notify()
 
     def _end(self, job: Job) -> None:
-        """Mark a job as over. If its caller left before it was done, remove its waiting texts from the queue."""
+        """Mark a job as over. If its caller left or it failed, remove its waiting texts from the queue."""
         job.over = True
         with self._lock:
             self._live.discard(job)
@@ -216,7 +216,7 @@ class Scheduler:
             return
         wait = self._seconds(self._backlog.ahead(tokens, caller))
         # The time of the texts that run before this call, the time of its own tokens, and, if it must wait, the time of
-        # a full batch on one worker: the batch in progress takes no longer than that.
+        # a full batch on one worker: the batch in progress takes no longer than that, unless it is one longer text.
         needed = wait + self._seconds(tokens) + (self._batch_tokens / self._rates.usual if wait else 0.0)
         left = caller.deadline - perf_counter()
         if _MARGIN * needed > left:

@@ -25,8 +25,9 @@ from emberpc.server.errors import FieldPath, Violation, invalid_fields, items_of
 TokenIds = npt.NDArray[np.int64]
 
 #: A text is long if it has more characters, prompt included, than this number times the model's length limit in tokens.
-#: A long text is tokenized alone, if possible in pieces of about that many characters, and only until it is known to
-#: exceed the length limit. In one piece, 2 MB of punctuation would take 325 MB of memory.
+#: A long text is tokenized alone, if possible in pieces of about that many characters, and, unless its tokens are
+#: counted, only until it is known to exceed the length limit. In one piece, 2 MB of punctuation would take 325 MB of
+#: memory.
 _CHARACTERS_PER_TOKEN = 32
 #: Factor by which the tokenized head of a long text grows from one try to the next, for texts that cannot be cut into
 #: pieces. The head is the first part of the text.
@@ -155,7 +156,8 @@ class TextTokenizer:
 
         Raises:
             ServiceError: INVALID_ARGUMENT, naming each text that has no token, that has too many tokens under REFUSE,
-                or that is too long for a tokenizer that cannot read it in pieces. Special tokens count as tokens.
+                or that a tokenizer without pieces reads only in part, if that part does not exceed the length limit.
+                Special tokens count as tokens.
             AbandonedError: `stop` returned True.
         """
         short = self._short([prompt + text for text in texts if len(prompt) + len(text) <= self._long], stop)
@@ -231,7 +233,8 @@ class TextTokenizer:
         """Tokenize a part of a long text: if possible, enough to know whether the text exceeds the length limit.
 
         The part is the head of the text; with Truncation.START it is the end of the text. It is the whole text, or has
-        more tokens than the length limit, or has the most characters that are tokenized in one call.
+        more tokens than the length limit, or has the most characters that are tokenized in one call; it may be shorter,
+        so that it is cut at white space.
 
         Args:
             whole: prompt and text.
@@ -318,7 +321,7 @@ class TextTokenizer:
     ) -> list[int]:
         """Return the token ids of a truncated text, with prompt and special tokens: as many as the model reads.
 
-        With START, a prompt is not cut, even if it alone has more tokens.
+        With START, the prompt is not cut. If it alone has more tokens than the model reads, the result has too.
 
         Args:
             prompt: the prompt before the text.

@@ -20,8 +20,8 @@ Ids = tuple[int, ...]
 
 _PUNCTUATION = r"!-/:-@\[-`{-~"
 #: Matches a unit of the cache: at most 32 signs of punctuation, each of which is a word of the tokenizer, or a run of
-#: other characters without white space. A run of other characters may hold control characters: BERT's normalizer
-#: removes them and joins the characters around them.
+#: other characters without blank, tab, CR and LF. A run of other characters may hold control characters: BERT's
+#: normalizer removes them and joins the characters around them.
 _WORD = re.compile(rf"[{_PUNCTUATION}]{{1,32}}|[^ \t\n\r{_PUNCTUATION}]+")
 #: The end of a match is a place where a text may be cut: the ids of the parts, one after the other, are the ids of the
 #: text. Every text may be cut after white space (`_BLANK`), since no added token contains white space. A text without
@@ -34,7 +34,7 @@ _SIGN_OR_IDEOGRAPH = re.compile(rf"[ \t\n\r{_PUNCTUATION}]|[\u4e00-\u9fff](?=[\u
 _SEARCHED = 2**16
 #: Most characters of a cached word. Longer words are not cached, since most of them occur only once.
 _MAX_CHARACTERS = 32
-#: Number of words at which a generation of the cache is full. The two generations together take at most 5 MB.
+#: Number of words at which a generation of the cache is full. The two generations together take about 5 MB.
 _GENERATION = 12_000
 
 
@@ -78,7 +78,9 @@ class WordCache:
     def of(cls, tokenizer: Tokenizer) -> WordCache | None:
         """Return a cache for a tokenizer; None if the ids of a word may depend on the text around the word.
 
-        None also if it is unknown which special tokens come before and after a text.
+        That is known only for a WordPiece model with BERT's pre-tokenizer, BERT's normalizer or none, and added tokens
+        that begin with ASCII punctuation and have no white space. None also if it is unknown which special tokens come
+        before and after a text.
         """
         known = json.loads(tokenizer.to_str())
         normalizer, cutter, model = (
@@ -178,11 +180,11 @@ class WordCache:
 
 
 def _may_hold(token: dict[str, Any]) -> str:
-    """Return a regular expression that matches where a text may hold an added token.
+    """Return a regular expression that matches in every ASCII text that holds an added token.
 
-    `token` is the token's entry in `tokenizer.json`. If it says `normalized`, a text of ASCII can contain the token in
-    several spellings, which all begin with the same character. The expression then is that character, else the whole
-    token. It can miss a normalized token in another text; see `ascii_only` of `WordCache`.
+    `token` is the token's entry in `tokenizer.json`. If it says `normalized`, an ASCII text can contain the token in
+    several spellings, which all begin with the same character. The expression then is that character, and may miss the
+    token in other texts (see `ascii_only` of `WordCache`). Otherwise it is the whole token, and matches in any text.
     """
     content: str = token["content"]
     return re.escape(content[0] if token["normalized"] else content)

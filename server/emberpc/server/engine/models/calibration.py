@@ -71,11 +71,14 @@ def calibrated_batch_tokens(model: Model, record: Path, stop: Callable[[], bool]
     Args:
         model: the model that is run to measure.
         record: JSON file with the last measurement. If it is missing, damaged, older than 30 days, or of another model,
-            processor, number of cores or ONNX Runtime, the size is measured and the file is written.
+            processor, number of cores or ONNX Runtime, the size is measured and, on an idle host, the file is written.
         stop: returns whether to stop measuring; called between batches.
 
     Returns:
         The best size; None if `stop` ended the measurement.
+
+    Raises:
+        Exception: the model failed; the exceptions of ONNX Runtime have no common base class.
     """
     circumstances = _circumstances(model)
     known = _read(record)
@@ -125,7 +128,7 @@ def _circumstances(model: Model) -> str:
 
 
 def _is_recent(known: Mapping[str, object]) -> bool:
-    """Return whether the measurement in a record is at most 30 days old, and not from the future."""
+    """Return whether the measurement in a record has a time that is at most 30 days old and not in the future."""
     measured = known.get("measured")
     return isinstance(measured, float) and 0 <= time() - measured <= _MAX_AGE
 

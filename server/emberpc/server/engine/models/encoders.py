@@ -65,7 +65,7 @@ class Encoder:
             threads: number of threads that the run may use. Several threads need a second session, which takes the
                 memory of the model again, without the large tables. The first run with several threads starts to load
                 the second session in the background. Runs use one thread until the second session is loaded, and always
-                if it is no faster.
+                if it is no faster or cannot be loaded. It has the `threads` of that first run.
 
         Raises:
             BundleError: the output has another number of axes than the interface expects.
@@ -111,7 +111,8 @@ class Encoder:
     def _widen(self, threads: int) -> None:
         """Load a session with several threads, and keep it if it is faster than the session with one thread.
 
-        Runs on a thread of its own. If loading fails, that is logged, and the session with one thread is used further.
+        Runs on a thread of its own. If loading fails and was not cancelled, that is logged. The session with one thread
+        is used further.
         """
         try:
             wide = self._session.with_threads(threads, self._closing)

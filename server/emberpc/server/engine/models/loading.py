@@ -51,7 +51,8 @@ class Loader:
     def submit(self, work: Callable[[], Result]) -> Future[Result]:
         """Run `work` on the loader's thread after all work that was submitted before; return its future.
 
-        The work runs to its end even if the caller leaves. The future has its result or its error.
+        Work that has begun runs to its end. Work that waits does not run if the future is cancelled or the loader is
+        closed. The future has the result or the error of the work.
         """
         future = self._thread.submit(work)
         self._submitted.add(future)
@@ -71,7 +72,7 @@ class Loader:
         return not wait(list(self._submitted), (deadline or Deadline()).seconds_left).not_done
 
     def load(self, name: str, path: str, variant: str = "", on_stage: OnStage = lambda stage: None) -> Model:
-        """Load a bundle, serve it under a new name, and return the model. Takes seconds.
+        """Load a bundle or foreign folder, serve it under a new name, and return the model. Takes seconds.
 
         Args:
             name: the name.

@@ -30,7 +30,8 @@ from emberpc.server.errors import items_of
 
 #: Allowed difference between the outputs of the variant fp32 and those of PyTorch, for the bundle's reference texts.
 #: Processors round differently. A wrong tokenizer or graph makes a far greater difference. The manifest holds the
-#: bounds of other variants.
+#: bounds of other variants. For a foreign folder, this is the allowed difference between the outputs of a text alone
+#: and in a batch.
 _FP32_BOUND = Bound(cosine_min=0.99, difference_max=1e-2)
 #: Number of reference texts that are run when a model is loaded: enough to find a wrong model, and few enough for a
 #: quick start.
@@ -138,7 +139,7 @@ class Model:
                         name, folder, bundle, variant_name, options or {}, loading, encoders, beside, fresh=fresh
                     )
                 except (BundleError, SessionError):
-                    hashes.result()  # a changed file is the cause, so its error comes first
+                    hashes.result()  # if a file has changed, that is the cause, and its error is raised
                     raise
                 hashes.result()
             bundle.check_contents(loading.contents)

@@ -32,8 +32,8 @@ _TENSOR_SHAPE, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_BYTES = 1, 2, 8, 9
 def read_tables(path: Path, contents: Contents) -> Tables:
     """Return copies of the large lookup tables of an ONNX file, by name, in their own shapes and types.
 
-    A lookup table is a tensor of at least 1 MiB that only `Gather` nodes use, as their first input. If the file cannot
-    be read, the result is empty, since the session that is loaded next reports the error.
+    A lookup table is a tensor of a type in `_TYPES` and of at least 1 MiB that only `Gather` nodes use, as their first
+    input. If the file cannot be read, the result is empty, since the session that is loaded next reports the error.
 
     Args:
         path: the ONNX file.
