@@ -31,8 +31,10 @@ from emberpc.server.errors import Code, ServiceError, not_found
 class CollectionBackend(Protocol):
     """A collection of an index backend. Its calls block. Safe to use from several threads.
 
-    Every method may raise `ServiceError`: INVALID_ARGUMENT for a wrong argument, INTERNAL if the database fails,
-    UNAVAILABLE after the collection was closed or deleted, and UNIMPLEMENTED if the backend has no such operation.
+    Every method may raise `ServiceError`: INVALID_ARGUMENT for a wrong argument, DATA_LOSS for damaged data, INTERNAL
+    if the database fails, UNAVAILABLE after the collection was closed or deleted or if the database cannot be reached,
+    DEADLINE_EXCEEDED if the call of the thread is cancelled, RESOURCE_EXHAUSTED if no file descriptor is free, and
+    UNIMPLEMENTED if the backend has no such operation.
     """
 
     @property
@@ -58,12 +60,12 @@ class CollectionBackend(Protocol):
         """
 
     def delete(self, ids: Sequence[str]) -> WriteResult:
-        """Delete records by id in one write; missing ids are ignored."""
+        """Delete records by id in one write; missing ids are ignored; RESOURCE_EXHAUSTED if the disk is full."""
 
     def get(
         self, ids: Sequence[str], *, with_vectors: bool = False, parts: RecordParts = WHOLE_RECORD
     ) -> list[StoredRecord]:
-        """Return the existing records in the order of `ids`; RESOURCE_EXHAUSTED if they have too many bytes.
+        """Return the existing records in the order of `ids`, as often as these; RESOURCE_EXHAUSTED if too many bytes.
 
         Args:
             ids: the ids.
@@ -72,7 +74,7 @@ class CollectionBackend(Protocol):
         """
 
     def delete_matching(self, condition: Filter) -> WriteResult:
-        """Delete the records that meet a filter, in one write."""
+        """Delete the records that meet a filter, in one write; RESOURCE_EXHAUSTED if the disk is full."""
 
     def page(
         self,
@@ -83,7 +85,7 @@ class CollectionBackend(Protocol):
         condition: Filter | None = None,
         parts: RecordParts = WHOLE_RECORD,
     ) -> tuple[list[StoredRecord], str]:
-        """Return a page of records in byte order of ids, and the token of the next page, empty after the last.
+        """Return a page of undamaged records in byte order of ids, and the next page's token, empty after the last.
 
         Args:
             page_size: most records of the page, 1 to 1000. The limit of a response in bytes may allow fewer.
@@ -93,7 +95,7 @@ class CollectionBackend(Protocol):
             parts: parts that the records must contain; they may contain more.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT for a wrong page size or token.
+            ServiceError: INVALID_ARGUMENT for a wrong size or token.
         """
 
     def count(self, condition: Filter | None = None) -> int:
@@ -128,10 +130,7 @@ class CollectionBackend(Protocol):
         """
 
     def mismatches(self, condition: Filter) -> list[str]:
-        """Return sentences that say why a filter without matches probably matches no record; empty: unknown.
-
-        Only the metadata of the first 1000 records is examined; see `filters.mismatches`.
-        """
+        """Return why a filter matches no record, in sentences, by the first 1000 records; see `filters.mismatches`."""
 
     def verify(self, *, full: bool = False) -> Iterator[Verified]:
         """Check that every record exists, is undamaged and is found; yield the progress every few hundred records.
@@ -145,7 +144,7 @@ class CollectionBackend(Protocol):
     def backup(self, stop: Callable[[], bool]) -> Generator[Piece, None, None]:
         """Yield a copy of one state of the collection, piece by piece.
 
-        Nothing is yielded if `stop` returns True, or the collection is closed, before the first piece.
+        Nothing is yielded if `stop` returns True before the first piece; later, `stop` has no effect.
 
         Raises:
             ServiceError: before the first piece, RESOURCE_EXHAUSTED if the disk has no room for the copy, DATA_LOSS if
@@ -159,11 +158,11 @@ class CollectionBackend(Protocol):
         """
 
     def clusters(self, count: int, examples: int, stop: Callable[[], bool]) -> list[Cluster]:
-        """Cluster the records by their vectors.
+        """Cluster the records by their vectors; return the clusters, largest first.
 
         Args:
             count: most clusters; there are fewer if some would be empty.
-            examples: most records that are returned of each cluster.
+            examples: most records that are returned of each cluster; RESOURCE_EXHAUSTED if they have too many bytes.
             stop: returns whether to end early; the result is then empty.
         """
 
@@ -237,8 +236,9 @@ class RestorationBackend(Protocol):
         """Check the bytes that were written against their SHA-256 (hex), and create and return the collection.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the bytes are no intact backup or have another SHA-256;
-                FAILED_PRECONDITION if a newer version wrote the backup; ALREADY_EXISTS if a collection has the name.
+            ServiceError: INVALID_ARGUMENT if the bytes are no intact backup or have another SHA-256, `sha256` is empty,
+                or `accept` of `restore` refused the spec; FAILED_PRECONDITION if a newer version wrote the backup;
+                ALREADY_EXISTS if a collection has the name; RESOURCE_EXHAUSTED if there are too many collections.
         """
 
     def close(self) -> None:
@@ -249,7 +249,8 @@ class ReembeddingBackend(Protocol):
     """Replaces the vectors of a collection, the source, by those of another model. Use from one thread at a time.
 
     The records are copied to a new collection. The caller embeds: it calls `next` and `take` until no record remains,
-    and then `IndexBackend.switch`. Meanwhile the source serves searches and writes.
+    and then `IndexBackend.switch`. Meanwhile the source serves searches and writes. After one of the two collections
+    was closed or deleted, reading and writing raise UNAVAILABLE with the reason CLOSED.
     """
 
     @property
@@ -270,7 +271,7 @@ class ReembeddingBackend(Protocol):
         """Return the present revisions of records of the source, by id; without missing ids."""
 
     def rewind(self) -> None:
-        """Start again at the first record: `next` then returns the records without a new vector."""
+        """Start again at the first record: `next` then returns records that lack a vector or have an outdated one."""
 
     def take(self, records: Sequence[StoredRecord], vectors: Matrix) -> None:
         """Store records with their new vectors, float32 (records, dimensions), in the new collection."""
@@ -279,14 +280,17 @@ class ReembeddingBackend(Protocol):
         """Delete the records of the new collection that the source no longer has."""
 
     def is_complete(self) -> bool:
-        """Return whether the new collection has the source's records. Call after `prune`, while no write runs."""
+        """Return whether the new collection has exactly the records of the source, by their number and last write.
+
+        Call `next` until it is empty, and `prune`, before. No write may run meanwhile.
+        """
 
 
 class IndexBackend(Protocol):
     """All collections of an index backend, by name. Its calls block. Safe to use from several threads.
 
-    Every method may raise `ServiceError`: INTERNAL if a database fails, UNAVAILABLE after the index was closed, and
-    UNIMPLEMENTED if the backend has no such operation.
+    Every method may raise `ServiceError`: INTERNAL if a database fails, UNAVAILABLE after the index was closed or if
+    a database cannot be reached, and UNIMPLEMENTED if the backend has no such operation.
     """
 
     def create(self, spec: CollectionSpec) -> CollectionBackend:
@@ -301,7 +305,8 @@ class IndexBackend(Protocol):
         """Return the collection with a name. The first call may take long, since it loads the collection.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no such collection; INTERNAL if its files are damaged.
+            ServiceError: NOT_FOUND if there is no such collection; INTERNAL if its files are damaged;
+                RESOURCE_EXHAUSTED if no file descriptor is free or the disk is full.
         """
 
     def opened(self, name: str) -> CollectionBackend | None:
@@ -310,8 +315,7 @@ class IndexBackend(Protocol):
     def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
         """Return a page of specs, sorted by name, and the token of the next page, empty after the last.
 
-        A page has at most `page_size` specs (1 to 1000). An empty `page_token` means the first page. The error for a
-        wrong size or token is INVALID_ARGUMENT.
+        `page_size` is 1 to 1000; an empty `page_token` means the first page. INVALID_ARGUMENT if one of them is wrong.
         """
 
     def update(self, name: str, truncation: str) -> None:
@@ -345,12 +349,12 @@ class IndexBackend(Protocol):
         Args:
             source: the collection.
             model: name of the new model.
-            fingerprint: fingerprint of the new model.
+            fingerprint: its fingerprint.
             dimensions: dimensions of the new vectors.
 
         Raises:
             ServiceError: UNAVAILABLE if the collection was deleted or replaced; FAILED_PRECONDITION if a record has no
-                text, or the collection is being reembedded already.
+                text, or the collection is being reembedded; RESOURCE_EXHAUSTED if the disk is full.
         """
 
     def reembeddings(self) -> Sequence[ReembeddingBackend]:
@@ -384,7 +388,7 @@ class IndexBackend(Protocol):
     def close(self, deadline: Deadline | None = None) -> bool:
         """Wait for calls in progress until `deadline` (None: without limit), and close all collections.
 
-        Returns whether all collections are closed; not those with calls that still run at the deadline.
+        Returns whether all are closed; a collection with calls that still run at the deadline is not.
         """
 
 
@@ -406,10 +410,7 @@ def collection_exists(name: str) -> ServiceError:
 def unsupported(operation: str, backend: str, remedy: str) -> ServiceError:
     """Return the UNIMPLEMENTED error for an operation that a backend does not support.
 
-    Args:
-        operation: name of the operation in the request, such as `expected_revisions`.
-        backend: name of the backend in `--index-backend`.
-        remedy: what the caller can do instead.
+    `operation` is the name in the request, `backend` that in `--index-backend`; `remedy` is what the caller can do.
     """
     return ServiceError(
         Code.UNIMPLEMENTED,

@@ -197,7 +197,9 @@ def mismatches(condition: Filter, documents: Iterable[Mapping[str, Any]]) -> lis
 
 
 def _mismatch(field: str, kind: str, found: set[str], count: int, *, needed: bool) -> str:
-    """Return a sentence that says why a comparison matches no record; empty: the field has values that it could match.
+    """Return a sentence that says why a comparison matches no record; empty: no reason is known.
+
+    None is known if the field has values that the comparison could match, or if it may be missing and no record has it.
 
     Args:
         field: the field that is compared.
@@ -226,10 +228,10 @@ def _mismatch(field: str, kind: str, found: set[str], count: int, *, needed: boo
 
 
 def _compared(condition: Filter, *, needed: bool = True) -> Iterator[tuple[str, str, bool]]:
-    """Yield for each comparison in a filter its field, the kind of its values, and whether the field is needed.
+    """Yield for each condition on a field: the field, the kind of the condition's values, and whether it is needed.
 
     The kind is a result of `kind_of`, or empty if the values have several kinds or there are none. A field is needed if
-    a record without the field does not meet the comparison. It is not needed below a negation or with NOT_EQUAL.
+    a record without the field does not meet the condition. It is not needed below a negation or with NOT_EQUAL.
 
     Args:
         condition: the filter.
@@ -302,7 +304,7 @@ def can_be_indexed(field: str) -> bool:
 def sqlite_path(path: tuple[str, ...]) -> str | None:
     """Return SQLite's path to nested keys as an SQL literal; None if SQLite's paths cannot name a key.
 
-    They cannot name a key that is empty or has a double quote, a backslash or a control character. The path is a
+    They cannot name a key that is empty or has a double quote, a backslash or a character below U+0020. The path is a
     literal and no parameter, since SQLite uses an index of an expression only for the identical expression.
 
     Args:

@@ -27,9 +27,10 @@ _MAX_POWER = 120
 #: Under DOT_PRODUCT, the least length of a prepared vector in a graph. hnswlib computes 1 - product in float32. For
 #: shorter vectors and a query of length 1, it could not distinguish two products that differ by a share of 1e-5.
 _LEAST_IN_GRAPH = np.float32(2**14 * 1e-5)
-#: Under EUCLIDEAN, the least length of a vector in a graph: hnswlib's float32 rounds squares of shorter distances to 0.
+#: Under EUCLIDEAN, the least length of a vector in a graph. Distances between shorter vectors may be so short, below
+#: 1e-19, that hnswlib's float32 rounds their squares to few digits or to 0.
 _LEAST_LENGTH = np.float32(1e-15)
-#: Under DOT_PRODUCT, the least length of a vector that is not zero: float32 rounds products of shorter vectors to 0.
+#: Under DOT_PRODUCT, a vector must be zero or longer than this: float32 rounds products of much shorter vectors to 0.
 _LEAST_DOT_LENGTH = 1e-16
 #: Most scores or differences that are computed at a time (16 MB as float32), so that a full buffer and many queries do
 #: not fill the memory. The scores of a single query are always computed at once.
@@ -206,7 +207,7 @@ def nearest(
 
 
 def best_of(found: Sequence[tuple[Labels, Matrix]], k: int) -> tuple[Labels, Matrix]:
-    """Merge the results of several searches for the same queries.
+    """Merge the results of one or more searches for the same queries.
 
     Args:
         found: from each search the labels, int64 (queries, any), nearest first, and scores, float32 of the same shape.

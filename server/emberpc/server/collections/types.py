@@ -205,7 +205,7 @@ class WriteResult:
     """Result of a write.
 
     Attributes:
-        sequence: sequence of the write.
+        sequence: sequence of the write; of the last write if a delete found no record.
         inserted: number of new records.
         updated: number of replaced records.
         deleted: number of deleted records.
@@ -224,7 +224,7 @@ class Plan:
     """How a query was answered.
 
     Attributes:
-        strategy: the kind of search.
+        strategy: the kind of search; for a hybrid search, that of its dense ranking.
         ef: candidates that the search of the graph kept; 0: the graph was not used.
         compared_count: number of vectors that were compared one by one.
         shortfall_reason: why there are fewer than `top_k` hits; empty: there are `top_k` hits.
