@@ -183,7 +183,9 @@ class CollectionBackups:
 
 
 def _check_servable(spec: CollectionSpec) -> None:
-    """Check that this server could have created a collection with a spec. Its model need not be served.
+    """Check the truncation and the indexed fields of the spec in a backup; the index checks the rest of the backup.
+
+    The model of the spec need not be served.
 
     Raises:
         ValueError: the truncation is unknown.

@@ -42,7 +42,7 @@ class CollectionAccess:
     def opened(self, name: str) -> CollectionBackend | None:
         """Return the collection with a name without waiting; None: call `open`.
 
-        None is returned if the collection is not open, or is bound by a legacy fingerprint of its model.
+        None is returned if no open collection has the name, or if it is bound by a legacy fingerprint of its model.
         """
         opened = self._index.opened(name)
         return None if opened is None or fingerprint_to_rebind(self._engine, opened.spec) else opened
@@ -54,8 +54,8 @@ class CollectionAccess:
         caller leaves, the collection is opened all the same.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no such collection; INTERNAL if its files are damaged;
-                RESOURCE_EXHAUSTED if too many collections wait to be opened.
+            ServiceError: NOT_FOUND if there is no such collection; RESOURCE_EXHAUSTED if too many collections wait to
+                be opened; any other error of `IndexBackend.get`.
         """
         opened = self.opened(name)
         if opened is not None:

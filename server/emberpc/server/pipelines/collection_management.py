@@ -125,7 +125,7 @@ class CollectionManagement:
 
         Args:
             name: name of the collection.
-            model_name: name of the new model.
+            model_name: name of the new model; empty: the only embedding model.
             dimensions: dimensions of the new vectors; 0: all dimensions of the model.
 
         Raises:

@@ -100,7 +100,7 @@ class Similarities:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """The number of tokens of each text, with the prompt and before truncation, and the model that counted them."""
+    """The number of tokens of each text, with prompt and special tokens, before truncation; and the model."""
 
     model: Model
     counts: Sequence[int]
@@ -151,10 +151,10 @@ class TextEmbedder:
         """Return the cosine of each source with each target. Sources and targets are embedded concurrently.
 
         Raises:
-            ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if it is no embedding model;
-                INVALID_ARGUMENT for wrong texts, for no sources or targets, or if both together are more than the texts
-                of a call; RESOURCE_EXHAUSTED if the response would be too large or the queue is full; any other error
-                of `Inferrer.infer`.
+            ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if it is no embedding model, or none
+                is served; INVALID_ARGUMENT for wrong texts, for no sources or targets, if both together are more than
+                the texts of a call, or if the name is empty and several embedding models are served; RESOURCE_EXHAUSTED
+                if the response would be too large or the queue is full; any other error of `Inferrer.infer`.
         """
         model = self._engine.model(request.model, Task.EMBEDDING)
         sources, targets = request.sources, request.targets
@@ -176,7 +176,7 @@ class TextEmbedder:
         return Similarities(model, np.clip(scores, -1, 1), source_inference, target_inference)
 
     async def count_tokens(self, model_name: str, texts: Sequence[str], kind: InputKind) -> TokenCounts:
-        """Return the number of tokens of each text, with the prompt and before truncation; a text may be empty.
+        """Count the tokens of each text, with prompt and special tokens, before truncation; a text may be empty.
 
         Args:
             model_name: name of the model, which may be a classifier. Empty: the only embedding model, or the only model
@@ -186,7 +186,8 @@ class TextEmbedder:
 
         Raises:
             ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if no model is served;
-                INVALID_ARGUMENT if the name is empty and there are several models, or texts are too many or too long.
+                INVALID_ARGUMENT if the name is empty and there are several such models, or if there are no texts, too
+                many, or a text that is too long.
         """
         embeds = any(model.manifest.task is Task.EMBEDDING for model in self._engine.models())
         model = self._engine.model(model_name, Task.EMBEDDING if embeds and not model_name else None)

@@ -3,7 +3,7 @@
 One loop reads messages, starts groups and returns results, so that a slow step stops the steps before it. The loop
 reads no message while enough texts or characters wait. It starts no group while enough groups or characters run. It
 does nothing else while the caller receives a result. A text that is refused is not kept. So a stream holds at most the
-groups that run, one group that waits, and the message of that group. This is true for any number of texts, and however
+groups that run, one group that waits, and the latest message. This is true for any number of texts, and however
 slowly the caller reads. Texts never wait for a group to fill: a group starts as soon as there is room, so a client may
 wait for a result before it sends more texts.
 """

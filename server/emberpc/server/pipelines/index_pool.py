@@ -1,8 +1,8 @@
 """Run the blocking calls of the index in a thread pool, and cancel calls whose callers left.
 
 A heavy call is a call that may take long. Heavy calls may use only some of the threads, so that an upsert, a get or a
-plain search always finds a thread. Writes of one collection exclude each other, and each would hold a thread while it
-waits for the lock of the collection. So at most two writes of a collection have a thread at a time.
+plain search need not wait for heavy calls. Writes of one collection exclude each other, and each would hold a thread
+while it waits for the lock of the collection. So at most two writes of a collection have a thread at a time.
 """
 
 from __future__ import annotations

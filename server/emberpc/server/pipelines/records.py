@@ -83,7 +83,8 @@ class RecordWriter:
                 wrong records or vectors; ABORTED if an expected revision differs; FAILED_PRECONDITION if the texts must
                 be embedded and the collection has no model or another one is served, or if there are vectors and the
                 collection changes its model meanwhile; RESOURCE_EXHAUSTED if too many writes or tokens wait, or the
-                disk is full; any other error of `Inferrer.infer`.
+                disk is full; DEADLINE_EXCEEDED if the deadline passes before the write begins; any other error of
+                `Inferrer.infer` and `CollectionBackend.upsert`.
         """
         self._limits.check_count(request.record_count, "records", "record")
         return await self._access.use(

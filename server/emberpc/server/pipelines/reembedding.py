@@ -89,9 +89,10 @@ class ReembeddingJobs:
 
         Raises:
             ServiceError: NOT_FOUND if the model is not served; INVALID_ARGUMENT for dimensions that the model does not
-                support; UNAVAILABLE if the collection was deleted meanwhile; FAILED_PRECONDITION if the model is no
-                embedding model, the vectors would stay the same, a job is under way, or a record has no text;
-                RESOURCE_EXHAUSTED if too many heavy calls wait; UNIMPLEMENTED if the index backend cannot reembed.
+                support, or if no model is named and several embed; UNAVAILABLE if the collection was deleted
+                meanwhile; FAILED_PRECONDITION if the model is no embedding model or none is served, the vectors would
+                stay the same, a job is under way, or a record has no text; RESOURCE_EXHAUSTED if too many heavy calls
+                wait; UNIMPLEMENTED if the index backend cannot reembed.
         """
         model = self._engine.model(model_name, Task.EMBEDDING, "model")
         check_dimensions(model, dimensions, "dimensions")
@@ -111,7 +112,7 @@ class ReembeddingJobs:
         await self._to_its_end(self._run_begun(begun))
 
     async def resume(self) -> None:
-        """Continue the jobs that were under way when the server stopped."""
+        """Continue the jobs that were under way when the server stopped; to be called once, at the start."""
         for reembedding in await self._pool.run(self._index.reembeddings):
             log.info("collection %s: resuming the reembedding with %s", reembedding.spec.name, reembedding.spec.model)
             self._run(reembedding)
@@ -267,7 +268,9 @@ class _Job:
         the job is cleared.
 
         Raises:
-            ServiceError: any error of the index, or an error of the engine with a code of `SERVER_ERRORS`.
+            ServiceError: NOT_FOUND if the new model is not served, FAILED_PRECONDITION if it is no embedding model,
+                UNAVAILABLE if another model has its name; any error of the index, or an error of the engine with a code
+                of `SERVER_ERRORS`.
         """
         embedder = self._embedder()
         groups = [records[i : i + GROUP_TEXTS] for i in range(0, len(records), GROUP_TEXTS)]

@@ -319,7 +319,8 @@ class CollectionSearch:
             caller: the caller.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no such record.
+            ServiceError: NOT_FOUND if there is no such record; any error of `CollectionBackend.get`, such as
+                RESOURCE_EXHAUSTED if the records have too many bytes.
         """
         record_ids = {i: query.record_id for i, query in enumerate(queries) if query.record_id is not None}
         ids = sorted(set(record_ids.values()))

@@ -164,9 +164,9 @@ class SearchGroups:
         If the caller leaves while the search waits, the search does not run.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if the search is heavy and too many heavy calls wait; DEADLINE_EXCEEDED if
-                the deadline passed; any error of `CollectionBackend.search`. A `ServiceError` of one search of a group
-                does not fail the other searches.
+            ServiceError: RESOURCE_EXHAUSTED if the search is heavy and 256 heavy searches wait;
+                DEADLINE_EXCEEDED if the deadline of each search of the group passed; any error of
+                `CollectionBackend.search`. A `ServiceError` of one search of a group does not fail the other searches.
         """
         if search.heavy:
             self._pool.heavy.check_room(sum(len(each.waiting) for each in self._queues.values() if each.heavy))

@@ -5,7 +5,7 @@ written in their order, so the model works on the next messages while a message 
 message are written together, without those that fail. The result of a message is a checkpoint: the written records of
 this message and of all messages before it are stored, and on disk if the result is `synced`. The loop reads no message
 while enough records or bytes are in flight, and it does nothing else while the caller receives a result. So a stream
-holds a few hundred records of a few MiB, and the latest message, for any number of records, and however slowly the
+holds messages of less than 4 MiB together and the latest message, for any number of records, and however slowly the
 caller reads.
 """
 
