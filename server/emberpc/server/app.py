@@ -107,8 +107,9 @@ async def run(
         stopping: handles the signals; its deadline limits every wait of the shutdown.
 
     Raises:
-        StartupError: the address of the server or of the metrics is taken, a model cannot be served, the data directory
-            cannot be used, Milvus cannot be used, or pymilvus is not installed.
+        StartupError: the address of the server or of the metrics is taken, a model of `models` cannot be served, the
+            models directory does not exist, the data directory cannot be used, Milvus cannot be used, or pymilvus is
+            not installed.
     """
     loop = asyncio.get_running_loop()
     stopping.listen()
@@ -205,7 +206,8 @@ async def _calibrate(engine: Engine, pool: Executor, record: Path, stopping: Sto
 async def _revive(engine: Engine, workers: int, statuses: health.aio.HealthServicer) -> None:
     """Start workers in place of those that died; retry until `workers` run, since the system may refuse new threads.
 
-    Sets the health status to NOT_SERVING while no worker runs, and to SERVING otherwise.
+    The express worker is not counted. Sets the health status to NOT_SERVING while no worker runs, and to SERVING
+    otherwise.
     """
     while (alive := engine.revive()) < workers:
         log.error("only %d of %d workers run; trying to start the others", alive, workers)

@@ -95,9 +95,10 @@ class _TooManyError(Exception):
 def count_elements(data: bytes, message: Descriptor, limits: Mapping[str, int]) -> Iterator[None]:
     """Check the number of elements of a request; yield after each step of about 2 milliseconds, or of one message.
 
-    A request of fewer than 64 KiB is not checked, and nothing is yielded. An element has at least two bytes, so the
-    size of a message limits its elements. Messages inside the request are scanned one after the other, until the total
-    is within the limit even if the others have as many elements as their sizes allow.
+    A request of fewer than 64 KiB is not checked, and nothing is yielded. An element of a message inside the request
+    has at least two bytes, so the size of such a message limits its elements. Messages inside the request are scanned
+    one after the other, until the total is within the limit even if the others have as many elements as their sizes
+    allow.
 
     Args:
         data: the request as bytes.

@@ -55,8 +55,8 @@ class Handlers:
     gRPC status with details: the status of a `ServiceError`, UNIMPLEMENTED for
     NotImplementedError (a method that the service does not implement),
     RESOURCE_EXHAUSTED if no file descriptor is free, and INTERNAL for any other
-    exception, whose text the caller does not receive. The last two, and a
-    `ServiceError` with INTERNAL, are logged with the request id.
+    exception, whose text the caller does not receive. The last two are logged
+    with the request id, and so is a `ServiceError` with INTERNAL.
 
     Handlers are wrapped once, when they are registered. An interceptor would
     wrap them again for each call, which takes a tenth of the event loop's time
@@ -69,8 +69,8 @@ class Handlers:
         server: the gRPC server.
         observe: called after each call with the path of the method, the name of the status code, and the duration in
             seconds. None: no function is called.
-        counts: limits of the number of elements of repeated fields, by field name. A request with more elements gets
-            INVALID_ARGUMENT. The elements are counted before the request is decoded.
+        counts: limits of the number of elements of repeated fields, by field name. Requests of 64 KiB or more are
+            checked before they are decoded; above a limit, INVALID_ARGUMENT.
         max_in_flight_bytes: limit of the bytes of requests in progress and of responses that callers have not read, if
             they have 64 KiB or more; responses of a stream do not count. Above it, large calls get RESOURCE_EXHAUSTED.
         max_streams: limit of the open request streams. Further streams fail with RESOURCE_EXHAUSTED.
@@ -389,7 +389,7 @@ def _release_frames(error: BaseException | None) -> None:
 
 
 async def _abort(error: Exception, method: str, request_id: str, context: Context) -> NoReturn:
-    """End a call with the gRPC status of an error; log INTERNAL errors, and all errors that are no ServiceError.
+    """End a call with the gRPC status of an error; log INTERNAL, and a lack of file descriptors.
 
     Raises:
         grpc.aio.AbortError: always; gRPC ends a call by this exception.

@@ -91,7 +91,8 @@ class SearchResults:
     Attributes:
         outcomes: hits and plan of each query, in the order of the queries.
         embedded: the queries that were embedded; None if no query was embedded.
-        warnings: sentences that say why the filter of the first query without hits probably matches no record.
+        warnings: sentences that say why a filter probably matches no record: that of the first query with a filter and
+            without hits.
         lookup_seconds: wall time of the search in the collection, with the wait for a thread, but without the embedding
             of queries, the look-up of the vectors of records that are queries, and the warnings.
     """
@@ -262,7 +263,7 @@ class CollectionSearch:
         outcomes: Sequence[SearchOutcome],
         caller: Caller,
     ) -> list[str]:
-        """Return sentences that say why the filter of the first query without hits probably matches no record.
+        """Return sentences that say why the filter of the first filtered query without hits probably matches no record.
 
         The list is empty if each query with a filter has hits, or no reason was found.
         """

@@ -63,11 +63,11 @@ def _ended_after(
 ) -> Iterator[None]:
     """Context manager: end the call with DEADLINE_EXCEEDED if the block lasts too long.
 
-    In the block, the caller reads a response. The running task, which is the handler of the call, is cancelled at once.
+    In the block, the caller reads a response. The running task, which is the handler of the call, is then cancelled.
     The caller gets the error when it reads again.
 
     Args:
-        seconds: how long the block may last.
+        seconds: how long the block may last, rounded up to a multiple of `contended_seconds`.
         context: the context of the call.
         contended: returns whether other callers wait for the slot that this call holds.
         contended_seconds: how long the block may last while other callers wait; `contended` is called at this interval.

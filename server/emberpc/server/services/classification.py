@@ -76,7 +76,7 @@ class ClassificationService(classification_pb2_grpc.ClassificationServiceService
     async def GetClassifier(
         self, request: pb.GetClassifierRequest, context: requests.Context
     ) -> pb.GetClassifierResponse:
-        """Return the classifier `request.name`; errors are those of `Engine.model`.
+        """Return the classifier `request.name`; empty: the only classifier. Errors are those of `Engine.model`.
 
         RESOURCE_EXHAUSTED if the classifier has more bytes than a response may have.
         """

@@ -234,7 +234,8 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def CountRecords(self, request: pb.CountRecordsRequest, context: requests.Context) -> pb.CountRecordsResponse:
         """Return the number of records that match the filter, or of all records.
 
-        INVALID_ARGUMENT for a wrong filter, NOT_FOUND if there is no such collection.
+        INVALID_ARGUMENT for a wrong filter, NOT_FOUND if there is no such collection; any other error of
+        `CollectionAccess.call`.
         """
         condition = _filter(request)
         return await self._access.call(

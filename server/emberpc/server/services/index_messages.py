@@ -210,7 +210,7 @@ def caller_vectors(block: types_pb2.Vectors, rows: int, field: str) -> Matrix:
 
     Returns:
         float32, shape (rows, dimensions). The dimensions, and whether all values are finite, are not checked here but
-        by the index.
+        by the index. The array may share the memory of the block, and is not writable then.
 
     Raises:
         ServiceError: INVALID_ARGUMENT if the block has another element type or number of rows, or its fields contradict

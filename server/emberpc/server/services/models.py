@@ -42,7 +42,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         return pb.ListModelsResponse(models=page, next_page_token=token)
 
     async def GetModel(self, request: pb.GetModelRequest, context: requests.Context) -> pb.GetModelResponse:
-        """Return the description of the model `request.name`; errors are those of `Engine.model`."""
+        """Return the description of the model `request.name` (empty: the only model); errors as `Engine.model`."""
         return pb.GetModelResponse(model=describe(self._engine.model(request.name, field="name")))
 
     async def LoadModel(

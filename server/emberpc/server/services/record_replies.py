@@ -57,7 +57,7 @@ def page(
         collection: the collection.
         size: most records of the page. There are fewer if their bytes reach the limit of a response.
         token: token of the page; empty: the first page.
-        condition: the filter; None: all records. If no record of the first page matches, the response has warnings.
+        condition: the filter; None: all records. If no record of the first page matches, there may be warnings.
         parts: the parts of the records to return.
         limits: has the limit of the response's bytes.
 
@@ -78,7 +78,8 @@ def page(
 def count(collection: CollectionBackend, condition: Filter | None) -> pb.CountRecordsResponse:
     """Count the records that match the filter `condition`; None: all records. Blocks.
 
-    The response has warnings if there is a filter and no record matches.
+    If there is a filter and no record matches, the response has a warning for each probable reason that was found.
+    Errors are those of `CollectionBackend.count`.
     """
     found = collection.count(condition)
     return pb.CountRecordsResponse(count=found, warnings=filter_warnings(collection, condition, found))

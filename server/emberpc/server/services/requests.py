@@ -66,7 +66,7 @@ def caller(
     default: Lane = Lane.INTERACTIVE,
     field: str = "priority",
 ) -> Caller:
-    """Return the caller of a call: the peer's address, the lane, and the deadline.
+    """Return the caller of a call: the peer's address with its port, the lane, and the deadline.
 
     The deadline is in seconds of `time.perf_counter`; infinity if the call has none.
 

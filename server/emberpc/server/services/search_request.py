@@ -32,7 +32,7 @@ _FUSIONS = {
 
 
 def read_search_request(request: pb.SearchRequest, parts: RequestedParts) -> SearchRequest:
-    """Convert a SearchRequest message, and fill in the defaults.
+    """Convert a SearchRequest message, and fill in the defaults; that of `truncation` is END, not REFUSE.
 
     Not checked here but later: texts, dimensions of vectors, the greatest `ef`, the range of `min_recall`, and whether
     both `ef` and `min_recall` are set.
