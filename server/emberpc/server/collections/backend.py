@@ -65,7 +65,7 @@ class CollectionBackend(Protocol):
     def get(
         self, ids: Sequence[str], *, with_vectors: bool = False, parts: RecordParts = WHOLE_RECORD
     ) -> list[StoredRecord]:
-        """Return the existing records in the order of `ids`, as often as these; RESOURCE_EXHAUSTED if too many bytes.
+        """Return the existing records in the order of `ids`, repeated like these; RESOURCE_EXHAUSTED if too many bytes.
 
         Args:
             ids: the ids.

@@ -75,7 +75,8 @@ class Comparison:
     """A filter that compares a field with a value.
 
     A record without the field, or with a value of another type, meets it only with NOT_EQUAL, the negation of EQUAL.
-    Only strings and numbers have an order: with the four other operators, no record meets a boolean or null.
+    Only strings and numbers have an order: with the four other operators, no record meets a boolean or null. For a
+    field that is a list, see `matches`.
     """
 
     field: str
@@ -85,7 +86,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Membership:
-    """A filter that a record meets if the field equals one of the values."""
+    """A filter that a record meets if the field, or an item of its list, equals one of the values."""
 
     field: str
     values: tuple[Value, ...]
@@ -93,7 +94,7 @@ class Membership:
 
 @dataclass(frozen=True)
 class Prefix:
-    """A filter that a record meets if the field is a string that starts with the prefix."""
+    """A filter that a record meets if the field, or an item of its list, is a string that starts with the prefix."""
 
     field: str
     prefix: str

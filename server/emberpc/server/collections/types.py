@@ -59,9 +59,10 @@ class Fusion(str, Enum):
 
 @dataclass(frozen=True)
 class CollectionSpec:
-    """The properties of a collection. They are fixed at its creation, with two exceptions.
+    """The properties of a collection. They are fixed at its creation, with three exceptions.
 
-    The truncation can be changed, and a reembedding changes model, fingerprint and dimensions.
+    The truncation can be changed, a reembedding changes model, fingerprint and dimensions, and `IndexBackend.rebind`
+    changes the fingerprint.
 
     Attributes:
         name: name of the collection.

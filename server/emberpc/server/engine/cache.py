@@ -38,7 +38,7 @@ class Entry(NamedTuple):
 
     Attributes:
         row: float32 (width,). The cache and several calls share it, so it must not be changed.
-        tokens: number of tokens of the text, after truncation.
+        tokens: number of tokens of the text, with prompt and special tokens, after truncation.
         truncated: whether the text was truncated.
     """
 

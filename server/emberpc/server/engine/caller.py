@@ -22,8 +22,8 @@ class Caller:
     Attributes:
         name: the caller's name. The scheduler shares the workers fairly between names.
         lane: the priority class.
-        deadline: seconds of `time.perf_counter`. Waiting texts that cannot be run by then are dropped, and the call
-            fails. Infinite: no deadline.
+        deadline: seconds of `time.perf_counter`. If the call cannot end by then when it is the turn of a waiting text,
+            the call fails. Infinite: no deadline.
     """
 
     name: str = ""

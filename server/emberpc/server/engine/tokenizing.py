@@ -156,8 +156,8 @@ class TextTokenizer:
 
         Raises:
             ServiceError: INVALID_ARGUMENT, naming each text that has no token, that has too many tokens under REFUSE,
-                or that a tokenizer without pieces reads only in part, if that part does not exceed the length limit.
-                Special tokens count as tokens.
+                or that the tokenizer can read neither in pieces nor at once, unless the part that it can read exceeds
+                the length limit. Special tokens count as tokens.
             AbandonedError: `stop` returned True.
         """
         short = self._short([prompt + text for text in texts if len(prompt) + len(text) <= self._long], stop)

@@ -78,8 +78,8 @@ class WordCache:
     def of(cls, tokenizer: Tokenizer) -> WordCache | None:
         """Return a cache for a tokenizer; None if the ids of a word may depend on the text around the word.
 
-        That is known only for a WordPiece model with BERT's pre-tokenizer, BERT's normalizer or none, and added tokens
-        that begin with ASCII punctuation and have no white space. None also if it is unknown which special tokens come
+        They do not for a WordPiece model with BERT's pre-tokenizer, BERT's normalizer or none, and added tokens that
+        begin with ASCII punctuation and have no white space. None also if it is unknown which special tokens come
         before and after a text.
         """
         known = json.loads(tokenizer.to_str())

@@ -117,9 +117,9 @@ class CollectionBackups:
         Raises:
             ServiceError: INVALID_ARGUMENT if a message is wrong or out of order, or the bytes are no intact backup;
                 ALREADY_EXISTS if a collection has the name; FAILED_PRECONDITION if a newer version wrote the backup;
-                DEADLINE_EXCEEDED if no message comes for 60 s, or for 15 s after the first message while others wait;
-                RESOURCE_EXHAUSTED if too many callers wait, the disk is full, or there are too many collections; any
-                other error of `IndexBackend.restore`.
+                DEADLINE_EXCEEDED if no message comes for 60 s (`stall_seconds`), or for 15 s (`contended_seconds`)
+                after the first message while others wait; RESOURCE_EXHAUSTED if too many callers wait, the disk is
+                full, or there are too many collections; any other error of `IndexBackend.restore`.
         """
         message = await self._next(messages, lambda: False)
         first = None if message is None else read(message)

@@ -74,8 +74,9 @@ class BulkEmbedder:
         """Embed texts, and return their inferences and failures.
 
         A text that is empty, too long, or on which the model fails, fails alone. Any other error, such as a passed
-        deadline, fails all texts of the group, unless its code is in `self.ending`. While the queue is full, texts
-        are tried again for up to 20 seconds or until the deadline; after a split of the group, each part for that long.
+        deadline, fails all texts that were run together, unless its code is in `self.ending`. While the queue is full,
+        texts are tried again for up to 20 seconds or until the deadline; after a split of the group, each part for that
+        long.
 
         Raises:
             ServiceError: an error whose code is in `self.ending`.

@@ -50,8 +50,8 @@ class CollectionAccess:
     async def open(self, name: str) -> CollectionBackend:
         """Return the collection with a name; open the collection if needed.
 
-        A collection that is bound by a legacy fingerprint of its model is bound by the present fingerprint. If the
-        caller leaves, the collection is opened all the same.
+        A collection that is bound by a legacy fingerprint of its model is bound by the present one, if that succeeds.
+        If the caller leaves, the collection is opened all the same.
 
         Raises:
             ServiceError: NOT_FOUND if there is no such collection; RESOURCE_EXHAUSTED if too many collections wait to

@@ -252,7 +252,7 @@ class _Job:
             return False
         if await self._in_pool(self._index.switch, self.reembedding):
             return True
-        # A record was written meanwhile. Writes wait during the next step, so that the switch can succeed.
+        # Probably a record was written meanwhile. Writes wait during the next step, so that the switch can succeed.
         self.writable.clear()
         self._switch_tries += 1
         if self._switch_tries % _SWITCH_TRIES == 0:

@@ -246,7 +246,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         )
 
     async def Search(self, request: pb.SearchRequest, context: requests.Context) -> bytes:  # type: ignore[override]
-        """Return a serialized SearchResponse: the records nearest to each query, see `add_index_service`.
+        """Return a serialized SearchResponse: the hits and the plan of each query, see `add_index_service`.
 
         Errors are those of `read_search_request` and `CollectionSearch.search`; RESOURCE_EXHAUSTED if the response
         would be too large.
@@ -324,9 +324,10 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def ReembedCollection(
         self, request: pb.ReembedCollectionRequest, context: requests.Context
     ) -> pb.ReembedCollectionResponse:
-        """Start to reembed a collection with another model in the background, and return the collection at once.
+        """Start to reembed a collection with another model in the background, and return the collection.
 
-        Errors are those of `ReembeddingJobs.start`; NOT_FOUND if there is no such collection.
+        The call first checks that each record has a text, which may take long. Errors are those of
+        `ReembeddingJobs.start`; NOT_FOUND if there is no such collection.
         """
         description = await self._management.reembed(request.name, request.model, request.dimensions)
         return pb.ReembedCollectionResponse(collection=collection_message(description))

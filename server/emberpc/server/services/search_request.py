@@ -42,8 +42,8 @@ def read_search_request(request: pb.SearchRequest, parts: RequestedParts) -> Sea
         parts: the parts of records that the request names.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT, naming the field, for a value that is out of range or unknown, or for a field
-            that is set though the mode does not use it.
+        ServiceError: INVALID_ARGUMENT, naming the field, for a value that is missing, malformed, unknown or out of
+            range, or for a field that is set though the mode does not use it.
     """
     sizes = _check(request)
     mode = _check_mode(request)

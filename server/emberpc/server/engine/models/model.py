@@ -42,7 +42,7 @@ OnStage = Callable[[str], None]
 
 
 class ModelLoadError(Exception):
-    """A model cannot be served; the message names the model, the problem and the remedy."""
+    """A model cannot be served; the message names the model and the problem, and the remedy if one is known."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ Output = npt.NDArray[np.float32]
 
 
 class SessionError(Exception):
-    """An ONNX file cannot be loaded; the message names the file and the cause."""
+    """An ONNX file cannot be loaded. The message names the file; the cause may be only in `__cause__`."""
 
 
 class LoadCancellation:
