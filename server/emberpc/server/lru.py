@@ -55,7 +55,7 @@ class LruCache(Generic[K, V]):
         return found
 
     def add(self, entries: Mapping[K, V]) -> None:
-        """Add values by key, and evict the least recently used entries while all have more than `max_bytes`.
+        """Add values by key, and evict the least recently used ones while all together have too many bytes.
 
         A key that is cached already keeps its value. An entry of more than an eighth of `max_bytes` is not added.
         """

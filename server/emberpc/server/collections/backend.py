@@ -135,7 +135,7 @@ class CollectionBackend(Protocol):
     def verify(self, *, full: bool = False) -> Iterator[Verified]:
         """Check that every record exists, is undamaged and is found; yield the progress every few hundred records.
 
-        A failed check is no error, but a problem of the yielded progress.
+        A failed check is no error, but a problem of the yielded progress. The backend may repair problems.
 
         Args:
             full: whether to search for every record by its own vector; otherwise for a random sample.
@@ -339,7 +339,7 @@ class IndexBackend(Protocol):
         """
 
     def delete(self, name: str) -> None:
-        """Delete the collection with a name and all its records; NOT_FOUND if there is no such collection."""
+        """Delete the collection with a name, its records and its reembedding; NOT_FOUND if there is none."""
 
     def reembed(
         self, source: CollectionBackend, *, model: str, fingerprint: str, dimensions: int

@@ -75,7 +75,7 @@ class Engine:
         return not found.busy
 
     def revive(self) -> int:
-        """Start the missing workers, as many as the system allows; return the number of live workers."""
+        """Start the missing workers, as many as the system allows; return the number of live workers (not express)."""
         return self._scheduler.revive()
 
     def models(self) -> list[Model]:

@@ -146,7 +146,8 @@ class CollectionSearch:
                 INVALID_ARGUMENT for a wrong text, vector or option; FAILED_PRECONDITION if a text must be embedded and
                 the collection has no model or another one is served, or if a query is a vector and the collection
                 changed its model meanwhile; RESOURCE_EXHAUSTED if too many heavy calls or tokens wait, or the response
-                would be too large; DEADLINE_EXCEEDED if the deadline passed; any other error of `Inferrer.infer`.
+                would be too large (with vectors, one is counted for each of the `top_k` of each query);
+                DEADLINE_EXCEEDED if the deadline passed; any other error of `Inferrer.infer`.
         """
         return await self._access.use(
             name,

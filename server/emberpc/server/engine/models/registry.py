@@ -35,8 +35,9 @@ class _Version:
         self.model: Model | None = model
         self.calls: set[asyncio.Task[Any]] = set()
         self.retired = False
-        #: Done when the version is retired, no call uses it, and its memory was returned to the system (not after
-        #: `close`, nor while another object refers to the model). The result is None.
+        #: Done when the version is retired, no call uses it, and its memory was returned to the system. It is done
+        #: without the return of the memory if the registry is closed, or another object still refers to the model. The
+        #: result is None.
         self.gone: Future[None] = Future()
 
 
