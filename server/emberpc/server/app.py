@@ -96,7 +96,7 @@ async def run(
     models: Future[Registry],
     stopping: Stopping,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then let calls in flight finish.
+    """Serve until SIGTERM or SIGINT, then let calls in flight finish, for at most `settings.drain_seconds`.
 
     Args:
         settings: the settings.

@@ -3,8 +3,8 @@
 Engine, index and services raise `ServiceError`. The module `statuses` converts it to a
 gRPC status, and the module `handlers` ends a call with that status. (Only a backup whose
 caller stalls is ended elsewhere, in `services.backups`.) The message is for the caller:
-it names the item, the limit and the remedy, and never contains the text of a library's
-exception.
+it names the item, and the limit and the remedy if there are any, and never contains the
+text of a library's exception.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class IndexFigures(Collector):
 
 
 def serve_metrics(address: str, engine: Engine, index: IndexBackend) -> Calls:
-    """Serve the figures of calls, engine, index and process over HTTP, at /metrics.
+    """Serve the figures of calls, engine, index and process over HTTP, at /metrics and any other path.
 
     Args:
         address: HOST:PORT to listen on.

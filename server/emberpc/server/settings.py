@@ -34,8 +34,8 @@ _KINDS: dict[Any, str] = {
 }
 
 
-#: Largest value of a numeric setting that is not in `_MOST_BY_NAME`. For a setting in seconds, this is about a thousand
-#: years.
+#: Largest value of a numeric setting that is not in `_MOST_BY_NAME`: in seconds, about a thousand years. `workers` and
+#: `recall_probe` have further limits.
 _MOST = 2**35
 #: Largest values of the settings with a limit below `_MOST`. gRPC stores the first two in 32 bits, the second of them
 #: in milliseconds. The third is limited since a thread cannot wait for `_MOST` seconds.

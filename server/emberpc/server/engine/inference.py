@@ -27,7 +27,7 @@ from emberpc.server.errors import FieldPath, ServiceError, Violation, invalid_fi
 #: of the pool would take longer than to tokenize them. Texts whose tokens are only counted always go to the pool.
 _FEW_CHARACTERS = 2000
 #: A text with more characters than this takes much memory, and occupies a thread of the pool for long. So calls with
-#: such a text are tokenized one at a time.
+#: such a text are tokenized one at a time, whatever their lanes.
 _MANY_CHARACTERS = 2**16
 #: Calls whose texts have more characters than this together also take turns, a few calls at a time. The tokenizer holds
 #: the interpreter lock most of the time, so many threads of the pool would compete with the event loop for it.
@@ -103,7 +103,7 @@ class Inferrer:
         self.flights = Flights()
         self._long_turn = asyncio.Semaphore(1)
         #: Turns of calls with many characters. Each lane has its own, so that no interactive call waits for the texts
-        #: of many streams.
+        #: of many streams. Only calls with a very long text share one turn (`_long_turn`).
         self._turns = {lane: asyncio.Semaphore(max(1, usable_cores() // 4)) for lane in Lane}
 
     async def infer(self, request: InferenceRequest) -> Inference:

@@ -21,7 +21,7 @@ _FIRST_RATE = 2000.0
 class Rates:
     """Measured tokens per second of one worker. Not thread-safe.
 
-    `usual` is the median of the last 9 batches; 2000 before the first.
+    `usual` is the median of the last 9 measured batches; 2000 before the first.
     """
 
     def __init__(self) -> None:
