@@ -110,7 +110,7 @@ class IndexFigures(Collector):
         self._index = index
 
     def collect(self) -> Iterable[Metric]:
-        """Yield the recall and number of repeated searches of each open collection that has repeated searches.
+        """Yield the recall and the number of repeated searches of each collection that has repeated searches.
 
         The Prometheus registry calls this.
         """

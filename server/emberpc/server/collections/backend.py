@@ -144,7 +144,7 @@ class CollectionBackend(Protocol):
     def backup(self, stop: Callable[[], bool]) -> Generator[Piece, None, None]:
         """Yield a copy of one state of the collection, piece by piece.
 
-        Nothing is yielded if `stop` returns True before the first piece; later, `stop` has no effect.
+        `stop` is called regularly before the first piece, and not later. If it returns True, nothing is yielded.
 
         Raises:
             ServiceError: before the first piece, RESOURCE_EXHAUSTED if the disk has no room for the copy, DATA_LOSS if

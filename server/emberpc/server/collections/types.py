@@ -130,7 +130,8 @@ class CollectionInfo:
 
     Attributes:
         record_count: number of records.
-        sequence: sequence of the last write.
+        sequence: sequence of the last write; 0: none so far. With Milvus, of the last write by this server since its
+            start.
         create_time: when the collection was created.
         size_bytes: bytes on disk; 0: not known.
     """

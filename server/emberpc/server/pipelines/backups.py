@@ -81,7 +81,7 @@ class CollectionBackups:
         """Yield the pieces of a backup of a collection. The backup ends when the caller leaves.
 
         Two backups run at a time, and further callers wait. A backup runs until its caller has read all pieces. If the
-        caller's deadline passes before the first piece, no piece is yielded.
+        caller's deadline passes while the index makes the copy, no piece is yielded.
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if too many callers or heavy calls wait, or the disk is full; any other

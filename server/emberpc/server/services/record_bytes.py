@@ -18,7 +18,7 @@ from emberpc.v1 import index_pb2 as pb
 # Tags of protobuf fields, which have the number and the wire type, see
 # https://protobuf.dev/programming-guides/encoding/.
 #: Tag of a field with number 1 and a length: `Struct.fields`, the key in an entry of `Struct.fields`,
-#: `ListValue.values`, `Hit.record`, and the records, results or clusters of responses.
+#: `ListValue.values`, `Hit.record`, `SearchResult.hits`, and the records, results or clusters of responses.
 FIRST = b"\x0a"
 #: Tag of a field with number 2 and a length: the value in an entry of `Struct.fields`, and `Cluster.examples`.
 SECOND = b"\x12"
