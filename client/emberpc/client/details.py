@@ -76,7 +76,8 @@ class ResponseDetails:
     max_tokens: int = 0
     #: `get`: ids of the request that have no record. Empty for other methods.
     missing_ids: tuple[str, ...] = ()
-    #: `upsert` and `delete`: sequence number of the write in its collection. 0 for other methods.
+    #: `upsert` and `delete`: sequence number of the write in its collection; if nothing was deleted, that of the last
+    #: write before. 0 for other methods.
     sequence: int = 0
     #: `upsert` and `delete`: `synced` if the write was on disk before the response. `unknown` if the server did not
     #: state that, and for other methods.

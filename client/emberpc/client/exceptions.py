@@ -1,14 +1,14 @@
 """Exceptions of the client, as a tree.
 
     EmberpcError                    a call failed
-    ├── InvalidArgument             the request is wrong; `violations` names the fields
+    ├── InvalidArgument             the request is wrong; `violations` names the fields, if the server stated them
     ├── NotFound                    there is no such model, collection, record …
     ├── AlreadyExists               the name is taken
     ├── FailedPrecondition          the state of the server does not allow the call, such as the wrong kind of model
     ├── Aborted                     a record has another revision; read it again
     ├── ResourceExhausted           a limit of the server is reached, such as of its queue; see `retry_after`
     ├── DeadlineExceeded            no response in time; a write may have happened
-    ├── Unavailable                 no server answers, or it is starting or stopping
+    ├── Unavailable                 no server answers, or it cannot do the call now, as while it starts or stops
     ├── Unauthenticated             the token is missing or wrong
     ├── PermissionDenied            the server does not allow the call, or not with this token
     ├── Unimplemented               the server does not support the call; it is another version or index backend
@@ -18,7 +18,7 @@
     InputError(ValueError)          an argument is wrong, and was not sent
     InputTypeError(TypeError)       an argument has the wrong type, and was not sent
 
-The `__cause__` of an EmberpcError is the gRPC error that it was made from, if there is one.
+If a call failed, the `__cause__` of the EmberpcError is the error of gRPC.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class EmberpcError(Exception):
 
 
 class InvalidArgument(EmberpcError):
-    """The request is wrong; `violations` names the wrong fields."""
+    """The request is wrong; `violations` names the wrong fields, if the server stated them."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
 
@@ -120,7 +120,9 @@ class Aborted(EmberpcError):
 
 
 class ResourceExhausted(EmberpcError):
-    """A limit of the server is reached: queue, disk, number of calls, or bytes of a message.
+    """A limit of the server is reached: queue, disk, number of calls or collections, or bytes of a message.
+
+    Also raised at once if the work in the queue would take longer than the timeout of the call.
 
     `retry_after` states when to retry, if a retry may help.
     """
@@ -135,7 +137,10 @@ class DeadlineExceeded(EmberpcError):
 
 
 class Unavailable(EmberpcError):
-    """No server answers at the target, or the server is starting or stopping."""
+    """No server answers at the target, the connection broke, or the server cannot do the call now.
+
+    The server cannot while it starts or stops, if it does not reach Milvus, or if the collection was deleted meanwhile.
+    """
 
     code = grpc.StatusCode.UNAVAILABLE
 
@@ -189,15 +194,14 @@ class FilterWarning(UserWarning):
 class InputError(ValueError):
     """An argument is wrong. The message names the item and the remedy.
 
-    The item was not sent. Nothing else was sent either, except that `upsert` may have sent earlier records.
+    The item was not sent. Nothing else was sent either, except earlier records of `upsert` and other items of a stream.
     """
 
 
 class InputTypeError(TypeError):
     """An argument has the wrong type. The message names the item and the remedy.
 
-    The item was not sent. Nothing else was sent either, except that `upsert` and the streams may have sent earlier
-    items.
+    The item was not sent. Nothing else was sent either, except earlier records of `upsert` and other items of a stream.
     """
 
 
@@ -288,7 +292,8 @@ def from_rpc(failure: RpcFailure, call: Circumstances) -> EmberpcError:
     packed = trailing.get(wire_status.DETAILS_KEY, b"")
     status = wire_status.unpack(packed if isinstance(packed, bytes) else packed.encode())
     message = failure.details() or ""
-    # Every error of an emberpc server has details. Without details, gRPC itself or a proxy ended the call.
+    # Every error of an emberpc server has details, except those of its health service. Otherwise an error without
+    # details means that gRPC itself or a proxy ended the call.
     if not status.details:
         message = _own_words(code, message, call)
     request_id = trailing.get(wire_status.REQUEST_ID_KEY, "")
@@ -348,7 +353,9 @@ def _error(
 def _own_words(code: grpc.StatusCode, details: str, call: Circumstances) -> str:
     """Return a message for a status that gRPC or a proxy set.
 
-    For any other status it is their own message, `details`, or if that is empty, the names of method and code.
+    UNAVAILABLE, DEADLINE_EXCEEDED, UNIMPLEMENTED, and RESOURCE_EXHAUSTED for a request that is too large, get a message
+    of the client. For any other status it is `details`, their own message, or if that is empty, the names of method and
+    code.
     """
     if code is grpc.StatusCode.UNAVAILABLE and call.late:
         return (

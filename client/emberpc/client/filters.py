@@ -31,10 +31,11 @@ from emberpc.v1 import filter_pb2 as pb
 #: A filter as text or as the API's message.
 Where: TypeAlias = "str | pb.Filter"
 
-#: Most levels of nested conditions in a filter: the server's limit.
+#: Most levels of a filter as text: the condition itself, and each `not` and `(` around it. The server has this limit
+#: for the levels of the message, where `and` and `or` count too, so it may refuse a filter that is accepted here.
 _MAX_DEPTH = 32
-#: Numbers of filters are doubles on the wire, which do not represent every integer beyond this one. So an integer is
-#: refused if it is not below this number, either sign.
+#: Numbers of filters are doubles on the wire, which do not represent every integer beyond this one. So a number without
+#: point and exponent is refused if it is not below this number, either sign.
 _MAX_WHOLE = 2**53
 _TOKEN = re.compile(
     r"""
@@ -73,8 +74,8 @@ def parse_filter(text: str, name: str = "where") -> pb.Filter:
         name: name of the argument in errors.
 
     Raises:
-        InputError: `text` is not a valid filter, is nested more than 32 levels deep, or has a number that is too large;
-            the message states the column and the problem. Or `text` contains a lone surrogate.
+        InputError: `text` is not a valid filter, has more than 31 `not` and `(` within each other, or has a number that
+            is too large; the message states the column and the problem. Or `text` contains a lone surrogate.
         InputTypeError: `text` is not a str.
     """
     return _Parser(checks.text(text, name), name).parse()

@@ -99,17 +99,18 @@ class Collection:
     #: Number of candidates that an insertion into the collection's HNSW graph keeps.
     ef_construction: int
     record_count: int
-    #: Sequence number of the last write of the collection.
+    #: Sequence number of the last write of the collection. With Milvus: of the last since the server's start, or 0.
     sequence: int
-    #: Size of the collection on disk, in bytes.
+    #: Size of the collection on disk, in bytes. 0 with Milvus.
     size_bytes: int
     #: Time at which the collection was created, in UTC; None if the server did not state the time.
     create_time: datetime | None
-    #: Why the collection cannot be used, for example because it is damaged; empty: the collection can be used.
+    #: Why the collection cannot be used, for example because it is damaged; its counts are then 0, and `create_time` is
+    #: None. Empty: the collection can be used.
     problem: str = ""
     #: Progress of the reembedding of the collection; None: no reembedding runs.
     reembedding: Reembedding | None = None
-    #: Metadata fields with an index in the database, which makes filters on these fields faster.
+    #: Metadata fields with an index in the database, which makes filters on them faster. With Milvus without effect.
     indexed_fields: tuple[str, ...] = ()
 
 
@@ -119,7 +120,7 @@ class Record:
 
     To write a record, give `id`, and any of `text`, `metadata` and `label`. Give `vector` if the server shall not embed
     the text, and `time_to_live` if the record shall be deleted after a time. The server sets the other fields. Numbers
-    of `metadata` are doubles on the wire; a number without a fraction is returned as an int.
+    of `metadata` are doubles on the wire; a number without a fraction is returned as an int, if within 2**53.
     """
 
     id: str
@@ -362,13 +363,14 @@ class Classifier:
     """A classifier that a server serves, with the values that decide which labels a text gets."""
 
     name: str
-    #: `fine_tuned`: a model that was fine-tuned at export. `examples`: made from the records of a collection.
+    #: `fine_tuned`: a model that was made offline, by an export or another tool. `examples`: made from the records of a
+    #: collection.
     kind: str
     #: The model that the classifier runs.
     model: ModelVersion
     #: Labels of the classifier, in the order of the model's outputs.
     labels: tuple[ClassifierLabel, ...]
-    #: Whether a text may have several labels.
+    #: Whether a text may have several labels, or none.
     multi_label: bool
     #: Thresholds of a multi-label classifier, in the order of `labels`: a text gets a label if the probability is at
     #: least the threshold. Empty for a single-label classifier, which gives the most probable label.

@@ -41,7 +41,10 @@ class AsyncBackupMethods:
             InputError: the path is a folder, a disk or a socket.
             NotFound: there is no collection of this name.
             DataLoss: a record is damaged on the server's disk.
-            ResourceExhausted: the server's disk has no room for the copy that the server makes first.
+            ResourceExhausted: the server's disk has no room for the copy that the server makes first, or too many
+                backups wait.
+            DeadlineExceeded: the timeout passed, or the server could send nothing for a minute, because `progress` or
+                the reader of a pipe was slow; for 15 seconds while other backups wait.
             Unimplemented: the server's index backend has no backups.
             Internal: the bytes that arrived are not those that the server sent. No file is written, but a device or a
                 pipe has received the bytes.
@@ -72,14 +75,16 @@ class AsyncBackupMethods:
 
         Returns:
             The new collection. While the server does not serve the model that made the collection's vectors, the
-            collection refuses texts.
+            collection refuses texts that must be embedded.
 
         Raises:
             AlreadyExists: a collection of this name exists.
-            InvalidArgument: the file is not a backup, or the backup is damaged.
+            InvalidArgument: the name is invalid, the file is not a backup, or the backup is damaged.
             FailedPrecondition: a newer version of emberpc wrote the file.
-            ResourceExhausted: the server's disk has no room for the collection, or the server has its limit of
-                collections.
+            ResourceExhausted: the server's disk has no room for the collection, the server has its limit of
+                collections, or too many restores wait.
+            DeadlineExceeded: the timeout passed, or nothing was sent for a minute, because `progress` or the disk was
+                slow; for 15 seconds while other restores wait.
             Unimplemented: the server's index backend has no backups.
             OSError: the file cannot be read.
             EmberpcError: the call failed otherwise.

@@ -77,7 +77,7 @@ class AsyncModelMethods:
         If the call times out, the server goes on loading. `get_model` then shows whether the server serves the model.
 
         Args:
-            name: name of the model: 1 to 128 letters, digits, `.`, `_` and `-`.
+            name: name of the model: 1 to 128 letters, digits, `.`, `_` and `-`, starting with a letter or digit.
             path: folder of the bundle, relative to the server's models directory.
             variant: variant to serve; empty: the variant that the server's settings name for this model, or if they
                 name none, the first variant, fp32.
@@ -89,8 +89,9 @@ class AsyncModelMethods:
 
         Raises:
             AlreadyExists: the name is taken, perhaps by a try of this call whose response was lost.
-            InvalidArgument: the name is invalid, or the path does not exist or is outside the models directory.
-            FailedPrecondition: the bundle is invalid, or the server has no models directory.
+            InvalidArgument: the name is invalid, or the path names no folder in the models directory, or has a link or
+                a part that starts with a dot.
+            FailedPrecondition: the bundle is invalid or has no such variant, or the server has no models directory.
             PermissionDenied: the server does not allow changes of its models.
             EmberpcError: the call failed otherwise.
         """
@@ -122,8 +123,10 @@ class AsyncModelMethods:
 
         Raises:
             NotFound: the server serves no model of this name.
-            InvalidArgument: the path does not exist or is outside the models directory.
-            FailedPrecondition: the bundle is invalid, or a path is given and the server has no models directory.
+            InvalidArgument: the path names no folder in the models directory, or has a link or a part that starts with
+                a dot.
+            FailedPrecondition: the bundle is invalid or has no such variant, or a path is given and the server has no
+                models directory.
             PermissionDenied: the server does not allow changes of its models.
             EmberpcError: the call failed otherwise.
         """
@@ -131,6 +134,8 @@ class AsyncModelMethods:
 
     async def unload_model(self, name: str, *, timeout: float | None = None) -> None:
         """Stop serving a model. Returns when the model's calls in flight have finished.
+
+        If the call times out, the model is no longer served, unless the call still waited for another change of models.
 
         Args:
             name: name of the model.

@@ -63,9 +63,9 @@ class AsyncRunner:
     async def run(self, job: Job[Any, Result], timeout: float | None) -> Result:
         """Run the calls of a job and return the joined result.
 
-        At most `in_flight` calls (a setting of the connection) run at a time; 1 if the job is ordered. If a call fails,
-        the calls in flight are cancelled. A call whose response would be too large is divided. `timeout` is the seconds
-        of each call.
+        At most `in_flight` calls (a setting of the connection) run at a time; 1 if the job is ordered. A call whose
+        response would be too large is divided into two, which may then run beside the others. If a call fails, the
+        calls in flight are cancelled. `timeout` is the seconds of each call.
 
         Raises:
             EmberpcError: a call failed; `done` is the number of items that earlier calls wrote, 0 for calls that read.
@@ -159,8 +159,8 @@ class AsyncRunner:
             timeout: seconds of each call; None: the timeout of the connection.
 
         Raises:
-            EmberpcError: a call failed; raised when the next item is taken. An error of `page_call("")` is raised at
-                once.
+            EmberpcError: a call failed; raised when the next item is taken, as is the error for a wrong timeout. An
+                error of `page_call("")` is raised at once.
         """
         # A generator would build the first call only when the first item is taken. Here wrong arguments raise at once.
         return self._walk(page_call(""), page_call, timeout)

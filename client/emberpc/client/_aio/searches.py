@@ -82,7 +82,8 @@ class AsyncSearchMethods:
             NotFound: there is no collection of this name, or no record with the id of a `RecordId`; or the server does
                 not serve the collection's model.
             FailedPrecondition: the query is a text, the mode is not `lexical`, and the collection has no model, or
-                vectors of another model.
+                vectors of another model; or the query is a vector, and the collection's model was replaced during the
+                call.
             DataLoss: the word index, or the record of a `RecordId`, is damaged.
             Unimplemented: the index backend is Milvus, which has no `min_recall`, `lexical` and `hybrid`.
             InputError: an argument is wrong; nothing was sent.
@@ -144,7 +145,8 @@ class AsyncSearchMethods:
             NotFound: there is no collection of this name, or no record with the id of a `RecordId`; or the server does
                 not serve the collection's model.
             FailedPrecondition: a query is a text, the mode is not `lexical`, and the collection has no model, or
-                vectors of another model.
+                vectors of another model; or a query is a vector, and the collection's model was replaced during the
+                call.
             InputError: an argument or a query is wrong; nothing was sent.
             InputTypeError: an argument or a query has the wrong type; nothing was sent.
             EmberpcError: a request failed otherwise.
@@ -165,13 +167,14 @@ class AsyncSearchMethods:
 
         Args:
             collection: name of the collection.
-            min_score: least cosine similarity of the two vectors, above 0 and at most 1.
+            min_score: least cosine similarity of the two vectors, above 0 and at most 1; 0: 0.95.
             page_size: pairs per request, at most 1000; 0: the server's default.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
             NotFound: there is no collection of this name; raised, like every EmberpcError, when the next pair is taken.
-                A wrong argument raises InputError or InputTypeError at once.
+                A wrong argument raises InputError or InputTypeError at once, but a wrong `timeout` when the next pair
+                is taken.
             Unimplemented: the server's index backend does not find duplicates.
             EmberpcError: a request failed otherwise.
         """

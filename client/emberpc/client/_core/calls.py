@@ -228,7 +228,7 @@ def check_count(got: int, wanted: int, what: str) -> None:
         raise Internal(f"the server answered with {got} {what} for {wanted}; it is another version, or broken")
 
 
-#: Most bytes of the items in one request: half of a server's default limit of a request, 16 MiB.
+#: Most bytes of the items in one request, unless it is a single item: half of a server's default limit, 16 MiB.
 _MAX_CHUNK_BYTES = 8 * 2**20
 
 

@@ -133,8 +133,9 @@ class Connection:
 
         Raises:
             InputTypeError: an argument has the wrong type.
-            InputError: the target is empty or a URL, an argument is out of range, the token has other characters than
-                those of bearer tokens, or would travel in plain text over a channel that the client opens.
+            InputError: the target is empty or a URL, an argument is out of range, the token is empty or has other
+                characters than those of bearer tokens, or would travel in plain text to another host over a channel
+                that the client opens.
         """
         if not isinstance(self.target, str):
             raise InputTypeError(f"target is of type {type(self.target).__name__}; it must be a str, HOST:PORT")

@@ -77,7 +77,7 @@ def value_of(name: str, word: str, table: Mapping[str, Value]) -> Value:
 
 
 def word_of(value: Value, table: Mapping[str, Value]) -> str:
-    """Return the word for an enum value; `unknown` if `table` lacks the value, which a newer server may have sent."""
+    """Return the word for an enum value; `unknown` if `table` lacks it: UNSPECIFIED, or a value of a newer server."""
     for word, known in table.items():
         if known == value:
             return word

@@ -13,7 +13,10 @@ _CLIENT = "emberpc.client."
 
 
 def warn(sentences: Iterable[str]) -> None:
-    """Issue a FilterWarning for each sentence; its place is the line of the caller's code that called the client."""
+    """Issue a FilterWarning for each sentence; its place is the line of the caller's code that called the client.
+
+    For a coroutine of `AsyncClient` that runs as a task of its own, it is a line of asyncio.
+    """
     for sentence in sentences:
         warnings.warn(sentence, FilterWarning, stacklevel=_callers_level())
 

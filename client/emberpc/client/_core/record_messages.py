@@ -50,8 +50,8 @@ def new_records(
             any, are in the records.
 
     Raises:
-        InputTypeError: `records` is not an iterable of records; when a record is read: the record or one of its fields
-            has the wrong type.
+        InputTypeError: `records` is not an iterable of records, or `matrix` has an element that is no real number; when
+            a record is read: the record or one of its fields has the wrong type.
         InputError: `matrix` has another shape, or a vector is not finite; when a record is read: a field is missing,
             unknown or cannot be sent, or the record and `matrix` both have a vector.
     """
@@ -100,6 +100,7 @@ def read_records(messages: Sequence[index_pb2.Record], vectors_of: types_pb2.Vec
 
     Raises:
         Internal: the numbers of vectors and records differ.
+        VectorFormatError: the vectors contradict themselves; `Call.read` converts this error to Internal.
     """
     if not vectors_of.rows:
         return [read_record(message, None) for message in messages]

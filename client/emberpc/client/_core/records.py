@@ -60,7 +60,7 @@ def upsert(
 ) -> Job[UpsertResult, UpsertResult]:
     """Return the job of `Client.upsert`. A wrong argument raises InputError or InputTypeError.
 
-    Records are read and validated when the calls of the job are read, which then raises for a wrong record. With
+    Records and `truncation` are validated when the calls of the job are read, which then raises for a wrong one. With
     `expected_revisions` all records are read and validated at once; with `matrix` all are read at once.
     """
     checks.function(details, "details")

@@ -41,7 +41,7 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
 
     Raises:
         InputTypeError: `batch_size` or `window` is not an int.
-        InputError: `batch_size` or `window` is below 1.
+        InputError: `batch_size` or `window` is below 1, or not below 2**31.
     """
 
     call: Call[Response, Sequence[Result]]

@@ -141,7 +141,7 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
             )
 
     def _cut(self) -> None:
-        """Divide the unsent records into batches of at most `batch_size` records and 8 MiB.
+        """Divide the unsent records into batches of at most `batch_size` records and 8 MiB; a larger record is alone.
 
         All records of a batch have vectors of the same length, or none has a vector.
         """
@@ -216,6 +216,6 @@ def _shape(record: NewRecord) -> int:
 
 
 def _id_of(item: object) -> str:
-    """Return the id of an item that may not be a record, for error messages."""
+    """Return the id of an item that may not be a record; empty if it has no id that is a str."""
     found = item.get("id") if isinstance(item, Mapping) else getattr(item, "id", "")
     return found if isinstance(found, str) else ""

@@ -41,7 +41,7 @@ class CollectionMethods:
             m: links of a node of the HNSW graph per layer, 4 to 64; 0: the server's default.
             ef_construction: candidates that an insertion into the graph keeps, 16 to 2000; 0: the server's default.
             indexed_fields: metadata fields that filters use often, at most 16. The server keeps an index of each, which
-                makes every write a little slower.
+                makes every write a little slower. With Milvus without effect.
             exist_ok: if a collection of this name exists, return it unchanged instead of raising AlreadyExists. Model
                 and distance must be those of the existing collection, and so must `dimensions`, `m` and
                 `ef_construction` unless they are 0. `truncation` and `indexed_fields` may differ.
@@ -140,7 +140,7 @@ class CollectionMethods:
 
         Args:
             name: name of the collection.
-            model: name of the new model.
+            model: name of the new model; empty: the only embedding model of the server.
             dimensions: dimensions of the new vectors; 0: those of the model.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
@@ -149,7 +149,7 @@ class CollectionMethods:
 
         Raises:
             NotFound: there is no collection or no model of this name.
-            InvalidArgument: the model does not have these dimensions.
+            InvalidArgument: the model does not have these dimensions, or `model` is empty and there are several.
             FailedPrecondition: the collection has vectors of this model and dimensions already, another reembedding of
                 the collection runs, a record has no text, or the model does not embed texts.
             Unimplemented: the server's index backend has no reembedding.
@@ -181,7 +181,8 @@ class CollectionMethods:
     ) -> Verification:
         """Check that every record of a collection is undamaged, and that searches find a random sample of the records.
 
-        Give a large collection a long timeout.
+        The server repairs two kinds of problems, and reports them all the same: words that are not those of the texts,
+        and vectors that searches miss. Give a large collection a long timeout.
 
         Args:
             name: name of the collection, which may be read and written meanwhile.

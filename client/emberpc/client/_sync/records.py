@@ -61,7 +61,8 @@ class RecordMethods:
 
         Raises:
             NotFound: there is no collection of this name, or the server does not serve the collection's model.
-            FailedPrecondition: a record has no vector, and the collection has no model, or vectors of another model.
+            FailedPrecondition: a record has no vector, and the collection has no model, or vectors of another model; or
+                records have vectors, and the collection's model was replaced during the call.
             Unimplemented: `expected_revisions` or `time_to_live` is given, and the index backend is Milvus.
             Aborted: a stored record has another revision, perhaps from a try of this call whose response was lost. The
                 request with this record wrote nothing; earlier requests wrote the first `done` records.
@@ -189,8 +190,8 @@ class RecordMethods:
     ) -> Iterator[Record]:
         """Iterate over the records of a collection, in the byte order of their ids.
 
-        Each record that exists during the whole iteration is returned exactly once, also if other calls write records.
-        Only records that are damaged on the server's disk are left out.
+        Each record that exists, and matches `where`, during the whole iteration is returned exactly once, also if other
+        calls write records. Only records that are damaged on the server's disk are left out.
 
         Args:
             collection: name of the collection.
@@ -201,8 +202,8 @@ class RecordMethods:
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
-            EmberpcError: a request failed, for example with NotFound; raised when the next record is taken. A wrong
-                argument raises at once.
+            EmberpcError: a request failed, for example with NotFound; raised when the next record is taken, and so is
+                the InputError or InputTypeError for a wrong `timeout`. Another wrong argument raises at once.
         """
 
         def page(token: str) -> Call[Any, Page[Record]]:

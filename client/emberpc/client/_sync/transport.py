@@ -37,7 +37,8 @@ class Transport:
         channel: the caller's channel; None: open a channel.
 
     Attributes:
-        owns_channel: whether the client opened the channel itself. Only then it retries calls, and closes the channel.
+        owns_channel: whether the client opened the channel itself. Only then it retries calls (streams are opened again
+            in any case), and closes the channel.
 
     Raises:
         InputTypeError: `channel` is a channel of grpc.aio.
