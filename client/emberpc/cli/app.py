@@ -29,7 +29,7 @@ _EPILOG = (
 #: Options that other programs have for the address of a server.
 _ADDRESS_OPTIONS = ("--server", "--host", "--address", "--addr", "--port", "--url", "--endpoint")
 _PROGRAM, _COMPLETE = "emberpc", "_EMBERPC_COMPLETE"
-#: Whether errors are shown with their traceback: --debug or EMBERPC_DEBUG is set.
+#: Whether errors are shown with their traceback: --debug is given, or EMBERPC_DEBUG is true.
 _debug: ContextVar[bool] = ContextVar("debug", default=False)
 
 
@@ -123,7 +123,7 @@ def run(arguments: Sequence[str]) -> int:
         return completion
     _debug.set(arguments[:1] == ["--debug"])  # the callback also reads EMBERPC_DEBUG, but runs after --help
     try:
-        # In standalone mode, Typer would print errors and exit by itself; this function does both.
+        # In standalone mode, Typer would print errors and exit. This function prints them and returns the code.
         code = int(_app_for(arguments)(arguments, prog_name=_PROGRAM, standalone_mode=False) or 0)
         return code or _flush() or ExitCode.OK
     except SystemExit as error:
@@ -205,7 +205,10 @@ def _is_of_the_help(error: OSError) -> bool:
 
 
 def _flush() -> int | None:
-    """Flush stdout. Return None if that succeeded, 0 if the reader closed the pipe, else the code of the error."""
+    """Flush stdout. Return None if that succeeded, 0 if the reader closed the pipe.
+
+    Otherwise print the error, and return its exit code.
+    """
     try:
         output.flush()
     except typer.Exit as pipe_closed:

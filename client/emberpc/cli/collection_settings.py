@@ -16,7 +16,7 @@ from emberpc.client.types import Distance, Truncation
 class CollectionSettings:
     """Arguments of `Client.create_collection`, with the same meanings, and a fingerprint.
 
-    `model_fingerprint` (hex) identifies the model that made the vectors; empty: unknown.
+    `model_fingerprint` (hex) identifies the model that made the vectors; empty: unknown, or there is no model.
     """
 
     model: str = ""
@@ -70,7 +70,10 @@ class CollectionSettings:
         return settings
 
     def create(self, client: Client, name: str) -> Collection:
-        """Create the collection `name` with these settings, and return it; raise EmberpcError if the call fails."""
+        """Create the collection `name` with these settings, and return it.
+
+        Raises EmberpcError if the call fails, InputError for a distance or truncation that the client does not know.
+        """
         return client.create_collection(
             name,
             model=self.model,

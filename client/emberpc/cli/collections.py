@@ -303,7 +303,8 @@ app.command("import")(import_export.import_records)
 def _followed(client: Client, collection: Collection, done: Progress) -> Collection:
     """Wait until the reembedding of a collection is done or cancelled, and return the collection as it is then.
 
-    `done` is called with the number of records with new vectors. Each new problem is printed to stderr once.
+    `done` is called with the number of records with new vectors; at the end, also after a cancellation, with the number
+    of all records. A problem is printed to stderr when it begins.
     """
     reported = ""
     while (job := collection.reembedding) is not None:

@@ -12,8 +12,8 @@ import typer
 from emberpc.cli.errors import CliError
 from emberpc.cli.options import listed
 
-#: Greatest whole number of a cell, either sign. Metadata stores numbers as doubles, which cannot represent every whole
-#: number beyond this one.
+#: Greatest number of a cell of the type `int`, either sign. Metadata stores numbers as doubles, which cannot represent
+#: every whole number beyond this one.
 _MAX_WHOLE = 2**53
 #: Most characters of a cell in an error message.
 _SHOWN = 60
@@ -68,7 +68,7 @@ class ColumnTypes:
         values: the values of --types, such as `year=int,price=float`.
 
     Raises:
-        CliError: an item is not COLUMN=TYPE, has an unknown type, or repeats a column.
+        CliError: an item is empty, not COLUMN=TYPE, has an unknown type, or repeats a column.
     """
 
     def __init__(self, values: Sequence[str]) -> None:
@@ -87,7 +87,7 @@ class ColumnTypes:
         return bool(self._types)
 
     def problem(self, columns: Sequence[str]) -> str:
-        """Return the problem if --types names a column that the table does not have; empty: no problem."""
+        """Return the problem if --types names a column that is not in `columns`, the metadata columns; else ""."""
         missing = next((column for column in self._types if column not in columns), None)
         if missing is None:
             return ""

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-#: Hex digits of SHA-256 in an id: 128 bits, so that two texts never have the same id by chance.
+#: Hex digits of SHA-256 in an id: 128 bits, so that two texts have practically never the same id by chance.
 _DIGITS = 32
 
 
@@ -36,8 +36,8 @@ class ContentIds:
         Args:
             number: line of the row, a different number for each row.
             record: the record without id; it must have `text`.
-            refuse: called with the problem if the text is empty, or an earlier row has the same text and another label
-                or other metadata; must raise an exception.
+            refuse: called with the problem if the text is empty or only white space, or an earlier row has the same
+                text and another label or other metadata; must raise an exception.
         """
         text = record["text"]
         if not text.strip():

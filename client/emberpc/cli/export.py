@@ -268,12 +268,12 @@ def exporting(
     """Context manager of an export: check its files and folder, show its progress, and convert errors of its block.
 
     Args:
-        files: the data files, None for none, and the columns that each must have. They are checked before the block,
-            which loads PyTorch, because that takes seconds.
+        files: the data files, None for none, and the columns that each must have. They are checked before the block
+            begins, since the block loads PyTorch, which takes seconds.
         target: folder of the bundle; None: no bundle is written.
         overwrite: whether to replace an existing bundle.
         command: name of the command, for messages.
-        left: what is on the disk if it is full, for messages.
+        left: what the export left on the disk, for messages about a file that cannot be read or written.
 
     Yields:
         The function to call with the progress.

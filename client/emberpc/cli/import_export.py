@@ -148,7 +148,8 @@ def _records(client: Client, collection: Collection, where: str | None, vectors:
         vectors: whether to read the vectors too.
 
     Raises:
-        CliError: at the end, if the collection was reembedded meanwhile, so that the vectors are of two models.
+        CliError: with `vectors`, at the end, if the collection was reembedded meanwhile, so that the vectors are of two
+            models.
         EmberpcError: a request failed.
     """
     # Choose the number of records of a page by the average size of a record, so that a page has about 4 MiB.
@@ -185,7 +186,7 @@ def _target(output: str, overwrite: bool) -> Path:
 
     Raises:
         CliError: the name has an unknown extension, pyarrow is missing for .parquet, the folder does not exist, the
-            path is a folder, a disk or a socket, or the file exists and `overwrite` is false.
+            path is a folder, a disk, a socket or a loop of links, or the file exists and `overwrite` is false.
     """
     path = Path(output)
     if path.suffix.lower() == _PARQUET:
@@ -219,7 +220,8 @@ def _opened(name: str, split: Split, types: Sequence[str]) -> tuple[Source, Coll
         The source, and the settings; only Parquet files have stored settings, for others they are the defaults.
 
     Raises:
-        CliError: the source cannot be read, its name has an unknown extension, or an option does not fit the source.
+        CliError: the source cannot be read, its name has an unknown extension, an option does not fit the source, or
+            pyarrow is missing for .parquet.
     """
     path = Path(name)
     if types and path.suffix.lower() not in LINE_FILES:

@@ -71,7 +71,7 @@ class LineFile:
 
         Raises:
             CliError: the name has the extension of a file of records, the file is empty or cannot be read, or a line is
-                empty or not UTF-8.
+                empty, only white space or not UTF-8.
         """
         self._check_is_text()
         with self._opened() as file:
@@ -123,8 +123,8 @@ class LineFile:
                 default the first error is raised.
 
         Raises:
-            CliError: the file cannot be read or has another format, or a table is damaged so that the start of the
-                next record is unknown.
+            CliError: the file cannot be read or has another format, or a table has a line that is not UTF-8, or is
+                damaged so that the start of the next record is unknown.
         """
         suffix = Path(self._path).suffix.lower()
         if self._path == "-" or suffix in JSON_LINES:
@@ -162,7 +162,9 @@ class LineFile:
 
     @contextmanager
     def locating(self, field: str, collection: str = "") -> Iterator[None]:
-        """Context manager that converts errors of its block about items to CliError, and adds file and line.
+        """Context manager that converts InvalidArgument, InputError and InputTypeError of its block to CliError.
+
+        In the message, each item that was read is replaced by file and line.
 
         Args:
             field: field of the request that has the items, such as `texts`.
@@ -361,7 +363,7 @@ def _no_constant(name: str) -> NoReturn:
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """Raise the limit of characters in a CSV cell during the block: the default, 131,072, is too few for long texts."""
+    """Context manager that increases the most characters of a CSV cell, 131,072 by default; texts may be longer."""
     limit = csv.field_size_limit(2**31 - 1)
     try:
         yield

@@ -5,12 +5,12 @@ Exit codes:
 | code | meaning |
 |---|---|
 | 0 | done |
-| 1 | unexpected: an internal error of the server or of this program |
+| 1 | unexpected: an error of the server or of this program, damaged data, or a function that the server lacks |
 | 2 | wrong usage or input: an argument, a file or a setting; or a package that is not installed |
 | 3 | no server answers, the server is not ready, or it did not answer in time |
-| 4 | not found: a model, a collection or a record |
+| 4 | not found: a model, a collection, a record or a service |
 | 5 | conflict: the item exists already, or is not in the required state |
-| 6 | refused: authentication or permission failed, or the server is full |
+| 6 | refused: authentication or permission failed, or a limit of the server is reached |
 | 7 | verification failed |
 | 130 | interrupted |
 

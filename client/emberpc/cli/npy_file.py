@@ -54,6 +54,7 @@ class RowFile:
 
         Raises:
             CliError: the file cannot be created.
+            OSError: the row cannot be written; the end of the block converts an OSError to CliError.
         """
         if not self.dimensions:
             self.dimensions = len(vector)

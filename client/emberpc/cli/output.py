@@ -38,14 +38,14 @@ class Column:
     wide: bool = False
 
 
-#: Least width of a wide column in terminal cells, also if the table then does not fit the terminal.
+#: Least width, in terminal cells, to which a wide column is truncated, even if the table then does not fit.
 _LEAST_WIDTH = 16
 #: Space between two columns on a terminal.
 _GAP = "  "
 
 
 def print_json(objects: Iterable[Any]) -> None:
-    """Print each object, a dataclass or plain values, as a line of JSON; a field that is None is left out.
+    """Print each object, a dataclass or plain values, as a line of JSON, without fields of dataclasses that are None.
 
     Raises CliError if stdout cannot be written, or typer.Exit if its reader closed the pipe.
     """
@@ -56,12 +56,12 @@ def print_json(objects: Iterable[Any]) -> None:
 
 
 def json_line(item: Any, *, ensure_ascii: bool = False) -> str:
-    """Return an object, a dataclass or plain values, as a line of JSON; a field that is None is left out."""
+    """Return an object, a dataclass or plain values, as a line of JSON, without fields of dataclasses that are None."""
     return json.dumps(plain(item), ensure_ascii=ensure_ascii) + "\n"
 
 
 def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table: on a terminal aligned and fitted to its width, elsewhere tab-separated and complete.
+    """Print a table: on a terminal aligned, with wide columns fitted to it, elsewhere tab-separated and complete.
 
     The first line has the titles of the columns. Each row has a value for each column. Raises CliError if stdout cannot
     be written, or typer.Exit if its reader closed the pipe.

@@ -53,7 +53,7 @@ def check_output_path(path: Path, overwrite: bool, *, takes_streams: bool = True
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Context manager that yields a new file, which replaces `path` if the block ends without an exception.
 
-    The file is synced to disk first. Until it replaces `path` it has no name, so nothing remains if the process is
+    The file is synced to disk first. Until it is complete it has no name, so nothing remains if the process is
     killed. On file systems without unnamed files (NFS, macOS), a killed process leaves `.NAME-….part`. If `path` is a
     link, the file behind the link is replaced. A device or a pipe is written to directly.
 

@@ -50,7 +50,7 @@ def write_records(
     if with_vectors:
         fields.append(("vector", pa.list_(pa.float32())))
     schema = pa.schema(fields, metadata={_SETTINGS_KEY: settings.to_json()})
-    # Values of the other columns do not repeat, so a dictionary would not save space.
+    # Values of the other columns seldom repeat, so a dictionary would not save space.
     with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=["label"]) as writer:
         for group in _groups(records):
             columns = {
@@ -112,10 +112,11 @@ class ParquetRecords:
         """Yield the rows as records, read lazily.
 
         Args:
-            refused: called with the error of each row that is not a record; if it returns, reading continues.
+            refused: called with the error of each row that is not a record; if it returns, reading continues. By
+                default the first error is raised.
 
         Raises:
-            CliError: the file is damaged.
+            CliError: the file cannot be read or is damaged.
         """
         number = 0
         with self._opened() as file:

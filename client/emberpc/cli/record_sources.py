@@ -37,7 +37,8 @@ class Source(Protocol):
         """Yield records, read lazily: dicts whose keys are in RECORD_KEYS, and with `id` in any case.
 
         Args:
-            refused: called with the error of each item that is not a record; if it returns, reading continues.
+            refused: called with the error of each item that is not a record; if it returns, reading continues. By
+                default the first error is raised.
 
         Raises:
             CliError: the source cannot be read, or has another format.

@@ -20,7 +20,8 @@ from emberpc.server.settings import ENVIRONMENT_PREFIX, LoadedSettings, Settings
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> Parameter:
     """Return the command-line option of a setting, as a parameter whose type is `hint` or None.
 
-    The default of the option is None: the setting then comes from the environment or the configuration file.
+    The default of the option is None: the setting then comes from the environment or the configuration file, or is its
+    default.
     """
     several = hint == tuple[str, ...]
     shown = str(field.default).lower() if hint is bool else field.default
@@ -55,7 +56,7 @@ def _options() -> list[Parameter]:
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command with an option for each setting added. It calls `command` with the loaded settings.
+    """Return a command with the options of `_options` added. It calls `command` with the loaded settings.
 
     A setting comes from the first of these places that has it: option, environment, configuration file, default. A
     wrong setting raises CliError.

@@ -45,8 +45,8 @@ class TextFolder:
         Each record has `id`, `text` and the metadata field `path`, the path of the file in the folder.
 
         Args:
-            refused: called with the error of each file that cannot be read, is too large or is not UTF-8; if it
-                returns, reading continues.
+            refused: called with the error of each file that cannot be read, is no regular file, has more than 64 MiB or
+                is not UTF-8; if it returns, reading continues. By default the first error is raised.
 
         Raises:
             CliError: a folder cannot be read.

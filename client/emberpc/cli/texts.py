@@ -207,8 +207,8 @@ def _given(texts: list[str] | None, file: str | None) -> Iterator[list[str]]:
         file: value of --file; `-` for stdin.
 
     Raises:
-        CliError: there are neither arguments nor a file, or both; the file cannot be read, or a line is empty; or the
-            block raised an error about a text of the file, whose message then names the line.
+        CliError: there are neither arguments nor a file, or both; an error of `LineFile.texts`; or, with a file, the
+            block raised InvalidArgument, InputError or InputTypeError. The message then names a text by its line.
     """
     if bool(texts) == bool(file):
         raise CliError("give texts as arguments, or a file of them with --file; one of the two")
@@ -237,7 +237,8 @@ def _write_stream(source: LineFile, results: Iterator[StreamedEmbedding], output
     has a vector, there is no file.
 
     Raises:
-        CliError: at the end, if a line has no vector, there are no lines, or the file cannot be written.
+        CliError: at the end, if a line has no vector, there are no lines, or the file cannot be written. Or a line
+            cannot be read or is not UTF-8; then there is no file.
         EmberpcError: the stream as a whole failed; there is no file.
     """
     total = failed = 0

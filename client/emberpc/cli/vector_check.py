@@ -76,7 +76,8 @@ def _compared(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _are_of(client: Client, records: Sequence[dict[str, Any]], model: str, truncation: Truncation) -> bool:
     """Return whether a model gives the texts of records nearly the vectors that the records have: cosine >= 0.999.
 
-    False also if a vector has length 0, or if the call fails, for example since the model has other dimensions.
+    False also if a vector has length 0, if the vectors of the records have different dimensions, or if the call fails,
+    for example since the model has other dimensions or the server does not answer.
     """
     try:
         theirs = np.stack([np.asarray(record["vector"], dtype=np.float64) for record in records])

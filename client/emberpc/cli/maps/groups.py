@@ -21,8 +21,8 @@ _MOST_GROUPS = 200
 #: If a field has more than 12 different numbers, the numbers are divided into at most 7 ranges with about equal numbers
 #: of records.
 _MOST_NUMBERS, _RANGES = 12, 7
-#: The default number of clusters is the square root of (number of records / 10): 10 for 1,000 records, and at most 24,
-#: from 5,760 records on.
+#: The default number of clusters is the rounded square root of (number of records / 10): 10 for 1,000 records, and at
+#: most 24, from 5,523 records on.
 _RECORDS_PER_CLUSTER, _MOST_CLUSTERS = 10, 24
 #: Most characters of a group's name; a longer name is truncated.
 _LONGEST_NAME = 60
@@ -167,8 +167,9 @@ def _by_range(values: Sequence[float | None], missing: str) -> list[Group]:
 def _by_place(records: Sequence[Record], places: Places, clusters: int) -> list[Group]:
     """Return clusters of nearby points, largest first, each named by words that distinguish its texts from the others.
 
-    `clusters` is the number of clusters; 0: a number that depends on the number of records. A cluster without
-    distinguishing words is named by its number. If the number of clusters is below 2, there is one group.
+    `clusters` is the number of clusters, at most that of records; 0: a number that depends on the number of records.
+    There are fewer if points have equal places. A cluster without distinguishing words is named by its number. If the
+    number of clusters is below 2, there is one group.
     """
     suggested = min(round(math.sqrt(len(records) / _RECORDS_PER_CLUSTER)), _MOST_CLUSTERS)
     count = min(clusters or suggested, len(records))

@@ -34,7 +34,8 @@ class Layout:
 def lay_out(vectors: Matrix, distance: str) -> Layout:
     """Project vectors to a plane, by t-SNE, or to principal components if they are fewer than 12 or all equal.
 
-    The result is the same for the same vectors.
+    With the distances `cosine` and `dot_product`, vectors of the same direction are equal here. The result is the same
+    for the same vectors.
 
     Args:
         vectors: finite, float32 (points, dimensions), at least one point.
