@@ -66,7 +66,8 @@ class ResponseDetails:
     #: The model that answered; for `count_tokens`, the model whose tokenizer counted. None if the call needed no model.
     #: Also None for `upsert`: its response does not state the model, which is that of the collection.
     model: ModelVersion | None = None
-    #: Times of the steps. None for `count_tokens`, `get` and `delete`, whose responses do not state times.
+    #: Times of the steps. None for `count_tokens`, `get` and `delete`, whose responses do not state times, and for an
+    #: `upsert` of which the server embedded no text.
     timings: Timings | None = None
     #: Tokens of the texts: item i belongs to item `first + i` of the caller's list. `similarity`: first the tokens of
     #: the sources, then those of the targets. `search` and `search_batch`: a query that is no text has 0 tokens.

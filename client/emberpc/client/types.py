@@ -196,7 +196,7 @@ class UpsertCheckpoint:
     updated: int = 0
     #: Sequence number of the last write since the previous checkpoint; 0: nothing was written.
     sequence: int = 0
-    #: `synced` if the last write was on disk before the response; `unknown` if the server did not state that.
+    #: `synced` if the last write was on disk before the response; `unknown` if not stated, or without a write.
     durability: str = field(default="unknown", compare=False)
 
 

@@ -44,7 +44,8 @@ class AsyncRecordMethods:
         Args:
             collection: name of the collection.
             records: records, or dicts with `id` and any of `text`, `metadata`, `label`, `vector`, `time_to_live`. All
-                records of one request must have a `vector`, or none of them. An id may not occur twice in a request.
+                records of one request must have a `vector`, or none of them. Without vectors, no text may be empty or
+                only white space. An id may not occur twice in a request.
             vectors: vectors of all records, shape (records, dimensions). All records are then read before the first
                 request. None: the server embeds the texts, unless the records have vectors.
             truncation: how texts with too many tokens are truncated; None: the setting of the collection.
@@ -70,7 +71,8 @@ class AsyncRecordMethods:
             InputError: a record is wrong. Earlier requests, without this record, were sent. Or another argument is
                 wrong; nothing was sent.
             InputTypeError: a record has a wrong type. Earlier requests, without this record, were sent.
-            EmberpcError: a request failed otherwise.
+            EmberpcError: a request failed otherwise, for example with InvalidArgument for a text that is too long or a
+                vector of other dimensions.
         """
         job = record_calls.upsert(
             collection,
@@ -102,7 +104,8 @@ class AsyncRecordMethods:
         Args:
             collection: name of the collection.
             records: records, or dicts with their fields. Some may have vectors and others not. If two records of one
-                request have the same id, the later one fails.
+                request have the same id, the later one fails. A record without a vector ends the stream if the
+                collection cannot embed its text: see FailedPrecondition and NotFound of `upsert`.
                 The iterable is read as needed, in the task that takes the checkpoints. It may be asynchronous.
             truncation: how texts with too many tokens are truncated; None: the setting of the collection.
             batch_size: records per request. A request is atomic, except for the records that fail.

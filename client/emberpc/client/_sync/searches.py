@@ -52,8 +52,9 @@ class SearchMethods:
 
         Args:
             collection: name of the collection.
-            query: a text, which the collection's model embeds; a vector, shape (dimensions,); or `RecordId(id)`, which
-                searches for the neighbours of that record.
+            query: a text that is not empty or only white space, which the collection's model embeds unless `mode` is
+                `lexical`; a vector, shape (dimensions,), with `cosine` not all zeros; or `RecordId(id)`, which searches
+                for the neighbours of that record.
             top_k: the most hits, 1 to 10,000.
             ef: candidates that a search of the graph keeps. A greater number is slower and has a higher recall; 0: the
                 server chooses. Not allowed together with `min_recall`.
@@ -63,9 +64,10 @@ class SearchMethods:
                 `emberpc.client.filters`. None: all records.
             mode: `dense`: search by vectors; `lexical`: by words; `hybrid`: both, with joined rankings. `lexical` and
                 `hybrid` need a text query.
-            dense_weight: for `hybrid`: weight of the dense ranking, 0 to 1; None: 0.5. The lexical ranking has the
-                weight 1 - `dense_weight`.
-            fusion: for `hybrid`: how the two rankings are joined, by `scores` or by `ranks`; None: by scores.
+            dense_weight: for `hybrid` only, else refused: weight of the dense ranking, 0 to 1; None: 0.5. The lexical
+                ranking has the weight 1 - `dense_weight`.
+            fusion: for `hybrid` only, else refused: how the two rankings are joined, by `scores` or by `ranks`; None:
+                by scores.
             truncation: how a query text with too many tokens is truncated.
             with_vectors: whether to return the vectors of the hits too.
             priority: urgency of the call; the server may delay `bulk` calls in favour of `interactive` calls.
