@@ -18,7 +18,7 @@ class ModelVersion:
     name: str
     #: Revision of the weights, as the bundle states it.
     revision: str
-    #: Hash (hex) of all bytes that decide the model's vectors. Equal fingerprints mean equal vectors.
+    #: Hash (hex) of all bytes that decide the model's vectors. Equal fingerprints mean equal vectors, up to rounding.
     fingerprint: str
     #: Hash (hex) of all that decides the labels of a classifier: encoder, head, labels, thresholds, temperature,
     #: rejection threshold and `max_tokens`. Training the classifier again on the same encoder changes this hash, but

@@ -250,7 +250,8 @@ _WIRE_WORD = re.compile(
 #: reason, so the client sets this reason.
 REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
 #: Part of gRPC's message for a request that is larger than the server's limit: bytes of the request, and the limit.
-#: The message cannot be about a response, since this client accepts responses of any size.
+#: The message cannot be about a response, since this client accepts responses of any size. Exception: over the caller's
+#: own channel, gRPC refuses responses of more than 4 MiB with such a message, unless the channel has another limit.
 _TOO_LARGE = re.compile(r"larger than max \((\d+) vs\. (\d+)\)")
 
 

@@ -213,7 +213,8 @@ class SearchPlan:
     """How a search of one query was carried out."""
 
     #: `exact`: the query was compared with every vector that matches the filter. `hnsw`: the graph was searched.
-    #: `lexical`: the words of the query were looked up. `unknown`: the server stated none of these.
+    #: `lexical`: the words of the query were looked up. `unknown`: the server stated none of these. A hybrid search
+    #: states the strategy of its dense search.
     strategy: str
     #: Number of candidates that the search of the graph kept; 0: the graph was not used.
     ef: int

@@ -147,7 +147,8 @@ def verify_collection(
 ) -> Call[pb.VerifyCollectionResponse, Step[Verification]]:
     """Return the call of `Client.verify_collection`. A wrong argument raises InputError or InputTypeError.
 
-    Decoding a response also calls `progress`, if it is not None, with the numbers of checked records and all records.
+    Decoding a response also calls `progress`, which is not validated here and may be None, with the numbers of checked
+    records and all records.
     The call collects the problems of all responses, so it can be run once only.
     """
     problems: list[RecordProblem] = []

@@ -42,9 +42,10 @@ _MAX_TIMEOUT = 100 * 365 * 24 * 3600
 #: The characters of a bearer token (RFC 6750).
 _TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
 
-#: Settings of pings, which find a connection that broke without notice: one every 30 seconds while a call waits, none
-#: between calls. A ping without an answer for 10 seconds means that the connection is broken. The server must accept a
-#: ping every 30 seconds, or else it closes the connection; see `_KEEPALIVE` of `emberpc.server.app`.
+#: Settings of pings, which find a connection that broke without notice: one every 30 seconds while a call waits, but
+#: after two pings without data between them gRPC sends only one a minute; none between calls. A ping without an answer
+#: for 10 seconds means that the connection is broken. The server must accept a ping every 30 seconds, or else it closes
+#: the connection; see `_KEEPALIVE` of `emberpc.server.app`.
 _KEEPALIVE: ChannelOptions = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
 
 #: gRPC's service config: calls are spread over all addresses of the target. It has no retry policy, since the client

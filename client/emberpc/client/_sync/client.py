@@ -54,8 +54,9 @@ class Client(TextMethods, CollectionMethods, RecordMethods, SearchMethods, Backu
         in_flight: most requests that one method call keeps in flight, 1 to 1000; `upsert` and `delete` send one after
             the other. A greater number helps if the target has several servers.
         channel: an open channel to use, such as a channel to a server in a test; None: the client opens one. The client
-            neither closes the caller's channel nor changes its settings, so `tls` has no effect. Over this channel it
-            retries no requests; only the two streams open a broken connection again.
+            neither closes the caller's channel nor changes its settings, so `tls` has no effect, and gRPC's default
+            limit of a response, 4 MiB, applies. Over this channel it retries no requests; only the two streams open a
+            broken connection again.
 
     Raises:
         InputError: an argument is wrong.
