@@ -29,16 +29,14 @@ _SINGLE_ITEMS = (
     (re.compile(r"^sources\[0\]"), "the source"),
     (re.compile(r"^queries\[0\](\.text)?|^query(?= )"), "the query"),
 )
-#: Matches, at the start of a message, a field of a request that is an option of a command.
-_FIELD = re.compile(
-    r"^(?:collection\.)?(?:hnsw\.)?(model|classifier|dimensions|truncation|m|ef_construction|top_k)(?=: )"
-)
+#: Matches, at the start of a message, one of these fields of a request, each of which is an option of a command.
+_FIELD = re.compile(r"^(?:collection\.)?(?:hnsw\.)?(model|classifier|dimensions|truncation|m|ef_construction)(?=: )")
 #: Matches the argument `timeout` of the client at the start of a message.
 _TIMEOUT = re.compile(r"^timeout(?= is )")
 
 
 def in_cli_terms(message: str, collection: str = "") -> str:
-    """Return an error message with request fields replaced by options, and API calls by commands.
+    """Return an error message with the fields and remedies that this module lists replaced by options and commands.
 
     Items are then counted from 1: `texts[3]` at the start of a message becomes `text 4`.
 

@@ -29,7 +29,7 @@ class CliError(Exception):
         self.code = code
 
 
-#: Import names of the packages that `serve` needs.
+#: Import names of the packages that `serve` needs, beside those of the base install and of the extra [cli].
 SERVER_PACKAGES = ("onnxruntime", "tokenizers", "hnswlib", "threadpoolctl", "grpc_health", "grpc_reflection")
 #: Import names of the packages that `verify` needs; with --against it needs EXPORT_PACKAGES too.
 VERIFY_PACKAGES = ("onnxruntime", "tokenizers")

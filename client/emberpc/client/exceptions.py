@@ -56,10 +56,10 @@ class EmberpcError(Exception):
     Attributes:
         message: what went wrong, for a developer.
         code: the gRPC status code.
-        reason: the cause for programs, such as `MODEL_NOT_FOUND`; empty if the server stated none.
+        reason: the cause for programs, such as `MODEL_NOT_FOUND`; empty if none was stated.
         violations: the wrong fields of the request.
         metadata: values that the message mentions, by name, such as the name of the missing model.
-        request_id: id of the call in the server's log; empty if no server answered.
+        request_id: id of the call in the server's log; empty if the error does not come from a server.
         retry_after: seconds to wait before the next try; None if the server stated none.
         done: for a write of several requests: number of items, from the start of the caller's list, that earlier
             requests wrote or deleted; otherwise 0.

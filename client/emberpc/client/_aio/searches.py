@@ -163,6 +163,8 @@ class AsyncSearchMethods:
     ) -> AsyncIterator[DuplicatePair]:
         """Iterate over pairs of records with similar vectors, highest score first, at most 100,000 pairs.
 
+        A vector of zeros is in no pair.
+
         In a collection of more than 20,000 records with the distance `cosine`, the server searches the graph for each
         record, and finds at most 20 other records. In any other collection it compares every record with every other.
         Give a large collection a long timeout.

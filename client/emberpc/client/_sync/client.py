@@ -27,10 +27,10 @@ class Client(TextMethods, CollectionMethods, RecordMethods, SearchMethods, Backu
     `backup_collection`, `verify_collection`, `load_model` and `reload_model` are repeated only before their first
     response, and `restore_collection` never. The two streams open a broken connection again by themselves.
 
-    A repeated write takes effect only once. If the response to the first try was lost, the second try finds what the
-    first try did. So `create_collection` may raise AlreadyExists, and `delete_collection` may raise NotFound, although
-    the call itself created or deleted the collection. `upsert` may count inserted records as updated, and `delete` may
-    count fewer records than it deleted.
+    A repeated write leaves the records as a single one does, unless another caller wrote them in between. If the
+    response to the first try was lost, the second try finds what the first try did. So `create_collection` may raise
+    AlreadyExists, and `delete_collection` may raise NotFound, although the call itself created or deleted the
+    collection. `upsert` may count inserted records as updated, and `delete` may count fewer records than it deleted.
 
     Methods that send requests have an argument `timeout`: the seconds that one request may take, with all its tries.
     None: the `timeout` of the constructor, but an hour for a backup or a restore. `embed_stream` and `upsert_stream`
