@@ -30,7 +30,9 @@ _SINGLE_ITEMS = (
     (re.compile(r"^queries\[0\](\.text)?|^query(?= )"), "the query"),
 )
 #: Matches, at the start of a message, one of these fields of a request, each of which is an option of a command.
-_FIELD = re.compile(r"^(?:collection\.)?(?:hnsw\.)?(model|classifier|dimensions|truncation|m|ef_construction)(?=: )")
+_FIELD = re.compile(
+    r"^(?:collection\.)?(?:hnsw\.)?(model|classifier|dimensions|truncation|m|ef_construction|top_k)(?=: )"
+)
 #: Matches the argument `timeout` of the client at the start of a message.
 _TIMEOUT = re.compile(r"^timeout(?= is )")
 
