@@ -35,7 +35,7 @@ def test_distances_of_any_length_are_exact(scale: float) -> None:
 
 
 def test_queries_of_any_length_are_scaled_without_a_warning() -> None:
-    short = np.float32(2**14) * np.float32([[0], [1e-42], [1e-30], [0.5], [1], [1e20]])
+    short = np.float32(2**14) * np.array([[0], [1e-42], [1e-30], [0.5], [1], [1e20]], dtype=np.float32)
     scaled, factors = lengthened(short)
     assert factors.ravel().tolist() == [2.0**120, 2.0**120, 2.0**100, 2, 1, 1]
     assert np.array_equal(scaled, short * factors)

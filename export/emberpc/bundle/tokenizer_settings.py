@@ -118,7 +118,7 @@ class _Tokenizer:
             raise BundleError(f"{path} is no tokenizer; get the model again") from error
 
 
-def _template(post_processor: _Settings) -> list[_Settings]:
+def _template(post_processor: dict[str, Any]) -> list[_Settings]:
     """Return the items of the post-processor's template for a single text, in order; empty without a template.
 
     An item is a JSON object with the key `SpecialToken` or `Sequence` (the tokens of the text).
