@@ -213,3 +213,8 @@ def test_a_damaged_parquet_file_is_read_or_refused(tmp_path: Path, data: st.Data
 def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(CliError, match="cannot be read: there is no such file"):
         ParquetRecords(str(tmp_path / "r.parquet"))
+
+
+def test_a_record_that_is_just_expiring_expires_after_an_import_too() -> None:
+    assert fields_of(Record("a", "text", time_to_live=0.0))["time_to_live"] == 0.001
+    assert "time_to_live" not in fields_of(Record("a", "text"))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from emberpc.client import Client, Record
+from emberpc.client import Client, Record, Unavailable
 from stream_helpers import texts_of
 
 pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -90,3 +90,15 @@ def test_vectors_under_another_fingerprint_are_refused_unless_they_are_proved(
         assert f"were made by another model than {model!r}, as it is served here" in outcome.err
     assert client.count("there") == 0
     assert sorted(collection.name for collection in client.collections()) == ["notes", "there"]
+
+
+def test_a_call_that_fails_says_nothing_about_the_model(
+    client: Client, emberpc: Emberpc, notes: list[Record], old_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise Unavailable("the server is away")
+
+    monkeypatch.setattr(Client, "embed", fail)
+    outcome = emberpc("collection", "import", "there", old_file, "--create")
+    assert outcome.code == 3
+    assert outcome.err == "error: the server is away\n"

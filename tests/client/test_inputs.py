@@ -6,6 +6,7 @@ import decimal
 import math
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -177,6 +178,13 @@ def nested(depth: int, kind: type) -> Any:
     ("value", "error", "words"),
     [
         (2**53 + 1, InputError, "m.k is 9007199254740993, and numbers past .* give it as a str"),
+        pytest.param(
+            10**5000,
+            InputError,
+            "m.k is a number of more than 40 digits, and numbers past .* give it as a str",
+            id="many digits",
+        ),
+        (Fraction(10**400, 3), InputError, "m.k is greater than any float; give it as a str"),
         (math.nan, InputError, "m.k is nan, which JSON cannot hold"),
         (-math.inf, InputError, "m.k is -inf"),
         (datetime.now(timezone.utc), InputTypeError, "m.k is of type datetime; metadata holds what JSON does"),

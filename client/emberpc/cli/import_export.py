@@ -199,8 +199,14 @@ def _target(output: str, overwrite: bool) -> Path:
 
 
 def fields_of(record: Record) -> dict[str, Any]:
-    """Return the fields of a record to write, without empty fields and without those that the server sets."""
+    """Return the fields of a record to write, without empty fields and without those that the server sets.
+
+    The `time_to_live` of a record that expires at this moment is a millisecond: without the field, the record would
+    never expire after an import.
+    """
     fields = {key: getattr(record, key) for key in RECORD_KEYS}
+    if fields["time_to_live"] is not None:
+        fields["time_to_live"] = max(fields["time_to_live"], 0.001)
     return {key: value for key, value in fields.items() if value is not None and (key == "vector" or value)}
 
 

@@ -18,7 +18,7 @@ from emberpc.server.settings import ENVIRONMENT_PREFIX, LoadedSettings, Settings
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> Parameter:
-    """Return the command-line option of a setting, as a parameter whose type is `hint` or None.
+    """Return the command-line option of a setting, as a parameter of the type `hint` (list[str] for a tuple) or None.
 
     The default of the option is None: the setting then comes from the environment or the configuration file, or is its
     default.

@@ -10,7 +10,7 @@ import numpy as np
 
 from emberpc.cli.errors import CliError, ExitCode
 from emberpc.cli.output import note
-from emberpc.client import Client, EmberpcError, InputError, InputTypeError
+from emberpc.client import Client, FailedPrecondition, InputError, InputTypeError, InvalidArgument
 from emberpc.client.types import Truncation
 
 #: Number of records whose texts are embedded to compare vectors, and number of records at the start of the file that
@@ -76,14 +76,17 @@ def _compared(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _are_of(client: Client, records: Sequence[dict[str, Any]], model: str, truncation: Truncation) -> bool:
     """Return whether a model gives the texts of records nearly the vectors that the records have: cosine >= 0.999.
 
-    False also if a vector has length 0, if the vectors of the records have different dimensions, or if the call fails,
-    for example since the model has other dimensions or the server does not answer.
+    False also if a vector has length 0, if the vectors of the records have different dimensions, or if the model
+    refuses their dimensions or a text.
+
+    Raises:
+        EmberpcError: the call failed for another reason, such as a server that does not answer.
     """
     try:
         theirs = np.stack([np.asarray(record["vector"], dtype=np.float64) for record in records])
         texts = [record["text"] for record in records]
         found = client.embed(texts, model=model, dimensions=theirs.shape[1], truncation=truncation)
-    except (EmberpcError, InputError, InputTypeError, ValueError, IndexError):
+    except (InvalidArgument, FailedPrecondition, InputError, InputTypeError, ValueError, IndexError):
         return False  # dimensions or a text that the model does not accept
     ours = found.astype(np.float64)
     lengths = np.linalg.norm(theirs, axis=1) * np.linalg.norm(ours, axis=1)

@@ -265,7 +265,7 @@ class Circumstances:
         timeout: seconds that the call was allowed to take.
         items: the repeated field of the request that has one part of the caller's list; empty: there is no list.
         first: the caller's index of the first item of this part.
-        late: whether the call failed after more than 5 seconds.
+        late: whether the last try of the call ran for more than 5 seconds; such a try is not repeated.
     """
 
     target: str

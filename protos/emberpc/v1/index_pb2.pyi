@@ -95,7 +95,9 @@ class _RecordPart:
 class _RecordPartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RecordPart.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     RECORD_PART_UNSPECIFIED: _RecordPart.ValueType  # 0
-    """No part is named. Refused with INVALID_ARGUMENT."""
+    """Not a part. A request that lists this value is refused with
+    INVALID_ARGUMENT.
+    """
     RECORD_PART_TEXT: _RecordPart.ValueType  # 1
     """The field `text` of the record."""
     RECORD_PART_METADATA: _RecordPart.ValueType  # 2
@@ -110,7 +112,9 @@ class RecordPart(_RecordPart, metaclass=_RecordPartEnumTypeWrapper):
     """
 
 RECORD_PART_UNSPECIFIED: RecordPart.ValueType  # 0
-"""No part is named. Refused with INVALID_ARGUMENT."""
+"""Not a part. A request that lists this value is refused with
+INVALID_ARGUMENT.
+"""
 RECORD_PART_TEXT: RecordPart.ValueType  # 1
 """The field `text` of the record."""
 RECORD_PART_METADATA: RecordPart.ValueType  # 2
@@ -931,8 +935,9 @@ class UpsertRecordsStreamResponse(_message.Message):
     UPDATED_COUNT_FIELD_NUMBER: _builtins.int
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     batch_number: _builtins.int
-    """Number of the request message that this response answers. All records up to
-    and including that message are durable, except those that failed.
+    """`batch_number` of the request message that this response answers. All
+    records up to and including that message are durable, except those that
+    failed.
     """
     inserted_count: _builtins.int
     """Number of records with new ids since the previous response."""

@@ -68,7 +68,8 @@ _CALLS = (
 _RECEIVE_AHEAD = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 2**20))
 #: Settings of HTTP/2 pings, in milliseconds: least time between two pings of a client; time between two pings of the
 #: server; time in which a client must answer. By default, gRPC's server accepts one ping in 300 seconds during a silent
-#: call, and closes the connection (`too_many_pings`) if there are more. emberpc's client sends a ping every 30 seconds.
+#: call, and closes the connection (`too_many_pings`) if there are more. emberpc's client sends a ping after 30 seconds,
+#: and after two pings without data one a minute.
 #: The server sends pings to detect clients that vanished without closing the connection.
 _KEEPALIVE = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),

@@ -132,7 +132,8 @@ class Stopping:
 def _counts(thread: threading.Thread) -> bool:
     """Return whether `Stopping.end` must wait for a thread.
 
-    It waits for all threads except the main thread, the current thread, and daemons that do not call native code.
+    It waits for all threads except the main thread, the current thread, and daemons whose name does not begin with one
+    of `_NATIVE`.
     """
     if thread is threading.main_thread() or thread is threading.current_thread():
         return False

@@ -186,7 +186,7 @@ class Connection:
             failure: the error of gRPC.
             call: the call.
             timeout: timeout of the call in seconds; None: that of the constructor.
-            late: whether the call failed after more than 5 seconds.
+            late: whether the last try of the call ran for more than 5 seconds; such a try is not repeated.
         """
         return from_rpc(failure, self._circumstances(call, timeout, late=late))
 

@@ -75,8 +75,12 @@ def _value(value: Any, name: str, depth: int) -> Value:
 
 def _number(value: numbers.Real, name: str) -> float:
     if isinstance(value, numbers.Integral) and abs(int(value)) > _MAX_WHOLE:
-        raise InputError(f"{name} is {value}, and numbers past 2**53 do not stay exact; give it as a str")
-    number = float(value)
+        shown = value if abs(int(value)) < 10**40 else "a number of more than 40 digits"
+        raise InputError(f"{name} is {shown}, and numbers past 2**53 do not stay exact; give it as a str")
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise InputError(f"{name} is greater than any float; give it as a str") from error
     if not math.isfinite(number):
         raise InputError(f"{name} is {number}, which JSON cannot hold; leave it out or give None")
     return number

@@ -131,7 +131,7 @@ class Lifecycle:
 
     @property
     def is_saved(self) -> bool:
-        """Whether closing writes no snapshot: the collection is closed, or its graph was not filled since the last."""
+        """Whether closing writes no snapshot: the collection is closed, or its last snapshot has the whole graph."""
         # The attribute may be missing, since another thread may close the collection now.
         maintenance: GraphMaintenance | None = self.__dict__.get("_graph_maintenance")
         return maintenance is None or maintenance.is_saved

@@ -36,7 +36,7 @@ class Closable(Protocol):
 
     @property
     def is_saved(self) -> bool:
-        """Whether closing writes no snapshot: the collection is closed, or its graph was not filled since the last."""
+        """Whether closing writes no snapshot: the collection is closed, or its last snapshot has the whole graph."""
 
     def close_idle(self) -> bool:
         """Close the collection unless a call is in progress; return whether this closed it.

@@ -195,7 +195,7 @@ class MilvusIndex:
             return self._known_as(spec, created)
 
     def _known_as(self, spec: CollectionSpec, created: datetime) -> MilvusCollection | None:
-        """Return the object of a collection that was used before, or None, as `_at_hand`. The caller holds the lock."""
+        """Do what `_at_hand` does. The caller holds the lock."""
         known = self._known.get(spec.name)
         if known is not None and not (known.created == created and known.adopt(spec)):
             del self._known[spec.name]

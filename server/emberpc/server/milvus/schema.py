@@ -267,9 +267,10 @@ def one_of(ids: Sequence[str]) -> str:
 
 
 def score(distance: Distance, value: float) -> float:
-    """Convert `value`, the distance that Milvus reports for a hit, to a score; greater is nearer.
+    """Convert `value`, which Milvus reports for a hit, to the score of the hit; greater is nearer.
 
-    Under EUCLIDEAN, Milvus reports the square of the distance. Otherwise it reports the score.
+    Under EUCLIDEAN, `value` is the square of the distance, and the score is the negative distance. Otherwise `value` is
+    the score.
     """
     return -(max(value, 0.0) ** 0.5) if distance is Distance.EUCLIDEAN else value
 

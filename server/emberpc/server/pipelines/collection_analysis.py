@@ -88,7 +88,7 @@ class CollectionAnalysis:
     async def clusters(
         self, collection: CollectionBackend, count: int, examples: int, caller: Caller
     ) -> Sequence[Cluster]:
-        """Return clusters of a collection's records by their vectors; maybe none if the deadline passes meanwhile.
+        """Return clusters of a collection's records by their vectors, largest first; maybe none if the deadline passes.
 
         Args:
             collection: the collection.
@@ -97,8 +97,9 @@ class CollectionAnalysis:
             caller: the caller.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT for a number out of range; RESOURCE_EXHAUSTED if too many calls wait;
-                DEADLINE_EXCEEDED if the deadline passed; UNIMPLEMENTED if the index backend finds no clusters.
+            ServiceError: INVALID_ARGUMENT for a number out of range; RESOURCE_EXHAUSTED if too many calls wait, or the
+                examples have too many bytes for a response; DEADLINE_EXCEEDED if the deadline passed; UNIMPLEMENTED if
+                the index backend finds no clusters.
         """
         if not 2 <= count <= _MAX_CLUSTERS:
             raise invalid("cluster_count", f"is {count}; it must be 2 to {_MAX_CLUSTERS}")

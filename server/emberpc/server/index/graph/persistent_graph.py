@@ -69,13 +69,13 @@ class PersistentGraph(GroupedGraph):
     """A `GroupedGraph` that can be written to a file and read from it; for the arguments see `GroupedGraphReader`."""
 
     def save(self, path: Path) -> PendingSave:
-        """Begin to write the present graph to a file by `in_child`; later changes do not affect the file.
+        """Write the present graph, without later changes, to a file by `in_child`: on Linux in the background.
 
         Returns:
-            The contents of the snapshot that are not in the file, and a function that waits for the file.
+            The state of the saved graph. The caller must call its `wait`, which waits for the file.
 
         Raises:
-            OSError: writing cannot begin.
+            OSError: writing cannot begin; not on Linux: the file cannot be written.
         """
         every = self._hnsw.every()
         alive = np.array([*self._node_ids(), *self._ghosts], dtype=np.int64)

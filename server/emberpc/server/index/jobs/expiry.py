@@ -26,7 +26,7 @@ class Expiring(Protocol):
             When the next record expires, in seconds since 1970; None if no record will expire.
 
         Raises:
-            ServiceError: UNAVAILABLE if the collection is closed or deleted; other codes if the deletion fails.
+            ServiceError: UNAVAILABLE if the collection is closed for good or deleted; other codes if deleting fails.
         """
 
 
