@@ -402,4 +402,4 @@ def test_records_are_not_taken_for_lines_of_text(
     file.write_text('{"id": "a", "text": "b"}\n')
     outcome = emberpc(*command, "--file", file)
     assert outcome.code == 2
-    assert "one text a line" in outcome.err
+    assert "reads one text from each line" in outcome.err

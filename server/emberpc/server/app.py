@@ -54,9 +54,9 @@ _CALIBRATION_SECONDS, _LONGEST_CALIBRATION_SECONDS = 60.0, 3600.0
 #: has more concurrent callers than about 0.7 times the limit, gRPC refuses calls: UNAVAILABLE, "RST_STREAM with error
 #: code 7".
 #:
-#: The other two limit the calls that gRPC queues before the server accepts them. Above the second limit (1,000 by
-#: default), gRPC cancels queued calls at random. With gRPC's defaults, one connection that opened and reset 4,000 calls
-#: per second made gRPC cancel health checks of other callers.
+#: The other two limit the calls that gRPC queues before the server accepts them. Above `max_pending_requests` (1,000
+#: by default), gRPC cancels queued calls at random. With gRPC's defaults, one connection that opened and reset 4,000
+#: calls per second made gRPC cancel health checks of other callers.
 _CALLS = (
     ("grpc.max_concurrent_streams", 4096),
     ("grpc.server.max_pending_requests", 2**17),

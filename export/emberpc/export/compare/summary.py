@@ -94,7 +94,10 @@ class Summary:
 
     @cached_property
     def largest(self) -> int:
-        """The budget with the most texts of a label that any strategy was measured at."""
+        """The budget with the most texts of a label on average, among all budgets at which a strategy was measured.
+
+        It may be the constant `ALL`, or `NO_TEXTS` if only zero-shot was measured.
+        """
         return max((point.budget for point in self.points), key=self.per_label)
 
     def at(self, budget: int) -> list[Point]:

@@ -154,10 +154,10 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _refuse_own_code(folder: Path, config: dict[str, Any]) -> None:
-    """Raise ExportError for a model that needs Python code of its own.
+    """Raise ExportError if the config names Python code of the model: `AutoModel` in `auto_map`.
 
-    If transformers loaded the weights into an architecture of its own with a similar name, vectors would be wrong.
-    Examples are gte v1.5 (`model_type` "new"), nomic ("nomic_bert"), and jina v2, which states "bert".
+    Without this code, transformers might load the weights into its built-in architecture with a similar name, and the
+    vectors would be wrong. Examples of such models are gte v1.5, nomic, and jina v2 (its `model_type` is "bert").
     """
     own = config.get("auto_map")
     if isinstance(own, dict) and "AutoModel" in own:

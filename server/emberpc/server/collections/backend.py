@@ -361,9 +361,9 @@ class IndexBackend(Protocol):
         """Return the reembeddings that were unfinished when the index was last closed, to be continued."""
 
     def switch(self, reembedding: ReembeddingBackend) -> bool:
-        """Replace a collection by the result of its reembedding, if the new vectors of all records are stored.
+        """Replace a collection by the result of its reembedding, once all records have new vectors; return success.
 
-        Returns whether the collection was replaced. If not, records remain to embed, or the reembedding was cancelled.
+        False: records remain to embed, or the reembedding was cancelled. RESOURCE_EXHAUSTED if the disk is full.
         """
 
     def cancel_reembedding(self, name: str) -> None:

@@ -23,7 +23,7 @@ Value = str | float | bool | None
 MAX_DEPTH = 32
 #: Most conditions in a filter, nested ones included.
 MAX_CONDITIONS = 256
-#: Most conditions in one list of a filter.
+#: Most conditions directly in one `all` or `any` of a filter.
 MAX_LIST = 100
 #: Most values in one membership.
 MAX_VALUES = 10_000

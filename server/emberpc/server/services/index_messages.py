@@ -109,7 +109,10 @@ def read_collection(message: pb.Collection) -> CollectionSpec:
 
 
 def collection_message(description: CollectionDescription) -> pb.Collection:
-    """Return the message that describes a collection; counts and times stay unset if `description.info` is None."""
+    """Return the message that describes a collection.
+
+    If `description.info` is None, record count, sequence, size and create time stay unset.
+    """
     spec, info, reembedding = description.spec, description.info, description.reembedding
     message = pb.Collection(
         name=spec.name,

@@ -19,7 +19,8 @@ _RATIO = 1.5
 #: Number of shells inside the main shell, and number of shells outside it. Together they cover distances from 1/130 of
 #: the main shell's distance to 130 times that distance.
 _MOST = 12
-#: Number of the innermost shell. Shells further out have lower numbers. -1 and -2 are `STRAY` and `SHORT`.
+#: Number of the innermost shell. The number falls by 1 from shell to shell outwards; only the main shell has another
+#: number, `MAIN`. -1 and -2 are `STRAY` and `SHORT`.
 _INNERMOST = -3
 #: Number of the main shell.
 MAIN = 0

@@ -189,7 +189,11 @@ class DataDirectory:
             )
 
     def delete(self, name: str) -> None:
-        """Delete the entry of a collection, if there is one; may use the reserve of disk space on a full disk."""
+        """Delete the entry of a collection, if there is one; may use the reserve of disk space on a full disk.
+
+        Raises:
+            ServiceError: RESOURCE_EXHAUSTED if the disk is full despite the reserve, INTERNAL if the catalogue fails.
+        """
         self._delete("DELETE FROM collections WHERE name = ?", name)
 
     def reembeddings(self) -> list[Entry]:
@@ -222,7 +226,11 @@ class DataDirectory:
         self._insert("reembeddings", entry)
 
     def delete_reembedding(self, name: str) -> None:
-        """Delete the entry of a collection's reembedding, if there is one; may use the reserve of disk space."""
+        """Delete the entry of a collection's reembedding, if there is one; may use the reserve of disk space.
+
+        Raises:
+            ServiceError: RESOURCE_EXHAUSTED if the disk is full despite the reserve, INTERNAL if the catalogue fails.
+        """
         self._delete("DELETE FROM reembeddings WHERE name = ?", name)
 
     def switch(self, name: str) -> None:
