@@ -56,7 +56,7 @@ def print_json(objects: Iterable[Any]) -> None:
 
 
 def json_line(item: Any, *, ensure_ascii: bool = False) -> str:
-    """Return an object, a dataclass or plain values, as a line of JSON, without fields of dataclasses that are None."""
+    """Return a dataclass or plain values as a line of JSON with its line end, without fields that are None."""
     return json.dumps(plain(item), ensure_ascii=ensure_ascii) + "\n"
 
 

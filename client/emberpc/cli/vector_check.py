@@ -76,8 +76,8 @@ def _compared(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _are_of(client: Client, records: Sequence[dict[str, Any]], model: str, truncation: Truncation) -> bool:
     """Return whether a model gives the texts of records nearly the vectors that the records have: cosine >= 0.999.
 
-    False also if a vector has length 0, if the vectors of the records have different dimensions, or if the model
-    refuses their dimensions or a text.
+    False also if a vector has length 0, if the vectors of the records have different dimensions, or if the server
+    refuses the call: the model is no embedding model, or does not accept their dimensions or a text.
 
     Raises:
         EmberpcError: the call failed for another reason, such as a server that does not answer.

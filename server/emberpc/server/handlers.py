@@ -142,7 +142,7 @@ class Handlers:
         return make(wrap(inner, method, read), None, handler.response_serializer)
 
     def _awaited(self, inner: Any, method: str, read: _Read) -> Any:
-        """Wrap `inner`, a coroutine function that returns the response, or writes the responses to the context."""
+        """Return a coroutine function that decodes a request with `read`, awaits `inner`, and reports the end."""
 
         async def handle(request: Any, context: Context) -> Any:
             call = self._begin(method, context)

@@ -167,6 +167,7 @@ class ModelMethods:
 
         Raises:
             NotFound: the server has no service of this name.
-            Unavailable: no server answers.
+            Unavailable: the server cannot be reached.
+            EmberpcError: the call failed otherwise, for example DeadlineExceeded if the server does not answer in time.
         """
         return self._runner.run_one(models.health(service), timeout)

@@ -126,7 +126,10 @@ class Store:
 
 
 def _outcome(data: dict[str, object]) -> Outcome:
-    """Make an outcome from parsed JSON; raise ValueError, KeyError or TypeError if the JSON is not an outcome."""
+    """Return the outcome that parsed JSON describes; raise KeyError or TypeError for missing or unknown fields.
+
+    The types of most values are not checked.
+    """
     parts = {
         "cell": Cell(**data["cell"]),  # type: ignore[arg-type]  # wrong fields raise TypeError
         "test": Decisions(**data["test"]),  # type: ignore[arg-type]

@@ -262,7 +262,7 @@ class ReembeddingBackend(Protocol):
         """Return the spec that the collection will have after the reembedding."""
 
     def counts(self) -> tuple[int, int]:
-        """Return the number of records with new vectors, and the number of all records."""
+        """Return the number of records of the new collection (before `prune`, maybe too many), and of the source."""
 
     def next(self, count: int) -> list[StoredRecord]:
         """Return at most `count` further records to embed, in the order of their writes; empty: there are none now."""

@@ -14,7 +14,7 @@ from emberpc.server.milvus.connection import NOT_LOADED, Connection
 
 #: Limit of the ids in one filter expression of Milvus; more ids take several calls.
 _IDS_AT_ONCE = 1000
-#: Rows that one call to Milvus returns when `Reader.walk` reads all records in the order of their ids.
+#: Default number of rows that one call to Milvus returns in `Reader.walk`, with or without a filter.
 _ROWS_AT_ONCE = 1000
 
 Result = TypeVar("Result")

@@ -36,7 +36,8 @@ def make_indexes(connection: sqlite3.Connection, spec: CollectionSpec) -> None:
 def delete_rows(connection: sqlite3.Connection, spec: CollectionSpec, labels: Iterable[int]) -> None:
     """Delete the rows with the given labels, damaged or not; missing labels are ignored.
 
-    If damaged metadata prevents the deletion, the metadata indexes are dropped before it and created again after it.
+    If damaged metadata prevents the deletion, the metadata indexes are dropped before it, and created again after it by
+    `make_indexes`, which leaves out an index if damaged metadata of another row prevents it.
 
     Raises:
         sqlite3.Error: the deletion failed for another reason.
