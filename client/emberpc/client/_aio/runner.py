@@ -40,9 +40,9 @@ class _Pending:
 class AsyncRunner:
     """Runs calls over the channel of a client.
 
-    `timeout` of the methods is the seconds that one call may take, with all its tries; None: the timeout of
-    `connection`. A wrong timeout raises InputError or InputTypeError. A failed call raises EmberpcError. Over the
-    caller's channel, calls other than streams are not retried.
+    `timeout` of the methods is the seconds that one call may take, with all its tries; of `stream`, it is the most
+    seconds without a result. None is the timeout of `connection`. A wrong timeout raises InputError or InputTypeError.
+    A failed call raises EmberpcError. Over the caller's channel, calls other than streams are not retried.
 
     Args:
         connection: target and settings of the client.

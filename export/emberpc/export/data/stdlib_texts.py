@@ -107,7 +107,7 @@ def sample_texts(count: int) -> list[str]:
 
 
 def _from_source() -> Iterator[StdlibDoc]:
-    """Yield the docstrings of the standard library's modules written in Python; the modules are only parsed."""
+    """Yield the docstrings of functions, methods and classes of modules written in Python, which are only parsed."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in _sources(root):
         parts = path.relative_to(root).with_suffix("").parts
@@ -148,7 +148,7 @@ def _walk(node: ast.Module | ast.ClassDef, prefix: str, module: str, *, inside_c
 
 
 def _from_c() -> Iterator[StdlibDoc]:
-    """Yield the docstrings of some of the standard library's modules written in C; the modules are imported."""
+    """Yield the docstrings of members of some modules written in C, which are imported."""
     for module_name in _IN_C:
         module = importlib.import_module(module_name)
         for name, member in sorted(vars(module).items()):

@@ -144,7 +144,8 @@ def supervised_contrastive(vectors: torch.Tensor, targets: torch.Tensor) -> torc
 def paired(examples: Examples, size: int, seed: int, epoch: int) -> list[list[int]]:
     """Return the batches of an epoch, as indexes of texts. Each batch is made of random pairs of texts with one label.
 
-    If a label has an odd number of texts, one of the texts is in two pairs; a batch has each index only once.
+    If a label has an odd number of texts, one of the texts is in two pairs; a label's only text is a pair with itself.
+    A batch has each index only once.
 
     Args:
         examples: the texts. Of a text's several labels, one is drawn for the epoch. Texts without a label are left out.
