@@ -127,8 +127,8 @@ def infinity(python: str, bundle: Path, texts: str) -> dict[str, Figures]:
     with tempfile.TemporaryDirectory() as home:
         model = Path(home) / "model"
         shutil.copytree(bundle, model)
-        # infinity looks for an optimized ONNX file in its cache folder joined with the model's path. The path is
-        # absolute, so the result is the model's own folder.
+        # infinity cannot load a local folder with an ONNX file. But it uses an optimized ONNX file in its cache folder
+        # joined with the model's path. The path is absolute, so the result is the model's own folder.
         shutil.copy(bundle / "onnx" / "model.onnx", model / "model_optimized.onnx")
         return child(
             python, INFINITY, str(model), texts, str(HTTP_PORT), HF_HOME=f"{home}/cache", HF_HUB_CACHE=f"{home}/cache"

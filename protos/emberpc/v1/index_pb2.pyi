@@ -1170,8 +1170,9 @@ class ListRecordsRequest(_message.Message):
     collection: _builtins.str
     """Name of the collection to read."""
     page_size: _builtins.int
-    """The most records to return, from 0 to 1000. 0: 100. A page has fewer
-    records if their bytes would exceed `ServerLimits.max_response_bytes`.
+    """The most records to return, from 0 to 1000. 0: 100. With the embedded
+    index, a page has fewer records if their bytes would exceed
+    `ServerLimits.max_response_bytes`.
     """
     page_token: _builtins.str
     """`next_page_token` of the previous page. Empty: the first page."""

@@ -281,7 +281,9 @@ class IndexServiceServicer(object):
         INVALID_ARGUMENT: the page size, page token, filter or a part is invalid.
         NOT_FOUND: there is no collection with the name. RESOURCE_EXHAUSTED: with
         VECTOR, `page_size` vectors have more bytes than a response may have, even
-        if there are fewer records; or the records and vectors of the page have.
+        if there are fewer records; or the records of the page have. The embedded
+        index returns fewer records instead, so the latter happens there only if
+        the first record alone is too large.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

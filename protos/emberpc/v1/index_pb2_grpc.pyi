@@ -135,7 +135,9 @@ class IndexServiceStub:
     INVALID_ARGUMENT: the page size, page token, filter or a part is invalid.
     NOT_FOUND: there is no collection with the name. RESOURCE_EXHAUSTED: with
     VECTOR, `page_size` vectors have more bytes than a response may have, even
-    if there are fewer records; or the records and vectors of the page have.
+    if there are fewer records; or the records of the page have. The embedded
+    index returns fewer records instead, so the latter happens there only if
+    the first record alone is too large.
     """
     CountRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.CountRecordsRequest, _index_pb2.CountRecordsResponse]
     """Counts the records of a collection, or those that match a filter. Records
@@ -343,7 +345,9 @@ class IndexServiceAsyncStub(IndexServiceStub):
     INVALID_ARGUMENT: the page size, page token, filter or a part is invalid.
     NOT_FOUND: there is no collection with the name. RESOURCE_EXHAUSTED: with
     VECTOR, `page_size` vectors have more bytes than a response may have, even
-    if there are fewer records; or the records and vectors of the page have.
+    if there are fewer records; or the records of the page have. The embedded
+    index returns fewer records instead, so the latter happens there only if
+    the first record alone is too large.
     """
     CountRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.CountRecordsRequest, _index_pb2.CountRecordsResponse]  # type: ignore[assignment]
     """Counts the records of a collection, or those that match a filter. Records
@@ -598,7 +602,9 @@ class IndexServiceServicer:
         INVALID_ARGUMENT: the page size, page token, filter or a part is invalid.
         NOT_FOUND: there is no collection with the name. RESOURCE_EXHAUSTED: with
         VECTOR, `page_size` vectors have more bytes than a response may have, even
-        if there are fewer records; or the records and vectors of the page have.
+        if there are fewer records; or the records of the page have. The embedded
+        index returns fewer records instead, so the latter happens there only if
+        the first record alone is too large.
         """
 
     def CountRecords(

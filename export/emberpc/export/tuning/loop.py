@@ -45,7 +45,9 @@ class Recipe:
 class Log:
     """Course of a training: mean loss and held-out score of each epoch, and the best epoch.
 
-    `best_epoch` counts from 1; the weights after it were kept. Without held-out scores, it is the last epoch.
+    `best_epoch` counts from 1; the weights after it were kept. It is the last epoch whose score is as good as the best
+    score (see `train`); without held-out scores, the last epoch. After a resumption, `losses` lacks the epochs before
+    it, and `scores` has all.
     """
 
     losses: list[float]

@@ -274,8 +274,8 @@ class Index:
     def switch(self, reembedding: ReembeddingBackend) -> bool:
         """Replace a collection by its reembedded copy, atomically and durably, if the copy has all records.
 
-        Calls in progress finish on the old collection, long ones early with an error; then its files are deleted. Return
-        whether it was replaced; if not, records remain or it was cancelled. Raises RESOURCE_EXHAUSTED if the disk is full.
+        Calls in progress finish on the old collection, long ones early with an error; then its files are deleted.
+        Return whether it was replaced; if not, records remain or it was cancelled. May raise RESOURCE_EXHAUSTED.
         """
         name = reembedding.spec.name
         own = self._reembeddings.get(name)

@@ -72,7 +72,7 @@ class MilvusIndex:
         return collection
 
     def get(self, name: str) -> MilvusCollection:
-        """Return the collection `name` with its present spec. At the first use, Milvus loads the collection.
+        """Return the collection `name` with its present spec; make Milvus load it, if this server did not use it yet.
 
         Raises:
             ServiceError: NOT_FOUND if there is no collection with that name, or its spec is damaged.

@@ -43,7 +43,8 @@ class Options:
     validation: Examples | None = None
     #: The most passes over the texts of a strategy that trains the encoder; None: 5 to 12, fewer for more texts.
     epochs: int | None = None
-    #: Where trainings store their checkpoints; default: nowhere. The caller removes the checkpoints once the fit's result is stored.
+    #: Where trainings store their checkpoints; default: nowhere. The caller removes the checkpoints once the result of
+    #: the fit is stored.
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     progress: Progress = no_progress
 
