@@ -193,10 +193,11 @@ def _as_good(hits: npt.NDArray[np.float64], best: npt.NDArray[np.float64]) -> bo
 
 
 def balanced_weights(targets: Targets) -> Matrix:
-    """Return weights of texts under which every label has the same total weight, float32 (texts,) with a mean of 1.
+    """Return weights of texts that balance the labels, float32 (texts,) with a mean of 1.
 
-    `targets` is bool (texts, labels). A text with several labels gets the weight of its rarest label. A text without
-    labels gets the weight of a label with the mean number of texts.
+    `targets` is bool (texts, labels). If each text has one label, all labels that have texts get the same total weight.
+    A text with several labels gets the weight of its rarest label. A text without labels gets the weight of a label
+    with the mean number of texts.
     """
     counts = np.maximum(targets.sum(axis=0), 1)
     rarity = counts.mean() / counts

@@ -1,4 +1,4 @@
-"""Run a bundle's ONNX file on texts, with ONNX Runtime and tokenizers only."""
+"""Run the ONNX file of a bundle or a foreign folder on texts, with ONNX Runtime and tokenizers only."""
 
 from __future__ import annotations
 

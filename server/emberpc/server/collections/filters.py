@@ -168,7 +168,7 @@ _RECORD_FIELDS = ("id", "text", "label")
 
 
 def mismatches(condition: Filter, documents: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return sentences that say why a filter that no record meets probably has no matches; empty: no reason was found.
+    """Return sentences with the probable reasons why no record meets a filter; empty: no reason was found.
 
     There is a sentence for each field that no record has, and for each field that is compared with a number and has
     strings but no numbers, or the other way round. A field below a negation or compared by NOT_EQUAL may be missing,

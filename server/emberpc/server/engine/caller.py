@@ -1,4 +1,7 @@
-"""The caller of a call: name, lane and deadline. The scheduler decides by them which texts run first."""
+"""The caller of a call: name, lane and deadline.
+
+Name and lane decide when the texts of the call run. The deadline decides whether the call is refused, or fails.
+"""
 
 from __future__ import annotations
 

@@ -31,9 +31,6 @@ _PROPERTY = "emberpc.collection"
 MAX_TEXT_BYTES = 65_535
 #: Bytes (UTF-8) of an id, which is the primary key in Milvus. emberpc's own limit is the same.
 _MAX_ID_BYTES = 512
-#: Milvus's limit of the bytes of a JSON value, and so of a record's metadata. emberpc's own limit is the same, so the
-#: server does not check this one.
-_MAX_METADATA_BYTES = 65_536
 #: Least dimensions of a vector in Milvus.
 _MIN_DIMENSIONS = 2
 #: Least length of a vector under COSINE. Milvus squares lengths in float32, where the square of a lesser length may

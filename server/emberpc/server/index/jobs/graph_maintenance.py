@@ -115,7 +115,10 @@ class GraphMaintenance:
 
     @property
     def due_at_rest(self) -> float | None:
-        """Seconds from now until maintenance is due if there is no write before; None if no maintenance will be due."""
+        """Seconds to wait for maintenance that is due only without writes meanwhile; None: there is none.
+
+        At least `rest_seconds`, however long ago the last write was. Maintenance that is `due` at once is left out.
+        """
         if self._neighbours.waiting and self._neighbours.graph_size:
             return self._limits.rest_seconds
         if self._neighbours.needs_check:
