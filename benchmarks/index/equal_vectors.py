@@ -2,13 +2,14 @@
 
     python -m benchmarks.index.equal_vectors
 
-Each corpus is inserted into a collection in random order, and searched with `--ef` or the server's default `ef` for
+The time of the build is that of a graph in memory, without a collection. Then each corpus is inserted into a collection
+in random order, and searched with `--ef` or the server's default `ef` for
 that collection. Self-recall is the share of the vectors that are found by a search for the same vector. In self-recall
 and in recall@10, a hit with a score equal to that of a true nearest vector counts as found.
 
 A line has figures for "alike", a sample of the vectors that are equal or nearly equal, and for "others", a sample of
-the remaining vectors. Uneven vectors have different densities: around one mean, with a single vector in the middle, or
-of many lengths.
+the remaining vectors; a corpus without alike vectors has only "others". Uneven vectors have different densities: around
+one mean, around a single vector in the middle, of many lengths, or very short.
 """
 
 from __future__ import annotations

@@ -129,6 +129,11 @@ def test_any_json_in_config_is_read_within_the_limits_or_refused_in_words(
         assert Manifest.from_json(bundle.manifest.to_json()) == bundle.manifest
 
 
+def test_an_absolute_path_of_the_file_is_refused_also_in_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is an absolute path; give its path in the folder"):
+        foreign(tmp_path, {"config.json": CONFIG}, {"file": str(tmp_path / "model.onnx")}, width="hidden")
+
+
 def test_options_within_the_limits_are_taken() -> None:
     assert Stated.parse({"max_tokens": "512", "dimensions": "8"}) == Stated(max_tokens="512", dimensions="8")
 

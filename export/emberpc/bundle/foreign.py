@@ -295,8 +295,10 @@ def _model_file(folder: Path, stated: str) -> str:
 
 
 def _plain(folder: Path, name: str) -> None:
-    """Raise BundleError if the file `name` of a folder lies outside the folder once symbolic links are followed."""
-    if Path(name).is_absolute() or not is_inside(folder, name):
+    """Raise BundleError if `name` is an absolute path, or leads out of the folder once symbolic links are followed."""
+    if Path(name).is_absolute():
+        raise BundleError(f"the file {name} is an absolute path; give its path in the folder {folder}")
+    if not is_inside(folder, name):
         raise BundleError(f"{folder / name} leads out of the model's folder; copy the files there (cp -rL)")
 
 

@@ -28,7 +28,8 @@ def batch_get(collection: CollectionBackend, ids: Sequence[str], parts: Requeste
 
     Args:
         collection: the collection.
-        ids: ids of the records. The records are in this order; a repeated id repeats its record.
+        ids: ids of the records. The records are in this order; a repeated id repeats its record. Ids without a record
+            are listed in `missing_ids` of the response.
         parts: the parts of the records to return.
         limits: has the limit of the response's bytes.
 
