@@ -77,7 +77,8 @@ def differences(committed: Path, fresh: Path) -> list[str]:
             same = _same_arrays(old[name], new[name])
         else:
             # The README contains measurements, and the bytes of an ONNX file depend on the version of the exporter. The
-            # outputs of the ONNX file are compared: the bundle has them in reference.npz.
+            # outputs of PyTorch in reference.npz are compared instead: the export checks that those of the ONNX file
+            # agree with them.
             continue
         if not same:
             found.append(f"{fresh.name}/{name}: another content")

@@ -118,9 +118,10 @@ class Collection:
 class Record:
     """An item of a collection.
 
-    To write a record, give `id`, and any of `text`, `metadata` and `label`. Give `vector` if the server shall not embed
-    the text, and `time_to_live` if the record shall be deleted after a time. The server sets the other fields. Numbers
-    of `metadata` are doubles on the wire; a number without a fraction is returned as an int, if within 2**53.
+    To write a record, give `id`, and `text`, which the server embeds, or `vector`, with or without `text`. You may also
+    give `metadata`, `label`, and `time_to_live` if the record shall be deleted after a time. The server sets the other
+    fields. Numbers of `metadata` are doubles on the wire: an int beyond 2**53 is refused, and a number without a
+    fraction is returned as an int, if within 2**53.
     """
 
     id: str

@@ -260,9 +260,10 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def VerifyCollection(
         self, request: pb.VerifyCollectionRequest, context: requests.Context
     ) -> AsyncIterator[pb.VerifyCollectionResponse]:
-        """Check that every record is present and undamaged, and that searches find records; yield the progress.
+        """Check that every record is present and undamaged, and that searches find a sample of the records, or all.
 
-        Some problems are repaired, see index.proto.
+        The responses have the progress and the problems that were found. A problem does not end the call. Some problems
+        are repaired, see index.proto.
         Errors are those of `CollectionAnalysis.verify`; NOT_FOUND if there is no such collection.
         """
         collection = await self._access.open(request.name)
