@@ -231,7 +231,8 @@ def session_of(model: onnx.ModelProto, *, exact: bool = False) -> ort.InferenceS
 
     Args:
         model: the graph.
-        exact: whether to use slower 8-bit kernels, whose sums cannot saturate, on processors without VNNI.
+        exact: whether to use slower 8-bit kernels, whose sums cannot saturate. They are meant for processors without
+            VNNI.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1

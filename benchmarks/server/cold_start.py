@@ -42,8 +42,8 @@ def start(bundle: Path, variant: str, port: int) -> tuple[float, float]:
 
     Raises:
         SystemExit: the server is not serving.
-        grpc.RpcError: the server did not answer within 60 seconds. Both errors are raised only when the process of the
-            server has ended.
+        grpc.RpcError: the server did not answer within 60 seconds. After both errors the function does not stop the
+            server, but waits without a limit until the process of the server ends by itself.
     """
     with tempfile.TemporaryDirectory() as data:
         address = f"127.0.0.1:{port}"

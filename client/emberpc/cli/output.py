@@ -77,7 +77,7 @@ def print_fields(fields: Mapping[str, object]) -> None:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print each text to stdout in one line, with line breaks and control characters replaced."""
+    """Print each text to stdout as one line, as `one_line` returns it: single spaces, no control characters."""
     for line in lines:
         _write(one_line(line) + "\n")
 

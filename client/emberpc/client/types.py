@@ -298,8 +298,8 @@ class LabelScore:
 class Classification:
     """The result of classifying one text."""
 
-    #: The predicted label. Multi-label classifier: all labels whose probability is at least their threshold. Empty if
-    #: the text is rejected, or no probability is that great.
+    #: The predicted label. Multi-label classifier: all labels whose probability is at least their threshold, the most
+    #: probable first, without the limit `top_k`. Empty if the text is rejected, or no probability is that great.
     labels: tuple[str, ...]
     #: Labels with their probabilities, the most probable first; at most `top_k` of them.
     scores: tuple[LabelScore, ...]

@@ -107,8 +107,9 @@ def _result(outcome: SearchOutcome, parts: RequestedParts, usage: types_pb2.Toke
 
 
 def _hit_up_to_score(record: StoredRecord, parts: RequestedParts) -> bytes:
-    """Serialize the message `Hit` of a record, up to the tag of the score; the caller appends the score's eight bytes.
+    """Serialize a hit as an item of `SearchResult.hits`, with tag and length, up to the tag of the score.
 
+    The caller appends the eight bytes of the score, which the length counts already.
     The record keeps the result for later responses, unless the record has a time to live: the remaining time changes.
     """
     hit = length_delimited(FIRST, record_bytes(record, parts)) + _SCORE

@@ -163,7 +163,7 @@ def _classify_by(head: Head, cached_encoder: CachedEncoder) -> Callable[[Sequenc
 def _hold_out(classify: Callable[[Examples, Sequence[str]], Matrix], examples: Examples, options: Options) -> HeldOut:
     """Return logits of held-out texts: of the validation texts, or by cross-validation of the examples.
 
-    Cross-validation leaves out a text that is the only one of its label.
+    Cross-validation never holds out a text that is the only one of its label; it trains on this text in every fold.
 
     Args:
         classify: fits a classifier to the examples given, and returns its logits of the texts given.
