@@ -47,9 +47,12 @@ class MilvusCollection:
 
     It differs from a collection of the embedded backend:
 
+    - These raise UNIMPLEMENTED: lexical and hybrid search, `min_recall`, a time to live, `expected_revisions` (since
+      Milvus has no conditional write), `verify`, `backup`, `duplicates` and `clusters`.
+    - Records always have text and metadata; `parts` is ignored.
     - A write is as durable as Milvus's own log.
-    - `expected_revisions` is not supported, since Milvus has no conditional write; nor is a time to live.
-    - Sequences are microseconds since 1970, so that they grow over restarts without being stored.
+    - Sequences are microseconds since 1970, so that those of writes grow over restarts without being stored. `info` has
+      the sequence 0 until this server has written.
     - The number of new ids, and the creation times of records, are read just before a write.
 
     Every method that calls Milvus raises the `ServiceError` of `Connection.call` if the call fails.

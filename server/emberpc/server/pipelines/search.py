@@ -1,4 +1,4 @@
-"""Search a collection, after embedding the queries that are texts."""
+"""Search a collection. For dense and hybrid searches, queries that are texts are embedded first."""
 
 from __future__ import annotations
 

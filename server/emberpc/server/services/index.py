@@ -373,7 +373,7 @@ def _filter(request: pb.DeleteRecordsRequest | pb.ListRecordsRequest | pb.CountR
 
 
 def _is_large(outcomes: Sequence[SearchOutcome]) -> bool:
-    """Return whether a search has more than 200 hits, or hits with more than 65,536 characters of metadata (JSON)."""
+    """Return whether the hits of all queries together are over 200, or their metadata over 65,536 characters (JSON)."""
     records = [record for outcome in outcomes for record, _ in outcome.hits]
     return len(records) > _MANY_HITS or sum(len(record.document) for record in records) > _MUCH_METADATA
 

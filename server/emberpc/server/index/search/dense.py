@@ -204,7 +204,8 @@ class DenseSearcher:
         # Twice the number of candidates that contain k matching records, if matching records are spread evenly.
         ef = max(request.ef, 2 * -(-k * held // max(1, count)))
         if selection.vectors is None and count > _exact_up_to(ef):
-            # While the graph is searched, memory must have exactly the records of the selection.
+            # Memory should have every write that the selection has; after a second, it is searched anyway. Later writes
+            # are found by `_still_holds`.
             self._selector.wait_for(selection.sequence)
             self._search_graph_filtered(found, request.queries, ef, k, selection)
             if not settled and not self._still_holds(condition, selection):

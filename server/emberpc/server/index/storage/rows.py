@@ -135,7 +135,8 @@ def row_checksum_of(
     """Return the CRC-32 of a record's texts, given by their own checksum, followed by its numbers.
 
     `label` is the record's number in the database. The times are in microseconds since 1970, as in responses; only
-    `expires` may be None, for never. Raises one of `DAMAGE_ERRORS` if another number is not an integer of 64 bits.
+    `expires` may be None, for never. Raises one of `DAMAGE_ERRORS` if a number, other than this None, is not an integer
+    of 64 bits.
     """
     numbers = _NUMBERS(label, revision, created, updated, _NEVER if expires is None else expires)
     return zlib.crc32(numbers, text_checksum)
