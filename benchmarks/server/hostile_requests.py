@@ -114,7 +114,10 @@ def preparation(size: Size) -> Iterator[tuple[str, Message]]:
 
 
 def requests(size: Size) -> dict[str, Hostile]:
-    """Return all hostile requests by name; they need the collections of `preparation(size)`."""
+    """Return all hostile requests by name.
+
+    They need the collections of `preparation(size)`, and an embedding model `tiny` with `size.dimensions` dimensions.
+    """
     found: dict[str, Hostile] = {}
     for kind in KINDS:
         text = text_of(kind, size.text)

@@ -102,7 +102,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _opened(part: Path) -> tuple[BinaryIO, bool]:
-    """Open a new file in the folder of `part`; return the file, and whether it has the name `part` or no name."""
+    """Open a new file in the folder of `part`; return it, and whether it has the name `part` (else it has none yet)."""
     if hasattr(os, "O_TMPFILE") and _OPEN_FILES.is_dir():
         # An error means that the file system has no unnamed files, or that no file can be created here. In the second
         # case `part.open` below fails too, and raises the error.

@@ -17,7 +17,7 @@ from emberpc.export.errors import ExportError
 
 #: bool (texts, labels): true where a text has a label.
 Targets = npt.NDArray[np.bool_]
-#: int64 (texts,): indexes of texts.
+#: int64 (n,): indexes, mostly of texts; the user of this type states of what.
 Rows = npt.NDArray[np.int64]
 
 _LOGGER = logging.getLogger(__name__)
@@ -85,14 +85,15 @@ def read_descriptions(path: Path | str, labels: Sequence[str]) -> tuple[str, ...
     """Read label descriptions from a file with the columns `label` and `description`, one row for each label.
 
     Args:
-        path: the file.
+        path: the file, of a kind that `read_labelled` reads.
         labels: the labels to describe.
 
     Returns:
         The descriptions, in the order of `labels`.
 
     Raises:
-        ExportError: the file cannot be read, a label has no row, or a row's label is unknown or repeated.
+        ExportError: the file cannot be read or lacks a column, a row has no label or no description, a label has no
+            row, or a row's label is unknown or repeated.
     """
     data = read_labelled(path, text_column="description", label_column="label")
     found: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Load a bundle as a model that can be served."""
+"""Load a bundle or a foreign folder as a model that can be served."""
 
 from __future__ import annotations
 

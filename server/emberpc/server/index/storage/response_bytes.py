@@ -11,8 +11,8 @@ from typing import Any
 from emberpc.server.collections.types import NO_METADATA, WHOLE_RECORD, RecordParts, StoredRecord
 from emberpc.server.errors import response_too_large
 
-#: Number of records whose bytes one statement adds up. The number is small, since SQLite reads the texts of these
-#: records, and the limit is checked only after each statement.
+#: Number of records whose bytes one statement adds up. A page of records is also read this many at a time. The number
+#: is small, since SQLite reads the texts of these records, and the limit is checked only after each statement.
 SIZES_AT_ONCE = 32
 #: The bytes of at most this many whole records without vectors are counted after the records are read, which saves a
 #: statement. Records that are too large to be kept whole are read this many at a time.
