@@ -272,17 +272,28 @@ async def size_of(pieces: AsyncIterable[pb.BackupCollectionResponse]) -> int:
     return sum([len(piece.chunk) async for piece in pieces])
 
 
+async def read_on(call: grpc.aio.UnaryStreamCall[Any, Any]) -> str:
+    """Read a call to its end; return the message of its error, or an empty text."""
+    try:
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    except grpc.aio.AioRpcError as error:
+        return error.details() or "no message"
+    return ""
+
+
 async def test_callers_who_stop_reading_do_not_keep_others_from_their_turn(tmp_path: Path) -> None:
     request = pb.BackupCollectionRequest(name="points")
     async with impatient(tmp_path) as stub:
         stalled = [stub.BackupCollection(request) for _ in range(2)]
         for call in stalled:
             await call.read()
-        assert await asyncio.wait_for(size_of(stub.BackupCollection(request)), 20) > 16_000_000
-        with pytest.raises(grpc.aio.AioRpcError, match="nothing was read for 0.5 s"):
-            while await stalled[0].read() is not grpc.aio.EOF:
-                pass
-        stalled[1].cancel()
+        # Two backups run at a time, so the third has its turn only if one of the two was given up. The other may be
+        # read again before its half second has passed.
+        assert await asyncio.wait_for(size_of(stub.BackupCollection(request)), 300) > 16_000_000
+        given_up = [message for call in stalled if (message := await read_on(call))]
+    assert given_up
+    assert all("nothing was read for 0.5 s" in message for message in given_up)
 
 
 async def test_a_caller_who_stops_sending_is_given_up(tmp_path: Path) -> None:
