@@ -141,7 +141,8 @@ class Registry:
             ServiceError: NOT_FOUND if no model has that name.
         """
         with self._lock:
-            if name not in self._versions or (model := self._versions[name].model) is None:
+            model = self.served(name)
+            if model is None:
                 raise self._not_found(name)
         return model
 
