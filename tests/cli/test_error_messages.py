@@ -33,8 +33,8 @@ LONG = "has 600 tokens, the model takes at most 512; shorten it, or set the call
             "`emberpc collection create NAME --model MODEL`",
         ),
         (
-            "collection.dimensions: is not given, and no model; name a model, or give 1 to 16000",
-            "--dimensions: is not given, and no model; give --model NAME or, for vectors only, --dimensions 1 to 16000",
+            "collection.dimensions: is needed without a model; name a model, or give 1 to 16000",
+            "--dimensions: is needed without a model; give --model NAME or, for vectors only, --dimensions 1 to 16000",
         ),
         ("top_k: is 100000; it must be 0 (for 10) to 10000", "--top-k: is 100000; it must be 1 to 10000"),
         (
@@ -62,6 +62,8 @@ def test_errors_name_options_and_arguments(message: str, wanted: str) -> None:
             "No such option: --server; the address of the server is --target HOST:PORT",
         ),
         (["search", "c", "x", "--port", "1"], "No such option: --port; the address of the server is --target"),
+        (["serve", "--port", "1"], "No such option: --port; the address of the server is --listen HOST:PORT"),
+        (["export", "embedding", "x", "--url", "y"], "No such option: --url; see emberpc export embedding --help"),
         (["serach"], "No such command 'serach'. Did you mean 'search'? See emberpc --help"),
         (["search", "c", "x", "--mode", "hybird"], "Invalid value for '--mode': 'hybird' is not one of 'dense', "),
     ],

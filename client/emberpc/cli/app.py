@@ -135,8 +135,9 @@ def run(arguments: Sequence[str]) -> int:
         # A usage error of Typer has the context of the command, with its name; other errors have none.
         command = getattr(getattr(error, "ctx", None), "command_path", "emberpc")
         message = error.format_message().rstrip(".").replace("Value error, ", "")
-        if getattr(error, "option_name", None) in _ADDRESS_OPTIONS:
-            message = f"No such option: {error.option_name}; the address of the server is --target HOST:PORT"  # type: ignore[attr-defined]
+        if address := _address_option(error):
+            # Without the similar names that Typer suggests: they have other meanings.
+            message = f"{message.partition(' (')[0]}; the address of the server is {address} HOST:PORT"
         # An empty message means that the command had no arguments, and Typer printed the help.
         separator = " See" if message.endswith("?") else "; see"
         return _failed(f"{message}{separator} {command} --help", ExitCode.INPUT) if message else ExitCode.INPUT
@@ -150,6 +151,17 @@ def run(arguments: Sequence[str]) -> int:
         if known is None:
             return _failed(f"emberpc made an error ({type(error).__name__}); see it with --debug", ExitCode.INTERNAL)
         return _failed(in_cli_terms(str(error)), known)
+
+
+def _address_option(error: typer.TyperException) -> str:
+    """Return `--target` or `--listen`, if the command has it and the error is an unknown option of `_ADDRESS_OPTIONS`.
+
+    Otherwise an empty text is returned.
+    """
+    if getattr(error, "option_name", None) not in _ADDRESS_OPTIONS:
+        return ""
+    names = {name for parameter in error.ctx.command.params for name in parameter.opts}  # type: ignore[attr-defined]
+    return next((name for name in ("--target", "--listen") if name in names), "")
 
 
 def _completion(arguments: Sequence[str]) -> int | None:
