@@ -15,7 +15,7 @@ def staged(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` for a new file, which replaces `path` at the end of the block.
 
     The block must write the file; its folder must exist. If the block raises an exception, the new file is removed, and
-    `path` stays as it is. If `path` is a symbolic link, the file that the link leads to is replaced, and the link
+    `path` stays unchanged. If `path` is a symbolic link, the file that the link leads to is replaced, and the link
     stays.
 
     Raises:

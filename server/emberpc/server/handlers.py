@@ -378,7 +378,7 @@ def _request_id(context: Context) -> str:
 
 
 def _release_frames(error: BaseException | None) -> None:
-    """Remove the tracebacks of an error that nobody needs any more, and of the errors in whose handling it was raised.
+    """Remove the tracebacks of an error that is not needed any more, and of the errors in whose handling it was raised.
 
     The frames of a traceback refer to the request, and may refer to the error itself. Such a cycle keeps the request in
     memory until the garbage collector runs: 25 refused requests of 15 MiB took 3 GB.

@@ -35,7 +35,7 @@ class BytesInFlight:
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED, to be retried after 1 s, if all messages together would have more bytes
-                than the limit and there is another message; the count then stays as it is.
+                than the limit and there is another message; the count then stays unchanged.
         """
         if self.total and self.total + size > self._limit:
             raise ServiceError(

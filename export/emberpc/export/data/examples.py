@@ -73,7 +73,7 @@ class Examples:
 def label_names(labels: Sequence[str]) -> tuple[str, ...]:
     """Return each label as lower-case words: `card_arrival` and `cardArrival` become `card arrival`.
 
-    A label that consists of separators only, such as `_`, is returned as it is.
+    A label that consists of separators only, such as `_`, is returned unchanged.
     """
     return tuple(
         re.sub(r"[\s_\-./]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label)).strip().lower() or label

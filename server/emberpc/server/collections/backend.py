@@ -331,7 +331,7 @@ class IndexBackend(Protocol):
 
         Args:
             name: name of the collection.
-            legacy: the fingerprint that is replaced. A collection with another fingerprint stays as it is.
+            legacy: the fingerprint that is replaced. A collection with another fingerprint stays unchanged.
             fingerprint: the new fingerprint.
 
         Raises:

@@ -215,7 +215,7 @@ def best_of(found: Sequence[tuple[Labels, Matrix]], k: int) -> tuple[Labels, Mat
 
     Returns:
         Labels, int64 (queries, at most k), nearest first, and their scores. Labels with equal scores are in the order
-        of the searches. The result of a single search is returned as it is, even with more than `k` labels.
+        of the searches. The result of a single search is returned unchanged, even with more than `k` labels.
     """
     if len(found) == 1:
         return found[0]

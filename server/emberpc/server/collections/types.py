@@ -99,7 +99,7 @@ class CollectionSpec:
         }
         if not (self.dimensions or self.model):
             raise invalid(
-                "collection.dimensions", f"is not given, and no model; name a model, or give 1 to {MAX_DIMENSIONS}"
+                "collection.dimensions", f"is needed without a model; name a model, or give 1 to {MAX_DIMENSIONS}"
             )
         for name, (value, low, high) in bounds.items():
             if not low <= value <= high:

@@ -54,7 +54,7 @@ class Engine:
 
         Takes a second with a small model, or no time if `record` holds a measurement of the last 30 days with this
         model, processor, number of cores and ONNX Runtime. Without a model, or if `stop` ends the measurement, the size
-        stays as it is.
+        stays unchanged.
 
         Args:
             record: the JSON file with the last measurement. It is written after a measurement on an idle host.

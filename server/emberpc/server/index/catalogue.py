@@ -191,7 +191,7 @@ class Index:
 
         Args:
             name: the name of the collection.
-            legacy: the fingerprint that is replaced; a collection with another fingerprint stays as it is.
+            legacy: the fingerprint that is replaced; a collection with another fingerprint stays unchanged.
             fingerprint: the new fingerprint.
 
         Raises:

@@ -271,7 +271,7 @@ def shape(matrix: Matrix, dimensions: int, *, unit: bool) -> Matrix:
     Args:
         matrix: float32, shape (rows, all dimensions).
         dimensions: number of first dimensions to keep; 0: all.
-        unit: whether to scale the vectors to length 1. A vector of zeros stays as it is.
+        unit: whether to scale the vectors to length 1. A vector of zeros stays unchanged.
 
     Returns:
         float32, shape (rows, dimensions); without `unit`, `matrix` itself or a view of it.
