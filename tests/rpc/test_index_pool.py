@@ -15,6 +15,7 @@ import grpc.aio
 import numpy as np
 import pytest
 
+from aio_server import channel_to
 from emberpc.server import cancellation
 from emberpc.server.collections import CollectionSpec
 from emberpc.server.engine import Caller, Engine, Registry
@@ -204,11 +205,8 @@ async def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
         server = grpc.aio.server()
         service = IndexService(engine, index, pool, limits, ReembeddingJobs(engine, index, pool, limits))
         Handlers(server).add(add_index_service, service)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        async with channel_to(server) as channel:
             yield Served(pool, index_pb2_grpc.IndexServiceStub(channel))
-        await server.stop(0)
         await pool.close()
         engine.close()
 

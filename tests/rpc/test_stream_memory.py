@@ -13,6 +13,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
+from aio_server import channel_to
 from emberpc.server.collections import CollectionSpec
 from emberpc.server.engine import Caller, Engine, Inference, InferenceRequest, Registry, Truncation
 from emberpc.server.handlers import Handlers
@@ -135,10 +136,8 @@ async def test_all_messages_that_upsert_streams_hold_are_counted(
         service = IndexService(engine, index, pool, LIMITS, ReembeddingJobs(engine, index, pool, LIMITS))
         handlers = Handlers(server, max_in_flight_bytes=4 * MIB + MIB // 2)
         handlers.add(add_index_service, service)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
         try:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            async with channel_to(server) as channel:
                 stub: Any = index_pb2_grpc.IndexServiceStub(channel)
                 first = stub.UpsertRecordsStream(large_message(number) for number in range(1, 11))
                 await until(lambda: handlers._in_flight.total >= 4 * MIB)
@@ -152,7 +151,6 @@ async def test_all_messages_that_upsert_streams_hold_are_counted(
                 await until(lambda: handlers._in_flight.total == 0)
         finally:
             gate.set()
-            await server.stop(0)
             await pool.close()
             engine.close()
 

@@ -16,6 +16,7 @@ import grpc.aio
 import numpy as np
 import pytest
 
+from aio_server import channel_to
 from emberpc.server.engine import Caller, Engine, Inference, InferenceRequest, Lane, Registry
 from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenIds
@@ -61,11 +62,8 @@ async def serving(bundle: Path, **settings: Any) -> AsyncIterator[tuple[WatchedE
         server = grpc.aio.server()
         service = EmbeddingService(engine, Limits(4096, 2**20, 2**24, 2**25, 2**20))
         Handlers(server).add(embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server, service)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        async with channel_to(server) as channel:
             yield engine, embedding_pb2_grpc.EmbeddingServiceStub(channel).EmbedStream
-        await server.stop(0)
         engine.close()
 
 

@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from aio_server import channel_to
 from emberpc.server import handlers
 from emberpc.server.errors import Code, ServiceError, invalid
 from emberpc.server.handlers import Handlers
@@ -48,13 +49,8 @@ class Failing(server_pb2_grpc.ServerServiceServicer):
 async def served(servicer: Any) -> AsyncIterator[grpc.aio.Channel]:
     server = grpc.aio.server()
     Handlers(server).add(server_pb2_grpc.add_ServerServiceServicer_to_server, servicer)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield channel
-    finally:
-        await server.stop(None)
+    async with channel_to(server) as channel:
+        yield channel
 
 
 async def test_nothing_of_a_failed_call_is_kept_until_garbage_is_collected() -> None:
