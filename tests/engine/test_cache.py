@@ -70,7 +70,7 @@ async def test_a_flight_lands_though_it_failed_and_none_of_a_slower_lane_is_wait
         assert flights.find([key("a"), key("b")], Lane.BULK) == {key("a"): flight}
         assert not flights.find([key("a")], Lane.INTERACTIVE)
         raise ValueError("no")
-    await asyncio.wait_for(flight.landed.wait(), 10)
+    await asyncio.wait_for(flight.landed.wait(), 300)
     assert not flight.entries
     assert not flights.find([key("a")], Lane.BULK)
 

@@ -23,7 +23,7 @@ def registry() -> Iterator[Registry]:
 
 
 async def done(future: Future[None]) -> None:
-    await asyncio.wait_for(asyncio.wrap_future(future), 10)
+    await asyncio.wait_for(asyncio.wrap_future(future), 300)
 
 
 async def test_a_call_keeps_its_version_until_its_task_is_done(registry: Registry, tiny_bundle: Path) -> None:

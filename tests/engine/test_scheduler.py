@@ -215,7 +215,7 @@ async def test_nothing_is_refused_for_want_of_time_before_a_full_batch_told_how_
 ) -> None:
     idle = scheduler(workers=1)
     await idle.run(Slow(), texts(2))
-    assert len((await idle.run(Lengths(), texts(*[50] * 100), Caller(deadline=perf_counter() + 2))).rows) == 100
+    assert len((await idle.run(Lengths(), texts(*[50] * 100), Caller(deadline=perf_counter() + 30))).rows) == 100
 
 
 def timed(rates: Iterable[float]) -> Rates:
@@ -278,14 +278,14 @@ async def test_what_cannot_be_done_in_time_is_refused_at_once(scheduler: Make) -
     running = await hold(busy, gate, 50)
     waiting = asyncio.create_task(busy.run(gate, texts(*[50] * 1000)))
     await asyncio.sleep(0)
-    bulk = Caller(lane=Lane.BULK, deadline=perf_counter() + 1)
+    bulk = Caller(lane=Lane.BULK, deadline=perf_counter() + 10)
     with pytest.raises(ServiceError) as refused:
         await busy.run(gate, texts(50), bulk)
     assert (refused.value.code, refused.value.reason) == (Code.RESOURCE_EXHAUSTED, "DEADLINE_TOO_SOON")
     assert " s of them for calls before it), and its deadline is in " in refused.value.message
     assert (refused.value.retry_after or 0) > 1
     # Interactive work goes before all that, and has time enough.
-    short = asyncio.create_task(busy.run(gate, texts(5), Caller(deadline=perf_counter() + 30)))
+    short = asyncio.create_task(busy.run(gate, texts(5), Caller(deadline=perf_counter() + 300)))
     await asyncio.sleep(0)
     gate.open.set()
     await asyncio.gather(running, waiting, short)

@@ -306,7 +306,7 @@ async def test_a_caller_who_stops_sending_is_given_up(tmp_path: Path) -> None:
         restore = stub.RestoreCollection()
         await restore.write(pb.RestoreCollectionRequest(name="copy", chunk=b"x" * 1000))
         with pytest.raises(grpc.aio.AioRpcError, match="nothing came for 0.5 s"):
-            await asyncio.wait_for(restore, 20)
+            await asyncio.wait_for(restore, 300)
     assert nothing_but_points(tmp_path)
 
 
@@ -337,7 +337,7 @@ async def test_streams_that_never_send_a_message_keep_no_restore_waiting(tmp_pat
         silent = [stub.RestoreCollection() for _ in range(20)]
         for call in silent:
             await call.wait_for_connection()
-        await asyncio.wait_for(restored(stub, *await whole_backup(stub)), 60)
+        await asyncio.wait_for(restored(stub, *await whole_backup(stub)), 300)
         for call in silent:
             call.cancel()
 
@@ -374,7 +374,7 @@ async def test_more_restores_than_may_wait_are_refused_with_a_time(tmp_path: Pat
         for call in calls:
             call.cancel()
         # Those that are gone keep nobody waiting.
-        await asyncio.wait_for(restored(stub, *await whole_backup(stub)), 60)
+        await asyncio.wait_for(restored(stub, *await whole_backup(stub)), 300)
 
 
 async def test_more_backups_than_may_wait_are_refused_with_a_time(tmp_path: Path) -> None:
