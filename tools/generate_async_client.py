@@ -1,10 +1,11 @@
 """Generate the asynchronous client (client/emberpc/client/_aio) from the sync client (_sync).
 
 This script adds `async` and `await` where a function of AWAITED is called or an iterator of ITERATED is read, renames
-the names of NAMES, and replaces the sentences of SENTENCES. The modules in HANDWRITTEN are not generated, since they
-differ in more than these changes. They are written by hand in both folders, with the same names and parameters. A
-missing `await` is a type error, which mypy reports. Modules of _aio without a counterpart in _sync are deleted. With
---check, the script changes nothing, and exits with 1 if a module of _aio is not what it would generate.
+the names of NAMES, and replaces the texts of SENTENCES: sentences of docstrings, and some code such as imports and
+types. The modules in HANDWRITTEN are not generated, since they differ in more than these changes. They are written by
+hand in both folders, with the same names and parameters. A missing `await` is a type error, which mypy reports. Modules
+of _aio without a counterpart in _sync are deleted. With --check, the script changes nothing, and exits with 1 if a
+module of _aio is not what it would generate.
 """
 
 from __future__ import annotations

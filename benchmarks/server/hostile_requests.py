@@ -279,7 +279,7 @@ def _of_counts(size: Size) -> dict[str, Hostile]:
 
 
 def _of_answers(size: Size) -> dict[str, Hostile]:
-    """Return requests, by name, that are large, have large responses, or need much work of the server."""
+    """Return requests that the server answers, by name: large ones, with large responses, or with much work."""
     documents: dict[str, dict[str, Any]] = {
         "lists of numbers": {"n": [float(i) for i in range(size.numbers)]},
         "wide objects": {f"k{i}": i for i in range(7 * size.numbers // 8)},

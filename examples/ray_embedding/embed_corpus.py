@@ -237,7 +237,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def embed(left: list[Part], columns: list[str], options: argparse.Namespace) -> None:
-    """Embed parts with a pool of Ray actors, and print the progress and the total throughput.
+    """Embed parts with a pool of Ray actors, which write a file of vectors for each part to `options.out`.
+
+    Prints the progress and the total throughput.
 
     Args:
         left: the parts to embed.

@@ -59,7 +59,7 @@ class LineFile:
         self._path = path
         self._types = ColumnTypes(types)
         self._with_revisions = with_revisions
-        #: Makes the ids of a table without the column `id`; None for other files.
+        #: Makes the ids of a table without the column `id`; None for other files, and before the header is read.
         self._content_ids: ContentIds | None = None
         if self._types and Path(path).suffix.lower() not in _DELIMITERS:
             raise CliError(f"--types is for tables ({', '.join(_DELIMITERS)}), and {self.name} is none; leave it out")

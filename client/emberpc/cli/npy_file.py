@@ -27,11 +27,12 @@ class RowFile:
         path: the file.
 
     Attributes:
-        rows: number of rows of the file so far: the greatest row that was written or left out, plus 1.
+        rows: number of rows of the file so far: the greatest row that was written or left out, plus 1. Rows that were
+            left out have NaN.
         dimensions: dimensions of each row; 0 before the first row is written.
 
     Raises:
-        CliError: at the end of the block, if the file cannot be written.
+        CliError: at the first `write`, if the file cannot be created; at the end of the block, if it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:

@@ -15,7 +15,8 @@ from emberpc.cli.record_sources import OnRejected, RecordError, raise_error
 Split: TypeAlias = Literal["files", "paragraphs"]
 
 _SUFFIXES = (".txt", ".md")
-#: Most bytes of a file. A file is read into memory as a whole, and servers refuse texts that are far shorter than this.
+#: Most bytes of a file, which is read into memory as a whole. With `files`, this loses nothing: by default, servers
+#: refuse far shorter texts. With `paragraphs`, a larger file must be divided, though its texts may be short.
 _MOST_BYTES = 64 * 2**20
 #: Matches the empty lines between two paragraphs. A line of only spaces and tabs is empty.
 _EMPTY_LINES = re.compile(r"\r?\n(?:[ \t]*\r?\n)+")

@@ -71,7 +71,8 @@ class ResponseDetails:
     timings: Timings | None = None
     #: Tokens of the texts: item i belongs to item `first + i` of the caller's list. `similarity`: first the tokens of
     #: the sources, then those of the targets. `search` and `search_batch`: a query that is no text has 0 tokens.
-    #: Empty if the model ran on no text.
+    #: Texts whose results the server had cached are included. Empty for `count_tokens`, `get` and `delete`, and if the
+    #: request had no text to embed.
     usages: tuple[TokenUsage, ...] = ()
     #: `count_tokens`: the most tokens of a text that the model reads. 0 for other methods.
     max_tokens: int = 0

@@ -42,7 +42,8 @@ def whole_number(value: object, name: str, least: int, most: int) -> int:
         BundleError: the value is not a whole number, or out of range.
     """
     found = value
-    # A text with more digits is out of range in any case, and Python refuses to convert thousands of digits.
+    # Python refuses to convert thousands of digits. A text with more digits than MAX_INTEGER is out of range or begins
+    # with zeros that it does not need; both are refused.
     if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) <= len(str(MAX_INTEGER)):
         found = int(value)
     if type(found) is not int or not least <= found <= most:

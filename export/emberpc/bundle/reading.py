@@ -28,11 +28,13 @@ _REEXPORT = "copy the bundle again or export the model again"
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder whose manifest was read and whose files were checked; their hashes only if `check_hashes` was called.
+    """A bundle whose manifest was read, or a foreign folder whose manifest was inferred from its files.
+
+    The files of a bundle were checked, their hashes only if `check_hashes` was called.
 
     `foreign` is the interface of the graph of a foreign folder (see `emberpc.bundle.foreign`), which has no reference
     outputs; None for a bundle. `legacy_covers_weights`: whether the fingerprint of the old scheme covers all files with
-    weights and belongs to the vectors that the model returns today.
+    weights and belongs to the vectors that the model returns today; if not, `legacy_fingerprint` is empty.
     """
 
     folder: Path

@@ -274,9 +274,10 @@ def _write(
     strategy: str,
     progress: Progress,
 ) -> Manifest:
-    """Write a classifier's bundle except its manifest and model card, and compare the classifier with PyTorch.
+    """Write graph, config, head and reference outputs of a classifier's bundle; compare the classifier with PyTorch.
 
-    The encoder of `converted`, or the tuned encoder of `fitted`, gets the head of `fitted`.
+    `folder` must have the tokenizer files that `convert_encoder` writes. The encoder of `converted`, or the tuned
+    encoder of `fitted` if there is one, gets the head of `fitted`.
 
     Returns:
         The manifest, without further variants and without hashes of files.

@@ -394,7 +394,7 @@ class Reembedding(_message.Message):
     done: _builtins.int
     """Number of records that have new vectors."""
     total: _builtins.int
-    """Number of all records of the collection."""
+    """Number of all records of the collection; `done` of them have new vectors."""
     problem: _builtins.str
     """Why the reembedding waits, for example because records cannot be embedded.
     It continues when the cause is removed. Empty: the reembedding does not

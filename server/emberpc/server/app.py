@@ -219,9 +219,10 @@ async def _revive(engine: Engine, workers: int, statuses: health.aio.HealthServi
 
 
 def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
-    """Create the gRPC server and bind its address; `run` does this before it waits for the models.
+    """Create the gRPC server and bind its address.
 
-    So an address in use is reported at once.
+    `run` does this before it waits for the models, which another thread loads meanwhile. So an address in use is
+    reported at once.
 
     Returns:
         The server, and its address as HOST:PORT with the real port.

@@ -18,8 +18,8 @@ _SQUARE = 0.08
 #: Least share of a group's points that are in its densest square or the 8 squares around, for the group's name to be
 #: drawn. A group with a smaller share is scattered, so no place is right for the name.
 _LEAST_SHARE = 0.15
-#: Hues, in degrees of OKLCH, and tones of groups without an order: 0 is the stronger tone, and 1 is used if there are
-#: more groups than hues. The page chooses lightness and chroma, for light and dark mode.
+#: Hues, in degrees of OKLCH, and tones of groups without an order. Up to 12 groups have only tone 0, the stronger one;
+#: more groups have both tones. The page chooses lightness and chroma, for light and dark mode.
 _HUES = tuple(range(15, 375, 30))
 _TONES = (0, 1)
 #: Hues of the first and the last of ordered groups, in degrees of OKLCH: from blue over green to red.

@@ -29,7 +29,8 @@ _LONGEST_NAME = 60
 #: Matches a word that may become part of a group's name, if it has at least `_LEAST_LETTERS` characters. A word starts
 #: with a letter: numbers are no useful names.
 _WORD = re.compile(r"[^\W\d_][^\W_]*(?:['’][^\W_]+)?")
-#: Fewest characters of such a word, and of the common start of two forms of a word.
+#: Fewest characters of a word that may become part of a group's name, and of the common start by which two words count
+#: as forms of one word.
 _LEAST_LETTERS = 3
 #: Least number of a group's texts that must have a word for the word to name the group. One text may have a word by
 #: chance, but in a group of one text it is enough.

@@ -30,13 +30,13 @@ _CHUNK_BYTES = 2**20
 
 
 def backup_collection(name: str) -> Call[pb.BackupCollectionResponse, pb.BackupCollectionResponse]:
-    """Return the call of `Client.backup_collection`. A wrong name raises InputError or InputTypeError."""
+    """Return the call of `Client.backup_collection`. A name that cannot be sent raises InputError or InputTypeError."""
     request = pb.BackupCollectionRequest(name=checks.text(name, "name"))
     return Call(BACKUP_COLLECTION, request, lambda message: message)
 
 
 def restore_collection(name: str) -> Call[pb.RestoreCollectionResponse, Collection]:
-    """Return the call of `Client.restore_collection`. A wrong name raises InputError or InputTypeError.
+    """Return the call of `Client.restore_collection`. A name that cannot be sent raises InputError or InputTypeError.
 
     The requests that are sent come from `BackupReader.requests`.
     """

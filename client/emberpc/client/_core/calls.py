@@ -128,7 +128,7 @@ class Collector(Protocol[Part_contra, Result_co]):
     """Joins the results of several calls."""
 
     def add(self, part: Part_contra) -> None:
-        """Add the result of the next call, in order."""
+        """Add the result of the next call; results must be added in the order of the calls."""
 
     def result(self) -> Result_co:
         """Return the joined result."""

@@ -92,7 +92,7 @@ def check_alike(found: Collection, request: Message, error: AlreadyExists) -> Co
 
 
 def get_collection(name: str) -> Call[pb.GetCollectionResponse, Collection]:
-    """Return the call of `Client.get_collection`. A wrong name raises InputError or InputTypeError."""
+    """Return the call of `Client.get_collection`. A name that cannot be sent raises InputError or InputTypeError."""
     request = pb.GetCollectionRequest(name=checks.text(name, "name"))
     return Call(GET_COLLECTION, request, lambda response: read_collection(response.collection))
 
@@ -121,7 +121,7 @@ def update_collection(name: str, truncation: Truncation) -> Call[pb.UpdateCollec
 
 
 def delete_collection(name: str) -> Call[pb.DeleteCollectionResponse, None]:
-    """Return the call of `Client.delete_collection`. A wrong name raises InputError or InputTypeError."""
+    """Return the call of `Client.delete_collection`. A name that cannot be sent raises InputError or InputTypeError."""
     request = pb.DeleteCollectionRequest(name=checks.text(name, "name"))
     return Call(DELETE_COLLECTION, request, lambda _: None)
 
@@ -137,7 +137,10 @@ def reembed(name: str, model: str, dimensions: int) -> Call[pb.ReembedCollection
 
 
 def cancel_reembedding(name: str) -> Call[pb.CancelReembeddingResponse, Collection]:
-    """Return the call of `Client.cancel_reembedding`. A wrong name raises InputError or InputTypeError."""
+    """Return the call of `Client.cancel_reembedding`.
+
+    A name that cannot be sent raises InputError or InputTypeError.
+    """
     request = pb.CancelReembeddingRequest(name=checks.text(name, "name"))
     return Call(CANCEL_REEMBEDDING, request, lambda response: read_collection(response.collection))
 

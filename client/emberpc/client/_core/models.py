@@ -42,7 +42,7 @@ def list_models(page_token: str, page_size: int) -> Call[model_pb2.ListModelsRes
 
 
 def get_model(name: str) -> Call[model_pb2.GetModelResponse, Model]:
-    """Return the call of `Client.get_model`. A wrong name raises InputError or InputTypeError."""
+    """Return the call of `Client.get_model`. A name that cannot be sent raises InputError or InputTypeError."""
     request = model_pb2.GetModelRequest(name=checks.text(name, "name"))
     return Call(GET_MODEL, request, lambda response: _model(response.model))
 
@@ -63,7 +63,7 @@ def list_classifiers(
 
 
 def get_classifier(name: str) -> Call[classification_pb2.GetClassifierResponse, Classifier]:
-    """Return the call of `Client.get_classifier`. A wrong name raises InputError or InputTypeError."""
+    """Return the call of `Client.get_classifier`. A name that cannot be sent raises InputError or InputTypeError."""
     request = classification_pb2.GetClassifierRequest(name=checks.text(name, "name"))
     return Call(GET_CLASSIFIER, request, lambda response: _classifier(response.classifier))
 
@@ -85,7 +85,7 @@ def reload_model(name: str, path: str, variant: str) -> Call[model_pb2.ReloadMod
 
 
 def unload_model(name: str) -> Call[model_pb2.UnloadModelResponse, None]:
-    """Return the call of `Client.unload_model`. A wrong name raises InputError or InputTypeError."""
+    """Return the call of `Client.unload_model`. A name that cannot be sent raises InputError or InputTypeError."""
     request = model_pb2.UnloadModelRequest(name=checks.text(name, "name"))
     return Call(UNLOAD_MODEL, request, lambda response: None)
 

@@ -57,7 +57,8 @@ def open_base(source: str, folder: Path, max_tokens: int | None, progress: Progr
 def export_fitted(base: Base, fitted: Fitted, folder: Path, progress: Progress) -> tuple[OnnxRunner, int]:
     """Write the ONNX file of a fitted classifier, and open it.
 
-    For a classifier without a linear head nothing is written: the base's own ONNX file would serve it.
+    For a classifier without a linear head nothing is written or opened: the base's own ONNX file would serve it, so
+    `base.runner` and the bytes of the base's files are returned.
 
     Args:
         base: the base that the classifier was fitted on.

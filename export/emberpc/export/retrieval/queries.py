@@ -16,7 +16,7 @@ from emberpc.export.errors import ExportError
 
 #: Share of the training queries that are held out if there is no validation file.
 _HELD_OUT = 0.2
-#: The most training queries that are held out.
+#: The most training queries that are held out if there is no validation file.
 _MOST_HELD_OUT = 500
 #: Fewest training queries for holding out some of them; with fewer, a validation file is required.
 _FEWEST_QUERIES = 10
@@ -213,7 +213,7 @@ class _Read:
 
 
 def _read(path: Path, passages: dict[str, int], members: dict[str, set[int]]) -> _Read:
-    """Read a file of pairs, triplets or labelled texts.
+    """Read a training, validation or test file: pairs, triplets or labelled texts. Other columns are ignored.
 
     Args:
         path: the file.
@@ -221,7 +221,8 @@ def _read(path: Path, passages: dict[str, int], members: dict[str, set[int]]) ->
         members: indexes of the texts of each label; labelled texts of the file are added.
 
     Raises:
-        ExportError: the file cannot be read, has other columns or contradicts itself.
+        ExportError: the file cannot be read, contradicts itself or lacks the columns (query and passage, or text and
+            label), or one of their cells is empty.
     """
     rows = read_rows(path)
     columns = rows[0][1]

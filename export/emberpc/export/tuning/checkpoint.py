@@ -21,9 +21,9 @@ from emberpc.export.timing import Cost
 class TrainingState:
     """State of a training after `epoch` epochs.
 
-    `tensors` has the parameters, the best epoch's parameters and the optimizer's state, by name; after the last epoch,
-    the parameters only. `scores` has the held-out score of each epoch. `spent` is the time of the training, that of
-    earlier processes included.
+    `tensors` has the parameters, the best epoch's parameters and the optimizer's state, by name; after the training,
+    only the best epoch's parameters. `scores` has the held-out score of each epoch. `spent` is the time of the
+    training, that of earlier processes included.
     """
 
     tensors: dict[str, torch.Tensor]

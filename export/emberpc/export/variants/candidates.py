@@ -45,8 +45,8 @@ _INT8 = Bound(
     accuracy_share=0.99,
     ndcg_share=0.99,
 )
-#: Bound for int8 without split outliers. It refuses a graph whose weights have one scale for a whole matrix instead of
-#: one for each column: such a graph had a mean cosine of 0.963.
+#: Bound for int8 without split outliers. Its `cosine_mean` refuses a graph whose weights have one scale for a whole
+#: matrix instead of one for each column: such a graph had a mean cosine of 0.963.
 _INT8_FAST = Bound(
     cosine_min=0.95,
     difference_max=0.4,

@@ -22,7 +22,8 @@ _PLAIN = (1e-30, 1e27)
 #: Factor of queries and stored vectors under DOT_PRODUCT. hnswlib computes 1 - product in float32, which loses small
 #: products. With the factor, vectors much shorter than 1 can be distinguished. A power of two changes no digit.
 _DOT_SCALE = np.float32(2**14)
-#: Greatest power of two by which a short query is scaled. 2.0**120 is exact in float32.
+#: Greatest exponent n of the factor 2**n by which a short query is scaled up, so that hnswlib rounds its products less;
+#: see `lengthened`. 2.0**120 is exact in float32.
 _MAX_POWER = 120
 #: Under DOT_PRODUCT, the least length of a prepared vector in a graph. hnswlib computes 1 - product in float32. For
 #: shorter vectors and a query of length 1, it could not distinguish two products that differ by a share of 1e-5.

@@ -23,14 +23,15 @@ _PUNCTUATION = r"!-/:-@\[-`{-~"
 #: other characters without blank, tab, CR and LF. A run of other characters may hold control characters: BERT's
 #: normalizer removes them and joins the characters around them.
 _WORD = re.compile(rf"[{_PUNCTUATION}]{{1,32}}|[^ \t\n\r{_PUNCTUATION}]+")
-#: The end of a match is a place where a text may be cut: the ids of the parts, one after the other, are the ids of the
-#: text. Every text may be cut after white space (`_BLANK`), since no added token contains white space. A text without
-#: added tokens may also be cut after punctuation (`_SIGN`), and, if the normalizer separates ideographs, between two of
-#: them (`_SIGN_OR_IDEOGRAPH`).
+#: Where a long text may be cut, so that it is tokenized piece by piece and takes less memory: at the end of a match.
+#: The ids of the pieces, one after the other, are the ids of the text. Every text may be cut after white space
+#: (`_BLANK`), since no added token contains white space. A text without added tokens may also be cut after punctuation
+#: (`_SIGN`), and, if the normalizer separates ideographs, between two of them (`_SIGN_OR_IDEOGRAPH`).
 _BLANK = re.compile(r"[ \t\n\r]")
 _SIGN = re.compile(rf"[ \t\n\r{_PUNCTUATION}]")
 _SIGN_OR_IDEOGRAPH = re.compile(rf"[ \t\n\r{_PUNCTUATION}]|[\u4e00-\u9fff](?=[\u4e00-\u9fff])")
-#: Most characters that one call searches for added tokens. The call holds the interpreter lock, so other threads wait.
+#: Each call that searches a long text for added tokens begins this many characters after the call before. It reads
+#: further by the length of the longest added token. A call holds the interpreter lock, so other threads wait.
 _SEARCHED = 2**16
 #: Most characters of a cached word. Longer words are not cached, since most of them occur only once.
 _MAX_CHARACTERS = 32

@@ -152,7 +152,7 @@ class MilvusIndex:
         raise unsupported("ReembedCollection", BACKEND, remedy)
 
     def reembeddings(self) -> list[ReembeddingBackend]:
-        """Return an empty list: this backend does not support reembedding."""
+        """Return an empty list: no reembedding is unfinished, since this backend does not support reembedding."""
         return []
 
     def switch(self, reembedding: ReembeddingBackend) -> bool:

@@ -38,7 +38,7 @@ from emberpc.server.collections.filters import (
 )
 from emberpc.server.milvus.literals import quoted
 
-#: Name of the field of a Milvus row that has the terms.
+#: Name of the field of a Milvus row that has the terms: hashes of facts about the record's metadata, for filters.
 FIELD = "terms"
 #: Milvus's limit of the items of an array, and so of the terms of a record.
 MAX_TERMS = 4096

@@ -59,6 +59,8 @@ class CollectionAnalysis:
     ) -> DuplicatePage:
         """Return a page of the pairs of records with similar vectors, the most similar first.
 
+        All pages together have at most 100,000 pairs. In a large collection pairs may be missed.
+
         The pairs are found again for each page, unless the last search in the collection had the same `min_score` and
         nothing was written since.
 

@@ -1,4 +1,7 @@
-"""BackupCollection and RestoreCollection: send and receive a collection as one file, and end calls that stall."""
+"""BackupCollection and RestoreCollection: send and receive a collection as one file.
+
+This module ends a backup whose caller does not read; the pipeline ends a restore whose caller sends nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Build the responses of IndexService that have records, and some others, within the limit of a response.
+"""Build the responses of IndexService that have records, except that of Search, and some others.
 
-Responses with records are returned as serialized bytes, see `record_bytes`.
+The others are the responses of CountRecords and VerifyCollection. Responses with records are returned as serialized
+bytes, see `record_bytes`; RESOURCE_EXHAUSTED is raised if they are over the limit of a response.
 
 `batch_get`, `page` and `count` also read from the collection. They block, so callers run them in the pool.
 """

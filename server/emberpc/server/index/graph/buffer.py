@@ -130,7 +130,7 @@ class _Chunk:
         self.count += len(labels)
 
     def remove(self, wanted: Labels) -> int:
-        """Remove those of the `wanted` labels, int64 (n,) ascending, that are present; return how many were present."""
+        """Remove the `wanted` labels, int64 (n,) ascending, that are present in this chunk; return how many were."""
         here = self._labels[self._first : self._end]
         # Of many wanted labels, search this chunk only for those between its first and its last label.
         low, high = np.searchsorted(wanted, here[[0, -1]])

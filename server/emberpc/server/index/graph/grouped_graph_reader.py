@@ -200,7 +200,8 @@ class GroupedGraphReader:
     def representatives(self) -> list[int]:
         """Return one label of each node, also in the graph of a shell, and of each vector in the pool of a shell.
 
-        Labels of strays, of short vectors, and of other members of groups are left out. Ghosts have no labels.
+        Labels of strays, of short vectors, and of vectors in the groups of leaders are left out. A ghost, which is a
+        leader without a label, has none to return.
         """
         vector_ids = self._node_ids()
         for leader, group in self._groups.items():

@@ -256,7 +256,7 @@ class Neighbours:
     def compare_always(self, labels: list[int]) -> None:
         """Make strays of the vectors of labels, which searches of the graph miss; labels outside the graph are ignored.
 
-        Every search covers strays.
+        Every search covers strays: it compares them one by one or, if they are many, searches a graph of strays.
         """
         with self._lock.write():
             self._graph.compare_always(labels)

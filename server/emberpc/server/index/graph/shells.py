@@ -50,7 +50,8 @@ class Shells:
 def fitted(vectors: Matrix) -> Shells | None:
     """Return shells around the centre of vectors, float32 (n, dimensions), n > 0; None if all vectors are equal.
 
-    The main shell is that with the most vectors.
+    The main shell is that with the most vectors. Vectors equal to the centre, such as many copies of one text, are not
+    counted.
     """
     # The centre is the median, which a few long vectors do not move, unlike the mean.
     centre = np.median(vectors, axis=0).astype(np.float32)

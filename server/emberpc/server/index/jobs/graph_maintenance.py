@@ -96,7 +96,8 @@ class GraphMaintenance:
         #: Number of vectors in the graph when a sample of its nodes was last checked; 0: never.
         self._size_sampled = 0
         self._last_write = time.monotonic()
-        #: When the graph may be checked again while there are no writes, in seconds of `time.monotonic`.
+        #: From when on any growth of the graph suffices for a check while there are no writes, in seconds of
+        #: `time.monotonic`. A graph that grew much is checked earlier.
         self._next_check = 0.0
         self.ef_chooser = EfChooser(folder, neighbours)
 

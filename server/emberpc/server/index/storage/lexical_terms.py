@@ -37,8 +37,9 @@ _INVISIBLE = re.compile(
     "[\u00ad\u034f\u061c\u0640\u07fa\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
     "\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]+"
 )
-#: Letters, digits and symbols that are replaced by their compatibility decomposition. Hangul's letters (U+3131 to
-#: U+318E) are excluded: two adjacent letters, once decomposed, would become one syllable.
+#: Letters, digits and symbols that `_form` may replace by their compatibility form; fractions and most accents without
+#: a letter stay. Hangul's letters (U+3131 to U+318E) are excluded: two adjacent letters, once decomposed, would become
+#: one syllable.
 _COMPATIBLE = re.compile(
     "[\u00aa\u00b2-\u00b5\u00b9-\u00be\u0132-\u0149\u017f\u01c4-\u01f3\u02b0-\u02e4\u03d0-\u03f9\u0587\u0675-\u0678\u0e33"
     "\u0eb3\u0edc\u0edd\u0f77-\u0f79\u10fc\u1d2c-\u1dbf\u1e9a\u1e9b\u2070-\u20a8\u2100-\u2189\u2460-\u24ea\u2c7c\u2c7d"
