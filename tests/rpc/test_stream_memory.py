@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, closing
+from contextlib import AsyncExitStack, aclosing, closing
 from pathlib import Path
 from typing import Any
 
@@ -136,23 +136,23 @@ async def test_all_messages_that_upsert_streams_hold_are_counted(
         service = IndexService(engine, index, pool, LIMITS, ReembeddingJobs(engine, index, pool, LIMITS))
         handlers = Handlers(server, max_in_flight_bytes=4 * MIB + MIB // 2)
         handlers.add(add_index_service, service)
-        try:
-            async with channel_to(server) as channel:
-                stub: Any = index_pb2_grpc.IndexServiceStub(channel)
-                first = stub.UpsertRecordsStream(large_message(number) for number in range(1, 11))
-                await until(lambda: handlers._in_flight.total >= 4 * MIB)
-                with pytest.raises(grpc.aio.AioRpcError, match="max_in_flight_bytes") as refused:
-                    [answer async for answer in stub.UpsertRecordsStream(iter([large_message(1)]))]
-                assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-                gate.set()
-                assert [answer.batch_number async for answer in first] == list(range(1, 11))
-                again = stub.UpsertRecordsStream(iter([large_message(1)]))
-                assert [answer.updated_count async for answer in again] == [1]
-                await until(lambda: handlers._in_flight.total == 0)
-        finally:
+        async with AsyncExitStack() as stack:
+            stack.callback(engine.close)
+            stack.push_async_callback(pool.close)
+            channel = await stack.enter_async_context(channel_to(server))
+            # After a failure, the server stops only when its threads do not wait for the gate any more.
+            stack.callback(gate.set)
+            stub: Any = index_pb2_grpc.IndexServiceStub(channel)
+            first = stub.UpsertRecordsStream(large_message(number) for number in range(1, 11))
+            await until(lambda: handlers._in_flight.total >= 4 * MIB)
+            with pytest.raises(grpc.aio.AioRpcError, match="max_in_flight_bytes") as refused:
+                [answer async for answer in stub.UpsertRecordsStream(iter([large_message(1)]))]
+            assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             gate.set()
-            await pool.close()
-            engine.close()
+            assert [answer.batch_number async for answer in first] == list(range(1, 11))
+            again = stub.UpsertRecordsStream(iter([large_message(1)]))
+            assert [answer.updated_count async for answer in again] == [1]
+            await until(lambda: handlers._in_flight.total == 0)
 
 
 class GatedEngine(Engine):
