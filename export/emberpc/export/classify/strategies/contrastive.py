@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from torch.nn import functional
 
+from emberpc.bundle import Head
 from emberpc.export.classify.cached_encoder import CachedEncoder
 from emberpc.export.classify.linear import balanced_weights, fit_head
 from emberpc.export.classify.strategies.base import (
@@ -23,7 +23,7 @@ from emberpc.export.classify.strategies.base import (
 from emberpc.export.classify.strategies.frozen import class_means, prototypes
 from emberpc.export.classify.strategies.layers import by_tuned, checkpoint_of, default_epochs
 from emberpc.export.data.examples import Examples
-from emberpc.export.threads import bounded_threads, run_in_threads
+from emberpc.export.threads import Check, bounded_threads, run_in_threads
 from emberpc.export.tuning.loop import Recipe, train
 
 #: Number of texts of a batch, which is made of pairs of texts with one label. For each text, the texts of the batch
@@ -103,18 +103,16 @@ class Contrastive:
             stage=stage,
             progress=options.progress,
         )
-        fit = partial(
-            fit_head,
-            backbone.embed(tokens, states),
-            examples.targets,
-            _C,
-            multi_label=examples.multi_label,
-            weights=balanced_weights(examples.targets) if options.balanced else None,
-        )
-        with bounded_threads(1):
-            (head,) = run_in_threads(
-                [lambda check: fit(check=check)], lambda done: options.progress("fitting the head", done, 1)
+        vectors = backbone.embed(tokens, states)
+        weights = balanced_weights(examples.targets) if options.balanced else None
+
+        def fit(check: Check) -> Head:
+            return fit_head(
+                vectors, examples.targets, _C, multi_label=examples.multi_label, weights=weights, check=check
             )
+
+        with bounded_threads(1):
+            (head,) = run_in_threads([fit], lambda done: options.progress("fitting the head", done, 1))
         tuned = Tuned(backbone.weights(), top, backbone)
         figures = {"epochs": float(log.best_epoch), "layers_tuned": float(top)}
         return Fitted(by_tuned(head, tuned, cached_encoder), no_texts(examples), head, tuned, figures), log.best_epoch
