@@ -72,7 +72,7 @@ def test_omp_num_threads_lowers_the_number(
 
 def test_tasks_run_side_by_side_and_their_results_are_in_order(cores: Cores) -> None:
     cores(3)
-    meeting = threading.Barrier(3)  # it lets nobody pass until three tasks have come
+    meeting = threading.Barrier(3)  # no task passes until three tasks have come
     reported: list[int] = []
 
     def task(number: int) -> Callable[[Check], int]:

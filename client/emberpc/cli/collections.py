@@ -301,7 +301,7 @@ app.command("import")(import_export.import_records)
 
 
 def _followed(client: Client, collection: Collection, done: Progress) -> Collection:
-    """Wait until the reembedding of a collection is done or cancelled, and return the collection as it is then.
+    """Wait until the reembedding of a collection is done or cancelled, and return the collection in its new state.
 
     `done` is called with the number of records with new vectors; at the end, also after a cancellation, with the number
     of all records. A problem is printed to stderr when it begins.

@@ -143,7 +143,7 @@ def _records(client: Client, collection: Collection, where: str | None, vectors:
 
     Args:
         client: the client.
-        collection: the collection, as it is at the start.
+        collection: the state of the collection at the start.
         where: only records that match this filter; None: all records.
         vectors: whether to read the vectors too.
 

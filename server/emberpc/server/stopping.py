@@ -30,7 +30,7 @@ _END_SECONDS = 1.6
 #: lock.
 _HELD_SECONDS = 2.0
 #: Limit of the seconds for writing the last log lines. Without a limit, the process could wait forever: if stderr is a
-#: pipe that nobody reads, a write may block.
+#: pipe without a reader, a write may block.
 _LOG_SECONDS = 0.2
 #: Prefixes of the names of the daemon threads that call native code. If such a thread runs when the interpreter ends,
 #: the process aborts (SIGABRT), so the shutdown waits for these threads. Helper threads of the graph are not listed:

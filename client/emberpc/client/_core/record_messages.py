@@ -171,7 +171,7 @@ def new_record(record: Record | Mapping[str, Any], name: str, vector: Vector | N
 def _refuse_hand_made_output(record: Record, name: str) -> None:
     """Raise InputError if the caller set `revision`, `create_time` or `update_time`, which only the server sets.
 
-    A record of a response has both times. It is accepted, so that it can be written again as it is; the write ignores
+    A record of a response has both times. It is accepted, so that it can be written again unchanged; the write ignores
     the three fields.
     """
     if record.update_time is not None and record.create_time is not None:

@@ -17,7 +17,7 @@ _M, _EF_CONSTRUCTION = 16, 200
 #: Number of passages nearest to a query from which its negatives are picked.
 _NEAREST = 50
 #: Greatest cosine of a negative to the query, as a share of the cosine of the nearest known answer (Moreira et al.,
-#: "NV-Retriever", 2024, found 0.95 to be the best). A passage that is nearer may be an answer that nobody marked.
+#: "NV-Retriever", 2024, found 0.95 to be the best). A passage that is nearer may be an unmarked answer.
 _MARGIN = 0.95
 
 

@@ -12,7 +12,7 @@ from emberpc.server.index.jobs.background_thread import BackgroundThread
 log = logging.getLogger(__name__)
 
 #: Seconds after which a failed deletion is retried. Also the most seconds that the thread sleeps while a time is noted,
-#: since somebody may adjust the system's clock meanwhile.
+#: since the system's clock may be adjusted meanwhile.
 _RETRY = 60.0
 
 

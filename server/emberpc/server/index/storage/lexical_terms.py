@@ -194,6 +194,6 @@ def _characters_and_pairs(run: str) -> Iterator[str]:
 
 
 def _pairs(run: str) -> list[str]:
-    """Return the pairs of adjacent characters of a word in a script without spaces; a single character as it is."""
+    """Return the pairs of adjacent characters of a word in a script without spaces; of one character, the character."""
     characters = _CHARACTER.findall(run)
     return [a + b for a, b in pairwise(characters)] or characters
