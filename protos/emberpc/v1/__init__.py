@@ -1,1 +1,1 @@
-"""The generated messages and services of emberpc.v1. Made by `make protos`; not edited by hand."""
+"""The modules `*_pb2*`, which `make protos` generates from the .proto files of emberpc.v1. Do not edit the modules."""

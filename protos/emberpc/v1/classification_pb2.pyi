@@ -32,8 +32,8 @@ class _ClassifierKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Classi
     CLASSIFIER_KIND_FINE_TUNED: _ClassifierKind.ValueType  # 1
     """A served model: a classifier that an export or another tool made offline."""
     CLASSIFIER_KIND_EXAMPLES: _ClassifierKind.ValueType  # 2
-    """Learnt in the server from examples, on an embedding model. Planned: the
-    server does not send this value yet.
+    """A classifier that the server makes from label descriptions and examples, on
+    an embedding model. Planned: the server does not send this value yet.
     """
 
 class ClassifierKind(_ClassifierKind, metaclass=_ClassifierKindEnumTypeWrapper):
@@ -44,8 +44,8 @@ CLASSIFIER_KIND_UNSPECIFIED: ClassifierKind.ValueType  # 0
 CLASSIFIER_KIND_FINE_TUNED: ClassifierKind.ValueType  # 1
 """A served model: a classifier that an export or another tool made offline."""
 CLASSIFIER_KIND_EXAMPLES: ClassifierKind.ValueType  # 2
-"""Learnt in the server from examples, on an embedding model. Planned: the
-server does not send this value yet.
+"""A classifier that the server makes from label descriptions and examples, on
+an embedding model. Planned: the server does not send this value yet.
 """
 Global___ClassifierKind: _TypeAlias = ClassifierKind  # noqa: Y015
 
@@ -56,16 +56,18 @@ class _ExampleStrategy:
 class _ExampleStrategyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExampleStrategy.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     EXAMPLE_STRATEGY_UNSPECIFIED: _ExampleStrategy.ValueType  # 0
-    """The server chooses a strategy by the number of examples."""
+    """No strategy is stated. CreateClassifier: the server chooses a strategy by
+    the number of examples. UpdateClassifier: the strategy stays.
+    """
     EXAMPLE_STRATEGY_ZERO_SHOT: _ExampleStrategy.ValueType  # 1
-    """By the cosine of the vectors of the text and of the label's description.
-    Examples are not used.
+    """The label whose description has a vector with the greatest cosine to the
+    text's vector. Examples are not used.
     """
     EXAMPLE_STRATEGY_NEAREST: _ExampleStrategy.ValueType  # 2
     """By a vote of the examples that are nearest to the text."""
     EXAMPLE_STRATEGY_CENTROIDS: _ExampleStrategy.ValueType  # 3
-    """By the cosine of the text's vector and the mean vector of each label's
-    examples.
+    """The label whose examples have a mean vector with the greatest cosine to the
+    text's vector.
     """
     EXAMPLE_STRATEGY_LINEAR: _ExampleStrategy.ValueType  # 4
     """By logistic regression on the vectors of the examples."""
@@ -76,16 +78,18 @@ class ExampleStrategy(_ExampleStrategy, metaclass=_ExampleStrategyEnumTypeWrappe
     """
 
 EXAMPLE_STRATEGY_UNSPECIFIED: ExampleStrategy.ValueType  # 0
-"""The server chooses a strategy by the number of examples."""
+"""No strategy is stated. CreateClassifier: the server chooses a strategy by
+the number of examples. UpdateClassifier: the strategy stays.
+"""
 EXAMPLE_STRATEGY_ZERO_SHOT: ExampleStrategy.ValueType  # 1
-"""By the cosine of the vectors of the text and of the label's description.
-Examples are not used.
+"""The label whose description has a vector with the greatest cosine to the
+text's vector. Examples are not used.
 """
 EXAMPLE_STRATEGY_NEAREST: ExampleStrategy.ValueType  # 2
 """By a vote of the examples that are nearest to the text."""
 EXAMPLE_STRATEGY_CENTROIDS: ExampleStrategy.ValueType  # 3
-"""By the cosine of the text's vector and the mean vector of each label's
-examples.
+"""The label whose examples have a mean vector with the greatest cosine to the
+text's vector.
 """
 EXAMPLE_STRATEGY_LINEAR: ExampleStrategy.ValueType  # 4
 """By logistic regression on the vectors of the examples."""
@@ -93,7 +97,7 @@ Global___ExampleStrategy: _TypeAlias = ExampleStrategy  # noqa: Y015
 
 @_typing.final
 class Label(_message.Message):
-    """A label of a classifier, and its description."""
+    """A label of a classifier, and the description of the label."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -102,8 +106,8 @@ class Label(_message.Message):
     name: _builtins.str
     """The label, as Classify returns it."""
     description: _builtins.str
-    """Description in words of the texts that have this label, for classifiers
-    made from few examples. Empty for a fine-tuned classifier.
+    """EXAMPLES: description in words of the texts that have this label. Always
+    empty for a FINE_TUNED classifier.
     """
     def __init__(
         self,
@@ -121,7 +125,10 @@ Global___Label: _TypeAlias = Label  # noqa: Y015
 
 @_typing.final
 class Classifier(_message.Message):
-    """A classifier, described by the manifest of its bundle."""
+    """A classifier with its settings. The comments name the kind before a field
+    that only one kind has: FINE_TUNED or EXAMPLES. Classifiers of the kind
+    EXAMPLES are planned.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -163,38 +170,47 @@ class Classifier(_message.Message):
     FINE_TUNING_STRATEGY_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name under which the server serves the classifier: 1 to 128 letters,
+    """Name under which the server serves the classifier: 1 to 128 ASCII letters,
     digits, `.`, `_` and `-`, the first a letter or digit.
     """
     kind: Global___ClassifierKind.ValueType
-    """Kind of the classifier. FINE_TUNED in this version of the server."""
+    """Kind of the classifier. Always FINE_TUNED in this version of the server."""
     multi_label: _builtins.bool
-    """Whether a text may have several labels, or none."""
+    """true: a text gets any number of labels, or none. false: a text gets one
+    label, or none if the text is rejected.
+    """
     collection: _builtins.str
     """EXAMPLES: name of the collection that contains the examples. Empty for
     other classifiers.
     """
     strategy: Global___ExampleStrategy.ValueType
-    """EXAMPLES: how the classifier chooses a label."""
+    """EXAMPLES: how the classifier chooses a label. Unspecified for other
+    classifiers.
+    """
     example_count: _builtins.int
-    """EXAMPLES: number of examples that the classifier was fitted to."""
+    """EXAMPLES: number of examples that the classifier was fitted to. 0 for other
+    classifiers.
+    """
     temperature: _builtins.float
     """Number above 0 by which logits are divided before they become
-    probabilities. 1: the probabilities are as trained.
+    probabilities. 1: the logits stay as they are.
     """
     rejection_threshold: _builtins.float
-    """Used only if `rejects`: a text is rejected if its best logit, before the
-    division by the temperature, is below this number. 0 if not `rejects`.
+    """If `rejects`: a text is rejected if its greatest logit, before the division
+    by `temperature`, is below this number. If not `rejects`: 0, not used.
     """
     rejects: _builtins.bool
-    """Whether texts that seem to have none of the labels are rejected."""
+    """Whether the classifier rejects texts that seem to have none of the labels;
+    see `rejection_threshold`.
+    """
     base_model: _builtins.str
-    """FINE_TUNED: name of the base model that was fine-tuned, as the bundle
-    states it. Empty: the bundle does not state it.
+    """FINE_TUNED: name of the model that the classifier was made from, as the
+    manifest states it. Of a foreign folder: the model's name in `config.json`,
+    or else the folder's name.
     """
     fine_tuning_strategy: _builtins.str
-    """FINE_TUNED: the strategy of the export, such as `linear`. Empty: the bundle
-    does not state it.
+    """FINE_TUNED: the strategy of the export, such as `linear`. Empty for a
+    foreign folder, or if the manifest does not state the strategy.
     """
     max_tokens: _builtins.int
     """The most tokens of a text that the model reads, special tokens and prompt
@@ -202,29 +218,35 @@ class Classifier(_message.Message):
     """
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
-        """Name, revision and fingerprints of the model that the classifier runs."""
+        """FINE_TUNED: name, revision and fingerprints of the classifier itself.
+        EXAMPLES: those of its embedding model.
+        """
 
     @_builtins.property
     def labels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Label]:
-        """Labels of the classifier, in the order of its logits."""
+        """Labels of the classifier, in the order of its logits: `labels[i]` belongs
+        to logit i.
+        """
 
     @_builtins.property
     def fit_time(self) -> _timestamp_pb2.Timestamp:
-        """FINE_TUNED: time of the export; unset if the bundle states no valid time.
-        EXAMPLES: time of the last fit.
+        """FINE_TUNED: time of the export; unset for a foreign folder, or if the
+        manifest has no valid time. EXAMPLES: time of the last fit.
         """
 
     @_builtins.property
     def quality(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Figures of quality by name, such as `accuracy` or `ece`, measured on
-        held-out texts at export. Empty: the bundle states none.
+        """Figures of the export by name: quality on held-out or cross-validated
+        texts, such as `accuracy` and `ece`, and facts of the training, such as
+        `train_texts`. Empty: the manifest states none, or there is no manifest.
         """
 
     @_builtins.property
     def thresholds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """If `multi_label`: item i is the threshold of `labels[i]`, in [0, 1]. A text
-        gets the label if the label's probability is at least this. Empty for a
-        single-label classifier, which gives each text its best label.
+        """If `multi_label`: item i is the threshold of `labels[i]`. A text that is
+        not rejected gets each label whose probability is at least the threshold of
+        the label. Empty if not `multi_label`: a text that is not rejected gets its
+        best label.
         """
 
     def __init__(
@@ -270,26 +292,30 @@ class ClassifyRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     classifier: _builtins.str
     """Name of the classifier. Empty: the only classifier of the server;
-    INVALID_ARGUMENT if there are several.
+    INVALID_ARGUMENT if there are several, FAILED_PRECONDITION if there is
+    none.
     """
     top_k: _builtins.int
-    """The most labels to return in `scores` for each text, best first; at least
-    0. 0: all labels.
+    """The most labels to return in `Classification.scores` for each text, best
+    first. 0, or more than the classifier has: all labels. A negative number
+    fails with INVALID_ARGUMENT.
     """
     truncation: _types_pb2.Truncation.ValueType
     """Treatment of texts with more tokens than the classifier reads. Default:
     REFUSE.
     """
     nearest_examples: _builtins.int
-    """EXAMPLES: number of nearest examples to return with each text. Must be 0
-    for a fine-tuned classifier, which has no examples (FAILED_PRECONDITION).
+    """EXAMPLES: number of nearest examples to return with each text. For a
+    FINE_TUNED classifier, which has no examples, any number except 0 fails
+    with FAILED_PRECONDITION.
     """
     priority: _types_pb2.Priority.ValueType
     """Urgency of the call. Default: INTERACTIVE."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The texts, from 1 to `ServerLimits.max_texts` (default 4096). None may be
-        empty or have only white space.
+        """1 to `ServerLimits.max_texts` (default 4096) texts, each with at most
+        `ServerLimits.max_text_bytes`. Each text must have a character other than
+        white space.
         """
 
     def __init__(
@@ -312,7 +338,7 @@ Global___ClassifyRequest: _TypeAlias = ClassifyRequest  # noqa: Y015
 
 @_typing.final
 class LabelScore(_message.Message):
-    """A label with its probability for a text."""
+    """A label, and the probability that a text has the label."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -321,8 +347,9 @@ class LabelScore(_message.Message):
     label: _builtins.str
     """The label."""
     score: _builtins.float
-    """Probability in [0, 1]. In a single-label classifier the probabilities of
-    all labels add up to 1. In a multi-label classifier they are independent.
+    """Probability in [0, 1]. Single-label classifier: the probabilities of all
+    labels add up to 1, apart from rounding. Multi-label classifier: the
+    probabilities may have any sum.
     """
     def __init__(
         self,
@@ -340,7 +367,9 @@ Global___LabelScore: _TypeAlias = LabelScore  # noqa: Y015
 
 @_typing.final
 class NearestExample(_message.Message):
-    """An example near to a classified text."""
+    """An example near to a classified text. Planned: the server does not send this
+    message yet.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -384,27 +413,30 @@ class Classification(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     NEAREST_EXAMPLES_FIELD_NUMBER: _builtins.int
     rejected: _builtins.bool
-    """Whether the text seems to have none of the labels: its best logit is below
-    the rejection threshold of the classifier. Always false if the classifier
-    does not reject.
+    """Whether the text seems to have none of the labels: its greatest logit is
+    below `Classifier.rejection_threshold`. Always false if
+    `Classifier.rejects` is false.
     """
     @_builtins.property
     def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___LabelScore]:
-        """Labels with probabilities, best first: all labels, or `top_k` of the
-        request if that is fewer. Also filled if the text is rejected.
+        """Labels with probabilities, best first; equal logits in the order of
+        `Classifier.labels`. All labels if `top_k` of the request is 0, else at
+        most `top_k`. Also filled if the text is rejected.
         """
 
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The predicted labels, best first; `top_k` does not limit them.
-        Single-label classifier: the best label. Multi-label classifier: the
-        labels whose probabilities are at least their thresholds, which may be
-        none. Empty if the text is rejected.
+        """The labels that the classifier gives the text, best first. `top_k` does not
+        limit them. Single-label classifier: the first label of `scores`.
+        Multi-label classifier: each label whose probability is at least its
+        threshold; there may be none. Empty if the text is rejected.
         """
 
     @_builtins.property
     def usage(self) -> _types_pb2.TokenUsage:
-        """Tokens of the text, and whether it was truncated."""
+        """Number of tokens that the model read of the text, and whether the text was
+        truncated.
+        """
 
     @_builtins.property
     def nearest_examples(self) -> _containers.RepeatedCompositeFieldContainer[Global___NearestExample]:
@@ -444,11 +476,11 @@ class ClassifyResponse(_message.Message):
 
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
-        """The model that answered."""
+        """Name, revision and fingerprints of the classifier that answered."""
 
     @_builtins.property
     def timings(self) -> _types_pb2.Timings:
-        """Wall time of each step of the call."""
+        """Wall time of each step of the call. `lookup_seconds` is always 0."""
 
     def __init__(
         self,
@@ -528,7 +560,8 @@ class GetClassifierRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the classifier. Empty: the only classifier of the server;
-    INVALID_ARGUMENT if there are several.
+    INVALID_ARGUMENT if there are several, FAILED_PRECONDITION if there is
+    none.
     """
     def __init__(
         self,
@@ -552,7 +585,9 @@ class GetClassifierResponse(_message.Message):
     CLASSIFIER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def classifier(self) -> Global___Classifier:
-        """The classifier that the request names."""
+        """The classifier that the request names, or the only one if the request names
+        none.
+        """
 
     def __init__(
         self,
@@ -581,20 +616,22 @@ class CreateClassifierRequest(_message.Message):
     name: _builtins.str
     """Name of the new classifier."""
     model: _builtins.str
-    """Name of the embedding model. Empty: the model of the collection, or the
-    only embedding model of the server.
+    """Name of the embedding model. Empty: the model of `collection`; if
+    `collection` is empty too, the only embedding model of the server.
     """
     collection: _builtins.str
     """Name of the collection that contains the examples. Empty: the server
     creates a collection with the name of the classifier.
     """
     strategy: Global___ExampleStrategy.ValueType
-    """How the new classifier chooses a label. Default: the server decides by the
-    number of examples.
+    """How the new classifier chooses a label. Unspecified: the server chooses a
+    strategy by the number of examples.
     """
     @_builtins.property
     def labels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Label]:
-        """Labels of the new classifier. The labels of the examples are added."""
+        """Labels of the new classifier. Labels of the examples that are missing here
+        are added.
+        """
 
     def __init__(
         self,
@@ -653,11 +690,15 @@ class UpdateClassifierRequest(_message.Message):
     """The new strategy of the classifier. Unspecified: the strategy stays."""
     @_builtins.property
     def upsert_labels(self) -> _containers.RepeatedCompositeFieldContainer[Global___Label]:
-        """Labels to add, and existing labels with a new description."""
+        """Labels to add. A label that the classifier has already gets the description
+        given here.
+        """
 
     @_builtins.property
     def remove_labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Labels to remove. Their examples stay in the collection."""
+        """Names of labels to remove. The examples of these labels stay in the
+        collection.
+        """
 
     def __init__(
         self,
@@ -851,7 +892,7 @@ class SubmitCorrectionsResponse(_message.Message):
     RECORD_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def record_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids of the records in which the corrections are stored, in their order."""
+        """Item i is the id of the record that stores `corrections[i]` of the request."""
 
     def __init__(
         self,

@@ -26,15 +26,19 @@ if _version_not_supported:
 
 
 class ClassificationServiceStub(object):
-    """Classifies texts. A classifier is a bundle that was fine-tuned offline.
-    Planned is a second kind, which the server learns from label names and
-    examples: its RPCs fail with UNIMPLEMENTED in this version.
+    """Classifies texts. A classifier is a served model that an export or another
+    tool made offline. A second kind is planned: classifiers that the server
+    makes from label descriptions and examples. The RPCs for that kind fail with
+    UNIMPLEMENTED in this version.
 
     Besides the errors that each RPC lists, every RPC may fail with
-    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
-    INVALID_ARGUMENT (the request is malformed or has too many elements) and
-    INTERNAL (the server made an error).
+    RESOURCE_EXHAUSTED (the calls in progress hold too many bytes, and RetryInfo
+    states when to retry; a request message has more bytes than
+    `ServerLimits.max_message_bytes`; or no file descriptor is free),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, has no workers, or has too
+    many calls on the connection), INVALID_ARGUMENT (the request is malformed or
+    has too many elements) and INTERNAL (the model fails or the server makes an
+    error).
     """
 
     def __init__(self, channel):
@@ -86,28 +90,34 @@ class ClassificationServiceStub(object):
 
 
 class ClassificationServiceServicer(object):
-    """Classifies texts. A classifier is a bundle that was fine-tuned offline.
-    Planned is a second kind, which the server learns from label names and
-    examples: its RPCs fail with UNIMPLEMENTED in this version.
+    """Classifies texts. A classifier is a served model that an export or another
+    tool made offline. A second kind is planned: classifiers that the server
+    makes from label descriptions and examples. The RPCs for that kind fail with
+    UNIMPLEMENTED in this version.
 
     Besides the errors that each RPC lists, every RPC may fail with
-    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
-    INVALID_ARGUMENT (the request is malformed or has too many elements) and
-    INTERNAL (the server made an error).
+    RESOURCE_EXHAUSTED (the calls in progress hold too many bytes, and RetryInfo
+    states when to retry; a request message has more bytes than
+    `ServerLimits.max_message_bytes`; or no file descriptor is free),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, has no workers, or has too
+    many calls on the connection), INVALID_ARGUMENT (the request is malformed or
+    has too many elements) and INTERNAL (the model fails or the server makes an
+    error).
     """
 
     def Classify(self, request, context):
-        """Classifies texts. If one text is invalid, the call fails, and the error
-        names the text.
+        """Classifies texts. If a text is invalid, the call fails, and the error names
+        the text.
 
-        INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-        long, more tokens together than the whole queue holds, a field out of
-        range, or no classifier name though there are several classifiers.
-        NOT_FOUND: there is no model with the name. FAILED_PRECONDITION: the model
-        is not a classifier, no classifier is served, or `nearest_examples` is set.
-        RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon, or the
-        response would be too large.
+        INVALID_ARGUMENT: no text, too many texts, a text that is empty, too long
+        or without a token that the model knows, more tokens together than
+        `ServerLimits.max_queue_tokens`, a negative `top_k`, an unknown
+        `truncation` or `priority`, or no classifier name though there are several
+        classifiers. NOT_FOUND: there is no model with the name.
+        FAILED_PRECONDITION: the model is not a classifier, no name is given and
+        there is no classifier, or `nearest_examples` is not 0. RESOURCE_EXHAUSTED:
+        the queue has no room for the texts, the deadline is too soon, or the
+        estimated size of the response is over `ServerLimits.max_response_bytes`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,11 +126,11 @@ class ClassificationServiceServicer(object):
     def ListClassifiers(self, request, context):
         """Lists the served classifiers, sorted by name. A page ends early if its
         classifiers would have more than 1 MiB together, or more bytes than a
-        response may have.
+        response may have; a page with one classifier may have more than 1 MiB.
 
         INVALID_ARGUMENT: the page size is out of range, or the page token is
-        malformed. RESOURCE_EXHAUSTED: a single classifier has more bytes than a
-        response may have.
+        malformed. RESOURCE_EXHAUSTED: the first classifier of the page is too
+        large for a response (`ServerLimits.max_response_bytes`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -130,9 +140,10 @@ class ClassificationServiceServicer(object):
         """Returns one classifier.
 
         NOT_FOUND: there is no model with the name. FAILED_PRECONDITION: the model
-        is not a classifier, or no classifier is served. INVALID_ARGUMENT: the name
-        is empty, and there are several classifiers. RESOURCE_EXHAUSTED: the
-        classifier has more bytes than a response may have.
+        is not a classifier, or the name is empty and there is no classifier.
+        INVALID_ARGUMENT: the name is empty, and there are several classifiers.
+        RESOURCE_EXHAUSTED: the classifier is too large for a response
+        (`ServerLimits.max_response_bytes`).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,8 +158,9 @@ class ClassificationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateClassifier(self, request, context):
-        """Adds, replaces or removes labels of a classifier made from examples.
-        Planned: fails with UNIMPLEMENTED.
+        """Changes a classifier made from examples: adds or removes labels, replaces
+        descriptions of labels, or sets the strategy. Planned: fails with
+        UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -163,16 +175,16 @@ class ClassificationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def FitClassifier(self, request, context):
-        """Fits a classifier made from examples again, to the examples that its
-        collection has now. Planned: fails with UNIMPLEMENTED.
+        """Repeats the fit of a classifier made from examples, with the examples that
+        its collection has now. Planned: fails with UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SubmitCorrections(self, request, context):
-        """Stores texts with their right labels as examples of a classifier. Planned:
-        fails with UNIMPLEMENTED.
+        """Stores texts with their right labels as examples, in the collection of a
+        classifier made from examples. Planned: fails with UNIMPLEMENTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -230,15 +242,19 @@ def add_ClassificationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ClassificationService(object):
-    """Classifies texts. A classifier is a bundle that was fine-tuned offline.
-    Planned is a second kind, which the server learns from label names and
-    examples: its RPCs fail with UNIMPLEMENTED in this version.
+    """Classifies texts. A classifier is a served model that an export or another
+    tool made offline. A second kind is planned: classifiers that the server
+    makes from label descriptions and examples. The RPCs for that kind fail with
+    UNIMPLEMENTED in this version.
 
     Besides the errors that each RPC lists, every RPC may fail with
-    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
-    INVALID_ARGUMENT (the request is malformed or has too many elements) and
-    INTERNAL (the server made an error).
+    RESOURCE_EXHAUSTED (the calls in progress hold too many bytes, and RetryInfo
+    states when to retry; a request message has more bytes than
+    `ServerLimits.max_message_bytes`; or no file descriptor is free),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, has no workers, or has too
+    many calls on the connection), INVALID_ARGUMENT (the request is malformed or
+    has too many elements) and INTERNAL (the model fails or the server makes an
+    error).
     """
 
     @staticmethod

@@ -27,15 +27,19 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ClassificationServiceStub:
-    """Classifies texts. A classifier is a bundle that was fine-tuned offline.
-    Planned is a second kind, which the server learns from label names and
-    examples: its RPCs fail with UNIMPLEMENTED in this version.
+    """Classifies texts. A classifier is a served model that an export or another
+    tool made offline. A second kind is planned: classifiers that the server
+    makes from label descriptions and examples. The RPCs for that kind fail with
+    UNIMPLEMENTED in this version.
 
     Besides the errors that each RPC lists, every RPC may fail with
-    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
-    INVALID_ARGUMENT (the request is malformed or has too many elements) and
-    INTERNAL (the server made an error).
+    RESOURCE_EXHAUSTED (the calls in progress hold too many bytes, and RetryInfo
+    states when to retry; a request message has more bytes than
+    `ServerLimits.max_message_bytes`; or no file descriptor is free),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, has no workers, or has too
+    many calls on the connection), INVALID_ARGUMENT (the request is malformed or
+    has too many elements) and INTERNAL (the model fails or the server makes an
+    error).
     """
 
     @_typing.overload
@@ -43,129 +47,145 @@ class ClassificationServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ClassificationServiceAsyncStub: ...
     Classify: _grpc.UnaryUnaryMultiCallable[_classification_pb2.ClassifyRequest, _classification_pb2.ClassifyResponse]
-    """Classifies texts. If one text is invalid, the call fails, and the error
-    names the text.
+    """Classifies texts. If a text is invalid, the call fails, and the error names
+    the text.
 
-    INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-    long, more tokens together than the whole queue holds, a field out of
-    range, or no classifier name though there are several classifiers.
-    NOT_FOUND: there is no model with the name. FAILED_PRECONDITION: the model
-    is not a classifier, no classifier is served, or `nearest_examples` is set.
-    RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon, or the
-    response would be too large.
+    INVALID_ARGUMENT: no text, too many texts, a text that is empty, too long
+    or without a token that the model knows, more tokens together than
+    `ServerLimits.max_queue_tokens`, a negative `top_k`, an unknown
+    `truncation` or `priority`, or no classifier name though there are several
+    classifiers. NOT_FOUND: there is no model with the name.
+    FAILED_PRECONDITION: the model is not a classifier, no name is given and
+    there is no classifier, or `nearest_examples` is not 0. RESOURCE_EXHAUSTED:
+    the queue has no room for the texts, the deadline is too soon, or the
+    estimated size of the response is over `ServerLimits.max_response_bytes`.
     """
     ListClassifiers: _grpc.UnaryUnaryMultiCallable[_classification_pb2.ListClassifiersRequest, _classification_pb2.ListClassifiersResponse]
     """Lists the served classifiers, sorted by name. A page ends early if its
     classifiers would have more than 1 MiB together, or more bytes than a
-    response may have.
+    response may have; a page with one classifier may have more than 1 MiB.
 
     INVALID_ARGUMENT: the page size is out of range, or the page token is
-    malformed. RESOURCE_EXHAUSTED: a single classifier has more bytes than a
-    response may have.
+    malformed. RESOURCE_EXHAUSTED: the first classifier of the page is too
+    large for a response (`ServerLimits.max_response_bytes`).
     """
     GetClassifier: _grpc.UnaryUnaryMultiCallable[_classification_pb2.GetClassifierRequest, _classification_pb2.GetClassifierResponse]
     """Returns one classifier.
 
     NOT_FOUND: there is no model with the name. FAILED_PRECONDITION: the model
-    is not a classifier, or no classifier is served. INVALID_ARGUMENT: the name
-    is empty, and there are several classifiers. RESOURCE_EXHAUSTED: the
-    classifier has more bytes than a response may have.
+    is not a classifier, or the name is empty and there is no classifier.
+    INVALID_ARGUMENT: the name is empty, and there are several classifiers.
+    RESOURCE_EXHAUSTED: the classifier is too large for a response
+    (`ServerLimits.max_response_bytes`).
     """
     CreateClassifier: _grpc.UnaryUnaryMultiCallable[_classification_pb2.CreateClassifierRequest, _classification_pb2.CreateClassifierResponse]
     """Creates a classifier on an embedding model, from label descriptions and
     the labelled records of a collection. Planned: fails with UNIMPLEMENTED.
     """
     UpdateClassifier: _grpc.UnaryUnaryMultiCallable[_classification_pb2.UpdateClassifierRequest, _classification_pb2.UpdateClassifierResponse]
-    """Adds, replaces or removes labels of a classifier made from examples.
-    Planned: fails with UNIMPLEMENTED.
+    """Changes a classifier made from examples: adds or removes labels, replaces
+    descriptions of labels, or sets the strategy. Planned: fails with
+    UNIMPLEMENTED.
     """
     DeleteClassifier: _grpc.UnaryUnaryMultiCallable[_classification_pb2.DeleteClassifierRequest, _classification_pb2.DeleteClassifierResponse]
     """Deletes a classifier made from examples. The collection of the examples
     stays. Planned: fails with UNIMPLEMENTED.
     """
     FitClassifier: _grpc.UnaryUnaryMultiCallable[_classification_pb2.FitClassifierRequest, _classification_pb2.FitClassifierResponse]
-    """Fits a classifier made from examples again, to the examples that its
-    collection has now. Planned: fails with UNIMPLEMENTED.
+    """Repeats the fit of a classifier made from examples, with the examples that
+    its collection has now. Planned: fails with UNIMPLEMENTED.
     """
     SubmitCorrections: _grpc.UnaryUnaryMultiCallable[_classification_pb2.SubmitCorrectionsRequest, _classification_pb2.SubmitCorrectionsResponse]
-    """Stores texts with their right labels as examples of a classifier. Planned:
-    fails with UNIMPLEMENTED.
+    """Stores texts with their right labels as examples, in the collection of a
+    classifier made from examples. Planned: fails with UNIMPLEMENTED.
     """
 
 @_typing.type_check_only
 class ClassificationServiceAsyncStub(ClassificationServiceStub):
-    """Classifies texts. A classifier is a bundle that was fine-tuned offline.
-    Planned is a second kind, which the server learns from label names and
-    examples: its RPCs fail with UNIMPLEMENTED in this version.
+    """Classifies texts. A classifier is a served model that an export or another
+    tool made offline. A second kind is planned: classifiers that the server
+    makes from label descriptions and examples. The RPCs for that kind fail with
+    UNIMPLEMENTED in this version.
 
     Besides the errors that each RPC lists, every RPC may fail with
-    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
-    INVALID_ARGUMENT (the request is malformed or has too many elements) and
-    INTERNAL (the server made an error).
+    RESOURCE_EXHAUSTED (the calls in progress hold too many bytes, and RetryInfo
+    states when to retry; a request message has more bytes than
+    `ServerLimits.max_message_bytes`; or no file descriptor is free),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, has no workers, or has too
+    many calls on the connection), INVALID_ARGUMENT (the request is malformed or
+    has too many elements) and INTERNAL (the model fails or the server makes an
+    error).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Classify: _aio.UnaryUnaryMultiCallable[_classification_pb2.ClassifyRequest, _classification_pb2.ClassifyResponse]  # type: ignore[assignment]
-    """Classifies texts. If one text is invalid, the call fails, and the error
-    names the text.
+    """Classifies texts. If a text is invalid, the call fails, and the error names
+    the text.
 
-    INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-    long, more tokens together than the whole queue holds, a field out of
-    range, or no classifier name though there are several classifiers.
-    NOT_FOUND: there is no model with the name. FAILED_PRECONDITION: the model
-    is not a classifier, no classifier is served, or `nearest_examples` is set.
-    RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon, or the
-    response would be too large.
+    INVALID_ARGUMENT: no text, too many texts, a text that is empty, too long
+    or without a token that the model knows, more tokens together than
+    `ServerLimits.max_queue_tokens`, a negative `top_k`, an unknown
+    `truncation` or `priority`, or no classifier name though there are several
+    classifiers. NOT_FOUND: there is no model with the name.
+    FAILED_PRECONDITION: the model is not a classifier, no name is given and
+    there is no classifier, or `nearest_examples` is not 0. RESOURCE_EXHAUSTED:
+    the queue has no room for the texts, the deadline is too soon, or the
+    estimated size of the response is over `ServerLimits.max_response_bytes`.
     """
     ListClassifiers: _aio.UnaryUnaryMultiCallable[_classification_pb2.ListClassifiersRequest, _classification_pb2.ListClassifiersResponse]  # type: ignore[assignment]
     """Lists the served classifiers, sorted by name. A page ends early if its
     classifiers would have more than 1 MiB together, or more bytes than a
-    response may have.
+    response may have; a page with one classifier may have more than 1 MiB.
 
     INVALID_ARGUMENT: the page size is out of range, or the page token is
-    malformed. RESOURCE_EXHAUSTED: a single classifier has more bytes than a
-    response may have.
+    malformed. RESOURCE_EXHAUSTED: the first classifier of the page is too
+    large for a response (`ServerLimits.max_response_bytes`).
     """
     GetClassifier: _aio.UnaryUnaryMultiCallable[_classification_pb2.GetClassifierRequest, _classification_pb2.GetClassifierResponse]  # type: ignore[assignment]
     """Returns one classifier.
 
     NOT_FOUND: there is no model with the name. FAILED_PRECONDITION: the model
-    is not a classifier, or no classifier is served. INVALID_ARGUMENT: the name
-    is empty, and there are several classifiers. RESOURCE_EXHAUSTED: the
-    classifier has more bytes than a response may have.
+    is not a classifier, or the name is empty and there is no classifier.
+    INVALID_ARGUMENT: the name is empty, and there are several classifiers.
+    RESOURCE_EXHAUSTED: the classifier is too large for a response
+    (`ServerLimits.max_response_bytes`).
     """
     CreateClassifier: _aio.UnaryUnaryMultiCallable[_classification_pb2.CreateClassifierRequest, _classification_pb2.CreateClassifierResponse]  # type: ignore[assignment]
     """Creates a classifier on an embedding model, from label descriptions and
     the labelled records of a collection. Planned: fails with UNIMPLEMENTED.
     """
     UpdateClassifier: _aio.UnaryUnaryMultiCallable[_classification_pb2.UpdateClassifierRequest, _classification_pb2.UpdateClassifierResponse]  # type: ignore[assignment]
-    """Adds, replaces or removes labels of a classifier made from examples.
-    Planned: fails with UNIMPLEMENTED.
+    """Changes a classifier made from examples: adds or removes labels, replaces
+    descriptions of labels, or sets the strategy. Planned: fails with
+    UNIMPLEMENTED.
     """
     DeleteClassifier: _aio.UnaryUnaryMultiCallable[_classification_pb2.DeleteClassifierRequest, _classification_pb2.DeleteClassifierResponse]  # type: ignore[assignment]
     """Deletes a classifier made from examples. The collection of the examples
     stays. Planned: fails with UNIMPLEMENTED.
     """
     FitClassifier: _aio.UnaryUnaryMultiCallable[_classification_pb2.FitClassifierRequest, _classification_pb2.FitClassifierResponse]  # type: ignore[assignment]
-    """Fits a classifier made from examples again, to the examples that its
-    collection has now. Planned: fails with UNIMPLEMENTED.
+    """Repeats the fit of a classifier made from examples, with the examples that
+    its collection has now. Planned: fails with UNIMPLEMENTED.
     """
     SubmitCorrections: _aio.UnaryUnaryMultiCallable[_classification_pb2.SubmitCorrectionsRequest, _classification_pb2.SubmitCorrectionsResponse]  # type: ignore[assignment]
-    """Stores texts with their right labels as examples of a classifier. Planned:
-    fails with UNIMPLEMENTED.
+    """Stores texts with their right labels as examples, in the collection of a
+    classifier made from examples. Planned: fails with UNIMPLEMENTED.
     """
 
 class ClassificationServiceServicer:
-    """Classifies texts. A classifier is a bundle that was fine-tuned offline.
-    Planned is a second kind, which the server learns from label names and
-    examples: its RPCs fail with UNIMPLEMENTED in this version.
+    """Classifies texts. A classifier is a served model that an export or another
+    tool made offline. A second kind is planned: classifiers that the server
+    makes from label descriptions and examples. The RPCs for that kind fail with
+    UNIMPLEMENTED in this version.
 
     Besides the errors that each RPC lists, every RPC may fail with
-    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
-    INVALID_ARGUMENT (the request is malformed or has too many elements) and
-    INTERNAL (the server made an error).
+    RESOURCE_EXHAUSTED (the calls in progress hold too many bytes, and RetryInfo
+    states when to retry; a request message has more bytes than
+    `ServerLimits.max_message_bytes`; or no file descriptor is free),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, has no workers, or has too
+    many calls on the connection), INVALID_ARGUMENT (the request is malformed or
+    has too many elements) and INTERNAL (the model fails or the server makes an
+    error).
     """
 
     def Classify(
@@ -173,16 +193,18 @@ class ClassificationServiceServicer:
         request: _classification_pb2.ClassifyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.ClassifyResponse, _abc.Awaitable[_classification_pb2.ClassifyResponse]]:
-        """Classifies texts. If one text is invalid, the call fails, and the error
-        names the text.
+        """Classifies texts. If a text is invalid, the call fails, and the error names
+        the text.
 
-        INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-        long, more tokens together than the whole queue holds, a field out of
-        range, or no classifier name though there are several classifiers.
-        NOT_FOUND: there is no model with the name. FAILED_PRECONDITION: the model
-        is not a classifier, no classifier is served, or `nearest_examples` is set.
-        RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon, or the
-        response would be too large.
+        INVALID_ARGUMENT: no text, too many texts, a text that is empty, too long
+        or without a token that the model knows, more tokens together than
+        `ServerLimits.max_queue_tokens`, a negative `top_k`, an unknown
+        `truncation` or `priority`, or no classifier name though there are several
+        classifiers. NOT_FOUND: there is no model with the name.
+        FAILED_PRECONDITION: the model is not a classifier, no name is given and
+        there is no classifier, or `nearest_examples` is not 0. RESOURCE_EXHAUSTED:
+        the queue has no room for the texts, the deadline is too soon, or the
+        estimated size of the response is over `ServerLimits.max_response_bytes`.
         """
 
     def ListClassifiers(
@@ -192,11 +214,11 @@ class ClassificationServiceServicer:
     ) -> _typing.Union[_classification_pb2.ListClassifiersResponse, _abc.Awaitable[_classification_pb2.ListClassifiersResponse]]:
         """Lists the served classifiers, sorted by name. A page ends early if its
         classifiers would have more than 1 MiB together, or more bytes than a
-        response may have.
+        response may have; a page with one classifier may have more than 1 MiB.
 
         INVALID_ARGUMENT: the page size is out of range, or the page token is
-        malformed. RESOURCE_EXHAUSTED: a single classifier has more bytes than a
-        response may have.
+        malformed. RESOURCE_EXHAUSTED: the first classifier of the page is too
+        large for a response (`ServerLimits.max_response_bytes`).
         """
 
     def GetClassifier(
@@ -207,9 +229,10 @@ class ClassificationServiceServicer:
         """Returns one classifier.
 
         NOT_FOUND: there is no model with the name. FAILED_PRECONDITION: the model
-        is not a classifier, or no classifier is served. INVALID_ARGUMENT: the name
-        is empty, and there are several classifiers. RESOURCE_EXHAUSTED: the
-        classifier has more bytes than a response may have.
+        is not a classifier, or the name is empty and there is no classifier.
+        INVALID_ARGUMENT: the name is empty, and there are several classifiers.
+        RESOURCE_EXHAUSTED: the classifier is too large for a response
+        (`ServerLimits.max_response_bytes`).
         """
 
     def CreateClassifier(
@@ -226,8 +249,9 @@ class ClassificationServiceServicer:
         request: _classification_pb2.UpdateClassifierRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.UpdateClassifierResponse, _abc.Awaitable[_classification_pb2.UpdateClassifierResponse]]:
-        """Adds, replaces or removes labels of a classifier made from examples.
-        Planned: fails with UNIMPLEMENTED.
+        """Changes a classifier made from examples: adds or removes labels, replaces
+        descriptions of labels, or sets the strategy. Planned: fails with
+        UNIMPLEMENTED.
         """
 
     def DeleteClassifier(
@@ -244,8 +268,8 @@ class ClassificationServiceServicer:
         request: _classification_pb2.FitClassifierRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.FitClassifierResponse, _abc.Awaitable[_classification_pb2.FitClassifierResponse]]:
-        """Fits a classifier made from examples again, to the examples that its
-        collection has now. Planned: fails with UNIMPLEMENTED.
+        """Repeats the fit of a classifier made from examples, with the examples that
+        its collection has now. Planned: fails with UNIMPLEMENTED.
         """
 
     def SubmitCorrections(
@@ -253,8 +277,8 @@ class ClassificationServiceServicer:
         request: _classification_pb2.SubmitCorrectionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_classification_pb2.SubmitCorrectionsResponse, _abc.Awaitable[_classification_pb2.SubmitCorrectionsResponse]]:
-        """Stores texts with their right labels as examples of a classifier. Planned:
-        fails with UNIMPLEMENTED.
+        """Stores texts with their right labels as examples, in the collection of a
+        classifier made from examples. Planned: fails with UNIMPLEMENTED.
         """
 
 def add_ClassificationServiceServicer_to_server(servicer: ClassificationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -36,33 +36,36 @@ class EmbedRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the embedding model. Empty: the only embedding model of the server;
-    INVALID_ARGUMENT if there are several.
+    INVALID_ARGUMENT if there are several, FAILED_PRECONDITION if there is
+    none.
     """
     input_kind: _types_pb2.InputKind.ValueType
     """Purpose of the texts, which decides the prompt. Default: PASSAGE."""
     dimensions: _builtins.int
     """Number of first dimensions to return (Matryoshka). 0: all dimensions.
-    Otherwise it must be `dimensions` or one of `matryoshka_dimensions` of the
-    model. Shortened vectors are scaled to length 1 again if `normalize`, or
-    its default, is true.
+    Otherwise the number must be `Model.dimensions` or one of
+    `Model.matryoshka_dimensions`. If `normalize`, or its default, is true, the
+    vectors are scaled to length 1 after they are shortened.
     """
     truncation: _types_pb2.Truncation.ValueType
     """Treatment of texts with more tokens than the model reads. Default: REFUSE."""
     dtype: _types_pb2.DataType.ValueType
-    """Element type of the vectors in the response. Default: FLOAT32. For the
-    limit of the response, 4 bytes count for each number, whatever the type is.
+    """Element type of the vectors in the response. Default: FLOAT32.
+    `ServerLimits.max_response_bytes` is compared with 4 bytes for each number,
+    whatever the type is, since the server holds the vectors as FLOAT32.
     """
     normalize: _builtins.bool
-    """Whether to scale the vectors to length 1. Default: as the model's export
-    was set. A model whose vectors have length 1 anyway refuses false with
-    INVALID_ARGUMENT.
+    """Whether to scale the vectors to length 1. A vector of zeros stays as it is.
+    Default: `Model.normalized`. If `Model.normalized` is true, false fails
+    with INVALID_ARGUMENT.
     """
     priority: _types_pb2.Priority.ValueType
     """Urgency of the call. Default: INTERACTIVE."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The texts, from 1 to `ServerLimits.max_texts` (default 4096). None may be
-        empty or have only white space.
+        """1 to `ServerLimits.max_texts` (default 4096) texts, each with at most
+        `ServerLimits.max_text_bytes`. Each text must have a character other than
+        white space.
         """
 
     def __init__(
@@ -103,7 +106,9 @@ class EmbedResponse(_message.Message):
 
     @_builtins.property
     def usages(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenUsage]:
-        """Item i has the number of tokens of `texts[i]` of the request."""
+        """Item i is for `texts[i]` of the request: the number of tokens that the
+        model read, and whether the text was truncated.
+        """
 
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
@@ -111,7 +116,7 @@ class EmbedResponse(_message.Message):
 
     @_builtins.property
     def timings(self) -> _types_pb2.Timings:
-        """Wall time of each step of the call."""
+        """Wall time of each step of the call. `lookup_seconds` is always 0."""
 
     def __init__(
         self,
@@ -131,8 +136,8 @@ Global___EmbedResponse: _TypeAlias = EmbedResponse  # noqa: Y015
 
 @_typing.final
 class EmbedStreamConfig(_message.Message):
-    """Settings of one EmbedStream call. The fields have the same meanings as the
-    fields of EmbedRequest with the same names.
+    """Settings of one EmbedStream call. The fields are those of EmbedRequest
+    without `texts`, but the default of `priority` differs.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -146,25 +151,27 @@ class EmbedStreamConfig(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the embedding model. Empty: the only embedding model of the server;
-    INVALID_ARGUMENT if there are several.
+    INVALID_ARGUMENT if there are several, FAILED_PRECONDITION if there is
+    none.
     """
     input_kind: _types_pb2.InputKind.ValueType
     """Purpose of the texts, which decides the prompt. Default: PASSAGE."""
     dimensions: _builtins.int
     """Number of first dimensions to return (Matryoshka). 0: all dimensions.
-    Otherwise it must be `dimensions` or one of `matryoshka_dimensions` of the
-    model.
+    Otherwise the number must be `Model.dimensions` or one of
+    `Model.matryoshka_dimensions`. If `normalize`, or its default, is true, the
+    vectors are scaled to length 1 after they are shortened.
     """
     truncation: _types_pb2.Truncation.ValueType
-    """Treatment of texts with more tokens than the model reads. Default: REFUSE;
-    then only the text that is too long fails.
+    """Treatment of texts with more tokens than the model reads. Default: REFUSE:
+    each text with too many tokens fails, and the other texts do not.
     """
     dtype: _types_pb2.DataType.ValueType
     """Element type of the vectors in the responses. Default: FLOAT32."""
     normalize: _builtins.bool
-    """Whether to scale the vectors to length 1. Default: as the model's export
-    was set. A model whose vectors have length 1 anyway refuses false with
-    INVALID_ARGUMENT.
+    """Whether to scale the vectors to length 1. A vector of zeros stays as it is.
+    Default: `Model.normalized`. If `Model.normalized` is true, false fails
+    with INVALID_ARGUMENT.
     """
     priority: _types_pb2.Priority.ValueType
     """Urgency of the call. Default: BULK."""
@@ -198,11 +205,14 @@ class EmbedStreamItem(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """An id that the client chooses; the server returns it with the result. A
-    text with an empty id fails alone.
+    """An id that the client chooses; the server returns the id with the result. A
+    text with an empty id fails, and the other texts do not. The server does
+    not check that ids differ.
     """
     text: _builtins.str
-    """The text to embed. A text that is empty or too long fails alone."""
+    """The text to embed. A text that is empty, has only white space or is too
+    long fails, and the other texts do not.
+    """
     def __init__(
         self,
         *,
@@ -233,8 +243,8 @@ class EmbedStreamRequest(_message.Message):
 
     @_builtins.property
     def items(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmbedStreamItem]:
-        """Texts to embed, at most `ServerLimits.max_texts` (default 4096) in one
-        message. A message may have none.
+        """Texts to embed: from 0 to `ServerLimits.max_texts` (default 4096) in one
+        message.
         """
 
     def __init__(
@@ -263,9 +273,12 @@ class EmbedStreamFailure(_message.Message):
     """The client's id of the text."""
     @_builtins.property
     def error(self) -> _errors_pb2.ErrorStatus:
-        """The error with which an Embed call with this text alone would fail, but
-        with the field path `text`. If the id is empty: INVALID_ARGUMENT with the
-        field path `id`.
+        """INVALID_ARGUMENT: the id (field path `id`) or the text (field path `text`)
+        is invalid, or the text has more tokens than
+        `ServerLimits.max_queue_tokens` (no field path). RESOURCE_EXHAUSTED: the
+        queue had no room for about 20 seconds or until the deadline, or the
+        deadline is too soon. DEADLINE_EXCEEDED: the text waited too long to meet
+        the deadline. INTERNAL: the model fails on the text.
         """
 
     def __init__(
@@ -305,7 +318,9 @@ class EmbedStreamResponse(_message.Message):
 
     @_builtins.property
     def usages(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenUsage]:
-        """Item i has the number of tokens of the text with the id `ids[i]`."""
+        """Item i is for the text with the id `ids[i]`: the number of tokens that the
+        model read, and whether the text was truncated.
+        """
 
     @_builtins.property
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmbedStreamFailure]:
@@ -345,8 +360,9 @@ class CountTokensRequest(_message.Message):
     INPUT_KIND_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model, which may be a classifier. Empty: the only embedding
-    model of the server, or the only model if no model embeds texts;
-    INVALID_ARGUMENT if there are several.
+    model of the server, or the only classifier if there is no embedding model;
+    INVALID_ARGUMENT if there are several, FAILED_PRECONDITION if there is no
+    model.
     """
     input_kind: _types_pb2.InputKind.ValueType
     """Purpose of the texts, which decides the prompt that is counted. Default:
@@ -354,8 +370,9 @@ class CountTokensRequest(_message.Message):
     """
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The texts, from 1 to `ServerLimits.max_texts` (default 4096). A text may be
-        empty: its tokens are the special tokens and the prompt.
+        """1 to `ServerLimits.max_texts` (default 4096) texts, each with at most
+        `ServerLimits.max_text_bytes`. A text may be empty: then the special tokens
+        and the tokens of the prompt are counted.
         """
 
     def __init__(
@@ -425,7 +442,8 @@ class ComputeSimilarityRequest(_message.Message):
     TRUNCATION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the embedding model. Empty: the only embedding model of the server;
-    INVALID_ARGUMENT if there are several.
+    INVALID_ARGUMENT if there are several, FAILED_PRECONDITION if there is
+    none.
     """
     source_kind: _types_pb2.InputKind.ValueType
     """Purpose of the sources, which decides their prompt. Default: PASSAGE."""
@@ -435,15 +453,15 @@ class ComputeSimilarityRequest(_message.Message):
     """Treatment of texts with more tokens than the model reads. Default: REFUSE."""
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts to compare with each of `targets`, at least 1. None may be empty or
-        have only white space.
+        """Texts to compare with each of `targets`, at least 1. Each text must have a
+        character other than white space.
         """
 
     @_builtins.property
     def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Texts to compare with each of `sources`, at least 1. None may be empty or
-        have only white space. Sources and targets together may be at most
-        `ServerLimits.max_texts` (default 4096).
+        """Texts to compare with each of `sources`, at least 1. Each text must have a
+        character other than white space. Sources and targets together may be at
+        most `ServerLimits.max_texts` (default 4096).
         """
 
     def __init__(
@@ -482,15 +500,15 @@ class ComputeSimilarityResponse(_message.Message):
     """Number of targets."""
     @_builtins.property
     def scores(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Cosine similarities in [-1, 1], row-major, `rows` × `columns`: item i ×
-        `columns` + j compares `sources[i]` with `targets[j]`. 0 if a vector has
-        only zeros.
+        """`rows` × `columns` cosine similarities in [-1, 1], row by row: item
+        (i × `columns` + j) compares `sources[i]` with `targets[j]`. 0 if a vector
+        has only zeros.
         """
 
     @_builtins.property
     def usages(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenUsage]:
-        """Numbers of tokens: item i is of `sources[i]`. The items of `targets`
-        follow, in their order.
+        """Item i is for `sources[i]`, item (`rows` + j) is for `targets[j]`: the
+        number of tokens that the model read, and whether the text was truncated.
         """
 
     @_builtins.property
@@ -499,8 +517,9 @@ class ComputeSimilarityResponse(_message.Message):
 
     @_builtins.property
     def timings(self) -> _types_pb2.Timings:
-        """Wall time of each step of the call. Of sources and targets, which are
-        embedded at the same time, each step has the longer time.
+        """Wall time of each step of the call: the longer of the times of the sources
+        and of the targets, which are embedded concurrently. `lookup_seconds` is
+        always 0.
         """
 
     def __init__(

@@ -27,13 +27,16 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class EmbeddingServiceStub:
-    """Embeds texts and compares them.
+    """Embeds texts, compares texts, and counts tokens.
 
     Besides the errors that each RPC lists, every RPC may fail with
-    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
-    INVALID_ARGUMENT (the request is malformed or has too many elements) and
-    INTERNAL (the server made an error).
+    RESOURCE_EXHAUSTED (the calls in progress hold too many bytes, and RetryInfo
+    states when to retry; a request message has more bytes than
+    `ServerLimits.max_message_bytes`; or no file descriptor is free),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, has no workers, or has too
+    many calls on the connection), INVALID_ARGUMENT (the request is malformed or
+    has too many elements) and INTERNAL (the model fails or the server makes an
+    error).
     """
 
     @_typing.overload
@@ -41,23 +44,28 @@ class EmbeddingServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EmbeddingServiceAsyncStub: ...
     Embed: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.EmbedRequest, _embedding_pb2.EmbedResponse]
-    """Embeds texts and returns their vectors in the order of the texts. If one
-    text is invalid, the call fails, and the error names the text.
+    """Embeds texts and returns their vectors in the order of the texts. If a text
+    is invalid, the call fails, and the error names the text.
 
-    INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-    long, more tokens together than the whole queue holds, an option that is
-    unknown or that the model does not support, or no model name though there
-    are several embedding models. NOT_FOUND: there is no model with the name.
-    FAILED_PRECONDITION: the model does not embed texts, or no embedding model
-    is served. RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon,
-    or the response would be too large.
+    INVALID_ARGUMENT: no text, too many texts, a text that is empty, too long
+    or without a token that the model knows, more tokens together than
+    `ServerLimits.max_queue_tokens`, an option that is unknown or that the
+    model does not support, or no model name though there are several embedding
+    models. NOT_FOUND: there is no model with the name. FAILED_PRECONDITION:
+    the model does not embed texts, or no name is given and there is no
+    embedding model. RESOURCE_EXHAUSTED: the queue has no room for the texts,
+    the deadline is too soon, or the vectors have more bytes than
+    `ServerLimits.max_response_bytes`, 4 bytes for each number.
     """
     EmbedStream: _grpc.StreamStreamMultiCallable[_embedding_pb2.EmbedStreamRequest, _embedding_pb2.EmbedStreamResponse]
     """Embeds any number of texts. The first request message must have `config`.
-    The first response names the model. The other responses have the results,
-    each as soon as it is ready, in any order. An invalid text fails alone.
-    Texts fail, and the stream continues, if they wait too long for a full
-    queue or cannot be embedded before the deadline.
+    The first response names the model. The other responses have the results of
+    up to 64 texts each, in the order in which the results are ready. Read
+    responses while sending: if no response is read, the server stops reading.
+
+    An invalid text fails alone. Texts fail, and the stream continues, if they
+    wait for a full queue for about 20 seconds or cannot be embedded before the
+    deadline; see EmbedStreamFailure.
 
     INVALID_ARGUMENT: `config` is missing in the first message or is in a later
     message, an option is invalid, a message has too many texts, or there is no
@@ -71,50 +79,64 @@ class EmbeddingServiceStub:
     """Counts the tokens of texts, prompt and special tokens included, without
     running the model.
 
-    INVALID_ARGUMENT: no text, too many texts, a text that is too long, or no
-    model name though there are several embedding models, or no embedding model
-    and several classifiers. NOT_FOUND: there is no model with the name.
-    FAILED_PRECONDITION: no model is served.
+    INVALID_ARGUMENT: no text, too many texts, a text with more bytes than
+    `ServerLimits.max_text_bytes` or too long for the tokenizer, an unknown
+    `input_kind`, or no model name though there are several embedding models,
+    or no embedding model and several classifiers. NOT_FOUND: there is no model
+    with the name. FAILED_PRECONDITION: no name is given, and there is no
+    model.
     """
     ComputeSimilarity: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.ComputeSimilarityRequest, _embedding_pb2.ComputeSimilarityResponse]
     """Embeds source texts and target texts, and returns the cosine similarity of
     each source to each target.
 
     INVALID_ARGUMENT: no source or no target, too many texts, a text that is
-    empty or too long, or no model name though there are several embedding
-    models. NOT_FOUND, FAILED_PRECONDITION and RESOURCE_EXHAUSTED: as Embed.
+    empty, too long or without a token that the model knows, more tokens of the
+    sources or of the targets than `ServerLimits.max_queue_tokens`, an unknown
+    option, or no model name though there are several embedding models.
+    NOT_FOUND and FAILED_PRECONDITION: as Embed. RESOURCE_EXHAUSTED: the queue
+    has no room for the texts, the deadline is too soon, or the scores have
+    more bytes than `ServerLimits.max_response_bytes`, 4 bytes for each score.
     """
 
 @_typing.type_check_only
 class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
-    """Embeds texts and compares them.
+    """Embeds texts, compares texts, and counts tokens.
 
     Besides the errors that each RPC lists, every RPC may fail with
-    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
-    INVALID_ARGUMENT (the request is malformed or has too many elements) and
-    INTERNAL (the server made an error).
+    RESOURCE_EXHAUSTED (the calls in progress hold too many bytes, and RetryInfo
+    states when to retry; a request message has more bytes than
+    `ServerLimits.max_message_bytes`; or no file descriptor is free),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, has no workers, or has too
+    many calls on the connection), INVALID_ARGUMENT (the request is malformed or
+    has too many elements) and INTERNAL (the model fails or the server makes an
+    error).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Embed: _aio.UnaryUnaryMultiCallable[_embedding_pb2.EmbedRequest, _embedding_pb2.EmbedResponse]  # type: ignore[assignment]
-    """Embeds texts and returns their vectors in the order of the texts. If one
-    text is invalid, the call fails, and the error names the text.
+    """Embeds texts and returns their vectors in the order of the texts. If a text
+    is invalid, the call fails, and the error names the text.
 
-    INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-    long, more tokens together than the whole queue holds, an option that is
-    unknown or that the model does not support, or no model name though there
-    are several embedding models. NOT_FOUND: there is no model with the name.
-    FAILED_PRECONDITION: the model does not embed texts, or no embedding model
-    is served. RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon,
-    or the response would be too large.
+    INVALID_ARGUMENT: no text, too many texts, a text that is empty, too long
+    or without a token that the model knows, more tokens together than
+    `ServerLimits.max_queue_tokens`, an option that is unknown or that the
+    model does not support, or no model name though there are several embedding
+    models. NOT_FOUND: there is no model with the name. FAILED_PRECONDITION:
+    the model does not embed texts, or no name is given and there is no
+    embedding model. RESOURCE_EXHAUSTED: the queue has no room for the texts,
+    the deadline is too soon, or the vectors have more bytes than
+    `ServerLimits.max_response_bytes`, 4 bytes for each number.
     """
     EmbedStream: _aio.StreamStreamMultiCallable[_embedding_pb2.EmbedStreamRequest, _embedding_pb2.EmbedStreamResponse]  # type: ignore[assignment]
     """Embeds any number of texts. The first request message must have `config`.
-    The first response names the model. The other responses have the results,
-    each as soon as it is ready, in any order. An invalid text fails alone.
-    Texts fail, and the stream continues, if they wait too long for a full
-    queue or cannot be embedded before the deadline.
+    The first response names the model. The other responses have the results of
+    up to 64 texts each, in the order in which the results are ready. Read
+    responses while sending: if no response is read, the server stops reading.
+
+    An invalid text fails alone. Texts fail, and the stream continues, if they
+    wait for a full queue for about 20 seconds or cannot be embedded before the
+    deadline; see EmbedStreamFailure.
 
     INVALID_ARGUMENT: `config` is missing in the first message or is in a later
     message, an option is invalid, a message has too many texts, or there is no
@@ -128,28 +150,37 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
     """Counts the tokens of texts, prompt and special tokens included, without
     running the model.
 
-    INVALID_ARGUMENT: no text, too many texts, a text that is too long, or no
-    model name though there are several embedding models, or no embedding model
-    and several classifiers. NOT_FOUND: there is no model with the name.
-    FAILED_PRECONDITION: no model is served.
+    INVALID_ARGUMENT: no text, too many texts, a text with more bytes than
+    `ServerLimits.max_text_bytes` or too long for the tokenizer, an unknown
+    `input_kind`, or no model name though there are several embedding models,
+    or no embedding model and several classifiers. NOT_FOUND: there is no model
+    with the name. FAILED_PRECONDITION: no name is given, and there is no
+    model.
     """
     ComputeSimilarity: _aio.UnaryUnaryMultiCallable[_embedding_pb2.ComputeSimilarityRequest, _embedding_pb2.ComputeSimilarityResponse]  # type: ignore[assignment]
     """Embeds source texts and target texts, and returns the cosine similarity of
     each source to each target.
 
     INVALID_ARGUMENT: no source or no target, too many texts, a text that is
-    empty or too long, or no model name though there are several embedding
-    models. NOT_FOUND, FAILED_PRECONDITION and RESOURCE_EXHAUSTED: as Embed.
+    empty, too long or without a token that the model knows, more tokens of the
+    sources or of the targets than `ServerLimits.max_queue_tokens`, an unknown
+    option, or no model name though there are several embedding models.
+    NOT_FOUND and FAILED_PRECONDITION: as Embed. RESOURCE_EXHAUSTED: the queue
+    has no room for the texts, the deadline is too soon, or the scores have
+    more bytes than `ServerLimits.max_response_bytes`, 4 bytes for each score.
     """
 
 class EmbeddingServiceServicer:
-    """Embeds texts and compares them.
+    """Embeds texts, compares texts, and counts tokens.
 
     Besides the errors that each RPC lists, every RPC may fail with
-    RESOURCE_EXHAUSTED (too much work waits; RetryInfo states when to retry),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops or has no workers),
-    INVALID_ARGUMENT (the request is malformed or has too many elements) and
-    INTERNAL (the server made an error).
+    RESOURCE_EXHAUSTED (the calls in progress hold too many bytes, and RetryInfo
+    states when to retry; a request message has more bytes than
+    `ServerLimits.max_message_bytes`; or no file descriptor is free),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, has no workers, or has too
+    many calls on the connection), INVALID_ARGUMENT (the request is malformed or
+    has too many elements) and INTERNAL (the model fails or the server makes an
+    error).
     """
 
     def Embed(
@@ -157,16 +188,18 @@ class EmbeddingServiceServicer:
         request: _embedding_pb2.EmbedRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_embedding_pb2.EmbedResponse, _abc.Awaitable[_embedding_pb2.EmbedResponse]]:
-        """Embeds texts and returns their vectors in the order of the texts. If one
-        text is invalid, the call fails, and the error names the text.
+        """Embeds texts and returns their vectors in the order of the texts. If a text
+        is invalid, the call fails, and the error names the text.
 
-        INVALID_ARGUMENT: no text, too many texts, a text that is empty or too
-        long, more tokens together than the whole queue holds, an option that is
-        unknown or that the model does not support, or no model name though there
-        are several embedding models. NOT_FOUND: there is no model with the name.
-        FAILED_PRECONDITION: the model does not embed texts, or no embedding model
-        is served. RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon,
-        or the response would be too large.
+        INVALID_ARGUMENT: no text, too many texts, a text that is empty, too long
+        or without a token that the model knows, more tokens together than
+        `ServerLimits.max_queue_tokens`, an option that is unknown or that the
+        model does not support, or no model name though there are several embedding
+        models. NOT_FOUND: there is no model with the name. FAILED_PRECONDITION:
+        the model does not embed texts, or no name is given and there is no
+        embedding model. RESOURCE_EXHAUSTED: the queue has no room for the texts,
+        the deadline is too soon, or the vectors have more bytes than
+        `ServerLimits.max_response_bytes`, 4 bytes for each number.
         """
 
     def EmbedStream(
@@ -175,10 +208,13 @@ class EmbeddingServiceServicer:
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_embedding_pb2.EmbedStreamResponse], _abc.AsyncIterator[_embedding_pb2.EmbedStreamResponse]]:
         """Embeds any number of texts. The first request message must have `config`.
-        The first response names the model. The other responses have the results,
-        each as soon as it is ready, in any order. An invalid text fails alone.
-        Texts fail, and the stream continues, if they wait too long for a full
-        queue or cannot be embedded before the deadline.
+        The first response names the model. The other responses have the results of
+        up to 64 texts each, in the order in which the results are ready. Read
+        responses while sending: if no response is read, the server stops reading.
+
+        An invalid text fails alone. Texts fail, and the stream continues, if they
+        wait for a full queue for about 20 seconds or cannot be embedded before the
+        deadline; see EmbedStreamFailure.
 
         INVALID_ARGUMENT: `config` is missing in the first message or is in a later
         message, an option is invalid, a message has too many texts, or there is no
@@ -197,10 +233,12 @@ class EmbeddingServiceServicer:
         """Counts the tokens of texts, prompt and special tokens included, without
         running the model.
 
-        INVALID_ARGUMENT: no text, too many texts, a text that is too long, or no
-        model name though there are several embedding models, or no embedding model
-        and several classifiers. NOT_FOUND: there is no model with the name.
-        FAILED_PRECONDITION: no model is served.
+        INVALID_ARGUMENT: no text, too many texts, a text with more bytes than
+        `ServerLimits.max_text_bytes` or too long for the tokenizer, an unknown
+        `input_kind`, or no model name though there are several embedding models,
+        or no embedding model and several classifiers. NOT_FOUND: there is no model
+        with the name. FAILED_PRECONDITION: no name is given, and there is no
+        model.
         """
 
     def ComputeSimilarity(
@@ -212,8 +250,12 @@ class EmbeddingServiceServicer:
         each source to each target.
 
         INVALID_ARGUMENT: no source or no target, too many texts, a text that is
-        empty or too long, or no model name though there are several embedding
-        models. NOT_FOUND, FAILED_PRECONDITION and RESOURCE_EXHAUSTED: as Embed.
+        empty, too long or without a token that the model knows, more tokens of the
+        sources or of the targets than `ServerLimits.max_queue_tokens`, an unknown
+        option, or no model name though there are several embedding models.
+        NOT_FOUND and FAILED_PRECONDITION: as Embed. RESOURCE_EXHAUSTED: the queue
+        has no room for the texts, the deadline is too soon, or the scores have
+        more bytes than `ServerLimits.max_response_bytes`, 4 bytes for each score.
         """
 
 def add_EmbeddingServiceServicer_to_server(servicer: EmbeddingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -28,26 +28,26 @@ class _ComparisonOperatorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Co
     COMPARISON_OPERATOR_UNSPECIFIED: _ComparisonOperator.ValueType  # 0
     """No operator is set. Refused with INVALID_ARGUMENT."""
     COMPARISON_OPERATOR_EQUAL: _ComparisonOperator.ValueType  # 1
-    """The field equals the value."""
+    """The field, or an item of its list, equals the value."""
     COMPARISON_OPERATOR_NOT_EQUAL: _ComparisonOperator.ValueType  # 2
     """The field does not equal the value, is missing, or is a list in which no
     item equals the value.
     """
     COMPARISON_OPERATOR_LESS: _ComparisonOperator.ValueType  # 3
-    """The field is less than the value. The value must be a number or a string;
-    strings are ordered by code points.
+    """The field, or an item of its list, is less than the value. The value must
+    be a number or a string; strings are ordered by code points.
     """
     COMPARISON_OPERATOR_LESS_OR_EQUAL: _ComparisonOperator.ValueType  # 4
-    """The field is less than or equal to the value. The value must be a number or
-    a string; strings are ordered by code points.
+    """The field, or an item of its list, is less than or equal to the value. The
+    value must be a number or a string; strings are ordered by code points.
     """
     COMPARISON_OPERATOR_GREATER: _ComparisonOperator.ValueType  # 5
-    """The field is greater than the value. The value must be a number or a
-    string; strings are ordered by code points.
+    """The field, or an item of its list, is greater than the value. The value
+    must be a number or a string; strings are ordered by code points.
     """
     COMPARISON_OPERATOR_GREATER_OR_EQUAL: _ComparisonOperator.ValueType  # 6
-    """The field is greater than or equal to the value. The value must be a number
-    or a string; strings are ordered by code points.
+    """The field, or an item of its list, is greater than or equal to the value.
+    The value must be a number or a string; strings are ordered by code points.
     """
 
 class ComparisonOperator(_ComparisonOperator, metaclass=_ComparisonOperatorEnumTypeWrapper):
@@ -56,26 +56,26 @@ class ComparisonOperator(_ComparisonOperator, metaclass=_ComparisonOperatorEnumT
 COMPARISON_OPERATOR_UNSPECIFIED: ComparisonOperator.ValueType  # 0
 """No operator is set. Refused with INVALID_ARGUMENT."""
 COMPARISON_OPERATOR_EQUAL: ComparisonOperator.ValueType  # 1
-"""The field equals the value."""
+"""The field, or an item of its list, equals the value."""
 COMPARISON_OPERATOR_NOT_EQUAL: ComparisonOperator.ValueType  # 2
 """The field does not equal the value, is missing, or is a list in which no
 item equals the value.
 """
 COMPARISON_OPERATOR_LESS: ComparisonOperator.ValueType  # 3
-"""The field is less than the value. The value must be a number or a string;
-strings are ordered by code points.
+"""The field, or an item of its list, is less than the value. The value must
+be a number or a string; strings are ordered by code points.
 """
 COMPARISON_OPERATOR_LESS_OR_EQUAL: ComparisonOperator.ValueType  # 4
-"""The field is less than or equal to the value. The value must be a number or
-a string; strings are ordered by code points.
+"""The field, or an item of its list, is less than or equal to the value. The
+value must be a number or a string; strings are ordered by code points.
 """
 COMPARISON_OPERATOR_GREATER: ComparisonOperator.ValueType  # 5
-"""The field is greater than the value. The value must be a number or a
-string; strings are ordered by code points.
+"""The field, or an item of its list, is greater than the value. The value
+must be a number or a string; strings are ordered by code points.
 """
 COMPARISON_OPERATOR_GREATER_OR_EQUAL: ComparisonOperator.ValueType  # 6
-"""The field is greater than or equal to the value. The value must be a number
-or a string; strings are ordered by code points.
+"""The field, or an item of its list, is greater than or equal to the value.
+The value must be a number or a string; strings are ordered by code points.
 """
 Global___ComparisonOperator: _TypeAlias = ComparisonOperator  # noqa: Y015
 
@@ -83,16 +83,18 @@ Global___ComparisonOperator: _TypeAlias = ComparisonOperator  # noqa: Y015
 class Filter(_message.Message):
     """A condition on the metadata of a record.
 
-    A field is named by its key, and may not be empty. Dots join nested keys. A
-    backslash before a dot or a backslash makes that character a part of the key;
-    elsewhere a backslash is refused. A comparison is false if the field is
-    missing or has another type. A list matches if one of its items matches. An
-    item that is a list or an object does not match. NOT_EQUAL is different: it
-    is true whenever EQUAL is false.
+    The name of a field is its key; the name may not be empty. Dots join nested
+    keys; keys of objects in a list cannot be named. A backslash before a dot or
+    a backslash makes that character a part of the key; elsewhere a backslash is
+    refused. A comparison, membership or prefix is false if the field is missing
+    or has another type. It is true for a list if it is true for one of the
+    items, but it is false for an item that is a list or an object. NOT_EQUAL is
+    different: it is true whenever EQUAL is false.
 
-    Limits: conditions may be nested 32 levels deep. One filter has at most 256
-    conditions. All filters of a request have at most 2,000 conditions and 50,000
-    values of memberships together. A field has at most 1,000 characters and 40
+    Limits: conditions are nested at most 32 levels deep, the filter itself
+    included. One filter has at most 256 conditions, nested ones included. All
+    filters of a request have at most 2,000 conditions and 50,000 values of
+    memberships together. The name of a field has at most 1,000 characters and 40
     nested keys. No string may contain a NUL character. A request over a limit
     fails with INVALID_ARGUMENT.
     """
@@ -108,7 +110,9 @@ class Filter(_message.Message):
     EXISTENCE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def all(self) -> Global___FilterList:
-        """True if all of these conditions are true."""
+        """True if all of these conditions are true. Different items of a list may
+        meet different conditions.
+        """
 
     @_builtins.property
     def any(self) -> Global___FilterList:
@@ -120,12 +124,12 @@ class Filter(_message.Message):
 
     @_builtins.property
     def membership(self) -> Global___Membership:
-        """True if a field equals one of several values."""
+        """True if a field, or an item of its list, equals one of several values."""
 
     @_builtins.property
     def prefix(self) -> Global___Prefix:
-        """True if a field is a string that starts with a prefix, or a list with
-        such a string.
+        """True if a field, or an item of its list, is a string that starts with a
+        prefix.
         """
 
     @_builtins.property
@@ -214,7 +218,7 @@ Global___FilterValue: _TypeAlias = FilterValue  # noqa: Y015
 
 @_typing.final
 class Comparison(_message.Message):
-    """Compares a field of the metadata with a value."""
+    """Compares a field of the metadata, or each item of its list, with a value."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -246,7 +250,9 @@ Global___Comparison: _TypeAlias = Comparison  # noqa: Y015
 
 @_typing.final
 class Membership(_message.Message):
-    """True if a field of the metadata equals one of several values."""
+    """True if a field of the metadata, or an item of its list, equals one of
+    several values, which may have different types.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -274,7 +280,9 @@ Global___Membership: _TypeAlias = Membership  # noqa: Y015
 
 @_typing.final
 class Prefix(_message.Message):
-    """True if a field of the metadata is a string that starts with a prefix."""
+    """True if a field of the metadata, or an item of its list, is a string that
+    starts with a prefix.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -300,7 +308,7 @@ Global___Prefix: _TypeAlias = Prefix  # noqa: Y015
 
 @_typing.final
 class Existence(_message.Message):
-    """True if a field of the metadata exists."""
+    """True if a field of the metadata exists; its value may be null."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

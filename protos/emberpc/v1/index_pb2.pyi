@@ -35,36 +35,41 @@ class _DistanceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Distance.Val
     DISTANCE_UNSPECIFIED: _Distance.ValueType  # 0
     """The default, which is COSINE."""
     DISTANCE_COSINE: _Distance.ValueType  # 1
-    """Cosine similarity. The score is in [-1, 1], greater is nearer. A vector of
-    length zero is refused with INVALID_ARGUMENT.
+    """Cosine similarity. The score is in [-1, 1], apart from rounding; greater is
+    nearer. A vector of length zero is refused with INVALID_ARGUMENT, and so is
+    a vector of a record in Milvus with a length of less than 1e-15.
     """
     DISTANCE_DOT_PRODUCT: _Distance.ValueType  # 2
-    """Dot product. The score is the product, greater is nearer. A vector of a
-    length of at most 1e-16 that is not zero is refused with INVALID_ARGUMENT.
+    """Dot product. The score is the product; greater is nearer. A vector that is
+    not zero but has a length of at most 1e-16 is refused with
+    INVALID_ARGUMENT.
     """
     DISTANCE_EUCLIDEAN: _Distance.ValueType  # 3
-    """Euclidean distance. The score is the negated distance, so that greater is
-    nearer here too.
+    """Euclidean distance. The score is the negated distance, at most 0; greater
+    is nearer.
     """
 
 class Distance(_Distance, metaclass=_DistanceEnumTypeWrapper):
-    """The measure that compares two vectors. A vector that is longer than 1e14, or
-    has NaN or infinity, is refused with INVALID_ARGUMENT.
+    """The measure that compares two vectors. A vector with a length (Euclidean
+    norm) of more than 1e14, or with NaN or infinity, is refused with
+    INVALID_ARGUMENT.
     """
 
 DISTANCE_UNSPECIFIED: Distance.ValueType  # 0
 """The default, which is COSINE."""
 DISTANCE_COSINE: Distance.ValueType  # 1
-"""Cosine similarity. The score is in [-1, 1], greater is nearer. A vector of
-length zero is refused with INVALID_ARGUMENT.
+"""Cosine similarity. The score is in [-1, 1], apart from rounding; greater is
+nearer. A vector of length zero is refused with INVALID_ARGUMENT, and so is
+a vector of a record in Milvus with a length of less than 1e-15.
 """
 DISTANCE_DOT_PRODUCT: Distance.ValueType  # 2
-"""Dot product. The score is the product, greater is nearer. A vector of a
-length of at most 1e-16 that is not zero is refused with INVALID_ARGUMENT.
+"""Dot product. The score is the product; greater is nearer. A vector that is
+not zero but has a length of at most 1e-16 is refused with
+INVALID_ARGUMENT.
 """
 DISTANCE_EUCLIDEAN: Distance.ValueType  # 3
-"""Euclidean distance. The score is the negated distance, so that greater is
-nearer here too.
+"""Euclidean distance. The score is the negated distance, at most 0; greater
+is nearer.
 """
 Global___Distance: _TypeAlias = Distance  # noqa: Y015
 
@@ -75,17 +80,17 @@ class _Durability:
 class _DurabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Durability.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     DURABILITY_UNSPECIFIED: _Durability.ValueType  # 0
-    """The durability is not known, as with Milvus."""
+    """The durability is not known: the backend is Milvus."""
     DURABILITY_SYNCED: _Durability.ValueType  # 1
-    """The write was on disk and synchronized before the response."""
+    """The write was on disk (fsync) before the response was sent."""
 
 class Durability(_Durability, metaclass=_DurabilityEnumTypeWrapper):
     """Durability of a write."""
 
 DURABILITY_UNSPECIFIED: Durability.ValueType  # 0
-"""The durability is not known, as with Milvus."""
+"""The durability is not known: the backend is Milvus."""
 DURABILITY_SYNCED: Durability.ValueType  # 1
-"""The write was on disk and synchronized before the response."""
+"""The write was on disk (fsync) before the response was sent."""
 Global___Durability: _TypeAlias = Durability  # noqa: Y015
 
 class _RecordPart:
@@ -103,12 +108,14 @@ class _RecordPartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RecordPart
     RECORD_PART_METADATA: _RecordPart.ValueType  # 2
     """The field `metadata` of the record."""
     RECORD_PART_VECTOR: _RecordPart.ValueType  # 3
-    """The vector of the record. It is in the field `vectors` of the response."""
+    """The vector of the record. It is not in Record but in the field `vectors` of
+    the response.
+    """
 
 class RecordPart(_RecordPart, metaclass=_RecordPartEnumTypeWrapper):
-    """A part of a record that a response contains only if the request names it. If
-    the request names no part: text and metadata. Id, label, revision and times
-    are always in the response.
+    """A part of a record that a request may ask for in its field `parts`. If
+    `parts` is empty, the response has text and metadata. The other fields of
+    Record are always in the response.
     """
 
 RECORD_PART_UNSPECIFIED: RecordPart.ValueType  # 0
@@ -120,7 +127,9 @@ RECORD_PART_TEXT: RecordPart.ValueType  # 1
 RECORD_PART_METADATA: RecordPart.ValueType  # 2
 """The field `metadata` of the record."""
 RECORD_PART_VECTOR: RecordPart.ValueType  # 3
-"""The vector of the record. It is in the field `vectors` of the response."""
+"""The vector of the record. It is not in Record but in the field `vectors` of
+the response.
+"""
 Global___RecordPart: _TypeAlias = RecordPart  # noqa: Y015
 
 class _SearchMode:
@@ -134,15 +143,16 @@ class _SearchModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchMode
     SEARCH_MODE_DENSE: _SearchMode.ValueType  # 1
     """Search by vectors."""
     SEARCH_MODE_LEXICAL: _SearchMode.ValueType  # 2
-    """Search by words. A record matches if it has any word of the query; words
-    are stemmed as English. In a collection of at least 1,000 records, words in
-    more than half of the texts are ignored if the query has others that occur.
-    The score is that of BM25, greater is nearer. Needs a text query, and no
-    model.
+    """Search by words. A record matches if its text has any word of the query;
+    words are stemmed as English. At most the first 256 distinct words of the
+    query are used. In a collection of at least 1,000 records, words in more
+    than half of the texts are ignored if the query has rarer words that texts
+    have. The score is that of BM25; greater is nearer. The query must be a
+    text; the collection needs no model.
     """
     SEARCH_MODE_HYBRID: _SearchMode.ValueType  # 3
-    """Dense and lexical search, joined as `fusion` states. Needs a text query and
-    a collection with a model.
+    """Dense and lexical search, joined as `fusion` states. The query must be a
+    text, and the collection must have a model.
     """
 
 class SearchMode(_SearchMode, metaclass=_SearchModeEnumTypeWrapper):
@@ -153,15 +163,16 @@ SEARCH_MODE_UNSPECIFIED: SearchMode.ValueType  # 0
 SEARCH_MODE_DENSE: SearchMode.ValueType  # 1
 """Search by vectors."""
 SEARCH_MODE_LEXICAL: SearchMode.ValueType  # 2
-"""Search by words. A record matches if it has any word of the query; words
-are stemmed as English. In a collection of at least 1,000 records, words in
-more than half of the texts are ignored if the query has others that occur.
-The score is that of BM25, greater is nearer. Needs a text query, and no
-model.
+"""Search by words. A record matches if its text has any word of the query;
+words are stemmed as English. At most the first 256 distinct words of the
+query are used. In a collection of at least 1,000 records, words in more
+than half of the texts are ignored if the query has rarer words that texts
+have. The score is that of BM25; greater is nearer. The query must be a
+text; the collection needs no model.
 """
 SEARCH_MODE_HYBRID: SearchMode.ValueType  # 3
-"""Dense and lexical search, joined as `fusion` states. Needs a text query and
-a collection with a model.
+"""Dense and lexical search, joined as `fusion` states. The query must be a
+text, and the collection must have a model.
 """
 Global___SearchMode: _TypeAlias = SearchMode  # noqa: Y015
 
@@ -175,9 +186,10 @@ class _SearchFusionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchFu
     """The default, which is SCORES."""
     SEARCH_FUSION_SCORES: _SearchFusion.ValueType  # 1
     """The score is the weighted sum of the dense and the lexical score. Each is
-    scaled first: 1 for the best candidate of the ranking, 0 for the worst. If
-    the lexical ranking has all records with a word of the query, a BM25 score
-    of 0 is scaled to 0 instead.
+    scaled first: the best score of a ranking becomes 1, its worst score 0; if
+    both are equal, all become 1. If the lexical ranking has fewer candidates
+    than its limit, and so all records with a word of the query, not its worst
+    score but a BM25 score of 0 becomes 0.
     """
     SEARCH_FUSION_RANKS: _SearchFusion.ValueType  # 2
     """Reciprocal ranks: the score is the weighted sum of 1 / (60 + rank) in both
@@ -194,9 +206,10 @@ SEARCH_FUSION_UNSPECIFIED: SearchFusion.ValueType  # 0
 """The default, which is SCORES."""
 SEARCH_FUSION_SCORES: SearchFusion.ValueType  # 1
 """The score is the weighted sum of the dense and the lexical score. Each is
-scaled first: 1 for the best candidate of the ranking, 0 for the worst. If
-the lexical ranking has all records with a word of the query, a BM25 score
-of 0 is scaled to 0 instead.
+scaled first: the best score of a ranking becomes 1, its worst score 0; if
+both are equal, all become 1. If the lexical ranking has fewer candidates
+than its limit, and so all records with a word of the query, not its worst
+score but a BM25 score of 0 becomes 0.
 """
 SEARCH_FUSION_RANKS: SearchFusion.ValueType  # 2
 """Reciprocal ranks: the score is the weighted sum of 1 / (60 + rank) in both
@@ -213,12 +226,12 @@ class _SearchStrategyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Search
     SEARCH_STRATEGY_UNSPECIFIED: _SearchStrategy.ValueType  # 0
     """The strategy is not stated. The server never sends this value."""
     SEARCH_STRATEGY_EXACT: _SearchStrategy.ValueType  # 1
-    """All vectors of undamaged records that match the filter were compared with
-    the query. The result is exact.
+    """The query was compared with the vectors of all undamaged records, or of
+    those that match the filter. The result is exact.
     """
     SEARCH_STRATEGY_HNSW: _SearchStrategy.ValueType  # 2
-    """The graph was searched, and the newest records were compared one by one.
-    With Milvus: Milvus searched.
+    """The graph was searched, and the records that are not in the graph yet were
+    compared one by one. With Milvus: Milvus searched.
     """
     SEARCH_STRATEGY_LEXICAL: _SearchStrategy.ValueType  # 3
     """The words of the query were looked up. No vectors were compared."""
@@ -229,12 +242,12 @@ class SearchStrategy(_SearchStrategy, metaclass=_SearchStrategyEnumTypeWrapper):
 SEARCH_STRATEGY_UNSPECIFIED: SearchStrategy.ValueType  # 0
 """The strategy is not stated. The server never sends this value."""
 SEARCH_STRATEGY_EXACT: SearchStrategy.ValueType  # 1
-"""All vectors of undamaged records that match the filter were compared with
-the query. The result is exact.
+"""The query was compared with the vectors of all undamaged records, or of
+those that match the filter. The result is exact.
 """
 SEARCH_STRATEGY_HNSW: SearchStrategy.ValueType  # 2
-"""The graph was searched, and the newest records were compared one by one.
-With Milvus: Milvus searched.
+"""The graph was searched, and the records that are not in the graph yet were
+compared one by one. With Milvus: Milvus searched.
 """
 SEARCH_STRATEGY_LEXICAL: SearchStrategy.ValueType  # 3
 """The words of the query were looked up. No vectors were compared."""
@@ -242,19 +255,22 @@ Global___SearchStrategy: _TypeAlias = SearchStrategy  # noqa: Y015
 
 @_typing.final
 class HnswParameters(_message.Message):
-    """Parameters of a collection's HNSW graph. They cannot be changed later."""
+    """Parameters of a collection's HNSW graph. They cannot be changed after the
+    collection is created.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     M_FIELD_NUMBER: _builtins.int
     EF_CONSTRUCTION_FIELD_NUMBER: _builtins.int
     m: _builtins.int
-    """The most links of a node in a layer of the graph, 4 to 64; in the lowest
-    layer twice as many. 0: 16.
+    """The most links that a node has in a layer of the graph, 4 to 64. In the
+    lowest layer, a node may have twice as many. 0: 16.
     """
     ef_construction: _builtins.int
-    """Number of candidates that an insertion into the graph keeps, 16 to 2000.
-    0: 200.
+    """Number of candidate neighbours that an insertion into the graph keeps, 16
+    to 2000. A greater number makes insertions slower and the graph better. 0:
+    200.
     """
     def __init__(
         self,
@@ -291,44 +307,49 @@ class Collection(_message.Message):
     REEMBEDDING_FIELD_NUMBER: _builtins.int
     PROBLEM_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the collection: 1 to 128 letters, digits, `.`, `_` and `-`, the
-    first a letter or digit.
+    """Name of the collection: 1 to 128 ASCII letters, digits, `.`, `_` and `-`,
+    the first a letter or digit. With Milvus, `.`, `_` and `-` count twice, and
+    the name may count at most 247 characters.
     """
     model: _builtins.str
     """Name of the model that embeds the texts of records and queries. Empty:
-    there is no model; records must have vectors, and queries of a DENSE search
-    a vector or the id of a record.
+    there is no model; records must have vectors, and HYBRID search and text
+    queries of DENSE search are not possible.
     """
     model_fingerprint: _builtins.str
-    """Output only. Fingerprint (hex) of the model that made the vectors. Empty:
-    the collection has no model.
+    """Output only. Fingerprint (hex) of the model that embeds the texts. If
+    another model is served under the name, the server does not embed texts for
+    the collection. Empty: the collection has no model.
     """
     dimensions: _builtins.int
     """Number of dimensions of the vectors, 1 to 16,000; with Milvus at least 2.
-    With a model: 0 means the model's dimensions; a smaller number must be one
-    of the model's Matryoshka dimensions.
+    Required without a model. With a model: 0 means the model's dimensions;
+    another number must be the model's dimensions or one of its Matryoshka
+    dimensions.
     """
     distance: Global___Distance.ValueType
-    """How vectors are compared. Default: COSINE."""
+    """The measure that compares vectors. Default: COSINE."""
     truncation: _types_pb2.Truncation.ValueType
-    """How texts of records that have too many tokens are truncated, if an upsert
-    states nothing else. Queries do not use this setting, see SearchRequest.
-    Default: REFUSE.
+    """How texts of records that have too many tokens are truncated, unless an
+    upsert states another truncation. A reembedding uses it too. Searches do
+    not, see SearchRequest.truncation. Default: REFUSE.
     """
     record_count: _builtins.int
-    """Output only. Number of records."""
+    """Output only. Number of records, also of those that are damaged on disk."""
     sequence: _builtins.int
-    """Output only. Sequence number of the last write to the collection. With
-    Milvus: of the last write by this server since its start; 0 if none.
+    """Output only. Sequence number of the last write of records in the
+    collection; 0: none so far. With Milvus, only writes by this server since
+    its start count.
     """
     size_bytes: _builtins.int
-    """Output only. Bytes of the collection on disk. 0 with Milvus, where the size
-    is not known.
+    """Output only. Bytes of the collection on disk, without the new vectors of a
+    reembedding. 0 with Milvus, where the size is not known.
     """
     problem: _builtins.str
     """Output only, and only in ListCollections. Why the collection cannot be
-    used, for example because it is damaged; its counts are 0 then and
-    `create_time` is absent. Empty: the collection can be used.
+    used, for example because it is damaged. Then `record_count`, `sequence`,
+    `size_bytes`, `create_time` and `reembedding` are not set; the settings may
+    be missing or have default values. Empty: no problem was found.
     """
     @_builtins.property
     def hnsw(self) -> Global___HnswParameters:
@@ -337,19 +358,21 @@ class Collection(_message.Message):
     @_builtins.property
     def indexed_fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Metadata fields that filters use often, at most 16, named as in Filter.
-        They get a database index, which makes filters faster and writes slower. No
-        key may be empty or have a double quote, backslash or control character.
-        With Milvus this has no effect.
+        Each gets a database index, which makes filters faster and writes slower.
+        No key may be empty or have a double quote, backslash or control character.
+        With Milvus, the fields are checked but get no index.
         """
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only. Time at which the collection was created."""
+        """Output only. Time at which the collection was created; of a restored
+        collection, that of the collection in the backup.
+        """
 
     @_builtins.property
     def reembedding(self) -> Global___Reembedding:
-        """Output only. Progress of the reembedding with another model. Absent: no
-        reembedding runs.
+        """Output only. Progress of the reembedding with another model. Absent: there
+        is no unfinished reembedding.
         """
 
     def __init__(
@@ -392,13 +415,15 @@ class Reembedding(_message.Message):
     model: _builtins.str
     """Name of the new model."""
     done: _builtins.int
-    """Number of records that have new vectors."""
+    """Number of records that have new vectors. Approximate if records are
+    replaced or deleted meanwhile.
+    """
     total: _builtins.int
-    """Number of all records of the collection; `done` of them have new vectors."""
+    """Number of all records of the collection."""
     problem: _builtins.str
-    """Why the reembedding waits, for example because records cannot be embedded.
-    It continues when the cause is removed. Empty: the reembedding does not
-    wait.
+    """Why the reembedding cannot end at present, for example because the new
+    model is not served or some records cannot be embedded. The server tries
+    again until the cause is removed. Empty: no problem is known.
     """
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
@@ -423,8 +448,8 @@ Global___Reembedding: _TypeAlias = Reembedding  # noqa: Y015
 
 @_typing.final
 class Record(_message.Message):
-    """An item of a collection. The vector is not a field: it is in the field
-    `vectors` of the request or response.
+    """An item of a collection. A record's vector is not a field of this message,
+    but a row of the field `vectors` of the request or response, if that has one.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -443,24 +468,29 @@ class Record(_message.Message):
     """
     text: _builtins.str
     """Text of the record, at most `ServerLimits.max_text_bytes`, and with Milvus
-    at most 65,535 bytes. May be empty only if the request has vectors.
+    at most 65,535 bytes. If the request has no vectors, the text must have a
+    character other than white space; otherwise it may be empty.
     """
     label: _builtins.str
-    """Label of the record, if it is an example of a classifier: at most 512 bytes
-    of UTF-8. May be empty.
+    """Label of the record, at most 512 bytes of UTF-8: its class, if the record
+    is an example for a classifier. May be empty.
     """
     revision: _builtins.int
-    """Output only. Sequence number of the last write of this record."""
+    """Output only. Sequence number, in the collection, of the last write of this
+    record.
+    """
     @_builtins.property
     def metadata(self) -> _struct_pb2.Struct:
-        """Metadata of the record: any JSON object, at most 64 KiB as JSON, without
-        NUL characters.
+        """Metadata of the record: a JSON object with finite numbers and without NUL
+        characters, at most 64 KiB as JSON. Metadata that is nested too deeply is
+        refused, with Milvus also metadata with too many fields and values (from
+        some 1,300 fields on).
         """
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """Output only. Time at which the record was inserted. An upsert that replaces
-        the record keeps it.
+        the record keeps this time, unless the stored times are damaged.
         """
 
     @_builtins.property
@@ -469,9 +499,10 @@ class Record(_message.Message):
 
     @_builtins.property
     def time_to_live(self) -> _duration_pb2.Duration:
-        """Time after which the record is deleted: in requests counted from the write,
-        more than 0 and at most 100 years; in responses counted from now. Absent:
-        the record is not deleted, even if the record that it replaces would be.
+        """Time after which the server deletes the record. In requests: more than 0
+        and at most 100 years (36,500 days), counted from the write. In responses:
+        the time that remains. Absent: the record is kept; an upsert without this
+        field also removes the time to live of the record that it replaces.
         """
 
     def __init__(
@@ -504,7 +535,8 @@ class WriteReceipt(_message.Message):
     DURABILITY_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Sequence number of the write in its collection. Each write has a greater
-    number than the write before.
+    number than the write before. With Milvus, this holds only for the writes
+    of one server.
     """
     durability: Global___Durability.ValueType
     """Durability of the write."""
@@ -655,7 +687,8 @@ class ListCollectionsResponse(_message.Message):
     @_builtins.property
     def collections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Collection]:
         """Collections of this page, sorted by name. There may be fewer than
-        `page_size`, or none, though another page follows.
+        `page_size`, or none, though another page follows, since collections that
+        are deleted meanwhile are left out.
         """
 
     def __init__(
@@ -682,8 +715,8 @@ class UpdateCollectionRequest(_message.Message):
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def collection(self) -> Global___Collection:
-        """Name of the collection, and new values of the fields in `update_mask`. An
-        unspecified `truncation` becomes REFUSE.
+        """Name of the collection, and new values of the fields in `update_mask`.
+        Other fields are ignored. An unspecified `truncation` becomes REFUSE.
         """
 
     @_builtins.property
@@ -800,9 +833,9 @@ class UpsertRecordsRequest(_message.Message):
 
     @_builtins.property
     def expected_revisions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Empty: no check. Otherwise item i must be the present revision of
-        `records[i]`, or 0 if no record may have its id yet. If an item differs,
-        the call fails with ABORTED and writes nothing.
+        """Empty: no check. Otherwise there must be one item for each record: item i
+        is the present revision of `records[i]`, or 0 if no record has the id yet.
+        If an item differs, the call fails with ABORTED and writes nothing.
         """
 
     def __init__(
@@ -843,8 +876,9 @@ class UpsertRecordsResponse(_message.Message):
 
     @_builtins.property
     def usages(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenUsage]:
-        """Item i has the number of tokens of the text of `records[i]`. Empty if the
-        request has vectors.
+        """Item i has the number of tokens that the model read of the text of
+        `records[i]`, and whether the text was truncated. Empty if the request has
+        vectors.
         """
 
     @_builtins.property
@@ -895,14 +929,17 @@ class UpsertRecordsStreamRequest(_message.Message):
     """
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]:
-        """The records, at most `ServerLimits.max_texts` (default 4096). Without
-        records the response is a checkpoint only.
+        """The records, at most `ServerLimits.max_texts` (default 4096). If records
+        have the same id, all but the first fail. A message without records writes
+        nothing; its response is a checkpoint.
         """
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
         """Row i is the vector of `records[i]`, FLOAT32 or FLOAT16, with the
-        collection's dimensions. Absent: the collection's model embeds the texts.
+        collection's dimensions. If the whole block is wrong, such as its number of
+        rows, all records of the message fail. Absent: the collection's model
+        embeds the texts.
         """
 
     def __init__(
@@ -936,28 +973,28 @@ class UpsertRecordsStreamResponse(_message.Message):
     MODEL_FINGERPRINT_FIELD_NUMBER: _builtins.int
     batch_number: _builtins.int
     """`batch_number` of the request message that this response answers. All
-    records up to and including that message are durable, except those that
+    records up to and including this message are written, except those that
     failed.
     """
     inserted_count: _builtins.int
-    """Number of records with new ids since the previous response."""
+    """Number of records of this message with new ids."""
     updated_count: _builtins.int
-    """Number of records since the previous response that replaced a record with
-    the same id.
-    """
+    """Number of records of this message that replaced a record with the same id."""
     model_fingerprint: _builtins.str
     """Fingerprint (hex) of the collection's model; empty if the collection has no
     model. If a client resumes in a new stream and the fingerprint has changed,
-    vectors that the client made for the first stream do not belong to the
-    collection any more.
+    the collection may have another model, so that vectors which the client
+    made for the first stream do not belong to the collection.
     """
     @_builtins.property
     def receipt(self) -> Global___WriteReceipt:
-        """Sequence number and durability of the write. Absent: no record was written."""
+        """Sequence number and durability of the write of this message's records.
+        Absent: no record was written.
+        """
 
     @_builtins.property
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordFailure]:
-        """Records that failed since the previous response, each with its error."""
+        """Records of this message that failed, each with its error."""
 
     def __init__(
         self,
@@ -986,14 +1023,17 @@ class RecordFailure(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Id of the record. Empty in VerifyCollection: the problem is of the whole
-    collection. Empty in UpsertRecordsStream: the record has no id.
+    """Id of the record. If the id itself is damaged and not UTF-8, a printable
+    form such as `b'\\xff'`, which DeleteRecords accepts as an id. Empty in
+    VerifyCollection: the problem is of the whole collection. Empty in
+    UpsertRecordsStream: the record has no id.
     """
     @_builtins.property
     def error(self) -> _errors_pb2.ErrorStatus:
-        """The error. In UpsertRecordsStream: the error with which an UpsertRecords
-        call with this record alone would fail, but with field paths that start at
-        the record, such as `text`. In VerifyCollection: INTERNAL.
+        """The error. In UpsertRecordsStream: why the record was not written; field
+        paths start at the record, such as `text` or `vector`, or name `vectors` if
+        the whole block is wrong. In VerifyCollection: INTERNAL, with an ErrorInfo
+        whose `reason` is the kind of problem, such as `RECORD_DAMAGED`.
         """
 
     def __init__(
@@ -1055,17 +1095,21 @@ class BatchGetRecordsResponse(_message.Message):
     MISSING_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]:
-        """The records that were found, in the order of the request."""
+        """The records that were found, in the order of the request. A repeated id
+        repeats its record.
+        """
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
-        """Row i is the vector of `records[i]`. Absent if the request does not name
-        the part VECTOR, or there are no records.
+        """Row i is the vector of `records[i]`, FLOAT32. Absent if the request does
+        not name the part VECTOR, or there are no records.
         """
 
     @_builtins.property
     def missing_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Ids of the request that no record has."""
+        """Ids of the request that no record has, in the order of the request. A
+        repeated id is repeated.
+        """
 
     def __init__(
         self,
@@ -1128,12 +1172,12 @@ class DeleteRecordsResponse(_message.Message):
     RECEIPT_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     deleted_count: _builtins.int
-    """Number of deleted records. 0: nothing was written, and `receipt` has the
-    sequence number of the last write.
-    """
+    """Number of deleted records. 0: nothing was written."""
     @_builtins.property
     def receipt(self) -> Global___WriteReceipt:
-        """Sequence number and durability of the write."""
+        """Sequence number and durability of the write. If no record was deleted, the
+        sequence number is that of the last write, as in Collection.
+        """
 
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -1171,7 +1215,8 @@ class ListRecordsRequest(_message.Message):
     """Name of the collection to read."""
     page_size: _builtins.int
     """The most records to return, from 0 to 1000. 0: 100. With the embedded
-    index, a page has fewer records if their bytes would exceed
+    backend, a page may have fewer records though another page follows, so that
+    its bytes, of which the server makes a high estimate, stay within
     `ServerLimits.max_response_bytes`.
     """
     page_token: _builtins.str
@@ -1219,8 +1264,8 @@ class ListRecordsResponse(_message.Message):
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
-        """Row i is the vector of `records[i]`. Absent if the request does not name
-        the part VECTOR, or there are no records.
+        """Row i is the vector of `records[i]`, FLOAT32. Absent if the request does
+        not name the part VECTOR, or there are no records.
         """
 
     @_builtins.property
@@ -1228,7 +1273,8 @@ class ListRecordsResponse(_message.Message):
         """Only on the first page, if no record matches the filter: sentences that
         state which conditions are probably mistakes, such as a field that no
         record has, or a number compared with a field that has only strings. The
-        server examines at most 1,000 records for this.
+        server examines at most 1,000 records for this. Empty: no mistake was
+        found.
         """
 
     def __init__(
@@ -1284,7 +1330,7 @@ class CountRecordsResponse(_message.Message):
     COUNT_FIELD_NUMBER: _builtins.int
     WARNINGS_FIELD_NUMBER: _builtins.int
     count: _builtins.int
-    """Number of records that match, or of all records."""
+    """Number of records that match the filter; without a filter, of all records."""
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """If no record matches the filter: sentences that state which conditions are
@@ -1318,19 +1364,17 @@ class SearchQuery(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     EF_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """A text. In DENSE and HYBRID mode the collection's model embeds it as a
-    query (InputKind QUERY).
+    """A text with a character other than white space. In DENSE and HYBRID mode
+    the collection's model embeds it as a query (InputKind QUERY).
     """
     record_id: _builtins.str
-    """The id of a record. The query is the vector of this record, and the
-    record is not among the hits.
+    """The id of a record, only in DENSE mode. The query is the vector of this
+    record, and the record is not among the hits.
     """
     top_k: _builtins.int
     """The most hits of this query, from 0 to 10,000. 0: `top_k` of the request."""
     ef: _builtins.int
-    """Number of candidates of this query, with the limits of `ef` of the request.
-    0: `ef` of the request.
-    """
+    """`ef` of this query, see SearchRequest.ef. 0: `ef` of the request."""
     @_builtins.property
     def vector(self) -> _types_pb2.Vectors:
         """A vector: one row, FLOAT32 or FLOAT16, of the collection's dimensions."""
@@ -1382,21 +1426,24 @@ class SearchRequest(_message.Message):
     collection: _builtins.str
     """Name of the collection to search."""
     top_k: _builtins.int
-    """The most hits of each query, from 0 to 10,000. 0: 10. All queries together
-    may ask for at most 100,000 hits.
+    """The most hits of each query that has no `top_k` of its own, from 0 to
+    10,000. 0: 10. All queries together may ask for at most 100,000 hits.
     """
     ef: _builtins.int
     """Number of candidates that a search of the graph keeps, from 0 to 1,000,000.
-    A greater number is slower and has a higher recall. More than the greatest
-    `top_k` are kept in any case. 0: the server chooses by `top_k`, or by
-    `min_recall`. Not allowed together with `min_recall`, or in LEXICAL mode.
+    A greater number is slower and has a higher recall. The server raises a
+    number that is not above the greatest `top_k`, and may raise it further for
+    a filter; with Milvus, it is at most 32,768. 0: the server chooses, by
+    `top_k` and measurements of the graph, or by `min_recall`. Not allowed
+    together with `min_recall`, or in LEXICAL mode.
     """
     min_recall: _builtins.float
-    """Least recall: the share, in (0, 1], of the true nearest records that a
-    search returns; in HYBRID mode that of the dense ranking. The server
-    chooses `ef` to reach it, by measurements of the graph; without a
-    measurement, or if no `ef` reaches it, every vector is compared. 0: no
-    least recall. Not allowed in LEXICAL mode.
+    """Least recall: the mean share, in (0, 1], of the true nearest records that a
+    search should return; in HYBRID mode that of the dense ranking. A single
+    search may return fewer of them. The server chooses `ef` to reach the
+    recall, by measurements of the graph. Every vector is compared if this is
+    1, if there is no measurement, or if no measured `ef` reaches the recall.
+    0: no least recall. Not allowed in LEXICAL mode or together with `ef`.
     """
     mode: Global___SearchMode.ValueType
     """Mode of the search. Default: DENSE."""
@@ -1406,14 +1453,15 @@ class SearchRequest(_message.Message):
     Default: 0.5.
     """
     priority: _types_pb2.Priority.ValueType
-    """Urgency of the call. Default: INTERACTIVE."""
+    """Urgency of the embedding of the query texts. Default: INTERACTIVE."""
     fusion: Global___SearchFusion.ValueType
     """HYBRID only, otherwise refused with INVALID_ARGUMENT: how the two rankings
     are joined. Default: SCORES.
     """
     truncation: _types_pb2.Truncation.ValueType
     """How query texts with too many tokens are truncated before they are
-    embedded. TokenUsage states which queries were truncated. Default: END.
+    embedded. SearchResult.usage states whether a text was truncated. Default:
+    END.
     """
     @_builtins.property
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___SearchQuery]:
@@ -1421,7 +1469,9 @@ class SearchRequest(_message.Message):
 
     @_builtins.property
     def filter(self) -> _filter_pb2.Filter:
-        """Returns only records that match this filter. Absent: all records."""
+        """Returns only records that match this filter. Absent: all records. The
+        `filter` of a query replaces this one.
+        """
 
     @_builtins.property
     def parts(self) -> _containers.RepeatedScalarFieldContainer[Global___RecordPart.ValueType]:
@@ -1496,13 +1546,16 @@ class SearchPlan(_message.Message):
     SHORTFALL_REASON_FIELD_NUMBER: _builtins.int
     LEXICAL_COUNT_FIELD_NUMBER: _builtins.int
     strategy: Global___SearchStrategy.ValueType
-    """How the query was answered. HYBRID: how the dense search was."""
+    """How the query was answered; in HYBRID mode, how its dense search was."""
     ef: _builtins.int
-    """Number of candidates that the search of the graph kept. 0: the graph was
-    not used.
+    """Number of candidates that the search of the graph kept; in repeated
+    searches with a filter, that of the last. 0: the graph was not used.
     """
     compared_count: _builtins.int
-    """Number of vectors that were compared with the query one by one."""
+    """EXACT: number of vectors that were compared with the query. HNSW: number of
+    vectors that were not in the graph yet and were compared one by one; 0 with
+    Milvus. LEXICAL: 0.
+    """
     shortfall_reason: _builtins.str
     """Why there are fewer than `top_k` hits. Empty: there are `top_k` hits."""
     lexical_count: _builtins.int
@@ -1538,12 +1591,12 @@ class SearchResult(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hit]:
-        """Hits, nearest first, at most `top_k`."""
+        """Hits, greatest score first, at most `top_k`."""
 
     @_builtins.property
     def vectors(self) -> _types_pb2.Vectors:
-        """Row i is the vector of `hits[i]`. Absent if the request does not name the
-        part VECTOR, or there are no hits.
+        """Row i is the vector of `hits[i]`, FLOAT32. Absent if the request does not
+        name the part VECTOR, or there are no hits.
         """
 
     @_builtins.property
@@ -1552,8 +1605,9 @@ class SearchResult(_message.Message):
 
     @_builtins.property
     def usage(self) -> _types_pb2.TokenUsage:
-        """Tokens of the query's text, and whether it was truncated. Absent if the
-        model did not embed the query.
+        """Tokens that the model read of the query's text, and whether the text was
+        truncated. Absent if the query was not embedded: it is a vector or a record
+        id, or the mode is LEXICAL.
         """
 
     def __init__(
@@ -1597,8 +1651,8 @@ class SearchResponse(_message.Message):
     @_builtins.property
     def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """If a query with a filter has no hits: sentences that state which conditions
-        of the first such filter are probably mistakes; see
-        ListRecordsResponse.warnings.
+        are probably mistakes, in the filter of the first query with a filter and
+        without hits; see ListRecordsResponse.warnings.
         """
 
     def __init__(
@@ -1633,8 +1687,8 @@ class ReembedCollectionRequest(_message.Message):
     INVALID_ARGUMENT if there are several.
     """
     dimensions: _builtins.int
-    """Number of dimensions of the new vectors. 0: the model's dimensions. A
-    smaller number must be one of the model's Matryoshka dimensions.
+    """Number of dimensions of the new vectors. 0: the model's dimensions. Another
+    number must be the model's dimensions or one of its Matryoshka dimensions.
     """
     def __init__(
         self,
@@ -1660,8 +1714,8 @@ class ReembedCollectionResponse(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def collection(self) -> Global___Collection:
-        """The collection, with its `reembedding`, which has just begun; absent if it
-        has ended already.
+        """The collection, still with its old model. Its `reembedding` has just begun;
+        the field is absent if the reembedding has ended already.
         """
 
     def __init__(
@@ -1708,7 +1762,7 @@ class CancelReembeddingResponse(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def collection(self) -> Global___Collection:
-        """The collection after the cancellation, with the model that it had."""
+        """The collection after the cancellation."""
 
     def __init__(
         self,
@@ -1734,8 +1788,8 @@ class VerifyCollectionRequest(_message.Message):
     name: _builtins.str
     """Name of the collection to verify."""
     full: _builtins.bool
-    """Whether to search for every record by its own vector. Default: to search
-    for about 2,000 random records. All other checks cover every record.
+    """Whether to search with the vector of every record. Default: about 2,000
+    random records are searched for. All other checks cover every record.
     """
     def __init__(
         self,
@@ -1850,8 +1904,8 @@ class RestoreCollectionRequest(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name of the collection to create. Required in the first message; later
-    messages may repeat it.
+    """Name of the collection to create, which may differ from that in the backup.
+    Required in the first message; later messages may repeat it.
     """
     chunk: _builtins.bytes
     """The next bytes of the backup."""
@@ -1860,9 +1914,9 @@ class RestoreCollectionRequest(_message.Message):
     messages.
     """
     total_bytes: _builtins.int
-    """In the first message: bytes of the whole backup. The server uses it to
-    refuse a backup that does not fit on the disk before it is sent. 0: not
-    known.
+    """In the first message: bytes of the whole backup. By this number the server
+    refuses a backup that does not fit on the disk before the rest is sent. 0:
+    not known.
     """
     def __init__(
         self,
@@ -1917,7 +1971,9 @@ class FindDuplicatesRequest(_message.Message):
     collection: _builtins.str
     """Name of the collection to examine."""
     min_score: _builtins.float
-    """Least score of a pair, the cosine of both vectors, in (0, 1]. 0: 0.95."""
+    """Least cosine of the two vectors of a pair, more than 0 and at most 1. 0:
+    0.95.
+    """
     page_size: _builtins.int
     """The most pairs to return, from 0 to 1000. 0: 100."""
     page_token: _builtins.str
@@ -1948,9 +2004,9 @@ class DuplicatePair(_message.Message):
     SECOND_ID_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     first_id: _builtins.str
-    """Id of the first record: of both ids, the lesser."""
+    """Id of the first record: the lesser of the two ids in byte order."""
     second_id: _builtins.str
-    """Id of the second record: of both ids, the greater."""
+    """Id of the second record: the greater of the two ids."""
     score: _builtins.float
     """Cosine of the vectors of both records, at most 1. Greater is nearer."""
     def __init__(
@@ -1980,7 +2036,9 @@ class FindDuplicatesResponse(_message.Message):
     """Token of the next page. Empty: this is the last page."""
     @_builtins.property
     def pairs(self) -> _containers.RepeatedCompositeFieldContainer[Global___DuplicatePair]:
-        """Pairs of this page, highest score first."""
+        """Pairs of this page, greatest score first; pairs with equal scores by their
+        ids.
+        """
 
     def __init__(
         self,
@@ -2008,11 +2066,11 @@ class ClusterRecordsRequest(_message.Message):
     collection: _builtins.str
     """Name of the collection to cluster."""
     cluster_count: _builtins.int
-    """Required. Number of clusters, 2 to 1000. There may be fewer if some stay
-    empty.
+    """Required. Number of clusters, 2 to 1000. The response has fewer if some
+    stay empty, for example because vectors are equal.
     """
     examples_per_cluster: _builtins.int
-    """Number of example records per cluster, from 0 to 100. 0: 5."""
+    """The most example records of each cluster, from 0 to 100. 0: 5."""
     def __init__(
         self,
         *,
@@ -2037,11 +2095,13 @@ class Cluster(_message.Message):
     RECORD_COUNT_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
     record_count: _builtins.int
-    """Number of undamaged records in the cluster, at least 1."""
+    """Number of records in the cluster, at least 1. A record whose vector is
+    damaged is in no cluster.
+    """
     @_builtins.property
     def examples(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]:
         """The records nearest to the centre of the cluster, nearest first, with text
-        and metadata.
+        and metadata. Damaged records are left out.
         """
 
     def __init__(

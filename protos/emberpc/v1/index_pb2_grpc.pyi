@@ -29,13 +29,22 @@ GRPC_VERSION: str
 class IndexServiceStub:
     """Stores collections of records and finds the records nearest to a query.
 
-    Besides the errors that each RPC lists, every RPC on a collection may fail
-    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to
-    retry), DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was
-    deleted during the call, or Milvus cannot be reached), FAILED_PRECONDITION
-    (Milvus refuses access), INVALID_ARGUMENT (the request is malformed or has
-    too many elements) and INTERNAL (the database of the collection is damaged,
-    or the server made an error).
+    Besides the errors that an RPC lists, each RPC may fail with these:
+    - RESOURCE_EXHAUSTED: too many calls wait, too many bytes are in flight or no
+      file descriptor is free (RetryInfo states when to retry); the request has
+      too many bytes; the disk is full; or Milvus is busy or full.
+    - DEADLINE_EXCEEDED: the deadline of the caller passed.
+    - UNAVAILABLE: the server stops; the collection was deleted during the call,
+      or a reembedding replaced its vectors; or Milvus cannot be reached or is
+      too slow.
+    - FAILED_PRECONDITION: Milvus refuses access.
+    - INVALID_ARGUMENT: the request is malformed or has too many elements
+      (`ServerLimits.max_elements`), or an enum value is unknown.
+    - INTERNAL: the collection cannot be opened or its database is damaged,
+      Milvus failed, or the server made an error.
+
+    With Milvus, a collection whose stored settings are damaged counts as
+    missing.
     """
 
     @_typing.overload
@@ -46,9 +55,10 @@ class IndexServiceStub:
     """Creates a collection.
 
     INVALID_ARGUMENT: a field of the collection is invalid. ALREADY_EXISTS: a
-    collection has the name. NOT_FOUND: there is no model with the given name.
-    FAILED_PRECONDITION: the model does not embed texts. RESOURCE_EXHAUSTED:
-    the server has its limit of collections, or the disk is full.
+    collection has the name. NOT_FOUND: the server serves no model with the
+    name in `model`. FAILED_PRECONDITION: that model does not embed texts.
+    RESOURCE_EXHAUSTED: the server has as many collections as its limit allows,
+    or the disk is full.
     """
     GetCollection: _grpc.UnaryUnaryMultiCallable[_index_pb2.GetCollectionRequest, _index_pb2.GetCollectionResponse]
     """Returns the settings and the state of a collection.
@@ -57,9 +67,9 @@ class IndexServiceStub:
     is damaged and cannot be opened.
     """
     ListCollections: _grpc.UnaryUnaryMultiCallable[_index_pb2.ListCollectionsRequest, _index_pb2.ListCollectionsResponse]
-    """Lists the collections, sorted by name. A damaged collection is listed too,
-    with its `problem`; with Milvus, a collection with damaged settings is left
-    out.
+    """Lists the collections, sorted by name in byte order. A damaged collection
+    is listed with its `problem`; with Milvus, a collection whose stored
+    settings are damaged is left out.
 
     INVALID_ARGUMENT: the page size is out of range, or the page token is
     malformed.
@@ -67,9 +77,9 @@ class IndexServiceStub:
     UpdateCollection: _grpc.UnaryUnaryMultiCallable[_index_pb2.UpdateCollectionRequest, _index_pb2.UpdateCollectionResponse]
     """Changes settings of a collection. Only `truncation` can be changed.
 
-    INVALID_ARGUMENT: `update_mask` is empty or names another field, or the new
-    value is invalid. NOT_FOUND: there is no collection with the name.
-    RESOURCE_EXHAUSTED: the disk is full.
+    INVALID_ARGUMENT: `update_mask` is empty or names another field than
+    `truncation`, or the new value is invalid. NOT_FOUND: there is no
+    collection with the name. RESOURCE_EXHAUSTED: the disk is full.
     """
     DeleteCollection: _grpc.UnaryUnaryMultiCallable[_index_pb2.DeleteCollectionRequest, _index_pb2.DeleteCollectionResponse]
     """Deletes a collection with all its records, and cancels its reembedding.
@@ -82,124 +92,146 @@ class IndexServiceStub:
     the host after the response. A write that has begun is finished even if the
     caller cancels or the deadline passes.
 
-    INVALID_ARGUMENT: a record, text or vector is invalid; the error names it.
-    NOT_FOUND: there is no such collection, or there are no vectors and its
-    model is not served. FAILED_PRECONDITION: there are no vectors, and the
-    collection has no model, or another model made its vectors; or there are
-    vectors, and the collection changed its model during the call. ABORTED: a
-    record has another revision than expected. DATA_LOSS: a revision is
-    expected of a record that is damaged on disk. RESOURCE_EXHAUSTED: the queue
-    or the disk is full, or the deadline is too soon. UNIMPLEMENTED: Milvus
-    does not support `expected_revisions` and `time_to_live`.
+    INVALID_ARGUMENT: a record, text, vector or other field is invalid (the
+    error names it), or the texts have more tokens together than the queue may
+    have. NOT_FOUND: there is no collection with the name; or, without
+    `vectors`, the collection's model is not served. FAILED_PRECONDITION:
+    without `vectors`, the collection has no model, or the model served under
+    the name is another one or does not embed texts; with `vectors`, the
+    collection changed its model during the call. ABORTED: a record has another
+    revision than expected. DATA_LOSS: a revision is expected of a record whose
+    stored revision or times are damaged. RESOURCE_EXHAUSTED: the queue of the
+    models or the disk is full, or the texts cannot be embedded before the
+    deadline. UNIMPLEMENTED: with Milvus, `expected_revisions` or
+    `time_to_live` is set.
     """
     UpsertRecordsStream: _grpc.StreamStreamMultiCallable[_index_pb2.UpsertRecordsStreamRequest, _index_pb2.UpsertRecordsStreamResponse]
     """Upserts any number of records. The valid records of a message are written
-    together, all or none; invalid records fail alone. Responses come in the
-    order of the messages. A response is a checkpoint: all records up to its
-    message are durable, except those that failed, so a client can resume
-    there. The durability with Milvus is not known.
+    together, all or none; an invalid record fails alone. Each message gets one
+    response, in the order of the messages. A response is a checkpoint: all
+    records up to and including its message are written, except those that
+    failed, so a client can resume after this message. With the embedded
+    backend, they are on disk.
 
     INVALID_ARGUMENT: the first message names no collection, a later message
-    names another, a batch number does not grow, a truncation is unknown, or a
-    message has too many records. NOT_FOUND and FAILED_PRECONDITION: as
-    UpsertRecords without vectors. RESOURCE_EXHAUSTED: too many streams are
-    open, the queue is full when the stream begins or stays full, or the disk
-    is full. UNAVAILABLE: the server stops, or a reembedding replaced the
-    vectors of the collection; resume in a new stream. UNIMPLEMENTED: Milvus
-    does not support `time_to_live`.
+    names another collection, a batch number is not greater than the one
+    before, a truncation is unknown, or a message has too many records.
+    NOT_FOUND: there is no collection with the name; or texts must be embedded,
+    and the collection's model is not served. FAILED_PRECONDITION: texts must
+    be embedded, and the collection has no model, or the model served under the
+    name is another one or does not embed texts. RESOURCE_EXHAUSTED: too many
+    streams are open, the queue of the models is full when the stream begins or
+    stays full, texts cannot be embedded before the deadline, or the disk is
+    full. UNAVAILABLE: the server stops, or a reembedding replaced the vectors
+    of the collection; resume in a new stream. UNIMPLEMENTED: with Milvus,
+    `time_to_live` is set.
     """
     BatchGetRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.BatchGetRecordsRequest, _index_pb2.BatchGetRecordsResponse]
     """Returns records by id, in the order of the request; a repeated id repeats
     its record. The response lists the ids that were not found.
 
     INVALID_ARGUMENT: the number of ids is out of range, or a part is unknown.
-    NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
-    damaged on disk. RESOURCE_EXHAUSTED: the response would be too large; with
-    VECTOR, a vector is counted for each id, found or not.
+    NOT_FOUND: there is no collection with the name. DATA_LOSS: one of the
+    records is damaged on disk. RESOURCE_EXHAUSTED: the records, or with VECTOR
+    the vectors, have more bytes than a response may have. A vector is counted
+    for each id of the request, found or not.
     """
     DeleteRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.DeleteRecordsRequest, _index_pb2.DeleteRecordsResponse]
     """Deletes records by id or by filter. Atomic: all or none. An id that is not
     found is not an error.
 
-    INVALID_ARGUMENT: `ids` and `filter` are both set or both empty, there are
+    INVALID_ARGUMENT: `ids` and `filter` are both set or both absent, there are
     too many ids, or the filter is invalid. NOT_FOUND: there is no collection
-    with the name. RESOURCE_EXHAUSTED: the disk and the server's reserve for
-    deletions are full.
+    with the name. RESOURCE_EXHAUSTED: the disk is full, and the space that the
+    server reserves for deletions is used up.
     """
     ListRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.ListRecordsRequest, _index_pb2.ListRecordsResponse]
     """Lists records, sorted by id in byte order. All pages together contain each
-    record that exists during the whole listing exactly once, even if other
-    calls write records meanwhile. Records that are damaged on disk are left
-    out.
+    matching record that exists during the whole listing exactly once, even if
+    other calls write records meanwhile. Records that are damaged on disk are
+    left out.
 
     INVALID_ARGUMENT: the page size, page token, filter or a part is invalid.
     NOT_FOUND: there is no collection with the name. RESOURCE_EXHAUSTED: with
-    VECTOR, `page_size` vectors have more bytes than a response may have, even
-    if there are fewer records; or the records of the page have. The embedded
-    index returns fewer records instead, so the latter happens there only if
-    the first record alone is too large.
+    VECTOR, `page_size` vectors would have more bytes than a response may have,
+    even if there are fewer records; or the records of the page have more. The
+    embedded backend ends a page earlier instead, so there the second cause
+    means that the first record alone is too large.
     """
     CountRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.CountRecordsRequest, _index_pb2.CountRecordsResponse]
-    """Counts the records of a collection, or those that match a filter. Records
-    that are damaged on disk count too, if the filter can read them.
+    """Counts the records of a collection, or those that match a filter. A record
+    that is damaged on disk counts too; with a filter, only if its metadata can
+    be read as JSON and matches.
 
     INVALID_ARGUMENT: the filter is invalid. NOT_FOUND: there is no collection
     with the name.
     """
     Search: _grpc.UnaryUnaryMultiCallable[_index_pb2.SearchRequest, _index_pb2.SearchResponse]
-    """Finds the records nearest to each query. Records that are damaged on disk
-    are left out.
+    """Finds the records nearest to each query. A search of the graph may miss
+    some of them, see SearchRequest.ef. Records that are damaged on disk are
+    left out.
 
-    INVALID_ARGUMENT: a query, filter or number is invalid; the error names the
-    field. NOT_FOUND: there is no such collection, a query is a text to embed
-    and the collection's model is not served, or a query names a record that
-    does not exist. FAILED_PRECONDITION: a query is a text to embed, and the
-    collection has no model or another model made its vectors; or a query is a
-    vector, and the collection changed its model during the call.
-    RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon, or the
-    response would be too large. DATA_LOSS: the word index, or a record that a
-    query names, is damaged on disk. UNIMPLEMENTED: Milvus does not support
-    `min_recall`, LEXICAL and HYBRID.
+    INVALID_ARGUMENT: a query, filter, number or other field is invalid (the
+    error names it), or the texts have more tokens together than the queue may
+    have. NOT_FOUND: there is no collection with the name, a query is a text to
+    embed and the collection's model is not served, or a query names a record
+    that does not exist. FAILED_PRECONDITION: a query is a text to embed, and
+    the collection has no model, or the model served under the name is another
+    one or does not embed texts; or a query is a vector, and the collection
+    changed its model during the call. RESOURCE_EXHAUSTED: the queue of the
+    models is full, the texts cannot be embedded before the deadline, or the
+    response would be too large (with VECTOR, `top_k` vectors are counted for
+    each query, found or not). DATA_LOSS: the word index, or a record that a
+    query names, is damaged on disk. UNIMPLEMENTED: with Milvus, `min_recall`
+    is set, or the mode is LEXICAL or HYBRID.
     """
     ReembedCollection: _grpc.UnaryUnaryMultiCallable[_index_pb2.ReembedCollectionRequest, _index_pb2.ReembedCollectionResponse]
-    """Starts to replace the vectors of a collection by those of another model,
-    computed from the stored texts, and returns at once. The work runs in the
+    """Starts to replace the vectors of a collection by those of another model, or
+    by those of the same model with other dimensions, computed from the stored
+    texts. The call checks that all records have texts, which may take long,
+    and returns before the vectors are computed. The work runs in the
     background and continues after a restart of the server. Searches use the
     old vectors until all new vectors exist. Collection.reembedding states the
     progress.
 
-    NOT_FOUND: there is no such collection or model. INVALID_ARGUMENT: the
-    model does not support the dimensions, or there is no model name though
-    there are several embedding models. FAILED_PRECONDITION: the model does
-    not embed texts, no embedding model is served, nothing would change, a
-    reembedding runs already, or records have no text. RESOURCE_EXHAUSTED: the
-    disk is full. UNIMPLEMENTED: the backend is Milvus.
+    NOT_FOUND: there is no collection with the name, or no model with the name
+    is served. INVALID_ARGUMENT: the model does not support the dimensions, or
+    there is no model name though there are several embedding models.
+    FAILED_PRECONDITION: the model does not embed texts, no embedding model is
+    served, the collection has vectors of this model with these dimensions
+    already, it has a reembedding already, or records have no text.
+    RESOURCE_EXHAUSTED: the disk is full. UNIMPLEMENTED: the backend is Milvus.
     """
     CancelReembedding: _grpc.UnaryUnaryMultiCallable[_index_pb2.CancelReembeddingRequest, _index_pb2.CancelReembeddingResponse]
-    """Cancels the reembedding of a collection. The collection keeps its model and
-    its vectors. Nothing happens if no reembedding runs, as after its end.
+    """Cancels the reembedding of a collection and deletes the new vectors. The
+    collection keeps its model and its vectors. If there is no reembedding, for
+    example because it has finished, the call succeeds and changes nothing.
 
     NOT_FOUND: there is no collection with the name.
     """
     VerifyCollection: _grpc.UnaryStreamMultiCallable[_index_pb2.VerifyCollectionRequest, _index_pb2.VerifyCollectionResponse]
-    """Checks that every record exists and is undamaged. Checks too, for a sample
-    of the records or for all, that a search by the record's own vector finds
-    the record. The responses state the progress and the problems that were
-    found; a problem does not end the call. Two problems are repaired: words
-    that are not those of the texts, and vectors that searches miss.
+    """Checks that every record is undamaged, and that memory has its vector,
+    which searches compare. Checks too, for a sample of the records or for all,
+    that a search with the record's own vector does not miss the record. Also
+    checks the database, its counters and the word index. The responses state
+    the progress and the problems that were found; a problem does not end the
+    call. Two kinds of problems are reported and repaired: a word index that
+    does not match the texts is built again, and vectors that searches of the
+    graph miss are found by later searches.
 
     NOT_FOUND: there is no collection with the name. UNIMPLEMENTED: the backend
     is Milvus.
     """
     BackupCollection: _grpc.UnaryStreamMultiCallable[_index_pb2.BackupCollectionRequest, _index_pb2.BackupCollectionResponse]
-    """Returns a backup of a collection: one file with one state of the
-    collection, sent in chunks. Writes and searches continue meanwhile.
+    """Returns a backup of a collection: one file, sent in chunks, with the state
+    of the collection at one moment. An unfinished reembedding is not part of
+    it. Writes and searches continue meanwhile.
 
     NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
     damaged on disk. RESOURCE_EXHAUSTED: the disk has no room for a copy, or
     too many backups wait. DEADLINE_EXCEEDED: the caller reads nothing for a
-    minute, or for 15 seconds while others wait. UNIMPLEMENTED: the backend is
-    Milvus.
+    minute, or for 15 seconds while other backups wait. UNIMPLEMENTED: the
+    backend is Milvus.
     """
     RestoreCollection: _grpc.StreamUnaryMultiCallable[_index_pb2.RestoreCollectionRequest, _index_pb2.RestoreCollectionResponse]
     """Creates a collection from the chunks of a backup. The server checks the
@@ -209,21 +241,22 @@ class IndexServiceStub:
     been created.
 
     INVALID_ARGUMENT: the name is missing or invalid, a later message has
-    another name or follows the SHA-256, the bytes are not an undamaged backup
-    of a valid collection, or their SHA-256 is missing or differs.
-    ALREADY_EXISTS: a collection has the name. FAILED_PRECONDITION: a newer
-    version of emberpc wrote the backup. RESOURCE_EXHAUSTED: the server has its
-    limit of collections, the disk has no room, or too many restores wait.
-    DEADLINE_EXCEEDED: the caller sends nothing for a minute, or for 15 seconds
-    while others wait. UNIMPLEMENTED: the backend is Milvus.
+    another name, a message follows the one with the SHA-256, the bytes are not
+    an undamaged backup of a valid collection, or their SHA-256 is missing or
+    differs. ALREADY_EXISTS: a collection has the name. FAILED_PRECONDITION: a
+    newer version of emberpc wrote the backup. RESOURCE_EXHAUSTED: the server
+    has as many collections as its limit allows, the disk has no room, too many
+    streams are open, or too many restores wait. DEADLINE_EXCEEDED: the caller
+    sends nothing for a minute, or after the first message for 15 seconds while
+    other restores wait. UNIMPLEMENTED: the backend is Milvus.
     """
     FindDuplicates: _grpc.UnaryUnaryMultiCallable[_index_pb2.FindDuplicatesRequest, _index_pb2.FindDuplicatesResponse]
-    """Finds pairs of records whose vectors have at least a given cosine, whatever
-    the distance of the collection is. If there are more than 100,000 pairs,
-    only the 100,000 with the greatest cosines are found. In a COSINE
-    collection of more than 20,000 records the graph is searched, which may
-    miss pairs. A vector of zeros is in no pair, nor is a record that is
-    damaged on disk.
+    """Finds pairs of records whose vectors have a cosine of at least `min_score`,
+    whatever the distance of the collection is. If there are more than 100,000
+    pairs, only the 100,000 with the greatest cosines are found. In a COSINE
+    collection of more than 20,000 records, the server searches the graph for
+    the 20 nearest neighbours of each record, which may miss pairs. A vector of
+    zeros is in no pair, nor is a record that is damaged on disk.
 
     INVALID_ARGUMENT: the score, page size or page token is invalid. NOT_FOUND:
     there is no collection with the name. UNIMPLEMENTED: the backend is Milvus.
@@ -231,7 +264,9 @@ class IndexServiceStub:
     ClusterRecords: _grpc.UnaryUnaryMultiCallable[_index_pb2.ClusterRecordsRequest, _index_pb2.ClusterRecordsResponse]
     """Groups the records of a collection into clusters by their vectors (k-means;
     by distance if the collection's distance is EUCLIDEAN, else by direction),
-    and returns examples of each cluster.
+    and returns examples of each cluster. The centres are fitted to a random
+    sample of at most 20,000 records, or 50 for each cluster if that is more;
+    then each record joins the cluster with the nearest centre.
 
     INVALID_ARGUMENT: a number is out of range. NOT_FOUND: there is no
     collection with the name. RESOURCE_EXHAUSTED: the response would be too
@@ -242,13 +277,22 @@ class IndexServiceStub:
 class IndexServiceAsyncStub(IndexServiceStub):
     """Stores collections of records and finds the records nearest to a query.
 
-    Besides the errors that each RPC lists, every RPC on a collection may fail
-    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to
-    retry), DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was
-    deleted during the call, or Milvus cannot be reached), FAILED_PRECONDITION
-    (Milvus refuses access), INVALID_ARGUMENT (the request is malformed or has
-    too many elements) and INTERNAL (the database of the collection is damaged,
-    or the server made an error).
+    Besides the errors that an RPC lists, each RPC may fail with these:
+    - RESOURCE_EXHAUSTED: too many calls wait, too many bytes are in flight or no
+      file descriptor is free (RetryInfo states when to retry); the request has
+      too many bytes; the disk is full; or Milvus is busy or full.
+    - DEADLINE_EXCEEDED: the deadline of the caller passed.
+    - UNAVAILABLE: the server stops; the collection was deleted during the call,
+      or a reembedding replaced its vectors; or Milvus cannot be reached or is
+      too slow.
+    - FAILED_PRECONDITION: Milvus refuses access.
+    - INVALID_ARGUMENT: the request is malformed or has too many elements
+      (`ServerLimits.max_elements`), or an enum value is unknown.
+    - INTERNAL: the collection cannot be opened or its database is damaged,
+      Milvus failed, or the server made an error.
+
+    With Milvus, a collection whose stored settings are damaged counts as
+    missing.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -256,9 +300,10 @@ class IndexServiceAsyncStub(IndexServiceStub):
     """Creates a collection.
 
     INVALID_ARGUMENT: a field of the collection is invalid. ALREADY_EXISTS: a
-    collection has the name. NOT_FOUND: there is no model with the given name.
-    FAILED_PRECONDITION: the model does not embed texts. RESOURCE_EXHAUSTED:
-    the server has its limit of collections, or the disk is full.
+    collection has the name. NOT_FOUND: the server serves no model with the
+    name in `model`. FAILED_PRECONDITION: that model does not embed texts.
+    RESOURCE_EXHAUSTED: the server has as many collections as its limit allows,
+    or the disk is full.
     """
     GetCollection: _aio.UnaryUnaryMultiCallable[_index_pb2.GetCollectionRequest, _index_pb2.GetCollectionResponse]  # type: ignore[assignment]
     """Returns the settings and the state of a collection.
@@ -267,9 +312,9 @@ class IndexServiceAsyncStub(IndexServiceStub):
     is damaged and cannot be opened.
     """
     ListCollections: _aio.UnaryUnaryMultiCallable[_index_pb2.ListCollectionsRequest, _index_pb2.ListCollectionsResponse]  # type: ignore[assignment]
-    """Lists the collections, sorted by name. A damaged collection is listed too,
-    with its `problem`; with Milvus, a collection with damaged settings is left
-    out.
+    """Lists the collections, sorted by name in byte order. A damaged collection
+    is listed with its `problem`; with Milvus, a collection whose stored
+    settings are damaged is left out.
 
     INVALID_ARGUMENT: the page size is out of range, or the page token is
     malformed.
@@ -277,9 +322,9 @@ class IndexServiceAsyncStub(IndexServiceStub):
     UpdateCollection: _aio.UnaryUnaryMultiCallable[_index_pb2.UpdateCollectionRequest, _index_pb2.UpdateCollectionResponse]  # type: ignore[assignment]
     """Changes settings of a collection. Only `truncation` can be changed.
 
-    INVALID_ARGUMENT: `update_mask` is empty or names another field, or the new
-    value is invalid. NOT_FOUND: there is no collection with the name.
-    RESOURCE_EXHAUSTED: the disk is full.
+    INVALID_ARGUMENT: `update_mask` is empty or names another field than
+    `truncation`, or the new value is invalid. NOT_FOUND: there is no
+    collection with the name. RESOURCE_EXHAUSTED: the disk is full.
     """
     DeleteCollection: _aio.UnaryUnaryMultiCallable[_index_pb2.DeleteCollectionRequest, _index_pb2.DeleteCollectionResponse]  # type: ignore[assignment]
     """Deletes a collection with all its records, and cancels its reembedding.
@@ -292,124 +337,146 @@ class IndexServiceAsyncStub(IndexServiceStub):
     the host after the response. A write that has begun is finished even if the
     caller cancels or the deadline passes.
 
-    INVALID_ARGUMENT: a record, text or vector is invalid; the error names it.
-    NOT_FOUND: there is no such collection, or there are no vectors and its
-    model is not served. FAILED_PRECONDITION: there are no vectors, and the
-    collection has no model, or another model made its vectors; or there are
-    vectors, and the collection changed its model during the call. ABORTED: a
-    record has another revision than expected. DATA_LOSS: a revision is
-    expected of a record that is damaged on disk. RESOURCE_EXHAUSTED: the queue
-    or the disk is full, or the deadline is too soon. UNIMPLEMENTED: Milvus
-    does not support `expected_revisions` and `time_to_live`.
+    INVALID_ARGUMENT: a record, text, vector or other field is invalid (the
+    error names it), or the texts have more tokens together than the queue may
+    have. NOT_FOUND: there is no collection with the name; or, without
+    `vectors`, the collection's model is not served. FAILED_PRECONDITION:
+    without `vectors`, the collection has no model, or the model served under
+    the name is another one or does not embed texts; with `vectors`, the
+    collection changed its model during the call. ABORTED: a record has another
+    revision than expected. DATA_LOSS: a revision is expected of a record whose
+    stored revision or times are damaged. RESOURCE_EXHAUSTED: the queue of the
+    models or the disk is full, or the texts cannot be embedded before the
+    deadline. UNIMPLEMENTED: with Milvus, `expected_revisions` or
+    `time_to_live` is set.
     """
     UpsertRecordsStream: _aio.StreamStreamMultiCallable[_index_pb2.UpsertRecordsStreamRequest, _index_pb2.UpsertRecordsStreamResponse]  # type: ignore[assignment]
     """Upserts any number of records. The valid records of a message are written
-    together, all or none; invalid records fail alone. Responses come in the
-    order of the messages. A response is a checkpoint: all records up to its
-    message are durable, except those that failed, so a client can resume
-    there. The durability with Milvus is not known.
+    together, all or none; an invalid record fails alone. Each message gets one
+    response, in the order of the messages. A response is a checkpoint: all
+    records up to and including its message are written, except those that
+    failed, so a client can resume after this message. With the embedded
+    backend, they are on disk.
 
     INVALID_ARGUMENT: the first message names no collection, a later message
-    names another, a batch number does not grow, a truncation is unknown, or a
-    message has too many records. NOT_FOUND and FAILED_PRECONDITION: as
-    UpsertRecords without vectors. RESOURCE_EXHAUSTED: too many streams are
-    open, the queue is full when the stream begins or stays full, or the disk
-    is full. UNAVAILABLE: the server stops, or a reembedding replaced the
-    vectors of the collection; resume in a new stream. UNIMPLEMENTED: Milvus
-    does not support `time_to_live`.
+    names another collection, a batch number is not greater than the one
+    before, a truncation is unknown, or a message has too many records.
+    NOT_FOUND: there is no collection with the name; or texts must be embedded,
+    and the collection's model is not served. FAILED_PRECONDITION: texts must
+    be embedded, and the collection has no model, or the model served under the
+    name is another one or does not embed texts. RESOURCE_EXHAUSTED: too many
+    streams are open, the queue of the models is full when the stream begins or
+    stays full, texts cannot be embedded before the deadline, or the disk is
+    full. UNAVAILABLE: the server stops, or a reembedding replaced the vectors
+    of the collection; resume in a new stream. UNIMPLEMENTED: with Milvus,
+    `time_to_live` is set.
     """
     BatchGetRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.BatchGetRecordsRequest, _index_pb2.BatchGetRecordsResponse]  # type: ignore[assignment]
     """Returns records by id, in the order of the request; a repeated id repeats
     its record. The response lists the ids that were not found.
 
     INVALID_ARGUMENT: the number of ids is out of range, or a part is unknown.
-    NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
-    damaged on disk. RESOURCE_EXHAUSTED: the response would be too large; with
-    VECTOR, a vector is counted for each id, found or not.
+    NOT_FOUND: there is no collection with the name. DATA_LOSS: one of the
+    records is damaged on disk. RESOURCE_EXHAUSTED: the records, or with VECTOR
+    the vectors, have more bytes than a response may have. A vector is counted
+    for each id of the request, found or not.
     """
     DeleteRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.DeleteRecordsRequest, _index_pb2.DeleteRecordsResponse]  # type: ignore[assignment]
     """Deletes records by id or by filter. Atomic: all or none. An id that is not
     found is not an error.
 
-    INVALID_ARGUMENT: `ids` and `filter` are both set or both empty, there are
+    INVALID_ARGUMENT: `ids` and `filter` are both set or both absent, there are
     too many ids, or the filter is invalid. NOT_FOUND: there is no collection
-    with the name. RESOURCE_EXHAUSTED: the disk and the server's reserve for
-    deletions are full.
+    with the name. RESOURCE_EXHAUSTED: the disk is full, and the space that the
+    server reserves for deletions is used up.
     """
     ListRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.ListRecordsRequest, _index_pb2.ListRecordsResponse]  # type: ignore[assignment]
     """Lists records, sorted by id in byte order. All pages together contain each
-    record that exists during the whole listing exactly once, even if other
-    calls write records meanwhile. Records that are damaged on disk are left
-    out.
+    matching record that exists during the whole listing exactly once, even if
+    other calls write records meanwhile. Records that are damaged on disk are
+    left out.
 
     INVALID_ARGUMENT: the page size, page token, filter or a part is invalid.
     NOT_FOUND: there is no collection with the name. RESOURCE_EXHAUSTED: with
-    VECTOR, `page_size` vectors have more bytes than a response may have, even
-    if there are fewer records; or the records of the page have. The embedded
-    index returns fewer records instead, so the latter happens there only if
-    the first record alone is too large.
+    VECTOR, `page_size` vectors would have more bytes than a response may have,
+    even if there are fewer records; or the records of the page have more. The
+    embedded backend ends a page earlier instead, so there the second cause
+    means that the first record alone is too large.
     """
     CountRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.CountRecordsRequest, _index_pb2.CountRecordsResponse]  # type: ignore[assignment]
-    """Counts the records of a collection, or those that match a filter. Records
-    that are damaged on disk count too, if the filter can read them.
+    """Counts the records of a collection, or those that match a filter. A record
+    that is damaged on disk counts too; with a filter, only if its metadata can
+    be read as JSON and matches.
 
     INVALID_ARGUMENT: the filter is invalid. NOT_FOUND: there is no collection
     with the name.
     """
     Search: _aio.UnaryUnaryMultiCallable[_index_pb2.SearchRequest, _index_pb2.SearchResponse]  # type: ignore[assignment]
-    """Finds the records nearest to each query. Records that are damaged on disk
-    are left out.
+    """Finds the records nearest to each query. A search of the graph may miss
+    some of them, see SearchRequest.ef. Records that are damaged on disk are
+    left out.
 
-    INVALID_ARGUMENT: a query, filter or number is invalid; the error names the
-    field. NOT_FOUND: there is no such collection, a query is a text to embed
-    and the collection's model is not served, or a query names a record that
-    does not exist. FAILED_PRECONDITION: a query is a text to embed, and the
-    collection has no model or another model made its vectors; or a query is a
-    vector, and the collection changed its model during the call.
-    RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon, or the
-    response would be too large. DATA_LOSS: the word index, or a record that a
-    query names, is damaged on disk. UNIMPLEMENTED: Milvus does not support
-    `min_recall`, LEXICAL and HYBRID.
+    INVALID_ARGUMENT: a query, filter, number or other field is invalid (the
+    error names it), or the texts have more tokens together than the queue may
+    have. NOT_FOUND: there is no collection with the name, a query is a text to
+    embed and the collection's model is not served, or a query names a record
+    that does not exist. FAILED_PRECONDITION: a query is a text to embed, and
+    the collection has no model, or the model served under the name is another
+    one or does not embed texts; or a query is a vector, and the collection
+    changed its model during the call. RESOURCE_EXHAUSTED: the queue of the
+    models is full, the texts cannot be embedded before the deadline, or the
+    response would be too large (with VECTOR, `top_k` vectors are counted for
+    each query, found or not). DATA_LOSS: the word index, or a record that a
+    query names, is damaged on disk. UNIMPLEMENTED: with Milvus, `min_recall`
+    is set, or the mode is LEXICAL or HYBRID.
     """
     ReembedCollection: _aio.UnaryUnaryMultiCallable[_index_pb2.ReembedCollectionRequest, _index_pb2.ReembedCollectionResponse]  # type: ignore[assignment]
-    """Starts to replace the vectors of a collection by those of another model,
-    computed from the stored texts, and returns at once. The work runs in the
+    """Starts to replace the vectors of a collection by those of another model, or
+    by those of the same model with other dimensions, computed from the stored
+    texts. The call checks that all records have texts, which may take long,
+    and returns before the vectors are computed. The work runs in the
     background and continues after a restart of the server. Searches use the
     old vectors until all new vectors exist. Collection.reembedding states the
     progress.
 
-    NOT_FOUND: there is no such collection or model. INVALID_ARGUMENT: the
-    model does not support the dimensions, or there is no model name though
-    there are several embedding models. FAILED_PRECONDITION: the model does
-    not embed texts, no embedding model is served, nothing would change, a
-    reembedding runs already, or records have no text. RESOURCE_EXHAUSTED: the
-    disk is full. UNIMPLEMENTED: the backend is Milvus.
+    NOT_FOUND: there is no collection with the name, or no model with the name
+    is served. INVALID_ARGUMENT: the model does not support the dimensions, or
+    there is no model name though there are several embedding models.
+    FAILED_PRECONDITION: the model does not embed texts, no embedding model is
+    served, the collection has vectors of this model with these dimensions
+    already, it has a reembedding already, or records have no text.
+    RESOURCE_EXHAUSTED: the disk is full. UNIMPLEMENTED: the backend is Milvus.
     """
     CancelReembedding: _aio.UnaryUnaryMultiCallable[_index_pb2.CancelReembeddingRequest, _index_pb2.CancelReembeddingResponse]  # type: ignore[assignment]
-    """Cancels the reembedding of a collection. The collection keeps its model and
-    its vectors. Nothing happens if no reembedding runs, as after its end.
+    """Cancels the reembedding of a collection and deletes the new vectors. The
+    collection keeps its model and its vectors. If there is no reembedding, for
+    example because it has finished, the call succeeds and changes nothing.
 
     NOT_FOUND: there is no collection with the name.
     """
     VerifyCollection: _aio.UnaryStreamMultiCallable[_index_pb2.VerifyCollectionRequest, _index_pb2.VerifyCollectionResponse]  # type: ignore[assignment]
-    """Checks that every record exists and is undamaged. Checks too, for a sample
-    of the records or for all, that a search by the record's own vector finds
-    the record. The responses state the progress and the problems that were
-    found; a problem does not end the call. Two problems are repaired: words
-    that are not those of the texts, and vectors that searches miss.
+    """Checks that every record is undamaged, and that memory has its vector,
+    which searches compare. Checks too, for a sample of the records or for all,
+    that a search with the record's own vector does not miss the record. Also
+    checks the database, its counters and the word index. The responses state
+    the progress and the problems that were found; a problem does not end the
+    call. Two kinds of problems are reported and repaired: a word index that
+    does not match the texts is built again, and vectors that searches of the
+    graph miss are found by later searches.
 
     NOT_FOUND: there is no collection with the name. UNIMPLEMENTED: the backend
     is Milvus.
     """
     BackupCollection: _aio.UnaryStreamMultiCallable[_index_pb2.BackupCollectionRequest, _index_pb2.BackupCollectionResponse]  # type: ignore[assignment]
-    """Returns a backup of a collection: one file with one state of the
-    collection, sent in chunks. Writes and searches continue meanwhile.
+    """Returns a backup of a collection: one file, sent in chunks, with the state
+    of the collection at one moment. An unfinished reembedding is not part of
+    it. Writes and searches continue meanwhile.
 
     NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
     damaged on disk. RESOURCE_EXHAUSTED: the disk has no room for a copy, or
     too many backups wait. DEADLINE_EXCEEDED: the caller reads nothing for a
-    minute, or for 15 seconds while others wait. UNIMPLEMENTED: the backend is
-    Milvus.
+    minute, or for 15 seconds while other backups wait. UNIMPLEMENTED: the
+    backend is Milvus.
     """
     RestoreCollection: _aio.StreamUnaryMultiCallable[_index_pb2.RestoreCollectionRequest, _index_pb2.RestoreCollectionResponse]  # type: ignore[assignment]
     """Creates a collection from the chunks of a backup. The server checks the
@@ -419,21 +486,22 @@ class IndexServiceAsyncStub(IndexServiceStub):
     been created.
 
     INVALID_ARGUMENT: the name is missing or invalid, a later message has
-    another name or follows the SHA-256, the bytes are not an undamaged backup
-    of a valid collection, or their SHA-256 is missing or differs.
-    ALREADY_EXISTS: a collection has the name. FAILED_PRECONDITION: a newer
-    version of emberpc wrote the backup. RESOURCE_EXHAUSTED: the server has its
-    limit of collections, the disk has no room, or too many restores wait.
-    DEADLINE_EXCEEDED: the caller sends nothing for a minute, or for 15 seconds
-    while others wait. UNIMPLEMENTED: the backend is Milvus.
+    another name, a message follows the one with the SHA-256, the bytes are not
+    an undamaged backup of a valid collection, or their SHA-256 is missing or
+    differs. ALREADY_EXISTS: a collection has the name. FAILED_PRECONDITION: a
+    newer version of emberpc wrote the backup. RESOURCE_EXHAUSTED: the server
+    has as many collections as its limit allows, the disk has no room, too many
+    streams are open, or too many restores wait. DEADLINE_EXCEEDED: the caller
+    sends nothing for a minute, or after the first message for 15 seconds while
+    other restores wait. UNIMPLEMENTED: the backend is Milvus.
     """
     FindDuplicates: _aio.UnaryUnaryMultiCallable[_index_pb2.FindDuplicatesRequest, _index_pb2.FindDuplicatesResponse]  # type: ignore[assignment]
-    """Finds pairs of records whose vectors have at least a given cosine, whatever
-    the distance of the collection is. If there are more than 100,000 pairs,
-    only the 100,000 with the greatest cosines are found. In a COSINE
-    collection of more than 20,000 records the graph is searched, which may
-    miss pairs. A vector of zeros is in no pair, nor is a record that is
-    damaged on disk.
+    """Finds pairs of records whose vectors have a cosine of at least `min_score`,
+    whatever the distance of the collection is. If there are more than 100,000
+    pairs, only the 100,000 with the greatest cosines are found. In a COSINE
+    collection of more than 20,000 records, the server searches the graph for
+    the 20 nearest neighbours of each record, which may miss pairs. A vector of
+    zeros is in no pair, nor is a record that is damaged on disk.
 
     INVALID_ARGUMENT: the score, page size or page token is invalid. NOT_FOUND:
     there is no collection with the name. UNIMPLEMENTED: the backend is Milvus.
@@ -441,7 +509,9 @@ class IndexServiceAsyncStub(IndexServiceStub):
     ClusterRecords: _aio.UnaryUnaryMultiCallable[_index_pb2.ClusterRecordsRequest, _index_pb2.ClusterRecordsResponse]  # type: ignore[assignment]
     """Groups the records of a collection into clusters by their vectors (k-means;
     by distance if the collection's distance is EUCLIDEAN, else by direction),
-    and returns examples of each cluster.
+    and returns examples of each cluster. The centres are fitted to a random
+    sample of at most 20,000 records, or 50 for each cluster if that is more;
+    then each record joins the cluster with the nearest centre.
 
     INVALID_ARGUMENT: a number is out of range. NOT_FOUND: there is no
     collection with the name. RESOURCE_EXHAUSTED: the response would be too
@@ -451,13 +521,22 @@ class IndexServiceAsyncStub(IndexServiceStub):
 class IndexServiceServicer:
     """Stores collections of records and finds the records nearest to a query.
 
-    Besides the errors that each RPC lists, every RPC on a collection may fail
-    with RESOURCE_EXHAUSTED (too many calls wait; RetryInfo states when to
-    retry), DEADLINE_EXCEEDED, UNAVAILABLE (the server stops, the collection was
-    deleted during the call, or Milvus cannot be reached), FAILED_PRECONDITION
-    (Milvus refuses access), INVALID_ARGUMENT (the request is malformed or has
-    too many elements) and INTERNAL (the database of the collection is damaged,
-    or the server made an error).
+    Besides the errors that an RPC lists, each RPC may fail with these:
+    - RESOURCE_EXHAUSTED: too many calls wait, too many bytes are in flight or no
+      file descriptor is free (RetryInfo states when to retry); the request has
+      too many bytes; the disk is full; or Milvus is busy or full.
+    - DEADLINE_EXCEEDED: the deadline of the caller passed.
+    - UNAVAILABLE: the server stops; the collection was deleted during the call,
+      or a reembedding replaced its vectors; or Milvus cannot be reached or is
+      too slow.
+    - FAILED_PRECONDITION: Milvus refuses access.
+    - INVALID_ARGUMENT: the request is malformed or has too many elements
+      (`ServerLimits.max_elements`), or an enum value is unknown.
+    - INTERNAL: the collection cannot be opened or its database is damaged,
+      Milvus failed, or the server made an error.
+
+    With Milvus, a collection whose stored settings are damaged counts as
+    missing.
     """
 
     def CreateCollection(
@@ -468,9 +547,10 @@ class IndexServiceServicer:
         """Creates a collection.
 
         INVALID_ARGUMENT: a field of the collection is invalid. ALREADY_EXISTS: a
-        collection has the name. NOT_FOUND: there is no model with the given name.
-        FAILED_PRECONDITION: the model does not embed texts. RESOURCE_EXHAUSTED:
-        the server has its limit of collections, or the disk is full.
+        collection has the name. NOT_FOUND: the server serves no model with the
+        name in `model`. FAILED_PRECONDITION: that model does not embed texts.
+        RESOURCE_EXHAUSTED: the server has as many collections as its limit allows,
+        or the disk is full.
         """
 
     def GetCollection(
@@ -489,9 +569,9 @@ class IndexServiceServicer:
         request: _index_pb2.ListCollectionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.ListCollectionsResponse, _abc.Awaitable[_index_pb2.ListCollectionsResponse]]:
-        """Lists the collections, sorted by name. A damaged collection is listed too,
-        with its `problem`; with Milvus, a collection with damaged settings is left
-        out.
+        """Lists the collections, sorted by name in byte order. A damaged collection
+        is listed with its `problem`; with Milvus, a collection whose stored
+        settings are damaged is left out.
 
         INVALID_ARGUMENT: the page size is out of range, or the page token is
         malformed.
@@ -504,9 +584,9 @@ class IndexServiceServicer:
     ) -> _typing.Union[_index_pb2.UpdateCollectionResponse, _abc.Awaitable[_index_pb2.UpdateCollectionResponse]]:
         """Changes settings of a collection. Only `truncation` can be changed.
 
-        INVALID_ARGUMENT: `update_mask` is empty or names another field, or the new
-        value is invalid. NOT_FOUND: there is no collection with the name.
-        RESOURCE_EXHAUSTED: the disk is full.
+        INVALID_ARGUMENT: `update_mask` is empty or names another field than
+        `truncation`, or the new value is invalid. NOT_FOUND: there is no
+        collection with the name. RESOURCE_EXHAUSTED: the disk is full.
         """
 
     def DeleteCollection(
@@ -529,15 +609,18 @@ class IndexServiceServicer:
         the host after the response. A write that has begun is finished even if the
         caller cancels or the deadline passes.
 
-        INVALID_ARGUMENT: a record, text or vector is invalid; the error names it.
-        NOT_FOUND: there is no such collection, or there are no vectors and its
-        model is not served. FAILED_PRECONDITION: there are no vectors, and the
-        collection has no model, or another model made its vectors; or there are
-        vectors, and the collection changed its model during the call. ABORTED: a
-        record has another revision than expected. DATA_LOSS: a revision is
-        expected of a record that is damaged on disk. RESOURCE_EXHAUSTED: the queue
-        or the disk is full, or the deadline is too soon. UNIMPLEMENTED: Milvus
-        does not support `expected_revisions` and `time_to_live`.
+        INVALID_ARGUMENT: a record, text, vector or other field is invalid (the
+        error names it), or the texts have more tokens together than the queue may
+        have. NOT_FOUND: there is no collection with the name; or, without
+        `vectors`, the collection's model is not served. FAILED_PRECONDITION:
+        without `vectors`, the collection has no model, or the model served under
+        the name is another one or does not embed texts; with `vectors`, the
+        collection changed its model during the call. ABORTED: a record has another
+        revision than expected. DATA_LOSS: a revision is expected of a record whose
+        stored revision or times are damaged. RESOURCE_EXHAUSTED: the queue of the
+        models or the disk is full, or the texts cannot be embedded before the
+        deadline. UNIMPLEMENTED: with Milvus, `expected_revisions` or
+        `time_to_live` is set.
         """
 
     def UpsertRecordsStream(
@@ -546,19 +629,24 @@ class IndexServiceServicer:
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_index_pb2.UpsertRecordsStreamResponse], _abc.AsyncIterator[_index_pb2.UpsertRecordsStreamResponse]]:
         """Upserts any number of records. The valid records of a message are written
-        together, all or none; invalid records fail alone. Responses come in the
-        order of the messages. A response is a checkpoint: all records up to its
-        message are durable, except those that failed, so a client can resume
-        there. The durability with Milvus is not known.
+        together, all or none; an invalid record fails alone. Each message gets one
+        response, in the order of the messages. A response is a checkpoint: all
+        records up to and including its message are written, except those that
+        failed, so a client can resume after this message. With the embedded
+        backend, they are on disk.
 
         INVALID_ARGUMENT: the first message names no collection, a later message
-        names another, a batch number does not grow, a truncation is unknown, or a
-        message has too many records. NOT_FOUND and FAILED_PRECONDITION: as
-        UpsertRecords without vectors. RESOURCE_EXHAUSTED: too many streams are
-        open, the queue is full when the stream begins or stays full, or the disk
-        is full. UNAVAILABLE: the server stops, or a reembedding replaced the
-        vectors of the collection; resume in a new stream. UNIMPLEMENTED: Milvus
-        does not support `time_to_live`.
+        names another collection, a batch number is not greater than the one
+        before, a truncation is unknown, or a message has too many records.
+        NOT_FOUND: there is no collection with the name; or texts must be embedded,
+        and the collection's model is not served. FAILED_PRECONDITION: texts must
+        be embedded, and the collection has no model, or the model served under the
+        name is another one or does not embed texts. RESOURCE_EXHAUSTED: too many
+        streams are open, the queue of the models is full when the stream begins or
+        stays full, texts cannot be embedded before the deadline, or the disk is
+        full. UNAVAILABLE: the server stops, or a reembedding replaced the vectors
+        of the collection; resume in a new stream. UNIMPLEMENTED: with Milvus,
+        `time_to_live` is set.
         """
 
     def BatchGetRecords(
@@ -570,9 +658,10 @@ class IndexServiceServicer:
         its record. The response lists the ids that were not found.
 
         INVALID_ARGUMENT: the number of ids is out of range, or a part is unknown.
-        NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
-        damaged on disk. RESOURCE_EXHAUSTED: the response would be too large; with
-        VECTOR, a vector is counted for each id, found or not.
+        NOT_FOUND: there is no collection with the name. DATA_LOSS: one of the
+        records is damaged on disk. RESOURCE_EXHAUSTED: the records, or with VECTOR
+        the vectors, have more bytes than a response may have. A vector is counted
+        for each id of the request, found or not.
         """
 
     def DeleteRecords(
@@ -583,10 +672,10 @@ class IndexServiceServicer:
         """Deletes records by id or by filter. Atomic: all or none. An id that is not
         found is not an error.
 
-        INVALID_ARGUMENT: `ids` and `filter` are both set or both empty, there are
+        INVALID_ARGUMENT: `ids` and `filter` are both set or both absent, there are
         too many ids, or the filter is invalid. NOT_FOUND: there is no collection
-        with the name. RESOURCE_EXHAUSTED: the disk and the server's reserve for
-        deletions are full.
+        with the name. RESOURCE_EXHAUSTED: the disk is full, and the space that the
+        server reserves for deletions is used up.
         """
 
     def ListRecords(
@@ -595,16 +684,16 @@ class IndexServiceServicer:
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.ListRecordsResponse, _abc.Awaitable[_index_pb2.ListRecordsResponse]]:
         """Lists records, sorted by id in byte order. All pages together contain each
-        record that exists during the whole listing exactly once, even if other
-        calls write records meanwhile. Records that are damaged on disk are left
-        out.
+        matching record that exists during the whole listing exactly once, even if
+        other calls write records meanwhile. Records that are damaged on disk are
+        left out.
 
         INVALID_ARGUMENT: the page size, page token, filter or a part is invalid.
         NOT_FOUND: there is no collection with the name. RESOURCE_EXHAUSTED: with
-        VECTOR, `page_size` vectors have more bytes than a response may have, even
-        if there are fewer records; or the records of the page have. The embedded
-        index returns fewer records instead, so the latter happens there only if
-        the first record alone is too large.
+        VECTOR, `page_size` vectors would have more bytes than a response may have,
+        even if there are fewer records; or the records of the page have more. The
+        embedded backend ends a page earlier instead, so there the second cause
+        means that the first record alone is too large.
         """
 
     def CountRecords(
@@ -612,8 +701,9 @@ class IndexServiceServicer:
         request: _index_pb2.CountRecordsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.CountRecordsResponse, _abc.Awaitable[_index_pb2.CountRecordsResponse]]:
-        """Counts the records of a collection, or those that match a filter. Records
-        that are damaged on disk count too, if the filter can read them.
+        """Counts the records of a collection, or those that match a filter. A record
+        that is damaged on disk counts too; with a filter, only if its metadata can
+        be read as JSON and matches.
 
         INVALID_ARGUMENT: the filter is invalid. NOT_FOUND: there is no collection
         with the name.
@@ -624,19 +714,23 @@ class IndexServiceServicer:
         request: _index_pb2.SearchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.SearchResponse, _abc.Awaitable[_index_pb2.SearchResponse]]:
-        """Finds the records nearest to each query. Records that are damaged on disk
-        are left out.
+        """Finds the records nearest to each query. A search of the graph may miss
+        some of them, see SearchRequest.ef. Records that are damaged on disk are
+        left out.
 
-        INVALID_ARGUMENT: a query, filter or number is invalid; the error names the
-        field. NOT_FOUND: there is no such collection, a query is a text to embed
-        and the collection's model is not served, or a query names a record that
-        does not exist. FAILED_PRECONDITION: a query is a text to embed, and the
-        collection has no model or another model made its vectors; or a query is a
-        vector, and the collection changed its model during the call.
-        RESOURCE_EXHAUSTED: the queue is full, the deadline is too soon, or the
-        response would be too large. DATA_LOSS: the word index, or a record that a
-        query names, is damaged on disk. UNIMPLEMENTED: Milvus does not support
-        `min_recall`, LEXICAL and HYBRID.
+        INVALID_ARGUMENT: a query, filter, number or other field is invalid (the
+        error names it), or the texts have more tokens together than the queue may
+        have. NOT_FOUND: there is no collection with the name, a query is a text to
+        embed and the collection's model is not served, or a query names a record
+        that does not exist. FAILED_PRECONDITION: a query is a text to embed, and
+        the collection has no model, or the model served under the name is another
+        one or does not embed texts; or a query is a vector, and the collection
+        changed its model during the call. RESOURCE_EXHAUSTED: the queue of the
+        models is full, the texts cannot be embedded before the deadline, or the
+        response would be too large (with VECTOR, `top_k` vectors are counted for
+        each query, found or not). DATA_LOSS: the word index, or a record that a
+        query names, is damaged on disk. UNIMPLEMENTED: with Milvus, `min_recall`
+        is set, or the mode is LEXICAL or HYBRID.
         """
 
     def ReembedCollection(
@@ -644,18 +738,21 @@ class IndexServiceServicer:
         request: _index_pb2.ReembedCollectionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.ReembedCollectionResponse, _abc.Awaitable[_index_pb2.ReembedCollectionResponse]]:
-        """Starts to replace the vectors of a collection by those of another model,
-        computed from the stored texts, and returns at once. The work runs in the
+        """Starts to replace the vectors of a collection by those of another model, or
+        by those of the same model with other dimensions, computed from the stored
+        texts. The call checks that all records have texts, which may take long,
+        and returns before the vectors are computed. The work runs in the
         background and continues after a restart of the server. Searches use the
         old vectors until all new vectors exist. Collection.reembedding states the
         progress.
 
-        NOT_FOUND: there is no such collection or model. INVALID_ARGUMENT: the
-        model does not support the dimensions, or there is no model name though
-        there are several embedding models. FAILED_PRECONDITION: the model does
-        not embed texts, no embedding model is served, nothing would change, a
-        reembedding runs already, or records have no text. RESOURCE_EXHAUSTED: the
-        disk is full. UNIMPLEMENTED: the backend is Milvus.
+        NOT_FOUND: there is no collection with the name, or no model with the name
+        is served. INVALID_ARGUMENT: the model does not support the dimensions, or
+        there is no model name though there are several embedding models.
+        FAILED_PRECONDITION: the model does not embed texts, no embedding model is
+        served, the collection has vectors of this model with these dimensions
+        already, it has a reembedding already, or records have no text.
+        RESOURCE_EXHAUSTED: the disk is full. UNIMPLEMENTED: the backend is Milvus.
         """
 
     def CancelReembedding(
@@ -663,8 +760,9 @@ class IndexServiceServicer:
         request: _index_pb2.CancelReembeddingRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.CancelReembeddingResponse, _abc.Awaitable[_index_pb2.CancelReembeddingResponse]]:
-        """Cancels the reembedding of a collection. The collection keeps its model and
-        its vectors. Nothing happens if no reembedding runs, as after its end.
+        """Cancels the reembedding of a collection and deletes the new vectors. The
+        collection keeps its model and its vectors. If there is no reembedding, for
+        example because it has finished, the call succeeds and changes nothing.
 
         NOT_FOUND: there is no collection with the name.
         """
@@ -674,11 +772,14 @@ class IndexServiceServicer:
         request: _index_pb2.VerifyCollectionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_index_pb2.VerifyCollectionResponse], _abc.AsyncIterator[_index_pb2.VerifyCollectionResponse]]:
-        """Checks that every record exists and is undamaged. Checks too, for a sample
-        of the records or for all, that a search by the record's own vector finds
-        the record. The responses state the progress and the problems that were
-        found; a problem does not end the call. Two problems are repaired: words
-        that are not those of the texts, and vectors that searches miss.
+        """Checks that every record is undamaged, and that memory has its vector,
+        which searches compare. Checks too, for a sample of the records or for all,
+        that a search with the record's own vector does not miss the record. Also
+        checks the database, its counters and the word index. The responses state
+        the progress and the problems that were found; a problem does not end the
+        call. Two kinds of problems are reported and repaired: a word index that
+        does not match the texts is built again, and vectors that searches of the
+        graph miss are found by later searches.
 
         NOT_FOUND: there is no collection with the name. UNIMPLEMENTED: the backend
         is Milvus.
@@ -689,14 +790,15 @@ class IndexServiceServicer:
         request: _index_pb2.BackupCollectionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_index_pb2.BackupCollectionResponse], _abc.AsyncIterator[_index_pb2.BackupCollectionResponse]]:
-        """Returns a backup of a collection: one file with one state of the
-        collection, sent in chunks. Writes and searches continue meanwhile.
+        """Returns a backup of a collection: one file, sent in chunks, with the state
+        of the collection at one moment. An unfinished reembedding is not part of
+        it. Writes and searches continue meanwhile.
 
         NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
         damaged on disk. RESOURCE_EXHAUSTED: the disk has no room for a copy, or
         too many backups wait. DEADLINE_EXCEEDED: the caller reads nothing for a
-        minute, or for 15 seconds while others wait. UNIMPLEMENTED: the backend is
-        Milvus.
+        minute, or for 15 seconds while other backups wait. UNIMPLEMENTED: the
+        backend is Milvus.
         """
 
     def RestoreCollection(
@@ -711,13 +813,14 @@ class IndexServiceServicer:
         been created.
 
         INVALID_ARGUMENT: the name is missing or invalid, a later message has
-        another name or follows the SHA-256, the bytes are not an undamaged backup
-        of a valid collection, or their SHA-256 is missing or differs.
-        ALREADY_EXISTS: a collection has the name. FAILED_PRECONDITION: a newer
-        version of emberpc wrote the backup. RESOURCE_EXHAUSTED: the server has its
-        limit of collections, the disk has no room, or too many restores wait.
-        DEADLINE_EXCEEDED: the caller sends nothing for a minute, or for 15 seconds
-        while others wait. UNIMPLEMENTED: the backend is Milvus.
+        another name, a message follows the one with the SHA-256, the bytes are not
+        an undamaged backup of a valid collection, or their SHA-256 is missing or
+        differs. ALREADY_EXISTS: a collection has the name. FAILED_PRECONDITION: a
+        newer version of emberpc wrote the backup. RESOURCE_EXHAUSTED: the server
+        has as many collections as its limit allows, the disk has no room, too many
+        streams are open, or too many restores wait. DEADLINE_EXCEEDED: the caller
+        sends nothing for a minute, or after the first message for 15 seconds while
+        other restores wait. UNIMPLEMENTED: the backend is Milvus.
         """
 
     def FindDuplicates(
@@ -725,12 +828,12 @@ class IndexServiceServicer:
         request: _index_pb2.FindDuplicatesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_index_pb2.FindDuplicatesResponse, _abc.Awaitable[_index_pb2.FindDuplicatesResponse]]:
-        """Finds pairs of records whose vectors have at least a given cosine, whatever
-        the distance of the collection is. If there are more than 100,000 pairs,
-        only the 100,000 with the greatest cosines are found. In a COSINE
-        collection of more than 20,000 records the graph is searched, which may
-        miss pairs. A vector of zeros is in no pair, nor is a record that is
-        damaged on disk.
+        """Finds pairs of records whose vectors have a cosine of at least `min_score`,
+        whatever the distance of the collection is. If there are more than 100,000
+        pairs, only the 100,000 with the greatest cosines are found. In a COSINE
+        collection of more than 20,000 records, the server searches the graph for
+        the 20 nearest neighbours of each record, which may miss pairs. A vector of
+        zeros is in no pair, nor is a record that is damaged on disk.
 
         INVALID_ARGUMENT: the score, page size or page token is invalid. NOT_FOUND:
         there is no collection with the name. UNIMPLEMENTED: the backend is Milvus.
@@ -743,7 +846,9 @@ class IndexServiceServicer:
     ) -> _typing.Union[_index_pb2.ClusterRecordsResponse, _abc.Awaitable[_index_pb2.ClusterRecordsResponse]]:
         """Groups the records of a collection into clusters by their vectors (k-means;
         by distance if the collection's distance is EUCLIDEAN, else by direction),
-        and returns examples of each cluster.
+        and returns examples of each cluster. The centres are fitted to a random
+        sample of at most 20,000 records, or 50 for each cluster if that is more;
+        then each record joins the cluster with the nearest centre.
 
         INVALID_ARGUMENT: a number is out of range. NOT_FOUND: there is no
         collection with the name. RESOURCE_EXHAUSTED: the response would be too

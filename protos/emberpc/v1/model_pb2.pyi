@@ -53,12 +53,14 @@ class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState
     MODEL_STATE_UNSPECIFIED: _ModelState.ValueType  # 0
     """The state is not stated. The server never sends this value."""
     MODEL_STATE_LOADING: _ModelState.ValueType  # 1
-    """The server checks the model and warms it up."""
+    """The server checks the files of the model, loads the model and warms the
+    model up.
+    """
     MODEL_STATE_READY: _ModelState.ValueType  # 2
     """The server serves the model."""
     MODEL_STATE_UNLOADING: _ModelState.ValueType  # 3
     """The last calls that use the model finish. This version of the server never
-    sends the value: ListModels does not list such a model.
+    sends the value: ListModels does not list a model that is being unloaded.
     """
     MODEL_STATE_FAILED: _ModelState.ValueType  # 4
     """The model could not be loaded. This version of the server never sends the
@@ -71,12 +73,14 @@ class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
 MODEL_STATE_UNSPECIFIED: ModelState.ValueType  # 0
 """The state is not stated. The server never sends this value."""
 MODEL_STATE_LOADING: ModelState.ValueType  # 1
-"""The server checks the model and warms it up."""
+"""The server checks the files of the model, loads the model and warms the
+model up.
+"""
 MODEL_STATE_READY: ModelState.ValueType  # 2
 """The server serves the model."""
 MODEL_STATE_UNLOADING: ModelState.ValueType  # 3
 """The last calls that use the model finish. This version of the server never
-sends the value: ListModels does not list such a model.
+sends the value: ListModels does not list a model that is being unloaded.
 """
 MODEL_STATE_FAILED: ModelState.ValueType  # 4
 """The model could not be loaded. This version of the server never sends the
@@ -86,7 +90,7 @@ Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
-    """A model of the server."""
+    """A model that the server serves or loads."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -131,8 +135,8 @@ class Model(_message.Message):
     QUALITY_FIELD_NUMBER: _builtins.int
     CLASSIFIER_FINGERPRINT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name under which the server serves the model: 1 to 128 letters, digits,
-    `.`, `_` and `-`, the first a letter or digit.
+    """Name under which the server serves the model: 1 to 128 ASCII letters,
+    digits, `.`, `_` and `-`, the first a letter or digit.
     """
     task: Global___ModelTask.ValueType
     """Task of the model."""
@@ -141,24 +145,33 @@ class Model(_message.Message):
     LoadModel and ReloadModel, otherwise READY.
     """
     base_model: _builtins.str
-    """Name of the model from which this model was exported."""
+    """Name of the model that was exported or fine-tuned: its name on a hub, the
+    name of its folder, or a name that the user of the export gave. Foreign
+    model: the name in its config.json, else the name of its folder.
+    """
     revision: _builtins.str
-    """Revision of the model's weights, as the bundle states it."""
+    """Revision of `base_model`: a Git commit, or the start of a hash of the
+    weights. A fine-tuned model has the revision from before the fine-tuning.
+    """
     fingerprint: _builtins.str
-    """Fingerprint (hex) of all bytes that decide the model's vectors; see
-    ModelVersion.
+    """Fingerprint (hex) of what decides the model's vectors; see
+    ModelVersion.fingerprint.
     """
     dimensions: _builtins.int
-    """Number of dimensions of the model's vectors. CLASSIFICATION: of the vectors
-    that the head takes; 1 for a foreign model.
+    """Number of dimensions of the model's vectors. CLASSIFICATION: of the
+    encoder's vectors; always 1 for a foreign model.
     """
     pooling: _builtins.str
     """The rule that makes one vector of the vectors of a text's tokens: `mean`,
-    `cls`, `max` or `lasttoken`. Of a foreign model also `in the graph`, or
-    `none` for a classifier.
+    `cls`, `max` or `lasttoken`. A foreign classifier has `none`. A foreign
+    embedding model has `in the graph` if no rule is stated and its graph
+    returns one vector for a text.
     """
     normalized: _builtins.bool
-    """Whether the model's vectors have length 1."""
+    """Whether the model's vectors are known to have length 1. The graph of a
+    foreign model may normalize the vectors though this is false. Without
+    meaning for a classifier.
+    """
     max_tokens: _builtins.int
     """The most tokens of a text that the model reads, special tokens and prompt
     included.
@@ -166,23 +179,27 @@ class Model(_message.Message):
     query_prompt: _builtins.str
     """Prompt: text that the server puts before a query. May be empty."""
     passage_prompt: _builtins.str
-    """Prompt: text that the server puts before a passage. May be empty."""
+    """Prompt: text that the server puts before a passage, or before a text to
+    classify. May be empty.
+    """
     multi_label: _builtins.bool
     """CLASSIFICATION: whether a text may have several labels, or none."""
     variant: _builtins.str
-    """The served variant: one of the bundle's ONNX files, such as `fp32`."""
+    """The served variant: one of the bundle's ONNX files, such as `fp32`; `onnx`
+    for a foreign model.
+    """
     size_bytes: _builtins.int
     """Size in bytes of the ONNX file of the served variant, without external
     files with weights.
     """
     classifier_fingerprint: _builtins.str
     """CLASSIFICATION: fingerprint (hex) of all that decides the labels; see
-    ModelVersion. Empty for an embedding model.
+    ModelVersion.classifier_fingerprint. Empty for an embedding model.
     """
     @_builtins.property
     def matryoshka_dimensions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Smaller numbers of dimensions to which the model's vectors may be
-        shortened.
+        """Numbers of dimensions to which the model's vectors may be shortened. Empty:
+        none.
         """
 
     @_builtins.property
@@ -193,12 +210,13 @@ class Model(_message.Message):
 
     @_builtins.property
     def load_time(self) -> _timestamp_pb2.Timestamp:
-        """Time at which the server loaded the model."""
+        """Time of the last load or reload of the model."""
 
     @_builtins.property
     def quality(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Figures of quality by name, measured at export, such as
-        `parity.cosine_min` or `accuracy`. Empty: the bundle states none.
+        """Figures that the export measured, by name: of quality, such as `accuracy`,
+        and others, such as `train_texts` and `fit_seconds`. Empty: the bundle
+        states none, as for an embedding model that was not fine-tuned.
         """
 
     def __init__(
@@ -296,7 +314,7 @@ class GetModelRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the model. Empty: the only model of the server; INVALID_ARGUMENT if
-    there are several.
+    there are several, FAILED_PRECONDITION if there is none.
     """
     def __init__(
         self,
@@ -320,7 +338,7 @@ class GetModelResponse(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def model(self) -> Global___Model:
-        """The model that the request names."""
+        """The model that the request names, or the only model."""
 
     def __init__(
         self,
@@ -345,17 +363,18 @@ class LoadModelRequest(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     VARIANT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name under which to serve the new model: 1 to 128 letters, digits, `.`, `_`
-    and `-`, the first a letter or digit. No model may have this name.
+    """Name under which to serve the new model: 1 to 128 ASCII letters, digits,
+    `.`, `_` and `-`, the first a letter or digit. No served model may have
+    this name.
     """
     path: _builtins.str
-    """The folder of the bundle, relative to the server's models directory. No
-    part may start with a dot or be a symbolic link.
+    """The bundle or foreign folder, relative to the server's models directory. No
+    part of the path may start with a dot or be a symbolic link.
     """
     variant: _builtins.str
     """The variant to serve. Empty: the variant that the server's settings name
-    for this model name. If they name none, the first variant of the bundle:
-    `fp32`, or `onnx` of a foreign model.
+    for this model name. If the settings name none: the first variant of the
+    bundle, which an export makes `fp32`; `onnx` for a foreign folder.
     """
     def __init__(
         self,
@@ -374,17 +393,23 @@ Global___LoadModelRequest: _TypeAlias = LoadModelRequest  # noqa: Y015
 
 @_typing.final
 class LoadModelResponse(_message.Message):
-    """Progress of ModelService.LoadModel. The last message has state READY."""
+    """Progress of ModelService.LoadModel. If the call succeeds, the last message
+    has state READY.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """Name of the present stage, for people to read. `ready` in the last message."""
+    """Name of the stage that begins, for people to read, such as `warming up`.
+    `ready` in the message with state READY.
+    """
     @_builtins.property
     def model(self) -> Global___Model:
-        """The model: only name and state, or all fields in the last message."""
+        """The model: all fields in the message with state READY, only name and state
+        in the messages before.
+        """
 
     def __init__(
         self,
@@ -413,11 +438,13 @@ class ReloadModelRequest(_message.Message):
     """Name of the served model to replace."""
     path: _builtins.str
     """Another folder to load the model from, relative to the server's models
-    directory, with the rules of LoadModelRequest. Empty: the folder from which
-    the model was loaded.
+    directory, with the rules of LoadModelRequest.path. Empty: the folder from
+    which the model was loaded.
     """
     variant: _builtins.str
-    """The variant to serve. Empty: the variant that is served now."""
+    """The variant to serve. Empty: the variant that is served now; if the folder
+    does not have it, the call fails with FAILED_PRECONDITION.
+    """
     def __init__(
         self,
         *,
@@ -435,17 +462,23 @@ Global___ReloadModelRequest: _TypeAlias = ReloadModelRequest  # noqa: Y015
 
 @_typing.final
 class ReloadModelResponse(_message.Message):
-    """Progress of ModelService.ReloadModel. The last message has state READY."""
+    """Progress of ModelService.ReloadModel. If the call succeeds, the last message
+    has state READY.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """Name of the present stage, for people to read. `ready` in the last message."""
+    """Name of the stage that begins, for people to read, such as `warming up`.
+    `ready` in the message with state READY.
+    """
     @_builtins.property
     def model(self) -> Global___Model:
-        """The model: only name and state, or all fields in the last message."""
+        """The new model: all fields in the message with state READY, only name and
+        state in the messages before.
+        """
 
     def __init__(
         self,

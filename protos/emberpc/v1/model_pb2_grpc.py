@@ -89,32 +89,36 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def LoadModel(self, request, context):
-        """Loads a bundle under a new name: the server checks the bundle, warms the
-        model up and then serves it. The responses state the progress. Changes of
-        models run one after the other, and are finished even if the caller
-        cancels; changes that wait when the server stops do not run.
+        """Loads a bundle or a foreign folder under a new name: the server checks the
+        files, loads the model, warms the model up and then serves it. The
+        responses state the progress. The server makes changes of models one after
+        the other. The change is finished even if the caller cancels; if it still
+        waits when the server stops, it does not run.
 
-        PERMISSION_DENIED: the server does not let callers change its models (flag
-        --model-admin). INVALID_ARGUMENT: the name is malformed, or the path names
-        no folder in the models directory. ALREADY_EXISTS: a model has the name.
-        FAILED_PRECONDITION: the server has no models directory or cannot serve the
-        bundle, or the bundle has no such variant.
+        PERMISSION_DENIED: the server does not let callers change its models
+        (--model-admin allows that). INVALID_ARGUMENT: the name or the path is
+        invalid, or the models directory has no folder at the path.
+        ALREADY_EXISTS: a model has the name. FAILED_PRECONDITION: the server has
+        no models directory or cannot serve the model, or the bundle has no such
+        variant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReloadModel(self, request, context):
-        """Replaces a model by the bundle that is now in its folder, or by another
-        bundle. Calls in flight finish on the old model. The responses state the
-        progress. If the call fails, the old model stays.
+        """Replaces a model by the model that is now in its folder, or by the model of
+        another folder. Calls in flight finish on the old model. The responses
+        state the progress. If the server cannot serve the new model, the old model
+        stays. The change is finished even if the caller cancels; if it still waits
+        when the server stops, it does not run.
 
-        PERMISSION_DENIED: the server does not let callers change its models (flag
-        --model-admin). NOT_FOUND: there is no model with the name.
-        INVALID_ARGUMENT: the path names no folder in the models directory.
-        FAILED_PRECONDITION: a path is given and the server has no models
-        directory, the server cannot serve the new bundle, or the bundle has no
-        such variant.
+        PERMISSION_DENIED: the server does not let callers change its models
+        (--model-admin allows that). NOT_FOUND: there is no model with the name.
+        INVALID_ARGUMENT: the path is invalid, or the models directory has no
+        folder at the path. FAILED_PRECONDITION: a path is given and the server has
+        no models directory, the server cannot serve the new model, or the bundle
+        has no such variant.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,10 +127,11 @@ class ModelServiceServicer(object):
     def UnloadModel(self, request, context):
         """Stops serving a model. New calls do not find the model. The server responds
         when the calls in flight that use the model have finished. If the caller
-        cancels while the call waits for other changes of models, the model stays.
+        cancels while the call waits for other changes of models, the model stays;
+        if the caller cancels later, the model is unloaded all the same.
 
-        PERMISSION_DENIED: the server does not let callers change its models (flag
-        --model-admin). NOT_FOUND: there is no model with the name.
+        PERMISSION_DENIED: the server does not let callers change its models
+        (--model-admin allows that). NOT_FOUND: there is no model with the name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

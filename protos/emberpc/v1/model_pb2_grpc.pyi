@@ -48,36 +48,41 @@ class ModelServiceStub:
     empty, and no model is served.
     """
     LoadModel: _grpc.UnaryStreamMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]
-    """Loads a bundle under a new name: the server checks the bundle, warms the
-    model up and then serves it. The responses state the progress. Changes of
-    models run one after the other, and are finished even if the caller
-    cancels; changes that wait when the server stops do not run.
+    """Loads a bundle or a foreign folder under a new name: the server checks the
+    files, loads the model, warms the model up and then serves it. The
+    responses state the progress. The server makes changes of models one after
+    the other. The change is finished even if the caller cancels; if it still
+    waits when the server stops, it does not run.
 
-    PERMISSION_DENIED: the server does not let callers change its models (flag
-    --model-admin). INVALID_ARGUMENT: the name is malformed, or the path names
-    no folder in the models directory. ALREADY_EXISTS: a model has the name.
-    FAILED_PRECONDITION: the server has no models directory or cannot serve the
-    bundle, or the bundle has no such variant.
+    PERMISSION_DENIED: the server does not let callers change its models
+    (--model-admin allows that). INVALID_ARGUMENT: the name or the path is
+    invalid, or the models directory has no folder at the path.
+    ALREADY_EXISTS: a model has the name. FAILED_PRECONDITION: the server has
+    no models directory or cannot serve the model, or the bundle has no such
+    variant.
     """
     ReloadModel: _grpc.UnaryStreamMultiCallable[_model_pb2.ReloadModelRequest, _model_pb2.ReloadModelResponse]
-    """Replaces a model by the bundle that is now in its folder, or by another
-    bundle. Calls in flight finish on the old model. The responses state the
-    progress. If the call fails, the old model stays.
+    """Replaces a model by the model that is now in its folder, or by the model of
+    another folder. Calls in flight finish on the old model. The responses
+    state the progress. If the server cannot serve the new model, the old model
+    stays. The change is finished even if the caller cancels; if it still waits
+    when the server stops, it does not run.
 
-    PERMISSION_DENIED: the server does not let callers change its models (flag
-    --model-admin). NOT_FOUND: there is no model with the name.
-    INVALID_ARGUMENT: the path names no folder in the models directory.
-    FAILED_PRECONDITION: a path is given and the server has no models
-    directory, the server cannot serve the new bundle, or the bundle has no
-    such variant.
+    PERMISSION_DENIED: the server does not let callers change its models
+    (--model-admin allows that). NOT_FOUND: there is no model with the name.
+    INVALID_ARGUMENT: the path is invalid, or the models directory has no
+    folder at the path. FAILED_PRECONDITION: a path is given and the server has
+    no models directory, the server cannot serve the new model, or the bundle
+    has no such variant.
     """
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]
     """Stops serving a model. New calls do not find the model. The server responds
     when the calls in flight that use the model have finished. If the caller
-    cancels while the call waits for other changes of models, the model stays.
+    cancels while the call waits for other changes of models, the model stays;
+    if the caller cancels later, the model is unloaded all the same.
 
-    PERMISSION_DENIED: the server does not let callers change its models (flag
-    --model-admin). NOT_FOUND: there is no model with the name.
+    PERMISSION_DENIED: the server does not let callers change its models
+    (--model-admin allows that). NOT_FOUND: there is no model with the name.
     """
 
 @_typing.type_check_only
@@ -100,36 +105,41 @@ class ModelServiceAsyncStub(ModelServiceStub):
     empty, and no model is served.
     """
     LoadModel: _aio.UnaryStreamMultiCallable[_model_pb2.LoadModelRequest, _model_pb2.LoadModelResponse]  # type: ignore[assignment]
-    """Loads a bundle under a new name: the server checks the bundle, warms the
-    model up and then serves it. The responses state the progress. Changes of
-    models run one after the other, and are finished even if the caller
-    cancels; changes that wait when the server stops do not run.
+    """Loads a bundle or a foreign folder under a new name: the server checks the
+    files, loads the model, warms the model up and then serves it. The
+    responses state the progress. The server makes changes of models one after
+    the other. The change is finished even if the caller cancels; if it still
+    waits when the server stops, it does not run.
 
-    PERMISSION_DENIED: the server does not let callers change its models (flag
-    --model-admin). INVALID_ARGUMENT: the name is malformed, or the path names
-    no folder in the models directory. ALREADY_EXISTS: a model has the name.
-    FAILED_PRECONDITION: the server has no models directory or cannot serve the
-    bundle, or the bundle has no such variant.
+    PERMISSION_DENIED: the server does not let callers change its models
+    (--model-admin allows that). INVALID_ARGUMENT: the name or the path is
+    invalid, or the models directory has no folder at the path.
+    ALREADY_EXISTS: a model has the name. FAILED_PRECONDITION: the server has
+    no models directory or cannot serve the model, or the bundle has no such
+    variant.
     """
     ReloadModel: _aio.UnaryStreamMultiCallable[_model_pb2.ReloadModelRequest, _model_pb2.ReloadModelResponse]  # type: ignore[assignment]
-    """Replaces a model by the bundle that is now in its folder, or by another
-    bundle. Calls in flight finish on the old model. The responses state the
-    progress. If the call fails, the old model stays.
+    """Replaces a model by the model that is now in its folder, or by the model of
+    another folder. Calls in flight finish on the old model. The responses
+    state the progress. If the server cannot serve the new model, the old model
+    stays. The change is finished even if the caller cancels; if it still waits
+    when the server stops, it does not run.
 
-    PERMISSION_DENIED: the server does not let callers change its models (flag
-    --model-admin). NOT_FOUND: there is no model with the name.
-    INVALID_ARGUMENT: the path names no folder in the models directory.
-    FAILED_PRECONDITION: a path is given and the server has no models
-    directory, the server cannot serve the new bundle, or the bundle has no
-    such variant.
+    PERMISSION_DENIED: the server does not let callers change its models
+    (--model-admin allows that). NOT_FOUND: there is no model with the name.
+    INVALID_ARGUMENT: the path is invalid, or the models directory has no
+    folder at the path. FAILED_PRECONDITION: a path is given and the server has
+    no models directory, the server cannot serve the new model, or the bundle
+    has no such variant.
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_model_pb2.UnloadModelRequest, _model_pb2.UnloadModelResponse]  # type: ignore[assignment]
     """Stops serving a model. New calls do not find the model. The server responds
     when the calls in flight that use the model have finished. If the caller
-    cancels while the call waits for other changes of models, the model stays.
+    cancels while the call waits for other changes of models, the model stays;
+    if the caller cancels later, the model is unloaded all the same.
 
-    PERMISSION_DENIED: the server does not let callers change its models (flag
-    --model-admin). NOT_FOUND: there is no model with the name.
+    PERMISSION_DENIED: the server does not let callers change its models
+    (--model-admin allows that). NOT_FOUND: there is no model with the name.
     """
 
 class ModelServiceServicer:
@@ -164,16 +174,18 @@ class ModelServiceServicer:
         request: _model_pb2.LoadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_pb2.LoadModelResponse], _abc.AsyncIterator[_model_pb2.LoadModelResponse]]:
-        """Loads a bundle under a new name: the server checks the bundle, warms the
-        model up and then serves it. The responses state the progress. Changes of
-        models run one after the other, and are finished even if the caller
-        cancels; changes that wait when the server stops do not run.
+        """Loads a bundle or a foreign folder under a new name: the server checks the
+        files, loads the model, warms the model up and then serves it. The
+        responses state the progress. The server makes changes of models one after
+        the other. The change is finished even if the caller cancels; if it still
+        waits when the server stops, it does not run.
 
-        PERMISSION_DENIED: the server does not let callers change its models (flag
-        --model-admin). INVALID_ARGUMENT: the name is malformed, or the path names
-        no folder in the models directory. ALREADY_EXISTS: a model has the name.
-        FAILED_PRECONDITION: the server has no models directory or cannot serve the
-        bundle, or the bundle has no such variant.
+        PERMISSION_DENIED: the server does not let callers change its models
+        (--model-admin allows that). INVALID_ARGUMENT: the name or the path is
+        invalid, or the models directory has no folder at the path.
+        ALREADY_EXISTS: a model has the name. FAILED_PRECONDITION: the server has
+        no models directory or cannot serve the model, or the bundle has no such
+        variant.
         """
 
     def ReloadModel(
@@ -181,16 +193,18 @@ class ModelServiceServicer:
         request: _model_pb2.ReloadModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_model_pb2.ReloadModelResponse], _abc.AsyncIterator[_model_pb2.ReloadModelResponse]]:
-        """Replaces a model by the bundle that is now in its folder, or by another
-        bundle. Calls in flight finish on the old model. The responses state the
-        progress. If the call fails, the old model stays.
+        """Replaces a model by the model that is now in its folder, or by the model of
+        another folder. Calls in flight finish on the old model. The responses
+        state the progress. If the server cannot serve the new model, the old model
+        stays. The change is finished even if the caller cancels; if it still waits
+        when the server stops, it does not run.
 
-        PERMISSION_DENIED: the server does not let callers change its models (flag
-        --model-admin). NOT_FOUND: there is no model with the name.
-        INVALID_ARGUMENT: the path names no folder in the models directory.
-        FAILED_PRECONDITION: a path is given and the server has no models
-        directory, the server cannot serve the new bundle, or the bundle has no
-        such variant.
+        PERMISSION_DENIED: the server does not let callers change its models
+        (--model-admin allows that). NOT_FOUND: there is no model with the name.
+        INVALID_ARGUMENT: the path is invalid, or the models directory has no
+        folder at the path. FAILED_PRECONDITION: a path is given and the server has
+        no models directory, the server cannot serve the new model, or the bundle
+        has no such variant.
         """
 
     def UnloadModel(
@@ -200,10 +214,11 @@ class ModelServiceServicer:
     ) -> _typing.Union[_model_pb2.UnloadModelResponse, _abc.Awaitable[_model_pb2.UnloadModelResponse]]:
         """Stops serving a model. New calls do not find the model. The server responds
         when the calls in flight that use the model have finished. If the caller
-        cancels while the call waits for other changes of models, the model stays.
+        cancels while the call waits for other changes of models, the model stays;
+        if the caller cancels later, the model is unloaded all the same.
 
-        PERMISSION_DENIED: the server does not let callers change its models (flag
-        --model-admin). NOT_FOUND: there is no model with the name.
+        PERMISSION_DENIED: the server does not let callers change its models
+        (--model-admin allows that). NOT_FOUND: there is no model with the name.
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

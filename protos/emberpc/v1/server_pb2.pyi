@@ -49,7 +49,8 @@ class GetServerInfoResponse(_message.Message):
     @_builtins.property
     def limits(self) -> Global___ServerLimits:
         """Limits of calls. A call over a limit fails with INVALID_ARGUMENT or
-        RESOURCE_EXHAUSTED; in a stream, a text over its limit fails alone.
+        RESOURCE_EXHAUSTED; in a stream, a text or record that is too long fails
+        alone.
         """
 
     @_builtins.property
@@ -75,7 +76,7 @@ Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
 
 @_typing.final
 class ServerLimits(_message.Message):
-    """The largest values that the server accepts."""
+    """Limits of the server. A value equal to a limit is allowed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -100,18 +101,22 @@ class ServerLimits(_message.Message):
     max_message_bytes: _builtins.int
     """Limit of the bytes of one request message."""
     max_response_bytes: _builtins.int
-    """Limit of the bytes of one response message. It may be checked only after
-    the work, as in a Search. Responses of ListModels, GetModel and
-    ListCollections are not checked.
+    """Limit of the bytes of one response message; a call whose response would be
+    larger fails with RESOURCE_EXHAUSTED. Some RPCs estimate the bytes. Some,
+    such as Search, check only after the work. Some, such as EmbedStream,
+    ListModels, GetModel and ListCollections, do not check.
     """
     max_texts: _builtins.int
-    """Limit of the texts or records that one call sends, or one message of a
-    stream.
+    """Limit of the texts or records of one request message. A stream may have any
+    number of messages.
     """
     max_text_bytes: _builtins.int
     """Limit of the bytes (UTF-8) of one text."""
     max_queue_tokens: _builtins.int
-    """Limit of the tokens that wait in the queue, of all calls together."""
+    """Limit of the tokens that wait in the queue, of all calls together. A unary
+    call with more tokens fails with INVALID_ARGUMENT; one whose tokens do not
+    fit now fails with RESOURCE_EXHAUSTED.
+    """
     max_id_bytes: _builtins.int
     """Limit of the bytes (UTF-8) of a record's id."""
     max_label_bytes: _builtins.int
@@ -121,27 +126,30 @@ class ServerLimits(_message.Message):
     max_queries: _builtins.int
     """Limit of the queries of one Search."""
     max_top_k: _builtins.int
-    """Limit of the hits of one query."""
+    """Limit of `top_k` of one query."""
     max_hits: _builtins.int
-    """Limit of the hits of all queries of one Search together."""
+    """Limit of the sum of `top_k` of all queries of one Search."""
     max_ids: _builtins.int
     """Limit of the ids of one BatchGetRecords or DeleteRecords."""
     max_page_size: _builtins.int
-    """Limit of the items of one page of a List RPC or of FindDuplicates."""
+    """Limit of `page_size` of the List RPCs and of FindDuplicates."""
     max_filter_conditions: _builtins.int
-    """Limit of the conditions of one filter."""
+    """Limit of the conditions of one filter, nested ones included."""
     max_request_conditions: _builtins.int
     """Limit of the conditions of all filters of one request together."""
     max_filter_values: _builtins.int
-    """Limit of the values of all memberships of all filters of one request."""
+    """Limit of the values of all memberships in all filters of one request
+    together.
+    """
     max_collections: _builtins.int
     """Limit of the collections on the server. At this number, CreateCollection
-    and RestoreCollection fail with RESOURCE_EXHAUSTED. With Milvus this has no
-    effect.
+    and RestoreCollection fail with RESOURCE_EXHAUSTED. With Milvus the limit
+    has no effect.
     """
     max_elements: _builtins.int
     """Limit of the list items, map entries and unknown fields of all messages
-    within one request message, such as the values of its metadata.
+    inside one request message together, such as the entries of the metadata of
+    all records. The lists of the request itself have limits of their own.
     """
     def __init__(
         self,

@@ -48,7 +48,7 @@ class ServerServiceServicer(object):
 
     def GetServerInfo(self, request, context):
         """Returns the server's version, limits and features. The response is the same
-        as long as the server runs. No error of its own.
+        as long as the server runs. This RPC has no errors of its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,7 +35,7 @@ class ServerServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ServerServiceAsyncStub: ...
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_server_pb2.GetServerInfoRequest, _server_pb2.GetServerInfoResponse]
     """Returns the server's version, limits and features. The response is the same
-    as long as the server runs. No error of its own.
+    as long as the server runs. This RPC has no errors of its own.
     """
 
 @_typing.type_check_only
@@ -45,7 +45,7 @@ class ServerServiceAsyncStub(ServerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_server_pb2.GetServerInfoRequest, _server_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """Returns the server's version, limits and features. The response is the same
-    as long as the server runs. No error of its own.
+    as long as the server runs. This RPC has no errors of its own.
     """
 
 class ServerServiceServicer:
@@ -57,7 +57,7 @@ class ServerServiceServicer:
         context: _ServicerContext,
     ) -> _typing.Union[_server_pb2.GetServerInfoResponse, _abc.Awaitable[_server_pb2.GetServerInfoResponse]]:
         """Returns the server's version, limits and features. The response is the same
-        as long as the server runs. No error of its own.
+        as long as the server runs. This RPC has no errors of its own.
         """
 
 def add_ServerServiceServicer_to_server(servicer: ServerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

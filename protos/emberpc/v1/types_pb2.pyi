@@ -26,14 +26,14 @@ class _DataType:
 class _DataTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DataType.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     DATA_TYPE_UNSPECIFIED: _DataType.ValueType  # 0
-    """The default that the field states. FLOAT32 if the field states none."""
+    """The default: FLOAT32."""
     DATA_TYPE_FLOAT32: _DataType.ValueType  # 1
     """IEEE 754 single precision, 4 bytes per dimension."""
     DATA_TYPE_FLOAT16: _DataType.ValueType  # 2
     """IEEE 754 half precision, 2 bytes per dimension."""
     DATA_TYPE_INT8: _DataType.ValueType  # 3
-    """Signed 8-bit integers, 1 byte per dimension. Multiply row i by `scales[i]`
-    to get the vector.
+    """Signed 8-bit integers, 1 byte per dimension. Vector i is row i times
+    `Vectors.scales[i]`.
     """
     DATA_TYPE_BINARY: _DataType.ValueType  # 4
     """The sign of each dimension as one bit (1 = positive, 0 = negative or zero).
@@ -45,14 +45,14 @@ class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
     """Element type of a block of vectors."""
 
 DATA_TYPE_UNSPECIFIED: DataType.ValueType  # 0
-"""The default that the field states. FLOAT32 if the field states none."""
+"""The default: FLOAT32."""
 DATA_TYPE_FLOAT32: DataType.ValueType  # 1
 """IEEE 754 single precision, 4 bytes per dimension."""
 DATA_TYPE_FLOAT16: DataType.ValueType  # 2
 """IEEE 754 half precision, 2 bytes per dimension."""
 DATA_TYPE_INT8: DataType.ValueType  # 3
-"""Signed 8-bit integers, 1 byte per dimension. Multiply row i by `scales[i]`
-to get the vector.
+"""Signed 8-bit integers, 1 byte per dimension. Vector i is row i times
+`Vectors.scales[i]`.
 """
 DATA_TYPE_BINARY: DataType.ValueType  # 4
 """The sign of each dimension as one bit (1 = positive, 0 = negative or zero).
@@ -68,28 +68,24 @@ class _InputKind:
 class _InputKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_InputKind.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     INPUT_KIND_UNSPECIFIED: _InputKind.ValueType  # 0
-    """The default that the field of the request states. PASSAGE if the field
-    states none.
-    """
+    """The default: PASSAGE."""
     INPUT_KIND_QUERY: _InputKind.ValueType  # 1
     """A query: a question or a search phrase."""
     INPUT_KIND_PASSAGE: _InputKind.ValueType  # 2
-    """A passage: a text that is stored, found or compared."""
+    """A passage: a text that is stored to be found, or is compared."""
 
 class InputKind(_InputKind, metaclass=_InputKindEnumTypeWrapper):
-    """Purpose of a text. It decides which prompt of the model the server puts
-    before the text. The text itself must not have the prompt: the server adds it
-    in any case.
+    """Purpose of a text, which decides which prompt of the model the server puts
+    before the text. The text itself must not begin with the prompt: the server
+    would add the prompt a second time.
     """
 
 INPUT_KIND_UNSPECIFIED: InputKind.ValueType  # 0
-"""The default that the field of the request states. PASSAGE if the field
-states none.
-"""
+"""The default: PASSAGE."""
 INPUT_KIND_QUERY: InputKind.ValueType  # 1
 """A query: a question or a search phrase."""
 INPUT_KIND_PASSAGE: InputKind.ValueType  # 2
-"""A passage: a text that is stored, found or compared."""
+"""A passage: a text that is stored to be found, or is compared."""
 Global___InputKind: _TypeAlias = InputKind  # noqa: Y015
 
 class _Truncation:
@@ -99,41 +95,31 @@ class _Truncation:
 class _TruncationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Truncation.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     TRUNCATION_UNSPECIFIED: _Truncation.ValueType  # 0
-    """The default that the field of the request states. REFUSE if the field
-    states none.
-    """
+    """The default, which the comment of each field of this type states."""
     TRUNCATION_REFUSE: _Truncation.ValueType  # 1
-    """Fail with INVALID_ARGUMENT. The error names the text and its number of
-    tokens; of a long text, only that it has more than the limit.
+    """Refuse the text with INVALID_ARGUMENT: the call fails, or in a stream the
+    text or record alone. The error states the number of tokens, or, for a text
+    that was not read to its end, that there are more than the model reads.
     """
     TRUNCATION_END: _Truncation.ValueType  # 2
-    """Remove the tokens beyond the limit from the end of the text. Special tokens
-    stay.
-    """
+    """Keep the start of prompt and text, and the special tokens."""
     TRUNCATION_START: _Truncation.ValueType  # 3
-    """Remove the tokens beyond the limit from the start of the text. Special
-    tokens and prompt stay.
-    """
+    """Keep the prompt, the end of the text, and the special tokens."""
 
 class Truncation(_Truncation, metaclass=_TruncationEnumTypeWrapper):
     """Treatment of a text that has more tokens than the model reads."""
 
 TRUNCATION_UNSPECIFIED: Truncation.ValueType  # 0
-"""The default that the field of the request states. REFUSE if the field
-states none.
-"""
+"""The default, which the comment of each field of this type states."""
 TRUNCATION_REFUSE: Truncation.ValueType  # 1
-"""Fail with INVALID_ARGUMENT. The error names the text and its number of
-tokens; of a long text, only that it has more than the limit.
+"""Refuse the text with INVALID_ARGUMENT: the call fails, or in a stream the
+text or record alone. The error states the number of tokens, or, for a text
+that was not read to its end, that there are more than the model reads.
 """
 TRUNCATION_END: Truncation.ValueType  # 2
-"""Remove the tokens beyond the limit from the end of the text. Special tokens
-stay.
-"""
+"""Keep the start of prompt and text, and the special tokens."""
 TRUNCATION_START: Truncation.ValueType  # 3
-"""Remove the tokens beyond the limit from the start of the text. Special
-tokens and prompt stay.
-"""
+"""Keep the prompt, the end of the text, and the special tokens."""
 Global___Truncation: _TypeAlias = Truncation  # noqa: Y015
 
 class _Priority:
@@ -143,21 +129,23 @@ class _Priority:
 class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
-    """INTERACTIVE for unary calls, BULK for streams."""
+    """The default: INTERACTIVE for unary calls, BULK for streams."""
     PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
     """A person or a program waits for the response."""
     PRIORITY_BULK: _Priority.ValueType  # 2
     """Throughput matters, latency does not."""
 
 class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
-    """Urgency of a call. The server runs interactive work before bulk work, but
-    bulk work gets the next micro-batch if it got none for a quarter of a second.
-    A call with more tokens than two micro-batches is bulk work, whatever the
-    request states.
+    """Urgency of the texts that a call runs through a model; a search of the index
+    ignores it. Interactive texts run before bulk texts, but bulk texts get the
+    next micro-batch if they got none for a quarter of a second. A call whose
+    texts have more tokens than two full micro-batches is bulk, whatever the
+    request states; in a stream, each group of texts that run together counts as
+    a call.
     """
 
 PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
-"""INTERACTIVE for unary calls, BULK for streams."""
+"""The default: INTERACTIVE for unary calls, BULK for streams."""
 PRIORITY_INTERACTIVE: Priority.ValueType  # 1
 """A person or a program waits for the response."""
 PRIORITY_BULK: Priority.ValueType  # 2
@@ -166,8 +154,8 @@ Global___Priority: _TypeAlias = Priority  # noqa: Y015
 
 @_typing.final
 class Vectors(_message.Message):
-    """A block of vectors. It is sent as one block of bytes, because a nested
-    `repeated float` costs many times as much to encode.
+    """A block of vectors. All values are in one field of bytes, because a nested
+    `repeated float` takes many times as long to encode.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -178,7 +166,9 @@ class Vectors(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     SCALES_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    """The values: little-endian, row-major, `rows` × `dimensions` of `dtype`."""
+    """The values: little-endian, row-major, `rows` × `dimensions` of `dtype`. For
+    BINARY each row has `dimensions` / 8 bytes, rounded up.
+    """
     rows: _builtins.int
     """Number of vectors."""
     dimensions: _builtins.int
@@ -217,7 +207,9 @@ class TokenUsage(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     TRUNCATED_FIELD_NUMBER: _builtins.int
     tokens: _builtins.int
-    """Number of tokens that the model read, special tokens and prompt included."""
+    """Number of tokens that the model read, after truncation, special tokens and
+    prompt included.
+    """
     truncated: _builtins.bool
     """Whether the text had more tokens than the model reads, and was truncated."""
     def __init__(
@@ -247,12 +239,14 @@ class ModelVersion(_message.Message):
     name: _builtins.str
     """Name under which the server serves the model."""
     revision: _builtins.str
-    """Revision of the model's weights, as the bundle states it."""
+    """Revision of the model's source; see Model.revision."""
     fingerprint: _builtins.str
     """Fingerprint (hex) of all bytes that decide the model's vectors, except
     `max_tokens`: graph, weights, tokenizer, pooling, prompts, dimensions,
-    normalization. Exported classifiers on the same encoder have the same
-    fingerprint; that of a foreign classifier covers its logits.
+    normalization. A classifier whose bundle has the head in a file of its own
+    has the fingerprint of its encoder, as an embedding model on that encoder
+    has. The fingerprint of any other classifier, such as a foreign one, covers
+    its logits.
     """
     classifier_fingerprint: _builtins.str
     """CLASSIFICATION: fingerprint (hex) of all that decides the labels: the bytes
@@ -278,9 +272,8 @@ Global___ModelVersion: _TypeAlias = ModelVersion  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):
-    """Wall time of the steps of a call, in seconds. If micro-batches of a call run
-    in parallel, `infer_seconds` is from the first start to the last end. The
-    first three times are 0 if the outputs for all texts were cached.
+    """Wall time of the steps of a call, in seconds. The first three times are 0 if
+    the cache had the outputs for all texts, or no text needed a model.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -290,13 +283,15 @@ class Timings(_message.Message):
     INFER_SECONDS_FIELD_NUMBER: _builtins.int
     LOOKUP_SECONDS_FIELD_NUMBER: _builtins.int
     tokenize_seconds: _builtins.float
-    """Seconds of tokenizing the texts, with the wait for a thread."""
+    """Seconds of tokenizing the texts, with the wait for a turn and a thread."""
     queue_seconds: _builtins.float
-    """Seconds of waiting for a free worker, or for another call that runs the
-    same texts.
+    """Seconds of waiting in the queue until the first micro-batch starts, and for
+    other calls that run the same texts.
     """
     infer_seconds: _builtins.float
-    """Seconds of running the model."""
+    """Seconds from the start of the first micro-batch of the call to the end of
+    the last. 0 if other calls ran all texts.
+    """
     lookup_seconds: _builtins.float
     """Seconds of a search in the index, with the wait for a thread and the
     reading of the hits. 0 if the call does not search.

@@ -1,5 +1,5 @@
 """The hand-written part of the API: encode and decode blocks of vectors, and errors.
 
-Client and server both use this package, so that their formats always agree. The
-package needs protobuf and numpy only.
+Client and server both use this package, so that both have the same formats. The package
+needs no libraries but protobuf and numpy.
 """

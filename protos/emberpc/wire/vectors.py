@@ -22,8 +22,8 @@ class VectorFormatError(ValueError):
     """The fields of a `Vectors` message contradict each other or are negative, or a data type is unknown.
 
     Args:
-        field: name of the wrong field, such as `data`; `rows` also for negative dimensions. It is also an attribute of
-            the error.
+        field: name of the wrong field: `data`, `scales`, `dtype`, or `rows`, also for negative dimensions. The error
+            has it as an attribute.
         message: the problem.
     """
 
@@ -40,7 +40,8 @@ def encode(matrix: Matrix, dtype: pb.DataType.ValueType = pb.DATA_TYPE_FLOAT32) 
         dtype: element type in the message; unspecified means FLOAT32. FLOAT16 has
             infinity for numbers of magnitude 65,520 or more. INT8 has one scale per
             row: the row's largest magnitude divided by 127 (1 for a row of zeros); all
-            numbers must be finite. BINARY keeps only the signs; zero counts as negative.
+            numbers must be finite, which is not checked. BINARY keeps only the signs;
+            zero counts as negative.
 
     Returns:
         The message, which `decode` decodes to an array of the same shape.
@@ -68,8 +69,8 @@ def decode(block: pb.Vectors) -> Matrix:
     """Decode a block of vectors.
 
     Returns:
-        float32, shape (rows, dimensions). With FLOAT32 the array is not writable, since
-        it is a view of bytes that are copied from the message. BINARY gives -1 and 1.
+        float32, shape (rows, dimensions). With FLOAT32 or no data type the array is not
+        writable, since it is a view of a copy of the message's bytes. BINARY gives -1 and 1.
 
     Raises:
         VectorFormatError: the numbers of bytes or scales do not agree with rows and

@@ -42,35 +42,37 @@ from emberpc.v1 import (
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two attempts to start workers in place of those that died.
+#: Seconds between two attempts of `_revive` to start the missing workers.
 _REVIVAL_SECONDS = 1.0
-#: Seconds from a failed measurement of the best size of micro-batches to the next. A measurement fails on a busy host.
-#: The first pause has the first number of seconds. Each later pause is twice as long, but not longer than the second.
+#: Seconds from a measurement of the best size of micro-batches on a busy host to the next measurement: the first pause,
+#: and the longest. Each pause is twice as long as the one before, up to the longest.
 _CALIBRATION_SECONDS, _LONGEST_CALIBRATION_SECONDS = 60.0, 3600.0
 
 #: gRPC's limits of concurrent calls.
 #:
-#: The first limits the calls of one connection. gRPC counts a call for some time after its response. So if a connection
-#: has more concurrent callers than about 0.7 times the limit, gRPC refuses calls: UNAVAILABLE, "RST_STREAM with error
-#: code 7".
+#: `max_concurrent_streams` limits the calls of one connection. gRPC counts a call for some time after its response. So
+#: if a connection has more concurrent callers than about 0.7 times the limit, gRPC refuses some calls: UNAVAILABLE,
+#: "RST_STREAM with error code 7".
 #:
-#: The other two limit the calls that gRPC queues before the server accepts them. Above `max_pending_requests` (1,000
-#: by default), gRPC cancels queued calls at random. With gRPC's defaults, one connection that opened and reset 4,000
-#: calls per second made gRPC cancel health checks of other callers.
+#: The two limits of pending requests are for the calls that gRPC queues before the server accepts them. Above
+#: `max_pending_requests` (1,000 by default), gRPC cancels queued calls at random; above the hard limit, it cancels each
+#: further call. Both are raised far above the defaults: with these, one connection that opened and reset 4,000 calls
+#: per second made gRPC cancel health checks of other callers.
 _CALLS = (
     ("grpc.max_concurrent_streams", 4096),
     ("grpc.server.max_pending_requests", 2**17),
     ("grpc.server.max_pending_requests_hard_limit", 2**18),
 )
-#: Bytes of a request stream that gRPC receives before the handler reads them: 1 MiB. By default gRPC estimates this
-#: number from the speed of the network: on a fast network, it held ten messages of 15 MB of a stream whose handler read
-#: none of them.
+#: Most bytes of a request stream that gRPC receives before the handler reads them: 1 MiB. With `bdp_probe`, the
+#: default, gRPC estimates this number from the speed of the network: on a fast network, it held ten messages of 15 MB
+#: of a stream whose handler read none of them.
 _RECEIVE_AHEAD = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 2**20))
-#: Settings of HTTP/2 pings, in milliseconds: least time between two pings of a client; time between two pings of the
-#: server; time in which a client must answer. By default, gRPC's server accepts one ping in 300 seconds during a silent
-#: call, and closes the connection (`too_many_pings`) if there are more. emberpc's client sends a ping after 30 seconds,
-#: and after two pings without data one a minute.
-#: The server sends pings to detect clients that vanished without closing the connection.
+#: Settings of HTTP/2 pings, in milliseconds: least time between two pings of a client during a call without messages;
+#: time between two pings of the server; time in which a client must answer.
+#:
+#: If a client sends pings more often, gRPC's server closes the connection (`too_many_pings`). By default, it accepts
+#: one ping in 300 seconds. emberpc's client sends a ping after 30 seconds, and after two pings without data one a
+#: minute. The server sends pings to detect clients that vanished without closing the connection.
 _KEEPALIVE = (
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_time_ms", 60_000),
@@ -97,20 +99,23 @@ async def run(
     models: Future[Registry],
     stopping: Stopping,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then let calls in flight finish, for at most `settings.drain_seconds`.
+    """Serve until SIGTERM or SIGINT. Then let calls in flight finish, for at most `settings.drain_seconds`.
+
+    Calls that take longer are cancelled.
 
     Args:
         settings: the settings.
-        workers: number of threads that run models.
-        pool: thread pool for all slow work: tokenizing, calls of the index, and measuring models.
+        workers: number of threads that run models, without the express worker.
+        pool: thread pool for blocking work, such as tokenizing, calls of the index, and measuring models.
         threads: number of threads of the pool, at least 5.
-        models: the models to serve; they may still be loading.
-        stopping: handles the signals; its deadline limits every wait of the shutdown.
+        models: the models that the setting `model` names; they may still be loading.
+        stopping: handles the signals. The shutdown waits for work in progress until the deadline of this object.
 
     Raises:
-        StartupError: the address of the server or of the metrics is taken, a model of `models` cannot be served, the
-            models directory does not exist, the data directory cannot be used, Milvus cannot be used, or pymilvus is
-            not installed.
+        StartupError: the address of the server or of the metrics cannot be bound, a model of `models` cannot be served,
+            the models directory does not exist, the data directory cannot be used, Milvus cannot be used, or pymilvus
+            is not installed.
+        RuntimeError: the system gives no thread for any worker.
     """
     loop = asyncio.get_running_loop()
     stopping.listen()
@@ -153,11 +158,11 @@ async def run(
         )
         observe = _serve_metrics(settings, engine, index) if settings.metrics_listen else None
         handlers = Handlers(server, observe, limits.counts, settings.max_in_flight_bytes, settings.max_streams)
-        # Heavy calls get at most half of the threads, less one. The others stay for short calls: of these, two may open
-        # collections, and one measures the best size of micro-batches.
+        # Heavy calls get half of the threads less one, but at least one. Of the other threads, at most two open
+        # collections and one measures the best size of micro-batches, so at least one is left for short calls.
         index_pool = IndexPool(pool, heavy=max(1, threads // 2 - 1))
-        # Waits until all calls of the index have ended, while the event loop runs. Closing the index, which follows,
-        # would block the event loop until then.
+        # Waits until all calls of the index have ended, while the event loop runs. `index.close`, a later step of the
+        # shutdown, would also wait for them, but would block the event loop.
         stack.push_async_callback(lambda: stopping.finish(index_pool.close()))
         reembedding = ReembeddingJobs(engine, index, index_pool, limits)
         stack.push_async_callback(lambda: stopping.finish(reembedding.close()))
@@ -187,11 +192,14 @@ async def run(
 
 
 async def _calibrate(engine: Engine, pool: Executor, record: Path, stopping: Stopping) -> None:
-    """Use the best size of micro-batches from now on: that of the file `record`, or that of a measurement.
+    """Set the engine's size of micro-batches to the best size, which is read from the file `record` or measured.
 
-    The server measures if the file is missing, older than 30 days, or of another host or model, and then writes it. A
-    measurement on a busy host is used, not written, and repeated: after 1 minute at first, later after up to 1 hour.
-    After an error, which is logged, the current size stays and nothing is repeated.
+    The size is measured if the file is missing, damaged, older than 30 days, or of another model, processor, number of
+    cores or ONNX Runtime. A measurement on an idle host is written to the file. A measurement on a busy host is used,
+    not written, and repeated: first after 1 minute, then after twice the pause before, at most 1 hour.
+
+    The current size stays if there is no model, if a signal stops the measurement, or after an error, which is logged.
+    Nothing is repeated then.
     """
     pause = _CALIBRATION_SECONDS
     try:
@@ -207,8 +215,8 @@ async def _calibrate(engine: Engine, pool: Executor, record: Path, stopping: Sto
 async def _revive(engine: Engine, workers: int, statuses: health.aio.HealthServicer) -> None:
     """Start workers in place of those that died; retry until `workers` run, since the system may refuse new threads.
 
-    The express worker is not counted. Sets the health status to NOT_SERVING while no worker runs, and to SERVING
-    otherwise.
+    Each attempt also starts the express worker if it is missing, but nothing is retried for the express worker alone.
+    Each attempt sets the health status of the server and its services: NOT_SERVING if no worker runs, else SERVING.
     """
     while (alive := engine.revive()) < workers:
         log.error("only %d of %d workers run; trying to start the others", alive, workers)
@@ -221,8 +229,7 @@ async def _revive(engine: Engine, workers: int, statuses: health.aio.HealthServi
 def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
     """Create the gRPC server and bind its address.
 
-    `run` does this before it waits for the models, which another thread loads meanwhile. So an address in use is
-    reported at once.
+    `run` calls this before it waits for the models, so an address in use is reported at once.
 
     Returns:
         The server, and its address as HOST:PORT with the real port.
@@ -236,8 +243,8 @@ def _bind(settings: Settings) -> tuple[grpc.aio.Server, str]:
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.max_send_message_length", -1),
-            # gRPC closes a connection without a handshake, so that silent connections cannot use up all file
-            # descriptors.
+            # gRPC closes a connection whose HTTP/2 handshake takes longer, so that silent connections cannot use up all
+            # file descriptors.
             ("grpc.server_handshake_timeout_ms", int(1000 * settings.handshake_seconds)),
             *_CALLS,
             *_RECEIVE_AHEAD,
@@ -273,9 +280,9 @@ def _serve_metrics(settings: Settings, engine: Engine, index: IndexBackend) -> O
 
 
 async def _watch(directory: ModelsDirectory, loader: Loader, seconds: float) -> None:
-    """Load, reload and unload changed bundles of the models directory every `seconds` seconds, until cancelled.
+    """Follow the changes in the models directory until cancelled: call `directory.poll` after each `seconds` seconds.
 
-    An error is logged, and the next check takes place as usual.
+    The first call is after `seconds` seconds too. An error is logged, and the calls continue.
     """
     while True:
         await asyncio.sleep(seconds)

@@ -1,7 +1,8 @@
-"""Cancellation of blocking calls: a thread that runs a call regularly checks whether the call is cancelled.
+"""Cancellation of blocking calls: the code of a call checks from time to time whether the call is cancelled.
 
-The condition is a function that `cancelled_when` sets for the thread that enters it. The store, SQLite and the loops of
-the index check the condition. A thread without a condition, such as the maintenance thread, is never cancelled.
+`cancelled_when` sets a condition for its thread: a function that returns whether the call of the thread is cancelled.
+SQLite and long loops check the condition of their thread. A thread without a condition, such as the maintenance thread,
+is never cancelled.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def cancelled_when(stop: Callable[[], bool]) -> Iterator[None]:
         stop: returns whether the call is cancelled.
 
     Raises:
-        ServiceError: DEADLINE_EXCEEDED if `stop` returns True at the start.
+        ServiceError: DEADLINE_EXCEEDED if `stop` returns True at the start; the block does not run then.
     """
     before, _thread.stop = _thread.stop, stop
     try:
@@ -68,7 +69,7 @@ def cancelled_when(stop: Callable[[], bool]) -> Iterator[None]:
 def cancelled() -> bool:
     """Return whether the call that this thread runs is cancelled; False if the thread has no condition.
 
-    Raises no error of its own, so SQLite may call this function.
+    SQLite calls this function while a statement runs, and interrupts the statement if the result is True.
     """
     stop = _thread.stop
     return stop is not None and stop()
@@ -77,15 +78,15 @@ def cancelled() -> bool:
 def check() -> None:
     """Raise DEADLINE_EXCEEDED if the call that this thread runs is cancelled.
 
-    Do not call this between the commit of a write and the update of memory for that write: an error there would leave
-    memory and database different.
+    Do not call this between the commit of a write to the database and the same change of the data in memory: after an
+    error there, memory and database would differ.
     """
     if cancelled():
         raise error()
 
 
 def error() -> ServiceError:
-    """Return the DEADLINE_EXCEEDED error of a cancelled call."""
+    """Return the DEADLINE_EXCEEDED error of a cancelled call, with the reason CANCELLED."""
     return ServiceError(
         Code.DEADLINE_EXCEEDED,
         "the call was stopped: its caller left, or its deadline passed; ask for less, or set a later deadline",

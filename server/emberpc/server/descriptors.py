@@ -16,7 +16,7 @@ def raise_limit() -> tuple[int, int]:
     """Raise the soft limit of open files to the hard limit, if the system allows that.
 
     Returns:
-        The soft limit before and after; both are equal if the limit was not raised. -1: no limit.
+        The soft limit before and after; both are equal if the limit was not raised. `resource.RLIM_INFINITY`: no limit.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
@@ -38,12 +38,13 @@ def is_shortage(error: OSError) -> bool:
 
 
 def none_free(needed: int = 1) -> bool:
-    """Return whether fewer than `needed` descriptors are free now, by opening and closing that many.
+    """Return whether fewer than `needed` descriptors are free now: try to open that many, and close them again.
 
-    For errors of libraries that do not state the cause: a lack of descriptors may be the cause.
+    Called after an error of a library that does not state the cause, which may be a lack of descriptors.
 
     Args:
-        needed: the most descriptors that the library opens at a time. It has closed them when it reports an error.
+        needed: the most descriptors that the library opens at a time. The library must have closed them before this
+            call.
     """
     opened: list[int] = []
     try:
@@ -58,7 +59,7 @@ def none_free(needed: int = 1) -> bool:
 
 
 def shortage_at_start() -> str:
-    """Return problem and remedy as text, for the error message of a start that finds no free descriptor."""
+    """Return the end of the message, with problem and remedy, for a server start that finds no free descriptor."""
     return (
         f"no file descriptor is free (this process may have {limit()} open files); start the server with a higher "
         "limit (ulimit -n, LimitNOFILE of systemd)"

@@ -1,8 +1,9 @@
 """Count the elements of a request in its bytes, before protobuf decodes them, and refuse a request with too many.
 
-Elements are list items, map entries and unknown fields. protobuf holds the interpreter's lock while it decodes, so no
-other call runs. To decode 16 MiB of empty records took 2.5 seconds and 900 MB, and a single map of 750,000 keys took
-5 seconds.
+Elements are list items, map entries and unknown fields. A request is here also each message of a request stream.
+
+protobuf holds the interpreter's lock while it decodes, so no other call runs. To decode 16 MiB of empty records took
+2.5 seconds and 900 MB, and a single map of 750,000 keys took 5 seconds.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ from emberpc.server.errors import ServiceError, invalid
 
 #: Bytes of a request below which its elements are not counted: protobuf decodes it in a few milliseconds.
 _SMALL = 64 * 1024
-#: Most fields and list items of the request itself, without the items of repeated fields that have their own limit.
+#: Most fields and list items of the request itself, without fields that have their own limit (`limits`).
 _MAX_OTHERS = 1000
-#: Most fields and list items of one message inside a request, if the message is scanned. The limit is lower than that
-#: of the whole request, since the time to decode a map grows faster than the number of its entries.
+#: Most fields, list items and map entries of one message inside a request, if the message is scanned. The limit is
+#: lower than `MAX_ELEMENTS`, since the time to decode a map grows faster than the number of its entries.
 _MAX_ITEMS = 2**16
 #: Most list items, map entries and unknown fields of all messages inside a request together. protobuf decodes this
 #: number in 0.1 to 0.4 s.
 MAX_ELEMENTS = 500_000
-#: Seconds of work between two pauses, in which other calls run. The scan of one message is not interrupted.
+#: Least seconds of scanning between two yields of `count_elements`; other calls can run at a yield. The scan of one
+#: message is not interrupted.
 _STEP_SECONDS = 0.002
 #: Tags (number and wire type) of the fields `key` and `value` of a map entry, with a string as key, a message as value.
 _ENTRY_KEY, _ENTRY_VALUE = 1 << 3 | DELIMITED, 2 << 3 | DELIMITED
-#: The bytes that are not the last of a varint. Without them, a packed list of varints has one byte for each item.
+#: The values of the bytes of a varint other than the last byte. To count the items of a packed list of varints, these
+#: bytes are removed: one byte for each item is left.
 _CONTINUED = bytes(range(0x80, 0x100))
 #: Bytes of a value, for the field types with values of a fixed size.
 _FIXED_SIZES = {
@@ -52,9 +55,10 @@ class _MessageType:
         name: name of the type.
         fields: for each field number: whether the field is repeated; its message type, or None; and the bytes of an
             item if the field may be a packed list (0 for varints), else None.
-        scalars: tags of the fields that are neither repeated nor messages; only fields whose tag has one byte.
-        entry_scalars: if the type is the entry of a map from strings to messages, `scalars` of these messages; else
-            empty.
+        scalars: tags (number and wire type) of the fields that are neither repeated nor messages; only fields whose tag
+            has one byte.
+        entry_scalars: if the type is the entry of a map from strings to messages, `scalars` of the type of these
+            messages; else empty.
     """
 
     __slots__ = ("entry_scalars", "fields", "name", "scalars")
@@ -83,8 +87,9 @@ class _TooManyError(Exception):
     """Raised for a message with too many elements.
 
     Attributes:
-        number: number of the field with too many elements; 0: all fields without a limit of their own, together.
-        most: the limit of the elements.
+        number: number of the field with too many elements; 0: the fields without a limit of their own have too many
+            together.
+        most: the limit that is exceeded.
     """
 
     def __init__(self, number: int, most: int) -> None:
@@ -93,12 +98,15 @@ class _TooManyError(Exception):
 
 
 def count_elements(data: bytes, message: Descriptor, limits: Mapping[str, int]) -> Iterator[None]:
-    """Check the number of elements of a request; yield after each step of about 2 milliseconds, or of one message.
+    """Check the number of elements of a request; yield between two steps, so that other calls can run.
 
-    A request of fewer than 64 KiB is not checked, and nothing is yielded. An element of a message inside the request
-    has at least two bytes, so the size of such a message limits its elements. Messages inside the request are scanned
-    one after the other, until the total is within the limit even if the others have as many elements as their sizes
-    allow.
+    The first step scans the fields of the request itself. Each further step scans messages inside the request for about
+    2 milliseconds. The scan of one message is not interrupted, so a step may take longer. A request of fewer than
+    64 KiB is not checked, and nothing is yielded.
+
+    An element of a message inside a request has at least two bytes, since none of these messages of emberpc has a list
+    of varints. So a message has at most half as many elements as bytes. The check ends when the total is within the
+    limit even if each message that was not scanned has the most elements that its size allows.
 
     Args:
         data: the request as bytes.
@@ -106,10 +114,11 @@ def count_elements(data: bytes, message: Descriptor, limits: Mapping[str, int]) 
         limits: most elements of repeated fields of the request itself, by field name.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if a field has more elements than its limit; if the request has more than 1,000
-            other fields and list items; if a scanned message inside the request has more than 65,536 fields and list
-            items; or if all messages inside the request together have more than `MAX_ELEMENTS` elements.
-        ValueError: the bytes are no valid message, or contain a group, which no message of emberpc has.
+        ServiceError: INVALID_ARGUMENT if a field of the request has more elements than its limit; if the request itself
+            has more than 1,000 other fields and list items; if a scanned message inside the request has more than
+            65,536 fields, list items and map entries; or if all messages inside the request together have more than
+            `MAX_ELEMENTS` elements.
+        ValueError: the scanned bytes are no valid message, or contain a group, which no message of emberpc has.
     """
     if len(data) < _SMALL:
         return
@@ -143,7 +152,10 @@ def count_elements(data: bytes, message: Descriptor, limits: Mapping[str, int]) 
 
 
 def _too_many_fields(message: Descriptor, error: _TooManyError) -> ServiceError:
-    """Return the INVALID_ARGUMENT error for a request that has too many elements in one of its own fields."""
+    """Return the INVALID_ARGUMENT error for `error`, which the scan of the request itself raised.
+
+    The error names the field, or the request's type if the fields without a limit of their own have too many elements.
+    """
     field = message.fields_by_number.get(error.number)
     if field is not None and field.is_repeated:
         return invalid(field.name, f"has more than {error.most} items, the most of one call; split it")
@@ -166,7 +178,7 @@ def _scan(
 ) -> tuple[int, list[_Part]]:
     """Count the elements of one message, and find the messages directly inside it.
 
-    Tags and lengths of one byte are decoded here: `read_field` takes twice as long.
+    Tags and lengths of one byte are decoded here and not by `read_field`, which takes twice as long.
 
     Args:
         data: the whole request.
@@ -174,11 +186,12 @@ def _scan(
         place: index of the message's first byte in the request.
         end: index after the message's last byte in the request.
         limits: most items of a field, by field number.
-        most: most items of all other fields together.
+        most: most items of all other fields together. A field that is not repeated counts as one item.
 
     Returns:
-        The number of list items, map entries and unknown fields, and the messages that must still be scanned. Messages
-        that are empty or have a single number or string need no scan, nor do map entries with such messages as values.
+        The number of list items, map entries and unknown fields, and the messages directly inside this one that need a
+        scan. Messages that certainly have no elements need none: empty ones, those for which `_is_scalar` is True, and
+        map entries for which `_is_plain_entry` is True.
 
     Raises:
         _TooManyError: a limit is exceeded.
@@ -223,9 +236,8 @@ def _scan(
 def _is_plain_entry(data: bytes, start: int, end: int, scalars: frozenset[int]) -> bool:
     """Return whether a map entry has a short key and a short value, which is empty or has a single number or string.
 
-    Short: fewer than 128 bytes. An entry without a value counts as one with an empty value.
-
-    Most entries of metadata are of this kind, and need no scan.
+    Short: fewer than 128 bytes. The value may be missing. Most entries of metadata are of this kind, and need no scan.
+    False for an entry whose key is missing or follows the value.
 
     Args:
         data: the whole request.
@@ -245,9 +257,9 @@ def _is_plain_entry(data: bytes, start: int, end: int, scalars: frozenset[int]) 
 
 
 def _is_scalar(data: bytes, start: int, end: int, scalars: frozenset[int]) -> bool:
-    """Return whether the message `data[start:end]` has only one field, with one of the tags `scalars`.
+    """Return whether the message `data[start:end]`, which is not empty, has only one field, with a tag of `scalars`.
 
-    ValueError if the bytes are no valid message.
+    ValueError if that field is not valid.
     """
     if data[start] not in scalars:
         return False

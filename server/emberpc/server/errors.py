@@ -1,10 +1,10 @@
 """Error types of the server: for a failed call, and for a failed start.
 
-Engine, index and services raise `ServiceError`. The module `statuses` converts it to a
-gRPC status, and the module `handlers` ends a call with that status. (Only a backup whose
+Engine, index and services raise `ServiceError`. The module `statuses` converts the error to
+a gRPC status, and the module `handlers` ends a call with that status. (Only a backup whose
 caller stalls is ended elsewhere, in `services.backups`.) The message is for the caller:
-it names the item, and the limit and the remedy if there are any, and never contains the
-text of a library's exception.
+it names the item, and the limit and the remedy if there are any. The text of a library's
+exception belongs in the log, not in the message.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Code(Enum):
 
 
 class StartupError(Exception):
-    """The server cannot start. The message names the cause and the remedy."""
+    """The server cannot start. The message names the cause, and the remedy if there is one."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ class Violation:
     """An invalid field of a request.
 
     Attributes:
-        field: path of the field in the request, such as `texts[3]`.
-        description: the problem, the limit and the remedy.
+        field: path of the field in the request, such as `texts[3]`; the name of the request's type if the request as a
+            whole has too many elements.
+        description: the problem, and the limit and the remedy if there are any.
     """
 
     field: str
@@ -56,10 +57,10 @@ class ServiceError(Exception):
 
     Args:
         code: the gRPC status code.
-        message: the problem, in one sentence for a developer.
-        reason: the cause for programs, in UPPER_SNAKE_CASE; default: the name of the code.
+        message: the problem, and the remedy if there is one, for a developer.
+        reason: the cause for programs, in UPPER_SNAKE_CASE; empty: the name of the code.
         violations: the invalid fields of the request.
-        metadata: the values that the message mentions, for programs.
+        metadata: values of the message by name, for programs.
         retry_after: seconds that the caller should wait before a retry; None: the caller is not asked to retry.
     """
 
@@ -83,7 +84,7 @@ class ServiceError(Exception):
 
 
 def items_of(field: str, part: str = "") -> FieldPath:
-    """Return a function that returns the path of item i of a repeated field, for errors.
+    """Return a function that returns the path of item i of a repeated field, for errors; i starts at 0.
 
     Args:
         field: name of the repeated field, such as `texts`: the path of item 3 is `texts[3]`.
@@ -95,14 +96,14 @@ def items_of(field: str, part: str = "") -> FieldPath:
 
 
 def invalid(field: str, description: str) -> ServiceError:
-    """Return an INVALID_ARGUMENT error about one field: its path in the request, and the problem with the remedy."""
+    """Return an INVALID_ARGUMENT error about one field; the arguments are those of `Violation`."""
     return invalid_fields([Violation(field, description)])
 
 
 def invalid_fields(violations: Sequence[Violation]) -> ServiceError:
-    """Return an INVALID_ARGUMENT error about one or more fields.
+    """Return an INVALID_ARGUMENT error, with the reason INVALID_FIELD, about one or more fields.
 
-    The message describes the first violation and states the number of the others.
+    The message describes the first violation and, if there are more, states the number of the others.
     """
     first = violations[0]
     more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""

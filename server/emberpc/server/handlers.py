@@ -51,28 +51,26 @@ Service = TypeVar("Service")
 class Handlers:
     """Registers services with a gRPC server, with wrapped methods.
 
-    Each call gets a request id. An exception that a handler raises becomes a
-    gRPC status with details: the status of a `ServiceError`, UNIMPLEMENTED for
-    NotImplementedError (a method that the service does not implement),
-    RESOURCE_EXHAUSTED if no file descriptor is free, and INTERNAL for any other
-    exception, whose text the caller does not receive. The last two are logged
-    with the request id, and so is a `ServiceError` with INTERNAL.
+    Each call gets a request id. An exception that a handler raises becomes a gRPC status with details: the status of a
+    `ServiceError`, UNIMPLEMENTED for NotImplementedError (a method that the service does not implement),
+    RESOURCE_EXHAUSTED for an OSError which says that no file descriptor is free, and INTERNAL for any other exception,
+    whose text the caller does not receive. The last two are logged with the request id, and so is a `ServiceError` with
+    INTERNAL. A cancellation, and the AbortError of one of gRPC's own services, stay as they are.
 
-    Handlers are wrapped once, when they are registered. An interceptor would
-    wrap them again for each call, which takes a tenth of the event loop's time
-    for a short call.
+    Handlers are wrapped once, when they are registered. An interceptor would wrap them again for each call, which takes
+    a tenth of the event loop's time for a short call.
 
-    Requests are decoded here, not by gRPC: gRPC answers a request that cannot be
-    decoded with UNKNOWN and Python's exception text, without a request id.
+    Requests are decoded here, not by gRPC: gRPC answers a request that cannot be decoded with UNKNOWN and Python's
+    exception text, without a request id.
 
     Args:
         server: the gRPC server.
-        observe: called after each call with the path of the method, the name of the status code, and the duration in
-            seconds. None: no function is called.
-        counts: limits of the number of elements of repeated fields, by field name. Requests of 64 KiB or more are
-            checked before they are decoded; above a limit, INVALID_ARGUMENT.
-        max_in_flight_bytes: limit of the bytes of requests in progress and of responses that callers have not read, if
-            they have 64 KiB or more; responses of a stream do not count. Above it, large calls get RESOURCE_EXHAUSTED.
+        observe: called at the end of each call with the path of the method, the name of the status code, and the
+            duration in seconds. None: no function is called.
+        counts: most elements of the repeated fields of a request, by field name; `count_elements` has further limits.
+            Requests of 64 KiB or more are checked before they are decoded; above a limit, INVALID_ARGUMENT.
+        max_in_flight_bytes: limit of `BytesInFlight`; responses of a stream do not count. A call that would exceed the
+            limit fails with RESOURCE_EXHAUSTED.
         max_streams: limit of the open request streams. Further streams fail with RESOURCE_EXHAUSTED.
     """
 
@@ -142,7 +140,7 @@ class Handlers:
         return make(wrap(inner, method, read), None, handler.response_serializer)
 
     def _awaited(self, inner: Any, method: str, read: _Read) -> Any:
-        """Return a coroutine function that decodes a request with `read`, awaits `inner`, and reports the end."""
+        """Return a coroutine function that decodes a request with `read`, awaits `inner`, and ends the `_Call`."""
 
         async def handle(request: Any, context: Context) -> Any:
             call = self._begin(method, context)
@@ -159,14 +157,14 @@ class Handlers:
         return handle
 
     def _iterated(self, inner: Any, method: str, read: _Read) -> Any:
-        """Wrap `inner`, a function that returns the responses of a call as an asynchronous generator."""
+        """Return an asynchronous generator function: as `_awaited`, but it yields the responses that `inner` yields."""
 
         async def handle(request: Any, context: Context) -> AsyncIterator[Any]:
             call = self._begin(method, context)
             try:
-                # When the caller leaves, `aclosing` closes the generator at once, which stops its work in progress.
                 decoded = await read(request, call.held)
                 del request  # the bytes are not kept beside the message
+                # If this generator is closed, `aclosing` closes the inner one too, which stops its work in progress.
                 async with aclosing(inner(decoded, context)) as answers:
                     async for answer in answers:
                         yield answer
@@ -181,10 +179,10 @@ class Handlers:
         return _Call(method, context, Held(self._in_flight, self._streams), self._observe)
 
     def _counted(self, response: bytes, context: Context) -> bytes:
-        """Return a serialized response unchanged; if it has 64 KiB or more, count it until the caller has read it.
+        """Return a serialized response. If it has 64 KiB or more, count it until the caller has read it or left.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if too many bytes of large requests and responses are in flight.
+            ServiceError: RESOURCE_EXHAUSTED if too many bytes are in flight; the request of the same call counts too.
         """
         if len(response) >= LARGE:
             self._in_flight.add(len(response))
@@ -216,15 +214,14 @@ class _Call:
         context.set_trailing_metadata(((status.REQUEST_ID_KEY, self._request_id),))
 
     def end(self, code: str) -> None:
-        """Release the bytes and the stream that the call holds; report duration and `code`, the status code's name."""
+        """Release what `held` counts, and call `observe` with `code`, the name of the status code."""
         self.held.release()
         self._observe(self._method, code, perf_counter() - self._start)
 
     async def fail(self, error: BaseException) -> None:
-        """End the call, and send the status of an error. Returns only if the call was cancelled or the caller left.
+        """End the call after `error`, and send the error's status by `_abort`, which raises an exception.
 
-        Raises:
-            grpc.aio.AbortError: the status was sent.
+        If `error` is no `Exception`, such as a cancellation, no status is sent, and this method returns.
         """
         # The call is reported before the status is sent: the caller may read the metrics once it has the status.
         self.end(_code_name(error, self._context))
@@ -233,7 +230,7 @@ class _Call:
 
 
 def _code_name(error: BaseException, context: Context) -> str:
-    """Return the name of the status code with which a call ends after `error`, such as `NOT_FOUND`."""
+    """Return the name of a status code, such as `NOT_FOUND`, that `observe` gets for a call that ends with `error`."""
     if isinstance(error, grpc.aio.AbortError):  # one of gRPC's own services has set the code
         code = context.code()
         return _STATUS_CODES[code].name if isinstance(code, int) else code.name
@@ -248,23 +245,24 @@ def _code_name(error: BaseException, context: Context) -> str:
 
 
 def _reader(handler: Any, method: str, counts: Mapping[str, int], turn: asyncio.Lock) -> _Read:
-    """Return the function that decodes the request of a call: one message, or an iterator over messages.
+    """Return the function that decodes the request of a call: to one message, or to an iterator over messages.
 
     The function, or `anext` of the iterator, raises INVALID_ARGUMENT for a message that cannot be decoded or has too
-    many elements, and RESOURCE_EXHAUSTED if too many bytes are in flight. For too many streams the function raises it.
+    many elements, and RESOURCE_EXHAUSTED if too many bytes are in flight. The function also raises RESOURCE_EXHAUSTED
+    if too many streams are open.
 
     Args:
         handler: gRPC's handler of the method.
         method: path of the method, such as `/emberpc.v1.EmbeddingService/Embed`.
-        counts: limits of the number of elements of repeated fields, by field name.
-        turn: held while a large message of a call without a request stream is decoded. If eight were decoded step by
-            step in turn, a short call would wait for eight steps and not for one. Streams use `Streams.turn`.
+        counts: most elements of the repeated fields of a request, by field name.
+        turn: lock, held while a request of 64 KiB or more is decoded, after its first step. Without it, the steps of
+            eight requests would alternate, and a short call would wait for eight steps. Streams use `Streams.turn`.
     """
     service, _, name = method[1:].partition("/")
     request: Descriptor = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name].input_type
 
     def decode(data: bytes) -> Iterator[Any]:
-        """Count the elements of a message, yielding None about every 2 ms; then decode it in one step and yield it.
+        """Count a message's elements, yielding None when `count_elements` yields; then yield the decoded message.
 
         INVALID_ARGUMENT if the bytes are malformed or have too many elements.
         """
@@ -291,7 +289,7 @@ def _reader(handler: Any, method: str, counts: Mapping[str, int], turn: asyncio.
 
 
 async def _finished(steps: Iterator[Any]) -> Any:
-    """Return the value that the last of `steps` yields; the others yield None. Other calls run between two steps."""
+    """Return the value that the last of `steps` yields (the others yield None); let other calls run between steps."""
     for value in steps:
         if value is not None:
             return value
@@ -312,12 +310,12 @@ def _malformed(name: str) -> ServiceError:
 class _Decoded:
     """Iterator over the decoded messages of a request stream; a `HoldingStream`.
 
-    This is a class, not a generator: handlers cancel `anext` and call it again, and a cancelled generator would end.
+    This is a class, not a generator: after a cancelled `anext`, a generator ends, but this iterator can continue.
 
     Args:
         messages: the messages as bytes.
-        decode: decodes a message in steps, see `_reader`.
-        held: counts the bytes of the latest message, and has the lock of the stream that decodes.
+        decode: the function `decode` of `_reader`.
+        held: counts the bytes of the messages; its `streams.turn` is the lock for decoding.
     """
 
     def __init__(self, messages: AsyncIterator[bytes], decode: Callable[[bytes], Iterator[Any]], held: Held) -> None:
@@ -326,8 +324,8 @@ class _Decoded:
         self._held = held
         #: Bytes of the latest message, which are released when the next message is read; 0 after `hold`.
         self._size = 0
-        #: The remaining steps of the message that `anext` decodes, and the decoded message that it has not returned
-        #: yet. Both stay here for the next `anext` if one is cancelled.
+        #: The steps that decode a message which `anext` has read and not returned, and the message after the last step.
+        #: If `anext` is cancelled, both stay here for the next `anext`.
         self._begun: Iterator[Any] | None = None
         self._message: Any = None
 
@@ -342,8 +340,8 @@ class _Decoded:
             self._held.add(len(data))
             self._size = len(data)
             self._begun = self._decode(data)
-        # Only one stream decodes at a time, and other calls can run between two messages. So streams delay a short call
-        # by a single step.
+        # Only one stream decodes at a time, and other calls can run between two steps and between two messages. So a
+        # short call waits for one step, not for one of each stream.
         async with self._held.streams.turn:
             if self._message is None:
                 self._message = await _finished(self._begun)
@@ -352,7 +350,7 @@ class _Decoded:
         return message
 
     def hold(self) -> HeldMessage:
-        """Keep the latest message counted until `release` of the result is called. Call this once for a message."""
+        """Keep the latest message counted until its `release` or the call's end. Hold a message at most once."""
         size, self._size = self._size, 0
         return HeldMessage(size, partial(self._held.remove, size))
 
@@ -370,7 +368,7 @@ def _as_coroutine(method: Any) -> Any:
 
 
 def _request_id(context: Context) -> str:
-    """Return the request id of a call: the id that the caller sent, if it is valid (`_REQUEST_ID`), else a new id."""
+    """Return the request id of a call: the first valid id (`_REQUEST_ID`) that the caller sent, else a new id."""
     for key, value in context.invocation_metadata() or ():
         if key == status.REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
             return value
@@ -378,10 +376,10 @@ def _request_id(context: Context) -> str:
 
 
 def _release_frames(error: BaseException | None) -> None:
-    """Remove the tracebacks of an error that is not needed any more, and of the errors in whose handling it was raised.
+    """Remove the tracebacks of an error that is not needed any more, and of the errors in its chain of `__context__`.
 
-    The frames of a traceback refer to the request, and may refer to the error itself. Such a cycle keeps the request in
-    memory until the garbage collector runs: 25 refused requests of 15 MiB took 3 GB.
+    The frames of a traceback refer to the request, and may refer to the error itself. That cycle would keep the request
+    in memory until the garbage collector runs: 25 refused requests of 15 MiB took 3 GB.
     """
     while error is not None and error.__traceback__ is not None:
         error.__traceback__ = None
@@ -389,10 +387,11 @@ def _release_frames(error: BaseException | None) -> None:
 
 
 async def _abort(error: Exception, method: str, request_id: str, context: Context) -> NoReturn:
-    """End a call with the gRPC status of an error; log INTERNAL, and a lack of file descriptors.
+    """End a call with the gRPC status of an error. `Handlers` says which status, and which errors are logged.
 
     Raises:
-        grpc.aio.AbortError: always; gRPC ends a call by this exception.
+        grpc.aio.AbortError: the status was sent, now or before.
+        grpc.aio.BaseError: the caller has left.
     """
     raised = error
     if isinstance(error, grpc.aio.AbortError):

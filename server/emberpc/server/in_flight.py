@@ -8,22 +8,23 @@ from typing import NamedTuple, Protocol
 
 from emberpc.server.errors import Code, ServiceError
 
-#: Least bytes that are counted: of a response, or of all requests that one call holds. The memory of smaller ones is
-#: bounded by the limits of concurrent calls (`_CALLS` in `app`).
+#: Least bytes that are counted: of a response, or of all requests that one call holds. Smaller ones are not counted, so
+#: that short calls are not refused for their bytes; `_CALLS` in `app` limits the calls of a connection.
 LARGE = 64 * 1024
-#: Seconds after which a refused caller may retry.
+#: Seconds after which a refused caller is asked to retry.
 _RETRY_SECONDS = 1.0
 
 
 class BytesInFlight:
     """Counts the bytes of the requests in progress and of the responses that callers have not read.
 
-    A response, and the requests of a call, are added only if they have `LARGE` bytes or more. gRPC keeps a response
-    until its caller has read it, and a call that waits keeps its request. Without a limit, 100 calls with responses of
-    30 MB took 8.7 GB. Use an object from one event loop only.
+    A response is added only if it has `LARGE` bytes or more, the requests of a call only if they have that many
+    together. gRPC keeps a response until its caller has read it, and a call that waits keeps its request. Without a
+    limit, 100 calls with responses of 30 MB took 8.7 GB. Use an object from one event loop only.
 
     Args:
-        limit: most bytes of all messages together; a message may have more if it is the only one.
+        limit: most bytes of all messages together. A message may have more if nothing else is counted, not even a
+            request of the same call.
     """
 
     def __init__(self, limit: int) -> None:
@@ -34,8 +35,8 @@ class BytesInFlight:
         """Add a message of `size` bytes to the count.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED, to be retried after 1 s, if all messages together would have more bytes
-                than the limit and there is another message; the count then stays unchanged.
+            ServiceError: RESOURCE_EXHAUSTED, to be retried after 1 s, if the count is not 0 and would exceed the limit;
+                the count then stays unchanged.
         """
         if self.total and self.total + size > self._limit:
             raise ServiceError(
@@ -92,7 +93,7 @@ class Streams:
 class Held:
     """Counts what one call holds: the bytes of its request, or its request stream and the bytes of the messages.
 
-    The bytes are added to `in_flight` only while the call holds at least `LARGE` bytes.
+    All these bytes are in the count `in_flight` while they are at least `LARGE`, and none of them while they are less.
 
     Args:
         in_flight: the count of the bytes of all calls.
@@ -135,7 +136,10 @@ class Held:
             self.streams.remove()
 
     def _set(self, size: int) -> None:
-        """Set the number of bytes that the call holds, and adjust the count of all calls; fails as `add` does."""
+        """Set the number of bytes that the call holds, and adjust the count of all calls.
+
+        If the number grows, the errors are those of `add`, and nothing is changed then.
+        """
         counted = size if size >= LARGE else 0
         if counted > self._counted:
             self._in_flight.add(counted - self._counted)
@@ -145,11 +149,11 @@ class Held:
 
 
 class HeldMessage(NamedTuple):
-    """A message of a request stream whose bytes stay counted until it is released.
+    """A message of a request stream whose bytes stay counted until `release` is called, or the call ends.
 
     Attributes:
         size: bytes of the message.
-        release: subtracts the bytes of the message from the count. To be called once.
+        release: subtracts the bytes of the message from those that the call holds. To be called at most once.
     """
 
     size: int
@@ -159,8 +163,9 @@ class HeldMessage(NamedTuple):
 class HoldingStream(Protocol):
     """A request stream whose messages are counted by their bytes.
 
-    The bytes of a message are counted until the next message is read; after `hold`, until the message is released.
+    The bytes of a message are counted until the next message is read, or after `hold` until the message is released; at
+    most until the call ends.
     """
 
     def hold(self) -> HeldMessage:
-        """Keep the latest message counted until `release` of the result is called. Call this once for a message."""
+        """Keep the latest message counted until its `release` or the call's end. Hold a message at most once."""

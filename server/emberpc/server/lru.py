@@ -14,11 +14,13 @@ V = TypeVar("V")
 
 
 class LruCache(Generic[K, V]):
-    """Cache of values by key that evicts the least recently used entries first. Not safe for concurrent threads.
+    """Cache of values, which are not None, by key. It evicts the least recently used entries first.
+
+    Not safe for concurrent threads.
 
     Args:
         max_bytes: most bytes of all entries together; 0: nothing is cached.
-        size: returns the bytes of an entry, given key and value.
+        size: returns the bytes of an entry, given key and value; always the same number for the same entry.
     """
 
     def __init__(self, max_bytes: int, size: Callable[[K, V], int]) -> None:
@@ -33,14 +35,17 @@ class LruCache(Generic[K, V]):
         return len(self._entries)
 
     def find(self, keys: Sequence[K]) -> dict[K, V]:
-        """Return the cached values by key, without the keys that are not cached; counts and reorders as `each` does."""
+        """Return the cached values by key, without the keys that are not cached.
+
+        Hits, misses and the order of use change as in `each`.
+        """
         return {key: entry for key, entry in zip(keys, self.each(keys), strict=True) if entry is not None}
 
     def each(self, keys: Sequence[K]) -> list[V | None]:
         """Return the cached value of each key, in the order of `keys`; None for a key that is not cached.
 
-        Counts hits and misses, unless the cache was made with `max_bytes` 0. Entries that are found become the most
-        recently used.
+        Each key counts as a hit or a miss, unless `max_bytes` is 0. Entries that are found become the most recently
+        used.
         """
         if not self._max_bytes:
             return [None] * len(keys)
@@ -55,9 +60,10 @@ class LruCache(Generic[K, V]):
         return found
 
     def add(self, entries: Mapping[K, V]) -> None:
-        """Add values by key, and evict the least recently used ones while all together have too many bytes.
+        """Add values by key, and then evict the least recently used entries until all together fit into `max_bytes`.
 
-        A key that is cached already keeps its value. An entry of more than an eighth of `max_bytes` is not added.
+        A key that is cached already keeps its value and its place in the order of use. An entry of more than an eighth
+        of `max_bytes` is not added.
         """
         if not self._max_bytes:
             return

@@ -20,8 +20,8 @@ _MMAP_THRESHOLD = 32 * 2**20
 #: a long text.
 _TRIM_THRESHOLD = 64 * 2**20
 
-#: Bytes of a block that `return_memory` allocates and frees: 1 MiB. When a block of more than 64 KB is freed, glibc
-#: trims the end of the heap.
+#: Bytes of a block that `return_memory` allocates and frees: 1 MiB. Freeing a block of 64 KiB or more makes glibc trim
+#: the end of the block's heap.
 _LOOKED_AT = 2**20
 
 #: The C library of this process; None if it is not glibc, since other C libraries do not have these parameters.
@@ -34,11 +34,12 @@ def limit_heaps(count: int) -> bool:
     """Limit the number of glibc's heaps to `count`; all threads share them. Call this before threads are started.
 
     By default glibc creates at most eight heaps per core, and each keeps its own freed memory. Under hostile requests,
-    the server then used 927 MB more than when idle, and with two heaps 532 MB more (`benchmarks/server/hostile.py`, two
-    cores). If glibc's environment variable MALLOC_ARENA_MAX is set, this function does nothing.
+    the server used 927 MB more than when idle with this default, and 532 MB more with two heaps
+    (`benchmarks/server/hostile.py`, two cores). If glibc's environment variable MALLOC_ARENA_MAX is set, this function
+    does nothing.
 
     Returns:
-        Whether the limit was set; False without glibc or with MALLOC_ARENA_MAX.
+        Whether the limit was set; False without glibc, with MALLOC_ARENA_MAX, or if glibc refuses the limit.
     """
     if "MALLOC_ARENA_MAX" in os.environ:
         return False
@@ -46,10 +47,10 @@ def limit_heaps(count: int) -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc keep the memory that a micro-batch frees, for the next micro-batch.
+    """Make glibc keep the memory that a micro-batch frees, for the next micro-batch: set its two thresholds.
 
     Returns:
-        Whether glibc accepted the two parameters; False without glibc.
+        Whether glibc accepted both thresholds; False without glibc.
     """
     if _LIBRARY is None:
         return False
@@ -58,12 +59,13 @@ def keep_freed_memory() -> bool:
 
 
 def return_memory() -> None:
-    """Return the free memory of all heaps to the system. Without glibc, nothing happens.
+    """Return free memory to the system, except the ends of heaps other than the main heap and the calling thread's.
 
-    Afterwards glibc may keep 64 MiB at the end of a heap, as after `keep_freed_memory`.
-    Call this after a model was unloaded, since its weights are too large to keep.
-    `malloc_trim` does not return the free end of a thread's own heap. Only a `free` in
-    that thread does, so this function also frees a block in the calling thread.
+    Call this when much memory was freed, such as the weights of a model, which are too much to keep. Without glibc,
+    nothing happens. Afterwards glibc keeps up to 64 MiB at the end of a heap again, as after `keep_freed_memory`.
+
+    `malloc_trim` returns free memory inside all heaps, but the free end of the main heap only. A `free` in a thread
+    returns the free end of the thread's heap, so this function also frees a block.
     """
     if _LIBRARY is None:
         return

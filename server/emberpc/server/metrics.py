@@ -1,4 +1,4 @@
-"""Serve the server's figures (counters and durations) to Prometheus over HTTP, on an address of their own."""
+"""Serve the server's figures (counters, gauges, histograms) to Prometheus over HTTP, on an address of their own."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Calls:
 
 
 class EngineFigures(Collector):
-    """Figures of an engine: micro-batches, queue, workers, cache, models. Read when Prometheus asks for them."""
+    """Figures of an engine: micro-batches, queue, workers, cache, models. Prometheus gets the present values."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -110,9 +110,9 @@ class IndexFigures(Collector):
         self._index = index
 
     def collect(self) -> Iterable[Metric]:
-        """Yield the recall and the number of repeated searches of each collection that has repeated searches.
+        """Yield two metrics: the recall (0 to 1), and the number of repeated searches, both by collection.
 
-        The Prometheus registry calls this.
+        Collections without repeated searches are left out. The Prometheus registry calls this.
         """
         recall = GaugeMetricFamily(
             "emberpc_search_recall", "Mean recall of the latest repeated searches.", labels=["collection"]
@@ -127,18 +127,18 @@ class IndexFigures(Collector):
 
 
 def serve_metrics(address: str, engine: Engine, index: IndexBackend) -> Calls:
-    """Serve the figures of calls, engine, index and process over HTTP, at /metrics and any other path.
+    """Start a thread that serves the figures of calls, engine, index and process over HTTP, at any path.
 
     Args:
-        address: HOST:PORT to listen on.
+        address: HOST:PORT to listen on; port 0: a free port.
         engine: the engine whose figures are served.
         index: the index backend whose figures are served.
 
     Returns:
-        The figures of calls, which are empty. The caller must report each call that ended to their `observe`.
+        The figures of calls, which are empty. This function's caller must pass each call that ended to `Calls.observe`.
 
     Raises:
-        OSError: the address is in use, or is not an address of this host.
+        OSError: the address is in use, is not an address of this host, or no file descriptor is free.
         UnicodeError: the host is not a valid name.
     """
     registry = CollectorRegistry()
@@ -154,7 +154,7 @@ def serve_metrics(address: str, engine: Engine, index: IndexBackend) -> Calls:
 def _page(registry: CollectorRegistry) -> App:
     """Return the WSGI application that serves the figures of a registry.
 
-    It removes a header `Accept` for which prometheus_client would fail: one whose version is not three numbers.
+    The application ignores a header `Accept` whose version is not three numbers, since prometheus_client would fail.
     """
     app: App = make_wsgi_app(registry)
 

@@ -1,8 +1,8 @@
 """Encode and decode page tokens of list calls.
 
-A token encodes the name or id of the last item of the previous page (for duplicate pairs: score and both ids as JSON);
-callers do not interpret it. The next page starts after that item. So writes between two pages neither repeat nor skip
-other items.
+A token encodes the name or id of the last item of the previous page (for duplicate pairs: negative score and both ids
+as JSON). Callers do not interpret tokens. The next page starts after that item in the order of the list, so items that
+are inserted or deleted between two pages do not make a page repeat or skip other items.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def decode_token(token: str) -> str:
     """Return the name or id of the item after which a page starts; empty for an empty token, that of the first page.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if the token is too long, is not base64 of UTF-8, or contains control characters.
+        ServiceError: INVALID_ARGUMENT if the token has more than 16,384 characters, is not base64 of UTF-8, or encodes
+            ASCII control characters below the space.
     """
     if len(token) > _MAX_TOKEN:
         raise wrong_token()

@@ -38,17 +38,18 @@ _REMEDY = (
 
 
 def hnswlib_problem(data_dir: Path, meanwhile: Callable[[], object] = lambda: None) -> str:
-    """Run hnswlib in a child process, unless an earlier check on this processor passed; return what is wrong with it.
+    """Check hnswlib in a child process, unless an earlier check passed (see `_key`); return the problem of hnswlib.
 
     Call this before hnswlib is imported in this process. A check takes about 0.2 s.
 
     Args:
-        data_dir: the data directory. On Linux, a passed check is recorded in a file there if the directory exists.
-        meanwhile: called while the child process runs; not called if no check is needed.
+        data_dir: the data directory. A passed check is recorded in a file there, if possible.
+        meanwhile: called while the child process runs; not called if no check is needed or the child cannot start. An
+            OSError of this function ends the check without a result; any other error is raised.
 
     Returns:
-        The problem and its remedy if the processor lacks an instruction. Empty if hnswlib works, if it fails for
-        another reason (the import of hnswlib then raises), or if the check takes too long or cannot be run.
+        The problem and its remedy if the processor lacks an instruction. Empty if hnswlib works, if hnswlib fails for
+        another reason, or if the check takes too long or cannot be run. An import of hnswlib may fail then.
     """
     key = _key()
     marker = data_dir / _MARKER
@@ -78,10 +79,11 @@ def hnswlib_problem(data_dir: Path, meanwhile: Callable[[], object] = lambda: No
 
 
 def _key() -> str:
-    """Return a hash (SHA-256, hex) of all that decides whether a check passes.
+    """Return a hash (SHA-256, hex) of the circumstances of a check; a passed check is valid while the hash is the same.
 
-    This is path, size and time of hnswlib's extension, path of the Python executable, and flags of the processor. A
-    passed check is valid while the hash stays the same. Empty if a part is unknown, as on systems other than Linux.
+    The circumstances are path, size and modification time of hnswlib's extension, path of the Python executable, and
+    flags of the processor. Empty if one is unknown, as on systems other than Linux or processors other than x86. A
+    check is not recorded then.
     """
     try:
         found = importlib.util.find_spec("hnswlib")

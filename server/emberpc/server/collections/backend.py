@@ -32,17 +32,18 @@ class CollectionBackend(Protocol):
     """A collection of an index backend. Its calls block. Safe to use from several threads.
 
     Every method may raise `ServiceError`: INVALID_ARGUMENT for a wrong argument, DATA_LOSS for damaged data, INTERNAL
-    if the database fails, UNAVAILABLE after the collection was closed or deleted or if the database cannot be reached,
-    DEADLINE_EXCEEDED if the call of the thread is cancelled, RESOURCE_EXHAUSTED if no file descriptor is free, and
-    UNIMPLEMENTED if the backend has no such operation.
+    if the database fails, UNAVAILABLE after the collection was closed for good or deleted or if the database cannot be
+    reached, NOT_FOUND if another server deleted the collection, FAILED_PRECONDITION if the database refuses access,
+    DEADLINE_EXCEEDED if the call that the thread runs is cancelled, RESOURCE_EXHAUSTED if the disk is full, no file
+    descriptor is free or the database is overloaded, and UNIMPLEMENTED if the backend has no such operation or option.
     """
 
     @property
     def spec(self) -> CollectionSpec:
-        """Spec of the collection."""
+        """Spec of the collection; `IndexBackend.update` and `IndexBackend.rebind` change it."""
 
     def info(self) -> CollectionInfo:
-        """Return record count, sequence of the last write, creation time, and bytes on disk."""
+        """Return record count, sequence of the last write, creation time, and bytes on disk; see `CollectionInfo`."""
 
     def upsert(
         self, records: Sequence[NewRecord], vectors: Matrix, expected_revisions: Sequence[int] | None = None
@@ -51,30 +52,29 @@ class CollectionBackend(Protocol):
 
         Args:
             records: the records, at least one, with distinct ids.
-            vectors: float32 (records, dimensions).
-            expected_revisions: the revision that each record must have now, 0 for a missing record; None: no check.
+            vectors: the vector of each record, float32 (records, dimensions).
+            expected_revisions: for each record the revision that it must have now, 0: it is missing; None: no check.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT for records or vectors that cannot be stored; ABORTED if a revision differs;
-                RESOURCE_EXHAUSTED if the disk is full.
+            ServiceError: INVALID_ARGUMENT for records or vectors that cannot be stored; ABORTED if a revision differs.
         """
 
     def delete(self, ids: Sequence[str]) -> WriteResult:
-        """Delete records by id in one write; missing ids are ignored; RESOURCE_EXHAUSTED if the disk is full."""
+        """Delete the records with the given ids in one write; ids without a record are ignored."""
 
     def get(
         self, ids: Sequence[str], *, with_vectors: bool = False, parts: RecordParts = WHOLE_RECORD
     ) -> list[StoredRecord]:
-        """Return the existing records in the order of `ids`, repeated like these; RESOURCE_EXHAUSTED if too many bytes.
+        """Return the existing records in the order of `ids`; RESOURCE_EXHAUSTED if they have too many bytes.
 
         Args:
-            ids: the ids.
+            ids: the ids. Ids without a record are left out; a repeated id gives its record again.
             with_vectors: whether the records contain their vectors.
             parts: parts that the records must contain; they may contain more.
         """
 
     def delete_matching(self, condition: Filter) -> WriteResult:
-        """Delete the records that meet a filter, in one write; RESOURCE_EXHAUSTED if the disk is full."""
+        """Delete the records that meet a filter, in one write."""
 
     def page(
         self,
@@ -85,17 +85,14 @@ class CollectionBackend(Protocol):
         condition: Filter | None = None,
         parts: RecordParts = WHOLE_RECORD,
     ) -> tuple[list[StoredRecord], str]:
-        """Return a page of undamaged records in byte order of ids, and the next page's token, empty after the last.
+        """Return undamaged records in byte order of ids, and the token of the next page, empty if there is none.
 
         Args:
             page_size: most records of the page, 1 to 1000. The limit of a response in bytes may allow fewer.
-            page_token: token of the page; empty: the first page.
+            page_token: token of the page; empty: the first page. INVALID_ARGUMENT if size or token is wrong.
             with_vectors: whether the records contain their vectors.
             condition: the filter that the records must meet; None: all records.
             parts: parts that the records must contain; they may contain more.
-
-        Raises:
-            ServiceError: INVALID_ARGUMENT for a wrong size or token.
         """
 
     def count(self, condition: Filter | None = None) -> int:
@@ -113,12 +110,12 @@ class CollectionBackend(Protocol):
         conditions: Sequence[Filter | None] = (),
         parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
-        """Return the records nearest to each query, in the order of the queries.
+        """Search for the records nearest to each query; return the outcomes in the order of the queries.
 
         Args:
             queries: float32 (queries, dimensions).
             top_k: most hits of each query, 1 to 10,000: one number for all queries, or one for each.
-            ef: candidates that the search of the graph keeps, at most 1,000,000; 0: the backend chooses.
+            ef: wanted number of candidates of the search of the graph, at most 1,000,000; 0: the backend chooses.
             min_recall: least recall, in (0, 1]; 0: no target. Must be 0 if `ef` is given.
             exclude_ids: for each query an id that its hits must not have, or None; empty: no ids.
             with_vectors: whether the hits contain their vectors.
@@ -130,10 +127,10 @@ class CollectionBackend(Protocol):
         """
 
     def mismatches(self, condition: Filter) -> list[str]:
-        """Return why a filter matches no record, in sentences, by the first 1000 records; see `filters.mismatches`."""
+        """Return sentences on why no record meets a filter, by at most 1000 records; see `filters.mismatches`."""
 
     def verify(self, *, full: bool = False) -> Iterator[Verified]:
-        """Check that every record exists, is undamaged and is found; yield the progress every few hundred records.
+        """Check that records are undamaged and that searches find them; yield the progress after each step.
 
         A failed check is no error, but a problem of the yielded progress. The backend may repair problems.
 
@@ -142,7 +139,7 @@ class CollectionBackend(Protocol):
         """
 
     def backup(self, stop: Callable[[], bool]) -> Generator[Piece, None, None]:
-        """Yield a copy of one state of the collection, piece by piece.
+        """Yield the bytes of a backup, a copy of one state of the collection, piece by piece.
 
         `stop` is called regularly before the first piece, and not later. If it returns True, nothing is yielded.
 
@@ -154,15 +151,15 @@ class CollectionBackend(Protocol):
     def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
         """Return the pairs of records whose vectors have a cosine of at least `min_score`, the greatest cosine first.
 
-        At most 100,000 pairs are returned; when `stop` returns True, the pairs found so far. A backend may miss pairs.
+        At most the best 100,000 are returned; when `stop` returns True, those found so far. A backend may miss pairs.
         """
 
     def clusters(self, count: int, examples: int, stop: Callable[[], bool]) -> list[Cluster]:
         """Cluster the records by their vectors; return the clusters, largest first.
 
         Args:
-            count: most clusters; there are fewer if some would be empty.
-            examples: most records that are returned of each cluster; RESOURCE_EXHAUSTED if they have too many bytes.
+            count: most clusters, at least 1; there are fewer if some would be empty.
+            examples: most records to return of each cluster; RESOURCE_EXHAUSTED if they have too many bytes.
             stop: returns whether to end early; the result is then empty.
         """
 
@@ -175,7 +172,7 @@ class CollectionBackend(Protocol):
         conditions: Sequence[Filter | None] = (),
         parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
-        """Return the records that best match the words of each text, in the order of the texts, ranked by BM25.
+        """Search for records with words of each text, ranked by BM25; return the outcomes in the order of the texts.
 
         Args:
             texts: at least one text.
@@ -203,7 +200,7 @@ class CollectionBackend(Protocol):
         conditions: Sequence[Filter | None] = (),
         parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
-        """Return the records that are best by a dense and a lexical ranking together, for each query in order.
+        """Join a dense and a lexical ranking for each query; return the outcomes in the order of the queries.
 
         Args:
             queries: float32 (queries, dimensions).
@@ -211,7 +208,7 @@ class CollectionBackend(Protocol):
             top_k: most hits of each query, 1 to 10,000.
             dense_weight: weight of the dense ranking, 0 to 1; the lexical ranking has 1 - `dense_weight`.
             fusion: the rule that joins the two rankings.
-            ef: candidates that the search of the graph keeps, at most 1,000,000; 0: the backend chooses.
+            ef: wanted number of candidates of the search of the graph, at most 1,000,000; 0: the backend chooses.
             min_recall: least recall of the dense ranking, in (0, 1]; 0: no target. Must be 0 if `ef` is given.
             with_vectors: whether the hits contain their vectors.
             conditions: for each query the filter that its hits must meet, or None; empty: no filters.
@@ -226,7 +223,8 @@ class CollectionBackend(Protocol):
 class RestorationBackend(Protocol):
     """Receives a backup and creates a collection from it. Calls must be sequential, except `close`.
 
-    Every method may raise `ServiceError`: RESOURCE_EXHAUSTED if the disk is full, UNAVAILABLE after it was closed.
+    `write` and `finish` may raise `ServiceError`: RESOURCE_EXHAUSTED if the disk is full or no file descriptor is free,
+    INTERNAL if a file or database fails, UNAVAILABLE after `close` or after `finish` returned.
     """
 
     def write(self, data: bytes) -> None:
@@ -242,75 +240,77 @@ class RestorationBackend(Protocol):
         """
 
     def close(self) -> None:
-        """Remove all files of the restoration, unless they became a collection. May be called at any time."""
+        """End the restoration, and remove its files unless they became a collection. Safe while another method runs."""
 
 
 class ReembeddingBackend(Protocol):
-    """Replaces the vectors of a collection, the source, by those of another model. Use from one thread at a time.
+    """Replaces the vectors of a collection, the source, by those of another model.
 
     The records are copied to a new collection. The caller embeds: it calls `next` and `take` until no record remains,
-    and then `IndexBackend.switch`. Meanwhile the source serves searches and writes. After one of the two collections
-    was closed or deleted, reading and writing raise UNAVAILABLE with the reason CLOSED.
+    and then `IndexBackend.switch`. Meanwhile the source serves searches and writes. Use from one thread at a time,
+    except `counts`. Methods raise the errors of `CollectionBackend`; after one of the two collections was closed for
+    good or deleted, methods that use it raise UNAVAILABLE with the reason CLOSED.
     """
 
     @property
     def started(self) -> datetime:
-        """Return when the reembedding began."""
+        """When the reembedding began."""
 
     @property
     def spec(self) -> CollectionSpec:
-        """Return the spec that the collection will have after the reembedding."""
+        """Spec that the collection will have after the reembedding."""
 
     def counts(self) -> tuple[int, int]:
-        """Return the number of records of the new collection (before `prune`, maybe too many), and of the source."""
+        """Return the number of records of the new collection, which may include deleted ones, and of the source."""
 
     def next(self, count: int) -> list[StoredRecord]:
-        """Return at most `count` further records to embed, in the order of their writes; empty: there are none now."""
+        """Return at most `count` further records, in write order, that the new collection lacks or has outdated."""
 
     def source_revisions(self, ids: Sequence[str]) -> dict[str, int]:
-        """Return the present revisions of records of the source, by id; without missing ids."""
+        """Return the present revisions of records of the source, by id; ids without a record are left out."""
 
     def rewind(self) -> None:
-        """Start again at the first record: `next` then returns records that lack a vector or have an outdated one."""
+        """Let `next` start again at the first record of the source, as after an error of `take`."""
 
     def take(self, records: Sequence[StoredRecord], vectors: Matrix) -> None:
-        """Store records with their new vectors, float32 (records, dimensions), in the new collection."""
+        """Store records of `next` with new vectors, float32 (records, dimensions), in the new collection."""
 
     def prune(self) -> None:
         """Delete the records of the new collection that the source no longer has."""
 
     def is_complete(self) -> bool:
-        """Return whether the new collection has exactly the records of the source, by their number and last write.
+        """Return whether the new collection is complete: as many records as the source, and none left for `next`.
 
-        Call `next` until it is empty, and `prune`, before. No write may run meanwhile.
+        Call `take` for all records of `next`, and `prune`, before. No write to the source may run meanwhile.
         """
 
 
 class IndexBackend(Protocol):
     """All collections of an index backend, by name. Its calls block. Safe to use from several threads.
 
-    Every method may raise `ServiceError`: INTERNAL if a database fails, UNAVAILABLE after the index was closed or if
-    a database cannot be reached, and UNIMPLEMENTED if the backend has no such operation.
+    Most methods may raise `ServiceError`: INTERNAL if a database or the data directory fails, UNAVAILABLE after the
+    index was closed or if a database cannot be reached, FAILED_PRECONDITION if a database refuses access,
+    RESOURCE_EXHAUSTED if the disk is full, no file descriptor is free or a database is overloaded, and UNIMPLEMENTED if
+    the backend has no such operation. `opened` and `probed` neither block nor raise errors.
     """
 
     def create(self, spec: CollectionSpec) -> CollectionBackend:
         """Create and return an empty collection.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT for a wrong spec; ALREADY_EXISTS if a collection has the name;
-                RESOURCE_EXHAUSTED if the disk is full or there are too many collections.
+            ServiceError: INVALID_ARGUMENT for a spec that is wrong or that the backend does not support; ALREADY_EXISTS
+                if a collection has the name; RESOURCE_EXHAUSTED if the disk is full or there are too many collections.
         """
 
     def get(self, name: str) -> CollectionBackend:
-        """Return the collection with a name. The first call may take long, since it loads the collection.
+        """Return the collection with a name. The first call for a name may take long, since it loads the collection.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no such collection; INTERNAL if its files are damaged;
-                RESOURCE_EXHAUSTED if no file descriptor is free or the disk is full.
+            ServiceError: NOT_FOUND if there is no such collection; INTERNAL if its files are damaged.
         """
 
     def opened(self, name: str) -> CollectionBackend | None:
-        """Return the collection with a name if it was opened before, without waiting; None: call `get`."""
+        """Return the collection with a name if the backend has it at hand; None: unknown, call `get`."""
 
     def page(self, page_size: int, page_token: str) -> tuple[list[CollectionSpec], str]:
         """Return a page of specs, sorted by name, and the token of the next page, empty after the last.
@@ -322,12 +322,11 @@ class IndexBackend(Protocol):
         """Change how a collection truncates texts that are too long for its model: `refuse`, `end` or `start`.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no such collection; INVALID_ARGUMENT for any other `truncation`;
-                RESOURCE_EXHAUSTED if the disk is full.
+            ServiceError: NOT_FOUND if there is no such collection; INVALID_ARGUMENT for any other `truncation`.
         """
 
     def rebind(self, name: str, legacy: str, fingerprint: str) -> CollectionBackend:
-        """Bind a collection to another fingerprint of its model, and return the collection.
+        """Bind a collection to another fingerprint of its model, and return the collection, changed or not.
 
         Args:
             name: name of the collection.
@@ -339,29 +338,29 @@ class IndexBackend(Protocol):
         """
 
     def delete(self, name: str) -> None:
-        """Delete the collection with a name, its records and its reembedding; NOT_FOUND if there is none."""
+        """Delete the collection with a name, its records and its reembedding; NOT_FOUND if it does not exist."""
 
     def reembed(
         self, source: CollectionBackend, *, model: str, fingerprint: str, dimensions: int
     ) -> ReembeddingBackend:
-        """Begin to reembed the records of a collection with another model.
+        """Begin to reembed the records of a collection with another model, and return the reembedding.
 
         Args:
-            source: the collection.
+            source: the collection, as `get` returned it.
             model: name of the new model.
-            fingerprint: its fingerprint.
+            fingerprint: fingerprint of the new model.
             dimensions: dimensions of the new vectors.
 
         Raises:
             ServiceError: UNAVAILABLE if the collection was deleted or replaced; FAILED_PRECONDITION if a record has no
-                text, or the collection is being reembedded; RESOURCE_EXHAUSTED if the disk is full.
+                text, or the collection is being reembedded; INVALID_ARGUMENT for wrong dimensions.
         """
 
     def reembeddings(self) -> Sequence[ReembeddingBackend]:
-        """Return the reembeddings that were unfinished when the index was last closed, to be continued."""
+        """Return the reembeddings that an earlier run of the server left unfinished. Call this once, at the start."""
 
     def switch(self, reembedding: ReembeddingBackend) -> bool:
-        """Replace a collection by the result of its reembedding, once all records have new vectors; return success.
+        """Replace a collection by its reembedded copy if all records have new vectors; return whether that was done.
 
         False: records remain to embed, or the reembedding was cancelled. RESOURCE_EXHAUSTED if the disk is full.
         """
@@ -375,7 +374,7 @@ class IndexBackend(Protocol):
         Args:
             name: name of the new collection.
             total: bytes of the backup; 0: not known.
-            accept: receives the spec in the backup; raises ValueError or ServiceError if it cannot be served.
+            accept: receives the spec in the backup; raises ValueError or ServiceError if the spec cannot be served.
 
         Raises:
             ServiceError: INVALID_ARGUMENT for a wrong name; ALREADY_EXISTS if a collection has the name;
@@ -383,12 +382,12 @@ class IndexBackend(Protocol):
         """
 
     def probed(self) -> dict[str, ProbeFigures]:
-        """Return the figures of probed searches by the name of the collection; without collections that have none."""
+        """Return the measured recall of searches, by name of the collection; only of collections with measurements."""
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Wait for calls in progress until `deadline` (None: without limit), and close all collections.
+        """Close all collections; return whether all are closed. A backend may first wait for the calls in progress.
 
-        Returns whether all are closed; a collection with calls that still run at the deadline is not.
+        It waits until `deadline` (None: without limit); a collection with calls that still run then is not closed.
         """
 
 
@@ -410,7 +409,7 @@ def collection_exists(name: str) -> ServiceError:
 def unsupported(operation: str, backend: str, remedy: str) -> ServiceError:
     """Return the UNIMPLEMENTED error for an operation that a backend does not support.
 
-    `operation` is the name in the request, `backend` that in `--index-backend`; `remedy` is what the caller can do.
+    `operation` is an RPC or option, `backend` the value of `--index-backend`, and `remedy` what the caller can do.
     """
     return ServiceError(
         Code.UNIMPLEMENTED,

@@ -15,13 +15,13 @@ from typing import Any
 
 from emberpc.server import cancellation
 
-#: A string, a number (a double), a boolean or null.
+#: Value that a condition compares a metadata field with: a string, a number (a double), a boolean or null.
 Value = str | float | bool | None
 
-#: Most levels of nested conditions in a filter. The limits of a filter keep its SQL expression far below SQLite's limit
-#: of 1000 nested levels.
+#: Most levels of nested conditions in a filter; the filter itself is the first. The limits of a filter keep its SQL
+#: expression below SQLite's limits: 1000 nested levels, and 100 entries of the parser's stack (see `filter_sql._join`).
 MAX_DEPTH = 32
-#: Most conditions in a filter, nested ones included.
+#: Most conditions in a filter: the filter itself and all nested conditions, also each `all`, `any` and `not`.
 MAX_CONDITIONS = 256
 #: Most conditions directly in one `all` or `any` of a filter.
 MAX_LIST = 100
@@ -30,8 +30,8 @@ MAX_VALUES = 10_000
 #: Most characters of the name of a field, dots and backslashes included.
 MAX_FIELD = 1000
 #: Most nested keys in a field. The metadata of a request cannot be nested deeper, since a protobuf message may have 100
-#: levels and each level of metadata takes three of them. SQLite joins at most 64 tables, and each key without a path
-#: (see `sqlite_path`) takes a table.
+#: levels and each level of metadata takes three of them. SQLite joins at most 64 tables, and each key of a field takes
+#: a table if SQLite has no path to the field (see `sqlite_path`).
 MAX_KEYS = 40
 
 _FIELD = re.compile(r"(?:[^\\]|\\[.\\])*", re.DOTALL)
@@ -51,7 +51,7 @@ class Operator(str, Enum):
 
 @dataclass(frozen=True)
 class AllOf:
-    """A filter that a record meets if it meets all conditions; with no condition, every record meets it."""
+    """A filter that a record meets if it meets all of its conditions (one or more)."""
 
     conditions: tuple[Filter, ...]
 
@@ -72,11 +72,11 @@ class Not:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A filter that compares a field with a value.
+    """A filter that compares a metadata field with a value.
 
-    A record without the field, or with a value of another type, meets it only with NOT_EQUAL, the negation of EQUAL.
-    Only strings and numbers have an order: with the four other operators, no record meets a boolean or null. For a
-    field that is a list, see `matches`.
+    NOT_EQUAL is the negation of EQUAL: a record without the field, or with a value of another kind (`kind_of`), meets
+    it. Such a record meets no other operator. Only strings and numbers have an order: with an operator of order and a
+    boolean or null as value, no record meets the filter. For a field that is a list, see `matches`.
     """
 
     field: str
@@ -138,9 +138,9 @@ def keys(field: str) -> tuple[str, ...]:
 def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
     """Return whether the metadata of a record meets a filter.
 
-    A field that is missing, or of another type than the value, meets no comparison except NOT_EQUAL. A list meets a
-    comparison, membership or prefix if at least one of its items does, and NOT_EQUAL if no item is equal. Objects, and
-    lists in a list, are equal to no value.
+    A missing field meets NOT_EQUAL, but no other comparison, membership or prefix. Values of different kinds, see
+    `kind_of`, are not equal and have no order. A list meets NOT_EQUAL if none of its items equals the value. It meets
+    another comparison, a membership or a prefix if at least one item does. Objects, and lists in a list, equal nothing.
     """
     if isinstance(condition, AllOf):
         return all(matches(each, metadata) for each in condition.conditions)
@@ -161,22 +161,24 @@ def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
     return found is not negated
 
 
-#: Most records whose metadata callers pass to `mismatches`.
+#: Most records whose metadata the index backends pass to `mismatches`.
 MISMATCH_RECORDS = 1000
-#: Fields of a record that are not metadata, so that no filter compares them.
+#: Fields of a record that are not metadata. Filters do not compare them, so `mismatches` gives a hint if a filter names
+#: one of them and no metadata has a field of that name.
 _RECORD_FIELDS = ("id", "text", "label")
 
 
 def mismatches(condition: Filter, documents: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return sentences with the probable reasons why no record meets a filter; empty: no reason was found.
 
-    There is a sentence for each field that no record has, and for each field that is compared with a number and has
-    strings but no numbers, or the other way round. A field below a negation or compared by NOT_EQUAL may be missing,
-    since records without the field meet the condition. Without documents there are no sentences.
+    There is a sentence for each field that no document has, and for each field that is compared with a number and has
+    strings but no numbers, or the other way round. There is none for the absence of a field that is below a negation or
+    compared by NOT_EQUAL, since records without the field may match. Without documents there are no sentences.
 
     Args:
-        condition: the filter.
-        documents: the metadata of some records. It is read only until each field has a value that the filter can match.
+        condition: a filter that no record meets.
+        documents: the metadata of some records. The rest is not read, and no sentence is returned, as soon as each
+            field has had a value: a number or string if the field is compared with this kind, else any value.
 
     Raises:
         ServiceError: DEADLINE_EXCEEDED if the call that this thread runs is cancelled.
@@ -198,16 +200,18 @@ def mismatches(condition: Filter, documents: Iterable[Mapping[str, Any]]) -> lis
 
 
 def _mismatch(field: str, kind: str, found: set[str], count: int, *, needed: bool) -> str:
-    """Return a sentence that says why a comparison matches no record; empty: no reason is known.
+    """Return a sentence that says why a condition on a field probably matches no record; empty: no reason is known.
 
-    None is known if the field has values that the comparison could match, or if it may be missing and no record has it.
+    A reason is known if no record has a needed field, or if the field is compared with a number and has strings but no
+    numbers, or the other way round.
 
     Args:
-        field: the field that is compared.
+        field: the field.
         kind: the kind (see `kind_of`) of the values that the field is compared with; empty: several kinds, or none.
-        found: the kinds of the field's values in `count` records; empty: no record has the field.
+        found: the kinds of the field's values, and of items of lists, in `count` records, with `any` if a record has
+            the field; empty: no record has it.
         count: number of records that were examined.
-        needed: whether a record without the field cannot meet the filter.
+        needed: whether a missing field is a reason, see `_compared`.
     """
     shown = repr(field[:100])
     if not found and needed:
@@ -231,12 +235,12 @@ def _mismatch(field: str, kind: str, found: set[str], count: int, *, needed: boo
 def _compared(condition: Filter, *, needed: bool = True) -> Iterator[tuple[str, str, bool]]:
     """Yield for each condition on a field: the field, the kind of the condition's values, and whether it is needed.
 
-    The kind is a result of `kind_of`, or empty if the values have several kinds or there are none. A field is needed if
-    a record without the field does not meet the condition. It is not needed below a negation or with NOT_EQUAL.
+    The kind is a result of `kind_of`, or empty if the values have several kinds or there are none. A field is needed
+    unless its condition is below a negation or is NOT_EQUAL: a record without the field may meet these.
 
     Args:
         condition: the filter.
-        needed: whether fields are needed in the place where `condition` stands; False below a negation.
+        needed: False if `condition` is below a negation, so that none of its fields is needed.
     """
     if isinstance(condition, (AllOf, AnyOf)):
         for each in condition.conditions:
@@ -261,7 +265,7 @@ def _look_up(metadata: Any, path: tuple[str, ...]) -> tuple[bool, Any]:
 
 
 def _meets(value: Any, condition: Comparison | Membership | Prefix) -> bool:
-    """Return whether a value that is not a list meets a condition.
+    """Return whether a single value meets a condition: the value of a field, or an item of a field that is a list.
 
     For NOT_EQUAL, return whether the value is equal: the caller negates the result.
     """
@@ -303,7 +307,7 @@ def can_be_indexed(field: str) -> bool:
 
 
 def sqlite_path(path: tuple[str, ...]) -> str | None:
-    """Return SQLite's path to nested keys as an SQL literal; None if SQLite's paths cannot name a key.
+    """Return SQLite's path to nested keys as an SQL literal; None if SQLite's paths cannot name one of the keys.
 
     They cannot name a key that is empty or has a double quote, a backslash or a character below U+0020. The path is a
     literal and no parameter, since SQLite uses an index of an expression only for the identical expression.

@@ -10,41 +10,44 @@ import numpy.typing as npt
 from emberpc.server.collections.types import Distance, Labels, Matrix
 from emberpc.server.errors import FieldPath, Violation, invalid, invalid_fields
 
-#: hnswlib's name of the space for each distance. The cosine is an inner product too, since this module normalizes the
-#: vectors.
+#: hnswlib's name of the space for each distance. COSINE uses the inner product ("ip"), which is the cosine, since
+#: `prepare` normalizes the vectors.
 SPACES = {Distance.COSINE: "ip", Distance.DOT_PRODUCT: "ip", Distance.EUCLIDEAN: "l2"}
 #: Greatest length of a vector. The square of the distance between two vectors of this length, and their scaled product
 #: under DOT_PRODUCT, are still finite in float32.
 _MAX_LENGTH = 1e14
-#: Lower and upper limit of a squared length in float32. A vector within the limits is surely neither zero nor too long,
-#: in spite of rounding.
+#: Lower and upper limit of a squared length that was computed in float32. Within the limits, rounding does not matter:
+#: the vector is neither zero nor too long. Outside of them, the length is computed again in float64, which is slower.
+#: A distance whose square is below the lower limit is computed again too.
 _PLAIN = (1e-30, 1e27)
-#: Factor of queries and stored vectors under DOT_PRODUCT. hnswlib computes 1 - product in float32, which loses small
-#: products. With the factor, vectors much shorter than 1 can be distinguished. A power of two changes no digit.
+#: Factor by which `prepare` multiplies each vector under DOT_PRODUCT. hnswlib computes 1 - product in float32, which
+#: loses small products. The factor makes products greater. As a power of two, it causes no rounding.
 _DOT_SCALE = np.float32(2**14)
-#: Greatest exponent n of the factor 2**n by which a short query is scaled up, so that hnswlib rounds its products less;
-#: see `lengthened`. 2.0**120 is exact in float32.
+#: Greatest exponent n of the factor 2**n of `lengthened`. It keeps the factor of a zero vector finite: the greatest
+#: power of two in float32 is 2**127.
 _MAX_POWER = 120
-#: Under DOT_PRODUCT, the least length of a prepared vector in a graph. hnswlib computes 1 - product in float32. For
-#: shorter vectors and a query of length 1, it could not distinguish two products that differ by a share of 1e-5.
+#: Under DOT_PRODUCT, the least length of a prepared vector in a graph. When hnswlib builds a graph, it compares vectors
+#: of the graph with each other, by 1 - product in float32. Two vectors of this length have a product of 0.027 or less.
+#: If the product is close to 0.027, a change by a share of 1e-5 still changes the result.
 _LEAST_IN_GRAPH = np.float32(2**14 * 1e-5)
-#: Under EUCLIDEAN, the least length of a vector in a graph. Distances between shorter vectors may be so short, below
-#: 1e-19, that hnswlib's float32 rounds their squares to few digits or to 0.
+#: Under EUCLIDEAN, the least length of a vector in a graph. Two shorter vectors that clearly differ may have a distance
+#: below 1e-19. hnswlib's float32 rounds the square of such a distance to few digits or to 0.
 _LEAST_LENGTH = np.float32(1e-15)
-#: Under DOT_PRODUCT, a vector must be zero or longer than this: float32 rounds products of much shorter vectors to 0.
+#: Under DOT_PRODUCT, a vector that is not prepared must be zero or longer than this: float32 rounds products of much
+#: shorter vectors to 0.
 _LEAST_DOT_LENGTH = 1e-16
-#: Most scores or differences that are computed at a time (16 MB as float32), so that a full buffer and many queries do
-#: not fill the memory. The scores of a single query are always computed at once.
+#: Most scores, and most components of differences of vectors, in one temporary array: 16 MB as float32. The limit keeps
+#: many queries on a full buffer from filling the memory. The scores of one query are in one array even above the limit.
 _BLOCK = 4 * 2**20
-#: Most queries for which vectors are multiplied by the queries as columns, and not the queries by the vectors. With
-#: thousands of vectors, four queries take half the time that way.
+#: Up to this number of queries, products are computed as `vectors @ queries.T` and transposed; for more, as
+#: `queries @ vectors.T`. With thousands of vectors, the first way takes half the time for four queries.
 _FEW_QUERIES = 8
 
 
 def check_vectors(matrix: Matrix, dimensions: int, distance: Distance, path: FieldPath) -> None:
     """Raise INVALID_ARGUMENT, naming each vector that cannot be stored or searched for.
 
-    A wrong type, or wrong dimensions, are those of all vectors, so only the first vector is named. hnswlib would
+    If the type or the number of dimensions of the matrix is wrong, only the first vector is named. hnswlib would
     corrupt the heap for a vector with too few dimensions, and return nonsense for NaN.
 
     Args:
@@ -63,10 +66,11 @@ def check_vectors(matrix: Matrix, dimensions: int, distance: Distance, path: Fie
 
 
 def prepare(matrix: Matrix, distance: Distance) -> Matrix:
-    """Return vectors, float32 (vectors, dimensions), as graph and buffer hold them, in a contiguous array.
+    """Convert vectors to the form in which graph and buffer hold them: float32 (vectors, dimensions), contiguous.
 
-    The vectors must be valid: `check_vectors` or `are_fit` has accepted them. The result may be `matrix` itself. They
-    have length 1 under COSINE, are multiplied by 2**14 under DOT_PRODUCT, and are unchanged under EUCLIDEAN.
+    COSINE scales each vector to length 1, DOT_PRODUCT multiplies it by 2**14, and EUCLIDEAN leaves it unchanged.
+    `matrix` is not changed; under EUCLIDEAN the result may be `matrix` itself. The vectors of `matrix` must be valid:
+    `check_vectors` or `are_fit` must accept them.
     """
     if distance is Distance.COSINE:
         matrix = (matrix / _lengths(matrix)[:, None]).astype(np.float32)
@@ -78,7 +82,7 @@ def prepare(matrix: Matrix, distance: Distance) -> Matrix:
 def prepare_queries(matrix: Matrix, dimensions: int, distance: Distance, path: FieldPath) -> Matrix:
     """Check and prepare query vectors, in half the time of `check_vectors` and `prepare`.
 
-    The result may differ from that of `prepare` in the last bit, which does not matter for queries.
+    Under COSINE, the result may differ from that of `prepare` in the last bit, which does not matter for queries.
 
     Args:
         matrix: the queries; must be float32 (queries, dimensions).
@@ -87,10 +91,10 @@ def prepare_queries(matrix: Matrix, dimensions: int, distance: Distance, path: F
         path: returns the path of query i in the request.
 
     Returns:
-        float32 (queries, dimensions).
+        The prepared queries, float32 (queries, dimensions); maybe `matrix` itself, as for `prepare`.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT, naming each query that cannot be searched for.
+        ServiceError: INVALID_ARGUMENT, in the same cases as `check_vectors`.
     """
     if matrix.dtype != np.float32 or matrix.ndim != 2 or matrix.shape[1] != dimensions:
         check_vectors(matrix, dimensions, distance, path)
@@ -106,7 +110,7 @@ def prepare_queries(matrix: Matrix, dimensions: int, distance: Distance, path: F
 
 
 def _least_length(distance: Distance) -> float:
-    """Return the length that a vector other than the zero vector must exceed to be valid."""
+    """Return the length that a vector must exceed to be valid; for the zero vector, other rules apply."""
     return _LEAST_DOT_LENGTH if distance is Distance.DOT_PRODUCT else 0.0
 
 
@@ -128,10 +132,10 @@ def _check_lengths(lengths: npt.NDArray[np.float64], distance: Distance, path: F
 
 
 def are_fit(matrix: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
-    """Return which vectors, float32 (vectors, dimensions), can be compared: bool (vectors,).
+    """Return whether each vector of `matrix`, float32 (vectors, dimensions), can be compared: bool (vectors,).
 
-    These are the vectors that `check_vectors` accepts, and under DOT_PRODUCT also vectors that are too short for
-    `check_vectors`, since older versions stored them.
+    True for vectors that `check_vectors` accepts, and under DOT_PRODUCT also for vectors that are too short for
+    `check_vectors`, since older versions stored them. The number of dimensions is not checked.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.einsum("ij,ij->i", matrix, matrix)
@@ -144,9 +148,10 @@ def are_fit(matrix: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
 
 
 def are_short(prepared: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
-    """Return which prepared vectors, float32 (vectors, dimensions), are too short for a graph: bool (vectors,).
+    """Return whether each prepared vector, float32 (vectors, dimensions), is too short for a graph: bool (vectors,).
 
-    hnswlib computes in float32, and cannot compare such vectors. Under COSINE no vector is too short.
+    hnswlib computes in float32, and may not tell such vectors apart; see `_LEAST_IN_GRAPH` and `_LEAST_LENGTH`. The
+    zero vector is too short. Under COSINE no vector is too short.
     """
     if distance is Distance.COSINE:
         return np.zeros(len(prepared), dtype=bool)
@@ -156,15 +161,16 @@ def are_short(prepared: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
 
 
 def lengthened(queries: Matrix) -> tuple[Matrix, Matrix]:
-    """Scale short queries up by powers of two, which change no digit, so that hnswlib rounds their products less.
+    """Scale short queries up, so that hnswlib, which computes 1 - product in float32, rounds their products less.
 
     Args:
-        queries: prepared queries, float32 (queries, dimensions), for a graph of inner products.
+        queries: queries prepared under DOT_PRODUCT, float32 (queries, dimensions). They are not changed.
 
     Returns:
-        The scaled queries, and the factor of each query, float32 (queries, 1), by which the caller divides its scores.
-        All queries except zero vectors have a length of at least 2**14. The factor of a query that is so long already
-        is 1.
+        The scaled queries, float32 (queries, dimensions), and the factor of each query, float32 (queries, 1). The
+        caller must divide the scores of a query by its factor. A query with a length of 2**14 or more has the factor 1.
+        The factor of a shorter query is a power of two, which causes no rounding, and gives the query a length of 2**14
+        to 2**15. A zero vector stays zero.
     """
     lengths = np.maximum(_lengths(queries), _DOT_SCALE * 2.0**-_MAX_POWER)
     powers = np.maximum(np.ceil(np.log2(_DOT_SCALE / lengths)), 0)
@@ -175,18 +181,18 @@ def lengthened(queries: Matrix) -> tuple[Matrix, Matrix]:
 def nearest(
     queries: Matrix, vectors: Matrix, k: int, distance: Distance, among: npt.NDArray[np.bool_] | None = None
 ) -> tuple[Labels, Matrix]:
-    """Return the vectors nearest to each query, by comparing every query with every vector.
+    """Find the vectors nearest to each query by computing the score of each of the vectors for each query.
 
     Args:
         queries: prepared queries, float32 (queries, dimensions).
         vectors: prepared vectors, float32 (vectors, dimensions).
         k: most vectors to return for each query.
         distance: the distance.
-        among: bool (vectors,), which of the vectors to compare; None: all.
+        among: bool (vectors,), whether each vector may be returned; None: all may.
 
     Returns:
-        Rows of `vectors`, int64 (queries, k), nearest first, and their scores, float32 of the same shape; fewer columns
-        than `k` if fewer vectors are compared.
+        The indexes of the nearest vectors in `vectors`, int64 (queries, k), nearest first, and their scores, float32 of
+        the same shape. If fewer than `k` vectors may be returned, there are only so many columns.
     """
     k = min(k, len(vectors) if among is None else int(np.count_nonzero(among)))
     rows = np.empty((len(queries), k), dtype=np.int64)
@@ -198,7 +204,8 @@ def nearest(
         if among is not None:
             found[:, ~among] = -np.inf
         chosen = np.argpartition(-found, k - 1, axis=1)[:, :k]
-        # For few queries, np.take_along_axis would take longer than the comparison itself.
+        # Arrays are indexed with `across`, since np.take_along_axis takes longer than the comparison if there are few
+        # queries.
         across = np.arange(len(chosen))[:, None]
         chosen_scores = found[across, chosen]
         order = np.argsort(-chosen_scores, axis=1, kind="stable")
@@ -211,12 +218,14 @@ def best_of(found: Sequence[tuple[Labels, Matrix]], k: int) -> tuple[Labels, Mat
     """Merge the results of one or more searches for the same queries.
 
     Args:
-        found: from each search the labels, int64 (queries, any), nearest first, and scores, float32 of the same shape.
+        found: the labels that each search found, int64 (queries, any number), nearest first, and their scores, float32
+            of the same shape. A label that two searches found is not merged.
         k: most labels to return for each query.
 
     Returns:
-        Labels, int64 (queries, at most k), nearest first, and their scores. Labels with equal scores are in the order
-        of the searches. The result of a single search is returned unchanged, even with more than `k` labels.
+        Labels, int64 (queries, at most k), nearest first, and their scores, float32 of the same shape. Labels with
+        equal scores are in the order of the searches. If `found` has a single search, its labels and scores are
+        returned unchanged, even if there are more than `k`.
     """
     if len(found) == 1:
         return found[0]
@@ -230,8 +239,9 @@ def best_of(found: Sequence[tuple[Labels, Matrix]], k: int) -> tuple[Labels, Mat
 def graph_scores(distances: Matrix, distance: Distance) -> Matrix:
     """Convert distances that hnswlib returned for prepared vectors to scores, float32 of the same shape.
 
-    The score is the cosine, the dot product, or the negative Euclidean distance; a greater score is nearer. hnswlib's
-    distance is 1 - product, or the squared Euclidean distance.
+    The score is the cosine, the dot product of the vectors before `prepare`, or the negative Euclidean distance; a
+    greater score is nearer. hnswlib's distance is 1 - product of the prepared vectors, or the squared Euclidean
+    distance.
     """
     if distance is Distance.EUCLIDEAN:
         return -np.sqrt(np.maximum(distances, 0))
@@ -239,7 +249,7 @@ def graph_scores(distances: Matrix, distance: Distance) -> Matrix:
 
 
 def _scores(queries: Matrix, vectors: Matrix, distance: Distance) -> Matrix:
-    """Return the scores of prepared vectors for prepared queries, float32 (queries, vectors); greater is nearer."""
+    """Return the scores, as in `graph_scores`, of prepared vectors for prepared queries: float32 (queries, vectors)."""
     if distance is not Distance.EUCLIDEAN:
         products = (vectors @ queries.T).T if len(queries) <= _FEW_QUERIES else queries @ vectors.T
         return _unscaled(products, distance)
@@ -262,6 +272,9 @@ def _unscaled(products: Matrix, distance: Distance) -> Matrix:
 
 
 def _lengths(matrix: Matrix) -> npt.NDArray[np.float64]:
-    """Return the lengths of vectors, float64 (vectors,), since squares of float32 numbers may overflow in float32."""
+    """Return the lengths of vectors, float64 (vectors,).
+
+    They are computed in float64, since squares of float32 numbers may overflow, or become 0, in float32.
+    """
     lengths: npt.NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", matrix, matrix, dtype=np.float64))
     return lengths

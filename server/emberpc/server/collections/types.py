@@ -1,4 +1,4 @@
-"""Specs, records, results and plans: the values that an index backend takes and returns."""
+"""The values that an index backend takes and returns, such as specs, records, results and plans."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from emberpc.server.paging import MAX_PAGE_SIZE
 Matrix = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 
-#: Decodes a JSON text without white space at its start. `json.loads` takes twice the time, since it first skips white
-#: space and checks the type of the text.
+#: Decodes a JSON text without white space at its start; returns the value and the index of its end. `json.loads` takes
+#: twice the time, since it first skips white space and checks the type of the text.
 _DECODE = json.JSONDecoder().raw_decode
-#: The metadata of a record without metadata, as JSON.
+#: Metadata as JSON of a record without metadata, and of a record that is returned without its metadata.
 NO_METADATA = "{}"
 
 MAX_DIMENSIONS = 16_000
-#: Most bytes of the records in one response, by default.
+#: Default of the limit of the bytes of the records in one response.
 MAX_RESPONSE_BYTES = 32 * 2**20
-#: Values of the engine's `Truncation`.
+#: Values of the engine's `Truncation`. They are repeated here, since this package does not import the engine.
 _TRUNCATIONS = ("refuse", "end", "start")
 
 
@@ -43,7 +43,11 @@ class Distance(str, Enum):
 
 
 class Strategy(str, Enum):
-    """The kind of search that found the hits of a query."""
+    """How the hits of a query were found.
+
+    EXACT: by comparing the query with all vectors, or with those of the records that meet the filter. HNSW: by
+    searching the graph and comparing the query with the buffer; with Milvus, by a search in Milvus. LEXICAL: by words.
+    """
 
     EXACT = "exact"
     HNSW = "hnsw"
@@ -51,7 +55,7 @@ class Strategy(str, Enum):
 
 
 class Fusion(str, Enum):
-    """The rule that joins a dense and a lexical ranking."""
+    """The rule that joins a dense and a lexical ranking: by the scaled scores, or by the reciprocal ranks, of hits."""
 
     SCORES = "scores"
     RANKS = "ranks"
@@ -59,21 +63,21 @@ class Fusion(str, Enum):
 
 @dataclass(frozen=True)
 class CollectionSpec:
-    """The properties of a collection. They are fixed at its creation, with three exceptions.
+    """The properties of a collection, fixed at its creation with three exceptions.
 
-    The truncation can be changed, a reembedding changes model, fingerprint and dimensions, and `IndexBackend.rebind`
-    changes the fingerprint.
+    `IndexBackend.update` changes the truncation, `IndexBackend.rebind` the fingerprint, and a reembedding the model,
+    the fingerprint and the dimensions.
 
     Attributes:
         name: name of the collection.
         dimensions: dimensions of the vectors.
         model: name of the model that embeds the texts; empty: the collection has no model.
-        model_fingerprint: fingerprint of that model; empty without a model.
+        model_fingerprint: fingerprint (present or legacy) of the model that made the vectors; empty without a model.
         distance: the measure that compares vectors.
-        truncation: how texts that are too long for the model are truncated: `refuse`, `end` or `start`.
-        m: number of neighbours to which a node of the graph is linked.
-        ef_construction: candidates that are kept when a node is inserted into the graph.
-        indexed_fields: metadata fields with an index in the database.
+        truncation: default for texts of records with more tokens than the model reads: `refuse`, `end` or `start`.
+        m: most links of a node in a layer of the graph; in the lowest layer, a node may have twice as many.
+        ef_construction: number of candidate neighbours that an insertion into the graph keeps.
+        indexed_fields: metadata fields with an index in the database; with Milvus, they get none.
     """
 
     name: str
@@ -89,7 +93,7 @@ class CollectionSpec:
     def check(self) -> None:
         """Raise INVALID_ARGUMENT, naming the first wrong field, unless name, numbers and truncation are valid.
 
-        Dimensions must be set, also with a model. The indexed fields are not checked.
+        Dimensions of 0 are refused, also with a model. Model, fingerprint and indexed fields are not checked.
         """
         check_name(self.name, "collection.name")
         bounds = {
@@ -113,10 +117,10 @@ class CollectionSpec:
 
     @classmethod
     def from_json(cls, text: str) -> CollectionSpec:
-        """Return the spec that `to_json` encoded.
+        """Return the spec that `to_json` encoded. The types and ranges of most values are not checked.
 
         Raises:
-            ValueError, TypeError, KeyError, AttributeError: the text is damaged.
+            ValueError, TypeError, KeyError, AttributeError, RecursionError: the text is damaged.
         """
         values = json.loads(text)
         values["distance"] = Distance(values["distance"])
@@ -129,11 +133,11 @@ class CollectionInfo:
     """State of a collection.
 
     Attributes:
-        record_count: number of records.
-        sequence: sequence of the last write; 0: none so far. With Milvus, of the last write by this server since its
-            start.
-        create_time: when the collection was created.
-        size_bytes: bytes on disk; 0: not known.
+        record_count: number of records, damaged or not.
+        sequence: sequence of the last write of records; 0: none so far. With Milvus, only writes by this server since
+            its start count.
+        create_time: when the collection was created; of a restored collection, the time in the backup.
+        size_bytes: bytes on disk; 0 with Milvus, where the size is not known.
     """
 
     record_count: int
@@ -144,28 +148,28 @@ class CollectionInfo:
 
 @dataclass(frozen=True)
 class NewRecord:
-    """A record to be written. Its vector is not part of this object."""
+    """A record to be written. Its vector is not part of this object, but a row of a matrix that is passed beside it."""
 
     id: str
     text: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
-    #: Seconds from the write until the record is deleted; None: it is kept.
+    #: Seconds from the write after which the record expires and is deleted; None: it never expires.
     time_to_live: float | None = None
 
 
 class _RecordFields(NamedTuple):
     id: str
     text: str
-    #: The metadata as JSON: as Python objects, nested metadata takes about 25 times as many bytes.
+    #: The metadata as JSON text. As Python objects, nested metadata would take about 25 times as many bytes.
     document: str
     label: str
     revision: int
     create_time: datetime
     update_time: datetime
-    #: The vector as the caller gave it, float32 (dimensions,); None if it was not requested.
+    #: The vector as it was written, not prepared: float32 (dimensions,); None if it was not requested.
     vector: Matrix | None = None
-    #: When the record is deleted, since its time to live ends; None: never.
+    #: End of the record's time to live, after which the record is deleted; None: it never expires.
     expire_time: datetime | None = None
 
 
@@ -183,14 +187,14 @@ WHOLE_RECORD = RecordParts()
 
 
 class StoredRecord(_RecordFields):
-    """A record as it is stored.
+    """A record that was read. If its text or metadata was not requested, that part may be empty.
 
     It is a tuple, since a response may have thousands of records, and a dataclass takes four times as long to create.
     """
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The metadata as Python objects. They are decoded at each access, so that they take memory only while in use.
+        """The metadata as Python objects, decoded anew at each access, so that they take memory only while in use.
 
         Raises `TypeError`, `ValueError` or `RecursionError` if the stored metadata is damaged.
         """
@@ -198,7 +202,7 @@ class StoredRecord(_RecordFields):
 
     @cached_property
     def serialized(self) -> dict[Hashable, bytes]:
-        """Cache for callers: the serialized record by its requested parts, so that no record is serialized twice."""
+        """Cache that callers fill and read: serialized forms of this record, by the parts that a request names."""
         return {}
 
 
@@ -207,11 +211,11 @@ class WriteResult:
     """Result of a write.
 
     Attributes:
-        sequence: sequence of the write; of the last write if a delete found no record.
+        sequence: sequence of the write; if a delete found no record, that of the last write, as in `CollectionInfo`.
         inserted: number of new records.
         updated: number of replaced records.
         deleted: number of deleted records.
-        synced: whether this server knows that the write is on disk; False if only the backend's own server knows.
+        synced: whether the write is on disk. False with Milvus: this server then does not know.
     """
 
     sequence: int
@@ -226,10 +230,12 @@ class Plan:
     """How a query was answered.
 
     Attributes:
-        strategy: the kind of search; for a hybrid search, that of its dense ranking.
-        ef: candidates that the search of the graph kept; 0: the graph was not used.
-        compared_count: number of vectors that were compared one by one.
-        shortfall_reason: why there are fewer than `top_k` hits; empty: there are `top_k` hits.
+        strategy: how the hits were found; for a hybrid search, those of its dense ranking.
+        ef: candidates that the search of the graph kept; if it was repeated, those of the last search for this query.
+            0: the graph was not used.
+        compared_count: EXACT: number of vectors that were compared. HNSW: number of vectors of the buffer, which are
+            compared one by one; 0 with Milvus. LEXICAL: 0.
+        shortfall_reason: why there are fewer than `top_k` hits; empty if there are `top_k` hits.
         lexical_count: number of hits of a lexical search, or of the lexical ranking of a hybrid search before fusion; 0
             for a dense search.
     """
@@ -242,7 +248,7 @@ class Plan:
 
 
 class SearchOutcome(NamedTuple):
-    """The hits of one query, best first, each with its score (greater is better), and the plan."""
+    """The hits of one query, best first, each with its score (greater is better), and the plan of the query."""
 
     hits: list[tuple[StoredRecord, float]]
     plan: Plan
@@ -252,7 +258,8 @@ def decode_document(document: str) -> dict[str, Any]:
     """Decode the metadata of a record from its JSON text `document`. Text after the JSON object is ignored.
 
     Raises:
-        TypeError, ValueError, RecursionError: the text is no JSON object, so it is damaged.
+        TypeError, ValueError, RecursionError: the text is damaged: it does not start with a JSON object (white space
+            before the object is not allowed), or the object is nested too deeply.
     """
     if document == NO_METADATA:
         return {}
@@ -265,7 +272,7 @@ def decode_document(document: str) -> dict[str, Any]:
 def check_name(name: str, field: str) -> None:
     """Raise INVALID_ARGUMENT, naming the request field `field`, unless `name` is a valid name of a collection.
 
-    A name has 1 to 128 letters, digits, '.', '_' and '-', and starts with a letter or digit.
+    A name has 1 to 128 ASCII letters, digits, '.', '_' and '-', and starts with a letter or digit.
     """
     if not NAME.fullmatch(name):
         raise invalid(
@@ -281,14 +288,14 @@ def check_page_size(page_size: int) -> None:
 
 @dataclass(frozen=True)
 class Change:
-    """Effect of a write. A label is here the number of a record's version in the database and the graph.
+    """Effect of a write. A label is here a number in database and graph: each write gives a record a new label.
 
     Attributes:
-        sequence: sequence of the write.
+        sequence: sequence of the write; of the last write if this one changed nothing, or copied records.
         added: labels of the records that were written, int64 (records,).
-        removed: labels of the records that were replaced or deleted.
-        inserted: number of ids that were new.
-        updated: number of ids whose records were replaced.
+        removed: old labels of the records that were replaced or deleted.
+        inserted: number of new records; 0 if records were copied.
+        updated: number of replaced records; 0 if records were copied.
     """
 
     sequence: int
@@ -315,7 +322,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Cluster:
-    """The number of records of a cluster, and the records nearest to its centre, nearest first."""
+    """The number of records of a cluster, and some of its records: those nearest to its centre, nearest first."""
 
     record_count: int
     examples: list[StoredRecord]
@@ -340,8 +347,8 @@ class ProbeFigures:
     """Measured recall of a collection's searches. A probed search is repeated exactly, and the hits are compared.
 
     Attributes:
-        count: number of probed searches.
-        recall: mean recall (0 to 1) of the latest probed searches; NaN if there are none.
+        count: number of searches whose recall was measured.
+        recall: mean recall (0 to 1) of the latest of these searches, at most 256; NaN if there are none.
     """
 
     count: int
@@ -352,7 +359,8 @@ class ProbeFigures:
 class Problem:
     """A problem that a verification found, with a reason for programs and a message for people.
 
-    `id` is the record's id. It is empty if the problem is that of the whole collection.
+    `id` is the id of the record with the problem; empty if the whole collection has the problem. An id that is damaged
+    and no string is in a printable form.
     """
 
     id: str
@@ -366,7 +374,7 @@ class Verified:
 
     Attributes:
         checked: number of records that were checked so far.
-        total: number of all records.
+        total: number of records at the start, or `checked` if that is greater; at the end, `checked`.
         problems: problems that were found since the previous progress.
         done: whether the verification is complete.
     """

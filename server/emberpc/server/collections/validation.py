@@ -1,4 +1,4 @@
-"""Validation of records to be stored, and of the options of a search."""
+"""Validation of records to be stored, of expected revisions, and of the options of a search."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_records(records: Sequence[NewRecord], *, restored: bool = False) -> li
     Raises:
         ServiceError: INVALID_ARGUMENT if there are no records; INVALID_ARGUMENT, naming every wrong field, if ids,
             texts, labels or metadata are malformed, ids, labels or metadata are too long, or two records have the same
-            id. The length of texts is not checked.
+            id (the later record is named). The length of texts and the time to live are not checked.
     """
     if not records:
         raise invalid("records", "is empty; give at least one record")
@@ -57,11 +57,11 @@ def check_records(records: Sequence[NewRecord], *, restored: bool = False) -> li
 
 
 def check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int, min_recall: float = 0) -> None:
-    """Raise INVALID_ARGUMENT unless the options of a search are valid for its queries.
+    """Raise INVALID_ARGUMENT, naming the first wrong option, unless the options of a search are valid.
 
     Args:
         queries: number of queries.
-        top_k: `top_k` of each query; must be 1 to 10,000.
+        top_k: `top_k` of each query; must have one item for each query, each 1 to 10,000.
         excluded: number of items of `exclude_ids`; must be the number of queries.
         ef: candidates of a search of the graph; must be 0 to 1,000,000. 0: the server chooses.
         min_recall: least recall; must be 0 to 1, and 0 if `ef` is given. 0: no target.
@@ -82,7 +82,7 @@ def check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int, min
 
 
 def check_revision(record_id: str, expected: int, present: int) -> None:
-    """Raise ABORTED if the `present` revision of a record is not the `expected` one; 0 means a missing record."""
+    """Raise ABORTED if the `present` revision of a record is not the `expected` one; each is 0 for a missing record."""
     if expected != present:
         raise ServiceError(
             Code.ABORTED,
@@ -122,8 +122,8 @@ def _document(record: NewRecord, *, restored: bool) -> tuple[str, str]:
         return "", "holds what JSON cannot: use texts, finite numbers, booleans, nulls, lists and objects"
     if size > MAX_METADATA_BYTES:
         return "", f"has {size} bytes as JSON, it may have {MAX_METADATA_BYTES}; shorten it"
-    # JSON contains NUL only as the escape \u0000. After an escaped backslash, metadata without NUL can contain the same
-    # characters. So the metadata itself is searched as well.
+    # JSON contains NUL only as the escape \u0000. But the JSON of a backslash followed by "u0000" contains the same
+    # characters, without any NUL. So the metadata itself is searched as well.
     if not restored and "\\u0000" in document and (field := _field_with_nul(dict(record.metadata))) is not None:
         what = f"a NUL character (U+0000) in field {field[:100]!r}"
         return "", f"holds {what}, which filters cannot compare; leave it out"
@@ -131,7 +131,9 @@ def _document(record: NewRecord, *, restored: bool) -> tuple[str, str]:
 
 
 def _field_with_nul(value: Any, path: tuple[str, ...] = ()) -> str | None:
-    """Return the first metadata field with a NUL character in its value or its last key; None if there is none.
+    """Return the first metadata field whose value or last key has a NUL character; None if there is none.
+
+    The field is returned as its keys, joined by dots.
 
     Args:
         value: the metadata, or a part of it.
@@ -153,7 +155,7 @@ def _field_with_nul(value: Any, path: tuple[str, ...] = ()) -> str | None:
 
 
 def _size(text: str) -> int | None:
-    """Return the number of bytes of a text as UTF-8; None if the text has half a surrogate pair, so no UTF-8."""
+    """Return the number of bytes of a text as UTF-8; None if it has half a surrogate pair, which UTF-8 cannot hold."""
     try:
         return len(text.encode())
     except UnicodeEncodeError:

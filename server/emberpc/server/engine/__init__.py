@@ -1,4 +1,4 @@
-"""Run texts through models: tokenizing, micro-batches, ONNX Runtime. Knows no gRPC and no collection."""
+"""Load models, and run texts through models in micro-batches, by ONNX Runtime. Uses neither gRPC nor the index."""
 
 from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.engine import Engine

@@ -1,14 +1,14 @@
 """Choose the waiting texts of the next micro-batch.
 
 A CPU is fastest with small batches of texts of similar length. Padding is wasted work, and a batch of more than some
-hundred tokens does not fit into the processor's cache. So the texts that wait for a model are sorted by length. A
-micro-batch is a run of neighbours in that order. Its padded size, which is the number of texts times the tokens of the
-longest text, stays within a limit.
+hundred tokens does not fit into the processor's cache. So the waiting texts of each lane and model are sorted by
+length. A micro-batch is a run of neighbours in that order. Its padded size, which is the number of texts times the
+tokens of the longest text, stays within a limit. A text that alone exceeds the limit is run alone.
 
-A micro-batch is built around one text, the anchor. Callers take turns to give the anchor. The calls of one caller are
-run in the order of their arrival: if they took turns too, all of them would end late under load. Bulk calls wait in a
-lane of their own. A large call waits there too, whatever lane its caller chose, so that short calls need not wait for
-it. A batch holds texts of one lane only: otherwise a short call would take as long as the bulk texts in its batch.
+A micro-batch is built around one text, the anchor. Callers take turns to give the anchor. The anchors of one caller
+come from its oldest waiting call: if its calls took turns too, all of them would end late under load. Bulk calls wait
+in a lane of their own. A large call waits there too, whatever lane its caller chose, so that it does not hold up short
+calls. A batch holds texts of one lane only: otherwise a short call would take as long as the bulk texts in its batch.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenIds
 
-#: Number of micro-batches. A call with more tokens than they can have waits in the bulk lane, whatever lane its caller
-#: chose.
+#: Number of micro-batches. A call with more tokens than this number of full micro-batches waits in the bulk lane,
+#: whatever lane its caller chose, so that short calls do not wait for its end.
 _LARGE = 2
 
 #: Fixed cost of a batch, in tokens. Measured with MiniLM on one core: batches of 128, 256 and 512 tokens took 16.4,
@@ -38,12 +38,13 @@ _numbers = count()
 
 
 class BatchRunner(Protocol):
-    """Protocol of an object that runs batches, such as an `Encoder`."""
+    """Protocol of an object that runs batches, such as an `Encoder`. A batch holds texts of one runner only."""
 
     def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
-        """Run the token ids of some texts on at most `threads` threads; return float32, shape (texts, width).
+        """Run at least one text, given by its token ids, as one batch; return float32, shape (texts, width).
 
-        The width is the number of values that the model gives for a text. Errors of the model pass through.
+        The width is the number of values that the model gives for a text. The run may use `threads` threads. Any
+        exception means that the model failed on the batch.
         """
         ...
 
@@ -54,8 +55,8 @@ class JobResult:
 
     Attributes:
         rows: the output for each text, in the order of the job's texts; each is float32 (width,).
-        queue_seconds: wall time from the submission to the start of the job's first batch.
-        infer_seconds: wall time from the start of the job's first batch to the end of its last batch.
+        queue_seconds: wall time from the submission until `Job.started`.
+        infer_seconds: wall time from `Job.started` to the end of the job's last batch.
     """
 
     rows: list[Output]
@@ -77,7 +78,7 @@ class Job:
         rows: the output of each text, float32 (width,); None as long as the text was not run.
         remaining: number of texts without an output.
         submitted: when the job was submitted, in seconds of `time.perf_counter`.
-        started: when the first batch of the job started, in the same seconds; 0 before that.
+        started: start of the batch that was the first to succeed, in the same seconds; 0 until that batch has ended.
     """
 
     runner: BatchRunner
@@ -98,7 +99,7 @@ class Job:
 
     @property
     def tokens_left(self) -> int:
-        """Estimated number of tokens of the texts without an output, if all texts of the job had equal lengths."""
+        """Estimated number of tokens of the texts without an output: their share of the texts times all tokens."""
         return self.tokens * self.remaining // len(self.texts)
 
 
@@ -119,7 +120,7 @@ class Item(NamedTuple):
 
 
 class Queue:
-    """The texts that wait in one lane. Not thread-safe: the scheduler holds a lock around every change.
+    """The texts that wait in one lane, for any model. Not thread-safe: the scheduler holds a lock for each change.
 
     Args:
         batch_tokens: most tokens of a micro-batch, padding included; a longer text is run alone.
@@ -142,7 +143,7 @@ class Queue:
         return bool(self._pools)
 
     def add(self, job: Job) -> None:
-        """Add the texts of a job to the queue, and the name of its caller to the turns if it is not there."""
+        """Add the texts of a job to the queue; a caller whose name is not in the turns gets the last turn."""
         items = [Item(len(ids), next(_numbers), job, row) for row, ids in enumerate(job.texts)]
         pool = self._pools.setdefault(job.runner, [])
         if len(items) == 1:
@@ -159,10 +160,11 @@ class Queue:
         self.tokens += job.tokens
 
     def ahead(self, name: str, tokens: int) -> int:
-        """Return an estimate of the number of waiting tokens that are run before a new call of a caller ends.
+        """Return an estimate of the number of this lane's waiting tokens that are run before a new call ends.
 
-        The tokens of the new call itself are not counted. Callers take turns. So while all tokens of this caller run,
-        the waiting ones and the new ones, each other caller runs as many. The result is at most all waiting tokens.
+        The tokens of the new call itself are not counted. Callers take turns. So each other caller with waiting texts
+        is assumed to run as many tokens as this caller, whose waiting and new tokens all run until then. The result is
+        at most the number of all waiting tokens of the lane.
 
         Args:
             name: name of the caller of the new call.
@@ -216,7 +218,7 @@ class Queue:
             del self._tokens[name]
 
     def drain(self) -> set[Job]:
-        """Remove all waiting texts; return their jobs."""
+        """Remove all waiting texts of this lane; return their jobs."""
         jobs = {item.job for pool in self._pools.values() for item in pool}
         self._pools.clear()
         self._forget()
@@ -224,7 +226,7 @@ class Queue:
         return jobs
 
     def _forget(self) -> None:
-        """Clear the turns, texts and token counts of all callers. To be called when no text waits."""
+        """Clear the turns, the iterators, `_taken` and the token counts by caller. To be called when no text waits."""
         self._turns.clear()
         self._texts.clear()
         self._taken.clear()
@@ -233,7 +235,8 @@ class Queue:
     def _next_anchor(self) -> Item:
         """Return the first waiting text of the caller whose turn it is; move that caller to the end of the turns.
 
-        At least one text must wait. A caller without waiting texts loses its turn.
+        The text that arrived first is returned. The iterator of its call passes the text, but the text stays in its
+        pool: `take` removes it. A caller without waiting texts is removed from the turns. At least one text must wait.
         """
         while True:
             name = self._turns.popleft()
@@ -249,10 +252,10 @@ class Queue:
             del self._texts[name]
 
     def _window(self, pool: list[Item], anchor: int) -> tuple[int, int]:
-        """Return the bounds of the best run of neighbours around an anchor, within the limit of tokens of a batch.
+        """Choose a run of neighbours around an anchor, and return its bounds.
 
-        The run begins with the anchor alone. It grows by one text, on the better side, as long as that raises the share
-        of the batch's time that is spent on tokens and not on padding or the fixed cost.
+        The run begins with the anchor alone. It grows by one text, on the side where `_worth` becomes higher, as long
+        as that raises `_worth` and the batch stays within the limit of tokens.
 
         Args:
             pool: waiting texts of one model, sorted by length.
@@ -295,7 +298,7 @@ class Backlog:
 
     Args:
         batch_tokens: most tokens of a micro-batch, padding included; a longer text is run alone.
-        bulk_seconds: seconds without a turn of the bulk lane, after which it has the next turn, however much
+        bulk_seconds: seconds that bulk texts wait without a turn; after that, they have the next turn, however much
             interactive work waits.
     """
 
@@ -303,7 +306,8 @@ class Backlog:
         self._batch_tokens = batch_tokens
         self._bulk_seconds = bulk_seconds
         self._queues = {lane: Queue(batch_tokens) for lane in Lane}
-        #: When the bulk lane last had a turn, or bulk texts began to wait, in seconds of `perf_counter`.
+        #: The later of two times, in seconds of `perf_counter`: when the bulk lane last had a turn, and when a call
+        #: last came into the empty bulk lane; 0 before both.
         self._bulk_turn = 0.0
 
     def __bool__(self) -> bool:
@@ -319,7 +323,10 @@ class Backlog:
         return bool(self._queues[lane])
 
     def set_batch_tokens(self, tokens: int) -> None:
-        """Set the most tokens, padding included, of the micro-batches that follow."""
+        """Set the most tokens, padding included, of the micro-batches that follow.
+
+        This also changes which new calls are large; see `lane`.
+        """
         self._batch_tokens = tokens
         for queue in self._queues.values():
             queue.batch_tokens = tokens
@@ -332,9 +339,10 @@ class Backlog:
         return Lane.BULK if tokens > _LARGE * self._batch_tokens else caller.lane
 
     def ahead(self, tokens: int, caller: Caller) -> int:
-        """Return an estimate of the number of waiting tokens that are run before a new call ends.
+        """Return an estimate of the number of waiting tokens of all lanes that are run before a new call ends.
 
-        The tokens of the new call itself are not counted.
+        `Queue.ahead` estimates the tokens of the call's own lane. For a call in the bulk lane, all interactive tokens
+        count too. For an interactive call, no bulk tokens count. The tokens of the new call itself do not count.
 
         Args:
             tokens: number of tokens of the new call.
@@ -345,7 +353,7 @@ class Backlog:
         return precedence + self._queues[own].ahead(caller.name, tokens)
 
     def add(self, job: Job) -> None:
-        """Add the texts of a job to its lane."""
+        """Add the texts of a job to the lane that `lane` returns for it."""
         lane = self.lane(job.tokens, job.caller)
         if lane is Lane.BULK and not self._queues[lane]:
             self._bulk_turn = perf_counter()
@@ -354,7 +362,7 @@ class Backlog:
     def next_lane(self) -> Lane:
         """Return the lane of the next micro-batch. At least one text must wait.
 
-        This is the interactive lane, unless no text waits there, or the bulk lane has waited too long for a turn.
+        This is the interactive lane, unless no text waits there, or bulk texts had no turn for `bulk_seconds`.
         """
         if not self._queues[Lane.BULK]:
             return Lane.INTERACTIVE
@@ -363,7 +371,10 @@ class Backlog:
         return Lane.INTERACTIVE
 
     def take(self, lane: Lane) -> list[Item]:
-        """Remove and return a micro-batch of a lane in which at least one text waits."""
+        """Remove and return the next micro-batch of a lane, in which at least one text must wait.
+
+        For the bulk lane, this is a turn: `bulk_seconds` start anew.
+        """
         if lane is Lane.BULK:
             self._bulk_turn = perf_counter()
         return self._queues[lane].take()
@@ -375,5 +386,5 @@ class Backlog:
             queue.discard(job)
 
     def drain(self) -> set[Job]:
-        """Remove all waiting texts; return their jobs."""
+        """Remove all waiting texts of all lanes; return their jobs."""
         return {job for queue in self._queues.values() for job in queue.drain()}

@@ -1,6 +1,6 @@
-"""Cache the encoder outputs of texts, and share one run of the model among calls that send the same text meanwhile.
+"""Cache the encoder outputs of texts, and let calls with the same text at the same time share one run of the model.
 
-`Cache` and `Flights` are used from the thread of the event loop only, so they need no locks.
+`Cache` and `Flights` have no locks, since only the thread of the event loop changes them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
     """Output of an encoder for a text.
 
     Attributes:
-        row: float32 (width,). The cache and several calls share it, so it must not be changed.
+        row: float32 (width,). It must not be changed, since several calls may share it, and the cache too.
         tokens: number of tokens of the text, with prompt and special tokens, after truncation.
         truncated: whether the text was truncated.
     """
@@ -51,7 +51,7 @@ class Cache(LruCache[Key, Entry]):
     """Cache of encoder outputs by key, which evicts the least recently used outputs first.
 
     Args:
-        max_bytes: most bytes of all entries; 0: nothing is cached.
+        max_bytes: most bytes of all entries, by an estimate; 0: nothing is cached.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -73,7 +73,7 @@ def _size(key: Key, entry: Entry) -> int:
 
 @dataclass(eq=False)
 class Flight:
-    """A run of the model in progress, on texts whose outputs other calls may use too."""
+    """The run of a call's texts through the model, with the wait in the queue. Other calls may use its outputs too."""
 
     lane: Lane
     #: Set at the end of the run. From then on, `entries` holds the outputs; it is empty if the run failed or was
@@ -83,17 +83,18 @@ class Flight:
 
 
 class Flights:
-    """The runs of the model that are in progress, by the key of each of their texts."""
+    """The runs that have not ended, by the key of each of their texts; for each key, one run at most."""
 
     def __init__(self) -> None:
         self._flying: dict[Key, Flight] = {}
 
     def find(self, keys: Iterable[Key], lane: Lane) -> dict[Key, Flight]:
-        """Return the run in progress of each key that has one.
+        """Return the registered run of each key that has one.
 
         Args:
             keys: the keys.
-            lane: lane of the call that asks. Runs in a slower lane are left out, since the call would wait for them.
+            lane: lane of the call that asks. Bulk runs are left out for an interactive call, since it might wait
+                longer for them than for a run of its own.
         """
         return {key: flight for key in keys if (flight := self._flying.get(key)) is not None and flight.lane <= lane}
 
@@ -101,10 +102,11 @@ class Flights:
     def lead(self, keys: Iterable[Key], lane: Lane) -> Iterator[Flight]:
         """Register a run of the model for the time of the block, so that other calls can share it.
 
-        The block runs the texts and sets `entries` of the flight that is yielded. When the block ends, `landed` is set.
+        The block runs the texts and sets `entries` of the flight that is yielded. When the block ends, even by an
+        exception, the run is removed and `landed` is set.
 
         Args:
-            keys: keys of the texts that the block runs. A key that already has a run in progress keeps that run.
+            keys: keys of the texts that the block runs. A key that has another registered run keeps that run.
             lane: the lane of the run.
         """
         flight = Flight(lane)

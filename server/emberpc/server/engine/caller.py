@@ -1,6 +1,7 @@
 """The caller of a call: name, lane and deadline.
 
-Name and lane decide when the texts of the call run. The deadline decides whether the call is refused, or fails.
+Name, lane and the number of tokens decide when the texts of the call run. A call that cannot meet its deadline is
+refused, or fails while it waits.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from time import perf_counter
 
 
 class Lane(IntEnum):
-    """Priority class of a call. Bulk texts run after interactive texts, but get a turn after 0.25 s without one."""
+    """Priority class of a call; the lower number runs first. Bulk texts get a turn after 0.25 s without one."""
 
     INTERACTIVE = 0
     BULK = 1
@@ -23,10 +24,11 @@ class Caller:
     """Who made a call, how urgent the call is, and when the caller stops waiting.
 
     Attributes:
-        name: the caller's name. The scheduler shares the workers fairly between names.
+        name: the caller's name, such as the address of a client. In each lane, names take turns.
         lane: the priority class.
-        deadline: seconds of `time.perf_counter`. If the call cannot end by then when it is the turn of a waiting text,
-            the call fails. Infinite: no deadline.
+        deadline: when the caller stops waiting, in seconds of `time.perf_counter`; infinite: no deadline. A new call
+            that would probably end later is refused. A waiting call fails if it would end later even at the
+            workers' best rate; that is checked when texts of the call are taken from the queue.
     """
 
     name: str = ""

@@ -24,14 +24,17 @@ class Engine:
     Args:
         registry: the models.
         pool: thread pool that runs the tokenizer.
-        workers: number of threads that run models.
-        batch_tokens: most tokens of a micro-batch, padding included; 0: 512. `calibrate` replaces it.
+        workers: number of threads that run models. The express worker, which runs interactive texts while all workers
+            run bulk texts, is one more.
+        batch_tokens: most tokens of a micro-batch, padding included; a longer text is run alone. 0: 512. `calibrate`
+            replaces this number.
         max_queue_tokens: most tokens that may wait for a worker.
         cache_bytes: most bytes of the cache of outputs; 0: nothing is cached.
-        on_failure: called on a worker's thread when a worker died and could not be replaced; see `revive`.
+        on_failure: called on the thread of a worker, or of the express worker, that died and could not be replaced;
+            see `revive`.
 
     Raises:
-        RuntimeError: the system gives no thread for any worker. If it gives only some, the lack is only logged.
+        RuntimeError: the system gives no thread for any worker. If some threads are missing, that is only logged.
     """
 
     def __init__(
@@ -52,19 +55,20 @@ class Engine:
     def calibrate(self, record: Path, stop: Callable[[], bool] = lambda: False) -> bool:
         """Measure the best size of micro-batches on this host with the first model by name, and use it from now on.
 
-        Takes a second with a small model, or no time if `record` holds a measurement of the last 30 days with this
-        model, processor, number of cores and ONNX Runtime. Without a model, or if `stop` ends the measurement, the size
-        stays unchanged.
+        Blocks for about a second with a small model. If `record` holds a measurement of the last 30 days with this
+        model, processor, number of cores and ONNX Runtime, the size is read from there. Without a model, or if `stop`
+        ends the measurement, the size stays unchanged.
 
         Args:
             record: the JSON file with the last measurement. It is written after a measurement on an idle host.
-            stop: returns whether to stop; called between batches.
+            stop: returns whether to stop; called before each batch.
 
         Returns:
-            False if the host was busy, so that the measurement should be repeated later; otherwise True.
+            False if the host was busy: the size is used, but should be measured again later. Otherwise True, even if
+            the size stays unchanged.
 
         Raises:
-            Exception: the model failed.
+            Exception: the tokenizer or the model failed.
         """
         models = self.models()
         found = calibrated_batch_tokens(models[0], record, stop) if models else None
@@ -75,7 +79,13 @@ class Engine:
         return not found.busy
 
     def revive(self) -> int:
-        """Start the missing workers, as many as the system allows; return the number of live workers (not express)."""
+        """Start the missing workers, and the express worker if it is missing, as far as the system allows.
+
+        After `close`, nothing is started.
+
+        Returns:
+            The number of live workers, without the express worker.
+        """
         return self._scheduler.revive()
 
     def models(self) -> list[Model]:
@@ -83,39 +93,41 @@ class Engine:
         return self.registry.models()
 
     def model(self, name: str, task: Task | None = None, field: str = "model") -> Model:
-        """Return a model for a call. The call keeps this version of the model until the call's asyncio task is done.
+        """Return a model for the running call, as `Registry.find` does: the call holds this version until it ends.
 
         Args:
-            name: name of the model; empty: the only served model for the task.
+            name: name of the model; empty: the only served model with the task.
             task: task that the model must have; None: any task.
             field: request field that holds the name, for errors.
 
         Raises:
-            ServiceError: NOT_FOUND if no model has that name, FAILED_PRECONDITION if the model has another task or no
-                model has the task, INVALID_ARGUMENT if the name is empty and several models have the task.
+            ServiceError: NOT_FOUND if no model has that name; FAILED_PRECONDITION if the model has another task, or the
+                name is empty and no model has the task; INVALID_ARGUMENT if the name is empty and several models have
+                the task.
         """
         return self.registry.find(name, task, field)
 
     def check_room(self, caller: Caller) -> None:
-        """Raise RESOURCE_EXHAUSTED if the queue is full, or so long that a new call of `caller` misses its deadline.
+        """Raise RESOURCE_EXHAUSTED, and count it, if the queue is full or too long for the deadline of a new call.
 
-        The deadline is not checked before 3 batches were measured.
+        The queue is too long if the estimated wait alone makes a new call of `caller` miss the deadline. This is not
+        checked before 3 batches were measured.
         """
         self._scheduler.check_room(caller)
 
     @property
     def counts(self) -> Counts:
-        """Return the counts of batches, texts, tokens and failures since the start."""
+        """Return the counts of batches, texts, tokens and failures since the start; the object keeps counting."""
         return self._scheduler.counts
 
     @property
     def waiting_tokens(self) -> int:
-        """Return the number of tokens that wait for a worker."""
+        """Return the number of tokens that wait for a worker, in all lanes, without padding."""
         return self._scheduler.waiting_tokens
 
     @property
     def tokens_per_second(self) -> float:
-        """Return the tokens that one worker runs in a second: the median of 9 batches; 2000 before the first."""
+        """Tokens per second of one worker: the median of the last 9 measured batches; 2000 before the first."""
         return self._scheduler.tokens_per_second
 
     @property
@@ -124,13 +136,15 @@ class Engine:
         return self.inferrer.cache
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Stop the workers and the threads that load models for several threads. Waiting calls fail with UNAVAILABLE.
+        """Stop the threads that run models, and those that load sessions with several threads.
+
+        A batch in progress is run to its end. Calls with waiting texts, and later calls, fail with UNAVAILABLE.
 
         Args:
             deadline: until when to wait for the threads to end; None: without limit.
 
         Returns:
-            Whether all threads have ended.
+            Whether all these threads have ended.
         """
         deadline = deadline or Deadline()
         self._scheduler.stop()

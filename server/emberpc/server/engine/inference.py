@@ -1,4 +1,4 @@
-"""Return the model's outputs for the texts of a call: from the cache, from a call that runs them, or by the workers."""
+"""Return the model's outputs for the texts of a call: from the cache, from another call's run, or from an own run."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenizedText, Truncation, never
 from emberpc.server.errors import FieldPath, ServiceError, Violation, invalid_fields
 
-#: Texts of `infer` with at most this many characters together are tokenized on the event loop: to hand them to a thread
-#: of the pool would take longer than to tokenize them. Texts whose tokens are only counted always go to the pool.
+#: Texts of `infer` with at most this many characters together, without prompts and cached texts, are tokenized on the
+#: event loop: to hand them to a thread of the pool would take longer than to tokenize them. Texts whose tokens are only
+#: counted always go to the pool.
 _FEW_CHARACTERS = 2000
 #: A text with more characters than this takes much memory, and occupies a thread of the pool for long. So calls with
 #: such a text are tokenized one at a time, whatever their lanes.
@@ -65,9 +66,10 @@ class Inference:
         output: float32 (texts, width): vectors or logits, one row for each text.
         tokens: the number of tokens of each text, with prompt and special tokens, after truncation.
         truncated: whether each text was truncated.
-        tokenize_seconds: wall time of tokenizing, with the wait for a thread.
-        queue_seconds: wall time in the queue, and of waiting for other calls that ran the same texts.
-        infer_seconds: wall time from the start of the call's first batch to the end of its last batch.
+        tokenize_seconds: wall time of tokenizing, with the wait for a turn and a thread.
+        queue_seconds: wall time in the queue, and after that of waiting for other calls that run the same texts.
+        infer_seconds: wall time of the call's own batches, from start to end; 0 if other calls or the cache had all
+            texts.
     """
 
     output: Output
@@ -102,20 +104,22 @@ class Inferrer:
         self.cache = Cache(cache_bytes)
         self.flights = Flights()
         self._long_turn = asyncio.Semaphore(1)
-        #: Turns of calls with many characters. Each lane has its own, so that no interactive call waits for the texts
-        #: of many streams. Only calls with a very long text share one turn (`_long_turn`).
+        #: Turns to tokenize, for calls with many characters. Each lane has turns of its own, so that interactive calls
+        #: do not wait for the turns of bulk calls. All lanes share one turn for calls with a very long text:
+        #: `_long_turn`.
         self._turns = {lane: asyncio.Semaphore(max(1, usable_cores() // 4)) for lane in Lane}
 
     async def infer(self, request: InferenceRequest) -> Inference:
-        """Return the output of a model for each text of a request; equal texts are run once.
+        """Return the output of a model for each text of a request; equal texts of the request are run once.
 
-        If the cache has all texts, nothing is checked, and no error is raised.
+        If the cache has all texts, nothing is checked, and no ServiceError is raised.
 
         Raises:
             ServiceError: INVALID_ARGUMENT for texts that cannot be tokenized or are too long (see
                 `TextTokenizer.tokenize`), or if the call has more tokens than may wait; RESOURCE_EXHAUSTED if too many
-                tokens wait or the deadline cannot be met; DEADLINE_EXCEEDED if the call waited too long to meet it;
-                INTERNAL if the model failed; UNAVAILABLE if the server is stopping or has no worker.
+                tokens wait or the call would probably miss its deadline; DEADLINE_EXCEEDED if the call waited too long
+                to meet its deadline; INTERNAL if the model failed; UNAVAILABLE if the server is stopping or has no
+                worker.
         """
         number, prompt, truncation = request.model.encoder.number, request.prompt, request.truncation
         keys = [Key(number, prompt, truncation, text) for text in request.texts]
@@ -146,14 +150,15 @@ class Inferrer:
             prompt: the prompt before each text.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT for each text that is too long for a tokenizer that cannot read it in pieces.
+            ServiceError: INVALID_ARGUMENT, naming each text that the tokenizer can read neither in pieces nor at once.
         """
         return await self._in_pool(texts, lambda stop: model.tokenizer.count(texts, prompt, stop))
 
     def _turn(self, texts: Sequence[str], lane: Lane) -> asyncio.Semaphore | None:
         """Return the semaphore that a call must hold while its texts are tokenized; None if none is needed.
 
-        None is needed for texts that have at most 16,384 characters together.
+        It is `_long_turn` if a text has more than 65,536 characters, else that of the lane if all texts together have
+        more than 16,384 characters.
         """
         if any(len(text) > _MANY_CHARACTERS for text in texts):
             return self._long_turn
@@ -165,12 +170,13 @@ class Inferrer:
         tokenize: Callable[[Callable[[], bool]], Result],
         lane: Lane = Lane.INTERACTIVE,
     ) -> Result:
-        """Tokenize texts on a thread of the pool, and return the result; large texts first wait for their turn.
+        """Tokenize texts on a thread of the pool, and return the result; if `_turn` asks for it, wait for a turn first.
 
-        If the caller leaves, tokenizing stops after the current group of texts or piece of a long text.
+        If the caller leaves (this coroutine is cancelled), tokenizing stops before the next group of texts or piece of
+        a long text.
 
         Args:
-            texts: the texts.
+            texts: the texts, for the choice of the turn.
             tokenize: tokenizes the texts. Its argument is a function that returns whether to stop.
             lane: the lane of the call.
 
@@ -200,10 +206,12 @@ class Inferrer:
     ) -> dict[Key, Entry]:
         """Return an entry for each key of `places`: from this call's run, or from another call's run of the same text.
 
+        The entries of this call's run are added to the cache.
+
         Args:
             request: the request.
             places: the keys that the cache does not have, each with the indexes of its text in the request.
-            times: the times of the call; the times of the steps are added.
+            times: the times of the call, which receive the times of the steps.
 
         Raises:
             ServiceError: any error of the tokenizer or the scheduler.
@@ -224,7 +232,8 @@ class Inferrer:
             start = perf_counter()
             for key, flight in flights.items():
                 await flight.landed.wait()
-                # A flight that failed, or whose caller left, has no entries: this call then runs the text itself.
+                # A flight that failed, or whose caller left, has no entries. Then the next round of the loop runs the
+                # text, or finds another flight.
                 if key in flight.entries:
                     found[key] = flight.entries[key]
             times.queue += perf_counter() - start
@@ -278,7 +287,7 @@ def _at_all_places(error: ServiceError, places: Sequence[Sequence[int]], path: F
     """Convert an error about the distinct texts of a request to an error that names each invalid text of the request.
 
     Args:
-        error: the error; the field of each violation is the index of a distinct text.
+        error: the error; the field of each violation is the index of a distinct text, as a decimal number.
         places: for each distinct text, its indexes in the request.
         path: returns the path of text i of the request.
 
@@ -290,6 +299,9 @@ def _at_all_places(error: ServiceError, places: Sequence[Sequence[int]], path: F
 
 
 def _end_turn(loop: asyncio.AbstractEventLoop, turn: asyncio.Semaphore, _: Future[Any]) -> None:
-    """Release the semaphore `turn`, which belongs to the event loop `loop`. May be called from any thread."""
+    """Release the semaphore `turn` on its event loop; do nothing if the loop is closed. For any thread.
+
+    The last argument is the finished work, which a callback of a future receives.
+    """
     with suppress(RuntimeError):  # the loop is closed, so no call waits for a turn
         loop.call_soon_threadsafe(turn.release)

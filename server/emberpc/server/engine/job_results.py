@@ -37,8 +37,8 @@ def fail(jobs: Iterable[Job], error: ServiceError) -> None:
 def send(outcomes: Sequence[tuple[Job, JobResult | ServiceError]]) -> None:
     """Send results and errors to the callers of the jobs that are not over, and mark these jobs as over.
 
-    May be called from any thread. Each event loop is woken once for all of its jobs: to wake an event loop takes a
-    system call, and makes the thread of the loop run.
+    May be called from any thread. Each event loop is woken once for all of its jobs, since to wake an event loop takes
+    a system call, and makes the thread of the loop run. Nothing is sent to a closed loop or to a caller that left.
     """
     loops: defaultdict[asyncio.AbstractEventLoop, list[tuple[Job, JobResult | ServiceError]]] = defaultdict(list)
     for job, outcome in outcomes:

@@ -14,14 +14,15 @@ _LEAST_BATCHES = 3
 #: Number of batches of a period. The best rate is that of the fastest batch of the current and the previous period.
 #: Older batches do not count: a host may become permanently slower.
 _BEST_BATCHES = 1000
-#: Assumed tokens per second of one worker before the first measurement; no call is refused because of it.
+#: Assumed tokens per second of one worker before the first measurement, for the metrics and for estimates of when to
+#: retry. No call is refused because of it.
 _FIRST_RATE = 2000.0
 
 
 class Rates:
     """Measured tokens per second of one worker. Not thread-safe.
 
-    `usual` is the median of the last 9 measured batches; 2000 before the first.
+    `usual` is the median rate of the last measured batches, at most 9; 2000 before the first.
     """
 
     def __init__(self) -> None:
@@ -33,16 +34,19 @@ class Rates:
 
     @property
     def measured(self) -> bool:
-        """Whether enough batches were measured to refuse a call because of its deadline."""
+        """Whether enough batches, 3, were measured to refuse a call because of its deadline."""
         return len(self._latest) >= _LEAST_BATCHES
 
     @property
     def best(self) -> float:
-        """Tokens per second of the fastest of the last 1000 to 2000 batches; infinite before 3 were measured."""
+        """Tokens per second of the fastest batch of the current and the previous period of 1000 batches.
+
+        Infinite before 3 batches were measured.
+        """
         return max(self._fastest, self._fastest_before) if self.measured else inf
 
     def add(self, rate: float) -> None:
-        """Add the rate of a batch, in tokens per second, to both measurements."""
+        """Add the rate of a batch, in tokens per second, to `usual` and `best`."""
         self._latest.append(rate)
         self.usual = median(self._latest)
         if self._counted >= _BEST_BATCHES:

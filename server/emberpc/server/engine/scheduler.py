@@ -27,36 +27,36 @@ from emberpc.server.errors import Code, ServiceError
 
 log = logging.getLogger(__name__)
 
-#: Least size of a batch whose rate is measured, as a share of the size of a micro-batch. The rates of smaller batches
-#: say nothing about the throughput of a full queue.
+#: Least tokens of a batch whose rate is measured, as a share of the most tokens of a micro-batch. The rates of smaller
+#: batches say nothing about the throughput of a full queue.
 _LEAST_MEASURED_SHARE = 0.25
 #: Seconds without a turn after which bulk work has the next turn, so interactive load slows it down but never stops it.
 _BULK_SECONDS = 0.25
-#: Factor for the error of an estimated time. The work of a call that starts and then misses its deadline is wasted.
+#: A call is refused if its estimated time, times this factor, exceeds the time left: the work of a late call is wasted.
 _MARGIN = 1.25
 _LATE = (
     "the rest of the call cannot be done before its deadline; give it a longer timeout, send fewer texts, or try again "
     "later"
 )
-#: `nice` value of worker threads (other threads: 0). With 3, at five times the load that the server can serve, calls
-#: were refused after 3 to 9 ms instead of 60 to 150 ms, and the 99th percentile of a short call beside 10,000 texts was
-#: 14 ms instead of 21 ms.
+#: `nice` value of worker threads on Linux (other threads: usually 0). With 3, at five times the load that the server
+#: can serve, calls were refused after 3 to 9 ms instead of 60 to 150 ms, and the 99th percentile of a short call beside
+#: 10,000 texts was 14 ms instead of 21 ms.
 _NICE = 3
 _ANYBODY = Caller()
 
 
 @dataclass
 class Counts:
-    """Counts since the start of the server: batches, texts and tokens that were run successfully, and failures."""
+    """Counts since the scheduler started: batches, texts and tokens that were run successfully, refusals, failures."""
 
     batches: int = 0
     texts: int = 0
     tokens: int = 0
     #: Padding tokens, which are not counted in `tokens`.
     padding: int = 0
-    #: Calls that were refused before they waited, since too many tokens waited or the deadline was too soon.
+    #: Refusals of calls that did not wait yet, since too many tokens waited or the deadline was too soon.
     refused: int = 0
-    #: Calls that failed while they waited, since their deadline could not be met any more.
+    #: Calls that failed while some of their texts waited, since their deadline could not be met any more.
     expired: int = 0
     failed_batches: int = 0
     lost_workers: int = 0
@@ -66,14 +66,14 @@ class Scheduler:
     """Runs jobs on a fixed number of threads, the workers.
 
     One more thread, the express worker, runs interactive texts while all workers run bulk texts. A short call then
-    shares a core for some milliseconds and does not wait for the end of a bulk batch, which takes some 100 ms. If only
-    one text is in the queue and no worker is busy, its run may use as many threads as there are workers.
+    shares a core for some milliseconds and does not wait for the end of a bulk batch, which takes some 100 ms. If a
+    text is alone in the queue and no batch runs, the run of that text may use as many threads as there are workers.
 
     Args:
-        workers: number of workers; each runs one micro-batch at a time on one core. RuntimeError if none can start.
+        workers: number of workers; each runs one micro-batch at a time. RuntimeError if none can start.
         batch_tokens: most tokens of a micro-batch, padding included; a longer text is run alone.
         max_queue_tokens: most tokens that may wait.
-        on_failure: called on the thread of a worker that died and could not be replaced; see `revive`.
+        on_failure: called on the thread of a worker that died and could not be replaced. `revive` can be called later.
     """
 
     def __init__(
@@ -100,17 +100,17 @@ class Scheduler:
             raise RuntimeError("the system gives no thread for a worker")
 
     async def run(self, runner: BatchRunner, texts: Sequence[TokenIds], caller: Caller = _ANYBODY) -> JobResult:
-        """Run the texts of one call; return their outputs. If the caller leaves, texts that still wait are dropped.
+        """Run the texts of one call; return their outputs. If the task is cancelled, texts that still wait are dropped.
 
         Args:
             runner: runs the batches.
             texts: token ids of each text, at least one text.
-            caller: who sent the call, its lane and its deadline.
+            caller: who sent the call, its lane and its deadline; a large call runs in the bulk lane, see `lane`.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if too many tokens wait or the deadline cannot be met, INVALID_ARGUMENT if
+            ServiceError: RESOURCE_EXHAUSTED if the queue has no room or the deadline is too soon, INVALID_ARGUMENT if
                 the call has more tokens than may wait, DEADLINE_EXCEEDED if the call waited too long to meet its
-                deadline, INTERNAL if the model failed, UNAVAILABLE if the server is stopping or has no worker.
+                deadline, INTERNAL if the model or a worker failed, UNAVAILABLE if stopping or without workers.
         """
         job = Job(runner, texts, caller, asyncio.get_running_loop().create_future())
         self._submit(job)
@@ -120,7 +120,10 @@ class Scheduler:
             self._end(job)
 
     def check_room(self, caller: Caller) -> None:
-        """Raise RESOURCE_EXHAUSTED, and count it, if the queue is full or alone makes a new call miss its deadline."""
+        """Raise RESOURCE_EXHAUSTED, and count it, if the queue is full or too long for the deadline of a new call.
+
+        The deadline is not checked before 3 batches were measured.
+        """
         with self._lock:
             if self._backlog.tokens >= self._max_queue_tokens:
                 raise self._full(0)
@@ -154,11 +157,11 @@ class Scheduler:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second of one worker: the median of the last 9 measured batches; 2000 before the first."""
+        """Tokens per second of one worker: median of the last measured batches, at most 9; 2000 before the first."""
         return self._rates.usual
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Stop each thread after its current batch, and wait for all threads. Waiting calls fail with UNAVAILABLE.
+        """Stop each thread after its current batch, and wait for all. New and waiting calls fail with UNAVAILABLE.
 
         Args:
             deadline: until when to wait; None: without limit.
@@ -170,7 +173,7 @@ class Scheduler:
         return all(deadline.join(thread) for thread in threads)
 
     def stop(self) -> list[threading.Thread]:
-        """Make each thread end after its current batch, and return the threads. Waiting calls fail with UNAVAILABLE."""
+        """Make each thread end after its current batch; return all threads. New and waiting calls get UNAVAILABLE."""
         with self._lock:
             self._closing = True
             waiting = self._backlog.drain()
@@ -210,13 +213,13 @@ class Scheduler:
     def _check_time(self, tokens: int, caller: Caller) -> None:
         """Raise RESOURCE_EXHAUSTED, and count it, if a call of `tokens` tokens is estimated to miss its deadline.
 
-        Not checked before 3 batches were measured.
+        Not checked before 3 batches were measured. Needs the lock.
         """
         if caller.deadline == inf or not self._rates.measured:
             return
         wait = self._seconds(self._backlog.ahead(tokens, caller))
-        # The time of the texts that run before this call, the time of its own tokens, and, if it must wait, the time of
-        # a full batch on one worker: the batch in progress takes no longer than that, unless it is one longer text.
+        # Estimated time of the waiting texts that run before this call, of its own tokens and, if there are such texts,
+        # of a full batch on one worker: a batch in progress takes no longer than that, unless it is one longer text.
         needed = wait + self._seconds(tokens) + (self._batch_tokens / self._rates.usual if wait else 0.0)
         left = caller.deadline - perf_counter()
         if _MARGIN * needed > left:
@@ -242,11 +245,11 @@ class Scheduler:
         )
 
     def _seconds(self, tokens: int) -> float:
-        """Return the estimated seconds that all live workers together need for `tokens` tokens."""
+        """Return the estimated seconds that all live workers together need for `tokens` tokens, at the usual rate."""
         return tokens / (self._rates.usual * max(1, self._alive))
 
     def _least_seconds(self, job: Job) -> float:
-        """Return the least seconds that a job still needs, at the workers' best rate; 0 before rates are measured."""
+        """Estimate the least seconds that all live workers need to end a job, at the best rate; 0 before 3 batches."""
         return job.tokens_left / (self._rates.best * max(1, self._alive))
 
     def _is_for_express(self) -> bool:
@@ -254,10 +257,9 @@ class Scheduler:
         return self._at_bulk >= self._alive > 0 and self._backlog.waits(Lane.INTERACTIVE)
 
     def _start(self, name: str) -> None:
-        """Start a thread, named `express` or `worker-N`. `express` is not counted as alive, since it runs no bulk work.
+        """Start the thread `express` or `worker-N`; RuntimeError if the system gives no thread. Needs the lock.
 
-        Raises:
-            RuntimeError: the system gives no thread.
+        `express` is not counted as alive, since it runs no bulk work.
         """
         express = name == "express"
         thread = threading.Thread(target=self._work, args=(name, express), name=name, daemon=True)
@@ -294,7 +296,7 @@ class Scheduler:
                     return wanted
 
     def _express_batch(self) -> list[Item]:
-        """Wait until interactive work waits while all workers run bulk work; return a batch, empty when stopping."""
+        """Wait until `_is_for_express`; return a batch of interactive texts, empty when the server is stopping."""
         with self._lock:
             while True:
                 self._express_waits.wait_for(lambda: self._closing or self._is_for_express())
@@ -304,9 +306,10 @@ class Scheduler:
                     return wanted
 
     def _take(self, lane: Lane) -> list[Item]:
-        """Take a batch from a lane with waiting texts. Return its texts of calls that wait and can meet their deadline.
+        """Take a batch from a lane with waiting texts; return its texts, without those of calls that ended or are late.
 
-        Calls that cannot meet their deadline fail with DEADLINE_EXCEEDED. The result may be empty. Needs the lock.
+        The late calls, which can no longer meet their deadline, fail with DEADLINE_EXCEEDED. The result may be empty.
+        If the queue fails, all calls fail with INTERNAL, and the error is raised. Needs the lock.
         """
         now = perf_counter()
         try:
@@ -344,7 +347,7 @@ class Scheduler:
                 self._at_bulk -= bulk
 
     def _run_and_finish(self, batch: list[Item], threads: int = 1) -> None:
-        """Run a batch. If it fails, run its calls one by one, so that only calls whose own texts fail get INTERNAL."""
+        """Run a batch. If the model fails, run each call's part alone: only calls whose own texts fail get INTERNAL."""
         start = perf_counter()
         try:
             output = batch[0].job.runner.run([item.job.texts[item.row] for item in batch], threads)
@@ -363,7 +366,7 @@ class Scheduler:
             self._run_and_finish(own)
 
     def _finish(self, batch: list[Item], output: Output, start: float, end: float, threads: int) -> None:
-        """Store the output of a batch, run from `start` to `end` (`perf_counter`); send results of complete jobs."""
+        """Store and count the output of a batch, run from `start` to `end` (`perf_counter`); send complete results."""
         tokens = sum(item.length for item in batch)
         finished = []
         # The rows are copied, since a view would keep the output of the whole batch in memory.
@@ -411,10 +414,7 @@ class Scheduler:
 
 
 def _lower_priority() -> None:
-    """Lower the priority of this thread below the threads that accept and refuse calls, if the system allows it.
-
-    Threads that accept and refuse calls need little time of a core, but need it at once.
-    """
+    """On Linux, if allowed, lower this thread's priority: threads that accept and refuse calls need a core at once."""
     if sys.platform == "linux":  # on other systems a thread has no priority of its own
         with suppress(OSError):  # some containers forbid it; the work is done without it
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

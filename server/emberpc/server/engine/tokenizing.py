@@ -25,17 +25,16 @@ from emberpc.server.errors import FieldPath, Violation, invalid_fields, items_of
 TokenIds = npt.NDArray[np.int64]
 
 #: A text is long if it has more characters, prompt included, than this number times the model's length limit in tokens.
-#: A long text is tokenized alone, if possible in pieces of about that many characters, and, unless its tokens are
-#: counted, only until it is known to exceed the length limit. In one piece, 2 MB of punctuation would take 325 MB of
-#: memory.
+#: A `WordCache` cuts a long text into pieces of about that many characters. `tokenize` tokenizes a long text alone, and
+#: if possible only until the text is known to exceed the length limit. In one piece, 2 MB of punctuation would take
+#: 325 MB of memory.
 _CHARACTERS_PER_TOKEN = 32
-#: Factor by which the tokenized head of a long text grows from one try to the next, for texts that cannot be cut into
-#: pieces. The head is the first part of the text.
+#: Factor by which the tokenized head of a long text grows from one try to the next, for tokenizers without a
+#: `WordCache`. The head is the first part of the text.
 _GROWTH = 4
-#: Most characters of short texts that are tokenized together in one call of the tokenizer. A single short text may have
-#: more.
+#: Most characters of texts that are tokenized together in one call of the tokenizer. A single text may have more.
 _TOGETHER = 2**17
-#: Most characters that are tokenized in one call if a text cannot be cut into pieces; more only if the model's length
+#: Most characters of a text that a tokenizer without a `WordCache` reads in one call; more only if the model's length
 #: limit needs more. A byte-level BPE tokenizer takes 0.6 s and 60 MB for this number, and cannot be stopped meanwhile.
 _MOST_AT_ONCE = 2**18
 
@@ -103,7 +102,7 @@ class TextTokenizer:
 
     @property
     def _most_at_once(self) -> int:
-        """Most characters that are tokenized in one call if a text cannot be cut into pieces."""
+        """Most characters of a text that a tokenizer without a `WordCache` reads in one call."""
         return max(_MOST_AT_ONCE, self._long)
 
     def count(
@@ -122,7 +121,7 @@ class TextTokenizer:
             path: returns the path of text i in the request, for errors.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT for each text that is too long for a tokenizer that cannot read it in pieces.
+            ServiceError: INVALID_ARGUMENT, naming each text that is too long for a tokenizer without a `WordCache`.
             AbandonedError: `stop` returned True.
         """
         if self._words is None:
@@ -152,12 +151,12 @@ class TextTokenizer:
             truncation: handling of a text that has more tokens than the model reads.
             path: returns the path of text i in the request, for errors.
             stop: returns whether to stop, since the caller left; called before each group of short texts, and before
-                each piece of a long text.
+                each piece or head of a long text.
 
         Raises:
             ServiceError: INVALID_ARGUMENT, naming each text that has no token, that has too many tokens under REFUSE,
-                or that the tokenizer can read neither in pieces nor at once, unless the part that it can read exceeds
-                the length limit. Special tokens count as tokens.
+                or that is too long for a tokenizer without a `WordCache`: the tokenizer reads only a part of the text,
+                and the part does not exceed the length limit. Special tokens count as tokens.
             AbandonedError: `stop` returned True.
         """
         short = self._short([prompt + text for text in texts if len(prompt) + len(text) <= self._long], stop)
@@ -232,9 +231,9 @@ class TextTokenizer:
     def _read(self, whole: str, truncation: Truncation, stop: Callable[[], bool]) -> tuple[list[int], str]:
         """Tokenize a part of a long text: if possible, enough to know whether the text exceeds the length limit.
 
-        The part is the head of the text; with Truncation.START it is the end of the text. It is the whole text, or has
-        more tokens than the length limit, or has the most characters that are tokenized in one call; it may be shorter,
-        so that it is cut at white space.
+        The part is the head of the text; with Truncation.START it is the end of the text. The part is the whole text,
+        or has more tokens than the length limit, or has the most characters that a tokenizer without a `WordCache`
+        reads in one call, or at least half of them, cut at white space.
 
         Args:
             whole: prompt and text.
@@ -268,7 +267,7 @@ class TextTokenizer:
     def _tail(self, text: str) -> str:
         """Return the end of a text, as long as one call of the tokenizer may read; the whole text if it is that short.
 
-        The end starts at white space if its first half has any.
+        If the first half of a cut-off end has a blank or a newline, the end starts there.
         """
         if len(text) <= self._most_at_once:
             return text
@@ -284,7 +283,7 @@ class TextTokenizer:
         Args:
             words: cuts the text.
             text: the text.
-            enough: number of token ids after which no further piece is tokenized.
+            enough: number of token ids; with at least this many, no further piece is tokenized.
             stop: returns whether to stop, since the caller left; called before each piece.
             backwards: whether to begin with the last piece.
 
@@ -319,9 +318,9 @@ class TextTokenizer:
     def _truncate(
         self, prompt: str, text: str, head: str, ids: list[int], truncation: Truncation, stop: Callable[[], bool]
     ) -> list[int]:
-        """Return the token ids of a truncated text, with prompt and special tokens: as many as the model reads.
+        """Return the token ids of a truncated text, with prompt and special tokens: at most as many as the model reads.
 
-        With START, the prompt is not cut. If it alone has more tokens than the model reads, the result has too.
+        With START, the prompt is not cut. If prompt and special tokens exceed the length limit, the result does too.
 
         Args:
             prompt: the prompt before the text.

@@ -1,9 +1,9 @@
 """Cache the token ids of words.
 
 Most words of a text occurred in earlier texts. A BERT tokenizer always splits a text at white space and at ASCII
-punctuation, whatever the surrounding characters are. So the ids of a text are the ids of its words, one after the
-other. To look up a word takes a hundredth of the time that the tokenizer takes for the word. Words that are not in the
-cache are given to the tokenizer, so the tokenizer defines every id.
+punctuation, whatever the surrounding characters are. So the ids of a text without added tokens are the ids of its
+words, one after the other. To look up a word takes a hundredth of the time that the tokenizer takes for the word. Words
+that are not in the cache are given to the tokenizer, so the tokenizer defines every id.
 """
 
 from __future__ import annotations
@@ -19,23 +19,25 @@ from tokenizers import Tokenizer
 Ids = tuple[int, ...]
 
 _PUNCTUATION = r"!-/:-@\[-`{-~"
-#: Matches a unit of the cache: at most 32 signs of punctuation, each of which is a word of the tokenizer, or a run of
-#: other characters without blank, tab, CR and LF. A run of other characters may hold control characters: BERT's
-#: normalizer removes them and joins the characters around them.
+#: Matches a word of the cache: at most 32 signs of ASCII punctuation, each of which is a word of the tokenizer, or a
+#: run of other characters without blank, tab, CR and LF. Control characters do not end a run, since BERT's normalizer
+#: removes them and joins the characters around them.
 _WORD = re.compile(rf"[{_PUNCTUATION}]{{1,32}}|[^ \t\n\r{_PUNCTUATION}]+")
-#: Where a long text may be cut, so that it is tokenized piece by piece and takes less memory: at the end of a match.
+#: Where a long text may be cut, to be tokenized piece by piece with less memory: at the end of a match.
 #: The ids of the pieces, one after the other, are the ids of the text. Every text may be cut after white space
 #: (`_BLANK`), since no added token contains white space. A text without added tokens may also be cut after punctuation
 #: (`_SIGN`), and, if the normalizer separates ideographs, between two of them (`_SIGN_OR_IDEOGRAPH`).
 _BLANK = re.compile(r"[ \t\n\r]")
 _SIGN = re.compile(rf"[ \t\n\r{_PUNCTUATION}]")
 _SIGN_OR_IDEOGRAPH = re.compile(rf"[ \t\n\r{_PUNCTUATION}]|[\u4e00-\u9fff](?=[\u4e00-\u9fff])")
-#: Each call that searches a long text for added tokens begins this many characters after the call before. It reads
-#: further by the length of the longest added token. A call holds the interpreter lock, so other threads wait.
+#: Number of characters, plus those of the longest added token, of a part of a text that one call searches for added
+#: tokens. A call holds the interpreter lock, so one call for a long text would make other threads wait. The parts begin
+#: this many characters apart.
 _SEARCHED = 2**16
 #: Most characters of a cached word. Longer words are not cached, since most of them occur only once.
 _MAX_CHARACTERS = 32
-#: Number of words at which a generation of the cache is full. The two generations together take about 5 MB.
+#: Number of words at which a generation of the cache is full; the text that fills it may add more. Two generations of
+#: this size take about 5 MB together.
 _GENERATION = 12_000
 
 
@@ -43,7 +45,7 @@ class WordCache:
     """A BERT tokenizer with a cache of the words of earlier texts. Thread-safe.
 
     Args:
-        tokenizer: splits words at white space and punctuation only; neither truncates nor pads.
+        tokenizer: gives a word the same ids in every text without added tokens; neither truncates nor pads.
         special: matches where a text may hold an added token; None: there are no added tokens.
         ascii_only: whether a text with characters outside of ASCII may hold an added token that `special` misses.
         longest: number of characters of the longest added token.
@@ -70,8 +72,8 @@ class WordCache:
         self._before = before
         self._after = after
         self._cut_plain = _SIGN_OR_IDEOGRAPH if ideographs else _SIGN
-        #: Ids by word, in two generations. A word that occurs is put into the new generation (`_lately`). When that is
-        #: full, it replaces the old generation (`_earlier`). So words that have not occurred lately are dropped.
+        #: Ids by word, in two generations. A word that occurs is put into the new generation (`_lately`). A full new
+        #: generation replaces the old one (`_earlier`). So words that have not occurred lately are dropped.
         self._lately: dict[str, Ids] = {}
         self._earlier: dict[str, Ids] = {}
 
@@ -137,8 +139,8 @@ class WordCache:
 
         Args:
             text: the text.
-            characters: least number of characters of each piece except the last. A piece ends at the first place from
-                there on where the text may be cut.
+            characters: least number of characters of each piece except the last, which may be empty. A piece ends at
+                the first place from there on where the text may be cut; without such a place, the rest is one piece.
         """
         cut, start, pieces = (self._cut_plain if self._is_plain(text) else _BLANK), 0, []
         while len(text) - start > characters and (found := cut.search(text, start + characters - 1)):
@@ -147,7 +149,7 @@ class WordCache:
         return [*pieces, text[start:]]
 
     def _is_plain(self, text: str) -> bool:
-        """Return whether no part of a text can be an added token."""
+        """Return whether a text has surely no added token; False if it may have one."""
         if self._ascii_only and not text.isascii():
             return False
         if self._special is None:
@@ -163,9 +165,10 @@ class WordCache:
         return [*ids[: max_tokens - len(self._after)], *self._after]
 
     def _find(self, words: Sequence[str], found: list[Ids | None]) -> None:
-        """Replace each None in `found` by the ids of the word at the same index, and cache these ids.
+        """Replace each None in `found` by the ids of the word at the same index.
 
-        The ids come from the old generation of the cache, or else from the tokenizer.
+        The ids come from the old generation of the cache, or else from the tokenizer. Those of words of at most 32
+        characters are put into the new generation.
         """
         missing = {word for word, ids in zip(words, found, strict=True) if ids is None}
         learnt = {word: self._earlier[word] for word in missing & self._earlier.keys()}
@@ -181,11 +184,12 @@ class WordCache:
 
 
 def _may_hold(token: dict[str, Any]) -> str:
-    """Return a regular expression that matches in every ASCII text that holds an added token.
+    """Return a regular expression that matches in every ASCII text that holds the added token `token`.
 
-    `token` is the token's entry in `tokenizer.json`. If it says `normalized`, an ASCII text can contain the token in
+    `token` is an entry in `tokenizer.json`. If the entry is `normalized`, an ASCII text can contain the token in
     several spellings, which all begin with the same character. The expression then is that character, and may miss the
-    token in other texts (see `ascii_only` of `WordCache`). Otherwise it is the whole token, and matches in any text.
+    token in texts that are not ASCII (see `ascii_only` of `WordCache`). Otherwise the expression is the whole token,
+    and finds the token in any text.
     """
     content: str = token["content"]
     return re.escape(content[0] if token["normalized"] else content)

@@ -1,4 +1,4 @@
-"""A gate that counts calls in progress: the first call opens a resource, which may be closed while no call runs."""
+"""A gate that counts calls in progress: a call opens a closed resource, which may be closed while no call runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class CallGate:
     Args:
         subject: name of the resource that the calls use, for messages.
         open_it: opens the resource; its errors are raised by the call that needs the resource.
-        release: called at the end of each call, on the call's thread, before the resource can be closed.
+        release: called at the end of each call, unless opening the resource failed; on the call's thread, before the
+            resource can be closed.
     """
 
     def __init__(
@@ -41,7 +42,8 @@ class CallGate:
         self._is_open = False
         #: Number of calls that have begun so far, without maintenance calls.
         self.begun = 0
-        #: When the last call, other than a maintenance call, ended, in seconds of `time.monotonic`.
+        #: When a call, other than a maintenance call, last ended, in seconds of `time.monotonic`; before the first end,
+        #: when the gate was created.
         self.last_used = monotonic()
 
     def ending(self) -> bool:
@@ -57,7 +59,7 @@ class CallGate:
 
         Raises:
             ServiceError: on entering, UNAVAILABLE if the end of the gate has begun, and errors of opening the resource.
-                On leaving, UNAVAILABLE if the call was stopped because the end began.
+                On leaving without another error, UNAVAILABLE if the function returned True because the end began.
         """
         return _Call(self, stop)
 
@@ -81,7 +83,7 @@ class CallGate:
             deadline: until when to wait for calls; None: without limit.
 
         Returns:
-            Whether the calls ended by the deadline. If not, the resource stays open.
+            Whether the calls, and any other closing, ended by the deadline. If not, `close` is not called.
         """
         deadline = deadline or Deadline()
         self.begin_end()
@@ -100,7 +102,7 @@ class CallGate:
 
         Do nothing either if the resource is closed or is being opened or closed, or the end of the gate has begun.
 
-        A call that begins meanwhile waits, and opens the resource again.
+        A call that begins while `close` runs waits, and then opens the resource again.
 
         Args:
             begun: the value of `self.begun` that the caller read.
@@ -148,13 +150,13 @@ class CallGate:
             raise
 
     def finish(self) -> None:
-        """Run `release`, note the time, and count the end of a call; used by the result of `enter`."""
+        """Run `release`, set `last_used`, and count the end of a call; used by the result of `enter`."""
         self._release()
         self.last_used = monotonic()
         self._leave()
 
     def begin_maintenance(self, *, idle: bool = False) -> bool:
-        """Begin a call for maintenance, unless the resource is closed; return whether the call began.
+        """Begin a call for maintenance, unless the resource is closed or being opened; return whether the call began.
 
         The call delays closing, but changes neither `begun` nor `last_used`. `finish_maintenance` must end it.
 

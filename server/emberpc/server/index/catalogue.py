@@ -44,18 +44,19 @@ class Index:
     The name of a collection's folder differs from the collection's name, so that a name can be used again while the
     files of a deleted collection are being removed.
 
-    Every method may raise `ServiceError`: UNAVAILABLE after the index is closed, INTERNAL if a database fails,
-    RESOURCE_EXHAUSTED if no file descriptor is free or the disk is full.
+    Most methods may raise `ServiceError`: UNAVAILABLE after the index is closed, INTERNAL if a database or the data
+    directory fails, RESOURCE_EXHAUSTED if no file descriptor is free or the disk is full.
 
     Args:
         data_dir: the data directory; created if it is missing.
-        buffer_limit: most vectors in a collection's buffer; with more, they are moved to the collection's graph.
-        snapshot_every: least number of vectors that are inserted into a graph between two of its snapshots.
+        buffer_limit: if a collection's buffer has more vectors, a background thread moves them to the graph.
+        snapshot_every: least number of inserted vectors between two snapshots of a graph; a rebuild and closing do not
+            wait for this many.
         record_cache_bytes: approximate limit of the bytes of the record cache; 0: no cache.
         probe_share: share of the searches that are repeated exactly to measure recall, 0 to 1; 0: none.
         max_response_bytes: limit of the bytes of the records in one response.
         max_collections: limit of the number of collections, which `create` and `restore` check.
-        max_open: most collections that stay open while no calls use them; 0: derived from the file descriptors' limit.
+        max_open: limit of open collections; calls in progress may exceed it; 0: derived from the descriptors' limit.
         idle_seconds: a collection without a call for this many seconds is closed until its next call; 0: never.
 
     Raises:
@@ -162,6 +163,7 @@ class Index:
         """Return at most `page_size` specs, sorted by name, and the token of the next page, empty after the last page.
 
         An empty `page_token` gives the first page. INVALID_ARGUMENT if the size is not 1 to 1000 or the token is wrong.
+        A collection with a damaged entry has a spec with 0 dimensions.
         """
         check_page_size(page_size)
         after = decode_token(page_token)
@@ -239,7 +241,7 @@ class Index:
 
         Raises:
             ServiceError: UNAVAILABLE if the collection was deleted or replaced, FAILED_PRECONDITION if a record has no
-                text now or a reembedding runs, INVALID_ARGUMENT for bad dimensions, RESOURCE_EXHAUSTED on a full disk.
+                text or a reembedding exists, INVALID_ARGUMENT for bad dimensions, RESOURCE_EXHAUSTED on a full disk.
         """
         if without := unreplaced(self._open, source).count_without_text():
             raise records_without_text(source.spec.name, without)
@@ -258,7 +260,7 @@ class Index:
             return self._reembeddings[name]
 
     def reembeddings(self) -> list[Reembedding]:
-        """Open the unfinished reembeddings, once after a start, and return them; delete those that cannot be opened."""
+        """Open and return the unfinished reembeddings; cancel those that fail to open. Call this once, at the start."""
         with self._use():
             for entry in self._directory.reembeddings():
                 name = entry.spec.name
@@ -274,8 +276,9 @@ class Index:
     def switch(self, reembedding: ReembeddingBackend) -> bool:
         """Replace a collection by its reembedded copy, atomically and durably, if the copy has all records.
 
-        Calls in progress finish on the old collection, long ones early with an error; then its files are deleted.
-        Return whether it was replaced; if not, records remain or it was cancelled. May raise RESOURCE_EXHAUSTED.
+        Calls in progress finish on the old collection, but long calls and waiting writes fail with UNAVAILABLE; then
+        the old files are deleted. Return whether the collection was replaced; if not, records remain or the reembedding
+        was cancelled. May raise RESOURCE_EXHAUSTED.
         """
         name = reembedding.spec.name
         own = self._reembeddings.get(name)
@@ -306,11 +309,11 @@ class Index:
             reembedding.target.drop()
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Wait for calls in progress, save snapshots, close every collection, and unlock the directory.
+        """Stop long calls, wait for all calls, save snapshots, close every collection, and unlock the directory.
 
         Args:
-            deadline: until when to wait; None: without limit. Collections whose calls continue stay open. If there are
-                any, or a background thread still runs, the directory stays locked. No acknowledged write is lost.
+            deadline: until when to wait and to save snapshots; None: without limit. Unless everything is closed, the
+                directory stays locked. No acknowledged write is lost.
 
         Returns:
             Whether everything is closed. A second call has no effect and returns True, whatever the first returned.
@@ -366,7 +369,7 @@ class Index:
         return entry
 
     def _check_free(self, name: str) -> None:
-        """Raise ALREADY_EXISTS if a collection has the name, RESOURCE_EXHAUSTED if there are too many collections."""
+        """Raise ALREADY_EXISTS if a collection has the name, RESOURCE_EXHAUSTED at the limit of collections."""
         if self._directory.folder(name) is not None:
             raise collection_exists(name)
         self._directory.check_count(self._max_collections)
@@ -384,10 +387,7 @@ class Index:
         return collection
 
     def _enter(self, entry: Entry, collection: Collection) -> None:
-        """Add a new collection to the catalogue; if that fails, drop the collection.
-
-        Raise ServiceError or OSError if the name exists by now, there are too many collections, or the disk fails.
-        """
+        """Add a new collection to the catalogue; if that fails, drop it, and raise ServiceError or OSError."""
         with ExitStack() as undo:
             undo.callback(collection.drop)
             with self._use():

@@ -57,25 +57,24 @@ _EXPIRED_AT_ONCE = 1000
 class Collection(Lifecycle, SearchMethods):
     """A set of records with comparable vectors. Safe to use from several threads.
 
-    While there are no calls, `close_idle` can free files and memory of the collection; the next call opens it again.
+    While there are no calls, `close_idle` can free the collection's files and memory; later calls open it again.
 
-    Every method may raise `ServiceError`: INVALID_ARGUMENT for bad input, INTERNAL if the database fails or the
-    collection cannot be opened again, RESOURCE_EXHAUSTED if no file descriptor is free, DEADLINE_EXCEEDED if the call
-    of the thread is cancelled, UNAVAILABLE after the collection is closed for good or deleted.
+    Methods may raise `ServiceError`: INVALID_ARGUMENT for bad input, INTERNAL if the database fails or cannot be opened
+    again, RESOURCE_EXHAUSTED if no file descriptor is free or the disk is full, DEADLINE_EXCEEDED if the call that the
+    thread runs is cancelled, UNAVAILABLE after the collection is closed for good or deleted.
 
     Args:
         spec: the spec of the collection.
         folder: the folder with the collection's data.
         created: when the collection was created.
         wake: called with this collection when maintenance is due.
-        wake_at_rest: called with this collection and a number of seconds: maintenance is due after these, unless this
-            function is called again before.
-        expire_at: called with this collection and the time of the next expiry, in seconds since 1970.
-        cache: cache of recently returned records.
+        wake_at_rest: called with this collection and seconds; maintenance is due that long after the latest such call.
+        expire_at: called with this collection and a time, in seconds since 1970, at which one of its records expires.
+        cache: cache of recently returned records, of all collections together.
         reserve: disk space for deletions on a full disk.
-        open_collections: all open collections, which may close this collection by `close_idle`.
+        open_collections: the open collections of the server; may close this collection by `close_idle`.
         maintenance_limits: limits that decide when graph maintenance is due.
-        probe_share: share of the searches that are repeated exactly to measure recall, 0 to 1.
+        probe_share: probability that a search without filters is chosen for an exact repetition, to measure recall.
         max_response_bytes: limit of the bytes of the records in one response.
         create: whether to create the database; the folder must exist and be empty.
 
@@ -114,26 +113,27 @@ class Collection(Lifecycle, SearchMethods):
         self._maintenance_limits = maintenance_limits
         self._create = create
         self._calls = CallGate(f"collection {spec.name!r}", self._open, self._release)
-        #: Held during a write to the store and its application to the vectors in memory, so that both have one order.
+        #: Held from before a write changes the store until it has changed memory: both get the writes in one order.
         self._write_lock = threading.Lock()
         self._probe = Probe(probe_share)
-        #: Result of `info` while the collection is closed; None while it is open.
+        #: Result of `info` while the collection is closed by `close_idle`; None while it is open, or was never opened.
         self._closed_info: CollectionInfo | None = None
         try:
             with self._calls.enter():
                 pass
         except ServiceError as error:
-            # On a full disk the collection stays closed. A deletion can open it later, with the reserve of disk space.
+            # An existing collection stays closed on a full disk. A deletion can open it later: it may use the reserve.
             if create or error.reason != DISK_FULL:
                 raise
 
     def info(self) -> CollectionInfo:
-        """Return record count, sequence of the last write, creation time and bytes on disk of the collection.
+        """Return record count, sequence of the last write, creation time and bytes of all files of the collection.
 
-        A closed collection stays closed: the values are those at its closing.
+        A collection that `close_idle` closed stays closed: count, sequence and bytes are those just before the closing.
 
         Raises:
-            ServiceError: UNAVAILABLE after the collection is closed for good or deleted.
+            ServiceError: UNAVAILABLE after the collection is closed for good or deleted, RESOURCE_EXHAUSTED if a full
+                disk has kept the collection closed since the start.
         """
         self._calls.check()
         info = self._closed_info
@@ -149,16 +149,16 @@ class Collection(Lifecycle, SearchMethods):
 
         Args:
             records: the records, at least one, with distinct ids.
-            vectors: float32 (records, dimensions).
-            expected_revisions: the expected present revision of each record, 0 for a missing record; None: no check.
+            vectors: the vector of each record, float32 (records, dimensions), not prepared.
+            expected_revisions: the revision that each record must have now, 0 if it must be missing; None: no check.
 
         Returns:
             The sequence of the write, and the number of inserted and of replaced records.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if a record or vector is invalid, ABORTED if a revision differs from the
-                expected revision, DATA_LOSS if a revision is expected of a damaged record, RESOURCE_EXHAUSTED if the
-                disk is full, UNAVAILABLE after the collection is closed for good or deleted.
+            ServiceError: INVALID_ARGUMENT if a record or vector is invalid or the numbers of items differ, ABORTED if a
+                revision differs from the expected revision, DATA_LOSS if a revision is expected of a record whose
+                revision or times are damaged, RESOURCE_EXHAUSTED if the disk is full.
         """
         documents = check_records(records)
         check_vectors(vectors, self.spec.dimensions, self.spec.distance, items_of("vectors"))
@@ -178,13 +178,14 @@ class Collection(Lifecycle, SearchMethods):
     def copy(self, records: Sequence[StoredRecord], vectors: Matrix) -> None:
         """Write records of another collection with their revisions and times; replace records with the same ids.
 
+        All records are written or none, on disk when this returns. The sequence of the last write does not change.
+
         Args:
-            records: the records, with distinct ids.
+            records: the records, with distinct ids; they are not checked.
             vectors: float32 (records, dimensions), stored instead of the records' own vectors.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if a vector is invalid, RESOURCE_EXHAUSTED if the disk is full, UNAVAILABLE
-                after the collection is closed for good or deleted.
+            ServiceError: INVALID_ARGUMENT if a vector is invalid, RESOURCE_EXHAUSTED if the disk is full.
         """
         documents = [record.document for record in records]
         check_vectors(vectors, self.spec.dimensions, self.spec.distance, items_of("vectors"))
@@ -199,16 +200,16 @@ class Collection(Lifecycle, SearchMethods):
             self._expire_at(min(expiries))
 
     def written_after(self, label: int, count: int) -> list[tuple[int, StoredRecord]]:
-        """Return label and record of the first `count` records with labels above `label`, in the order of writing.
+        """Return label and record of the first `count` records with labels above `label`, ascending by label.
 
-        Raises:
-            ServiceError: DATA_LOSS if one of these records is damaged.
+        A label is here a number that a record gets at each write: a later write gives a greater label. The records have
+        no vectors. There may be fewer than `count`. Raise DATA_LOSS if one of them is damaged.
         """
         with self._calls.enter():
             return self._store.written_after(label, count)
 
     def revisions(self, ids: Sequence[str]) -> dict[str, int]:
-        """Return the revisions of the existing records, by id, without a check for damage."""
+        """Return the revisions of those records among `ids` that exist, by id, without a check for damage."""
         with self._calls.enter():
             return self._store.revisions(ids)
 
@@ -219,49 +220,49 @@ class Collection(Lifecycle, SearchMethods):
 
     @contextmanager
     def frozen(self) -> Iterator[int]:
-        """Block all writes to the collection during the `with` block; yield the sequence of the last write."""
+        """Block all writes to the collection, not reads, during the `with` block; yield the last write's sequence."""
         with self._writing():
             yield self._store.sequence()
 
     def replace(self, sequence: int) -> None:
-        """Set the sequence of the last write to that of the collection that this collection replaces."""
+        """Set the sequence of the last write to `sequence`, that of the collection that this one will replace."""
         with self._writing():
             self._store.set_sequence(sequence)
             self._selector.note(sequence, ())
 
     def end_calls(self) -> None:
-        """Admit no more calls, for good, and make long calls stop early. Calls in progress can still read."""
+        """Admit no more calls, for good; let long calls and waiting writes end early. Other reads may go on."""
         self._calls.begin_end()
 
     def delete(self, ids: Sequence[str]) -> WriteResult:
         """Delete records by id in one write, on disk when this returns; missing ids are ignored.
 
-        Return the sequence of the last write, and the number of deleted records. Raise RESOURCE_EXHAUSTED if the disk
-        and the reserve for deletions are full, UNAVAILABLE after the collection is closed for good or deleted.
+        Return the sequence of the last write (it grows only if a record is deleted) and the number of deleted records.
+        Raise RESOURCE_EXHAUSTED if the disk is full and the reserve for deletions does not suffice.
         """
         return self._delete(lambda: self._store.delete(ids))
 
     def delete_matching(self, condition: Filter) -> WriteResult:
         """Delete the records that meet a validated filter in one write, on disk when this returns.
 
-        Return the sequence of the last write, and the number of deleted records. Raise RESOURCE_EXHAUSTED if the disk
-        and the reserve for deletions are full, UNAVAILABLE after the collection is closed for good or deleted.
+        Return the sequence of the last write (it grows only if a record is deleted) and the number of deleted records.
+        Raise RESOURCE_EXHAUSTED if the disk is full and the reserve for deletions does not suffice.
         """
         return self._delete(lambda: self._store.delete_matching(self._store.compile(condition) or EVERYTHING))
 
     def get(
         self, ids: Sequence[str], *, with_vectors: bool = False, parts: RecordParts = WHOLE_RECORD
     ) -> list[StoredRecord]:
-        """Return the existing records among the ids, in the order of `ids`, that of a repeated id repeatedly.
+        """Return the existing records among the ids, in the order of `ids`; an id given twice has its record twice.
 
         Args:
             ids: ids of records; missing ids are ignored.
-            with_vectors: whether the records contain their vectors, as these were upserted.
+            with_vectors: whether the records contain their vectors, not prepared; if not, `vector` is None.
             parts: parts that each returned record must contain; it may contain more.
 
         Raises:
-            ServiceError: DATA_LOSS if one of the records is damaged, RESOURCE_EXHAUSTED if they have too many bytes for
-                one response, UNAVAILABLE after the collection is closed for good or deleted.
+            ServiceError: DATA_LOSS if one of the records is damaged, RESOURCE_EXHAUSTED if they, each counted once and
+                without its vector, have too many bytes for one response.
         """
         with self._calls.enter(), self._store.response_bytes.limited(parts):
             found = self._store.get(ids, with_vectors=with_vectors)
@@ -279,15 +280,14 @@ class Collection(Lifecycle, SearchMethods):
         """Return undamaged records in byte order of ids, and the token of the next page, empty after the last page.
 
         Args:
-            page_size: most records of the page, 1 to 1000; fewer if these reach the limit of a response's bytes.
+            page_size: most records of the page, 1 to 1000. The limit of a response's bytes may allow fewer.
             page_token: token that the page before was returned with; empty: the first page.
             with_vectors: whether the records contain their vectors.
             condition: validated filter that the records must meet; None: all records.
             parts: parts that each returned record must contain; it may contain more.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the size or the token is invalid, UNAVAILABLE after the collection is
-                closed for good or deleted.
+            ServiceError: INVALID_ARGUMENT if the size is out of range or the token is malformed.
         """
         check_page_size(page_size)
         after = decode_token(page_token)
@@ -299,31 +299,31 @@ class Collection(Lifecycle, SearchMethods):
         return records, encode_token(records[-1].id) if more else ""
 
     def mismatches(self, condition: Filter) -> list[str]:
-        """Return sentences on why no record meets a filter, by the first 1000 records' metadata; empty if unknown."""
+        """Return sentences on why a filter may match no record, by at most 1000 records; empty: no reason found."""
         with self._calls.enter(), closing(self._store.metadata(MISMATCH_RECORDS)) as documents:
             return mismatches(condition, documents)
 
     def count(self, condition: Filter | None = None) -> int:
-        """Return the number of records that meet a validated filter; None: of all records, also damaged ones."""
+        """Return the number of records that meet a validated filter; None: of all records, damaged or not."""
         with self._calls.enter():
             return self._store.count(self._store.compile(condition) or EVERYTHING)
 
     @property
     def probed(self) -> ProbeFigures:
-        """Measured recall of the collection's searches, and the number of measurements."""
+        """Number of searches whose recall was measured, and the mean recall of the latest 256; NaN before the first."""
         return self._probe.figures
 
     def verify(self, *, full: bool = False) -> Iterator[Verified]:
-        """Check every record in steps of some hundred records, between which other calls may run.
+        """Check the database, all records (at most 500 in a step), counters and word index; other calls run meanwhile.
 
-        Each record must be undamaged and in memory, and searches for its own vector must find it. A wrong word index is
-        rebuilt. From now on, searches find a record that they missed.
+        Each record must be undamaged and in memory, and searches for its own vector must find it. If they miss it, its
+        vector becomes a stray. A wrong word index is rebuilt.
 
         Args:
-            full: whether to search for every record by its own vector; if not, only for a random sample.
+            full: whether to search for every record by its own vector; if not, only for about 2,000 random ones.
 
         Yields:
-            After each step, the number of checked records and the problems that the step found.
+            After each step, the numbers of records checked so far and of all records, and the problems of the step.
         """
         with self._calls.enter():
             verifier = Verifier(self._store, self._neighbours, self._write_lock, self.spec, full)
@@ -341,18 +341,18 @@ class Collection(Lifecycle, SearchMethods):
         """Yield the bytes of a backup of one state of the collection, piece by piece; nothing if stopped.
 
         Args:
-            stop: whether to give up; called often until the first piece.
+            stop: whether to give up; called often until the first piece, not later.
 
         Raises:
-            ServiceError: before the first piece, RESOURCE_EXHAUSTED if there is not enough disk space, INTERNAL if the
-                database fails, DATA_LOSS if a record is damaged.
+            ServiceError: before the first piece, RESOURCE_EXHAUSTED if the disk has no room for a copy of the database,
+                INTERNAL if the database fails or a counter is damaged, DATA_LOSS if a record is damaged.
         """
         with self._calls.enter(stop) as ends:
             copy = copy_of(self._folder, self.spec, self.created, ends)
         yield from pieces(copy)
 
     def duplicates(self, min_score: float, stop: Callable[[], bool]) -> list[DuplicatePair]:
-        """Return the pairs of records with a cosine of at least `min_score`, greatest first, at most 100,000.
+        """Return the pairs of records with a cosine of at least `min_score`, greatest first; at most the best 100,000.
 
         If `stop` returns True, return the pairs found so far. `find_duplicates` says when pairs may be missed.
         """
@@ -364,7 +364,7 @@ class Collection(Lifecycle, SearchMethods):
 
         Args:
             count: number of clusters, at least 1; fewer are returned if some are empty.
-            examples: most records to return of each cluster.
+            examples: most records to return of each cluster, those nearest to its centre.
             stop: whether to give up and return no clusters.
 
         Raises:
@@ -374,11 +374,11 @@ class Collection(Lifecycle, SearchMethods):
             return cluster_records(self.spec, self._store, count, examples, ends)
 
     def maintain(self) -> None:
-        """Run all maintenance that is due: fill, check, rebuild, save and measure the graph; rebuild the word index.
+        """Run all maintenance that is due: rebuild the word index; fill, check, rebuild, save and measure the graph.
 
-        The word index is first: if its rebuild fails, nothing else is done. Probed searches are repeated last. Takes
-        long; other calls may run meanwhile. Ends early if the collection is about to be closed. Does nothing for a
-        closed collection, and raises UNAVAILABLE after it is closed for good or deleted.
+        The word index is first: if its rebuild fails, nothing else is done. Probed searches are repeated last. May take
+        minutes; other calls run meanwhile, but writes wait for the word index. The work on the graph ends early when
+        closing for good begins; later calls raise UNAVAILABLE. Does nothing while the collection is closed otherwise.
         """
         if not self._calls.begin_maintenance():
             return
@@ -396,8 +396,8 @@ class Collection(Lifecycle, SearchMethods):
     def expire(self) -> float | None:
         """Delete all expired records; return when the next record expires, in seconds since 1970, None if none will.
 
-        Raise RESOURCE_EXHAUSTED if the disk and the reserve for deletions are full, UNAVAILABLE after the collection is
-        closed for good or deleted.
+        A record whose revision or times are damaged does not expire. Raise RESOURCE_EXHAUSTED if the disk is full and
+        the reserve for deletions does not suffice, UNAVAILABLE after the collection is closed for good or deleted.
         """
         while self._delete(lambda: self._store.delete_expired(_EXPIRED_AT_ONCE)).deleted == _EXPIRED_AT_ONCE:
             pass
@@ -415,6 +415,6 @@ class Collection(Lifecycle, SearchMethods):
     @contextmanager
     def _writing(self) -> Iterator[None]:
         with self._calls.enter(), self._write_lock:
-            # The collection may have been replaced while this thread waited: writes to the old one would be lost.
+            # While this thread waited, a reembedded copy may have replaced this collection: the write would be lost.
             self._calls.check()
             yield

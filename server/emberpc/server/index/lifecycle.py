@@ -1,4 +1,4 @@
-"""Opening and closing of a collection: opening loads the database and the vectors, closing frees them between calls."""
+"""Opening and closing of a collection: opening connects to the database and loads the vectors, closing frees both."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ log = logging.getLogger(__name__)
 
 
 class Lifecycle:
-    """Mixin of `Collection` that opens and closes it.
+    """Mixin of `Collection` that opens and closes the collection.
 
-    The attributes that `_open` sets, such as `_store`, exist only while the collection is open: use them only in calls.
+    The attributes that `_open` sets, such as `_store`, exist only while the collection is open. So use them only within
+    calls of `_calls`.
     """
 
     spec: CollectionSpec
@@ -48,12 +49,13 @@ class Lifecycle:
     _write_lock: threading.Lock
     #: Whether the next opening must create the database.
     _create: bool
-    #: Result of `info` while the collection is closed; None while it is open.
+    #: Result of `info` while `close_idle` has closed the collection; None while it is open, or was never opened.
     _closed_info: CollectionInfo | None
-    #: Functions that request maintenance now, maintenance after some seconds without a write, and `expire` at a time in
-    #: seconds since 1970.
+    #: Requests maintenance as soon as possible.
     _wake: Callable[[], None]
+    #: Requests maintenance so many seconds from now, in place of its last such request.
     _wake_at_rest: Callable[[float], None]
+    #: Requests `expire` at a time, in seconds since 1970.
     _expire_at: Callable[[float], None]
     _store: Store
     _neighbours: Neighbours
@@ -63,13 +65,14 @@ class Lifecycle:
     _graph_maintenance: GraphMaintenance
 
     def _open(self) -> None:
-        """Open the database, delete expired records, load the graph, and request maintenance if it is due.
+        """Open or create the database, delete expired records, load the vectors, and request maintenance and `expire`.
 
-        Other collections may be closed to keep the limit of open collections or to free file descriptors.
+        Both are requested only if they are needed. Other collections may be closed to keep the limit of open
+        collections or to free file descriptors. After an error the collection is closed.
 
         Raises:
-            ServiceError: INTERNAL if the database is damaged, RESOURCE_EXHAUSTED if no file descriptor is free or the
-                disk is full.
+            ServiceError: INTERNAL if the database cannot be opened or is damaged, RESOURCE_EXHAUSTED if no file
+                descriptor is free or the disk is full, DEADLINE_EXCEEDED if the call of this thread is cancelled.
         """
         self._open_collections.admit(self)
         try:
@@ -126,24 +129,27 @@ class Lifecycle:
 
     @property
     def last_used(self) -> float:
-        """When the last call of the collection ended, in seconds of `time.monotonic`."""
+        """When the last call of the collection ended, in seconds of `time.monotonic`; maintenance does not count."""
         return self._calls.last_used
 
     @property
     def is_saved(self) -> bool:
-        """Whether closing writes no snapshot: the collection is closed, or its last snapshot has the whole graph."""
-        # The attribute may be missing, since another thread may close the collection now.
+        """Whether closing would write no snapshot: `GraphMaintenance.is_saved`; True while the collection is closed."""
+        # Read like this, since another thread may close the collection now, which deletes the attribute.
         maintenance: GraphMaintenance | None = self.__dict__.get("_graph_maintenance")
         return maintenance is None or maintenance.is_saved
 
     def close_idle(self) -> bool:
-        """Close the database if no call is in progress, after saving a snapshot if vectors were inserted.
+        """Close the database if no call or maintenance is in progress, after saving a snapshot unless `is_saved`.
 
-        The next call opens the collection again. If a call begins while the snapshot is written, or the snapshot cannot
+        The next call opens the collection again. If a call begins before the database is closed, or the snapshot cannot
         be written, the collection stays open.
 
         Returns:
-            Whether this closed the collection.
+            Whether this closed the collection; False if it was closed already.
+
+        Raises:
+            ServiceError, OSError: the result of `info` cannot be computed; the collection stays open.
         """
         try:
             if not self._calls.begin_maintenance(idle=True):
@@ -166,15 +172,17 @@ class Lifecycle:
         return self._calls.suspend(begun, close)
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Wait for the calls in progress, save a snapshot if vectors were inserted, and close the database for good.
+        """Admit no more calls, wait for those in progress, save a snapshot unless `is_saved`, and close the database.
+
+        Maintenance counts as a call, but ends early.
 
         Args:
-            deadline: until when to wait for the calls; None: without limit. If the calls do not end in time, the
-                database stays open. If the deadline has passed when they end, no snapshot is saved, and the next
-                opening takes longer.
+            deadline: until when to wait for the calls; None: without limit. If they do not end in time, the database
+                stays open. If the deadline has passed when they end, no snapshot is saved, and the next opening takes
+                longer. A snapshot that is begun is completed.
 
         Returns:
-            Whether the database is closed.
+            Whether the database is closed, now or before.
         """
         until = deadline or Deadline()
 
@@ -189,16 +197,19 @@ class Lifecycle:
         return closed
 
     def drop(self) -> None:
-        """Admit no more calls, wait for those in progress, close the database, and delete the collection's folder."""
+        """Admit no more calls, wait without limit for those in progress, close the database, and delete the folder."""
         self._calls.end(self._close_files)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _release(self) -> None:
-        """Give the connection that this thread's call used for reading back to the pool."""
+        """Give the connection for reading back to the pool, if the call of this thread took one."""
         self._store.release()
 
     def _close_files(self) -> None:
-        """Close the database, free all memory, and leave the set of open collections; no call may be in progress."""
+        """Close the database, free graph and buffer, and leave the set of open collections.
+
+        No call may be in progress.
+        """
         self._store.close()
         del self._store, self._neighbours, self._selector, self._searcher, self._hybrid, self._graph_maintenance
         self._open_collections.discard(self)
@@ -209,9 +220,10 @@ class Lifecycle:
         return CollectionInfo(count, sequence, self.created, self._size())
 
     def _snapshot(self) -> PersistentGraph | None:
-        """Return the graph of the newest usable snapshot of this collection's database, or None.
+        """Return the graph of the newest usable snapshot of this collection's database; None if there is none.
 
-        If the snapshot is newer than the database, which is then an old copy, give the database a new identity.
+        If a snapshot has labels that the database never assigned, the database is an older copy. The database then gets
+        a new identity, so that no snapshot belongs to it, and the result is None.
         """
         try:
             return snapshots.load(self.spec, self._store.identity(), self._store.newest_label(), self._folder)
@@ -225,7 +237,7 @@ class Lifecycle:
         try:
             self._store.delete_expired()
         except ServiceError as error:
-            # The disk is full, or no descriptor is free. The records can be read, and the deletion is retried later.
+            # The disk is full, or no descriptor is free. Reads need no disk space, and the expiry thread tries again.
             if error.code is not Code.RESOURCE_EXHAUSTED:
                 raise
             log.warning("expired records are not deleted yet: %s", error.message)
@@ -257,6 +269,9 @@ class Lifecycle:
             self._wake_at_rest(seconds)
 
     def _forget_damaged(self, labels: set[int]) -> None:
-        """Exclude damaged records, given by their labels, from searches: remove their vectors and forget selections."""
+        """Exclude damaged records, given by their labels, from dense searches.
+
+        Remove their vectors from graph and buffer, and clear the selector's cache.
+        """
         self._neighbours.remove(labels)
         self._selector.forget()

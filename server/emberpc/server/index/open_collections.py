@@ -1,4 +1,4 @@
-"""Limit of the number of open collections: the least recently used are closed, and their next calls open them again."""
+"""Limit of the number of open collections: idle ones are closed, and the next call of each opens it again."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from emberpc.server.memory import return_memory
 log = logging.getLogger(__name__)
 
 #: Number of file descriptors that are not for collections, but for connections, models, the log and calls in progress;
-#: at most half of all.
+#: half of the limit of descriptors if that is less.
 _RESERVED = 256
 #: Least and greatest result of `derived_limit`. An open collection of one record takes about 0.5 MB of memory.
 _FEWEST, _MOST = 4, 500
-#: Most seconds until another attempt to close a collection that could not be closed.
+#: Seconds, or `idle_seconds` if less, after which the background thread retries a closing that did not succeed. A call
+#: meanwhile delays the retry until the collection is idle again. If `idle_seconds` is 0, there is no retry.
 _RETRY = 60.0
-#: Freed memory is returned to the system `_AFTER_LAST` seconds after the last collection was closed, but at most
-#: `_AFTER_FIRST` seconds after the first. At least `_BETWEEN` seconds lie between two returns, since models must
-#: allocate their memory again after each return.
+#: Freed memory is returned to the system `_AFTER_LAST` seconds after the last closing of a collection, or if that is
+#: earlier, `_AFTER_FIRST` seconds after the first closing since the last return. In any case `_BETWEEN` seconds or more
+#: lie between two returns, since models must allocate their memory again after each return.
 _AFTER_LAST, _AFTER_FIRST, _BETWEEN = 1.0, 10.0, 30.0
 
 
@@ -32,21 +33,21 @@ class Closable(Protocol):
 
     @property
     def last_used(self) -> float:
-        """When the last call of the collection ended, in seconds of `time.monotonic`."""
+        """When the last call of the collection ended, in seconds of `time.monotonic`; maintenance does not count."""
 
     @property
     def is_saved(self) -> bool:
-        """Whether closing writes no snapshot: the collection is closed, or its last snapshot has the whole graph."""
+        """Whether closing would write no snapshot, and so be quick; True while the collection is closed."""
 
     def close_idle(self) -> bool:
-        """Close the collection unless a call is in progress; return whether this closed it.
+        """Close the collection unless it is in use or its snapshot cannot be written; return whether this closed it.
 
-        A collection that is closed calls `OpenCollections.discard` with itself.
+        A collection that is closed, here or otherwise, calls `OpenCollections.discard` with itself.
         """
 
 
 def derived_limit() -> int:
-    """Return how many collections may be open, 4 to 500, derived from the process's limit of file descriptors."""
+    """Return the default limit of open collections, 4 to 500, derived from the process's limit of file descriptors."""
     limit = descriptors.limit()
     return max(_FEWEST, min(_MOST, (limit - min(_RESERVED, limit // 2)) // MOST_DESCRIPTORS))
 
@@ -54,12 +55,13 @@ def derived_limit() -> int:
 class OpenCollections:
     """The set of open collections. Safe to use from several threads.
 
-    A background thread closes idle collections. It starts when the first collection is opened.
+    A background thread closes idle collections and returns freed memory to the system. It starts when the first
+    collection is opened.
 
     Args:
-        most: limit of the number of open collections. More are open only while all of them have calls in progress, or
-            snapshots that cannot be written.
-        idle_seconds: a collection without a call for this many seconds is closed; 0: never.
+        most: limit of the number of open collections. Opening one more closes idle ones. More stay open if too few can
+            be closed: they have calls or maintenance in progress, or their snapshots cannot be written.
+        idle_seconds: a collection without a call for this many seconds is closed; 0: none is closed for this reason.
     """
 
     def __init__(self, most: int, idle_seconds: float) -> None:
@@ -69,7 +71,7 @@ class OpenCollections:
         self._open: set[Closable] = set()
         #: Collections that the background thread closes next, since they must save a snapshot, which takes long.
         self._soon: set[Closable] = set()
-        #: When to retry closing a collection that could not be closed, in seconds of `time.monotonic`.
+        #: Earliest time at which the background thread retries a closing, in seconds of `time.monotonic`.
         self._retry: dict[Closable, float] = {}
         self._first_freed = self._last_freed = self._last_trim = float("-inf")
         self._thread: threading.Thread | None = None
@@ -79,7 +81,7 @@ class OpenCollections:
         return len(self._open)
 
     def admit(self, collection: Closable) -> None:
-        """Add a collection that is about to be opened. If there are more than `most` then, close idle collections."""
+        """Add a collection that is about to be opened. If there are more than `most` with it, first close idle ones."""
         with self._changed:
             self._open.add(collection)
             if self._thread is None and not self._closed:
@@ -90,11 +92,14 @@ class OpenCollections:
         self._close_until(self.most)
 
     def shrink(self) -> None:
-        """Close idle collections until a quarter fewer collections are open, to free file descriptors."""
+        """Close at least a quarter of the open collections, or all idle ones if they are fewer, to free descriptors."""
         self._close_until(3 * len(self._open) // 4)
 
     def discard(self, collection: Closable) -> None:
-        """Remove a collection that was closed, and plan the return of its memory to the system."""
+        """Remove a collection that was closed or could not be opened; have its memory returned to the system later.
+
+        Do nothing if the collection is not in the set.
+        """
         with self._changed:
             if collection not in self._open:
                 return
@@ -107,18 +112,21 @@ class OpenCollections:
                 self._changed.notify()
 
     def close(self, deadline: Deadline) -> bool:
-        """Stop the background thread; return whether it ended by the deadline. The open collections stay open."""
+        """Stop the background thread for good; return whether it ended by the deadline, or never started.
+
+        The open collections stay open.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify()
         return self._thread is None or deadline.join(self._thread)
 
     def _close_until(self, most: int) -> None:
-        """Close the least recently used idle collections until `most` are open, or all open ones are in use.
+        """Close idle collections, the least recently used first, until `most` or fewer are open, or none can be closed.
 
-        Collections whose graph is saved are closed first. If there are not enough, collections with an unsaved graph
-        are saved and closed here too. If there are enough, the background thread saves and closes the unsaved
-        collections that were used less recently.
+        Collections whose graph is saved come first, since closing them is quick. If they are not enough, those with an
+        unsaved graph are saved and closed here too. If they are enough, the background thread saves and closes the
+        unsaved ones that were used less recently than the last one closed here.
         """
         with self._changed:
             in_order = sorted(self._open, key=lambda each: each.last_used)
@@ -137,8 +145,8 @@ class OpenCollections:
                 _close(each)
             return
         if unsaved:
-            # Collections in `unsaved` were used less recently than some that were closed, so the background thread
-            # saves and closes them.
+            # Collections in `unsaved` were used less recently than the last one that was closed, so the background
+            # thread saves and closes them. The caller, which opens a collection, does not wait for that.
             with self._changed:
                 self._soon.update(self._open.intersection(unsaved))
                 self._changed.notify()
@@ -187,7 +195,7 @@ class OpenCollections:
 
 
 def _close(collection: Closable) -> bool:
-    """Close a collection unless it is in use; return whether it was closed. If closing fails, log the error."""
+    """Call `close_idle` of a collection and return its result; if it raises an error, log that and return False."""
     try:
         # The thread may run a call that is cancelled. That call is for another collection, so closing must not stop.
         with cancellation.cancelled_when(lambda: False):

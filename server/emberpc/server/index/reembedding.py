@@ -11,7 +11,7 @@ from emberpc.server.collections.types import CollectionSpec, Matrix, StoredRecor
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.collection import Collection
 
-#: Label below those of all records; a damaged label may be negative.
+#: Label to start after: SQLite's least integer, since a damaged label may be negative.
 _BEFORE_ALL = -(2**63)
 _PAGE = 1000
 
@@ -19,9 +19,11 @@ _PAGE = 1000
 class Reembedding:
     """Copies the records of a collection, the source, with vectors of another model to a second collection, the target.
 
-    The target then replaces the source. Meanwhile the source serves searches and writes; later writes are copied too.
-    The caller embeds the records: it calls `next` and `take` until there are no more records, and then `Index.switch`.
-    Use from one thread at a time.
+    Meanwhile the source serves searches and writes; records written meanwhile are copied too. The caller embeds: it
+    calls `next` and `take` until `next` returns no records, and then `Index.switch`, which replaces the source by the
+    target, or returns False if records remain. Use from one thread at a time, except `spec` and `counts`.
+
+    Reading and writing raise UNAVAILABLE after one of the two collections was closed for good or deleted.
 
     Args:
         source: the collection whose records are copied.
@@ -33,7 +35,7 @@ class Reembedding:
         self.source = source
         self.target = target
         self.started = started
-        #: Records of the source with labels of at most this number were returned by `next`, or are in the target.
+        #: Greatest label that `next` has read from the source since the last `rewind`.
         self._label = _BEFORE_ALL
 
     @property
@@ -42,39 +44,49 @@ class Reembedding:
         return self.target.spec
 
     def counts(self) -> tuple[int, int]:
-        """Return the number of records in the target, which were copied, and the number of records in the source."""
+        """Return the number of records in the target, and in the source.
+
+        Before `prune`, the target may still have records that were deleted from the source.
+        """
         return self.target.count(), self.source.count()
 
     def next(self, count: int) -> list[StoredRecord]:
-        """Return at most `count` further records to embed, in the order of writing.
+        """Return at most `count` further records to embed, without vectors, in the order of writing.
 
-        Records that the target has with the same revision are left out. The list is empty if there are no more records.
+        Records that the target has with the same revision are left out. Empty only if no records remain now; later
+        writes may add some.
 
         Raises:
-            ServiceError: DATA_LOSS if a record of the source is damaged.
+            ServiceError: DATA_LOSS if one of the records read here is damaged.
         """
         while found := self.source.written_after(self._label, count):
             self._label = found[-1][0]
-            # After a restart of the server, the first records are in the target already.
+            # After a restart of the server or `rewind`, the target has the first records already.
             present = self.target.revisions([record.id for _, record in found])
             if new := [record for _, record in found if present.get(record.id) != record.revision]:
                 return new
         return []
 
     def source_revisions(self, ids: Sequence[str]) -> dict[str, int]:
-        """Return the present revisions of those records that are in the source, by id."""
+        """Return the present revisions of those records among `ids` that are in the source, by id."""
         return self.source.revisions(ids)
 
     def rewind(self) -> None:
-        """Start again at the first record: `next` then returns all records that the target lacks or has outdated."""
+        """Start again at the first record: `next` then returns the records that the target lacks or has outdated."""
         self._label = _BEFORE_ALL
 
     def take(self, records: Sequence[StoredRecord], vectors: Matrix) -> None:
-        """Write records with their new vectors, float32 (records, dimensions), to the target."""
+        """Write records with their revisions, times and new vectors, float32 (records, dimensions), to the target.
+
+        Records of the target with the same ids are replaced.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT if a vector is invalid, RESOURCE_EXHAUSTED if the disk is full.
+        """
         self.target.copy(records, vectors)
 
     def prune(self) -> None:
-        """Delete the target's records that were deleted from the source."""
+        """Delete the target's records whose ids the source has no more."""
         token, more = "", True
         while more:
             page, token = self.target.page(_PAGE, token)
@@ -86,15 +98,15 @@ class Reembedding:
     def is_complete(self) -> bool:
         """Return whether the target has all records of the source, and no others.
 
-        Compares only the numbers of records, and looks for writes that `next` has not returned. So call `prune` before;
-        the source must be frozen.
+        Only compares the numbers of records, and looks for records that `next` has not read. So before this, `take` all
+        records that `next` returned, and call `prune`. The source must be frozen.
         """
         taken, total = self.counts()
         return taken == total and not self.source.written_after(self._label, 1)
 
 
 def records_without_text(name: str, count: int) -> ServiceError:
-    """Return the error FAILED_PRECONDITION for reembedding the collection `name`: `count` records have no text."""
+    """Return the error FAILED_PRECONDITION of a request to reembed collection `name`: `count` records have no text."""
     return ServiceError(
         Code.FAILED_PRECONDITION,
         f"{count} record{' of' if count == 1 else 's of'} collection {name!r} "
@@ -106,7 +118,7 @@ def records_without_text(name: str, count: int) -> ServiceError:
 
 
 def already_reembedding(name: str) -> ServiceError:
-    """Return the error FAILED_PRECONDITION for reembedding the collection `name` during another reembedding."""
+    """Return the error FAILED_PRECONDITION of a request to reembed collection `name`, which is being reembedded."""
     return ServiceError(
         Code.FAILED_PRECONDITION,
         f"collection {name!r} is on its way to another model already; wait, or cancel that",
@@ -116,14 +128,14 @@ def already_reembedding(name: str) -> ServiceError:
 
 
 def unreplaced(open_collections: Mapping[str, Future[Collection]], source: CollectionBackend) -> Collection:
-    """Return `source` if it is still the open collection of its name.
+    """Return `source` if it is still the collection of its name.
 
     Args:
         open_collections: the collections that were opened, even if idle and closed, or are being opened, by name.
         source: the collection that the caller got before.
 
     Raises:
-        ServiceError: UNAVAILABLE if the collection was deleted, or another collection has its name now.
+        ServiceError: UNAVAILABLE if the collection was deleted, or replaced by its reembedded copy.
     """
     opened = open_collections.get(source.spec.name)
     present = opened.result() if opened is not None and opened.done() and not opened.exception() else None

@@ -1,8 +1,8 @@
 """Restoring of a collection from a backup that arrives piece by piece.
 
-Until the backup is checked, its data is in a folder that the catalogue does not name. If the caller leaves, the folder
-is removed; if the server is killed, the next start removes the folder. A new entry in the catalogue turns the folder
-into a collection, in one step.
+Until the backup is checked, its data is in a folder that the catalogue does not name. If the restore fails or is given
+up, the folder is removed; if the server is killed, the next start removes the folder. A new entry in the catalogue
+turns the folder into a collection, in one step.
 """
 
 from __future__ import annotations
@@ -32,15 +32,19 @@ _NOTHING_RESTORED = "nothing was restored"
 class Restoration:
     """Receives a backup and creates a collection from it.
 
-    Only `close` may be called while another method runs. Every method may raise `ServiceError`: RESOURCE_EXHAUSTED if
-    the disk is full, UNAVAILABLE after `close`.
+    Call `write` for all bytes, then `finish` once, and in any case `close` at the end. Only `close` may be called while
+    another method runs.
 
     Args:
         collections: the parent of the collections' folders.
-        name: the new collection's name.
-        total: bytes of the backup; 0: not known.
-        accept: raises ValueError or ServiceError if a collection with the given spec cannot be served.
-        adopt: opens a folder as a collection and adds the collection to the catalogue.
+        name: the new collection's name; the name in the backup is ignored.
+        total: bytes of the backup, for which the disk must have room; 0: not known.
+        accept: called with the spec in the backup; raises ValueError or ServiceError if the spec cannot be served.
+        adopt: opens a folder as a collection, adds the collection to the catalogue, and returns it.
+
+    Raises:
+        ServiceError: RESOURCE_EXHAUSTED if the disk has no room or no file descriptor is free, INTERNAL if the folder
+            cannot be written to.
     """
 
     def __init__(
@@ -69,10 +73,11 @@ class Restoration:
             self._resources = stack.pop_all()
 
     def write(self, data: bytes) -> None:
-        """Write the next bytes of the backup to the new collection's folder.
+        """Write the next bytes of the backup to the new collection's folder, without the last line of the backup.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if the disk is full, UNAVAILABLE after `close`.
+            ServiceError: RESOURCE_EXHAUSTED if the disk has no room (64 MiB must stay free), UNAVAILABLE after `close`
+                or a successful `finish`, INTERNAL if the file cannot be written.
         """
         with self._lock, translated_os_errors(_NOTHING_RESTORED):
             self._check_open()
@@ -86,10 +91,11 @@ class Restoration:
             sha256: SHA-256 of all bytes of the backup, in hexadecimal.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the bytes are not an undamaged backup, their SHA-256 differs, or `accept`
-                raised an error, FAILED_PRECONDITION if a newer version wrote the backup, ALREADY_EXISTS if another
-                collection has the name by now, RESOURCE_EXHAUSTED if the disk is full or there are too many
-                collections, UNAVAILABLE after `close`.
+            ServiceError: INVALID_ARGUMENT if the bytes are not an undamaged backup, `sha256` is empty or differs, or
+                `accept` raised an error; FAILED_PRECONDITION if a newer version wrote the backup; ALREADY_EXISTS if
+                another collection has the name by now; RESOURCE_EXHAUSTED if the disk is full, no file descriptor is
+                free or there are too many collections; UNAVAILABLE if `close` was called or the index is closed;
+                INTERNAL if the database or its folder fails.
         """
         with self._lock, translated_os_errors(_NOTHING_RESTORED):
             self._check_open()
@@ -105,7 +111,10 @@ class Restoration:
         return collection
 
     def close(self) -> None:
-        """Stop the call in progress, wait for its end, and remove all files, unless they became a collection."""
+        """Let a `finish` in progress end early, wait for the method in progress, and remove all files.
+
+        Files that became a collection stay. May be called several times.
+        """
         self._closed.set()
         with self._lock:
             self._resources.close()
@@ -118,7 +127,7 @@ class Restoration:
         self._file.write(body)
 
     def _check_digests(self, sha256: str) -> None:
-        """Check the SHA-256 of all bytes against `sha256`, and the SHA-256 in the last line of the backup.
+        """Check the SHA-256 of all bytes against `sha256`, and that of all before the last line against that line.
 
         Raises:
             ServiceError: INVALID_ARGUMENT if `sha256` is empty or one of the two differs.
@@ -137,8 +146,9 @@ class Restoration:
             raise damaged("it was cut off or changed, or is none, since its last line is not the SHA-256 of the rest")
 
     def _make_ours(self) -> None:
-        """Turn the backup's file into a database: migrate its tables, rebuild its word index, set a new identity.
+        """Turn the checked backup into a collection's database.
 
+        Remove the table and the mark of a backup, migrate the tables, rebuild the word index, and set a new identity.
         With the new identity, snapshots of the collection that was backed up do not belong to the new database.
 
         Raises:

@@ -16,12 +16,15 @@ from emberpc.server.index.search.hybrid import HybridSearcher, LexicalRequest, f
 from emberpc.server.index.search.probe import Probe
 from emberpc.server.index.storage.store import Store
 
-#: Function that returns the name of the vector of query i in error messages.
+#: Function that returns the path of the vector of query i for error messages, such as `queries[0].vector`.
 _VECTOR = items_of("queries", "vector")
 
 
 class SearchMethods:
-    """Mixin of `Collection` with the methods for dense, lexical and hybrid search."""
+    """Mixin of `Collection` with the methods for dense, lexical and hybrid search; `Collection` sets the attributes.
+
+    Every method may also raise the errors that `Collection` lists.
+    """
 
     spec: CollectionSpec
     _calls: CallGate
@@ -30,7 +33,7 @@ class SearchMethods:
     _hybrid: HybridSearcher
     _graph_maintenance: GraphMaintenance
     _probe: Probe
-    #: Requests maintenance of the collection as soon as possible.
+    #: Requests maintenance of the collection as soon as possible; maintenance repeats probed searches.
     _wake: Callable[[], None]
 
     def search(
@@ -50,22 +53,24 @@ class SearchMethods:
         Args:
             queries: float32 (queries, dimensions).
             top_k: most hits of a query, 1 to 10,000: a number for all queries, or a sequence with a number for each.
-            ef: number of candidates that the search of the graph keeps, at most 1,000,000; 0: chosen by `top_k` and
-                `min_recall`. More are kept with a filter, or if `ef` is not greater than the greatest `top_k`.
+            ef: number of candidates that the search of the graph keeps, at most 1,000,000; 0: chosen by the greatest
+                `top_k`, `min_recall`, and measurements of the graph, or every vector is compared. More are kept if `ef`
+                is not greater than the greatest `top_k`; more may be kept with a filter.
             min_recall: share of the true nearest records to be found, in (0, 1], as measured on this collection; 0: no
-                target. If it is 1, recall is not measured yet, or the graph cannot reach it, every vector is compared.
-                Must not be combined with `ef`.
+                target. Every vector is compared if this is 1, the recall of the graph is not measured, or no measured
+                `ef` reaches it. Must be 0 if `ef` is not 0.
             exclude_ids: for each query an id to leave out of its hits, or None; empty: no ids.
-            with_vectors: whether the hits contain their vectors.
-            conditions: for each query the filter that its hits must meet, or None; empty: no filters.
+            with_vectors: whether the hits contain their vectors, not prepared.
+            conditions: for each query the validated filter that its hits must meet, or None; empty: no filters.
             parts: parts of a record that the hits must contain; they may contain more.
 
         Returns:
-            The hits of each query, best first, and the plan of the search; empty if there are no queries.
+            For each query, in order, the hits, best first, and the plan; an empty list if there are no queries.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if an argument is invalid, RESOURCE_EXHAUSTED if the hits have too many bytes
-                for one response, DEADLINE_EXCEEDED if the call is cancelled, UNAVAILABLE if the collection is closed.
+            ServiceError: INVALID_ARGUMENT if an argument is invalid, RESOURCE_EXHAUSTED if the records to read from the
+                database, without their vectors, have too many bytes for one response, DEADLINE_EXCEEDED if the call is
+                cancelled, UNAVAILABLE after the collection is closed for good or deleted.
         """
         prepared = prepare_queries(queries, self.spec.dimensions, self.spec.distance, _VECTOR)
         sizes = [top_k] * len(queries) if isinstance(top_k, int) else list(top_k)
@@ -75,7 +80,7 @@ class SearchMethods:
             return []
         with self._calls.enter(), self._store.response_bytes.limited(parts):
             request = self._request(prepared, sizes, excluded, ef, with_vectors, conditions, min_recall)
-            # Only searches without filters are probed, since searches with filters compare all vectors in other cases.
+            # Only searches without filters are probed: the figures are to show the recall of plain graph searches.
             probed = not any(request.conditions) and self._probe.should_sample()
             sequence = self._store.sequence() if probed else 0
             outcomes = self._searcher.search(request)
@@ -92,23 +97,25 @@ class SearchMethods:
         conditions: Sequence[Filter | None] = (),
         parts: RecordParts = WHOLE_RECORD,
     ) -> list[SearchOutcome]:
-        """Search for records whose text contains words of a query, best first by BM25.
+        """Search for records whose text contains at least one word of a query; rank them by BM25.
+
+        `HybridSearcher.by_words` says which common words are left out.
 
         Args:
             texts: the text of each query.
-            top_k: most hits of each query.
-            with_vectors: whether the hits contain their vectors.
-            conditions: for each query the filter that its hits must meet, or None; empty: no filters.
-            parts: parts of a record that the hits must contain; they may contain more.
+            top_k: most hits of each query, 1 to 10,000.
+            with_vectors: as in `search`.
+            conditions: as in `search`.
+            parts: as in `search`.
 
         Returns:
-            The hits of each query, best first, and the plan of the search.
+            For each query, in order, the hits, best first, and the plan.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if an argument is invalid, DATA_LOSS if the word index is damaged, INTERNAL
-                if it cannot be rebuilt, RESOURCE_EXHAUSTED if the hits have too many bytes for one response,
-                DEADLINE_EXCEEDED if the call is cancelled, UNAVAILABLE if the collection is closed.
-            ValueError: `conditions` has not one item for each text.
+            ServiceError: INVALID_ARGUMENT if `top_k` is invalid, DATA_LOSS if the word index is damaged, INTERNAL if a
+                rebuild of the damaged index has failed, RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED and UNAVAILABLE as by
+                `search`.
+            ValueError: `conditions` is not empty and has not one item for each text.
         """
         check_search(len(texts), top_k, len(texts), 0)
         with self._calls.enter(), self._store.response_bytes.limited(parts):
@@ -134,22 +141,22 @@ class SearchMethods:
         Args:
             queries: vector of each query, float32 (queries, dimensions); at least one.
             texts: text of each query.
-            top_k: most hits of each query.
+            top_k: most hits of each query, 1 to 10,000.
             dense_weight: weight of the dense ranking, 0 to 1 (not checked here); the lexical ranking has 1 minus this.
             fusion: the rule that joins the rankings.
-            ef: as in `search`.
+            ef: as in `search`, but with the number of dense hits that are fused (`fusion_depths`) in place of `top_k`.
             min_recall: as in `search`, for the dense ranking.
             with_vectors: as in `search`.
             conditions: as in `search`.
             parts: as in `search`.
 
         Returns:
-            The hits of each query, best first, and the plan of the search.
+            For each query, in order, the hits, best first, and the plan.
 
         Raises:
             ServiceError: INVALID_ARGUMENT if an argument is invalid, DATA_LOSS if the word index is damaged, INTERNAL
-                if it cannot be rebuilt, RESOURCE_EXHAUSTED if the hits have too many bytes for one response,
-                DEADLINE_EXCEEDED if the call is cancelled, UNAVAILABLE if the collection is closed.
+                if a rebuild of the damaged index has failed, RESOURCE_EXHAUSTED, DEADLINE_EXCEEDED and UNAVAILABLE as
+                by `search`. The bytes are those of the records to read for both rankings, before fusion.
         """
         prepared = prepare_queries(queries, self.spec.dimensions, self.spec.distance, _VECTOR)
         if len(texts) != len(queries):

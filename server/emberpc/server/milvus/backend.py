@@ -1,4 +1,4 @@
-"""All collections in a Milvus database."""
+"""All collections of emberpc in a Milvus database."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from emberpc.server.paging import decode_token, encode_token
 
 
 class MilvusIndex:
-    """All collections of a Milvus database; an `IndexBackend`. Safe to use from several threads.
+    """All collections of emberpc in a Milvus database; an `IndexBackend`. Safe to use from several threads.
 
     Milvus also stores the specs, so several servers may use one database. Each server reads the spec whenever a
     collection is requested, since another server may have deleted the collection and created it again.
@@ -29,23 +29,25 @@ class MilvusIndex:
     Every method that calls Milvus raises the `ServiceError` of `Connection.call` if the call fails.
 
     Args:
-        uri: address of Milvus, such as `http://milvus:19530`.
+        uri: address of Milvus, such as `http://milvus:19530`, or with a database `http://milvus:19530/database`.
         token: `user:password` or an API key; empty: Milvus requires neither.
 
     Raises:
-        ServiceError: UNAVAILABLE if Milvus cannot be reached, FAILED_PRECONDITION if it refuses access.
+        ServiceError: the error of `Connection`, such as UNAVAILABLE if Milvus cannot be reached, FAILED_PRECONDITION if
+            it refuses access.
     """
 
     def __init__(self, uri: str, token: str = "") -> None:
         self._connection = Connection(uri, token)
         self._lock = threading.Lock()
-        #: The collections that were used so far, by name. Each has only one object, whose lock serializes its writes.
+        #: Objects of the collections that were used so far, by name. All threads use the same object of a collection,
+        #: since its lock serializes the writes.
         self._known: dict[str, MilvusCollection] = {}
 
     def create(self, spec: CollectionSpec) -> MilvusCollection:
         """Create a collection in Milvus with its HNSW index, and load it.
 
-        If a step after its creation fails, the collection is deleted again.
+        If the index cannot be created or the collection not be loaded, the collection is deleted again.
 
         Raises:
             ServiceError: INVALID_ARGUMENT for a spec that is invalid or that Milvus does not support; ALREADY_EXISTS if
@@ -60,7 +62,7 @@ class MilvusIndex:
             self._call(spec.name, "create_collection", **arguments)
         except ServiceError as error:
             # Another server may have created the collection after the check above. Milvus reports that with its code
-            # for unexpected errors.
+            # for unexpected errors, which `Connection.call` makes INTERNAL.
             if error.code is Code.INTERNAL and self._exists(spec.name):
                 raise collection_exists(spec.name) from error
             raise
@@ -75,7 +77,8 @@ class MilvusIndex:
         """Return the collection `name` with its present spec; make Milvus load it, if this server did not use it yet.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no collection with that name, or its spec is damaged.
+            ServiceError: NOT_FOUND if there is no collection with that name, it was not created by emberpc, or its spec
+                is damaged.
         """
         spec, created = self._existing(name)
         return self._at_hand(spec, created) or self._keep(spec, created)
@@ -87,8 +90,8 @@ class MilvusIndex:
         """Return a page of the specs of the collections, sorted by name, and the token of the next page.
 
         Args:
-            page_size: most specs of the page, 1 to 1000. There are fewer if a collection is deleted meanwhile, has a
-                damaged spec, or was not created by emberpc.
+            page_size: most specs of the page, 1 to 1000. There are fewer, even none, if collections of the page are
+                deleted meanwhile, have a damaged spec, or were not created by emberpc.
             page_token: token of the page; empty: the first page.
 
         Returns:
@@ -113,8 +116,7 @@ class MilvusIndex:
             truncation: `refuse`, `end` or `start`.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no collection with that name, or its spec is damaged; INVALID_ARGUMENT
-                for another truncation.
+            ServiceError: NOT_FOUND as in `get`; INVALID_ARGUMENT for another truncation.
         """
         spec, created = self._existing(name)
         self._alter(replace(spec, truncation=truncation), created)
@@ -123,10 +125,10 @@ class MilvusIndex:
         """Bind the collection `name` to `fingerprint` if it is bound to the fingerprint `legacy` of the same model.
 
         Returns:
-            The collection, whether it was bound to another fingerprint or not.
+            The collection; if it was not bound to `legacy`, unchanged.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no collection with that name, or its spec is damaged.
+            ServiceError: NOT_FOUND as in `get`.
         """
         spec, created = self._existing(name)
         if spec.model_fingerprint == legacy:
@@ -137,7 +139,7 @@ class MilvusIndex:
         """Delete the collection `name` with its records.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no collection with that name, or its spec is damaged.
+            ServiceError: NOT_FOUND as in `get`; then nothing is deleted.
         """
         self._existing(name)
         with self._lock:
@@ -171,14 +173,14 @@ class MilvusIndex:
         return {}
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Close the connection to Milvus at once, whatever `deadline` is; return True."""
+        """Close the connection to Milvus without waiting for calls; `deadline` is ignored. Return True (closed)."""
         self._connection.close()
         return True
 
     def _keep(self, spec: CollectionSpec, created: datetime) -> MilvusCollection:
         """Make Milvus load a collection, keep an object of it for later calls, and return the object.
 
-        If another thread has kept an object of the collection meanwhile, that object is returned.
+        If another thread has kept an object of the collection while Milvus loaded it, that object is returned.
         """
         collection = MilvusCollection(self._connection, spec, created)
         collection.load()
@@ -186,10 +188,10 @@ class MilvusIndex:
             return self._known_as(spec, created) or self._known.setdefault(spec.name, collection)
 
     def _at_hand(self, spec: CollectionSpec, created: datetime) -> MilvusCollection | None:
-        """Return the object of a collection that was used before, with its spec set to `spec`.
+        """Return the kept object of the collection that has this spec and creation time, with its spec set to `spec`.
 
-        None if the collection was not used before, or if another collection has the name now: then the object is
-        dropped.
+        None if there is no object. If the creation time, or more than truncation and model fingerprint, differs, then
+        another collection has the name now: the kept object is dropped, and None is returned.
         """
         with self._lock:
             return self._known_as(spec, created)
@@ -203,10 +205,10 @@ class MilvusIndex:
         return known
 
     def _alter(self, spec: CollectionSpec, created: datetime) -> None:
-        """Change the spec of a collection in Milvus and in its object.
+        """Set the spec of the collection with the name `spec.name` in Milvus, and in its kept object if there is one.
 
-        Only truncation and model fingerprint may change, see `MilvusCollection.adopt`. INVALID_ARGUMENT for an invalid
-        spec.
+        Only truncation and model fingerprint may differ from the present spec. `created` is the creation time.
+        INVALID_ARGUMENT for an invalid spec.
         """
         spec.check()
         self._call(spec.name, "alter_collection_properties", properties=schema.properties(spec, created))

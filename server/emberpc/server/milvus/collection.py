@@ -45,15 +45,17 @@ _DENSE = "search by DENSE, or use the embedded index"
 class MilvusCollection:
     """A collection in Milvus; a `CollectionBackend`. Safe to use from several threads.
 
-    It differs from a collection of the embedded backend:
+    The main differences from a collection of the embedded backend:
 
     - These raise UNIMPLEMENTED: lexical and hybrid search, `min_recall`, a time to live, `expected_revisions` (since
       Milvus has no conditional write), `verify`, `backup`, `duplicates` and `clusters`.
     - Records always have text and metadata; `parts` is ignored.
     - A write is as durable as Milvus's own log.
-    - Sequences are microseconds since 1970, so that those of writes grow over restarts without being stored. `info` has
-      the sequence 0 until this server has written.
-    - The number of new ids, and the creation times of records, are read just before a write.
+    - The sequence of a write is its time in microseconds since 1970, or one more than the last sequence if that is
+      greater. So sequences of one server grow over restarts without being stored, unless its clock is set back. `info`
+      has the sequence 0 until this server has written.
+    - Which ids are new, and the creation times of records, are read just before a write. They are wrong if another
+      server writes the same records at that moment.
 
     Every method that calls Milvus raises the `ServiceError` of `Connection.call` if the call fails.
 
@@ -71,10 +73,10 @@ class MilvusCollection:
         self._sequence = 0
 
     def adopt(self, spec: CollectionSpec) -> bool:
-        """Replace the object's spec by `spec`, the present one, if only model fingerprint or truncation differ.
+        """Replace the object's spec by `spec`, the present one, if at most model fingerprint and truncation differ.
 
         Returns:
-            Whether the spec was replaced. If not, another collection has the name now.
+            Whether `spec` is now the object's spec. If not, another collection has the name now.
         """
         changed = replace(self.spec, model_fingerprint=spec.model_fingerprint, truncation=spec.truncation)
         if changed == spec:
@@ -99,13 +101,17 @@ class MilvusCollection:
         """Insert records or replace those with the same ids, by one message to Milvus.
 
         Args:
-            records: the records.
-            vectors: float32 (records, dimensions).
+            records: the records, at least one, with distinct ids.
+            vectors: the vector of each record, float32 (records, dimensions).
             expected_revisions: must be None.
 
+        Returns:
+            The sequence of the write, which is the records' revision, and the numbers of new and replaced records.
+
         Raises:
-            ServiceError: INVALID_ARGUMENT for a record or vector that is invalid or too large for Milvus; UNIMPLEMENTED
-                for `expected_revisions`, or a record with a time to live.
+            ServiceError: INVALID_ARGUMENT for records or vectors that are invalid or that Milvus cannot store;
+                UNIMPLEMENTED for `expected_revisions`, or a record with a time to live; RESOURCE_EXHAUSTED if the
+                message is too large for Milvus.
         """
         documents = check_records(records)
         check_vectors(vectors, self.spec.dimensions, self.spec.distance, items_of("vectors"))
@@ -134,7 +140,8 @@ class MilvusCollection:
     def delete(self, ids: Sequence[str]) -> WriteResult:
         """Delete the records with the given ids, by one message to Milvus; ids without a record are ignored.
 
-        If no record has one of the ids, nothing is written, and the result has the last write's sequence, as in `info`.
+        Return the sequence and the number of deleted records. If no record has one of the ids, nothing is written, and
+        the sequence is that of the last write, as in `info`.
         """
         with self._write_lock:
             return self._delete([found[schema.ID] for found in self._reader.by_id(ids, [schema.ID])])
@@ -142,7 +149,8 @@ class MilvusCollection:
     def delete_matching(self, condition: Filter) -> WriteResult:
         """Delete the records that meet the filter `condition`, by one message to Milvus that has their ids.
 
-        If no record meets it, nothing is written, and the result has the last write's sequence, as in `info`.
+        Return the sequence and the number of deleted records. If no record meets the filter, nothing is written, and
+        the sequence is that of the last write, as in `info`.
         """
         with self._write_lock:
             return self._delete([found[schema.ID] for found in self._reader.walk([schema.ID], condition)])
@@ -208,25 +216,26 @@ class MilvusCollection:
     ) -> list[SearchOutcome]:
         """Search for the records nearest to each query.
 
-        The plan says HNSW if Milvus searched; Milvus does not report which of its segments have no graph yet. In other
-        cases the server compares vectors with the query, see `Searcher.search`.
+        The plan says HNSW if Milvus searched, even if a segment has no graph yet, since Milvus does not report that.
+        The plan says EXACT if the server compared vectors with the query, see `Searcher.search`.
 
         Args:
             queries: float32 (queries, dimensions).
             top_k: most hits of each query, 1 to 10,000: one number, or a number for each query.
-            ef: candidates that a search of the graph keeps, see `Request.ef`; 0: chosen by `top_k`.
+            ef: candidates that a search of the graph keeps, 0 to 1,000,000, see `Request.ef`; 0: chosen by `top_k`.
             min_recall: must be 0.
             exclude_ids: for each query the id of a record that is no hit, or None; empty: no query has one.
             with_vectors: whether hits have their vectors.
-            conditions: the filter of each query, None for a query without; empty: no query has a filter. Their number
-                is not checked.
+            conditions: the filter of each query, None for a query without; empty: no query has a filter. The caller
+                must give one for each query: the number is not checked.
             parts: ignored; hits have text and metadata.
 
         Returns:
             The outcome of each query, in the order of the queries.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT for a query or number that is invalid; UNIMPLEMENTED for `min_recall`.
+            ServiceError: INVALID_ARGUMENT for a query or number that is invalid; UNIMPLEMENTED for a valid `min_recall`
+                above 0.
         """
         check_vectors(queries, self.spec.dimensions, self.spec.distance, items_of("queries", "vector"))
         sizes = [top_k] * len(queries) if isinstance(top_k, int) else list(top_k)
@@ -300,9 +309,9 @@ class MilvusCollection:
         raise unsupported("mode HYBRID", BACKEND, _DENSE)
 
     def _delete(self, present: Sequence[str]) -> WriteResult:
-        """Delete the records with the ids `present`, which all exist; if there are none, send nothing to Milvus.
+        """Delete the records with the ids `present`, which were just read; if there are none, send nothing to Milvus.
 
-        The caller holds the write lock.
+        The result is that of `delete`. The caller holds the write lock.
         """
         if present:
             self._reader.call("delete", filter=schema.one_of(present))

@@ -1,4 +1,4 @@
-"""The connection to Milvus: every call has a time limit, and failures become `ServiceError`."""
+"""The connection to Milvus: every RPC has a time limit, and failures become `ServiceError`."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from emberpc.server.errors import Code, ServiceError
 
 log = logging.getLogger(__name__)
 
-#: Limit of the seconds to connect to Milvus, at the start of the server and after a lost connection.
+#: Limit of the seconds of an attempt to connect to Milvus, at the start of the server and after a lost connection.
 _CONNECT_SECONDS = 5.0
-#: Limit of the seconds of one call to Milvus. It is set on the gRPC channel: as an argument of a call, pymilvus would
-#: take it as the time for which to retry a call that cannot reach Milvus.
+#: Limit of the seconds of one RPC to Milvus; a method of `MilvusClient` may need several. The limit is set on the gRPC
+#: channel: as the argument `timeout` of a method, pymilvus would take it as the time for which to retry an RPC that
+#: cannot reach Milvus.
 _CALL_SECONDS = 120
 _OPTIONS = {
     "grpc.service_config": json.dumps({"methodConfig": [{"name": [{}], "timeout": f"{_CALL_SECONDS}s"}]}),
-    # Without this, gRPC delays a new connection to an address after a connection to the same address has failed.
+    # Without this, gRPC delays a new connection to an address after another connection to that address has failed.
     "grpc.use_local_subchannel_pool": 1,
-    # No HTTP/2 pings while there are no calls: Milvus may close a connection with too many of them.
+    # No HTTP/2 pings while there are no calls: Milvus may close a connection on which it gets too many pings.
     "grpc.keepalive_permit_without_calls": 0,
 }
-#: Number of retries of a call, each on a new connection. By default pymilvus retries 75 times.
+#: Number of retries of an RPC whose error pymilvus retries. If Milvus cannot be reached, pymilvus connects again before
+#: a retry. By default pymilvus retries 75 times.
 _RETRIES = 1
-#: Seconds after which a caller may retry a call that failed because Milvus was not ready or too busy.
+#: Seconds after which a caller may retry a call that failed because Milvus was not reached, not ready, slow or busy.
 _BACK_SECONDS = 2.0
 
 
@@ -76,8 +78,8 @@ NOT_LOADED = "MILVUS_NOT_LOADED"
 _UNLOADED = _Failure(Code.UNAVAILABLE, NOT_LOADED, "Milvus has not loaded the collection yet; try again", _BACK_SECONDS)
 _UNKNOWN = _Failure(Code.INTERNAL, "MILVUS_FAILED", "Milvus failed")
 
-#: The failure for each error code: gRPC's status codes, and Milvus's own codes (numbers). An error with another code is
-#: `_UNREACHABLE` if pymilvus states that a retry may help (`retriable`), else `_UNKNOWN`.
+#: Failures by error code: gRPC's status codes, and Milvus's own codes (numbers). `_failure` says what becomes of errors
+#: with other codes.
 _FAILURES: dict[object, _Failure] = {
     grpc.StatusCode.UNAVAILABLE: _UNREACHABLE,
     grpc.StatusCode.CANCELLED: _UNREACHABLE,
@@ -101,7 +103,7 @@ _FAILURES: dict[object, _Failure] = {
 
 
 class Connection:
-    """A connection to Milvus that reconnects by itself. Safe to use from several threads.
+    """A connection to Milvus. A call connects again if the connection was lost. Safe to use from several threads.
 
     Args:
         uri: address of Milvus, such as `http://milvus:19530`, or `https://…` for TLS. The path, if there is one, is the
@@ -125,14 +127,16 @@ class Connection:
     def call(self, doing: str, method: str, **arguments: Any) -> Any:
         """Call a method of `MilvusClient` and return its result.
 
+        `load_collection` and `create_index` wait until Milvus has finished, without a limit.
+
         Args:
             doing: name of the operation in error messages and in the log.
             method: name of the method.
             arguments: arguments of the method.
 
         Raises:
-            ServiceError: UNAVAILABLE if the connection is closed, or Milvus cannot be reached, does not answer within
-                120 s or states that a retry may help; otherwise the error of `_FAILURES` for the code, else INTERNAL.
+            ServiceError: UNAVAILABLE if the connection is closed, Milvus cannot be reached, or an RPC is not answered
+                within 120 s; for other failures the error that `translated` states.
         """
         if self._closed:
             raise ServiceError(Code.UNAVAILABLE, "the index is closed; try again", reason="CLOSED")
@@ -154,8 +158,8 @@ def translated(doing: str) -> Iterator[None]:
         doing: name of the operation in the message of the error and in the log.
 
     Raises:
-        ServiceError: the error that `_FAILURES` has for the code of the original error or of one of its causes. For
-            other codes, UNAVAILABLE if one of these errors is `retriable`, else INTERNAL. See `_failure`.
+        ServiceError: by the result of `_failure`: the error that `_FAILURES` has for a code, UNAVAILABLE for an error
+            that is `retriable` and has another code, else INTERNAL.
     """
     try:
         yield
@@ -173,8 +177,9 @@ def translated(doing: str) -> Iterator[None]:
 def _failure(error: MilvusException | grpc.RpcError) -> _Failure:
     """Return the failure for an error or, since some errors of pymilvus have no code of their own, for its causes.
 
-    The first of these errors decides that has a code in `_FAILURES`, or that is `retriable` (`_UNREACHABLE`). If there
-    is none: `_UNKNOWN`.
+    The errors are read in this order: the error, its cause, the cause's cause, and so on. The first one decides that
+    has a code in `_FAILURES`, or that is `retriable`: pymilvus states that a retry may help. A retriable error without
+    such a code is `_UNREACHABLE`. If no error decides, the failure is `_UNKNOWN`.
     """
     cause: BaseException | None = error
     seen = set[int]()  # the causes of an error that pymilvus raises again can lead back to it

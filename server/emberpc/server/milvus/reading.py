@@ -1,4 +1,4 @@
-"""Read the records of a collection in Milvus: by id, in the order of ids, by number and by vector."""
+"""Read the records of a collection in Milvus by id, in byte order of ids or nearest to a vector, and count them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from emberpc.server.errors import ServiceError
 from emberpc.server.milvus import schema, terms
 from emberpc.server.milvus.connection import NOT_LOADED, Connection
 
-#: Limit of the ids in one filter expression of Milvus; more ids take several calls.
+#: Most ids in one call of `Reader.by_id` to Milvus: the filter expression lists them. More ids take several calls.
 _IDS_AT_ONCE = 1000
-#: Default number of rows that one call to Milvus returns in `Reader.walk`, with or without a filter.
+#: Default of the most rows that one call to Milvus returns in `Reader.walk`, so that a response stays small.
 _ROWS_AT_ONCE = 1000
 
 Result = TypeVar("Result")
 
 
 class Reader:
-    """Reads a collection in Milvus. Reads include all acknowledged writes. Safe to use from several threads.
+    """Reads a collection in Milvus. Safe to use from several threads.
 
-    Every method raises the `ServiceError` of `Connection.call`. The reads also raise DEADLINE_EXCEEDED if the call that
-    this thread runs is cancelled.
+    Each read sees every write that was acknowledged before the read. A method that calls Milvus several times may see
+    several states of the collection.
+
+    Every method may raise the errors of `Connection.call`. Every method except `call` also raises DEADLINE_EXCEEDED if
+    the call that this thread runs is cancelled; this is checked before each read of Milvus.
 
     Args:
         connection: the connection to Milvus.
@@ -37,13 +40,13 @@ class Reader:
         self._name = schema.milvus_name(spec.name)
 
     def call(self, method: str, **arguments: Any) -> Any:
-        """Call a method of `MilvusClient` with the collection's name and other arguments; see `Connection.call`."""
+        """Call `method` of `MilvusClient` with `arguments` and the collection's name in Milvus; return its result."""
         return self._connection.call(f"collection {self.spec.name!r}", method, collection_name=self._name, **arguments)
 
     def by_id(self, ids: Sequence[str], output: list[str]) -> Iterator[dict[str, Any]]:
-        """Yield the fields `output` of the records with the given ids, in no particular order.
+        """Yield a dict of the fields `output` for each record with one of the given ids, in no particular order.
 
-        Ids without a record are left out. A repeated id yields one record.
+        Ids without a record are left out. A repeated id yields its record once.
         """
         distinct = list(dict.fromkeys(ids))
         for start in range(0, len(distinct), _IDS_AT_ONCE):
@@ -58,13 +61,14 @@ class Reader:
         batch: int = _ROWS_AT_ONCE,
         among: str = "",
     ) -> Iterator[dict[str, Any]]:
-        """Yield some fields of the records that meet a filter, in byte order of ids.
+        """Yield a dict of some fields for each record that meets a filter, in byte order of ids.
 
         Args:
-            output: names of the fields. `metadata` may be yielded too if the filter needs it.
+            output: names of the fields, with `id`. `metadata` is yielded too if the filter has doubtful records (see
+                `terms.Clause`).
             condition: the filter; None: all records.
             after: only records with greater ids are yielded; empty: all records.
-            batch: rows that one call to Milvus returns.
+            batch: most rows that one call to Milvus returns.
             among: a filter expression of Milvus that the records must meet too; empty: none.
         """
         clause = clause_of(condition)
@@ -73,7 +77,8 @@ class Reader:
                 filter=terms.both(schema.behind(after), clause.expression, among),
                 output_fields=[*output, "metadata"] if clause.doubtful else output,
                 limit=batch,
-                # As pymilvus's own iterator does. Milvus then returns the rows with the least ids of all segments.
+                # pymilvus's own iterator sets these two options too. Without them, Milvus may return any `limit` rows
+                # that meet the filter; with them, it returns the rows with the least ids.
                 iterator="True",
                 reduce_stop_for_best=True,
             )
@@ -86,7 +91,10 @@ class Reader:
             after = rows[-1][schema.ID]
 
     def count(self, condition: Filter | None = None) -> int:
-        """Return the number of records that meet the filter `condition`; None: of all records."""
+        """Return the number of records that meet the filter `condition`; None: of all records.
+
+        Milvus counts the records, except doubtful ones (see `terms.Clause`): their metadata is read and compared here.
+        """
         clause = clause_of(condition)
         if not clause.doubtful:
             return self.count_expression(clause.expression)
@@ -101,14 +109,15 @@ class Reader:
         """Search the HNSW index of Milvus for the records nearest to each query.
 
         Args:
-            queries: float32 (queries, dimensions); under COSINE prepared by `metric.prepare`.
+            queries: float32 (queries, dimensions); under COSINE prepared by `metric.prepare`, else not prepared.
             limit: most hits of each query, at most 16,384.
-            ef: number of candidates that the search keeps.
+            ef: number of candidates that the search keeps, `limit` to 32,768.
             expression: a filter expression of Milvus that hits must meet; empty: none.
             output: names of the fields that hits have.
 
         Returns:
-            For each query the hits of pymilvus, nearest first.
+            For each query its hits, nearest first. A hit is a mapping: `entity` has the fields, and `distance` is the
+            value that `schema.score` converts.
         """
         return self._loaded(
             lambda: list(
@@ -132,8 +141,8 @@ class Reader:
         """Run a read. If the collection is not loaded, as after a restart of Milvus, load it and run the read again.
 
         Raises:
-            ServiceError: the error of the read; DEADLINE_EXCEEDED if the call that this thread runs is cancelled before
-            the read begins.
+            ServiceError: the error of the read or of loading; DEADLINE_EXCEEDED if the call that this thread runs is
+                cancelled before the first attempt.
         """
         cancellation.check()
         try:

@@ -1,4 +1,4 @@
-"""Convert names, specs and records of collections to Milvus's names, schemas and rows, and back."""
+"""Convert names, specs, records and scores between emberpc and Milvus; check records; select records by id."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from emberpc.server.milvus import terms
 from emberpc.server.milvus.literals import quoted
 from emberpc.server.names import NAME
 
-#: Prefix that marks emberpc's collections in a Milvus database.
+#: Prefix of the names of emberpc's collections in Milvus. Other collections of the Milvus database are ignored.
 _PREFIX = "emberpc_"
 #: Replacements of the characters that Milvus does not allow in names, where only letters, digits and `_` are allowed.
 #: `_` is replaced too, since it begins a replacement.
@@ -24,17 +24,17 @@ _ESCAPES = {"_": "_u", ".": "_d", "-": "_h"}
 _UNESCAPES = {escape: character for character, escape in _ESCAPES.items()}
 #: Milvus's limit of the characters of a collection's name.
 _MAX_NAME = 255
-#: Key of the property of a Milvus collection that has the spec and the creation time.
+#: Key of a property of a Milvus collection. The value has the spec and the creation time as JSON.
 _PROPERTY = "emberpc.collection"
 
 #: Milvus's limit of the bytes (UTF-8) of a string, and so of a record's text and label.
 MAX_TEXT_BYTES = 65_535
-#: Bytes (UTF-8) of an id, which is the primary key in Milvus. emberpc's own limit is the same.
+#: Limit of the bytes (UTF-8) of an id, which is the primary key in Milvus. emberpc's own limit is the same.
 _MAX_ID_BYTES = 512
 #: Least dimensions of a vector in Milvus.
 _MIN_DIMENSIONS = 2
-#: Least length of a vector under COSINE. Milvus squares lengths in float32, where the square of a lesser length may
-#: become zero.
+#: Least length (Euclidean norm) of a vector under COSINE. Milvus squares lengths in float32, where the square of a much
+#: lesser length becomes zero.
 _MIN_LENGTH = 1e-15
 
 VECTOR = "vector"
@@ -44,7 +44,7 @@ _METRICS = {Distance.COSINE: "COSINE", Distance.DOT_PRODUCT: "IP", Distance.EUCL
 
 
 def milvus_name(name: str) -> str:
-    """Return the name that the collection `name` has in Milvus: the prefix, and the name with escaped characters.
+    """Return the name in Milvus of a collection with the valid name `name`: the prefix, and the escaped `name`.
 
     Raises:
         ServiceError: INVALID_ARGUMENT if the name in Milvus would have more than 255 characters.
@@ -64,7 +64,7 @@ def is_possible(name: str) -> bool:
 
 
 def own_name(escaped: str) -> str | None:
-    """Return the collection's name for its name in Milvus; None if `milvus_name` cannot have returned `escaped`."""
+    """Return the collection's name from its name in Milvus; None without the prefix or with an unknown escape."""
     if not escaped.startswith(_PREFIX):
         return None
     name, rest = "", escaped[len(_PREFIX) :]
@@ -84,7 +84,7 @@ def creation(spec: CollectionSpec, created: datetime) -> dict[str, Any]:
     property, since milvus-lite does not keep descriptions.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if Milvus does not support the spec.
+        ServiceError: INVALID_ARGUMENT if the vectors have fewer than 2 dimensions, which Milvus does not support.
     """
     if spec.dimensions < _MIN_DIMENSIONS:
         raise invalid("collection.dimensions", f"is {spec.dimensions}; Milvus needs {_MIN_DIMENSIONS} or more")
@@ -107,16 +107,16 @@ def creation(spec: CollectionSpec, created: datetime) -> dict[str, Any]:
     return {
         "schema": schema,
         "properties": properties(spec, created),
-        # With one shard, all records of a write are one message in Milvus's log, so the write is atomic.
+        # With several shards, Milvus would divide the records of a write, and could store one part and not the other.
         "num_shards": 1,
         "consistency_level": "Strong",
     }
 
 
 def properties(spec: CollectionSpec, created: datetime) -> dict[str, str]:
-    """Return the properties of a collection in Milvus: its spec and creation time as JSON.
+    """Return the property, by its key, that stores spec and creation time of a collection in Milvus as JSON.
 
-    `read_description` prefers the properties to the description: a change of the spec is written only to them.
+    A change of the spec is written only to the property, so `read_description` prefers it to the description.
     """
     return {_PROPERTY: _about(spec, created)}
 
@@ -126,7 +126,7 @@ def _about(spec: CollectionSpec, created: datetime) -> str:
 
 
 def graph(spec: CollectionSpec) -> Any:
-    """Return the parameters with which Milvus builds the HNSW index of a collection's vectors."""
+    """Return the parameters of the HNSW index of a collection's vectors, for `MilvusClient.create_index`."""
     parameters = MilvusClient.prepare_index_params()
     parameters.add_index(
         field_name=VECTOR,
@@ -140,7 +140,8 @@ def graph(spec: CollectionSpec) -> Any:
 def read_description(described: dict[str, Any]) -> tuple[CollectionSpec, datetime] | None:
     """Return spec and creation time from the result of `MilvusClient.describe_collection`.
 
-    None if emberpc did not create the collection, or the stored spec is damaged.
+    They are read from the property; without the property, from the description. None if emberpc did not create the
+    collection, or they are damaged.
     """
     text = (described.get("properties") or {}).get(_PROPERTY) or described.get("description") or ""
     try:
@@ -153,7 +154,7 @@ def read_description(described: dict[str, Any]) -> tuple[CollectionSpec, datetim
 def check_fit(
     records: Sequence[NewRecord], found_terms: Sequence[Sequence[str]], vectors: Matrix, distance: Distance
 ) -> None:
-    """Check that Milvus can store valid records.
+    """Check that Milvus can store records and vectors that are valid for emberpc.
 
     Args:
         records: the records.
@@ -162,8 +163,8 @@ def check_fit(
         distance: the distance of the collection.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT, naming each record whose text or label is too long, each record whose metadata
-            has too many terms, and under COSINE each vector that is too short.
+        ServiceError: INVALID_ARGUMENT, naming each text or label of more than 65,535 bytes, the metadata of each record
+            with more than 4096 terms, and under COSINE each vector shorter than 1e-15.
     """
     violations = []
     for i, record in enumerate(records):
@@ -228,7 +229,7 @@ def fields(*, with_vectors: bool) -> list[str]:
 
 
 def stored(found: dict[str, Any]) -> StoredRecord:
-    """Convert a row of Milvus, with the fields that `fields` returns, to a record."""
+    """Convert a row of Milvus, with the fields that `fields` returns, to a record. It may be without a vector."""
     return StoredRecord(
         id=found[ID],
         text=found["text"],
@@ -248,18 +249,18 @@ def metadata(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _document(found: dict[str, Any]) -> str:
-    """Return the metadata of a row of Milvus as JSON text."""
+    """Return the metadata of a row of Milvus as JSON text, without white space at its ends, for `decode_document`."""
     value = found["metadata"]
     return value.strip() if isinstance(value, str) else json.dumps(metadata(found), ensure_ascii=False)
 
 
 def behind(record_id: str) -> str:
-    """Return the filter expression that records with greater ids (in byte order) meet; for an empty id all records."""
+    """Return Milvus's filter expression for the records with ids after `record_id` in byte order; empty id: all."""
     return f"{ID} > {quoted(record_id)}"
 
 
 def one_of(ids: Sequence[str]) -> str:
-    """Return the filter expression of Milvus that the records with the given ids meet."""
+    """Return Milvus's filter expression for the records with the given ids."""
     return f"{ID} in [{', '.join(map(quoted, ids))}]"
 
 

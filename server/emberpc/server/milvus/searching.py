@@ -1,4 +1,4 @@
-"""Search in a collection in Milvus: by its graph, or by comparing vectors in the server."""
+"""Search in a collection in Milvus: by Milvus's graph, or by comparing vectors in the emberpc server."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from emberpc.server.collections.types import Distance, Matrix, Plan, SearchOutco
 from emberpc.server.milvus import schema
 from emberpc.server.milvus.reading import Reader, clause_of
 
-#: Limit of `top_k` of all queries of one call to Milvus together. With a filter that has doubtful records, the response
-#: may have `_DOUBT` times as many hits. A response of Milvus may have at most 100 MB.
+#: Limit of the number of queries of one call to Milvus times their greatest `top_k`, since a response of Milvus may
+#: have at most 100 MB. Milvus is asked for one hit more of each query, and for `_DOUBT` times as many if the filter may
+#: have doubtful records.
 _HITS_AT_ONCE = 10_000
-#: If a request sets no ef: ef is twice the number of hits, and at least 200, as in the embedded backend
-#: before it measures a graph. A filter makes ef greater, see `Searcher._ask`.
+#: If a request sets no ef: least ef, and ef for each wanted hit of a query. The ef is the greater of the two, as in the
+#: embedded backend before it measures a graph. A filter makes ef greater, see `Searcher._ask`.
 _MIN_EF, _EF_PER_HIT = 200, 2
 #: Milvus's limits of ef, and of the hits of one query.
 _MAX_EF, _MAX_LIMIT = 32_768, 16_384
-#: If a filter has doubtful records (`terms.Clause`), Milvus is asked for this many times the wanted hits, since the
-#: server then drops those that do not match.
+#: If a filter may have doubtful records (`terms.Clause`), Milvus is asked for this many times the wanted hits, since
+#: the server drops hits that do not match.
 _DOUBT = 4
 #: If there is a filter and at most this many records may meet it, the server compares all their vectors with the query.
-#: The result is then exact, while a search of Milvus's graph would find only some of these records.
+#: The result is then exact, while a search of Milvus's graph may find only some of these records.
 _FEW = 2000
-#: If the graph found too few hits, and at most this many records meet the filter (without a filter: exist), the server
-#: compares their vectors.
+#: If Milvus found too few hits (see `Searcher._hits`), and at most this many records meet the filter (without a filter:
+#: exist), the server compares their vectors. With more records that would take too long.
 _MANY = 100_000
-#: Number of vectors that the server holds in memory and compares at a time.
+#: Most vectors that the server compares at a time, to save memory.
 _BATCH = 1000
 
 
@@ -41,11 +42,11 @@ class Request:
     """Queries with the same ef.
 
     Attributes:
-        queries: float32 (queries, dimensions).
-        top_k: most hits of each query.
-        exclude: for each query the id of a record that is no hit, or None.
-        ef: candidates that a search of the graph keeps; 0: chosen by `top_k`. It is raised for a filter, and to the
-            number of hits, and is at most 32,768.
+        queries: float32 (queries, dimensions), not prepared.
+        top_k: for each query the most hits.
+        exclude: for each query the id of a record that must be no hit, or None.
+        ef: candidates that a search of the graph keeps; 0: chosen by `top_k`. The searcher raises ef for a filter, and
+            to the number of hits that it asks Milvus for, and lowers it to at most 32,768.
         with_vectors: whether hits have their vectors.
     """
 
@@ -56,7 +57,7 @@ class Request:
     with_vectors: bool
 
     def only(self, rows: Sequence[int]) -> Request:
-        """Return a copy of the request with only the queries whose indexes are in `rows`."""
+        """Return a copy of the request with only the queries whose indexes are in `rows`, in the order of `rows`."""
         rows = list(rows)
         return replace(
             self,
@@ -67,7 +68,7 @@ class Request:
 
 
 class Searcher:
-    """Answers queries on one collection that have the same filter.
+    """Answers queries on one collection that have the same filter. Create one for each search: it caches a count.
 
     Args:
         reader: reads the collection.
@@ -84,8 +85,9 @@ class Searcher:
         """Return the outcome of each query of a request, in the order of the queries; errors are those of `Reader`.
 
         If there is a filter and at most 2,000 records may meet it, the server compares their vectors. Otherwise Milvus
-        searches, with a greater ef the fewer records may meet the filter. If Milvus finds too few hits of a query and
-        at most 100,000 records meet the filter (without a filter: exist), the server compares their vectors.
+        searches, with a greater ef the fewer records may meet the filter. If Milvus finds fewer than `top_k` hits of a
+        query and not all records that meet the filter (without a filter: all records), and these records are at most
+        100,000, the server compares their vectors for this query.
         """
         widening = 1.0
         if self._condition is not None:
@@ -106,7 +108,7 @@ class Searcher:
         """Search in Milvus; return the outcome of each query, or None where the server should compare vectors instead.
 
         Args:
-            request: the queries.
+            request: the queries, all for one call to Milvus.
             widening: factor of ef, also of an ef that the request sets: the number of all records, divided by that of
                 the records that may meet the filter; 1 without a filter.
         """
@@ -129,12 +131,13 @@ class Searcher:
         Args:
             found: hits of pymilvus, nearest first.
             k: most hits of the outcome.
-            exclude: id of a record that is no hit; None: none.
+            exclude: id of a record that must be no hit; None: none.
             plan: how Milvus searched.
 
         Returns:
-            The outcome. None if hits are missing, the graph did not find all records that meet the filter, and these
-            are at most 100,000, so that the server can compare them; if they are more, the outcome has a shortfall.
+            The outcome; with fewer than `k` hits, its plan states a reason. None, so that the server compares vectors,
+            if there are fewer than `k` hits, Milvus did not find all records that meet the filter (without a filter:
+            all records), and these records are at most 100,000.
         """
         candidates = [(schema.stored(hit["entity"]), schema.score(self._distance, hit["distance"])) for hit in found]
         if self._condition is not None and self._clause.doubtful:
@@ -150,7 +153,8 @@ class Searcher:
     def _compare(self, request: Request) -> list[SearchOutcome]:
         """Compare the queries with the vectors of all records that meet the filter; return the outcome of each query.
 
-        This is slow, but exact. A record that is deleted meanwhile is left out.
+        This is slow, but exact unless records change meanwhile: a hit that is deleted after its vector was read is left
+        out, and a hit that is replaced has its new content and its old score.
         """
         k = max(request.top_k) + 1
         prepared = prepare(request.queries, self._distance)
@@ -207,15 +211,19 @@ def _score(found: tuple[float, str]) -> float:
 
 
 def _blocks(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Yield groups of queries for one call to Milvus each, as indexes of `sizes`, the top_k of all queries.
+    """Group queries, each group for one call to Milvus; yield each group as a list of indexes of `sizes`.
 
     In a group, the greatest top_k is at most twice the least, and the number of queries times the greatest top_k is at
     most 10,000.
+
+    Args:
+        sizes: top_k of each query, at most 10,000.
     """
     order = np.argsort(np.array(sizes), kind="stable").tolist()
     block: list[int] = []
     for row in order:
-        # Milvus searches for the greatest top_k of a call with every query of the call.
+        # All queries of a call to Milvus have the same limit of hits, the greatest top_k. So a query with a small top_k
+        # would get many hits in vain.
         if block and ((len(block) + 1) * sizes[row] > _HITS_AT_ONCE or sizes[row] > 2 * sizes[block[0]]):
             yield block
             block = []

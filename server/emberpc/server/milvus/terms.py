@@ -5,7 +5,8 @@ for missing fields, for lists, and for `true` and 1. An array of strings means t
 array of terms. A term states one fact about a metadata field:
 
 - the field exists;
-- its value is, or is a list that contains, a value of a kind (`kind_of`), such as a string;
+- its value is of a kind (`kind_of`), such as a string;
+- its value is a list that contains a value of a kind;
 - its value is, or is a list that contains, this exact value.
 
 Equality, membership and existence need terms only. Comparisons by order and prefixes read the JSON, but only of records
@@ -45,7 +46,7 @@ MAX_TERMS = 4096
 #: Bytes of a term: a hash in hexadecimal.
 TERM_BYTES = 16
 
-#: Patterns of the metadata keys and of the prefixes that Milvus and milvus-lite both take literally, without escapes.
+#: Patterns of a metadata key, and of a prefix, that both Milvus and milvus-lite take literally, without escapes.
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_.-]+")
 _PLAIN_PREFIX = re.compile(r'[^%_\\"\'\x00-\x1f]+')
 
@@ -56,8 +57,8 @@ class Clause:
 
     Attributes:
         expression: every record that matches the filter meets this expression; empty: every record meets it.
-        doubtful: a record that meets both expressions may or may not match the filter: `filters.matches` must decide. A
-            record that meets only `expression` matches. Empty: no record is doubtful.
+        doubtful: a record that meets `expression` and `doubtful` may or may not match the filter: `filters.matches`
+            must decide. A record that meets only `expression` matches. Empty: no record is doubtful.
     """
 
     expression: str
@@ -73,7 +74,7 @@ def terms(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def compile_filter(condition: Filter, *, met: bool = True) -> Clause:
-    """Compile a filter, or its negation, to filter expressions of Milvus.
+    """Compile a validated filter, or its negation, to filter expressions of Milvus.
 
     Args:
         condition: the filter.
@@ -96,15 +97,16 @@ def compile_filter(condition: Filter, *, met: bool = True) -> Clause:
 
 
 def both(*expressions: str) -> str:
-    """Join expressions by AND. Empty expressions are left out; the result is empty if all are."""
+    """Join expressions by AND. Empty expressions are left out; the result is empty if all are empty."""
     return " and ".join(f"({each})" for each in expressions if each)
 
 
 def _ordered(condition: Comparison | Prefix, path: tuple[str, ...], *, met: bool) -> Clause:
-    """Compile a comparison by order or a prefix on the nested keys `path`; its negation unless `met`.
+    """Compile a comparison by order, or a prefix, of the field with the nested keys `path`; its negation unless `met`.
 
-    Records whose field is a list with a value of the kind are doubtful. So are records whose field is a value of the
-    kind, if Milvus and milvus-lite may compare it in different ways, and for every negation.
+    The kind is that of the value that the field is compared with, string or number; string for a prefix. Records whose
+    field is a list with an item of the kind are doubtful. Records whose field is of the kind are doubtful for a
+    negation, and if `_compared` returns no expression.
     """
     kind = "string" if isinstance(condition, Prefix) else kind_of(condition.value)
     is_one, holds_one = _has([_term(path, kind)]), _has([_term(path, "list", kind)])
@@ -116,9 +118,13 @@ def _ordered(condition: Comparison | Prefix, path: tuple[str, ...], *, met: bool
 
 
 def _compared(condition: Comparison | Prefix, path: tuple[str, ...]) -> str:
-    """Return the expression that compares the metadata field with the nested keys `path`.
+    """Return the expression by which Milvus compares a field with the value or prefix of `condition`.
 
-    Empty if the keys or the value have characters that Milvus and milvus-lite may read in different ways.
+    Empty if the keys, the value or the prefix have characters that Milvus and milvus-lite may read in different ways.
+
+    Args:
+        condition: the condition; its field is not read.
+        path: the nested keys of the metadata field.
     """
     if not all(_PLAIN_KEY.fullmatch(key) for key in path):
         return ""
@@ -178,8 +184,9 @@ def _value_term(path: tuple[str, ...], value: Value) -> str:
 
 
 def _term(path: tuple[str, ...], *about: str) -> str:
-    """Return the term for a fact `about` the field with the nested keys `path`.
+    """Return the term for a fact about the metadata field with the nested keys `path`.
 
-    The term is a hash of 16 hexadecimal digits, since Milvus limits the length of strings in arrays.
+    `about` names the fact, such as `there`, or `equal` with the kind and the value. The term is a hash of 16
+    hexadecimal digits, since Milvus limits the length of strings in arrays.
     """
     return blake2b(json.dumps([path, *about]).encode(), digest_size=TERM_BYTES // 2).hexdigest()

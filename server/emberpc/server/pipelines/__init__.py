@@ -1,1 +1,1 @@
-"""Work that joins models and collections, such as embed-and-search. Imports no protobuf, gRPC or index backend."""
+"""The work of the calls, with models, collections or both. Imports no protobuf, gRPC or index backend."""

@@ -1,4 +1,4 @@
-"""Back up collections to files, and restore collections from them. The bytes are sent in pieces."""
+"""Back up collections, and restore collections from backups. A backup is sent and received in pieces."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from emberpc.server.pipelines.index_pool import IndexPool
 from emberpc.server.pipelines.slots import Slots
 from emberpc.server.pipelines.stream_tasks import cancel_tasks, next_message
 
-#: Most backups at a time, and most restores at a time. Each of them needs a thread at times, and as many bytes of disk
-#: as the collection.
+#: Slots: most backups at a time, and most restores at a time. Each of them needs a thread at times, and about as many
+#: bytes of disk as the collection.
 _AT_ONCE = 2
-#: Most callers that wait for a slot, and the seconds after which a refused caller may retry.
+#: Most callers that wait for a slot, of backups and of restores each, and the seconds after which a refused caller may
+#: retry.
 _MAX_WAITING, _RETRY_SECONDS = 8, 5.0
-#: Seconds after which a call is ended if its caller reads or sends nothing: while no other caller waits for a slot, and
-#: while another caller waits.
+#: Seconds after which a call is ended if its caller reads or sends nothing: while no other caller waits for a slot of
+#: the same kind, and while another caller waits.
 _STALL_SECONDS, _CONTENDED_SECONDS = 60.0, 15.0
 
 Message = TypeVar("Message")
@@ -32,13 +33,13 @@ Message = TypeVar("Message")
 
 @dataclass(frozen=True)
 class RestoreMessage:
-    """A piece of a backup to restore.
+    """A message with a piece of a backup to restore.
 
     Attributes:
-        name: name of the new collection; may be empty after the first message.
-        total_bytes: bytes of the backup, in the first message; 0: unknown.
+        name: name of the new collection; in later messages the same name or empty.
+        total_bytes: bytes of the whole backup; 0: unknown. Only that of the first message is read.
         data: the next bytes.
-        sha256: SHA-256 (hex) of the backup, in the last message.
+        sha256: in the last message, SHA-256 (hex) of the whole backup; empty in the other messages.
     """
 
     name: str
@@ -48,14 +49,17 @@ class RestoreMessage:
 
 
 class CollectionBackups:
-    """Backs up and restores collections, two at a time of each.
+    """Backs up and restores collections: at most two backups and two restores at a time.
+
+    `restore` ends the call of a caller that sends nothing. `services.backups` ends the call of a caller that does not
+    read the pieces of a backup; for that, `stall_seconds` and `contended_seconds` are attributes.
 
     Args:
         index: the collections.
         pool: runs the blocking calls of the index.
-        stall_seconds: seconds without reading or sending after which a caller's call is ended.
-        contended_seconds: like `stall_seconds`, but for the time while another caller waits for a slot; a greater
-            number than `stall_seconds` is lowered to it.
+        stall_seconds: seconds after which the call of a caller that sends or reads nothing is ended.
+        contended_seconds: seconds after which, and after each multiple of which, such a call is ended if another caller
+            waits for its slot. `stall_seconds` if that is less.
     """
 
     def __init__(
@@ -74,18 +78,19 @@ class CollectionBackups:
 
     @property
     def backups_wait(self) -> bool:
-        """Return whether a caller waits for a backup, since two backups are under way."""
+        """Return whether a caller waits to begin a backup, since two backups are under way."""
         return self._backups.waiting > 0
 
     async def backup(self, collection: CollectionBackend, caller: Caller) -> AsyncGenerator[Piece, None]:
-        """Yield the pieces of a backup of a collection. The backup ends when the caller leaves.
+        """Yield the pieces of a backup of a collection.
 
-        Two backups run at a time, and further callers wait. A backup runs until its caller has read all pieces. If the
-        caller's deadline passes while the index makes the copy, no piece is yielded.
+        At most two backups run at a time; further callers wait. A backup runs until all its pieces are read, or this
+        generator is closed, as when the caller leaves. If the caller's deadline passes while the index makes the copy,
+        nothing is yielded, without an error. After the first piece, the deadline has no effect here.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if too many callers or heavy calls wait, or the disk is full; any other
-                error of `CollectionBackend.backup`.
+            ServiceError: RESOURCE_EXHAUSTED if too many callers wait for a backup, too many heavy calls wait, or the
+                disk is full; any other error of `CollectionBackend.backup`.
         """
         async with self._backups.hold():
             stop = Cancellation(caller.seconds_left)
@@ -98,28 +103,30 @@ class CollectionBackups:
                     job = self._pool.start(lambda: next(pieces, None))
             finally:
                 stop.cancel()
-                # The generator can be closed only while no thread runs it: now, or when the thread has noticed the
-                # cancellation.
+                # A generator cannot be closed while a thread runs it. So `pieces` is closed when `job` has ended: at
+                # once, or when the thread has noticed the cancellation.
                 job.add_done_callback(lambda _: self._pool.start(pieces.close))
 
     async def restore(
         self, messages: AsyncIterator[Message], read: Callable[[Message], RestoreMessage]
     ) -> CollectionBackend:
-        """Create and return a collection from the pieces of a backup. If the restore fails, nothing remains.
+        """Create and return a collection from the pieces of a backup. If the restore fails, its files are removed.
 
-        Only two restores run at a time. A further caller waits after its first message, so a caller that sends nothing
-        blocks no other.
+        At most two restores run at a time. A restore begins after its caller's first message, so a caller that sends
+        nothing keeps no other caller waiting.
 
         Args:
             messages: the messages of the caller.
             read: returns the content of a message.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if a message is wrong or out of order, or the bytes are no intact backup;
-                ALREADY_EXISTS if a collection has the name; FAILED_PRECONDITION if a newer version wrote the backup;
-                DEADLINE_EXCEEDED if no message comes for 60 s (`stall_seconds`), or for 15 s (`contended_seconds`)
-                after the first message while others wait; RESOURCE_EXHAUSTED if too many callers wait, the disk is
-                full, or there are too many collections; any other error of `IndexBackend.restore`.
+            ServiceError: INVALID_ARGUMENT if the first message has no name or a wrong one, a later message has another
+                name, a message follows the one with the SHA-256, the SHA-256 is missing, or the bytes are no intact
+                backup; ALREADY_EXISTS if a collection has the name; FAILED_PRECONDITION if a newer version wrote the
+                backup; DEADLINE_EXCEEDED if no message comes for `stall_seconds` or, after the first message and while
+                another caller waits for a restore, for `contended_seconds`; RESOURCE_EXHAUSTED if too many callers
+                wait, the disk is full, or there are too many collections; any other error of `IndexBackend.restore` and
+                of the methods of its result.
         """
         message = await self._next(messages, lambda: False)
         first = None if message is None else read(message)
@@ -146,8 +153,8 @@ class CollectionBackups:
                 sha256 = piece.sha256
                 message = await self._next(messages, lambda: self._restores.waiting > 0)
                 piece = None if message is None else read(message)
-            # Not refused if many heavy calls wait, since the caller would have to send all bytes again. At most two
-            # restores run at a time.
+            # Not refused if many heavy calls wait: after a refusal, the caller would have to send all bytes again. At
+            # most two such calls wait, since at most two restores run at a time.
             return await self._pool.run(partial(restoration.finish, sha256), heavy=True, refuse=False)
         finally:
             opening.add_done_callback(self._close)
@@ -157,10 +164,11 @@ class CollectionBackups:
 
         Args:
             messages: the messages of the caller.
-            contended: returns whether another caller waits, so that the wait for the message must be shorter.
+            contended: returns whether another caller waits for a restore. Called every `contended_seconds`.
 
         Raises:
-            ServiceError: DEADLINE_EXCEEDED if no message came in time.
+            ServiceError: DEADLINE_EXCEEDED if no message came for `stall_seconds`, or before `contended` returned True;
+                any error of `messages`.
         """
         reading = asyncio.create_task(next_message(messages))
         waited = 0.0
@@ -177,7 +185,10 @@ class CollectionBackups:
             await cancel_tasks([reading])
 
     def _close(self, opening: Future[RestorationBackend]) -> None:
-        """Close the restoration that `opening` gave, in the pool; do nothing if `opening` failed or was cancelled."""
+        """Close the restoration that is the result of `opening`, in the pool; nothing if `opening` failed.
+
+        The files of a restoration that became no collection are removed.
+        """
         if not opening.cancelled() and opening.exception() is None:
             self._pool.start(opening.result().close)
 
@@ -189,7 +200,7 @@ def _check_servable(spec: CollectionSpec) -> None:
 
     Raises:
         ValueError: the truncation is unknown.
-        ServiceError: INVALID_ARGUMENT for fields that cannot be indexed.
+        ServiceError: INVALID_ARGUMENT for too many indexed fields, or a field that cannot be indexed.
     """
     Truncation(spec.truncation)
     check_indexed_fields(spec.indexed_fields, "indexed_fields")

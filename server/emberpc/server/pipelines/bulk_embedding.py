@@ -1,4 +1,7 @@
-"""Embed groups of texts for streams and jobs. A wrong text fails alone, and a group waits while the queue is full."""
+"""Embed groups of texts for streams and jobs. A text that cannot be embedded fails alone.
+
+While the queue is full, a group is tried again for some seconds.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,23 @@ from emberpc.server.pipelines.limits import Limits
 
 log = logging.getLogger(__name__)
 
-#: Most texts of a group: enough for several micro-batches, and few enough for a small response with their vectors.
+#: Most texts of a group: usually enough for several micro-batches, and few enough for a small response with their
+#: vectors.
 GROUP_TEXTS = 64
-#: Most characters of a group of an embedding stream; a group of a single text may have more. Groups of upsert streams
-#: and of jobs have no such limit.
+#: Most characters of the ids and texts of a group of an embedding stream; a group of a single text may have more. In
+#: upsert streams and jobs, groups have no limit of characters.
 GROUP_CHARACTERS = 2**16
-#: Most groups of a stream that are embedded at a time. They are enough for a few workers to find texts of similar
-#: length, and fill only a small part of the queue.
+#: Most groups of a stream that are embedded at a time: enough for a few workers to find texts of similar length. More
+#: would fill a greater part of the queue.
 GROUPS = 8
-#: Codes of errors that are not the fault of a text. Work that stores the vectors (upsert streams, jobs) ends with such
-#: an error or retries, and does not count the texts as failed. An embedding stream ends only with UNAVAILABLE.
+#: Codes of errors that are not the fault of a text. With such an error, an upsert stream ends, and a reembedding tries
+#: again later; the texts do not count as failed. Of these errors, only UNAVAILABLE ends an embedding stream; the others
+#: fail its texts.
 SERVER_ERRORS = frozenset({Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED})
-#: Seconds for which the texts of a group are tried again while the queue is full.
+#: Seconds for which texts are tried again while the queue is full.
 _RETRY_SECONDS = 20.0
-#: The shortest and the longest pause between two tries, in seconds; within them, the error says how long to wait.
+#: The shortest and the longest pause between two tries, in seconds. Between these limits, the pause is the
+#: `retry_after` of the error.
 _PAUSES = (0.05, 2.0)
 
 _PATH = items_of("items", "text")
@@ -35,11 +41,11 @@ _PATH = items_of("items", "text")
 
 @dataclass
 class EmbeddedGroup:
-    """The inferences and the failures of a group of texts. Each text has either an inference or a failure.
+    """The inferences and the failures of a group of texts. Each text has either a row of an inference or a failure.
 
     Attributes:
         parts: the inferences, each with the indexes of its texts in the group: row k belongs to the k-th index.
-        failures: the error of each text that has no vector, by the index of the text.
+        failures: the error of each text that has no vector, by the index of the text in the group.
     """
 
     parts: list[tuple[list[int], Inference]] = field(default_factory=list)
@@ -58,7 +64,7 @@ class BulkEmbedder:
         truncation: the truncation of long texts.
         caller: the caller of the stream or job.
         request_id: the request id of the stream, or the name of the job, for the log.
-        ending: codes of the errors that `embed` raises. Errors with other codes fail texts.
+        ending: codes of errors of the model run that `embed` raises. Errors with other codes fail texts.
     """
 
     engine: Engine
@@ -73,13 +79,13 @@ class BulkEmbedder:
     async def embed(self, texts: Sequence[str]) -> EmbeddedGroup:
         """Embed texts, and return their inferences and failures.
 
-        A text that is empty, too long, or on which the model fails, fails alone. Any other error, such as a passed
-        deadline, fails all texts that were run together, unless its code is in `self.ending`. While the queue is full,
-        texts are tried again for up to 20 seconds or until the deadline; after a split of the group, each part for that
-        long.
+        A text that is empty or too long, or on which the model fails, fails alone. If an error does not name the text,
+        the group is split to find it. Any other error, such as a passed deadline, fails all texts that were run
+        together, unless its code is in `self.ending`. While the queue is full, texts are tried again for 20 seconds,
+        but not after the deadline; after a split, each part of the group is tried again for that long.
 
         Raises:
-            ServiceError: an error whose code is in `self.ending`.
+            ServiceError: the first error whose code is in `self.ending`; the inferences so far are lost.
         """
         group = EmbeddedGroup()
         valid = []
@@ -96,12 +102,12 @@ class BulkEmbedder:
     async def _embed(self, texts: Sequence[str], indexes: list[int], group: EmbeddedGroup) -> None:
         """Embed the texts at some indexes, and add their inferences and failures to `group`.
 
-        If an error names texts, these fail, and the others are embedded again. If an error INVALID_ARGUMENT or INTERNAL
-        names no text, each half of the texts is embedded by itself, until the texts that cause the error are found. Any
-        other error, or the error of a single text, fails the texts.
+        If an error names texts, the named texts fail, and the other texts are run again. If an error INVALID_ARGUMENT
+        or INTERNAL names none of several texts, this function is called for each half of the texts. Any other error
+        fails all the texts.
 
         Raises:
-            ServiceError: an error with a code of `self.ending`.
+            ServiceError: an error whose code is in `self.ending`.
         """
         if not indexes:
             return
@@ -116,7 +122,7 @@ class BulkEmbedder:
                 group.failures |= {i: invalid("text", description) for i, description in wrong.items()}
                 await self._embed(texts, [i for i in indexes if i not in wrong], group)
             elif error.code in (Code.INVALID_ARGUMENT, Code.INTERNAL) and len(indexes) > 1:
-                # The texts have more tokens together than may ever wait in the queue, or the model fails on a text.
+                # The texts have more tokens together than the queue ever takes, or the model fails on one of the texts.
                 half = len(indexes) // 2
                 await self._embed(texts, indexes[:half], group)
                 await self._embed(texts, indexes[half:], group)
@@ -125,10 +131,11 @@ class BulkEmbedder:
                 group.failures |= dict.fromkeys(indexes, error)
 
     async def _infer(self, texts: Sequence[str]) -> Inference:
-        """Run texts through the model. While the queue is full, retry for up to 20 seconds or until the deadline.
+        """Run texts through the model. While the queue is full, retry for 20 seconds, but not after the deadline.
 
         Raises:
-            ServiceError: any error of `Inferrer.infer`; QUEUE_FULL only after the last retry.
+            ServiceError: any error of `Inferrer.infer`; RESOURCE_EXHAUSTED with the reason QUEUE_FULL only if no time
+                is left for another retry.
         """
         request = InferenceRequest(self.model, texts, self.prompt, self.truncation, _PATH, self.caller)
         until = min(perf_counter() + _RETRY_SECONDS, self.caller.deadline)

@@ -11,7 +11,7 @@ from emberpc.server.engine import Caller, Engine, Inference, InferenceRequest, M
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.pipelines.limits import Limits
 
-#: Estimated bytes in the response of a label's score, without the label itself.
+#: Estimated bytes that a label with its score takes in the response, without the characters of the label.
 _SCORE_BYTES = 10
 
 
@@ -22,7 +22,7 @@ class ClassificationRequest:
     Attributes:
         classifier: name of the model; empty: the only classifier.
         texts: the texts.
-        top_k: most labels to return for each text; 0: all.
+        top_k: most labels with scores that the response will have for each text; 0: all.
         nearest_examples: number of training examples to return for each text. It must be 0: classifiers keep none.
         truncation: the truncation of long texts.
     """
@@ -62,15 +62,16 @@ class TextClassifier:
         self._limits = limits
 
     async def classify(self, request: ClassificationRequest, caller: Caller) -> ClassifiedTexts:
-        """Return the labels of texts with their probabilities.
+        """Classify texts: return their logits, and the decisions on all labels of the classifier.
 
-        `top_k` only decides whether the response would be too large; the result has all labels.
+        `top_k` does not shorten the result; it is used to estimate whether the response would be too large.
 
         Raises:
-            ServiceError: NOT_FOUND if the classifier is not served; INVALID_ARGUMENT for wrong texts or a negative
-                `top_k`, or if no classifier is named and several are served; FAILED_PRECONDITION if the model is no
-                classifier, none is served, or examples are requested; RESOURCE_EXHAUSTED if the response would be too
-                large, or the queue is full; any other error of `Inferrer.infer`.
+            ServiceError: NOT_FOUND if the classifier is not served; INVALID_ARGUMENT for no texts, too many texts, a
+                text that is empty or too long, or a negative `top_k`, or if no classifier is named and several are
+                served; FAILED_PRECONDITION if the model is no classifier, none is served, or examples are requested;
+                RESOURCE_EXHAUSTED if the response would be too large or the queue is full; any other error of
+                `Inferrer.infer`.
         """
         model = self._engine.model(request.classifier, Task.CLASSIFICATION, "classifier")
         texts = request.texts

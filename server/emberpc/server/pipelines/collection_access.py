@@ -16,14 +16,16 @@ from emberpc.server.pipelines.slots import Slots
 
 log = logging.getLogger(__name__)
 
-#: Most collections that are being opened at a time, and most collections that wait to be opened.
+#: Most collections that are opened at a time, and most further collections that wait to be opened.
 _OPENED_AT_ONCE, _MAX_WAITING = 2, 1024
 
 Result = TypeVar("Result")
 
 
 class CollectionAccess:
-    """Opens collections in the pool, and binds them to the fingerprints of their models. Use from one event loop only.
+    """Opens collections in the pool, and rebinds those that are bound by a legacy fingerprint of their model.
+
+    Use from one event loop only.
 
     Args:
         engine: the models.
@@ -36,13 +38,14 @@ class CollectionAccess:
         self._index = index
         self._pool = pool
         self._openings = Slots(_OPENED_AT_ONCE, _MAX_WAITING, "collections that are being opened")
-        #: The task that opens a collection, by the collection's name. All calls for a collection wait for one task.
+        #: The running task that opens a collection, by its name. All calls for the collection wait for this task.
         self._opening: dict[str, asyncio.Task[CollectionBackend]] = {}
 
     def opened(self, name: str) -> CollectionBackend | None:
         """Return the collection with a name without waiting; None: call `open`.
 
-        None is returned if no open collection has the name, or if it is bound by a legacy fingerprint of its model.
+        None is returned if this server has not opened the collection before, if the collection is bound by a legacy
+        fingerprint of its model, and always with Milvus.
         """
         opened = self._index.opened(name)
         return None if opened is None or fingerprint_to_rebind(self._engine, opened.spec) else opened
@@ -50,8 +53,8 @@ class CollectionAccess:
     async def open(self, name: str) -> CollectionBackend:
         """Return the collection with a name; open the collection if needed.
 
-        A collection that is bound by a legacy fingerprint of its model is bound by the present one, if that succeeds.
-        If the caller leaves, the collection is opened all the same.
+        If the collection is bound by a legacy fingerprint of its model, it is bound by the present fingerprint; if that
+        fails, it is returned as it is. If the caller leaves, the collection is opened all the same.
 
         Raises:
             ServiceError: NOT_FOUND if there is no such collection; RESOURCE_EXHAUSTED if too many collections wait to
@@ -63,8 +66,8 @@ class CollectionAccess:
         opening = self._opening.get(name)
         if opening is None:
             opening = self._opening[name] = asyncio.create_task(self._open(name))
-            # The callback reads the exception, since asyncio logs one that is never read, and all callers may have
-            # left.
+            # The callback reads the exception of the task: asyncio logs an exception that nobody reads, and all callers
+            # may have left.
             opening.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(opening)
 
@@ -73,18 +76,18 @@ class CollectionAccess:
     ) -> Result:
         """Run work on a collection, and return the result of the work.
 
-        If the work fails since the collection was closed, and another collection now has the name, as after a
-        reembedding, the work runs a second time, on the other collection.
+        If the work fails since the collection was closed, and a new collection has the name by then, as after a
+        reembedding, the work runs a second time, on the new collection.
 
         Args:
             name: name of the collection.
             work: receives the collection, and returns an awaitable of the result.
             has_vectors: whether the work uses vectors of the caller. These belong to the model that the collection has
-                at the start of the call, so the work is not run on a collection with another model.
+                at the start, so the work does not run on a new collection with another model.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no such collection; FAILED_PRECONDITION if the other collection has
-                another model and `has_vectors` is set; any other error of `open` or of the work.
+            ServiceError: NOT_FOUND if there is no such collection; FAILED_PRECONDITION if `has_vectors` is set and the
+                new collection has another model (fingerprint); any other error of `open` or of the work.
         """
         collection = await self.open(name)
         try:
@@ -117,12 +120,12 @@ class CollectionAccess:
             name: name of the collection.
             work: the blocking call; receives the collection.
             caller: the caller; the call is cancelled when the caller leaves or the deadline passes.
-            heavy: whether the call may take long.
+            heavy: whether the call may take long; then it waits for a slot of heavy calls first.
             within: further slots; the call holds one of them until its thread is free. None: no further slot.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no such collection; RESOURCE_EXHAUSTED if too many calls wait;
-                DEADLINE_EXCEEDED if the deadline passed; any other error of `open` or of the work.
+            ServiceError: NOT_FOUND if there is no such collection; RESOURCE_EXHAUSTED if too many calls wait for a
+                slot; DEADLINE_EXCEEDED if the deadline passed; any other error of `open` or of the work.
         """
         return await self.use(
             name,
@@ -138,9 +141,9 @@ class CollectionAccess:
             del self._opening[name]
 
     async def _rebind(self, collection: CollectionBackend, fingerprint: str) -> CollectionBackend:
-        """Bind a collection to its model by another fingerprint, and return the collection.
+        """Replace the fingerprint by which a collection is bound to its model, and return the collection.
 
-        If that fails, the failure is logged, and the collection is returned as it was.
+        If that fails with a `ServiceError`, the failure is logged, and the collection is returned as it was.
         """
         name, legacy = collection.spec.name, collection.spec.model_fingerprint
         try:

@@ -21,10 +21,11 @@ from emberpc.server.pipelines.slots import Slots
 _DEFAULT_MIN_SCORE = 0.95
 _MAX_CLUSTERS = 1000
 _DEFAULT_EXAMPLES, _MAX_EXAMPLES = 5, 100
-#: Most calls that wait for the running call, and the seconds after which a refused caller may retry.
+#: Most searches for duplicates and clusterings that wait for the running one, and the seconds after which a refused
+#: caller may retry.
 _MAX_WAITING, _RETRY_SECONDS = 8, 10.0
 
-#: Duplicate pairs of a collection: the collection's sequence when they were found, their least score, and the pairs.
+#: Result of a search for duplicates: the collection's sequence before the search, its `min_score`, and the pairs.
 _FoundPairs: TypeAlias = tuple[int, float, list[DuplicatePair]]
 
 Result = TypeVar("Result")
@@ -32,7 +33,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class DuplicatePage:
-    """A page of duplicate pairs, and the token of the next page; empty after the last."""
+    """A page of duplicate pairs, and the token of the next page; the last page has an empty token."""
 
     pairs: Sequence[DuplicatePair]
     next_token: str
@@ -41,8 +42,8 @@ class DuplicatePage:
 class CollectionAnalysis:
     """Runs calls that read all records of a collection.
 
-    A search for duplicates or a clustering may take minutes, so only one of them runs at a time, of all collections.
-    Several verifications may run at a time, since they run in short steps.
+    A search for duplicates or a clustering may take minutes, so only one of them runs at a time in the whole server.
+    Several verifications may run at a time: a verification gives its thread back after each step.
 
     Args:
         pool: runs the blocking calls of the index.
@@ -51,18 +52,18 @@ class CollectionAnalysis:
     def __init__(self, pool: IndexPool) -> None:
         self._pool = pool
         self._slot = Slots(1, _MAX_WAITING, "calls that look at all records of a collection", _RETRY_SECONDS)
-        #: The duplicate pairs of each collection that were found last. Calls for further pages use them.
+        #: Result of the last search for duplicates in each collection. Calls for further pages use it.
         self._duplicates: WeakKeyDictionary[CollectionBackend, _FoundPairs] = WeakKeyDictionary()
 
     async def find_duplicates(
         self, collection: CollectionBackend, min_score: float, page_size: int, page_token: str, caller: Caller
     ) -> DuplicatePage:
-        """Return a page of the pairs of records with similar vectors, the most similar first.
+        """Return a page of the pairs of records with similar vectors, the greatest cosine first.
 
         All pages together have at most 100,000 pairs. In a large collection pairs may be missed.
 
-        The pairs are found again for each page, unless the last search in the collection had the same `min_score` and
-        nothing was written since.
+        Each page needs a new search for all pairs, unless the last search for duplicates in the collection had the same
+        `min_score` and nothing was written since.
 
         Args:
             collection: the collection.
@@ -73,15 +74,16 @@ class CollectionAnalysis:
 
         Raises:
             ServiceError: INVALID_ARGUMENT for a wrong score or token; RESOURCE_EXHAUSTED if too many calls wait;
-                DEADLINE_EXCEEDED if the deadline passed; UNIMPLEMENTED if the index backend finds no duplicates.
+                DEADLINE_EXCEEDED if the deadline passed; UNIMPLEMENTED if the index backend cannot find duplicates; any
+                other error of `CollectionBackend.duplicates`.
         """
         least = min_score or _DEFAULT_MIN_SCORE
         if not 0 < least <= 1:
             raise invalid("min_score", f"is {least:g}; it must be above 0 and at most 1")
         after = _read_token(page_token)
         pairs = await self._pool.run(lambda: self._pairs(collection, least), caller, heavy=True, within=self._slot)
-        # The page starts after the sort key of the last pair of the page before. So it is right even if writes between
-        # the two pages added or removed pairs.
+        # The page starts after the sort key of the last pair of the page before. So no pair is repeated or skipped if
+        # writes between the two pages added or removed other pairs.
         first = bisect_right(pairs, after, key=lambda pair: pair.order) if after else 0
         page = pairs[first : first + page_size]
         more = first + page_size < len(pairs)
@@ -90,7 +92,10 @@ class CollectionAnalysis:
     async def clusters(
         self, collection: CollectionBackend, count: int, examples: int, caller: Caller
     ) -> Sequence[Cluster]:
-        """Return clusters of a collection's records by their vectors, largest first; maybe none if the deadline passes.
+        """Cluster a collection's records by their vectors, and return the clusters, largest first.
+
+        There are no clusters if the collection has no records. If the deadline passes during the call, there may be no
+        clusters instead of an error.
 
         Args:
             collection: the collection.
@@ -101,7 +106,7 @@ class CollectionAnalysis:
         Raises:
             ServiceError: INVALID_ARGUMENT for a number out of range; RESOURCE_EXHAUSTED if too many calls wait, or the
                 examples have too many bytes for a response; DEADLINE_EXCEEDED if the deadline passed; UNIMPLEMENTED if
-                the index backend finds no clusters.
+                the index backend cannot cluster; any other error of `CollectionBackend.clusters`.
         """
         if not 2 <= count <= _MAX_CLUSTERS:
             raise invalid("cluster_count", f"is {count}; it must be 2 to {_MAX_CLUSTERS}")
@@ -117,7 +122,7 @@ class CollectionAnalysis:
     async def verify(
         self, collection: CollectionBackend, caller: Caller, *, full: bool
     ) -> AsyncGenerator[Verified, None]:
-        """Verify a collection, and yield the progress after each step. If the caller leaves, the step is cancelled.
+        """Verify a collection, and yield the progress after each step. If the caller leaves, its step is cancelled.
 
         Args:
             collection: the collection.
@@ -135,15 +140,16 @@ class CollectionAnalysis:
             yield step
 
     def _pairs(self, collection: CollectionBackend, min_score: float) -> list[DuplicatePair]:
-        """Return all pairs of a collection with at least `min_score`. Blocks, so it runs in the pool.
+        """Return the pairs that `CollectionBackend.duplicates` finds. Blocks, so it runs in the pool.
 
-        The pairs of the last call are returned if that had the same score and nothing was written since.
+        If the last call for the collection had the same `min_score`, and nothing was written since, its pairs are
+        returned. DEADLINE_EXCEEDED if the call of this thread is cancelled; any error of the collection.
         """
         sequence = collection.info().sequence
         found = self._duplicates.get(collection)
         if found is None or found[:2] != (sequence, min_score):
             pairs = collection.duplicates(min_score, cancellation.cancelled)
-            # Raises if the call was cancelled: then only some of the pairs were found, and they must not be kept.
+            # Raises if the call was cancelled: `pairs` may then be incomplete, and must not be kept.
             cancellation.check()
             found = self._duplicates[collection] = (sequence, min_score, pairs)
         return found[2]
@@ -156,7 +162,7 @@ def _read_token(token: str) -> tuple[float, str, str] | None:
         The negative score and the two ids; None for an empty token, which means the first page.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if the token is not one that `find_duplicates` returns.
+        ServiceError: INVALID_ARGUMENT if `find_duplicates` cannot have returned the token.
     """
     if not token:
         return None

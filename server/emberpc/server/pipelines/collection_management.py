@@ -24,9 +24,9 @@ class CollectionDescription:
 
     Attributes:
         spec: the spec.
-        info: record count, sequence, creation time and size; None if the collection cannot be opened.
-        reembedding: progress of the collection's reembedding; None if there is none.
-        problem: why the collection cannot be opened; empty if it can be opened.
+        info: record count, sequence, creation time and size; None if there is a problem.
+        reembedding: progress of the collection's reembedding; None if there is none, or if there is a problem.
+        problem: why the collection cannot be used, such as damage; empty: there is no problem.
     """
 
     spec: CollectionSpec
@@ -72,7 +72,8 @@ class CollectionManagement:
         Raises:
             ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if it is no embedding model;
                 INVALID_ARGUMENT for a wrong value of the spec; ALREADY_EXISTS if a collection has the name;
-                RESOURCE_EXHAUSTED if the disk is full or there are too many collections.
+                RESOURCE_EXHAUSTED if the disk is full or there are too many collections; any other error of
+                `IndexBackend.create` and `get`.
         """
         if spec.model:
             model = self._engine.model(spec.model, Task.EMBEDDING, "collection.model")
@@ -84,14 +85,20 @@ class CollectionManagement:
         return await self.get(spec.name)
 
     async def get(self, name: str) -> CollectionDescription:
-        """Describe the collection with a name; NOT_FOUND if there is none, INTERNAL if its files are damaged."""
+        """Describe the collection with a name.
+
+        Raises:
+            ServiceError: NOT_FOUND if there is no such collection; INTERNAL if its files are damaged or the database
+                fails; any other error of `CollectionAccess.use`.
+        """
         return await self._access.use(name, self.describe)
 
     async def page(self, size: int, token: str) -> tuple[Sequence[CollectionDescription], str]:
         """Return a page of collections in the order of their names, and the token of the next page.
 
-        The token is empty after the last page. A damaged collection is described by its spec and the problem. A
-        collection that is deleted meanwhile is left out, so a page may have fewer collections or none.
+        The token is empty after the last page. A collection for which `get` raises INTERNAL is described by its spec
+        and the problem. A collection that is deleted meanwhile is left out, so a page may have fewer collections than
+        `size`, or none, before the last page.
 
         Args:
             size: most collections of the page, 1 to 1000.
@@ -109,7 +116,7 @@ class CollectionManagement:
 
         Raises:
             ServiceError: NOT_FOUND if there is no such collection; RESOURCE_EXHAUSTED if too many writes wait or the
-                disk is full.
+                disk is full; any other error of `IndexBackend.update` and `get`.
         """
         writers = self._pool.writers(name)
         await self._pool.run(lambda: self._index.update(name, truncation.value), within=writers)
@@ -131,17 +138,18 @@ class CollectionManagement:
         Raises:
             ServiceError: NOT_FOUND if there is no such collection or model; INVALID_ARGUMENT for dimensions that the
                 model does not support; FAILED_PRECONDITION if the vectors would stay the same, the collection is being
-                reembedded, or a record has no text; UNAVAILABLE if the collection was deleted meanwhile; any other
-                error of `ReembeddingJobs.start`.
+                reembedded, or a record has no text; UNAVAILABLE if the collection was deleted or replaced meanwhile;
+                any other error of `ReembeddingJobs.start`.
         """
         collection = await self._access.open(name)
         await self._reembedding.start(collection, model_name, dimensions)
         return await self.describe(collection)
 
     async def cancel_reembedding(self, name: str) -> CollectionDescription:
-        """Cancel the reembedding of the collection with a name, and describe the collection, which keeps its old model.
+        """Cancel the reembedding of the collection with a name, and describe the collection.
 
-        Nothing is cancelled if there is no reembedding.
+        The collection keeps its old model, unless the reembedding has ended before. Nothing is cancelled if there is no
+        reembedding.
 
         Raises:
             ServiceError: NOT_FOUND if there is no such collection.
@@ -151,7 +159,7 @@ class CollectionManagement:
         return await self.describe(await self._access.open(name))
 
     async def describe(self, collection: CollectionBackend) -> CollectionDescription:
-        """Return the spec, the state and the reembedding of an open collection; UNAVAILABLE if it was closed."""
+        """Describe a collection; UNAVAILABLE if it was deleted or replaced, or the index was closed."""
         info = await self._pool.run(collection.info)
         spec = collection.spec
         return CollectionDescription(spec, info, await self._reembedding.status(spec.name))
@@ -159,7 +167,8 @@ class CollectionManagement:
     async def _describe_or_problem(self, spec: CollectionSpec) -> CollectionDescription | None:
         """Describe the collection with a spec; None if the collection was deleted meanwhile.
 
-        A damaged collection is described by its spec and the problem, so that a list can contain it.
+        If `get` raises INTERNAL, as for a damaged collection, the description has the spec and the problem, so that a
+        list can contain the collection. Any other error of `get` is raised.
         """
         try:
             return await self.get(spec.name)

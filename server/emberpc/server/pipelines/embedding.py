@@ -51,7 +51,7 @@ class EmbeddedTexts:
 
     Attributes:
         model: the model that embedded the texts.
-        vectors: float32 (texts, dimensions), with the dimensions and the length that the options demand.
+        vectors: float32 (texts, dimensions), cut and scaled to length 1 as the options say.
         inference: token counts and times, and the unchanged output of the model with all dimensions.
     """
 
@@ -87,7 +87,7 @@ class Similarities:
 
     Attributes:
         model: the model that embedded the texts.
-        scores: float32 (sources, targets): cosines, in [-1, 1].
+        scores: float32 (sources, targets): cosines, in [-1, 1]; 0 for a vector of zeros.
         sources: the inference of the sources.
         targets: the inference of the targets.
     """
@@ -131,9 +131,10 @@ class TextEmbedder:
 
         Raises:
             ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if it is no embedding model, or none
-                is served; INVALID_ARGUMENT for wrong texts, for options that the model does not support, or if the name
-                is empty and several embedding models are served; RESOURCE_EXHAUSTED if the response would be too large
-                or the queue is full; any other error of `Inferrer.infer`.
+                is served; INVALID_ARGUMENT for no texts, too many texts, a text that is empty or too long, options that
+                the model does not support, or if the name is empty and several embedding models are served;
+                RESOURCE_EXHAUSTED if the response would be too large or the queue is full; any other error of
+                `Inferrer.infer`.
         """
         model = self._engine.model(model_name, Task.EMBEDDING)
         self._check_texts(texts, "texts")
@@ -152,9 +153,10 @@ class TextEmbedder:
 
         Raises:
             ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if it is no embedding model, or none
-                is served; INVALID_ARGUMENT for wrong texts, for no sources or targets, if both together are more than
-                the texts of a call, or if the name is empty and several embedding models are served; RESOURCE_EXHAUSTED
-                if the response would be too large or the queue is full; any other error of `Inferrer.infer`.
+                is served; INVALID_ARGUMENT for no sources, no targets, more sources and targets together than a call
+                may have texts, a text that is empty or too long, or if the name is empty and several embedding models
+                are served; RESOURCE_EXHAUSTED if the response would be too large or the queue is full; any other error
+                of `Inferrer.infer`.
         """
         model = self._engine.model(request.model, Task.EMBEDDING)
         sources, targets = request.sources, request.targets
@@ -186,8 +188,8 @@ class TextEmbedder:
 
         Raises:
             ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if no model is served;
-                INVALID_ARGUMENT if the name is empty and there are several such models, or if there are no texts, too
-                many, or a text that is too long.
+                INVALID_ARGUMENT if the name is empty and several models could be meant, or if there are no texts, too
+                many texts, or a text that is too long.
         """
         embeds = any(model.manifest.task is Task.EMBEDDING for model in self._engine.models())
         model = self._engine.model(model_name, Task.EMBEDDING if embeds and not model_name else None)
@@ -207,7 +209,8 @@ class CheckedOptions:
         prompt: the prompt before each text.
         truncation: the truncation of long texts.
         dimensions: number of first dimensions to keep; 0: all.
-        unit: whether the model's output must be scaled to length 1. False if that is not wanted or not needed.
+        unit: whether the model's output must be scaled to length 1 after the cut. False if vectors of length 1 are not
+            wanted, or if the output has length 1 already and is not cut.
     """
 
     prompt: str
@@ -225,8 +228,8 @@ class CheckedOptions:
             path: text before the names of the options in the request, such as `config.`, for errors.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the model does not support the dimensions, or cannot return vectors that
-                are not scaled to length 1.
+            ServiceError: INVALID_ARGUMENT if the model does not support the dimensions, or if `normalize` is False and
+                the model's output is always normalized.
         """
         check_dimensions(model, options.dimensions, f"{path}dimensions")
         normalized = model.manifest.normalize
@@ -239,7 +242,7 @@ class CheckedOptions:
             prompt(model, options.input_kind),
             options.truncation,
             options.dimensions,
-            # Normalized vectors keep length 1 unless they are cut.
+            # A model's normalized output need not be scaled again unless it is cut.
             unit=unit and (bool(options.dimensions) or not normalized),
         )
 

@@ -1,11 +1,11 @@
 """Embed a stream of texts of any size, in groups that run concurrently.
 
-One loop reads messages, starts groups and returns results, so that a slow step stops the steps before it. The loop
-reads no message while enough texts or characters wait. It starts no group while enough groups or characters run. It
-does nothing else while the caller receives a result. A text that is refused is not kept. So a stream holds at most the
-groups that run, one group that waits, and the latest message. This is true for any number of texts, and however
-slowly the caller reads. Texts never wait for a group to fill: a group starts as soon as there is room, so a client may
-wait for a result before it sends more texts.
+One loop reads messages, starts groups and yields results, so the loop pauses while the caller receives a result. The
+loop reads a message only while fewer than 64 texts with fewer than 65,536 characters wait. It starts a group only while
+fewer than 8 groups with fewer than 524,288 characters run. The content of a refused text is dropped. So a stream holds
+at most 8 groups with their results, less than one group of waiting texts, and the latest message, however many texts it
+has and however slowly the caller reads. The loop does not wait for a group to fill, so a client may wait for a result
+before it sends more texts.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from emberpc.server.pipelines.embedding import CheckedOptions, EmbeddingOptions,
 from emberpc.server.pipelines.limits import Limits
 from emberpc.server.pipelines.stream_tasks import cancel_tasks, next_message
 
-#: Another group is started only while the running groups together have fewer characters than this, or no group runs. A
-#: limit of groups alone would not suffice, since a group may be one long text.
+#: Another group is started only while the running groups together have fewer characters than this. A limit of the
+#: number of groups would not suffice, since a group may be one long text.
 _RUNNING_CHARACTERS = GROUPS * GROUP_CHARACTERS
 
 Message = TypeVar("Message")
@@ -46,9 +46,9 @@ class TextMessage:
 
     Attributes:
         texts: the texts; may be empty.
-        release: called when the stream keeps nothing large of the message any more: at once if the ids and the accepted
-            texts have fewer than 65,536 characters together, otherwise when the last text stops waiting. Not called for
-            texts that still wait when the stream ends early.
+        release: the stream calls this once, when it keeps little of the message: in `add` if all ids and the accepted
+            texts have fewer than 65,536 characters together, otherwise when the last text is taken into a group. Not
+            called if `add` fails, or if the stream ends before.
     """
 
     texts: Sequence[StreamText]
@@ -59,10 +59,11 @@ class _WaitingText(NamedTuple):
     """A text that waits for a group.
 
     Attributes:
-        id: id of the text.
+        id: id of the text; empty if the client gave none.
         text: the text; empty if the text was refused.
         error: the error of a text that was refused; None for other texts.
-        release: called when the text stops waiting; None except for the last text of a large message.
+        release: called when the text is taken into a group; None except for the last text of a message that `add` did
+            not release.
     """
 
     id: str
@@ -72,7 +73,7 @@ class _WaitingText(NamedTuple):
 
     @property
     def characters(self) -> int:
-        """Return the number of characters of id and text. Ids are counted, since the length of an id has no limit."""
+        """Return the number of characters of id and text. Ids are counted, since an id has no limit of its own."""
         return len(self.id) + len(self.text)
 
 
@@ -82,8 +83,10 @@ class EmbeddedTextGroup:
 
     Attributes:
         ids: ids of the texts with vectors.
-        vectors: float32 (ids, dimensions): row i belongs to `ids[i]`; None if there are no ids.
-        inferences: the inferences of these texts; their rows, one inference after the other, are in the order of `ids`.
+        vectors: float32 (ids, dimensions), as the options of the stream demand: row i belongs to `ids[i]`; None if
+            there are no ids.
+        inferences: the inferences of the texts in `ids`: several if the group was split after an error. Their rows,
+            one inference after the other, are in the order of `ids`.
         failures: the id and the error of each text without a vector.
     """
 
@@ -100,14 +103,15 @@ class EmbeddingStream:
         engine: the models.
         limits: limits of a message and a text.
         model_name: name of the model; empty: the only embedding model.
-        options: the options of the stream.
-        caller: the caller.
+        options: how to embed the texts.
+        caller: the caller, with lane and deadline.
         request_id: the request id, for the log.
 
     Raises:
-        ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if it is no embedding model, or none is
-            served; INVALID_ARGUMENT for options that the model does not support, or if several models are served and
-            none is named; RESOURCE_EXHAUSTED if the queue is full or the deadline cannot be met.
+        ServiceError: NOT_FOUND if the model is not served; FAILED_PRECONDITION if the model is no embedding model, or
+            the name is empty and no embedding model is served; INVALID_ARGUMENT for options that the model does not
+            support, or if the name is empty and several embedding models are served; RESOURCE_EXHAUSTED if the queue is
+            full, or so long that the deadline would probably pass.
     """
 
     def __init__(
@@ -137,16 +141,19 @@ class EmbeddingStream:
         engine.check_room(caller)
 
     def add(self, message: TextMessage) -> None:
-        """Add the texts of a message to the waiting texts; INVALID_ARGUMENT if the message has too many texts.
+        """Add the texts of a message to the waiting texts; release the message if little of it is kept.
 
-        A text without an id, or one that is empty or too long, is added without its content and fails alone.
+        A text without an id, or one that is empty or has too many bytes, is added without its content and fails alone.
+
+        Raises:
+            ServiceError: INVALID_ARGUMENT if the message has too many texts; no text is added.
         """
         if message.texts:
             self._limits.check_count(len(message.texts), "items", "text")
         added = [self._checked(text) for text in message.texts]
         characters = sum(text.characters for text in added)
-        # The content of refused texts is not kept. With few characters, the rest of the message is small, so the
-        # message need not count as held any longer.
+        # `characters` counts only what is kept of the message: the ids and the accepted texts. If that is little, the
+        # message need not count in `max_in_flight_bytes` any longer.
         if characters < GROUP_CHARACTERS:
             message.release()
         else:
@@ -160,7 +167,7 @@ class EmbeddingStream:
         return _WaitingText(text.id, text.text if error is None else "", error, None)
 
     def _refusal(self, text: StreamText) -> ServiceError | None:
-        """Return the error of a text without an id, or one that is empty or too long; None for other texts.
+        """Return the error of a text without an id, or one that is empty or has too many bytes; None for other texts.
 
         The error is not raised, since its traceback would keep the text in memory.
         """
@@ -172,7 +179,9 @@ class EmbeddingStream:
     async def run(
         self, messages: AsyncIterator[Message], read: Callable[[Message], TextMessage]
     ) -> AsyncGenerator[EmbeddedTextGroup, None]:
-        """Embed the waiting texts and the texts of all messages; yield groups of results in the order of their ends.
+        """Embed the waiting texts and the texts of all further messages; yield the results of each group after its end.
+
+        If the generator is closed early, the groups that run are cancelled. Call this once.
 
         Args:
             messages: the further messages of the stream.
@@ -180,11 +189,11 @@ class EmbeddingStream:
 
         Raises:
             ServiceError: INVALID_ARGUMENT if a message has too many texts; UNAVAILABLE if the server stops or has no
-                workers; any error of `messages` or `read`. Any other error fails the texts that it concerns: one text,
-                or all texts of a group, as when the queue stays full.
+                workers; any error of `messages` or `read`. Any other ServiceError of the engine fails only the text
+                that causes it, or all texts that were run together, as when the queue is full for 20 seconds.
         """
         reading: asyncio.Task[Message | None] | None = None
-        #: The tasks of the running groups, each with the number of its characters.
+        #: The tasks of the groups whose results were not yielded yet, each with the number of its characters.
         running: dict[asyncio.Task[EmbeddedTextGroup], int] = {}
         ended = False
         try:
@@ -214,13 +223,13 @@ class EmbeddingStream:
 
     @property
     def _has_room(self) -> bool:
-        """Return whether to read another message: the waiting texts do not fill a group yet."""
+        """Return whether to read another message: fewer than 64 texts with fewer than 65,536 characters wait."""
         return len(self._waiting) < GROUP_TEXTS and self._waiting_characters < GROUP_CHARACTERS
 
     def _take_group(self) -> list[_WaitingText]:
         """Remove and return the next group of the waiting texts, the oldest first. At least one text must wait.
 
-        A group has at most 64 texts with at most 65,536 characters together, ids included, or is a single longer text.
+        A group has at most 64 texts with at most 65,536 characters together, ids included. A single text may have more.
         """
         group = [self._take()]
         characters = group[0].characters
@@ -232,7 +241,7 @@ class EmbeddingStream:
         return group
 
     def _take(self) -> _WaitingText:
-        """Remove and return the text that has waited longest; call its `release` if it is the last of a message."""
+        """Remove and return the text that has waited longest; call its `release` if it has one."""
         text = self._waiting.popleft()
         self._waiting_characters -= text.characters
         if text.release is not None:

@@ -1,4 +1,4 @@
-"""Validate the names of metadata fields in filters and in the list of fields that a collection indexes."""
+"""Validate the strings of filters, and the names of metadata fields in filters and in a collection's indexed fields."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ _MAX_INDEXED_FIELDS = 16
 
 
 def check_field(field: str, path: str) -> str:
-    """Return `field`, such as `author.name`, after a check that it is a valid name of a metadata field.
+    """Return `field`, such as `author.name`, unchanged, after a check that it is a valid name of a metadata field.
 
     Args:
-        field: keys of the metadata, separated by dots.
+        field: keys of the metadata, separated by dots. A backslash stands before a dot or backslash that is part of a
+            key.
         path: path of the field in the request, for errors.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if the name is empty, too long, too deep, malformed, or has a NUL character.
+        ServiceError: INVALID_ARGUMENT if the name is empty, has more than 1000 characters, more than 40 keys, a
+            backslash before any other character or at the end, or a NUL character.
     """
     if not field:
         raise invalid(path, "is empty; name a key of the metadata")
@@ -32,8 +34,8 @@ def check_field(field: str, path: str) -> str:
 
 
 def check_string(value: str, path: str) -> str:
-    """Return `value`, a string of a filter; raise INVALID_ARGUMENT, naming `path`, if it contains a NUL character."""
-    # SQLite's JSON functions end a string at NUL.
+    """Return the string `value` unchanged; raise INVALID_ARGUMENT, naming `path`, if it contains a NUL character."""
+    # SQLite's JSON functions end a string at NUL, so a filter would compare only the part before it.
     if "\0" in value:
         raise invalid(path, "holds a NUL character, which filters cannot compare; leave it out")
     return value
@@ -43,12 +45,12 @@ def check_indexed_fields(fields: Sequence[str], path: str) -> None:
     """Check the list of metadata fields that a collection indexes.
 
     Args:
-        fields: names of metadata fields.
+        fields: names of metadata fields; may be empty.
         path: path of the list in the request, for errors.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if there are more than 16 fields, or the name of a field is wrong or has a key
-            that SQLite cannot index.
+        ServiceError: INVALID_ARGUMENT if there are more than 16 fields, `check_field` refuses a field, or a key is
+            empty or has a double quote, a backslash or a character below U+0020: SQLite cannot index this key.
     """
     if len(fields) > _MAX_INDEXED_FIELDS:
         raise invalid(path, f"has {len(fields)} fields, it may have {_MAX_INDEXED_FIELDS}; each slows down every write")

@@ -1,8 +1,9 @@
-"""Run the blocking calls of the index in a thread pool, and cancel calls whose callers left.
+"""Run the blocking calls of the index in a thread pool, and cancel calls whose callers left or whose deadlines passed.
 
 A heavy call is a call that may take long. Heavy calls may use only some of the threads, so that an upsert, a get or a
-plain search need not wait for heavy calls. Writes of one collection exclude each other, and each would hold a thread
-while it waits for the lock of the collection. So at most two writes of a collection have a thread at a time.
+plain search need not wait until a heavy call frees its thread. Writes of one collection exclude each other, and each
+would hold a thread while it waits for the lock of the collection. So a write first takes one of the two slots of its
+collection.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from emberpc.server.cancellation import Cancellation
 from emberpc.server.engine import Caller
 from emberpc.server.pipelines.slots import Slots
 
-#: Most heavy calls that wait for a slot. A waiting call keeps its request in memory.
+#: Number of waiting heavy calls at which a further one is refused, unless its `refuse` is False. The limit exists since
+#: a waiting call keeps its request in memory.
 _MAX_HEAVY_WAITING = 256
-#: Most writes of one collection that wait for a slot. A waiting write keeps its request in memory.
+#: Number of waiting writes of a collection at which a further one is refused. The limit exists since a waiting write
+#: keeps its request in memory.
 _MAX_WRITES_WAITING = 1024
-#: Most writes of a collection at a time: while the first holds the collection's lock, the second checks its records.
+#: Number of slots for the writes of a collection: while one write holds the collection's lock, another can check its
+#: records.
 _WRITERS = 2
 
 Result = TypeVar("Result")
@@ -43,7 +47,7 @@ class IndexPool:
         self.heavy = Slots(heavy, _MAX_HEAVY_WAITING, "calls that may take long")
         self._writers: dict[str, Slots] = {}
         self._closing = threading.Event()
-        #: Calls that have not ended, including those whose callers left.
+        #: Futures of the submitted calls that have not ended, including calls whose callers left.
         self._jobs: set[Future[Any]] = set()
 
     async def run(
@@ -57,19 +61,20 @@ class IndexPool:
     ) -> Result:
         """Run a blocking call in the pool, and return its result.
 
-        If the caller leaves before the call begins, the call does not run.
+        If the caller leaves (this coroutine is cancelled) before the call begins, the call does not run.
 
         Args:
             work: the blocking call.
-            caller: the caller. The running call is cancelled when the caller leaves or the deadline passes. None: a
-                call that has begun runs to its end.
-            heavy: whether the call may take long; then it waits for a slot of heavy calls first.
-            refuse: whether to refuse a heavy call if too many heavy calls wait.
-            within: further slots; the call holds one of them until its thread is free. None: no further slot.
+            caller: the caller. When the caller leaves or the deadline passes, the running call ends the next time that
+                it checks `cancellation`. None: a call that has begun runs to its end.
+            heavy: whether the call may take long; then it needs a slot of heavy calls.
+            refuse: whether to refuse a heavy call if 256 heavy calls wait.
+            within: further slots. The call takes one of them before all else, and holds it until its thread is free.
+                None: no further slot.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if too many calls wait for a slot; DEADLINE_EXCEEDED, only with a `caller`,
-                if the deadline passed before or during the call, or the pool was closed; any error of `work`.
+            ServiceError: RESOURCE_EXHAUSTED if too many calls wait for a slot; with a `caller`, DEADLINE_EXCEEDED if
+                the call begins, or checks `cancellation`, after the deadline or after `close`; any error of `work`.
         """
         if within is not None:
             await within.take()
@@ -99,12 +104,13 @@ class IndexPool:
 
         Args:
             work: the blocking call.
-            stop: returns whether to cancel the call; None: the call is never cancelled.
+            stop: returns whether to cancel the call, see `cancelled_when`; None: a call that has begun runs to its end.
             heavy: whether the call may take long.
-            refuse: whether to refuse a heavy call if too many heavy calls wait.
+            refuse: whether to refuse a heavy call if 256 heavy calls wait.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if the call is refused. Errors of `work` are in the future.
+            ServiceError: RESOURCE_EXHAUSTED if the call is refused. Errors of `work` and of its cancellation are in the
+                future.
         """
         if heavy:
             await self.heavy.take(refuse=refuse)
@@ -113,12 +119,12 @@ class IndexPool:
     def start(
         self, work: Callable[[], Result], stop: Callable[[], bool] | None = None, *, heavy: bool = False
     ) -> Future[Result]:
-        """Submit a blocking call to the pool without waiting, and return its future.
+        """Submit a blocking call to the pool without waiting, and return its future, which receives errors of `work`.
 
         Args:
             work: the blocking call.
-            stop: returns whether to cancel the call; None: the call is never cancelled.
-            heavy: whether this function's caller has taken a slot of heavy calls for `work`. The slot is released when
+            stop: returns whether to cancel the call, see `cancelled_when`; None: a call that has begun runs to its end.
+            heavy: whether this function's caller has taken a slot of `self.heavy` for `work`. The slot is released when
                 the thread is free.
         """
         try:
@@ -136,23 +142,29 @@ class IndexPool:
     def cancelled_when(self, stop: Callable[[], bool]) -> AbstractContextManager[None]:
         """Return a context manager that cancels the work of this thread when `stop` returns True or the pool is closed.
 
-        The cancelled work raises DEADLINE_EXCEEDED.
+        The work is not interrupted: DEADLINE_EXCEEDED is raised on entering, or where the work checks `cancellation`.
         """
         return cancellation.cancelled_when(lambda: stop() or self._closing.is_set())
 
     async def close(self) -> None:
-        """Cancel the calls that can be cancelled, and wait until no submitted call is left. The executor stays open."""
+        """Cancel the calls with a caller or `stop`, and wait until no submitted call is left.
+
+        The executor stays open. Later calls with a caller or `stop` fail with DEADLINE_EXCEEDED; others still run.
+        """
         self._closing.set()
         while self._jobs:
-            # The wait must not block the event loop, since the handlers of cancelled calls still have to clean up.
+            # The wait must not block the event loop, since the handlers of cancelled calls must still clean up.
             await asyncio.gather(*(asyncio.wrap_future(job) for job in tuple(self._jobs)), return_exceptions=True)
             await asyncio.sleep(0)
 
     def writers(self, collection: str) -> Slots:
-        """Return the slots that writes of the collection with a name must hold: two at a time."""
+        """Return the two slots of the collection with a name; a write of the collection must hold one of them.
+
+        If nobody holds a slot, a later call may return new slots.
+        """
         writers = self._writers.get(collection)
         if writers is None:
-            # Remove unused slots, so that the names of deleted collections do not accumulate.
+            # Remove slots that nobody holds, so that the names of deleted collections do not accumulate.
             self._writers = {name: each for name, each in self._writers.items() if not each.idle}
             holders = f"writes of collection {collection!r}"
             writers = self._writers[collection] = Slots(_WRITERS, _MAX_WRITES_WAITING, holders)
@@ -166,7 +178,10 @@ class IndexPool:
 
 
 def _call_when_done(job: Future[Result], call: Callable[[], None]) -> None:
-    """Call `call` in the running event loop as soon as a job of the pool has ended and its thread is free."""
+    """Call `call` in the event loop that runs now, after a job of the pool has ended or was cancelled before its start.
+
+    If the event loop is closed by then, `call` is not called.
+    """
     loop = asyncio.get_running_loop()
 
     def ended(_: Future[Result]) -> None:

@@ -1,4 +1,4 @@
-"""Limits of a call: the number of items, the bytes of a text, and the bytes of a response."""
+"""Limits of calls, such as the number of items, the bytes of a text and the bytes of a response, and their checks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from emberpc.server.errors import FieldPath, Violation, invalid, invalid_fields,
 
 #: Most queries of one Search.
 MAX_QUERIES = 1000
-#: Most hits of one Search: the limit of the sum of `top_k` of its queries, which is checked before the search.
+#: Most hits of one Search. The sum of `top_k` of its queries is checked before the search.
 MAX_HITS = 100_000
 #: Most ids of one BatchGetRecords or DeleteRecords.
 MAX_IDS = 10_000
-#: Most items of the field `parts` of a request. Only three values exist, so a larger list is an error or an attack.
+#: Most items of the field `parts` of a request. Only three values are valid, so a longer list is an error or an attack.
 MAX_PARTS = 100
 #: Most conditions of all filters of a request together. The limits of a single filter are in `collections.filters`.
 MAX_REQUEST_CONDITIONS = 2_000
@@ -23,12 +23,12 @@ MAX_REQUEST_VALUES = 50_000
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a call, and of the server's collections, that the server's settings set.
+    """The limits that the server's settings set.
 
     Attributes:
-        max_texts: most texts or records of a call, or of a message of a stream.
+        max_texts: most texts or records of a call, or of one message of a stream.
         max_text_bytes: most bytes (UTF-8) of a text.
-        max_message_bytes: most bytes of a request, or of a message of a stream.
+        max_message_bytes: most bytes of a request, or of one message of a stream of requests.
         max_response_bytes: most bytes of a response.
         max_queue_tokens: most tokens that may wait for a worker.
         max_collections: most collections of the server.
@@ -43,9 +43,10 @@ class Limits:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Return the greatest number of elements of the repeated fields of requests, by field name.
+        """Return the most items of the repeated fields that are directly in requests, by field name.
 
-        Filters are not included.
+        Requests of 64 KiB or more are checked against these limits before they are decoded. Repeated fields of messages
+        inside requests, such as filters, are not included.
         """
         return {
             **dict.fromkeys(("texts", "records", "items", "sources", "targets", "expected_revisions"), self.max_texts),
@@ -55,17 +56,17 @@ class Limits:
         }
 
     def check_response(self, size: int, remedy: str) -> None:
-        """Raise RESOURCE_EXHAUSTED if a response of `size` bytes is over the limit; the message ends with `remedy`."""
+        """Raise RESOURCE_EXHAUSTED if `size`, the bytes of a response, is over the limit; `remedy` ends the message."""
         if size > self.max_response_bytes:
             raise response_too_large(self.max_response_bytes, remedy)
 
     def check_count(self, count: int, field: str, item: str) -> None:
-        """Raise INVALID_ARGUMENT unless a field has at least one item, and at most the server's limit of texts.
+        """Raise INVALID_ARGUMENT unless a field has 1 to `max_texts` items.
 
         Args:
             count: number of items.
             field: path of the field in the request.
-            item: name of an item for the message, such as `text`.
+            item: name of an item for the message, in the singular, such as `text`.
         """
         if not count:
             raise invalid(field, f"is empty; give at least one {item}")
@@ -78,7 +79,7 @@ class Limits:
             raise invalid("ids", f"has {count} ids; it must have 1 to {MAX_IDS}")
 
     def check_texts(self, texts: Sequence[str], path: FieldPath, *, allow_empty: bool = False) -> None:
-        """Raise INVALID_ARGUMENT, naming each text that is empty or too long, if there is such a text.
+        """Raise INVALID_ARGUMENT, naming each text that is empty or has too many bytes, if there is one.
 
         Args:
             texts: the texts.
@@ -94,7 +95,9 @@ class Limits:
             raise invalid_fields(violations)
 
     def text_problem(self, text: str, *, allow_empty: bool = False) -> str:
-        """Return the end of an error message for a text that is empty or too long; an empty string for other texts.
+        """Return the problem of a text that is empty or has too many bytes; an empty string for other texts.
+
+        The problem follows the name of the field in an error message, such as `is empty; leave it out`.
 
         Args:
             text: the text.
@@ -102,7 +105,7 @@ class Limits:
         """
         if not allow_empty and (not text or text.isspace()):
             return "is empty; leave it out or give it some text"
-        # A character has at most four bytes in UTF-8, so most texts need not be encoded to know that they fit.
+        # A character has at most four bytes in UTF-8, so a text of few characters fits and need not be encoded.
         if len(text) * 4 > self.max_text_bytes and (size := len(text.encode())) > self.max_text_bytes:
             return f"has {size} bytes, a text may have at most {self.max_text_bytes}; split it"
         return ""

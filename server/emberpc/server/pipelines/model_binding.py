@@ -1,4 +1,4 @@
-"""Check that the model that is served under the name in a collection's spec is the model that made the vectors."""
+"""Check that the served model with the name in a collection's spec is the model that made the collection's vectors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from emberpc.server.errors import Code, ServiceError
 
 
 def fingerprint_to_rebind(engine: Engine, spec: CollectionSpec) -> str:
-    """Return the fingerprint that must replace a collection's fingerprint, which is a legacy fingerprint of its model.
+    """Return the fingerprint that must replace the one in a collection's spec; empty: nothing must be replaced.
 
     Returns:
-        The present fingerprint (hex) of the served model. Empty if nothing must be replaced: the collection has no
-        model, it has the present fingerprint already, no model or another model is served under the name, or the served
-        model has no legacy fingerprint, since that would not cover all weights.
+        The present fingerprint (hex) of the served model with the name in the spec, if the spec has the legacy
+        fingerprint of this model, which is a fingerprint by the rule of older versions. Otherwise an empty string, also
+        if the collection has no model, or no model with the name is served.
     """
     model = engine.registry.served(spec.model) if spec.model else None
     if model is None or spec.model_fingerprint == model.fingerprint:
@@ -23,22 +23,23 @@ def fingerprint_to_rebind(engine: Engine, spec: CollectionSpec) -> str:
 
 
 def is_bound_to(spec: CollectionSpec, model: Model) -> bool:
-    """Return whether a model made the vectors of a collection with a spec.
+    """Return whether a model is the one that makes the vectors of a collection with a spec.
 
-    This is the case if the fingerprint in the spec is the present or the legacy fingerprint of the model.
+    This is the case if the fingerprint in the spec is the present or the legacy fingerprint of the model. Names are not
+    compared. False if the collection has no model.
     """
     return spec.model_fingerprint in filter(None, (model.fingerprint, model.legacy_fingerprint))
 
 
 def check_same_model(before: CollectionSpec, now: CollectionSpec) -> None:
-    """Check that the collection of a call with vectors still has the model that it had when the call began.
+    """Check that a collection still has the model that it had when a call began that brings its own vectors.
 
     Args:
         before: spec of the collection when the call began.
         now: present spec of the collection.
 
     Raises:
-        ServiceError: FAILED_PRECONDITION if the fingerprints of the model differ.
+        ServiceError: FAILED_PRECONDITION if the fingerprints in the two specs differ.
     """
     if before.model_fingerprint == now.model_fingerprint:
         return
@@ -55,8 +56,8 @@ def collection_model(engine: Engine, collection: CollectionBackend) -> Model:
     """Return the served model that embeds a collection's texts, and hold it until the running asyncio task ends.
 
     Raises:
-        ServiceError: FAILED_PRECONDITION if the collection has no model, another model made its vectors, or the model
-            of that name is no embedding model; NOT_FOUND if no model of that name is served.
+        ServiceError: FAILED_PRECONDITION if the collection has no model, or the served model with the name in its spec
+            did not make its vectors or is no embedding model; NOT_FOUND if no model with this name is served.
     """
     spec = collection.spec
     if not spec.model:

@@ -1,4 +1,4 @@
-"""Upsert records, with an embedding of their texts if the caller gives no vectors, and delete records."""
+"""Upsert records, whose texts are embedded if the caller gives no vectors, and delete records."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ class UpsertRequest:
     Attributes:
         collection: name of the collection.
         record_count: number of records.
-        read_records: returns the records; runs in the pool, since metadata may take seconds to read.
-        read_vectors: returns the records' vectors, float32 (records, dimensions). None: their texts are embedded.
-        truncation: the truncation of long texts; None: that of the collection.
-        expected_revisions: the revision that each record must have now, 0 for a missing record; None: no check.
+        read_records: returns the records; runs in the pool, since metadata may take seconds to read. May be called a
+            second time, see `CollectionAccess.use`; so may `read_vectors`.
+        read_vectors: returns the records' vectors, float32 (records, dimensions). None: the texts are embedded.
+        truncation: the truncation of texts that are too long for the model; None: that of the collection. Not used
+            with vectors.
+        expected_revisions: the revision that each record must have just before the write; 0: the record must be
+            missing. None: no check.
     """
 
     collection: str
@@ -41,7 +44,7 @@ class UpsertRequest:
 
 @dataclass(frozen=True)
 class UpsertedRecords:
-    """The result of an upsert, and the inference of the records' texts; None if the request had vectors."""
+    """The result of an upsert, and the inference of the records' texts (None if the caller gave vectors)."""
 
     result: WriteResult
     inference: Inference | None
@@ -49,7 +52,11 @@ class UpsertedRecords:
 
 @dataclass(frozen=True)
 class DeletedRecords:
-    """The result of a delete, and `warnings`: sentences that give probable reasons why the filter matched no record."""
+    """The result of a delete, and warnings.
+
+    `warnings` are sentences that say why the filter probably matched no record. The list is empty without a filter, if
+    a record was deleted, or if no reason was found.
+    """
 
     result: WriteResult
     warnings: Sequence[str]
@@ -63,7 +70,7 @@ class RecordWriter:
         limits: limits of a call.
         pool: runs the blocking calls of the index.
         access: opens collections.
-        reembedding: the reembedding jobs; writes wait while a job switches collections.
+        reembedding: the reembedding jobs; writes wait while a job embeds the last records and switches.
     """
 
     def __init__(
@@ -76,15 +83,19 @@ class RecordWriter:
         self._reembedding = reembedding
 
     async def upsert(self, request: UpsertRequest, caller: Caller) -> UpsertedRecords:
-        """Insert or replace records, in one write. A write that has begun runs to its end even if the caller leaves.
+        """Insert or replace records in one write: all or, after an error, none.
+
+        A write that has begun runs to its end even if the caller leaves or the deadline passes.
 
         Raises:
-            ServiceError: NOT_FOUND if the collection, or its model for texts, does not exist; INVALID_ARGUMENT for
-                wrong records or vectors; ABORTED if an expected revision differs; FAILED_PRECONDITION if the texts must
-                be embedded and the collection has no model or another one is served, or if there are vectors and the
-                collection changes its model meanwhile; RESOURCE_EXHAUSTED if too many writes or tokens wait, or the
-                disk is full; DEADLINE_EXCEEDED if the deadline passes before the write begins; any other error of
-                `Inferrer.infer` and `CollectionBackend.upsert`.
+            ServiceError: NOT_FOUND if there is no such collection, or if texts must be embedded and the collection's
+                model is not served; INVALID_ARGUMENT for wrong records or vectors, or a wrong number of records;
+                ABORTED if an expected revision differs; FAILED_PRECONDITION if texts must be embedded and the
+                collection has no model or another model made its vectors, or if there are vectors and the collection
+                changes its model during the call; RESOURCE_EXHAUSTED if too many writes or tokens wait, the deadline
+                would probably pass, or the disk is full; DEADLINE_EXCEEDED if the deadline passes while the records are
+                read or embedded; any other error of `CollectionAccess.open`, `Inferrer.infer` and
+                `CollectionBackend.upsert`.
         """
         self._limits.check_count(request.record_count, "records", "record")
         return await self._access.use(
@@ -94,7 +105,8 @@ class RecordWriter:
         )
 
     async def _upsert(self, collection: CollectionBackend, request: UpsertRequest, caller: Caller) -> UpsertedRecords:
-        # The collection must be opened before this wait: vectors of the request belong to the model of that moment.
+        # The collection was opened before this wait, during which its model may change. If it changes,
+        # `CollectionAccess.use` refuses the caller's vectors, which belong to the old model.
         await self._reembedding.wait_writable(request.collection)
         writers = self._pool.writers(request.collection)
         records = await self._pool.run(request.read_records, caller, within=writers)
@@ -112,24 +124,24 @@ class RecordWriter:
                 InferenceRequest(model, texts, prompt, truncation, path, caller)
             )
             matrix = shape(inference.output, collection.spec.dimensions, unit=model.manifest.normalize)
-        # The pool does not get the caller, so a write that has begun runs to its end if the caller leaves.
+        # The pool does not get the caller, so a write that has begun is not cancelled.
         upsert = partial(collection.upsert, records, matrix, request.expected_revisions)
         return UpsertedRecords(await self._pool.run(upsert, within=writers), inference)
 
     async def delete(self, name: str, ids: Sequence[str], condition: Filter | None, caller: Caller) -> DeletedRecords:
-        """Delete the records with some ids, or the records that meet a filter.
+        """Delete the records with some ids, or the records that meet a filter, in one write.
 
         Args:
             name: name of the collection.
-            ids: the ids, at most 10,000; must be empty if there is a filter.
+            ids: the ids, at most 10,000; must be empty if there is a filter. Missing ids are ignored.
             condition: the filter; None if there are ids.
             caller: the caller.
 
         Raises:
             ServiceError: NOT_FOUND if there is no such collection; INVALID_ARGUMENT if there are both ids and a filter,
                 neither, or too many ids; RESOURCE_EXHAUSTED if too many writes wait or, for a filter, too many heavy
-                calls; DEADLINE_EXCEEDED if the deadline passed; any other error of `CollectionBackend.delete` and
-                `CollectionBackend.delete_matching`.
+                calls; DEADLINE_EXCEEDED if the deadline passed; any other error of `CollectionAccess.call`,
+                `CollectionBackend.delete` and `CollectionBackend.delete_matching`.
         """
         if condition is None:
             self._limits.check_ids(len(ids))
@@ -144,18 +156,18 @@ class RecordWriter:
 
         await self._reembedding.wait_writable(name)
         writers = self._pool.writers(name)
-        # The pool gets the caller: if the caller leaves while the records that meet the filter are searched for, no
-        # record is deleted.
+        # The pool gets the caller: if the caller leaves while the index looks for records that meet the filter, the
+        # search is cancelled, and no record is deleted.
         return await self._access.call(name, delete, caller, heavy=condition is not None, within=writers)
 
 
 def filter_warnings(collection: CollectionBackend, condition: Filter | None, found: int) -> list[str]:
-    """Return sentences that say why a filter probably matches no record of a collection. Blocks.
+    """Return sentences that say why a filter probably matches no record of a collection; empty: no reason. Blocks.
 
     Args:
         collection: the collection.
         condition: the filter; None: there are no sentences.
-        found: number of records that matched the filter; with more than 0, there are no sentences.
+        found: number of records that matched the filter; if it is not 0, there are no sentences.
 
     Raises:
         ServiceError: any error of `CollectionBackend.mismatches`.

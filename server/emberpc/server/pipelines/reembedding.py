@@ -1,10 +1,11 @@
 """Reembed collections in the background: replace the vectors of all records by those of another model.
 
 A collection that is reembedded has a job. The job reads the records in the order in which they were written, embeds
-their texts with the new model, and stores the vectors in the index. When all records have new vectors, the index
-switches to them. Records that are written meanwhile are embedded too. When only the latest writes remain, further
-writes wait until those are embedded, so the job ends however busy the collection is. If a record cannot be embedded,
-the job continues with the other records, but the collection keeps its old model until the record is changed or deleted.
+their texts with the new model, and stores the vectors in the index. Records that are written meanwhile are embedded
+too. When all records have new vectors, the index switches to the new vectors. If a new record prevents the switch,
+further writes wait while the job embeds this record and tries again, so that the job can end in a busy collection. If a
+record cannot be embedded, the job continues with the other records, but the collection keeps its old model until the
+record is changed or deleted; a restart of the server tries the record again.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ from emberpc.server.pipelines.stream_tasks import cancel_tasks
 
 log = logging.getLogger(__name__)
 
-#: Most records that are embedded at a time: a few groups, so that several workers have texts.
+#: Most records that a step of a job embeds: a few groups, so that several workers have texts.
 _RECORDS = 4 * GROUP_TEXTS
-#: Seconds before a failed step is tried again: the first pause, which is doubled after each failure, and the longest.
+#: Seconds before a failed step is tried again: the pause after the first failure, which is doubled after each further
+#: failure in a row, and the longest pause.
 _PAUSE, _LONGEST_PAUSE = 1.0, 60.0
-#: Number of failed tries to switch the collection after which the job looks through all records again.
+#: After each further this many failed switches, the job reads all records again, in case it has missed one, and lets
+#: writes through.
 _SWITCH_TRIES = 10
 
 Result = TypeVar("Result")
@@ -47,10 +50,11 @@ class ReembeddingStatus:
 
     Attributes:
         model: name of the new model.
-        done: number of records with new vectors.
-        total: number of all records.
-        problem: why the collection keeps its old model for now; empty: there is no problem.
-        started: when the job began.
+        done: number of records with new vectors, at most `total`. Records that were deleted meanwhile may be counted.
+        total: number of records of the collection.
+        problem: why the job cannot end for now: the latest error of a step, or the records that cannot be embedded.
+            Empty: there is no problem.
+        started: when the reembedding began; a restart of the server does not change it.
     """
 
     model: str
@@ -76,11 +80,11 @@ class ReembeddingJobs:
         self._pool = pool
         self._limits = limits
         self._jobs: dict[str, _Job] = {}
-        #: Tasks that start or cancel a job, as long as they run.
+        #: Tasks that start or cancel a job, as long as they run; `close` waits for them.
         self._changes: set[asyncio.Task[None]] = set()
 
     async def start(self, collection: CollectionBackend, model_name: str, dimensions: int) -> None:
-        """Start the job that reembeds a collection with another model.
+        """Start the job that reembeds a collection with another model; return when the job has begun.
 
         Args:
             collection: the collection.
@@ -89,10 +93,12 @@ class ReembeddingJobs:
 
         Raises:
             ServiceError: NOT_FOUND if the model is not served; INVALID_ARGUMENT for dimensions that the model does not
-                support, or if no model is named and several embed; UNAVAILABLE if the collection was deleted
-                meanwhile; FAILED_PRECONDITION if the model is no embedding model or none is served, the vectors would
-                stay the same, a job is under way, or a record has no text; RESOURCE_EXHAUSTED if too many heavy calls
-                wait; UNIMPLEMENTED if the index backend cannot reembed.
+                support, or if the name is empty and several embedding models are served; UNAVAILABLE if the collection
+                was deleted or replaced meanwhile; FAILED_PRECONDITION if the model is no embedding model, the name is
+                empty and no embedding model is served, the collection has this model and these dimensions already, a
+                job of the collection exists, or a record has no text; RESOURCE_EXHAUSTED if too many heavy calls wait
+                or the disk is full; UNIMPLEMENTED if the index backend cannot reembed; any other error of
+                `IndexBackend.reembed`.
         """
         model = self._engine.model(model_name, Task.EMBEDDING, "model")
         check_dimensions(model, dimensions, "dimensions")
@@ -107,18 +113,21 @@ class ReembeddingJobs:
                 metadata={"collection": spec.name, "model": model.name},
             )
         begin = partial(self._index.reembed, collection, model=model.name, fingerprint=fingerprint, dimensions=wanted)
-        # A heavy call, since it checks that every record has a text.
+        # A heavy call, since the check that every record has a text may take long.
         begun = await self._pool.submit(begin, heavy=True)
         await self._to_its_end(self._run_begun(begun))
 
     async def resume(self) -> None:
-        """Continue the jobs that were under way when the server stopped; to be called once, at the start."""
+        """Continue the jobs that had not ended when the server stopped. Call this once, at the start of the server."""
         for reembedding in await self._pool.run(self._index.reembeddings):
             log.info("collection %s: resuming the reembedding with %s", reembedding.spec.name, reembedding.spec.model)
             self._run(reembedding)
 
     async def cancel(self, name: str) -> None:
-        """Cancel the job of the collection with a name, and delete the new vectors; do nothing if there is no job."""
+        """Cancel the job of the collection with a name, and delete the new vectors; do nothing if there is no job.
+
+        The cancellation runs to its end even if the caller leaves.
+        """
         await self._to_its_end(self._cancel(name))
 
     async def _cancel(self, name: str) -> None:
@@ -128,22 +137,26 @@ class ReembeddingJobs:
         await self._pool.run(lambda: self._index.cancel_reembedding(name))
 
     async def close(self) -> None:
-        """Stop all jobs and wait for their ends. `resume` continues them when the server starts again."""
+        """Stop all jobs and wait for their ends. After the next start of the server, `resume` continues the jobs."""
         await asyncio.gather(*self._changes, return_exceptions=True)
         await cancel_tasks([job.task for job in self._jobs.values()])
 
     async def wait_writable(self, name: str) -> None:
         """Wait until the collection with a name accepts writes.
 
-        Writers must call this, since the index itself refuses no writes. The wait lasts while the job embeds the latest
-        writes and switches to the new vectors. Without a job, there is no wait.
+        Writers must call this before each write, since the index itself does not delay writes. The wait lasts while the
+        job embeds the last records and tries to switch; `_Job._step` says when it ends. Without a job, there is no
+        wait.
         """
         job = self._jobs.get(name)
         if job is not None:
             await job.writable.wait()
 
     async def status(self, name: str) -> ReembeddingStatus | None:
-        """Return the progress of the job of the collection with a name; None if there is no job."""
+        """Return the progress of the job of the collection with a name.
+
+        None if there is no job, or if its progress cannot be read, as when the job has just ended.
+        """
         job = self._jobs.get(name)
         if job is None:
             return None
@@ -155,9 +168,9 @@ class ReembeddingJobs:
         return ReembeddingStatus(reembedding.spec.model, min(done, total), total, job.problem, reembedding.started)
 
     async def _to_its_end(self, change: Coroutine[Any, Any, None]) -> None:
-        """Await a start or cancellation of a job. It runs to its end even if the caller leaves.
+        """Await `change`, the start or cancellation of a job, which runs to its end even if the caller leaves.
 
-        Otherwise the index and `self._jobs` could disagree about the job.
+        If `change` ended early, the index and `self._jobs` could disagree about the job.
         """
         task = asyncio.create_task(change)
         self._changes.add(task)
@@ -181,8 +194,9 @@ class ReembeddingJobs:
 class _Job:
     """The job that reembeds one collection.
 
-    It starts at once and runs in `task`, until it is done or cancelled, or the collection is closed or deleted. After
-    any other error it tries again without end.
+    The constructor starts the job in `task`. The job ends when the collection has switched, when the job is cancelled,
+    or when the collection or the index is closed or the collection is deleted. After any other error the job pauses and
+    tries again, without end.
     """
 
     def __init__(
@@ -193,11 +207,11 @@ class _Job:
         self._pool = pool
         self._limits = limits
         self.reembedding = reembedding
-        #: Why the collection keeps its old model for now; empty: there is no problem.
+        #: As `ReembeddingStatus.problem`.
         self.problem = ""
         self.writable = asyncio.Event()
         self.writable.set()
-        #: Records that could not be embedded: their revision and the error message, by id.
+        #: The records that could not be embedded: revision and error message of each, by id.
         self._failed: dict[str, tuple[int, str]] = {}
         self._switch_tries = 0
         self.task = asyncio.create_task(self._run())
@@ -219,7 +233,8 @@ class _Job:
                 except Exception:
                     log.exception("collection %s: a step of the reembedding failed", name)
                     self._set_problem("the server made an error; its log says which")
-                # The failed step may have read records that it did not store, so the job reads again from the start.
+                # The failed step may have read records that it did not store, so the job starts again at the first
+                # record; records with new vectors are skipped.
                 self.reembedding.rewind()
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
@@ -228,16 +243,18 @@ class _Job:
             self.writable.set()
 
     async def _step(self) -> bool:
-        """Do the next step of the job: embed and store some records, or try to switch to the new vectors.
+        """Do the next step of the job: embed and store up to 256 records or, if none remains, try to switch.
 
-        The step waits a second if no record remains but some could not be embedded. After a switch that failed, writes
-        wait until 256 or more records remain, a problem appears, or ten switches have failed.
+        If some records cannot be embedded, the step waits a second and does not switch. After a failed switch, writes
+        wait until a step reads 256 records, the job has a problem or ends, or the number of failed switches is a
+        multiple of ten.
 
         Returns:
             Whether the collection has switched, so that the job is done.
 
         Raises:
-            ServiceError: any error of the model or the index; the step can be tried again.
+            ServiceError: any error of `_embed_and_store`, of the index, or of the reembedding. After
+                `self.reembedding.rewind`, the step can be tried again, unless the reason is CLOSED.
         """
         records = await self._in_pool(self.reembedding.next, _RECORDS)
         if records:
@@ -252,7 +269,7 @@ class _Job:
             return False
         if await self._in_pool(self._index.switch, self.reembedding):
             return True
-        # Probably a record was written meanwhile. Writes wait during the next step, so that the switch can succeed.
+        # Probably a record was written meanwhile. Writes wait from now on, so that a later switch can succeed.
         self.writable.clear()
         self._switch_tries += 1
         if self._switch_tries % _SWITCH_TRIES == 0:
@@ -264,13 +281,13 @@ class _Job:
     async def _embed_and_store(self, records: Sequence[StoredRecord]) -> None:
         """Embed the texts of records, and store the records with their new vectors.
 
-        A record that cannot be embedded is noted in `self._failed` instead. If no record failed before, the problem of
-        the job is cleared.
+        A record that cannot be embedded is noted in `self._failed` instead. If no record failed before this call, the
+        problem of the job is cleared, since the model works.
 
         Raises:
-            ServiceError: NOT_FOUND if the new model is not served, FAILED_PRECONDITION if it is no embedding model,
-                UNAVAILABLE if another model has its name; any error of the index, or an error of the engine with a code
-                of `SERVER_ERRORS`.
+            ServiceError: NOT_FOUND if no model with the name of the new model is served; FAILED_PRECONDITION if the
+                served model is no embedding model; UNAVAILABLE if it has another fingerprint than the new model; any
+                error of the index, or an error of the engine with a code of `SERVER_ERRORS`.
         """
         embedder = self._embedder()
         groups = [records[i : i + GROUP_TEXTS] for i in range(0, len(records), GROUP_TEXTS)]
@@ -303,8 +320,8 @@ class _Job:
     def _embedder(self) -> BulkEmbedder:
         spec = self.reembedding.spec
         model: Model = self._engine.model(spec.model, Task.EMBEDDING)
-        # A job may have begun with a legacy fingerprint of the model. It continues, and the collection is bound by the
-        # present fingerprint later.
+        # An older version of the server may have begun the job, with the legacy fingerprint of the model. Then the job
+        # continues, and `CollectionAccess.open` binds the collection to the present fingerprint after the switch.
         if not is_bound_to(spec, model):
             message = f"model {spec.model!r} is another one than when this began; serve that, or cancel and begin again"
             raise ServiceError(Code.UNAVAILABLE, message, reason="MODEL_MISMATCH")
@@ -320,7 +337,10 @@ class _Job:
         )
 
     async def _update_failed(self) -> None:
-        """Forget the failed records that were changed or deleted since, and set or clear the problem of the job."""
+        """Forget the failed records that were changed or deleted since, and set the problem of the job accordingly.
+
+        If no record failed before, do nothing. If no failed record remains, the problem is cleared.
+        """
         if not self._failed:
             return
         revisions = await self._in_pool(self.reembedding.source_revisions, list(self._failed))

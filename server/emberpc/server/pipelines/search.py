@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class SearchMode(Enum):
-    """How a search ranks records: by vectors, by words, or by both."""
+    """How a search ranks records: by vectors (DENSE), by words (LEXICAL), or by both (HYBRID)."""
 
     DENSE = "dense"
     LEXICAL = "lexical"
@@ -43,11 +43,11 @@ class Query(NamedTuple):
     It is a tuple, which is quick to create, since a search may have a thousand queries.
 
     Attributes:
-        text: the text to embed, or to search for by its words.
-        vector: the vector, float32 (1, dimensions).
+        text: the text. DENSE mode embeds it, LEXICAL mode searches for its words, HYBRID mode does both.
+        vector: the vector to search for, float32 (1, dimensions). Only in DENSE mode.
         record_id: id of the record whose vector is searched for; this record is no hit. Only in DENSE mode.
         top_k: most hits.
-        ef: candidates that the search of the graph keeps; 0: the index chooses.
+        ef: candidates that the search of the graph keeps; 0: the index chooses. Not used in LEXICAL mode.
     """
 
     text: str | None
@@ -65,12 +65,13 @@ class SearchRequest:
         queries: at least one query. In LEXICAL and HYBRID mode each is a text.
         mode: how the search ranks records.
         conditions: the filter of each query, or None for a query without a filter; empty if no query has a filter.
-        truncation: the truncation of long texts.
-        min_recall: least recall of the dense ranking, at most 1; 0: no target. Must be 0 if a query has an ef.
-        dense_weight: weight of the dense ranking in HYBRID mode, 0 to 1.
+        truncation: the truncation of queries that are too long for the model.
+        min_recall: least recall of the dense ranking, at most 1; 0: no target. Must be 0 if a query has an ef. Not used
+            in LEXICAL mode.
+        dense_weight: weight of the dense ranking in HYBRID mode, 0 to 1; the lexical ranking has 1 - `dense_weight`.
         fusion: how HYBRID mode joins the two rankings.
         with_vectors: whether hits contain their vectors.
-        parts: other parts that hits contain.
+        parts: whether hits must contain text and metadata; they may contain more.
     """
 
     queries: Sequence[Query]
@@ -91,10 +92,10 @@ class SearchResults:
     Attributes:
         outcomes: hits and plan of each query, in the order of the queries.
         embedded: the queries that were embedded; None if no query was embedded.
-        warnings: sentences that say why a filter probably matches no record: that of the first query with a filter and
-            without hits.
-        lookup_seconds: wall time of the search in the collection, with the wait for a thread, but without the embedding
-            of queries, the look-up of the vectors of records that are queries, and the warnings.
+        warnings: sentences that say why the filter of one query probably matches no record. The query is the first with
+            a filter and without hits. Empty if there is no such query, or no reason was found.
+        lookup_seconds: wall time of the search in the collection, with the wait for a slot and a thread. It excludes
+            the embedding of queries, the reading of vectors by `record_id`, and the search for warnings.
     """
 
     outcomes: Sequence[SearchOutcome]
@@ -110,7 +111,7 @@ class EmbeddedQueries:
     Attributes:
         model: the model.
         inference: the inference of their texts.
-        rows: `rows[i]` is the index of the query whose text is text i of the inference.
+        rows: `rows[i]` is the index, in the search, of the query whose text is text i of the inference.
     """
 
     model: Model
@@ -124,7 +125,7 @@ class CollectionSearch:
     Args:
         engine: embeds queries that are texts.
         limits: limits of a call.
-        pool: runs the blocking calls of the index.
+        pool: runs the blocking calls of the index, except dense searches.
         groups: runs the dense searches.
         access: opens collections.
     """
@@ -142,12 +143,14 @@ class CollectionSearch:
         """Search the collection with a name.
 
         Raises:
-            ServiceError: NOT_FOUND if the collection, a record of a query, or the model for a text does not exist;
-                INVALID_ARGUMENT for a wrong text, vector or option; FAILED_PRECONDITION if a text must be embedded and
-                the collection has no model or another one is served, or if a query is a vector and the collection
-                changed its model meanwhile; RESOURCE_EXHAUSTED if too many heavy calls or tokens wait, or the response
-                would be too large (with vectors, one is counted for each of the `top_k` of each query);
-                DEADLINE_EXCEEDED if the deadline passed; any other error of `Inferrer.infer`.
+            ServiceError: NOT_FOUND if there is no such collection or no record with a `record_id`, or if a text must be
+                embedded and the collection's model is not served; INVALID_ARGUMENT for a wrong text, vector or option;
+                FAILED_PRECONDITION if a text must be embedded and the collection has no model or another model made its
+                vectors, or if a query is a vector and the collection changes its model during the call;
+                RESOURCE_EXHAUSTED if too many heavy calls or tokens wait, the deadline would probably pass, the hits
+                have too many bytes, or, with vectors, the vectors of as many hits as all `top_k` together would have
+                too many bytes; DEADLINE_EXCEEDED if the deadline passed; any other error of `CollectionAccess.open`,
+                `Inferrer.infer` and the methods of `CollectionBackend`.
         """
         return await self._access.use(
             name,
@@ -184,11 +187,11 @@ class CollectionSearch:
     def _search_words(
         self, collection: CollectionBackend, request: SearchRequest, texts: Sequence[str], caller: Caller
     ) -> Awaitable[list[SearchOutcome]]:
-        """Run a lexical search in the pool, and return the outcome of each query.
+        """Return an awaitable that runs a lexical search in the pool, as a heavy call: the outcome of each query.
 
         Args:
             collection: the collection.
-            request: the options of the search.
+            request: the search.
             texts: the text of each query.
             caller: the caller.
         """
@@ -210,13 +213,13 @@ class CollectionSearch:
         texts: Sequence[str],
         caller: Caller,
     ) -> Awaitable[list[SearchOutcome]]:
-        """Return the outcome of each query: of a dense search, or in HYBRID mode of a hybrid search.
+        """Return an awaitable of the outcome of each query: of a dense search, or in HYBRID mode of a hybrid search.
 
         Args:
             collection: the collection.
-            request: the options of the search.
-            matrix: vectors of the queries, float32 (queries, dimensions).
-            texts: texts of the queries in HYBRID mode; empty in DENSE mode.
+            request: the search, not in LEXICAL mode.
+            matrix: the vector of each query, float32 (queries, dimensions).
+            texts: the text of each query in HYBRID mode; empty in DENSE mode.
             caller: the caller.
         """
         queries = request.queries
@@ -266,11 +269,13 @@ class CollectionSearch:
     ) -> list[str]:
         """Return sentences that say why the filter of the first filtered query without hits probably matches no record.
 
-        The list is empty if each query with a filter has hits, or no reason was found.
+        The list is empty if each query with a filter has hits, or no reason was found. `request.conditions` must not be
+        empty.
         """
         for condition, outcome in zip(request.conditions, outcomes, strict=True):
             if condition is not None and not outcome.hits:
-                # Not refused if many heavy calls wait, since the search itself has already waited as a heavy call.
+                # Not refused if many heavy calls wait: a search with a filter is a heavy call, so the call has already
+                # waited for a slot.
                 mismatches = partial(collection.mismatches, condition)
                 return await self._pool.run(mismatches, caller, heavy=True, refuse=False)
         return []
@@ -283,18 +288,18 @@ class CollectionSearch:
         request: SearchRequest,
         caller: Caller,
     ) -> EmbeddedQueries:
-        """Embed the texts of some queries, write their vectors into the matrix, and return the model and the inference.
+        """Embed the queries that are texts, write their vectors into the matrix, and return model and inference.
 
         Args:
-            matrix: vectors of all queries, float32 (queries, dimensions); the rows in `rows` are set.
+            matrix: vectors of all queries, float32 (queries, dimensions). The rows with the indexes `rows` are changed.
             rows: indexes of the queries that are texts.
             collection: the collection, whose model embeds the texts.
             request: the search.
             caller: the caller.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if a text is too long or empty; NOT_FOUND or FAILED_PRECONDITION if the model
-                of the collection is not served; any error of `Inferrer.infer`.
+            ServiceError: INVALID_ARGUMENT if a text is empty or has too many bytes; any error of `collection_model` and
+                `Inferrer.infer`.
         """
         model = collection_model(self._engine, collection)
         texts = [request.queries[row].text or "" for row in rows]
@@ -312,17 +317,18 @@ class CollectionSearch:
     async def _fill_record_vectors(
         self, matrix: Matrix, queries: Sequence[Query], collection: CollectionBackend, caller: Caller
     ) -> None:
-        """Read the vectors of the records that queries name, and write each into the row of its query.
+        """Read the vectors of the records that queries name, and write each into the row of each query with its id.
 
         Args:
-            matrix: vectors of all queries, float32 (queries, dimensions).
+            matrix: vectors of all queries, float32 (queries, dimensions). The rows of queries with a `record_id` are
+                changed.
             queries: all queries.
             collection: the collection with the records.
             caller: the caller.
 
         Raises:
-            ServiceError: NOT_FOUND if there is no such record; any error of `CollectionBackend.get`, such as
-                RESOURCE_EXHAUSTED if the records have too many bytes.
+            ServiceError: NOT_FOUND if a named record is missing; any error of `CollectionBackend.get`, such as
+                RESOURCE_EXHAUSTED if the records have too many bytes; DEADLINE_EXCEEDED if the deadline passed.
         """
         record_ids = {i: query.record_id for i, query in enumerate(queries) if query.record_id is not None}
         ids = sorted(set(record_ids.values()))
@@ -337,7 +343,7 @@ class CollectionSearch:
 def _given_vectors(queries: Sequence[Query], collection: CollectionBackend) -> Matrix:
     """Return a matrix for the vectors of all queries, float32 (queries, dimensions).
 
-    The rows of queries with a vector are set. The other rows have any values.
+    The rows of queries with a vector have this vector. The caller must set the other rows: their values are undefined.
 
     Raises:
         ServiceError: INVALID_ARGUMENT if a vector has other dimensions than the collection.
@@ -358,11 +364,11 @@ def _given_vectors(queries: Sequence[Query], collection: CollectionBackend) -> M
 async def _search_by_ef(
     efs: Sequence[int], search: Callable[[int, Sequence[int]], Awaitable[list[SearchOutcome]]]
 ) -> list[SearchOutcome]:
-    """Return the outcome of each query, in order. Queries with equal ef are searched together, all groups concurrently.
+    """Return the outcome of each query, in order. `search` is called once for each distinct ef, all calls concurrently.
 
     Args:
-        efs: the ef of each query.
-        search: receives an ef and the indexes of queries; returns the outcomes of these queries.
+        efs: the ef of each query; at least one.
+        search: receives an ef and the indexes of queries, ascending; returns the outcomes in the order of the indexes.
     """
     rows_of: dict[int, list[int]] = {}
     for i, ef in enumerate(efs):
@@ -379,8 +385,9 @@ async def _search_by_ef(
 
 
 def _select(values: Sequence[T], rows: Sequence[int]) -> Sequence[T]:
-    """Return the values at the indexes `rows`; `values` itself if it has no more items than `rows`.
+    """Return the values of the queries at the indexes `rows`, which are distinct and ascending.
 
-    `values` has an item for each query, or none at all.
+    `values` has an item for each query, or none at all. If `rows` has all queries, or `values` is empty, `values`
+    itself is returned.
     """
     return [values[i] for i in rows] if len(rows) < len(values) else values

@@ -1,8 +1,9 @@
-"""Group concurrent dense searches, so that each group needs one thread and one look-up of records.
+"""Group concurrent dense searches, so that a group needs one thread and one look-up of records.
 
-A dense search takes 0.1 ms in the graph and 0.5 ms outside of it: for the change of threads, the look-up of the hits,
-and many small calls. A group takes the 0.5 ms only once. A search waits for searches with the same group key, and for a
-thread; a heavy search also waits for a slot of heavy calls.
+A dense search takes about 0.1 ms in the graph and 0.5 ms outside of it: for the change of threads, the look-up of the
+hits, and many small calls. A group takes the 0.5 ms only once. While a group runs, further searches with the same group
+key wait, and form the next group when it ends. If queries are slow or many wait, further groups of the key run at the
+same time. A heavy search also waits for a slot of heavy calls.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from emberpc.server.collections.types import Matrix
 from emberpc.server.errors import ServiceError
 from emberpc.server.pipelines.index_pool import IndexPool
 
-#: Most queries of a group; a group of a single search may have more.
+#: Most queries of a group of several searches; a single search may have more.
 _MAX_QUERIES = 64
-#: Seconds that a group should take at most; a group of a single search may take longer.
+#: Seconds that a group of several searches should take at most, by the rate of the last group.
 _GROUP_SECONDS = 0.01
-#: Seconds for one query. If the queries of a key take longer, several small groups use the cores better than one large
-#: group.
+#: If a query of a key takes more seconds than this, several small groups at the same time use the cores better than one
+#: large group.
 _SLOW_QUERY_SECONDS = 0.001
-#: Number of candidates of all queries of a search. A search with more candidates is heavy: a candidate takes 3 µs.
+#: A search whose queries have more candidates than this together is heavy: a candidate takes about 3 µs, so the search
+#: takes about 0.3 s.
 _MANY_CANDIDATES = 100_000
 
 T = TypeVar("T")
@@ -42,8 +44,8 @@ Outcomes = list[SearchOutcome]
 class VectorSearch(NamedTuple):
     """A dense search: the arguments of `CollectionBackend.search`, and the caller's deadline.
 
-    The deadline is in seconds of `perf_counter`; infinite: none. This is a tuple, since a frozen dataclass takes longer
-    to create, and each search creates one.
+    `top_k` has an item for each query; there is at least one query. The deadline is in seconds of `perf_counter`;
+    infinite: none. This is a tuple, since a frozen dataclass takes longer to create, and each search creates one.
     """
 
     collection: CollectionBackend
@@ -59,10 +61,10 @@ class VectorSearch(NamedTuple):
 
     @property
     def heavy(self) -> bool:
-        """Return whether the search may take long: it has a filter or a least recall, or more than 100,000 candidates.
+        """Return whether the search may take long: it has a filter or a `min_recall`, or more than 100,000 candidates.
 
-        The number of candidates is the number of queries times the greatest of ef and all values of `top_k`. With a
-        filter or a least recall, the search may read every record.
+        The number of candidates is the number of queries times the greatest of `ef` and all values of `top_k`. With a
+        filter or a `min_recall`, the search may read every record.
         """
         candidates = len(self.queries) * max(self.ef, *self.top_k)
         return any(self.conditions) or self.min_recall > 0 or candidates > _MANY_CANDIDATES
@@ -71,9 +73,9 @@ class VectorSearch(NamedTuple):
     def group_key(self) -> Hashable:
         """Return a key that is equal for searches that may be grouped.
 
-        The ef that the index chooses for a search depends only on values in the key. Searches with a filter have
-        another key than searches without: the first search with a filter may take a thousand times as long as others,
-        which must not wait for it.
+        The key has the options by which the index chooses ef, so a search has the same ef in a group as alone. Searches
+        with a filter have other keys than searches without one, since a search with a filter may take a thousand times
+        as long, and the others must not wait for it.
         """
         return (
             self.collection,
@@ -87,7 +89,7 @@ class VectorSearch(NamedTuple):
         )
 
     def run(self) -> Outcomes:
-        """Search the collection, and return the outcome of each query. Blocks; errors of the search pass through."""
+        """Search the collection, and return the outcome of each query. Blocks. Raises the errors of the collection."""
         return self.collection.search(
             self.queries,
             self.top_k,
@@ -105,31 +107,32 @@ _Group: TypeAlias = list[tuple[VectorSearch, "asyncio.Future[Outcomes]"]]
 
 @dataclass
 class _Queue:
-    """The waiting searches of one group key, and the number of the key's groups that run."""
+    """The waiting searches of one group key, whether they are heavy, and the number of the key's groups that run."""
 
     heavy: bool
     waiting: deque[tuple[VectorSearch, asyncio.Future[Outcomes]]] = field(default_factory=deque)
     running: int = 0
-    #: Whether one of the running groups, which are counted in `running`, still waits for a slot of heavy calls.
+    #: Whether one of the groups that `running` counts still waits for a slot of heavy calls; this group has no searches
+    #: yet.
     queued: bool = False
-    #: Seconds of the last group, divided by the number of its queries; 0 before the first group has ended.
+    #: Seconds of the group that ended last, divided by the number of its queries; 0 before the first end.
     seconds_per_query: float = 0.0
 
     @property
     def worth_another(self) -> bool:
-        """Return whether to run a further group beside those that run.
+        """Return whether to run a further group of the key beside those that run.
 
-        This needs slow queries or many waiting queries: the gain must exceed the cost of a change of threads, some
-        0.1 ms.
+        True if a query of the last group took more than 1 ms, or if at least 64 queries wait. Otherwise the gain would
+        not exceed the cost of a change of threads, some 0.1 ms.
         """
         queries = sum(len(search.queries) for search, _ in self.waiting)
         return self.seconds_per_query > _SLOW_QUERY_SECONDS or queries >= _MAX_QUERIES
 
     def take(self) -> _Group:
-        """Remove and return the next group of the waiting searches; searches whose callers left are dropped.
+        """Remove and return the next group of the waiting searches, oldest first; drop searches whose callers left.
 
-        The group may be empty. It has as many queries as are expected to take 10 ms, at most 64, or is a single search.
-        Before the first measurement it is a single search.
+        The group is empty if no other search waits. It is a single search, or has at most 64 queries and at most as
+        many as take 10 ms at the rate of the last group. Before the first group has ended, it is a single search.
         """
         seconds = self.seconds_per_query
         limit = min(_MAX_QUERIES, max(1, int(_GROUP_SECONDS / seconds)) if seconds else 1)
@@ -155,17 +158,18 @@ class SearchGroups:
         self._pool = pool
         self._at_once = at_once
         self._queues: dict[Hashable, _Queue] = {}
-        #: Keeps the running tasks alive, since the event loop itself holds only weak references to them.
+        #: The tasks of `_start_heavy` that run. The event loop itself holds only weak references to tasks.
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def search(self, search: VectorSearch) -> Outcomes:
         """Run a search, possibly in a group with others, and return the outcome of each of its queries.
 
-        If the caller leaves while the search waits, the search does not run.
+        If the caller leaves while the search waits, the search does not run. A group that runs is cancelled only when
+        each of its callers has left or passed its deadline, so a search may end after its own deadline.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if the search is heavy and 256 heavy searches wait;
-                DEADLINE_EXCEEDED if the deadline of each search of the group passed; any error of
+            ServiceError: RESOURCE_EXHAUSTED if the search is heavy and 256 heavy searches wait in this object;
+                DEADLINE_EXCEEDED if the group is cancelled, or the pool is closed; any error of
                 `CollectionBackend.search`. A `ServiceError` of one search of a group does not fail the other searches.
         """
         if search.heavy:
@@ -176,8 +180,8 @@ class SearchGroups:
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = _Queue(search.heavy)
-            # Calls that arrive together get here in the same iteration of the event loop. The group starts in the next
-            # iteration, so it can contain all of them.
+            # The first group starts in the next iteration of the event loop. By then, calls that arrived together, in
+            # this iteration, have added their searches.
             loop.call_soon(self._start, loop, key, queue)
         queue.waiting.append((search, outcome))
         if queue.running and queue.running < self._at_once:
@@ -189,9 +193,10 @@ class SearchGroups:
             raise
 
     def _start(self, loop: asyncio.AbstractEventLoop, key: Hashable, queue: _Queue) -> None:
-        """Start groups of the waiting searches of a key: one if none runs, further ones if the gain exceeds the cost.
+        """Start groups of the waiting searches of a key: one if none runs, and further ones while they are worth it.
 
-        The queue is removed when no search waits or runs.
+        At most `at_once` groups of a key run. Of heavy searches, at most one further group is started here, in a task,
+        since it must wait for a slot. The queue is removed when no search waits and no group runs.
         """
         while queue.waiting and (not queue.running or (queue.running < self._at_once and queue.worth_another)):
             if queue.heavy:
@@ -203,15 +208,19 @@ class SearchGroups:
                 return
             if group := queue.take():
                 queue.running += 1
-                # Not with asyncio's run_in_executor: its second future and its callbacks take as long as a search of
-                # the graph.
+                # Not with asyncio's `run_in_executor`, which adds a second future with callbacks: these take as long as
+                # a search of the graph.
                 self._pool.start(partial(self._run, loop, key, queue, group))
         if not queue.waiting and not queue.running and self._queues.get(key) is queue:
             del self._queues[key]
 
     async def _start_heavy(self, loop: asyncio.AbstractEventLoop, key: Hashable, queue: _Queue) -> None:
-        """Wait for a slot of heavy calls, and start a group of the searches of the queue that wait by then."""
-        # Not refused: at most one group of each key waits here, and the number of waiting heavy searches has a limit.
+        """Wait for a slot of heavy calls, and start a group of searches that wait by then.
+
+        If none waits, the slot is given back. Then further groups are started, as `_start` does.
+        """
+        # Not refused: at most one group of each key waits here, and `search` limits the number of heavy searches that
+        # wait.
         await self._pool.heavy.take(refuse=False)
         queue.queued = False
         if group := queue.take():
@@ -222,9 +231,9 @@ class SearchGroups:
         self._start(loop, key, queue)
 
     def _run(self, loop: asyncio.AbstractEventLoop, key: Hashable, queue: _Queue, group: _Group) -> None:
-        """Run the searches of a group in a thread of the pool, and pass the outcomes or errors to the event loop.
+        """Run the searches of a group, and pass the outcomes or errors to the event loop. For a thread of the pool.
 
-        The searches are cancelled when each caller has left or its deadline has passed.
+        The searches are cancelled when each caller of the group has left or passed its deadline, or the pool is closed.
         """
         outcomes: Sequence[Outcomes | BaseException]
         start = perf_counter()
@@ -254,7 +263,7 @@ class SearchGroups:
             queue: the searches of the key.
             group: the searches of the finished group.
             outcomes: the outcomes or the error of each search of the group.
-            seconds_per_query: seconds of the group, divided by the number of its queries.
+            seconds_per_query: wall time of the group in seconds, divided by the number of its queries.
         """
         queue.running -= 1
         queue.seconds_per_query = seconds_per_query
@@ -269,14 +278,14 @@ class SearchGroups:
 
 
 def _all_left(group: _Group) -> bool:
-    """Return whether no caller of a group waits any more: each has left, or its deadline has passed."""
+    """Return whether no caller of a group waits any more: each caller has left, or its deadline has passed."""
     return all(outcome.done() or search.deadline <= perf_counter() for search, outcome in group)
 
 
 def _group_outcomes(searches: Sequence[VectorSearch]) -> Sequence[Outcomes | ServiceError]:
-    """Run the searches of a group as one search, and return the outcomes or the error of each. Blocks.
+    """Run the searches of a group as one search, and return the outcomes or the error of each search, in order. Blocks.
 
-    If the joint search fails, each search is run alone. Errors other than `ServiceError` pass through.
+    If the joint search raises a `ServiceError`, each search is run alone. Other exceptions pass through.
     """
     first = searches[0]
     if len(searches) == 1:
@@ -289,7 +298,8 @@ def _group_outcomes(searches: Sequence[VectorSearch]) -> Sequence[Outcomes | Ser
     )
     outcomes = _search(joined)
     if isinstance(outcomes, ServiceError):
-        # Run each search alone, so that only the search that causes the error fails.
+        # One search may cause the error, or the hits of all searches together have too many bytes. So each search is
+        # run alone, and only those fail that fail alone.
         return [_search(search) for search in searches]
     remaining = iter(outcomes)
     return [[next(remaining) for _ in search.top_k] for search in searches]
@@ -299,7 +309,8 @@ def _joined(options: Sequence[tuple[VectorSearch, Sequence[T | None]]]) -> Seque
     """Return the values of an option for the queries of all searches, one after the other.
 
     Args:
-        options: each search with its values: one for each of its queries, or none at all, which means None for each.
+        options: each search with its values of the option: one for each of its queries, or none at all, which means
+            None for each query.
 
     Returns:
         The values; empty if no search has any.

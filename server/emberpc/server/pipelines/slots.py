@@ -15,9 +15,9 @@ class Slots:
 
     Args:
         count: number of slots, which is the most tasks that hold one at a time.
-        max_waiting: most tasks that wait for a slot; a further task is refused.
+        max_waiting: number of waiting tasks at which the queue is full, so that a further task is refused.
         holders: name of the tasks for the error message, in the plural, such as `backups`.
-        retry_seconds: seconds after which a refused caller may retry.
+        retry_seconds: seconds after which a refused caller may retry, for the error.
     """
 
     def __init__(self, count: int, max_waiting: int, holders: str, retry_seconds: float = 1.0) -> None:
@@ -42,11 +42,11 @@ class Slots:
         """Wait for a slot and take it; `release` gives the slot back. A cancelled task leaves the queue.
 
         Args:
-            refuse: whether to raise an error if the queue is full. False is for callers whose number has a limit
-                otherwise.
+            refuse: whether to raise an error if the queue is full. False: the task waits all the same; for tasks whose
+                number is limited elsewhere.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if the queue is full and `refuse` is set.
+            ServiceError: RESOURCE_EXHAUSTED if `refuse` is True, no slot is free, and the queue is full.
         """
         if self._free:
             self._free -= 1
@@ -65,7 +65,7 @@ class Slots:
             raise
 
     def check_room(self, waiting: int) -> None:
-        """Raise RESOURCE_EXHAUSTED if `waiting`, the number of tasks that wait now, fills the queue."""
+        """Raise RESOURCE_EXHAUSTED if `waiting`, a number of waiting tasks that the caller counts, fills the queue."""
         if waiting >= self._max_waiting:
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,
@@ -76,7 +76,7 @@ class Slots:
             )
 
     def release(self) -> None:
-        """Give a slot back. The task that has waited longest gets the slot."""
+        """Give a slot back. The task that has waited longest gets the slot; if no task waits, the slot is free."""
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
@@ -86,7 +86,7 @@ class Slots:
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[None]:
-        """Wait for a slot, and hold it while the block runs; RESOURCE_EXHAUSTED if the queue is full."""
+        """Wait for a slot as `take` does, with its error, and hold the slot while the `with` block runs."""
         await self.take()
         try:
             yield

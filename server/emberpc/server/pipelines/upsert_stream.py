@@ -1,12 +1,14 @@
 """Upsert a stream of records of any size, message by message.
 
-One loop reads messages, embeds texts, writes records and returns results. Messages are embedded concurrently and
-written in their order, so the model works on the next messages while a message is written to disk. The records of a
-message are written together, without those that fail. The result of a message is a checkpoint: the written records of
-this message and of all messages before it are stored, and on disk if the result is `synced`. The loop reads no message
-while enough records or bytes are in flight, and it does nothing else while the caller receives a result. So a stream
-holds messages of less than 4 MiB together and the latest message, for any number of records, and however slowly the
-caller reads.
+One loop reads messages, starts their embedding, writes their records and yields their results. Messages are embedded
+concurrently and written in the order in which they came, so the model works on the next messages while a message is
+written to disk. The records of a message are written together, without those that fail. The result of a message is a
+checkpoint: all records of this message and of the messages before it are written, except those that failed. With the
+embedded backend, the written records are on disk.
+
+The loop reads no message while enough records, messages or bytes are in flight, and it pauses while the caller receives
+a result. So besides the message that was read last, a stream holds request messages of less than 4 MiB together. This
+is true for any number of records, and however slowly the caller reads.
 """
 
 from __future__ import annotations
@@ -33,15 +35,18 @@ from emberpc.server.pipelines.model_binding import collection_model
 from emberpc.server.pipelines.reembedding import ReembeddingJobs
 from emberpc.server.pipelines.stream_tasks import cancel_tasks, next_message
 
-#: No message is read while two or more messages with at least this many records together are in flight.
+#: No message is read while two or more messages with at least this many records together are in flight: a stream embeds
+#: at most this many texts at a time, so further messages would only wait.
 _MAX_RECORDS = GROUP_TEXTS * GROUPS
-#: No message is read while this many messages are in flight.
+#: No message is read while this many messages are in flight. Without this limit, messages with few or no records could
+#: make thousands of tasks.
 _MAX_MESSAGES = 64
-#: Another message is read only while the messages in flight have fewer bytes than this, or no message is in flight.
-#: Messages with vectors are ready long before the embedding of an earlier message ends: without this limit, 4 streams
-#: with messages of 16 MB held 1.3 GB.
+#: A message is read only while the messages in flight have fewer bytes than this together. Messages with vectors wait
+#: in memory until the texts of an earlier message are embedded: without this limit, 4 streams with messages of 16 MB
+#: held 1.3 GB.
 _MAX_BYTES = 4 * 2**20
-#: Matches the path of a record's field in an error of the index, such as `records[3].id` or `vectors[3]`.
+#: Matches the path of a record's field or vector in an error of the index, such as `records[3].id` or `vectors[3]`.
+#: Groups: `vectors` or None, the index of the record, the field.
 _RECORD_PATH = re.compile(r"(?:records|(vectors?))\[(\d+)\]\.?(.*)")
 
 Message = TypeVar("Message")
@@ -49,7 +54,11 @@ Message = TypeVar("Message")
 
 @dataclass(frozen=True)
 class FailedRecord:
-    """The id of a record that was not written, and its error."""
+    """The id of a record that was not written, and its error.
+
+    Field paths of the error start at the record, such as `text` or `vector`. If the whole block of vectors is wrong,
+    they start with `vectors`.
+    """
 
     id: str
     error: ServiceError
@@ -60,15 +69,17 @@ class UpsertMessage:
     """The records of one message.
 
     Attributes:
-        collection: name of the collection; may be empty after the first message.
-        batch_number: number of the message; the first is at least 1, each further one greater than the one before.
-        record_count: number of records.
-        read_records: yields each record or its error; runs in the pool, since metadata may take seconds to read.
-        read_vectors: returns the records' vectors, float32 (records, dimensions). None: their texts are embedded.
+        collection: name of the collection; empty: that of the stream.
+        batch_number: number that the caller gave the message.
+        record_count: number of records; may be 0.
+        read_records: yields each record, or its error, in order; runs in the pool, since metadata may take seconds to
+            read.
+        read_vectors: returns the vectors of all records, float32 (`record_count`, dimensions), or raises
+            INVALID_ARGUMENT. None: the texts are embedded.
         truncation: the truncation of long texts; None: that of the collection.
-        size: bytes of the message.
-        release: called when the message was answered, so that the stream does not hold it any more. Not called if the
-            stream ends before.
+        size: bytes of the request message.
+        release: called after the caller has received the message's result: the bytes of the message need not count any
+            longer. Not called if the stream ends before.
     """
 
     collection: str
@@ -87,8 +98,8 @@ class UpsertedBatch:
 
     Attributes:
         batch_number: number of the message.
-        result: the result of the write; None if no record was written.
-        failures: the records that were not written, with their errors.
+        result: the result of the write; None if the message has no records or all of them failed.
+        failures: the records that were not written, with their errors, in any order.
     """
 
     batch_number: int
@@ -102,8 +113,9 @@ class _Batch:
 
     Attributes:
         number: number of the message.
-        records: the records that have not failed so far.
-        matrix: float32 (records, dimensions): row i is the vector of `records[i]`; empty until there are vectors.
+        records: the records to write. A record that fails stays here until `keep` removes it.
+        matrix: float32 (records, dimensions): row i is the vector of `records[i]`. Shape (0, 0) until the vectors are
+            read or embedded.
         failures: the records that failed.
     """
 
@@ -113,11 +125,11 @@ class _Batch:
     failures: list[FailedRecord] = field(default_factory=list)
 
     def fail(self, i: int, error: ServiceError) -> None:
-        """Note that record i failed. The record stays in `records` until `keep` removes it."""
+        """Add `records[i]` to the failures. The record stays in `records` until `keep` removes it."""
         self.failures.append(FailedRecord(self.records[i].id, error))
 
     def keep(self, kept: Sequence[int]) -> None:
-        """Remove all records, with their vectors, except those at the indexes `kept`."""
+        """Remove all records and their vectors except those at the indexes `kept`, which are in ascending order."""
         self.records = [self.records[i] for i in kept]
         # The matrix is still empty if the vectors of the message cannot be read. Then no record is kept, so no index is
         # out of range.
@@ -126,7 +138,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _InFlight:
-    """A message that was not answered yet, and the task that reads and embeds its records."""
+    """A message whose result the caller has not received, and the task that makes its `_Batch`."""
 
     task: asyncio.Task[_Batch]
     record_count: int
@@ -136,6 +148,8 @@ class _InFlight:
 
 class UpsertStream:
     """Upserts the records of one stream into one collection.
+
+    Call `add` with the first message; then iterate over `run`, which reads the further messages.
 
     Args:
         engine: embeds the records' texts.
@@ -166,20 +180,20 @@ class UpsertStream:
         self._request_id = request_id
         self._embedders: dict[Truncation, BulkEmbedder] = {}
         self._number = 0
-        #: The messages that were not answered, in their order.
+        #: The messages whose results the caller has not received, in the order in which they came.
         self._in_flight: deque[_InFlight] = deque()
-        #: Limits the groups of texts that are embedded at a time.
+        #: Limits the groups of texts that are embedded at a time, of all messages of the stream together.
         self._groups = asyncio.Semaphore(GROUPS)
 
     def add(self, message: UpsertMessage) -> None:
         """Start to read and embed the records of a message, in a task.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the message names another collection, has a number that is not greater
-                than the last, or has too many records. If its texts must be embedded: NOT_FOUND if the collection's
-                model is not served; FAILED_PRECONDITION if the collection has no model or another model made its
-                vectors; for the first texts of the stream, RESOURCE_EXHAUSTED if the queue is full or the deadline
-                cannot be met.
+            ServiceError: INVALID_ARGUMENT if the message names another collection, has too many records, or has a
+                number that is not greater than that of the message before (of the first message: than 0). If texts must
+                be embedded: NOT_FOUND if the collection's model is not served; FAILED_PRECONDITION if the collection
+                has no model, or the served model is another one or embeds no texts; for the first texts of the stream,
+                RESOURCE_EXHAUSTED if the queue is full or the deadline cannot be met.
         """
         name = self._collection.spec.name
         if message.collection not in ("", name):
@@ -200,16 +214,19 @@ class UpsertStream:
     ) -> AsyncGenerator[UpsertedBatch, None]:
         """Write the records of the messages that were added and of all further messages; yield each message's result.
 
-        The results are in the order of the messages. The stream ends with the first error that is raised.
+        The results are in the order of the messages. Invalid records, and texts on which the model fails, are failures
+        of the result. Any other error ends the stream. An error of `messages`, `read` or `add` ends the stream at once,
+        though earlier messages may have no result yet.
 
         Args:
             messages: the further messages.
             read: returns the content of a message.
 
         Raises:
-            ServiceError: any error of `read` and `add`; RESOURCE_EXHAUSTED if the queue stays full, too many writes
-                wait, or the disk is full; DEADLINE_EXCEEDED if the deadline passed; UNAVAILABLE if the server stops or
-                the collection is closed; INTERNAL if the database fails. Wrong records fail alone, without an error.
+            ServiceError: any error of `messages`, `read` and `add`; RESOURCE_EXHAUSTED if the queue stays full, texts
+                cannot be embedded before the deadline, or too many writes wait; DEADLINE_EXCEEDED if the deadline
+                passed; UNAVAILABLE if the server stops or the collection was closed, as after a reembedding; any error
+                of `CollectionBackend.upsert` except INVALID_ARGUMENT.
         """
         reading: asyncio.Task[Message | None] | None = None
         ended = False
@@ -239,8 +256,8 @@ class UpsertStream:
     def _has_room(self) -> bool:
         """Return whether to read another message: few enough bytes, records and messages are in flight.
 
-        Two messages may be in flight however many records they have, so that one can be embedded while the other is
-        written, unless they have too many bytes.
+        A second message is read however many records the first has, if the first has fewer than 4 MiB: one message can
+        be embedded while the other is written.
         """
         count = len(self._in_flight)
         if count and sum(message.size for message in self._in_flight) >= _MAX_BYTES:
@@ -249,10 +266,12 @@ class UpsertStream:
         return count < 2 or (count < _MAX_MESSAGES and records < _MAX_RECORDS)
 
     async def _write(self, batch: _Batch) -> UpsertedBatch:
-        """Write the records of a message, and return its result. Records that the index refuses fail.
+        """Write the records of a message, and return its result.
+
+        If the index refuses records with INVALID_ARGUMENT, these records fail, and the others are tried again.
 
         Raises:
-            ServiceError: any error of the index except INVALID_ARGUMENT.
+            ServiceError: any other error of `CollectionBackend.upsert`; RESOURCE_EXHAUSTED if too many writes wait.
         """
         name = self._collection.spec.name
         result = None
@@ -269,9 +288,10 @@ class UpsertStream:
     def _embedder(self, message: UpsertMessage) -> BulkEmbedder:
         """Return the embedder for the texts of a message. The stream has one embedder for each truncation.
 
+        Errors are raised only when an embedder is made, at the first message with a truncation.
+
         Raises:
-            ServiceError: NOT_FOUND if the collection's model is not served; FAILED_PRECONDITION if the collection has
-                no model or another model made its vectors; RESOURCE_EXHAUSTED, for the first embedder of the stream, if
+            ServiceError: any error of `collection_model`; RESOURCE_EXHAUSTED, for the first embedder of the stream, if
                 the queue is full or the deadline cannot be met.
         """
         truncation = message.truncation or Truncation(self._collection.spec.truncation)
@@ -295,11 +315,15 @@ class UpsertStream:
     async def _embed(self, message: UpsertMessage, embedder: BulkEmbedder | None) -> _Batch:
         """Read the records of a message, and read their vectors or embed their texts.
 
+        Args:
+            message: the message.
+            embedder: embeds the texts; None if the message has vectors or no records.
+
         Returns:
             The records with their vectors, and the records that failed.
 
         Raises:
-            ServiceError: an error with a code of `SERVER_ERRORS`, which is no record's fault.
+            ServiceError: an error with a code of `SERVER_ERRORS`; other errors make records fail.
         """
         batch = _Batch(message.batch_number)
         indexes = await self._pool.run(partial(_read, batch, message), self._caller)
@@ -323,10 +347,10 @@ class UpsertStream:
         return matrix
 
     async def _embed_texts(self, batch: _Batch, embedder: BulkEmbedder) -> None:
-        """Embed the texts of a message in groups, set the vectors of the batch, and remove the records that fail.
+        """Embed the texts of a batch in groups, set its vectors, and move the records that fail to its failures.
 
         Raises:
-            ServiceError: an error with a code of `SERVER_ERRORS`, which is no record's fault.
+            ServiceError: an error with a code of `SERVER_ERRORS`; other errors make records fail.
         """
         texts = [record.text for record in batch.records]
 
@@ -354,12 +378,15 @@ class UpsertStream:
 
 
 def _read(batch: _Batch, message: UpsertMessage) -> list[int]:
-    """Read the records of a message into its batch, and return the indexes in the message of those that do not fail.
+    """Read the records of a message into its batch: valid ones into `records`, the others into `failures`.
 
     Runs in the pool.
 
+    Returns:
+        The index in the message of each item of `batch.records`.
+
     Raises:
-        ServiceError: DEADLINE_EXCEEDED if the caller left or the deadline passed.
+        ServiceError: DEADLINE_EXCEEDED if the caller left, the deadline passed or the server stops.
     """
     indexes = []
     for i, record in enumerate(message.read_records()):
@@ -373,9 +400,10 @@ def _read(batch: _Batch, message: UpsertMessage) -> list[int]:
 
 
 def _fail_named(batch: _Batch, error: ServiceError) -> None:
-    """Fail the records that an error names, each with its own violations, and remove them from the batch.
+    """Move the records that an INVALID_ARGUMENT error names to the failures, each with its own violations.
 
-    If the error names no record, or an index outside of the batch, all records fail with all violations.
+    The index i of a path such as `records[i].id` means `batch.records[i]`. In the failures, the path starts at the
+    record. If the error names no record, or an index outside of the batch, all records fail with all violations.
     """
     wrong: dict[int, list[Violation]] = {}
     for violation in error.violations:

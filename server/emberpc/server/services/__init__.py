@@ -1,1 +1,1 @@
-"""The gRPC services of emberpc.v1. Each method reads a request message, calls a pipeline and writes the response."""
+"""The gRPC services of emberpc.v1: they convert requests for the pipelines and the engine, and results to responses."""

@@ -29,8 +29,8 @@ async def backup_responses(
 ) -> AsyncIterator[pb.BackupCollectionResponse]:
     """Yield the responses of a BackupCollection. The first has the size of the backup, the last its SHA-256.
 
-    A caller that does not read a response for `backups.stall_seconds` gets DEADLINE_EXCEEDED; while other callers wait
-    for a backup, already after `backups.contended_seconds`.
+    If the caller does not read a response, the call is ended with DEADLINE_EXCEEDED, as `_ended_after` describes: after
+    `backups.stall_seconds`, or at a multiple of `backups.contended_seconds` if another caller waits for a backup then.
 
     Args:
         backups: the pipeline.
@@ -64,16 +64,18 @@ def _restore_message(message: pb.RestoreCollectionRequest) -> RestoreMessage:
 def _ended_after(
     seconds: float, context: requests.Context, contended: Callable[[], bool], contended_seconds: float
 ) -> Iterator[None]:
-    """Context manager: end the call with DEADLINE_EXCEEDED if the block lasts too long.
+    """Context manager: end the call with DEADLINE_EXCEEDED if the block, which yields a response, lasts too long.
 
-    In the block, the caller reads a response. The running task, which is the handler of the call, is then cancelled.
-    The caller gets the error when it reads again.
+    The block lasts until gRPC has taken the response, and gRPC takes none while the caller does not read. To end the
+    call, the status is given to gRPC, and then the task that entered the block, the handler of the call, is cancelled.
+    The caller gets the status when it reads again.
 
     Args:
         seconds: how long the block may last, rounded up to a multiple of `contended_seconds`.
         context: the context of the call.
-        contended: returns whether other callers wait for the slot that this call holds.
-        contended_seconds: how long the block may last while other callers wait; `contended` is called at this interval.
+        contended: returns whether another caller waits for the slot that this call holds.
+        contended_seconds: interval of the checks. A check ends the call if `contended` returns True or the block has
+            lasted for `seconds`.
     """
     handler = asyncio.current_task()
     loop = asyncio.get_running_loop()
@@ -106,7 +108,7 @@ def _ended_after(
 
 
 async def _abort(seconds: float, context: requests.Context) -> None:
-    """End a call with the DEADLINE_EXCEEDED error for a caller that has read nothing for `seconds` seconds."""
+    """End a call with a DEADLINE_EXCEEDED status, whose message says that nothing was read for `seconds` seconds."""
     request_id = requests.request_id(context)
     message = f"nothing was read for {seconds:g} s, so the call was ended; begin again, and read without a pause"
     error_status = status_of(ServiceError(Code.DEADLINE_EXCEEDED, message, reason="STALLED"), request_id)

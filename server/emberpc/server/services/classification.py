@@ -14,8 +14,8 @@ from emberpc.server.services import replies, requests
 from emberpc.v1 import classification_pb2 as pb
 from emberpc.v1 import classification_pb2_grpc
 
-#: Limit of the bytes of a response besides its classifiers. Most of these bytes are the page token, which encodes a
-#: name of at most 128 characters.
+#: Bytes of a response that are reserved for the rest beside its classifiers. Most of them are for the page token, which
+#: encodes a name of at most 128 characters.
 _REPLY_BYTES = 1024
 
 
@@ -58,11 +58,11 @@ class ClassificationService(classification_pb2_grpc.ClassificationServiceService
     async def ListClassifiers(
         self, request: pb.ListClassifiersRequest, context: requests.Context
     ) -> pb.ListClassifiersResponse:
-        """Return a page of the served classifiers, sorted by name.
+        """Return a page of the served classifiers, sorted by name. A page of more than 1 MiB is shortened.
 
         Raises:
             ServiceError: INVALID_ARGUMENT for a wrong page size or page token; RESOURCE_EXHAUSTED if the first
-                classifier of the page alone has more bytes than a response may have.
+                classifier of the page is too large for a response (`_check_size`).
         """
         size = requests.page_size(request.page_size)
         after = decode_token(request.page_token)
@@ -78,14 +78,14 @@ class ClassificationService(classification_pb2_grpc.ClassificationServiceService
     ) -> pb.GetClassifierResponse:
         """Return the classifier `request.name`; empty: the only classifier. Errors are those of `Engine.model`.
 
-        RESOURCE_EXHAUSTED if the classifier has more bytes than a response may have.
+        RESOURCE_EXHAUSTED, too, if the classifier is too large for a response (`_check_size`).
         """
         description = describe(self._engine.model(request.name, Task.CLASSIFICATION, "name"))
         self._check_size(description)
         return pb.GetClassifierResponse(classifier=description)
 
     def _check_size(self, description: pb.Classifier) -> None:
-        """Raise RESOURCE_EXHAUSTED if a response with this classifier alone would exceed `max_response_bytes`."""
+        """Raise RESOURCE_EXHAUSTED if a classifier and `_REPLY_BYTES` have more than `max_response_bytes` together."""
         self._limits.check_response(
             description.ByteSize() + _REPLY_BYTES,
             f"the labels of {description.name!r} are too long; start the server with a higher --max-response-bytes",
@@ -93,13 +93,13 @@ class ClassificationService(classification_pb2_grpc.ClassificationServiceService
 
 
 def classify_row(decisions: LabelDecisions, row: int, manifest: Manifest, top_k: int) -> pb.Classification:
-    """Return the result for one text.
+    """Return the message with the result for one text; `usage` stays unset.
 
     Args:
         decisions: the decisions on all texts of the call.
         row: index of the text.
         manifest: the manifest of the classifier.
-        top_k: most labels in `scores`, best first; 0: all labels.
+        top_k: most items of the field `scores`; 0: all labels. The field `labels` is not limited.
     """
     scores, ranking, given = decisions.probabilities[row], decisions.ranking[row], decisions.labels[row]
     return pb.Classification(
@@ -110,7 +110,7 @@ def classify_row(decisions: LabelDecisions, row: int, manifest: Manifest, top_k:
 
 
 def describe(model: Model) -> pb.Classifier:
-    """Return the message that describes a fine-tuned classifier, from its manifest.
+    """Return the message `Classifier` that describes a fine-tuned classifier.
 
     `fit_time` stays unset if the manifest has no valid ISO time.
     """

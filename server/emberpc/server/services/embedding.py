@@ -57,7 +57,8 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
     ) -> AsyncIterator[pb.EmbedStreamResponse]:
         """Embed the texts of a stream of any length; yield the results in the order in which they are ready.
 
-        The first response has only the model. An invalid text fails alone: its error is in a response.
+        The first response has only the model. A text that cannot be embedded does not end the call: its error is in a
+        response.
 
         Raises:
             ServiceError: INVALID_ARGUMENT if the first message has no config, a later message has a config, or the
@@ -80,9 +81,9 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
                 yield _group_response(group, config.dtype, request_id)
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: requests.Context) -> pb.CountTokensResponse:
-        """Return the number of tokens of each text, before truncation; errors are those of `TextEmbedder.count_tokens`.
+        """Return the number of tokens of each text, with prompt and special tokens, before truncation.
 
-        INVALID_ARGUMENT, too, for an unknown input kind.
+        Errors are those of `TextEmbedder.count_tokens`; INVALID_ARGUMENT, too, for an unknown input kind.
         """
         kind = requests.input_kind(request.input_kind)
         counted = await self._embedder.count_tokens(request.model, request.texts, kind)
@@ -117,7 +118,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
 
 
 def _options(message: pb.EmbedRequest | pb.EmbedStreamConfig, path: str = "") -> EmbeddingOptions:
-    """Read the embedding options of a message. The element type `dtype` is only checked, it is no option.
+    """Read the embedding options of a message. The field `dtype` is checked, but is no part of the result.
 
     Args:
         message: the message.
@@ -139,7 +140,7 @@ def _options(message: pb.EmbedRequest | pb.EmbedStreamConfig, path: str = "") ->
 def _text_message(messages: AsyncIterator[pb.EmbedStreamRequest], message: pb.EmbedStreamRequest) -> TextMessage:
     """Convert `message`, the latest of the stream `messages`, to the message of the pipeline.
 
-    The bytes of the message stay counted in `max_in_flight_bytes` until the pipeline releases it.
+    The bytes of `message` stay counted in `max_in_flight_bytes` until the pipeline calls `release` of the result.
     """
     return TextMessage([StreamText(item.id, item.text) for item in message.items], requests.hold(messages).release)
 
@@ -166,10 +167,10 @@ def _group_response(
 
 
 def _with_scores(scores: npt.NDArray[np.float32]) -> pb.ComputeSimilarityResponse:
-    """Return a response with only the field `scores`, from a float32 array (rows, columns).
+    """Return a response with only the field `scores`: the items of a float32 array (rows, columns), row by row.
 
-    The message is parsed from bytes: protobuf copies an array number by number, which takes half a second for four
-    million numbers and holds the interpreter's lock.
+    The response is parsed from bytes. To assign the numbers to the field would copy them one by one, which takes half a
+    second for four million numbers and holds the interpreter's lock.
     """
     data = scores.astype("<f4").tobytes()
     field = pb.ComputeSimilarityResponse.DESCRIPTOR.fields_by_name["scores"].number

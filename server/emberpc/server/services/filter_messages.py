@@ -1,4 +1,4 @@
-"""Convert the filter messages of filter.proto to `collections.filters`, and check the limits of filters."""
+"""Convert the messages of filter.proto to the types of `collections.filters`, and check the limits of filters."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _EQUALITIES = (filters.Operator.EQUAL, filters.Operator.NOT_EQUAL)
 
 
 def read_filter(message: pb.Filter, path: str = "filter") -> filters.Filter:
-    """Convert the only filter of a request.
+    """Convert the filter of a request that has only one.
 
     Args:
         message: the filter.
         path: path of the filter in the request, for errors.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT, naming the part that is wrong or exceeds a limit.
+        ServiceError: INVALID_ARGUMENT, naming the filter or its part that is wrong or exceeds a limit.
     """
     return FilterReader().read(message, path)
 
@@ -49,8 +49,9 @@ class FilterReader:
             path: path of the filter in the request, for errors.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT, naming the part that is wrong or exceeds a limit; or if all filters so far
-                have more than 2,000 conditions or 50,000 values of memberships.
+            ServiceError: INVALID_ARGUMENT, naming the filter or its part that is wrong or exceeds a limit. The filter
+                is named, too, if it and the filters before it together have more than 2,000 conditions or 50,000 values
+                of memberships.
         """
         reader = _Reader(path)
         found = reader.read(message, path, 1)
@@ -66,7 +67,7 @@ class FilterReader:
 
 
 class _Reader:
-    """Converts one filter, and counts its conditions and the values of its memberships.
+    """Converts one filter, and counts and limits its conditions and the values of its memberships.
 
     Args:
         path: path of the filter in the request, for errors about the whole filter.
@@ -78,7 +79,7 @@ class _Reader:
         self.values = 0
 
     def read(self, message: pb.Filter, path: str, depth: int) -> filters.Filter:
-        """Convert one condition, with those nested in it.
+        """Convert one condition, with the conditions nested in it, and count all of them.
 
         Args:
             message: the condition.
@@ -86,7 +87,7 @@ class _Reader:
             depth: nesting depth of the condition; the filter itself has depth 1.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT, naming the part that is wrong or exceeds a limit.
+            ServiceError: INVALID_ARGUMENT, naming the filter or its part that is wrong or exceeds a limit.
         """
         if depth > filters.MAX_DEPTH:
             raise invalid(path, f"is nested more than {filters.MAX_DEPTH} levels deep; make the filter flatter")

@@ -1,4 +1,4 @@
-"""IndexService: manage collections, write and read records, and search."""
+"""IndexService: manage and back up collections; write, read, search and analyse records."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ from emberpc.server.statuses import status_of
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc
 
-#: Number of hits of a Search response above which the response is serialized in the pool. A record that was not
-#: returned before takes about 10 µs, so a large response would block the event loop for milliseconds.
+#: Number of hits of a Search response above which the response is serialized in the pool. To serialize a record takes
+#: about 10 µs, unless it was returned before; so a large response would block the event loop for milliseconds.
 _MANY_HITS = 200
-#: Characters of the metadata (JSON) of all hits above which a Search response is serialized in the pool. A character
-#: takes about 0.1 µs.
+#: Characters of the metadata (JSON) of all hits above which a Search response is serialized in the pool. To serialize a
+#: character takes about 0.1 µs.
 _MUCH_METADATA = 64 * 1024
-#: The methods whose responses have records. They return the serialized response, not a message.
+#: The methods whose responses have records. They return serialized bytes, which take less memory than a message.
 _WITH_RECORDS = ("BatchGetRecords", "ListRecords", "Search", "ClusterRecords")
 
 
 class IndexService(index_pb2_grpc.IndexServiceServicer):
     """Implements the IndexService of index.proto on an index backend.
 
-    A method that fails raises a `ServiceError` with a status code that index.proto lists for the RPC or for all RPCs.
+    Methods report errors to callers by `ServiceError`; index.proto lists the status codes and the causes.
 
     Args:
         engine: the models, which embed texts of records and queries.
@@ -79,7 +79,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def CreateCollection(
         self, request: pb.CreateCollectionRequest, context: requests.Context
     ) -> pb.CreateCollectionResponse:
-        """Create a collection and return it as created; errors are those of `CollectionManagement.create`.
+        """Create a collection and return it with its defaults; errors are those of `CollectionManagement.create`.
 
         INVALID_ARGUMENT, too, for a distance or truncation that this server does not know.
         """
@@ -91,14 +91,14 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     ) -> pb.GetCollectionResponse:
         """Return settings and state of the collection `request.name`.
 
-        NOT_FOUND if there is no such collection; INTERNAL if it is damaged.
+        NOT_FOUND if there is no such collection; INTERNAL if the collection is damaged and cannot be opened.
         """
         return pb.GetCollectionResponse(collection=collection_message(await self._management.get(request.name)))
 
     async def ListCollections(
         self, request: pb.ListCollectionsRequest, context: requests.Context
     ) -> pb.ListCollectionsResponse:
-        """Return a page of the collections, sorted by name; INVALID_ARGUMENT for a wrong page size or page token."""
+        """Return a page of the collections, sorted by name; errors are those of `CollectionManagement.page`."""
         size = requests.page_size(request.page_size)
         descriptions, token = await self._management.page(size, request.page_token)
         return pb.ListCollectionsResponse(collections=map(collection_message, descriptions), next_page_token=token)
@@ -133,10 +133,10 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def UpsertRecords(
         self, request: pb.UpsertRecordsRequest, context: requests.Context
     ) -> pb.UpsertRecordsResponse:
-        """Insert or replace records, and return their numbers and the receipt of the write.
+        """Insert or replace records; return the number of new and of replaced records, and the receipt of the write.
 
         The texts are embedded unless the request has vectors; with vectors the response has no usages and timings.
-        Errors are those of `RecordWriter.upsert`; INVALID_ARGUMENT, too, for an unknown truncation without vectors.
+        Errors are those of `RecordWriter.upsert`; without vectors, INVALID_ARGUMENT, too, for an unknown truncation.
         """
         given = request.HasField("vectors")
         upsert_request = UpsertRequest(
@@ -162,11 +162,11 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     ) -> AsyncIterator[pb.UpsertRecordsStreamResponse]:
         """Insert or replace the records of a stream of any length; yield a response for each message.
 
-        A response is a checkpoint: all records up to its message are written, except those that failed.
+        A response is a checkpoint: all records up to and including its message are written, except those that failed.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the first message names no collection; NOT_FOUND if there is no such
-                collection; as `UpsertStream.add` and `UpsertStream.run` do.
+            ServiceError: INVALID_ARGUMENT if there is no message or the first names no collection; as
+                `CollectionAccess.open`, `UpsertStream.add` and `UpsertStream.run` do.
         """
         first = await anext(request_iterator, None)
         if first is None or not first.collection:
@@ -184,11 +184,11 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def BatchGetRecords(  # type: ignore[override]
         self, request: pb.BatchGetRecordsRequest, context: requests.Context
     ) -> bytes:
-        """Return a serialized BatchGetRecordsResponse with the records of the given ids, see `add_index_service`.
+        """Return a serialized BatchGetRecordsResponse (see `_WITH_RECORDS`) with the records of the given ids.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT for unknown parts or a wrong number of ids; NOT_FOUND if there is no such
-                collection; as `record_replies.batch_get` does.
+            ServiceError: INVALID_ARGUMENT for wrong parts or a wrong number of ids; as `CollectionAccess.call` and
+                `record_replies.batch_get` do.
         """
         parts = RequestedParts(request.parts)
         self._limits.check_ids(len(request.ids))
@@ -203,6 +203,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     ) -> pb.DeleteRecordsResponse:
         """Delete the records with given ids, or those that match a filter; return their number and the receipt.
 
+        If no record matches the filter, the response has warnings that give probable reasons.
         Errors are those of `RecordWriter.delete`; INVALID_ARGUMENT, too, for a wrong filter.
         """
         condition, caller = _filter(request), requests.caller(context)
@@ -216,11 +217,11 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def ListRecords(  # type: ignore[override]
         self, request: pb.ListRecordsRequest, context: requests.Context
     ) -> bytes:
-        """Return a serialized ListRecordsResponse: a page of records by id, see `add_index_service`.
+        """Return a serialized ListRecordsResponse (see `_WITH_RECORDS`): a page of the records, sorted by id.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT for a wrong filter, part, page size or page token; NOT_FOUND if there is no
-                such collection; as `record_replies.page` does.
+            ServiceError: INVALID_ARGUMENT for a wrong filter, part or page size; as `CollectionAccess.call` and
+                `record_replies.page` do.
         """
         condition, parts = _filter(request), RequestedParts(request.parts)
         size, token = requests.page_size(request.page_size), request.page_token
@@ -232,10 +233,9 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         )
 
     async def CountRecords(self, request: pb.CountRecordsRequest, context: requests.Context) -> pb.CountRecordsResponse:
-        """Return the number of records that match the filter, or of all records.
+        """Return the number of records that match the filter; without a filter, of all records.
 
-        INVALID_ARGUMENT for a wrong filter, NOT_FOUND if there is no such collection; any other error of
-        `CollectionAccess.call`.
+        Errors are those of `CollectionAccess.call` and `record_replies.count`; INVALID_ARGUMENT for a wrong filter.
         """
         condition = _filter(request)
         return await self._access.call(
@@ -246,10 +246,10 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         )
 
     async def Search(self, request: pb.SearchRequest, context: requests.Context) -> bytes:  # type: ignore[override]
-        """Return a serialized SearchResponse: the hits and the plan of each query, see `add_index_service`.
+        """Return a serialized SearchResponse (see `_WITH_RECORDS`) with the hits and the plan of each query.
 
-        Errors are those of `read_search_request` and `CollectionSearch.search`; RESOURCE_EXHAUSTED if the response
-        would be too large.
+        Errors are those of `read_search_request` and `CollectionSearch.search`; INVALID_ARGUMENT, too, for a wrong
+        priority or part; RESOURCE_EXHAUSTED if the response would be too large.
         """
         caller = requests.caller(context, request.priority)
         parts = RequestedParts.of(request.parts)
@@ -260,11 +260,11 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def VerifyCollection(
         self, request: pb.VerifyCollectionRequest, context: requests.Context
     ) -> AsyncIterator[pb.VerifyCollectionResponse]:
-        """Check that every record is present and undamaged, and that searches find a sample of the records, or all.
+        """Check all records for damage, and check that searches find a sample of the records, or all if `full` is set.
 
         The responses have the progress and the problems that were found. A problem does not end the call. Some problems
         are repaired, see index.proto.
-        Errors are those of `CollectionAnalysis.verify`; NOT_FOUND if there is no such collection.
+        Errors are those of `CollectionAccess.open` and `CollectionAnalysis.verify`.
         """
         collection = await self._access.open(request.name)
         async with aclosing(self._analysis.verify(collection, requests.caller(context), full=request.full)) as steps:
@@ -274,13 +274,16 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     def BackupCollection(
         self, request: pb.BackupCollectionRequest, context: requests.Context
     ) -> AsyncIterator[pb.BackupCollectionResponse]:
-        """Return an iterator over the chunks of a backup; arguments and errors are those of `backup_responses`."""
+        """Return an iterator over the responses with the chunks of a backup; for its errors, see `backup_responses`."""
         return backups.backup_responses(self._backups, lambda: self._access.open(request.name), context)
 
     async def RestoreCollection(
         self, request_iterator: AsyncIterator[pb.RestoreCollectionRequest], context: requests.Context
     ) -> pb.RestoreCollectionResponse:
-        """Create a collection from the chunks of a backup, and return it; errors are those of `backups.restore`."""
+        """Create a collection from the chunks of a backup, and return its description.
+
+        Errors are those of `CollectionBackups.restore` and `CollectionManagement.describe`.
+        """
         collection = await backups.restore(self._backups, request_iterator)
         description = await self._management.describe(collection)
         return pb.RestoreCollectionResponse(collection=collection_message(description))
@@ -291,7 +294,8 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         """Return a page of the pairs of records whose vectors have at least a given cosine, greatest cosine first.
 
         Pairs may be missing, see index.proto.
-        Errors are those of `CollectionAnalysis.find_duplicates`; NOT_FOUND if there is no such collection.
+        Errors are those of `CollectionAccess.open` and `CollectionAnalysis.find_duplicates`; INVALID_ARGUMENT, too, for
+        a wrong page size.
         """
         size, caller = requests.page_size(request.page_size), requests.caller(context)
         page = await self._access.use(
@@ -311,10 +315,9 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def ClusterRecords(  # type: ignore[override]
         self, request: pb.ClusterRecordsRequest, context: requests.Context
     ) -> bytes:
-        """Return a serialized ClusterRecordsResponse: clusters of the records' vectors, see `add_index_service`.
+        """Return a serialized ClusterRecordsResponse (see `_WITH_RECORDS`): clusters of the records, with examples.
 
-        Errors are those of `CollectionAnalysis.clusters`; NOT_FOUND if there is no such collection;
-        RESOURCE_EXHAUSTED if the response would be too large.
+        Errors are those of `CollectionAccess.open`, `CollectionAnalysis.clusters` and `record_replies.clusters`.
         """
         count, examples, caller = request.cluster_count, request.examples_per_cluster, requests.caller(context)
         found = await self._access.use(
@@ -325,10 +328,10 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def ReembedCollection(
         self, request: pb.ReembedCollectionRequest, context: requests.Context
     ) -> pb.ReembedCollectionResponse:
-        """Start to reembed a collection with another model in the background, and return the collection.
+        """Start to reembed a collection in the background, and return its description.
 
         The call first checks that each record has a text, which may take long. Errors are those of
-        `ReembeddingJobs.start`; NOT_FOUND if there is no such collection.
+        `CollectionManagement.reembed`.
         """
         description = await self._management.reembed(request.name, request.model, request.dimensions)
         return pb.ReembedCollectionResponse(collection=collection_message(description))
@@ -336,9 +339,9 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def CancelReembedding(
         self, request: pb.CancelReembeddingRequest, context: requests.Context
     ) -> pb.CancelReembeddingResponse:
-        """Cancel the reembedding of a collection, if one runs, and return the collection; it keeps its model.
+        """Cancel the reembedding of a collection, if there is one, and return the collection's description.
 
-        NOT_FOUND if there is no such collection.
+        The collection keeps the model that it has. NOT_FOUND if there is no such collection.
         """
         description = await self._management.cancel_reembedding(request.name)
         return pb.CancelReembeddingResponse(collection=collection_message(description))
@@ -351,7 +354,8 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     ) -> UpsertMessage:
         """Convert `message`, the latest of the stream `messages`, to the message of the pipeline.
 
-        Its records and vectors are read later. INVALID_ARGUMENT for an unknown truncation if texts must be embedded.
+        The pipeline reads the records and vectors later; until it calls `release`, the bytes of `message` stay counted.
+        INVALID_ARGUMENT for an unknown truncation if texts must be embedded.
         """
         held = requests.hold(messages)
         count, given = len(message.records), message.HasField("vectors")
@@ -373,7 +377,7 @@ def _filter(request: pb.DeleteRecordsRequest | pb.ListRecordsRequest | pb.CountR
 
 
 def _is_large(outcomes: Sequence[SearchOutcome]) -> bool:
-    """Return whether the hits of all queries together are over 200, or their metadata over 65,536 characters (JSON)."""
+    """Return whether all queries have over `_MANY_HITS` hits together, or metadata of over `_MUCH_METADATA`."""
     records = [record for outcome in outcomes for record, _ in outcome.hits]
     return len(records) > _MANY_HITS or sum(len(record.document) for record in records) > _MUCH_METADATA
 
@@ -395,7 +399,7 @@ def _batch_response(batch: UpsertedBatch, fingerprint: str, request_id: str) -> 
 def add_index_service(service: IndexService, server: Any) -> None:
     """Register an IndexService with a gRPC server, as the generated `add_IndexServiceServicer_to_server` does.
 
-    In addition, the methods of `_WITH_RECORDS` get no serializer, since they return serialized bytes.
+    But the methods of `_WITH_RECORDS` get no serializer, since they return serialized bytes.
     """
     index_pb2_grpc.add_IndexServiceServicer_to_server(service, cast(Any, _WithoutSerializers(server)))
 

@@ -30,8 +30,8 @@ from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import types_pb2
 from emberpc.wire import vectors
 
-#: Limit of the bytes of metadata as a protobuf message, above which the metadata surely exceeds its limit as JSON. The
-#: message has at most four times as many bytes as the JSON: 11 for a number that takes 3 in a JSON list.
+#: Limit of the bytes of metadata as a protobuf message. Larger metadata is refused before it is converted, since it
+#: exceeds the limit as JSON too: the message has at most four times as many bytes as the JSON.
 _MAX_METADATA_MESSAGE = 4 * MAX_METADATA_BYTES
 #: Limit of a record's time to live, in seconds: 100 years.
 _MAX_TIME_TO_LIVE = 100 * 365 * 24 * 3600
@@ -54,7 +54,7 @@ class RequestedParts:
         text: whether records have their text.
         metadata: whether records have their metadata.
         vector: whether the response has the records' vectors.
-        record_parts: `text` and `metadata`, as the key of serialized records.
+        record_parts: `text` and `metadata`; also the key of `StoredRecord.serialized`.
     """
 
     def __init__(self, parts: Sequence[pb.RecordPart.ValueType]) -> None:
@@ -71,8 +71,8 @@ class RequestedParts:
         self.text = not parts or pb.RECORD_PART_TEXT in parts
         self.metadata = not parts or pb.RECORD_PART_METADATA in parts
         self.vector = pb.RECORD_PART_VECTOR in parts
-        #: The parts that are fields of the message `Record`. They are the key of a serialized record. The vector is not
-        #: in that message.
+        #: The parts that are fields of the message `Record`, which has no vector. The serialized forms of a record are
+        #: kept by these parts.
         self.record_parts = RecordParts(self.text, self.metadata)
 
     @classmethod
@@ -111,7 +111,7 @@ def read_collection(message: pb.Collection) -> CollectionSpec:
 def collection_message(description: CollectionDescription) -> pb.Collection:
     """Return the message that describes a collection.
 
-    If `description.info` is None, record count, sequence, size and create time stay unset.
+    If `description.info` is None, as for a damaged collection, record count, sequence, size and create time stay unset.
     """
     spec, info, reembedding = description.spec, description.info, description.reembedding
     message = pb.Collection(
@@ -144,7 +144,7 @@ def collection_message(description: CollectionDescription) -> pb.Collection:
 def record_vectors(records: Sequence[StoredRecord], parts: RequestedParts) -> types_pb2.Vectors | None:
     """Return the vectors of records as one float32 block, in the order of the records.
 
-    None if `parts` does not name vectors or there are no records. Each record must have its vector otherwise.
+    None if `parts.vector` is False or there are no records. Otherwise each record must have its vector.
     """
     if not parts.vector or not records:
         return None
@@ -152,14 +152,14 @@ def record_vectors(records: Sequence[StoredRecord], parts: RequestedParts) -> ty
 
 
 def new_records(messages: Sequence[pb.Record]) -> list[NewRecord]:
-    """Convert the records of a request. This may take seconds, so it runs in the pool.
+    """Convert the records of a request. This may take seconds, so run it in the pool.
 
     Ids, texts and labels are not checked here, nor the size of metadata as JSON.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT, naming the record, for metadata of more than 256 KiB as a message or that cannot
-            be JSON, or for a time to live out of range; DEADLINE_EXCEEDED if the call that this thread runs is
-            cancelled.
+        ServiceError: INVALID_ARGUMENT, naming the first wrong record, if its metadata has more than 256 KiB as a
+            message or cannot be JSON, or its time to live is out of range; DEADLINE_EXCEEDED if the call that this
+            thread runs is cancelled.
     """
     records = []
     for i, message in enumerate(messages):
@@ -179,9 +179,9 @@ def new_records(messages: Sequence[pb.Record]) -> list[NewRecord]:
 def read_each_record(messages: Sequence[pb.Record], limits: Limits) -> Iterator[NewRecord | FailedRecord]:
     """Yield each record of a stream's message in order; for an invalid record, yield its id and its error instead.
 
-    Text, metadata and time to live are checked; an empty text, the id and the label are not. The field paths
-    of an error start at the record, such as `metadata`. This may take seconds, so it runs in the pool. A record that is
-    read after the call was cancelled has the error DEADLINE_EXCEEDED.
+    Checked are the length of the text (it may be empty), and what `new_records` checks. The field paths of an error
+    start at the record, such as `metadata`. This may take seconds, so run it in the pool. A record that is read after
+    the call was cancelled has the error DEADLINE_EXCEEDED.
     """
     for message in messages:
         try:
@@ -207,17 +207,17 @@ def caller_vectors(block: types_pb2.Vectors, rows: int, field: str) -> Matrix:
     """Decode vectors that a caller sent.
 
     Args:
-        block: the vectors, FLOAT32 or FLOAT16.
+        block: the vectors, FLOAT32 (also if no element type is set) or FLOAT16.
         rows: the number of vectors that the block must have.
         field: path of the block in the request, for errors.
 
     Returns:
-        float32, shape (rows, dimensions). The dimensions, and whether all values are finite, are not checked here but
-        by the index. The array may share the memory of the block, and is not writable then.
+        float32, shape (rows, dimensions). The number of dimensions, and whether all values are finite, are not checked
+        here. The array may be read-only.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if the block has another element type or number of rows, or its fields contradict
-            each other.
+        ServiceError: INVALID_ARGUMENT if the block has another element type or number of rows, its number of bytes is
+            wrong, or its dimensions are negative.
     """
     if block.dtype not in _CALLER_DTYPES:
         raise invalid(f"{field}.dtype", f"is {block.dtype}; send FLOAT32 or FLOAT16")
@@ -251,7 +251,10 @@ def _time_to_live(message: pb.Record, field: str) -> float | None:
 
 
 def set_timestamp(timestamp: Timestamp, time: datetime) -> None:
-    """Set a timestamp message to a time with a time zone; takes a fifth of the time of `Timestamp.FromDatetime`."""
+    """Set a timestamp message to a time with a time zone, 1970 or later.
+
+    Takes a fifth of the time of `Timestamp.FromDatetime`.
+    """
     seconds = time.timestamp()
     timestamp.seconds = int(seconds)
     timestamp.nanos = time.microsecond * 1000

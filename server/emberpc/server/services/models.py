@@ -35,7 +35,10 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         self._admin = admin
 
     async def ListModels(self, request: pb.ListModelsRequest, context: requests.Context) -> pb.ListModelsResponse:
-        """Return a page of the models, sorted by name; INVALID_ARGUMENT for a wrong page size or page token."""
+        """Return a page of the models, sorted by name; INVALID_ARGUMENT for a wrong page size or page token.
+
+        A page of more than 1 MiB is shortened, but has at least one model.
+        """
         size = requests.page_size(request.page_size)
         after = decode_token(request.page_token)
         page, token = replies.model_page(self._engine.models(), after, size, replies.MAX_PAGE_BYTES, describe)
@@ -48,7 +51,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     async def LoadModel(
         self, request: pb.LoadModelRequest, context: requests.Context
     ) -> AsyncIterator[pb.LoadModelResponse]:
-        """Load a bundle and serve it under a new name; yield the progress, and at the end the served model.
+        """Load a bundle or foreign folder and serve it under a new name; yield the progress, then the served model.
 
         Errors are those of `Loader.load`; PERMISSION_DENIED if callers may not change models.
         """
@@ -61,7 +64,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     async def ReloadModel(
         self, request: pb.ReloadModelRequest, context: requests.Context
     ) -> AsyncIterator[pb.ReloadModelResponse]:
-        """Replace a served model by the bundle in its folder or in another; yield the progress, then the new model.
+        """Load the folder of a served model again, or another folder; yield the progress, then the new model.
 
         Errors are those of `Loader.reload`, and then the old model stays; PERMISSION_DENIED if callers may not change
         models.
@@ -73,10 +76,10 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             yield pb.ReloadModelResponse(model=model, stage=stage)
 
     async def UnloadModel(self, request: pb.UnloadModelRequest, context: requests.Context) -> pb.UnloadModelResponse:
-        """Stop serving a model, and wait until the calls that use it have ended and its memory was returned.
+        """Stop serving a model, and wait until the calls that use the model have ended, as `Loader.unload` describes.
 
-        If the caller leaves while the call waits for other changes of models, the model stays. NOT_FOUND if no model
-        has the name; PERMISSION_DENIED if callers may not change models.
+        If the caller leaves while the call waits for other changes of models, the model stays; if later, the model is
+        unloaded. NOT_FOUND if no model has the name; PERMISSION_DENIED if callers may not change models.
         """
         self._check_admin()
         closed = await asyncio.wrap_future(self._loader.submit(lambda: self._loader.unload(request.name)))
@@ -92,18 +95,18 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             )
 
     async def _follow(self, name: str, change: Callable[[OnStage], Model]) -> AsyncIterator[tuple[pb.Model, str]]:
-        """Run a change of a model in the loader, after the changes before it, and yield its progress.
+        """Run a change of a model in the loader, after the changes that were submitted before, and yield its progress.
 
-        The change runs to its end even if the caller leaves.
+        Even if the caller leaves, the change runs to its end, unless it still waits when the loader is closed.
 
         Args:
             name: name of the model.
-            change: changes the model and returns the new one. It calls its argument with the name of each stage as the
-                stage begins.
+            change: loads a model and returns it. Its argument is a function that it calls with the name of each stage
+                as the stage begins.
 
         Yields:
-            For each stage, a message with only the name and the state LOADING, and the name of the stage; at the end,
-            the description of the served model and `ready`.
+            For each stage, a message with only the name of the model and the state LOADING, and the name of the stage;
+            at the end, the description of the served model and `ready`.
 
         Raises:
             ServiceError: as `change` does.

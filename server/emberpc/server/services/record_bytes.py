@@ -1,7 +1,6 @@
-"""Serialize records one after the other, so that only one of them exists as a message at a time.
+"""Serialize records one after the other, and metadata without a message, which saves memory.
 
-If all records of a response exist as messages, 400 records with 15 kB of nested metadata each take 340 MB until the
-response is serialized.
+As messages, 400 records with 15 kB of nested metadata each took 340 MB together until the response was serialized.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ from emberpc.server.collections.types import NO_METADATA, StoredRecord
 from emberpc.server.services.index_messages import RequestedParts, set_timestamp
 from emberpc.v1 import index_pb2 as pb
 
-# Tags of protobuf fields, which have the number and the wire type, see
-# https://protobuf.dev/programming-guides/encoding/.
+# A tag encodes number and wire type of a protobuf field, see https://protobuf.dev/programming-guides/encoding/.
 #: Tag of a field with number 1 and a length: `Struct.fields`, the key in an entry of `Struct.fields`,
 #: `ListValue.values`, `Hit.record`, `SearchResult.hits`, and the records, results or clusters of responses.
 FIRST = b"\x0a"
@@ -24,7 +22,7 @@ FIRST = b"\x0a"
 SECOND = b"\x12"
 #: Tag of `Record.metadata`: number 3, with a length.
 _METADATA = b"\x1a"
-# The values of a google.protobuf.Value: for null, false and true the whole message, for the others the tag.
+# The kinds of google.protobuf.Value: for null, false and true the whole message, for the others the tag of the value.
 _NULL = b"\x08\x00"
 _NUMBER = b"\x11"
 _TEXT = b"\x1a"
@@ -36,9 +34,9 @@ _double = struct.Struct("<d").pack
 
 
 def record_bytes(record: StoredRecord, parts: RequestedParts) -> bytes:
-    """Serialize a record as the message `Record`, with the text and metadata that `parts` names; never with its vector.
+    """Serialize a record as the message `Record`, which has no vector. It has the text and metadata that `parts` names.
 
-    The time to live is the time from now until the record expires, at least 1 ms.
+    `time_to_live` is the time from now until the record expires, at least 1 ms; unset if the record does not expire.
     """
     message = pb.Record()
     message.id = record.id

@@ -1,7 +1,6 @@
-"""Build the responses of IndexService that have records, except that of Search, and some others.
+"""Build the responses of BatchGetRecords, ListRecords, CountRecords, ClusterRecords and VerifyCollection.
 
-The others are the responses of CountRecords and VerifyCollection. Responses with records are returned as serialized
-bytes, see `record_bytes`; RESOURCE_EXHAUSTED is raised if they are over the limit of a response.
+Responses with records are returned as serialized bytes, see `record_bytes`.
 
 `batch_get`, `page` and `count` also read from the collection. They block, so callers run them in the pool.
 """
@@ -35,8 +34,8 @@ def batch_get(collection: CollectionBackend, ids: Sequence[str], parts: Requeste
         limits: has the limit of the response's bytes.
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if the response would be too large (if `parts` names vectors, one is counted
-            for each id, even without a record); as `CollectionBackend.get` does.
+        ServiceError: RESOURCE_EXHAUSTED if the records, or one vector for each id (if `parts` names vectors), have more
+            bytes than a response may have; as `CollectionBackend.get` does.
     """
     _check_vectors(collection, len(ids), parts, limits)
     records = collection.get(ids, with_vectors=parts.vector, parts=parts.record_parts)
@@ -53,19 +52,20 @@ def page(
     parts: RequestedParts,
     limits: Limits,
 ) -> bytes:
-    """Read a page of records by id, and return a serialized ListRecordsResponse. Blocks.
+    """Read a page of the records, sorted by id, and return a serialized ListRecordsResponse. Blocks.
 
     Args:
         collection: the collection.
-        size: most records of the page. There are fewer if their bytes reach the limit of a response.
+        size: most records of the page. A page may end earlier, so that its bytes stay within the limit of a response.
         token: token of the page; empty: the first page.
-        condition: the filter; None: all records. If no record of the first page matches, there may be warnings.
+        condition: the filter; None: all records. If the first page has no record, the response has a warning for each
+            probable reason that was found.
         parts: the parts of the records to return.
         limits: has the limit of the response's bytes.
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if the response would be too large (if `parts` names vectors, `size` vectors
-            are counted, even if there are fewer records); as `CollectionBackend.page` does.
+        ServiceError: RESOURCE_EXHAUSTED if the records, or `size` vectors (if `parts` names vectors), have more bytes
+            than a response may have; as `CollectionBackend.page` and `CollectionBackend.mismatches` do.
     """
     _check_vectors(collection, size, parts, limits)
     records, next_token = collection.page(
@@ -81,7 +81,7 @@ def count(collection: CollectionBackend, condition: Filter | None) -> pb.CountRe
     """Count the records that match the filter `condition`; None: all records. Blocks.
 
     If there is a filter and no record matches, the response has a warning for each probable reason that was found.
-    Errors are those of `CollectionBackend.count`.
+    Errors are those of `CollectionBackend.count` and `CollectionBackend.mismatches`.
     """
     found = collection.count(condition)
     return pb.CountRecordsResponse(count=found, warnings=filter_warnings(collection, condition, found))
@@ -91,7 +91,7 @@ def clusters(found: Sequence[Cluster], limits: Limits) -> bytes:
     """Return a serialized ClusterRecordsResponse with the clusters `found`; examples have text and metadata.
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if the response would be too large.
+        ServiceError: RESOURCE_EXHAUSTED if the clusters have more bytes than a response may have.
     """
     parts, size = RequestedParts(()), 0
     pieces: list[bytes] = []
@@ -131,16 +131,16 @@ def _with_records(
     limits: Limits,
     rest: pb.BatchGetRecordsResponse | pb.ListRecordsResponse,
 ) -> bytes:
-    """Serialize a response.
+    """Serialize the response of BatchGetRecords or ListRecords.
 
     Args:
         records: the records of the response. A repeated record counts each time for the limit.
-        parts: the parts of the records to return; with vectors, `rest` gets them.
+        parts: the parts of the records to return.
         limits: has the limit of the response's bytes.
-        rest: the other fields of the response.
+        rest: the response without records. If `parts` names vectors, this function adds them to `rest`.
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if the records have more bytes than a response may have.
+        ServiceError: RESOURCE_EXHAUSTED if the records, without vectors, have more bytes than a response may have.
     """
     pieces: list[bytes] = []
     size = 0

@@ -1,4 +1,4 @@
-"""Build the parts of responses that several services have: pages, models, token usages, timings, write receipts."""
+"""Build parts that several responses have: pages of models, model versions, token usages, timings, write receipts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Description = TypeVar("Description", model_pb2.Model, classification_pb2.Classif
 def model_page(
     models: Sequence[Model], after: str, size: int, max_bytes: int, describe: Callable[[Model], Description]
 ) -> tuple[list[Description], str]:
-    """Return the descriptions of one page of models, and the token of the next page; empty for the last page.
+    """Return the descriptions of a page of models, and the token of the next page; empty if this page is the last.
 
     Args:
         models: all models, sorted by name.

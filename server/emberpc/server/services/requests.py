@@ -17,7 +17,7 @@ from emberpc.server.pipelines.embedding import InputKind
 from emberpc.v1 import types_pb2
 from emberpc.wire import status
 
-#: Items of a page if the request does not state a number.
+#: Most items of a page if the request does not state a number.
 DEFAULT_PAGE_SIZE = 100
 
 #: Type of gRPC's context of a call. `Any`: the services do not need its type parameters, the request and the response.
@@ -47,9 +47,9 @@ def request_id(context: Context) -> str:
 
 
 def hold(messages: AsyncIterator[Any]) -> HeldMessage:
-    """Keep the latest message of a request stream counted in `max_in_flight_bytes` until it is released.
+    """Keep the latest message of a request stream counted in `max_in_flight_bytes` until the message is released.
 
-    Call this at most once for a message.
+    Without this call, the message is counted until the next one is read. Call this at most once for a message.
 
     Args:
         messages: the stream as `handlers` gives it to a service.

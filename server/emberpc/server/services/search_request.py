@@ -34,8 +34,8 @@ _FUSIONS = {
 def read_search_request(request: pb.SearchRequest, parts: RequestedParts) -> SearchRequest:
     """Convert a SearchRequest message, and fill in the defaults; that of `truncation` is END, not REFUSE.
 
-    Not checked here but later: texts, dimensions of vectors, the greatest `ef`, the range of `min_recall`, and whether
-    both `ef` and `min_recall` are set.
+    Not checked here but later: the content of texts, the dimensions and values of vectors, the greatest `ef`, the range
+    of `min_recall`, and whether both `ef` and `min_recall` are set.
 
     Args:
         request: the message.
@@ -61,7 +61,10 @@ def read_search_request(request: pb.SearchRequest, parts: RequestedParts) -> Sea
 
 
 def _check(request: pb.SearchRequest) -> list[int]:
-    """Check the number of queries, and `top_k` and `ef` of the request and of each query; return each query's `top_k`.
+    """Check the number of queries, and `top_k` and `ef` of the request and of each query.
+
+    Returns:
+        The `top_k` of each query: its own, else that of the request, else 10.
 
     Raises:
         ServiceError: INVALID_ARGUMENT if a number is out of range, or all queries together ask for too many hits. Of
@@ -123,11 +126,11 @@ def _queries(request: pb.SearchRequest, mode: SearchMode, sizes: Sequence[int]) 
     Args:
         request: the message.
         mode: mode of the search.
-        sizes: `top_k` of each query.
+        sizes: `top_k` of each query, as `_check` returns them.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if a query is not set, has no text though the mode is LEXICAL or HYBRID, or has a
-            block of vectors that is not a single FLOAT32 or FLOAT16 vector.
+        ServiceError: INVALID_ARGUMENT if a query has neither text nor vector nor record id, is no text though the mode
+            is LEXICAL or HYBRID, or has a block of vectors that is not a single FLOAT32 or FLOAT16 vector.
     """
     queries = []
     for i, (query, top_k) in enumerate(zip(request.queries, sizes, strict=True)):

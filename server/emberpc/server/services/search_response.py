@@ -1,7 +1,8 @@
-"""Serialize a SearchResponse from the serialized bytes of its records, which records keep.
+"""Serialize a SearchResponse from the serialized bytes of its hits.
 
-To fill a protobuf message takes a microsecond for each field, and ten hits have a hundred fields. So a record that was
-returned before keeps its serialized bytes for the next response.
+To fill a protobuf message takes a microsecond for each field, and ten hits have a hundred fields. So a returned record
+without a time to live keeps its serialized bytes. If the index returns the same `StoredRecord` again, from its cache,
+the next response uses these bytes.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from emberpc.server.services.record_bytes import FIRST, length_delimited, record
 from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import types_pb2
 
-# Tags of protobuf fields, which have the number and the wire type, see
-# https://protobuf.dev/programming-guides/encoding/.
+# A tag encodes number and wire type of a protobuf field, see https://protobuf.dev/programming-guides/encoding/.
 #: Tag of `SearchResult.plan`: number 3, with a length.
 _PLAN = b"\x1a"
 #: Tag of `Hit.score`: number 2, a value of eight bytes.
@@ -39,12 +39,12 @@ _double = struct.Struct("<d").pack
 def search_response(
     results: SearchResults, parts: RequestedParts, check: Callable[[int], None] = lambda _: None
 ) -> bytes:
-    """Serialize the SearchResponse of a search.
+    """Serialize the SearchResponse for the results of `CollectionSearch.search`.
 
     Args:
         results: the results.
         parts: the parts of records that the request names.
-        check: called with the number of bytes of the results so far; raises an error if that is over the limit.
+        check: as for `response_bytes`.
 
     Raises:
         ServiceError: as `check` does.
@@ -70,15 +70,15 @@ def response_bytes(
     *,
     check: Callable[[int], None] = lambda _: None,
 ) -> bytes:
-    """Serialize a SearchResponse.
+    """Serialize a SearchResponse from the outcomes of its queries and its other fields.
 
     Args:
         outcomes: the outcome of each query; each becomes a result.
         parts: the parts of records that hits have.
         rest: the other fields of the response: model, timings and warnings.
         usages: the token usage of each query, None for a query that was not embedded; empty if none was.
-        check: called with the number of bytes of the results so far, without `rest`; raises an error if that is over
-            the limit.
+        check: called after each result with the number of bytes of all results so far, without `rest`; raises an error
+            if that is over the limit.
 
     Raises:
         ServiceError: as `check` does.
@@ -107,7 +107,7 @@ def _result(outcome: SearchOutcome, parts: RequestedParts, usage: types_pb2.Toke
 
 
 def _hit_up_to_score(record: StoredRecord, parts: RequestedParts) -> bytes:
-    """Serialize a hit as an item of `SearchResult.hits`, with tag and length, up to the tag of the score.
+    """Serialize a hit as an item of `SearchResult.hits`, with tag and length, up to and including the tag of the score.
 
     The caller appends the eight bytes of the score, which the length counts already.
     The record keeps the result for later responses, unless the record has a time to live: the remaining time changes.

@@ -26,7 +26,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
 
     Args:
         limits: limits of a call.
-        features: names of the optional features of this server, such as `model_admin`.
+        features: what the response lists as features, such as `model_admin` or `index_backend:embedded`.
     """
 
     def __init__(self, limits: Limits, features: Sequence[str]) -> None:

@@ -1,1 +1,1 @@
-"""Models that are served: load them, hold their versions by name, and measure the best size of micro-batches."""
+"""Load models and hold them by name, follow the models directory, and measure the best size of micro-batches."""

@@ -20,7 +20,7 @@ from emberpc.server.errors import items_of
 
 log = logging.getLogger(__name__)
 
-#: Most tokens of a micro-batch, padding included, until a measurement ends, unless the settings state another number.
+#: Most tokens of a micro-batch, padding included, until the best size is known; not used if the settings state a size.
 DEFAULT_BATCH_TOKENS = 512
 #: Measured sizes of micro-batches, in tokens. Smaller batches do not keep the arithmetic units of a core busy. Larger
 #: batches do not fit into the caches of a processor.
@@ -37,13 +37,13 @@ _IDLE_SHARE = 0.9
 #: Seconds (30 days) after which a measurement is repeated at the next start of the server: hosts and the other work on
 #: them change.
 _MAX_AGE = 30 * 24 * 3600.0
-#: The text whose token ids are repeated or cut to `_TEXT_TOKENS` ids.
+#: The text whose token ids are repeated or cut to the length of the texts that are run.
 _SOME_TEXT = "what a text is about does not matter here, only how many tokens it has when it is cut to measure"
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The best size of a micro-batch in tokens, and whether the host was busy during the measurement."""
+    """The best size of a micro-batch in tokens, and whether the host was too busy for a reliable measurement."""
 
     batch_tokens: int
     busy: bool = False
@@ -54,8 +54,8 @@ class _Measured:
     """A measurement of all sizes.
 
     Attributes:
-        rates: tokens per second of one thread, by the size of a micro-batch in tokens.
-        share: CPU time of the thread as a share of the wall time (0 to 1).
+        rates: tokens per second of one thread in the fastest run, by the size of a micro-batch in tokens.
+        share: CPU time of the thread as a share of the wall time (0 to 1), over all runs.
     """
 
     rates: dict[int, float]
@@ -65,20 +65,21 @@ class _Measured:
 def calibrated_batch_tokens(model: Model, record: Path, stop: Callable[[], bool] = lambda: False) -> Calibration | None:
     """Return the best size of a micro-batch in tokens, from a file if it was measured before, else by measuring it.
 
-    A result of a busy host is returned, but not written to the file: the caller should measure again later. A file that
-    cannot be written is logged.
+    A result of a busy host is returned, but not written to the file: the caller should measure again later. If the file
+    cannot be written, that is logged.
 
     Args:
         model: the model that is run to measure.
-        record: JSON file with the last measurement. If it is missing, damaged, older than 30 days, or of another model,
-            processor, number of cores or ONNX Runtime, the size is measured and, on an idle host, the file is written.
-        stop: returns whether to stop measuring; called between batches.
+        record: JSON file with the last measurement. If it is missing, damaged, older than 30 days, from the future, or
+            of another model, processor, number of cores or ONNX Runtime, the size is measured and, on an idle host, the
+            file is written.
+        stop: returns whether to stop measuring; called before each batch.
 
     Returns:
-        The best size; None if `stop` ended the measurement.
+        The best size, not busy if it is from the file; None if `stop` ended the measurement.
 
     Raises:
-        Exception: the model failed; the exceptions of ONNX Runtime have no common base class.
+        Exception: the tokenizer or the model failed; the exceptions of ONNX Runtime have no common base class.
     """
     circumstances = _circumstances(model)
     known = _read(record)
@@ -115,14 +116,14 @@ def choose(rates: Mapping[int, float]) -> int:
     """Return the smallest size of micro-batches, in tokens, that has at least 98 % of the best throughput.
 
     Args:
-        rates: tokens per second, by the size of micro-batches in tokens.
+        rates: tokens per second, by the size of micro-batches in tokens; at least one.
     """
     best = max(rates.values())
     return min(tokens for tokens, rate in rates.items() if rate >= _NEAR * best)
 
 
 def _circumstances(model: Model) -> str:
-    """Return a text that names all that a measurement depends on: model, processor, number of cores, ONNX Runtime."""
+    """Return a text to compare: a measurement holds for the same model, processor, number of cores and ONNX Runtime."""
     cores = f"{usable_cores()} cores (quota {quota():g})"
     return f"{model.fingerprint} {platform.machine()} {_processor()} {cores} onnxruntime {ort.__version__}"
 

@@ -1,6 +1,7 @@
 """Encoders: ONNX models that compute vectors or logits from token ids.
 
-Models that have the same weights, and differ only in their heads, share one encoder.
+Models with the same fingerprint and length limit, such as classifiers that differ only in their heads, can share one
+encoder.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _numbers = count()
 
 
 class Encoder:
-    """An ONNX model with its interface.
+    """An ONNX model with its interface. Thread-safe.
 
     Args:
         session: the loaded ONNX file, with one thread for a run.
@@ -54,7 +55,7 @@ class Encoder:
 
     @property
     def wide(self) -> bool:
-        """Whether there is a session with several threads."""
+        """Whether a session with several threads was loaded and is used for runs on several threads."""
         return self._wide is not None
 
     def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
@@ -62,10 +63,11 @@ class Encoder:
 
         Args:
             batch: token ids of each text, at least one text.
-            threads: number of threads that the run may use. Several threads need a second session, which takes the
-                memory of the model again, without the large tables. The first run with several threads starts to load
-                the second session in the background. Runs use one thread until the second session is loaded, and always
-                if it is no faster or cannot be loaded. It has the `threads` of that first run.
+            threads: 1, or the number of threads that the run may use. Several threads need a second session, which
+                takes the memory of the model again, except the large tables, which both sessions share. The first run
+                with several threads starts to load the second session in the background, with that number of threads;
+                later runs with any number above 1 use this session. Runs use one thread until the second session is
+                loaded, and always if it is no faster, cannot be loaded, or the encoder was closed before.
 
         Raises:
             BundleError: the output has another number of axes than the interface expects.
@@ -77,10 +79,10 @@ class Encoder:
         return self._run_on(session, batch)
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Cancel the loading of the session with several threads, and wait for the thread that loads it.
+        """Cancel the loading of the session with several threads, now and later, and wait for the thread that loads it.
 
-        `run` still works. The wait is needed since a thread that is inside ONNX Runtime when the interpreter ends would
-        abort the process.
+        `run` still works. The wait is needed since a thread that is inside ONNX Runtime when the interpreter ends could
+        abort the process. ONNX Runtime before 1.22 loads the session to its end.
 
         Args:
             deadline: until when to wait for the thread; None: without limit.
@@ -111,8 +113,8 @@ class Encoder:
     def _widen(self, threads: int) -> None:
         """Load a session with several threads, and keep it if it is faster than the session with one thread.
 
-        Runs on a thread of its own. If loading fails and was not cancelled, that is logged. The session with one thread
-        is used further.
+        Called on a thread of its own. If the session is not kept or cannot be loaded, all runs stay on one thread. That
+        is logged, unless the encoder was closed.
         """
         try:
             wide = self._session.with_threads(threads, self._closing)
@@ -150,9 +152,10 @@ class Encoder:
 
 
 class Encoders:
-    """The encoders in use, by fingerprint and length limit. Thread-safe.
+    """The encoders in use, by fingerprint and length limit: for both together, the encoder loaded last. Thread-safe.
 
-    An encoder is in use as long as any object refers to it. An encoder that is not in use is removed and freed.
+    An encoder is in use as long as any object refers to it. This object does not count: an encoder that nothing else
+    refers to is removed and freed.
     """
 
     def __init__(self) -> None:
@@ -161,7 +164,7 @@ class Encoders:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no encoder is in use."""
+        """Whether no encoder of this object is in use."""
         return not self._known
 
     def get(self, fingerprint: str, max_tokens: int, load: Callable[[], Encoder], *, fresh: bool = False) -> Encoder:
@@ -173,7 +176,7 @@ class Encoders:
             fingerprint: fingerprint of the models that share the encoder.
             max_tokens: length limit of texts, in tokens. With another limit a long text has another vector.
             load: loads the encoder; its errors pass through.
-            fresh: whether to load the encoder even if it is in use. Later calls get the encoder loaded last.
+            fresh: whether to load an encoder even if one is in use. Later calls get the encoder loaded last.
         """
         with self._lock:
             key = (fingerprint, max_tokens)

@@ -29,7 +29,8 @@ class Loader:
     Args:
         registry: the models.
         models_dir: folder that models may be loaded from by path; None: models cannot be loaded by path.
-        variants: name of the variant to serve, by the name of the model; other models serve their first variant.
+        variants: name of the variant that `load` serves if its caller names none, by the name of the model; for other
+            models the first variant.
         options: options of foreign models, by the name of the model.
     """
 
@@ -45,14 +46,17 @@ class Loader:
         self._variants = variants or {}
         self._options = options or {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        #: Changes that wait or run.
+        #: Futures of the work that waits or runs, so that `close` can wait for it.
         self._submitted: set[Future[Any]] = set()
 
     def submit(self, work: Callable[[], Result]) -> Future[Result]:
-        """Run `work` on the loader's thread after all work that was submitted before; return its future.
+        """Let the loader's thread run `work` after all work that was submitted before; return the future at once.
 
         Work that has begun runs to its end. Work that waits does not run if the future is cancelled or the loader is
-        closed. The future has the result or the error of the work.
+        closed. The future receives the result or the error of the work.
+
+        Raises:
+            RuntimeError: the loader is closed.
         """
         future = self._thread.submit(work)
         self._submitted.add(future)
@@ -60,13 +64,13 @@ class Loader:
         return future
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Cancel the waiting changes, and wait for the running change. Nothing can be submitted after that.
+        """Cancel the waiting work, and wait for the running work. After that, `submit` raises RuntimeError.
 
         Args:
             deadline: until when to wait; None: without limit.
 
         Returns:
-            Whether no change is running any more.
+            Whether no work is running any more.
         """
         self._thread.shutdown(wait=False, cancel_futures=True)
         return not wait(list(self._submitted), (deadline or Deadline()).seconds_left).not_done
@@ -77,13 +81,13 @@ class Loader:
         Args:
             name: the name.
             path: the folder, relative to the models directory.
-            variant: name of the variant; empty: the variant of the server's settings, else the first of the bundle.
-            on_stage: receives the name of each stage as it begins.
+            variant: name of the variant; empty: the variant of the server's settings, else the first of the folder.
+            on_stage: called on this thread with the name of each stage as it begins.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the name is malformed, or the path names no folder, leads out of the
+            ServiceError: INVALID_ARGUMENT if the name is malformed, or the path is absolute, names no folder inside the
                 models directory, contains a symbolic link, or has a part that starts with a dot; ALREADY_EXISTS if a
-                model has the name; FAILED_PRECONDITION if there is no models directory, or the bundle cannot be served
+                model has the name; FAILED_PRECONDITION if there is no models directory, or the folder cannot be served
                 or has no such variant.
         """
         if not NAME.fullmatch(name):
@@ -100,22 +104,23 @@ class Loader:
         )
 
     def reload(self, name: str, path: str = "", variant: str = "", on_stage: OnStage = lambda stage: None) -> Model:
-        """Load a model's folder again, or another bundle, and serve the result under the model's name. Takes seconds.
+        """Load a model's folder again, or another folder, and serve the result under the model's name. Takes seconds.
 
-        Calls that use the old version finish with it. If the new version cannot be served, the old version stays.
+        Calls that use the old version finish with it. If the new version cannot be served, the old version stays. Model
+        options of the old version, which only a foreign folder has, hold for the new version too.
 
         Args:
             name: name of the model.
             path: another folder, relative to the models directory; empty: the folder that the model was loaded from.
-            variant: name of the variant; empty: the variant that is served now.
-            on_stage: receives the name of each stage as it begins.
+            variant: name of the variant; empty: the variant that is served now, also in another folder.
+            on_stage: called on this thread with the name of each stage as it begins.
 
         Returns:
             The new version.
 
         Raises:
             ServiceError: NOT_FOUND if no model has that name; INVALID_ARGUMENT if the path is wrong, as for `load`;
-                FAILED_PRECONDITION if there is a path but no models directory, or the bundle cannot be served or has no
+                FAILED_PRECONDITION if there is a path but no models directory, or the folder cannot be served or has no
                 such variant.
         """
         served = self._registry.get(name)
@@ -126,7 +131,8 @@ class Loader:
         """Stop serving a model; new calls do not find it.
 
         Returns:
-            A future that is done when the calls that use the model have ended and the model's memory was returned.
+            A future that is done when the calls that use the model have ended and, if nothing else needs its memory,
+            the memory was returned to the system.
 
         Raises:
             ServiceError: NOT_FOUND if no model has that name.
@@ -158,8 +164,8 @@ class Loader:
         """Return the folder inside the models directory that a relative path names.
 
         Raises:
-            ServiceError: FAILED_PRECONDITION if there is no models directory; INVALID_ARGUMENT if the path names no
-                folder, leads out of the directory, contains a symbolic link, or has a part that starts with a dot.
+            ServiceError: FAILED_PRECONDITION if there is no models directory; INVALID_ARGUMENT if the path is absolute,
+                names no folder inside the directory, contains a symbolic link, or has a part that starts with a dot.
         """
         if self._models_dir is None:
             raise ServiceError(

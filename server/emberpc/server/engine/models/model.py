@@ -33,11 +33,11 @@ from emberpc.server.errors import items_of
 #: bounds of other variants. For a foreign folder, this is the allowed difference between the outputs of a text alone
 #: and in a batch.
 _FP32_BOUND = Bound(cosine_min=0.99, difference_max=1e-2)
-#: Number of reference texts that are run when a model is loaded: enough to find a wrong model, and few enough for a
-#: quick start.
+#: Most reference texts that are run when a model is loaded: enough to find a wrong model, and few enough for a quick
+#: start.
 _REFERENCE_TEXTS = 4
 
-#: Receives the name of each stage of loading as it begins.
+#: Receives the name of each stage of loading as it begins, on the thread that loads.
 OnStage = Callable[[str], None]
 
 
@@ -53,8 +53,8 @@ class Model:
         name: the name.
         folder: folder that the model was loaded from.
         options: options of a foreign model, as the server's settings give them; empty for a bundle.
-        manifest: manifest of the bundle.
-        variant: ONNX file of the bundle that is served.
+        manifest: manifest of the bundle; of a foreign folder, the inferred manifest.
+        variant: the variant of the bundle that is served.
         tokenizer: tokenizer of the model.
         encoder: encoder of the model, which other models may share.
         head: head of a classifier if the encoder does not compute the logits itself, else None.
@@ -62,7 +62,7 @@ class Model:
         loaded: when the model was loaded, in UTC.
         fingerprint: SHA-256 (hex) of all bytes that determine the model's vectors, except the length limit.
         classifier_fingerprint: SHA-256 (hex) of all that determines a classifier's labels; empty for other models.
-        legacy_fingerprint: fingerprint by the rule of older versions; empty if that rule does not cover all weights.
+        legacy_fingerprint: fingerprint by the rule of older versions; empty if that rule does not fit the model.
     """
 
     name: str
@@ -99,25 +99,25 @@ class Model:
         fresh: bool = False,
         on_stage: OnStage = lambda stage: None,
     ) -> Model:
-        """Read, check and load a bundle or a foreign folder, and compare the model's outputs with those at export.
+        """Read, check and load a bundle or a foreign folder, and compare some of its outputs with those at export.
 
-        A foreign folder, which emberpc did not write, has no outputs to compare with. Its model must give a text the
-        same output alone and in a batch.
+        A foreign folder, which emberpc did not write, has no outputs to compare with. Its model must give a text nearly
+        the same output alone and in a batch.
 
         Args:
             name: the name under which the model is served.
             folder: the bundle or foreign folder.
             variant_name: name of the variant; empty: the first.
-            options: options of a foreign model; see `emberpc.bundle.Stated`.
+            options: options of a foreign model; see `emberpc.bundle.Stated`. A bundle takes none.
             encoders: encoders in use, which the model may share; None: the model gets its own.
-            fresh: whether to load the files even if an encoder with the same weights is in use. A classifier whose
-                head is the only difference from another model shares that model's encoder in any case.
-            on_stage: receives the name of each stage as it begins.
+            fresh: whether to load the encoder even if an encoder with the same fingerprint and length limit is in use.
+                Has no effect on a classifier with a head file.
+            on_stage: called on this thread with the name of each stage as it begins.
 
         Raises:
-            ModelLoadError: a file is missing, damaged or cannot be loaded by ONNX Runtime; there is no such variant;
-                the outputs differ from those at export, or, of a foreign folder, alone and in a batch; or an option is
-                missing or wrong.
+            ModelLoadError: a file is missing, damaged or not supported; there is no such variant; the model does not
+                run; the outputs differ from those at export, or, of a foreign folder, alone and in a batch; or an
+                option is missing or wrong.
         """
         loading = _Loading()
         try:
@@ -175,14 +175,14 @@ class Model:
             bundle: the manifest and the paths of the files.
             variant_name: name of the variant; empty: the first.
             options: options of a foreign model.
-            loading: the files that were read so far.
+            loading: the files that were read so far; receives the others.
             encoders: encoders in use, which the model may share; None: the model gets its own.
-            beside: hashes the weights on other threads meanwhile.
-            fresh: whether to load the weights even if the model could share an encoder. A model with a head shares it
-                in any case.
+            beside: computes the fingerprint on another thread.
+            fresh: whether to load the encoder even if the model could share one. Has no effect on a model with a head.
 
         Raises:
-            BundleError: a file is missing, damaged or outside of the folder.
+            BundleError: there is no such variant; or a file is missing, damaged, outside of the folder or not
+                supported.
             SessionError: ONNX Runtime cannot load the ONNX file.
         """
         manifest = bundle.manifest
@@ -197,7 +197,7 @@ class Model:
             interface = bundle.interface(session.graph, headless=head is not None)
             return Encoder(session, interface, manifest.pad_token_id, entry.sha256)
 
-        # Only an encoder that gives vectors can be shared, not one that gives logits.
+        # An encoder that gives logits is loaded anew here. `Registry.put` may share it later.
         vectors = head is not None or manifest.task is Task.EMBEDDING
         shared = encoders if encoders is not None and vectors else Encoders()
         fresh = fresh and head is None
@@ -215,7 +215,7 @@ class Model:
         fingerprint = fingerprinting.result()
         encoder = shared.get(fingerprint, manifest.max_tokens, load_encoder, fresh=fresh)
         if head is None and encoder.sha256 != entry.sha256:
-            # The shared encoder was loaded from another file with the same weights. This file must load as well.
+            # The shared encoder was loaded from another file with the same fingerprint. This file must load as well.
             load_encoder()
         return cls(
             name=name,
@@ -239,8 +239,9 @@ class Model:
         For a foreign folder, the outputs of a batch are compared with those of each text alone.
 
         Raises:
-            ModelLoadError: the model does not run, or the outputs differ.
-            BundleError: the output has a shape that cannot be served.
+            ModelLoadError: the model does not run, or the outputs differ by more than the bound of the variant.
+            BundleError: the output has a shape that cannot be served, or the file with the outputs at export is missing
+                or damaged.
         """
         reference = None if bundle.foreign else bundle.reference()
         texts = PROBES if reference is None else reference.texts[:_REFERENCE_TEXTS]
@@ -280,7 +281,7 @@ class _Loading:
         self._sessions: dict[Path, OnnxSession] = {}
 
     def session(self, path: Path) -> OnnxSession:
-        """Return the session of an ONNX file; the first call loads it.
+        """Return the session of an ONNX file; the first call with a path loads it.
 
         Raises:
             SessionError: the file does not load.

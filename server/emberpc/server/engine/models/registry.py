@@ -1,4 +1,4 @@
-"""Hold the served models by name. A call holds the version of a model that it uses; unused versions are freed."""
+"""Hold the served models by name. A call holds the version of a model that it uses, even after a reload or unload."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 class _Version:
     """A loaded model, and the calls that use the model.
 
-    A version is retired when another version replaces it or the model is unloaded. As soon as no call uses a retired
-    version, its model is freed, and `model` is None.
+    A version is retired when another version replaces it or the model is unloaded. When no call uses a retired version
+    any more, a thread of the pool sets `model` to None, which frees the model, unless the registry is closed.
     """
 
     def __init__(self, model: Model) -> None:
@@ -36,23 +36,23 @@ class _Version:
         self.calls: set[asyncio.Task[Any]] = set()
         self.retired = False
         #: Done when the version is retired, no call uses it, and its memory was returned to the system. It is done
-        #: without the return of the memory if the registry is closed, or another object still refers to the model. The
-        #: result is None.
+        #: without the return of the memory if the registry is closed, or another object still refers to the model or
+        #: its encoder. The result is None.
         self.gone: Future[None] = Future()
 
 
 class Registry:
     """Models by name. Thread-safe.
 
-    A call that looks up a model uses that version until the call's asyncio task ends. A replaced or removed version is
-    freed when the last call that uses it ends.
+    A call that looks up a model with `find` holds that version until the call's asyncio task ends. A replaced or
+    removed version is freed after the last call that holds it has ended.
 
     Args:
-        pool: thread pool that frees memory, which takes some milliseconds.
+        pool: thread pool that frees memory, which would block an event loop for some milliseconds.
     """
 
     def __init__(self, pool: Executor) -> None:
-        #: Encoders that models share.
+        #: Encoders in use, which models can share.
         self.encoders = Encoders()
         #: Encoders of all versions that are in memory. Retired versions are included, since a thread may still load a
         #: session for their encoder.
@@ -80,12 +80,12 @@ class Registry:
             name: the name.
             folder: the folder.
             variant: name of the variant; empty: the first.
-            options: options of a foreign model; see `emberpc.bundle.Stated`.
-            fresh: whether to load the files even if another model with the same weights is served.
-            on_stage: receives the name of each stage of loading as it begins.
+            options: options of a foreign model; see `emberpc.bundle.Stated`. A bundle takes none.
+            fresh: whether to load the encoder even if another model could share its encoder; see `Model.load`.
+            on_stage: called on this thread with the name of each stage of loading as it begins.
 
         Raises:
-            ModelLoadError: the model cannot be loaded, or does not give the outputs that it gave at export. Nothing is
+            ModelLoadError: the model cannot be loaded, or a check of its outputs failed; see `Model.load`. Nothing is
                 replaced then.
         """
         model = Model.load(name, folder, variant, options, self.encoders, fresh=fresh, on_stage=on_stage)
@@ -96,8 +96,8 @@ class Registry:
     def put(self, model: Model) -> None:
         """Serve a model under its name. A served model of that name is replaced.
 
-        Other models with the same fingerprint and length limit get the encoder of `model`, so that the weights are in
-        memory once.
+        Other served models with the same fingerprint and length limit get the encoder of `model`, so that the weights
+        are in memory once. This gives them a new version, too.
         """
         with self._lock:
             self._replace(model)
@@ -113,10 +113,11 @@ class Registry:
             self._retire(old)
 
     def remove(self, name: str) -> Future[None]:
-        """Stop serving a model.
+        """Stop serving a model; later calls do not find it.
 
         Returns:
-            A future that is done when the calls that use the model have ended and the model's memory was returned.
+            `_Version.gone` of the version: done when the calls that use it have ended and, if nothing else needs its
+            memory, the memory was returned to the system.
 
         Raises:
             ServiceError: NOT_FOUND if no model has that name.
@@ -152,9 +153,9 @@ class Registry:
         return None if version is None else version.model
 
     def calls(self, name: str) -> int:
-        """Return the number of calls that use the served version of a model; 0 if no model has that name.
+        """Return the number of calls that hold the served version of a model; 0 if no model has that name.
 
-        Calls that still use a replaced version are not counted.
+        Calls that still hold a replaced version are not counted.
         """
         with self._lock:
             return len(self._versions[name].calls) if name in self._versions else 0
@@ -165,13 +166,14 @@ class Registry:
         Outside of an asyncio task, the version is not held.
 
         Args:
-            name: name of the model; empty: the only served model for the task.
+            name: name of the model; empty: the only served model with the task.
             task: task that the model must have; None: any task.
             field: request field that holds the name, for errors.
 
         Raises:
-            ServiceError: NOT_FOUND if no model has that name, FAILED_PRECONDITION if the model has another task or no
-                model has the task, INVALID_ARGUMENT if the name is empty and several models have the task.
+            ServiceError: NOT_FOUND if no model has that name; FAILED_PRECONDITION if the model has another task, or the
+                name is empty and no model has the task; INVALID_ARGUMENT if the name is empty and several models have
+                the task.
         """
         with self._lock:
             model = self._named(name, task) if name else self._only(task, field)
@@ -179,9 +181,9 @@ class Registry:
         return model
 
     def close(self, deadline: Deadline | None = None) -> bool:
-        """Stop the threads that load sessions for encoders, and wait for them. The models can still run.
+        """Stop the threads that load sessions with several threads, and wait for them. The models can still run.
 
-        From now on, the memory of unused versions is not returned to the system, since the process ends.
+        From now on, the memory of retired versions is not returned to the system, since the process ends.
 
         Args:
             deadline: until when to wait for the threads; None: without limit.
@@ -229,7 +231,7 @@ class Registry:
         return not_found("model", name, f"the {kind} are: {', '.join(fitting) or 'none'}")
 
     def _hold(self, version: _Version) -> None:
-        """Add the running asyncio task, which is the call, to the calls that use a version, until the task ends."""
+        """Add the running asyncio task, if there is one, to the calls of a version, until the task ends."""
         try:
             call = asyncio.current_task()
         except RuntimeError:  # no event loop runs in this thread, so this is no call
@@ -256,7 +258,7 @@ class Registry:
             self._pool.submit(self._free, version)
 
     def _free(self, version: _Version) -> None:
-        """Drop the last reference to the model of a version, return the memory to the system, and complete `gone`."""
+        """Drop a version's reference to its model, return free memory to the system, and complete `gone`."""
         model, version.model = version.model, None
         if model is not None:
             rest = weakref.ref(model)
@@ -264,7 +266,7 @@ class Registry:
             if rest() is not None:
                 gc.collect()  # a failed call may have left a cycle of an exception and its frames
             if (lingering := rest()) is not None:
-                # Another object still refers to the model, for example a worker to its last job until it has a new job.
+                # Another object still refers to the model, for example a measurement of the best size of micro-batches.
                 log.debug("an old version of model %s is still referred to after its last call", lingering.name)
                 weakref.finalize(lingering, self._return_late).atexit = False
                 del lingering

@@ -19,14 +19,15 @@ from emberpc.server.errors import ServiceError
 
 log = logging.getLogger(__name__)
 
-#: For each file of a folder: path, size in bytes, time of the last change (ns since 1970) and inode number.
+#: For each file in a folder and its subfolders: path, size in bytes, time of the last change (ns since 1970) and inode
+#: number.
 _State: TypeAlias = "tuple[tuple[str, int, int, int], ...]"
 
 
 class _Outcome(Enum):
     DEALT_WITH = auto()
     FAILED = auto()
-    #: Loading failed, and the folder differed from its state at the previous poll: a program may still be writing it.
+    #: The last attempt failed, and the folder has changed since the previous poll: a program may still be writing it.
     MOVING = auto()
 
 
@@ -39,10 +40,11 @@ class _Look:
 class ModelsDirectory:
     """Serves each subfolder of a directory that holds a manifest, under the name of the subfolder.
 
-    Subfolders whose name starts with a dot, for example unfinished exports, are skipped. If a folder cannot be served,
-    the reason is logged once, and the version that was served before stays. The folder is tried again when it has
-    changed and two polls in a row find the same state. If a model of that name was loaded from another place, that
-    model stays. If a call unloaded the model, it is loaded again only when the folder changes.
+    Subfolders whose name starts with a dot, for example unfinished exports, are skipped. A folder is loaded at the
+    first poll that finds it. If it cannot be served, the reason is logged, and the version that was served before
+    stays. The folder is tried again when its files have changed and two polls in a row find the same files. A model of
+    the same name that was loaded from another place stays. A model that a call unloaded is loaded again only when the
+    files of its folder change.
 
     Args:
         folder: the directory. It must be the models directory of `loader`.
@@ -57,7 +59,7 @@ class ModelsDirectory:
         self._loader = loader
         self._reserved = frozenset(reserved)
         self._looks: dict[str, _Look] = {}
-        #: SHA-256 of the manifest that was loaded last, by the name of the model.
+        #: SHA-256 of the manifest that this object loaded last, by the name of the model.
         self._loaded: dict[str, bytes] = {}
         self._missing: set[str] = set()
         self._readable = True
@@ -67,7 +69,7 @@ class ModelsDirectory:
 
         A model is unloaded only when two polls in a row miss its subfolder.
 
-        Errors are logged, not raised. If the directory cannot be read, all models stay.
+        If the directory cannot be read, all models stay. Errors of reading and of loading are logged, not raised.
         """
         try:
             names = sorted(path.name for path in self._folder.iterdir() if not path.name.startswith("."))
@@ -83,10 +85,10 @@ class ModelsDirectory:
         self._looks = {name: look for name, look in self._looks.items() if name in names}
 
     def _unload_missing(self) -> None:
-        """Unload the models whose folder is missing in two polls in a row.
+        """Unload the models of this directory whose folders are missing in two polls in a row.
 
         One poll is not enough, since a folder that is replaced is missing for a moment. The model of a folder without a
-        manifest stays, since a program is writing that folder.
+        manifest stays, since a program may be writing that folder.
         """
         missing = {model.name for model in self._registry.models() if self._owns(model) and not model.folder.is_dir()}
         for name in sorted(missing & self._missing):
@@ -115,10 +117,10 @@ class ModelsDirectory:
             self._looks[name] = _Look((), _Outcome.FAILED)
 
     def _deal_with(self, name: str) -> _Outcome:
-        """Load or reload the model of a subfolder that is new or has changed; return whether that succeeded or failed.
+        """Load a new subfolder or reload a changed one; return FAILED if that fails, which is logged, else DEALT_WITH.
 
-        A model that was loaded from another place, whose name is reserved, or whose manifest is the same, stays as it
-        is; this counts as success. A failure is logged.
+        Nothing is loaded if the name is reserved, if a model of that name was loaded from another place, or if the
+        model is served and its manifest is the same as when it was loaded. The result is DEALT_WITH then.
 
         Raises:
             OSError: the manifest cannot be read.

@@ -21,13 +21,17 @@ Output = npt.NDArray[np.float32]
 
 
 class SessionError(Exception):
-    """An ONNX file cannot be loaded. The message names the file; the cause may be only in `__cause__`."""
+    """An ONNX file, or one of its weight files, cannot be loaded.
+
+    The message names one of these files; the cause may be only in `__cause__`.
+    """
 
 
 class LoadCancellation:
     """Cancels the loading of ONNX Runtime sessions from another thread. Thread-safe.
 
-    ONNX Runtime before 1.22 cannot cancel. With it, a session that is being loaded is loaded to its end.
+    Sessions with the same object must be loaded one after the other. ONNX Runtime before 1.22 cannot cancel: it loads a
+    session to its end.
     """
 
     def __init__(self) -> None:
@@ -41,9 +45,9 @@ class LoadCancellation:
         return self._cancelled
 
     def cancel(self) -> None:
-        """Make the session that is being loaded fail, and all sessions that are loaded later with this object.
+        """Make the loading of a session that is in progress fail, and all later loading with this object.
 
-        With ONNX Runtime before 1.22, this has no effect on the sessions.
+        ONNX Runtime before 1.22 loads the sessions all the same; then this only sets `cancelled`.
         """
         with self._lock:
             self._cancelled = True
@@ -53,7 +57,7 @@ class LoadCancellation:
     def begin(self, options: ort.SessionOptions) -> None:
         """Note the options of the session that is loaded next, so that `cancel` can make its loading fail.
 
-        If `cancel` was called before, the loading fails at once.
+        If `cancel` was called before, that loading will fail, except with ONNX Runtime before 1.22.
         """
         with self._lock:
             self._loading = options
@@ -77,11 +81,11 @@ class OnnxSession:
         tables: large lookup tables of the file, which another session has read; None: they are read from the file.
         cancellation: cancels the loading; None: loading cannot be cancelled.
         contents: reads the ONNX file and its external weight files; None: they are read from disk.
-        hashes: SHA-256 (hex) that each of these files must have, by path; None: not checked.
+        hashes: expected SHA-256 (hex) of the ONNX file and of each external weight file, by path; None: no check.
 
     Raises:
-        SessionError: a file cannot be read or loaded or has another hash, or loading was cancelled.
-        BundleError: hashing was stopped, which `contents` can do.
+        SessionError: a file cannot be read or loaded, the files have other hashes, or `cancellation` was cancelled.
+        BundleError: `contents` stopped hashing.
     """
 
     def __init__(
@@ -168,11 +172,11 @@ class OnnxSession:
 
 
 def _read(path: Path, contents: Contents) -> tuple[bytes, dict[str, bytes]]:
-    """Return the bytes of an ONNX file, and the bytes of each external weight file, by the name in the ONNX file.
+    """Return the bytes of an ONNX file, and the bytes of each external weight file, by the path in the ONNX file.
 
     Raises:
-        SessionError: a file cannot be read, or there are external files and this version of ONNX Runtime cannot take
-            weights from memory.
+        SessionError: a file cannot be read, or ONNX Runtime cannot take the external weights from memory, because of
+            its version or their place in the model.
     """
     try:
         model = contents.read(path)

@@ -1,7 +1,7 @@
-"""Read the large lookup tables of an ONNX file, so that all sessions of the file can share them.
+"""Read the large lookup tables of an ONNX file, so that several sessions of the file can share them.
 
 ONNX Runtime copies other matrices into its own layout, once for each session. It reads the rows of a lookup table in
-place, so one copy is enough. In a small model, the table of word embeddings is half of the weights.
+place, so one copy is enough. In a small model, the table of word embeddings is about half of the weights.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ _TENSOR_SHAPE, _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_BYTES = 1, 2, 8, 9
 def read_tables(path: Path, contents: Contents) -> Tables:
     """Return copies of the large lookup tables of an ONNX file, by name, in their own shapes and types.
 
-    A lookup table is a tensor of a type in `_TYPES` and of at least 1 MiB that only `Gather` nodes use, as their first
-    input. If the file cannot be read, the result is empty, since the session that is loaded next reports the error.
+    A lookup table is a tensor of a type in `_TYPES` and of at least 1 MiB that only `Gather` nodes of the main graph
+    use, as their first input. If a file cannot be read or parsed, the result is empty: loading a session reports the
+    error later.
 
     Args:
         path: the ONNX file.
@@ -65,8 +66,8 @@ def _tables_of(model: Message, folder: Path, contents: Contents) -> Tables:
 def _table(tensor: Message, folder: Path, contents: Contents) -> tuple[bytes, npt.NDArray[np.generic] | None]:
     """Return the name of a tensor and a read-only view of its values.
 
-    The view is None if the tensor has less than 1 MiB, an unsupported type, or values of another length than its shape
-    says or in another field than `raw_data`.
+    The view is None if the tensor has less than 1 MiB or an unsupported type, if its values have another length than
+    its shape says, or if the values are neither in the field `raw_data` nor in an external file.
 
     Args:
         tensor: the tensor, a message of the ONNX file.
@@ -75,7 +76,7 @@ def _table(tensor: Message, folder: Path, contents: Contents) -> tuple[bytes, np
 
     Raises:
         BundleError: an external file cannot be read.
-        ValueError: the values do not fit into the file.
+        ValueError: the shape or the place of the values is invalid, or the values end after the external file.
     """
     shape: list[int] = []
     name, kind, content = b"", 0, None

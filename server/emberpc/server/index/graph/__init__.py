@@ -1,1 +1,1 @@
-"""The HNSW graph of a collection in memory: nodes, buffer, snapshots and locks."""
+"""The vectors of a collection in memory: the HNSW graph, its snapshots on disk, the buffer, locks and threads."""

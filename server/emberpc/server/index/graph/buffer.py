@@ -7,18 +7,18 @@ import numpy as np
 from emberpc.server.collections.metric import best_of, nearest
 from emberpc.server.collections.types import Distance, Labels, Matrix
 
-#: Number of float32 values in a full chunk (2 MiB), and the least number of vectors that a chunk has room for.
+#: Most float32 values in a chunk (2 MiB), and the number of vectors that a new chunk has room for.
 _CHUNK, _FEWEST = 2**19, 16
 
 
 class Buffer:
     """Prepared vectors by label, in ascending order of labels.
 
-    The vectors are stored in chunks of one size. Only the last chunk may be smaller; it grows to that size by doubling.
-    The cost of adding and removing grows with the vectors that are added or removed, and little with the size of the
-    buffer: a removed vector is only marked, and a chunk is freed when it is empty.
+    The vectors are stored in chunks of one size. Only the last chunk may be smaller. When it is full, it at least
+    doubles, up to that size. The cost of adding and removing grows with the vectors that are added or removed, and
+    little with the size of the buffer: a removed vector is only marked, and a chunk is freed when it is empty.
 
-    Not safe to use from several threads; `Neighbours` holds the lock.
+    Several threads may read at the same time; a change must run alone. `Neighbours` holds the lock.
 
     Args:
         dimensions: dimensions of the vectors.
@@ -59,7 +59,7 @@ class Buffer:
         self._chunks = [chunk for chunk in self._chunks if chunk.count]
 
     def oldest(self, count: int) -> tuple[Labels, Matrix]:
-        """Return the `count` smallest labels, or all if there are fewer: int64 (n,), and vectors, float32 (n, d)."""
+        """Return the smallest labels, at most `count`, int64 (n,) ascending, and their vectors, float32 (n, d)."""
         parts: list[tuple[Labels, Matrix]] = []
         for chunk in self._chunks:
             if count <= 0:
@@ -94,9 +94,10 @@ class Buffer:
 
 
 class _Chunk:
-    """Vectors with their labels, ascending, in an array with a fixed number of rows, some of which are still free.
+    """Vectors with their labels, ascending, in the rows of an array. The rows from `_end` on are free.
 
-    Rows from `_first` to before `_end` hold vectors: `count` of these are present, the others were removed.
+    Of the rows from `_first` to before `_end`, `count` have present vectors; the vectors of the others were removed.
+    All vectors before `_first` were removed too. Rows of removed vectors are not used again.
     """
 
     def __init__(self, rows: int, dimensions: int) -> None:
@@ -107,7 +108,7 @@ class _Chunk:
 
     @property
     def rows(self) -> int:
-        """Number of rows, used or free."""
+        """Number of all rows: with present vectors, with removed vectors, and free."""
         return len(self._labels)
 
     def grow(self, rows: int) -> None:
@@ -119,18 +120,18 @@ class _Chunk:
 
     @property
     def room(self) -> int:
-        """Number of free rows."""
+        """Number of free rows, which are at the end; rows of removed vectors do not count."""
         return len(self._labels) - self._end
 
     def add(self, labels: Labels, vectors: Matrix) -> None:
-        """Append vectors, float32 (n, dimensions), under labels, int64 (n,); there must be `n` free rows."""
+        """Append vectors, float32 (n, dimensions), under labels, int64 (n,), as `Buffer.add`; `n` rows must be free."""
         new = slice(self._end, self._end + len(labels))
         self._labels[new], self._vectors[new], self._present[new] = labels, vectors, True
         self._end += len(labels)
         self.count += len(labels)
 
     def remove(self, wanted: Labels) -> int:
-        """Remove the `wanted` labels, int64 (n,) ascending, that are present in this chunk; return how many were."""
+        """Remove those `wanted` labels, int64 (n,) ascending, that are present in this chunk; return their number."""
         here = self._labels[self._first : self._end]
         # Of many wanted labels, search this chunk only for those between its first and its last label.
         low, high = np.searchsorted(wanted, here[[0, -1]])
@@ -146,7 +147,7 @@ class _Chunk:
         return gone
 
     def oldest(self, count: int) -> tuple[Labels, Matrix]:
-        """Return the `count` smallest present labels, or all if there are fewer, with their vectors."""
+        """Return the smallest present labels, at most `count`, int64 (n,) ascending, and vectors, float32 (n, d)."""
         rows = self._first + np.flatnonzero(self._present[self._first : self._end])[:count]
         return self._labels[rows], self._vectors[rows]
 
@@ -162,7 +163,7 @@ class _Chunk:
         return self._labels[here][self._present[here]]
 
     def search(self, queries: Matrix, k: int, distance: Distance) -> tuple[Labels, Matrix]:
-        """Compare prepared queries, float32 (queries, dimensions), with every present vector.
+        """Compare prepared queries, float32 (queries, dimensions), with every present vector; find the `k` nearest.
 
         Returns:
             Labels, int64 (queries, at most k), nearest first, and their scores, float32 of the same shape.

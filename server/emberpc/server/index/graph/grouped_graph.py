@@ -12,19 +12,20 @@ from emberpc.server.index.graph.grouped_graph_reader import SHORT, STRAY, Group,
 from emberpc.server.index.graph.pool import Pool
 from emberpc.server.index.graph.shells import MAIN
 
-#: Two vectors are nearly equal if their distance is at most this share of their length: a cosine of 0.9998.
+#: A new vector is nearly equal to another vector if their distance is at most this share of the new vector's length.
+#: Between vectors of equal length this is a cosine of at least 0.9998.
 _NEAR = 0.02
-#: ef of the search for a node that is nearly equal to a new vector. Such nodes are easy to find, so the search takes
-#: only a twentieth of the time of an insert.
+#: ef of the search for a node that is nearly equal to a new vector. A small ef is enough, since such nodes are easy to
+#: find; the search takes only a twentieth of the time of an insert.
 _LEADER_EF = 2
-#: Most vectors of a group that a search compares one by one. A group that an addition makes larger gets an HNSW graph
-#: of its own: inserting 128 vectors takes some 10 ms. The addition that creates a group is not limited. Vectors that
-#: are too short for a graph never get one.
+#: Most vectors of a group without a graph: a search compares them one by one. If an addition makes an existing group
+#: larger, the group gets an HNSW graph of its own; inserting 128 vectors takes some 10 ms. The addition that creates a
+#: group is not limited. Vectors that are too short for a graph never get one.
 _MAX_COMPARED_GROUP = 128
 #: Most strays that a search compares one by one, in less time than a search of a graph takes. More strays get a graph
 #: of their own.
 _MAX_COMPARED_STRAYS = 500
-#: Number of nodes for which the graph of a group or of strays allocates room at first.
+#: Number of nodes for which the graph of a group or of strays allocates room at first; that of a shell allocates more.
 _GROUP_CAPACITY = 2 * _MAX_COMPARED_GROUP
 
 
@@ -34,7 +35,7 @@ class GroupedGraph(GroupedGraphReader):
     def add(self, labels: Labels, vectors: Matrix) -> None:
         """Add prepared vectors, float32 (n, dimensions), under new labels, int64 (n,); takes about 0.5 ms per vector.
 
-        Then check the new nodes, and the nodes or leaders of equal vectors that were added before, as `check` does.
+        Then check the new nodes, as `check` does. If a vector is equal to an older one, check that one and its leader.
 
         Raises:
             ValueError: the shape or type of the vectors is wrong.
@@ -42,7 +43,7 @@ class GroupedGraph(GroupedGraphReader):
         # A wrong shape would corrupt hnswlib's heap.
         if vectors.shape != (len(labels), self._spec.dimensions) or vectors.dtype != np.float32:
             raise ValueError(f"vectors are {vectors.dtype} {vectors.shape}")
-        # No attribute changes until hnswlib has the new nodes, so a failed add can be repeated.
+        # No attribute changes before hnswlib has the new nodes. So if hnswlib fails, the call can be repeated.
         vector_ids, row_of, hashes = self._find_equal(labels, vectors)
         rows = np.array(list(row_of.values()), dtype=np.int64)
         leaders = self._find_leaders(labels[rows], vectors[rows])
@@ -52,8 +53,8 @@ class GroupedGraph(GroupedGraphReader):
         self._added += len(rows)
         self._register(labels, vector_ids, hashes)
         self._check_nodes(labels[new], vectors[new])
-        # A user may upsert a record again because searches miss it, and then searches must find it. If the record's
-        # vector was added before, no node was added now, so check the old node of the vector or of its leader.
+        # A user may upsert a record again because searches miss it, and then searches must find it. If another record
+        # has an equal vector, no node was added now, so check the node of that vector, or that of its leader.
         known = set(vector_ids) - set(labels[rows].tolist())
         self.check(known | {self._leader_of.get(vector_id, vector_id) for vector_id in known})
 
@@ -62,7 +63,8 @@ class GroupedGraph(GroupedGraphReader):
 
         Args:
             vector_ids: ids of vectors. Those that are nodes, of this graph or of the graph of a group or of strays, are
-                checked. A ghost that is missed is only deleted.
+                checked; others are ignored. A ghost that is missed is deleted, and its group becomes part of every
+                search.
         """
         here: list[int] = []
         by_leader: dict[int, list[int]] = {}
@@ -80,13 +82,14 @@ class GroupedGraph(GroupedGraphReader):
                 group.check(its)
 
     def check_labels(self, labels: Iterable[int]) -> None:
-        """Check the vectors of those labels that exist, as `check` does."""
+        """Check, as `check` does, the vectors of those labels that exist; other labels are ignored."""
         self.check({self._vector_of[label] for label in labels if label in self._vector_of})
 
     def compare_always(self, labels: Iterable[int]) -> None:
-        """Make strays of the vectors of those labels that exist, since searches miss them.
+        """Make strays of the vectors of those labels that exist; the caller found that searches miss these vectors.
 
-        Every search covers strays, see `GroupedGraphReader`. Vectors that every search compares already are left as is.
+        A vector in a graph that is part of every search (of strays, a shell, or a former leader) becomes a stray of
+        that graph. A vector that every search compares already is left as is.
         """
         for vector_id in {self._vector_of[label] for label in labels if label in self._vector_of}:
             leader = self._leader_of.get(vector_id)
@@ -106,16 +109,19 @@ class GroupedGraph(GroupedGraphReader):
         self._add_strays(np.array([vector_id], dtype=np.int64), vector)
 
     def begin_check(self) -> list[int]:
-        """Begin a complete check: count added vectors from 0; return the ids of all vectors and ghosts, for `check`."""
+        """Begin a complete check: set `added` to 0, and return the ids of all vectors and of ghosts, to be checked."""
         self._added = 0
         return [*dict.fromkeys(self._vector_of.values()), *self._ghosts]
 
     def end_check(self) -> None:
-        """End a complete check, after the caller has checked all vectors: note `to_check` in `checked`."""
+        """End a complete check, after the caller has passed all vectors to `check`: set `checked` to `to_check`."""
         self._checked = self.to_check
 
     def remove(self, labels: set[int]) -> None:
-        """Remove labels; missing labels are ignored. A vector is deleted with its last label."""
+        """Remove labels; missing labels are ignored.
+
+        A vector without labels is deleted, but a node with a group becomes a ghost.
+        """
         for label in labels & self._vector_of.keys():
             vector_id = self._vector_of.pop(label)
             members = self._members.get(vector_id)
@@ -127,7 +133,7 @@ class GroupedGraph(GroupedGraphReader):
             self._delete_vector(vector_id)
 
     def _find_equal(self, labels: Labels, vectors: Matrix) -> tuple[list[int], dict[int, int], dict[int, int]]:
-        """Find for each vector the equal vector that exists already, in this graph and its groups or in an earlier row.
+        """Find for each vector an equal vector in this graph, in its groups, among its strays or in an earlier row.
 
         Args:
             labels: new labels, int64 (n,).
@@ -135,7 +141,7 @@ class GroupedGraph(GroupedGraphReader):
 
         Returns:
             The vector id of each row: that of the equal vector, or the row's label if the vector is new; the row of
-            each new vector, by its id; the id of each new vector, by its hash.
+            each new vector, by its id; the id of each new vector, by its hash (the last of those with equal hashes).
         """
         row_of: dict[int, int] = {}
         hashes: dict[int, int] = {}
@@ -155,8 +161,9 @@ class GroupedGraph(GroupedGraphReader):
     def _find_leaders(self, labels: Labels, vectors: Matrix) -> Labels:
         """Return the leader of each new vector, int64 (n,).
 
-        The leader is `SHORT`, `STRAY`, the number of a shell, or the label of a nearly equal vector: a node, or another
-        new vector. The leader of a vector that becomes a node is its own label.
+        The leader is `SHORT`, `STRAY` for a vector that was a stray before, the number of a shell other than the main
+        shell, or the id of a nearly equal vector: a node, or another new vector. For a vector that becomes a node, its
+        own label is returned.
 
         Args:
             labels: labels of the new vectors, int64 (n,).
@@ -191,7 +198,15 @@ class GroupedGraph(GroupedGraphReader):
         return leaders
 
     def _join_groups(self, leaders: Labels, labels: Labels, vectors: Matrix) -> None:
-        """Add each vector whose leader is not its own label to the group of its leader; arrays of `n` rows each."""
+        """Add each vector to the group of its leader, or to the strays, unless its leader is its own label.
+
+        A missing group is created. A group that becomes too large for a pool gets a graph.
+
+        Args:
+            leaders: leader of each vector, as `_find_leaders` returns them.
+            labels: labels of the new vectors, int64 (n,).
+            vectors: the new vectors, float32 (n, dimensions).
+        """
         for leader in dict.fromkeys(leaders[leaders != labels].tolist()):
             rows = np.flatnonzero((leaders == leader) & (labels != leader))
             if leader == STRAY:
@@ -203,7 +218,8 @@ class GroupedGraph(GroupedGraphReader):
                 if leader < STRAY:
                     self._searched_always.add(leader)
             elif leader != SHORT and isinstance(group, Pool) and len(group) + len(rows) > _MAX_COMPARED_GROUP:
-                # Only the graph of a shell has groups: members of any other group are all nearly equal to their leader.
+                # Of the graphs of groups, only those of shells have groups themselves: the members of another group are
+                # all nearly equal to their leader.
                 group = self._groups[leader] = self._graph_of(group, groups=leader < SHORT)
             group.add(labels[rows], vectors[rows])
             self._leader_of.update((label, leader) for label in labels[rows].tolist())
@@ -217,7 +233,7 @@ class GroupedGraph(GroupedGraphReader):
             self._vector_of[label] = vector_id
 
     def _check_nodes(self, nodes: Labels, vectors: Matrix) -> None:
-        """Search for nodes by their own vectors, and make strays of missed nodes.
+        """Search for nodes by their own vectors; make strays of missed nodes, but only delete missed ghosts.
 
         Args:
             nodes: ids of nodes of this graph, int64 (n,).
@@ -228,9 +244,9 @@ class GroupedGraph(GroupedGraphReader):
             self._make_stray(int(nodes[row]), vectors[row : row + 1])
 
     def _make_stray(self, node: int, vector: Matrix) -> None:
-        """Delete a node from the graph, and make a stray of its vector, float32 (1, d), unless the node is a ghost.
+        """Delete a node from the graph; unless the node is a ghost, make a stray of its vector, float32 (1, d).
 
-        From now on every search searches the group of the node, if it has one.
+        If the node has a group, every search searches that group from now on.
         """
         self._has_missed = True
         self._hnsw.delete(node)
@@ -245,7 +261,7 @@ class GroupedGraph(GroupedGraphReader):
         """Make strays of vectors, float32 (n, dimensions), that are in no graph and no group; ids are int64 (n,)."""
         self._has_missed |= bool(len(vector_ids))
         if isinstance(self._strays, Pool) and len(self._strays) + len(vector_ids) > _MAX_COMPARED_STRAYS:
-            # In a graph of strays, searches find most of them: vectors that took their links are not in that graph.
+            # Searches of a graph of strays find most strays: the nodes that took their links are not in that graph.
             self._strays = self._graph_of(self._strays, groups=False)
         self._leader_of.update(dict.fromkeys(vector_ids.tolist(), STRAY))
         self._strays.add(vector_ids, vectors)
@@ -299,6 +315,6 @@ class GroupedGraph(GroupedGraphReader):
 
 
 def hashes_of(vectors: Matrix) -> list[int]:
-    """Return a hash of each vector, float32 (n, dimensions), valid in this process. Equal vectors have equal hashes."""
-    # Adding 0 turns -0.0 into 0.0, which is equal but has other bytes.
+    """Return a hash of each vector, float32 (n, dimensions). Equal vectors have equal hashes in one process."""
+    # -0.0 and 0.0 are equal but have different bytes; adding 0 turns -0.0 into 0.0.
     return [hash(row.tobytes()) for row in vectors + np.float32(0)]

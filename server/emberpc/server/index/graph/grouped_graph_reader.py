@@ -14,8 +14,8 @@ from emberpc.server.index.graph.hnsw import FIRST_CAPACITY, GraphError, Hnsw
 from emberpc.server.index.graph.pool import Pool
 from emberpc.server.index.graph.shells import Shells
 
-#: Number of nodes that a search finds for each hit if there are groups, at most ef in all, since a leader may be less
-#: near to the query than its group.
+#: Number of nodes that a search finds for each hit if there are groups, but at most ef nodes in all. It is more than 1,
+#: since a leader may be less near to the query than a member of its group.
 _LEADERS_PER_HIT = 5
 
 #: Value in place of a leader for a stray: a vector that every search covers apart from the graph.
@@ -25,7 +25,10 @@ SHORT = -2
 
 
 class Group(Protocol):
-    """Vectors that are not nodes of the main graph, by label: a `Pool`, or a graph of their own."""
+    """The group of a leader, a shell, the short vectors or the strays: a `Pool`, or a graph of its own.
+
+    The labels in a group are the ids that the vectors have in the graph to which the group belongs.
+    """
 
     def __len__(self) -> int: ...
 
@@ -49,29 +52,30 @@ class Group(Protocol):
 class GroupedGraphReader:
     """Searches labelled vectors, most of which are nodes of an HNSW graph; `GroupedGraph` adds and removes them.
 
-    A label is added once and never changed. Labels with equal vectors share one vector. The id of a vector is the label
-    for which the vector was added. A vector stays until its last label is removed.
+    A label is added once, and its vector never changes. Labels with equal vectors share one vector. The id of a vector
+    is the label for which the vector was added, even if that label was removed. A vector stays until its last label is
+    removed.
 
     Many nearly equal nodes would fill the candidates of a search, and the links that lead to other nodes. So a vector
     that is nearly equal to a node joins the group of that node, its leader, and is no node itself. A search that finds
-    a leader searches the leader's group too. A leader whose own labels are removed is a ghost: it stays while it has a
-    group.
+    a leader searches the leader's group too. A leader whose own labels are removed is a ghost: its node stays while it
+    has a group, but is no hit.
 
-    A stray is a node that searches for its own vector did not find. The node is deleted from the graph, and its vector
+    A stray is a vector that searches for that vector did not find. Its node is deleted from the graph, and the vector
     is compared with every query. If there are many strays, they are nodes of a graph of strays, which is part of every
     search.
 
     With shells, the graph holds the vectors of the main shell. Each other shell is a group without a leader, which is
-    part of every search.
+    part of every search. So are the vectors that are too short for a graph.
 
     `Neighbours` holds the lock: methods that change vectors or ef, and `check`, which may make strays, need the write
     side of the lock, other methods its read side. `Neighbours` reads some properties without the lock.
 
     Args:
         spec: dimensions, distance and parameters of the graph.
-        capacity: number of nodes to allocate memory for; the capacity grows by itself.
+        capacity: number of nodes to allocate memory for, at least 1024 if `groups`; the capacity grows by itself.
         groups: whether nearly equal vectors are grouped.
-        shells: shells with graphs of their own; None: all vectors are in one graph.
+        shells: shells into which the vectors are divided; None: no division.
     """
 
     def __init__(
@@ -88,11 +92,12 @@ class GroupedGraphReader:
         self._hnsw = Hnsw(spec, max(capacity, FIRST_CAPACITY if groups else 1))
         #: Vector id of each label.
         self._vector_of: dict[int, int] = {}
-        #: All labels of each vector that has labels besides its id. A dict keeps order and removes in constant time.
+        #: Present labels of each vector that has, or had, labels besides its id, by id. The inner dict is a set that
+        #: keeps order and removes in constant time.
         self._members: dict[int, dict[int, None]] = {}
         #: Vector ids by hash. Of different vectors with equal hashes, only the vector that was added last is here.
         self._by_hash: dict[int, int] = {}
-        #: Leader of each vector that is not a node: a node, `STRAY`, `SHORT` or the number of a shell.
+        #: Leader of each vector that is not a node, by id: a node or former node, `STRAY`, `SHORT` or a shell.
         self._leader_of: dict[int, int] = {}
         self._groups: dict[int, Group] = {}
         #: Strays: vectors that searches of the graph miss.
@@ -101,16 +106,16 @@ class GroupedGraphReader:
         #: or loaded.
         self._has_missed = False
         #: Hashes of vectors that are or, since this graph was created or loaded, were strays. Such a vector becomes a
-        #: stray again if it is added again: as a node it would take links of other nodes, so that searches miss these.
+        #: stray again if it is added again: as a node it would take links of other nodes, so that searches miss those.
         self._stray_hashes: set[int] = set()
-        #: Leaders whose groups are part of every search: leaders that became strays, shells, and `SHORT`.
+        #: Leaders whose groups are part of every search: leaders whose nodes searches missed, shells, and `SHORT`.
         self._searched_always: set[int] = set()
-        #: Ghosts: leaders whose own labels are removed.
+        #: Ghosts: nodes that are leaders and whose own labels are removed.
         self._ghosts: set[int] = set()
         #: Leader of each label in a loaded snapshot whose vector must still be read from the store.
         self._awaited: dict[int, int] = {}
         self._checked = 0
-        #: Number of vectors that were added since the last complete check began.
+        #: Number of vectors that were added since the last complete check began; a repeated vector does not count.
         self._added = 0
 
     def __len__(self) -> int:
@@ -118,25 +123,28 @@ class GroupedGraphReader:
 
     @property
     def live(self) -> int:
-        """Number of labels that searches can find."""
+        """Number of labels in this graph, its groups and its strays."""
         return len(self._vector_of)
 
     @property
     def dead_share(self) -> float:
-        """Share of deleted nodes, which slow down inserts and searches, in all graphs: also of groups and strays."""
+        """Share of deleted nodes, 0 to 1, among all nodes of this graph and of the graphs of groups and strays.
+
+        Deleted nodes slow down inserts and searches.
+        """
         graphs = [self, *self._graphs()]
         dead = sum(graph._hnsw.dead for graph in graphs)
         return dead / max(1, dead + sum(graph._hnsw.count for graph in graphs))
 
     @property
     def stray_share(self) -> float:
-        """Number of strays, divided by the number of strays and nodes."""
+        """Number of strays, divided by the sum of the numbers of strays and of nodes; 0 if there are none."""
         strays = self.strays
         return strays / max(1, strays + self._nodes_in_all)
 
     @property
     def _nodes_in_all(self) -> int:
-        """Number of nodes that are not deleted, in this graph and in the graphs of groups, without that of strays."""
+        """Number of nodes that are not deleted, in this graph and in the graphs of groups, not in those of strays."""
         return self._hnsw.count + sum(graph._nodes_in_all for graph in _graphs_of(self._groups.values()))
 
     @property
@@ -151,17 +159,17 @@ class GroupedGraphReader:
 
     @property
     def shells(self) -> Shells | None:
-        """Shells that have graphs of their own; None: all vectors are in one graph."""
+        """Shells into which the vectors are divided; None: no division."""
         return self._shells
 
     @property
     def nodes(self) -> int:
-        """Number of nodes of this graph that are not deleted, without those in the graphs of groups."""
+        """Number of nodes of this graph that are not deleted, with ghosts, without nodes in the graphs of groups."""
         return self._hnsw.count
 
     @property
     def to_check(self) -> int:
-        """Number of vectors that a complete check covers: nodes, members of groups, and strays."""
+        """Number of ids that `begin_check` returns: of nodes, ghosts, members of groups, and strays."""
         return self._hnsw.count + len(self._leader_of)
 
     @property
@@ -171,7 +179,10 @@ class GroupedGraphReader:
 
     @property
     def added(self) -> int:
-        """Number of different vectors that were added since the last complete check began; estimated when loaded."""
+        """Number of vectors that were added since the last complete check began; after loading, an estimate.
+
+        A vector equal to one that was there already does not count.
+        """
         return self._added
 
     @property
@@ -189,7 +200,7 @@ class GroupedGraphReader:
             graph.set_ef(ef)
 
     def labels(self) -> set[int]:
-        """Return the labels that searches can find."""
+        """Return the labels in this graph, its groups and its strays."""
         return set(self._vector_of)
 
     def held(self, labels: list[int]) -> dict[int, Matrix]:
@@ -200,8 +211,8 @@ class GroupedGraphReader:
     def representatives(self) -> list[int]:
         """Return one label of each node, also in the graph of a shell, and of each vector in the pool of a shell.
 
-        Labels of strays, of short vectors, and of vectors in the groups of leaders are left out. A ghost, which is a
-        leader without a label, has none to return.
+        So the result has few nearly equal vectors, except those in the pool of a shell. Strays, short vectors and the
+        members of a leader's group are left out, as are ghosts, which have no label.
         """
         vector_ids = self._node_ids()
         for leader, group in self._groups.items():
@@ -221,8 +232,8 @@ class GroupedGraphReader:
             labels, both have the shape (queries, 0).
 
         Raises:
-            GraphError: links lead to too few nodes, or `k` is at least half of the labels. The caller must then compare
-                all vectors.
+            GraphError: links lead to too few nodes, or `k` is at least half of the number of labels. The caller must
+                then compare all vectors.
         """
         # To find half of all labels, comparing all vectors is as quick as a search of the graph.
         live = len(self._vector_of)
@@ -240,7 +251,7 @@ class GroupedGraphReader:
     def search_all(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
         """Search for the `k` labels nearest to each query, or all if there are fewer; arguments as for `search`.
 
-        If the graph cannot answer, compare the queries with all vectors.
+        If `search` raises GraphError, compare the queries with all nodes instead.
 
         Returns:
             Labels, int64 (queries, at most k), nearest first, and their scores, float32 of the same shape.
@@ -252,20 +263,20 @@ class GroupedGraphReader:
             return self._expand(*self._compare_all(queries, k), k)
 
     def _group(self, leader: int) -> Group:
-        """Return the group of a leader, or the strays."""
+        """Return the group of a leader; for `STRAY`, the strays."""
         return self._strays if leader == STRAY else self._groups[leader]
 
     def _graphs(self) -> list[GroupedGraphReader]:
-        """Return the graphs of groups and of strays, and the graphs of groups and strays within these graphs."""
+        """Return the graphs of groups and of strays, and recursively their own graphs of groups and of strays."""
         graphs = _graphs_of((*self._groups.values(), self._strays))
         return [each for graph in graphs for each in (graph, *graph._graphs())]
 
     def _node_ids(self) -> list[int]:
-        """Return the ids of the vectors that are nodes."""
+        """Return the ids of the vectors that are nodes of this graph, without ghosts."""
         return [vector_id for vector_id in dict.fromkeys(self._vector_of.values()) if vector_id not in self._leader_of]
 
     def _vectors(self, vector_ids: list[int]) -> Matrix:
-        """Return the vectors with the given ids, which must exist, in that order, float32 (ids, dimensions)."""
+        """Return the vectors with the given ids, which must exist, in the order of these: float32 (ids, dimensions)."""
         if self._leader_of.keys().isdisjoint(vector_ids):
             return self._hnsw.vectors(vector_ids)
         by_leader: dict[int | None, list[int]] = {}
@@ -278,11 +289,16 @@ class GroupedGraphReader:
         return np.stack([held[vector_id] for vector_id in vector_ids])
 
     def _search_graph(self, queries: Matrix, k: int, wide: int) -> tuple[Labels, Matrix]:
-        """Search the graph for `wide` nodes for each query, then the groups of these nodes, and the strays.
+        """Search the graph for `wide` nodes for each query, then groups (as `_search_groups`), and the strays.
+
+        `wide` is at least `k`.
 
         Returns:
             The ids of the nearest vectors and their scores, best first: (queries, k), or (queries, wide) if the graph
             has neither groups nor strays.
+
+        Raises:
+            GraphError: links lead to too few nodes.
         """
         nodes, scores = self._hnsw.search(queries, wide)
         if self._groups:
@@ -301,7 +317,8 @@ class GroupedGraphReader:
             k: number of vectors to find for each query, at most `n`.
 
         Returns:
-            The ids of the `k` best nodes and group members for each query, best first, and their scores: (queries, k).
+            The ids of the `k` best vectors for each query (members of groups, and nodes that are not ghosts), best
+            first, and their scores: (queries, k).
         """
         rows_of = {leader: list(range(len(queries))) for leader in self._searched_always}
         for row, found in enumerate(nodes.tolist()):
@@ -323,7 +340,7 @@ class GroupedGraphReader:
         return best
 
     def _compare_all(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
-        """Compare the queries with all vectors, strays and groups included.
+        """Compare the queries with all nodes, and search the strays and all groups by their `search_all`.
 
         Returns:
             Ids of the nearest vectors, best first, and their scores: (queries, at most k).
@@ -337,7 +354,8 @@ class GroupedGraphReader:
         """Replace the ids of vectors by labels: a vector may have several labels.
 
         Args:
-            vector_ids: for each query ids of vectors that have at least `k` labels in all, best first.
+            vector_ids: for each query, best first, ids of vectors that together have at least `k` labels. If no vector
+                has several labels, exactly `k` ids.
             scores: the scores of these vectors, of the same shape.
             k: number of labels to return for each query.
 
@@ -361,5 +379,5 @@ class GroupedGraphReader:
 
 
 def _graphs_of(groups: Iterable[Group]) -> list[GroupedGraphReader]:
-    """Return those groups that have a graph of their own. A write may change the dictionary of the groups meanwhile."""
+    """Return those groups that are graphs. Reads a copy, since a write may change the groups' dictionary meanwhile."""
     return [group for group in tuple(groups) if isinstance(group, GroupedGraphReader)]

@@ -13,32 +13,32 @@ from emberpc.server.collections.types import CollectionSpec, Distance, Labels, M
 from emberpc.server.index.graph.worker_threads import WorkerThreads
 
 FIRST_CAPACITY = 1024
-#: Least number of queries that are given to a worker thread: some milliseconds of work.
+#: Least number of queries that are given to a worker thread: some milliseconds of work, so that the hand-over pays.
 _PART = 8
 #: `k` and ef of the searches that check whether a node is found. Each search checks the nodes that the search before it
 #: missed. The first search finds 99 % of clustered vectors and takes a twentieth of the time of an insert. The second
 #: search finds most of the others. The third search has ef 100, the least default ef.
 _CHECKS = ((1, 3), (1, 16), (10, 100))
-#: Greatest relative difference between two float32 results for one distance that are computed in different ways.
+#: Relative difference up to which two float32 results count as equal: one distance, computed in two ways.
 ROUNDING = 1e-5
 _helpers: WorkerThreads[Matrix, tuple[npt.NDArray[np.uint64], Matrix]] = WorkerThreads()
 
 
 class GraphError(Exception):
-    """The graph cannot answer a search, or a file holds no graph; the caller can still compare all vectors."""
+    """The graph cannot answer a search, so all vectors must be compared; or hnswlib cannot read the file of a graph."""
 
 
 class Hnsw:
     """An HNSW graph of vectors, each under a label of its own.
 
-    A label is added once and never changed: an in-place update takes 27 times as long as an insert. Vectors must be
-    prepared and checked by `metric.prepare` and `metric.check_vectors`.
+    A label is added once, and its vector never changes: an in-place update takes 27 times as long as an insert. Vectors
+    must be valid (`metric.check_vectors`) and prepared (`metric.prepare`).
 
     hnswlib must not be searched while vectors are added, and crashes if it is resized meanwhile: `search`, `vectors`,
     `every`, `size` and `write` may run concurrently, and all other methods must run alone.
 
-    hnswlib's index is created on first use: the locks of an empty index take 2.6 MB, and a small collection is searched
-    without a graph.
+    hnswlib's index is created on first use, since the locks of an empty index take 2.6 MB, and a small collection,
+    which is searched without a graph, does not need one.
 
     Args:
         spec: dimensions, distance and parameters of the graph.
@@ -82,7 +82,7 @@ class Hnsw:
     def add(self, labels: Labels, vectors: Matrix) -> None:
         """Add nodes with new labels, int64 (n,), for prepared vectors, float32 (n, dimensions).
 
-        Takes about 0.5 ms per vector. If the capacity is used up, it at least doubles.
+        Takes about 0.5 ms per vector. If the capacity is too small, it at least doubles.
         """
         if not len(labels):
             return
@@ -106,12 +106,12 @@ class Hnsw:
         return vectors
 
     def search(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
-        """Search for the nodes nearest to each prepared query. Many queries are divided among all cores.
+        """Search for the nodes nearest to each prepared query. If there are 16 or more, several cores share them.
 
         Args:
             queries: float32 (queries, dimensions).
-            k: number of nodes to find for each query, at most half of the nodes. If links lead to fewer nodes, hnswlib
-                raises an error and leaks the memory of its result.
+            k: number of nodes to find for each query, at most half of the nodes that are not deleted, so that links
+                seldom lead to too few nodes: hnswlib then raises an error and leaks the memory of its result.
 
         Returns:
             Nodes, int64 (queries, k), nearest first, and their scores, float32 of the same shape.
@@ -138,8 +138,8 @@ class Hnsw:
             ef: number of candidates that this search keeps.
 
         Returns:
-            Whether a nearly equal node was found for each vector, bool (vectors,); and the nearest node that was found,
-            int64 (vectors,), valid only where the first is true.
+            For each vector, whether a nearly equal node was found, bool (vectors,); and that node, int64 (vectors,),
+            valid only where the first is true.
         """
         none = np.zeros(len(vectors), dtype=bool), np.zeros(len(vectors), dtype=np.int64)
         if not self.count:
@@ -158,7 +158,8 @@ class Hnsw:
         if self._spec.distance is Distance.EUCLIDEAN:
             return distance <= share**2 * squares, nodes
         # hnswlib returns 1 minus the inner product, from which the distance does not follow without the length of the
-        # node's vector. Reading that vector is slow, so it is read only where the inner product is great enough.
+        # node's vector. Reading that vector is slow, so it is read only where the inner product is great enough for a
+        # nearly equal vector.
         near = 1 - distance >= (1 - share) * squares
         rows = np.flatnonzero(near)
         differences = vectors[rows] - self.vectors(nodes[rows].tolist())
@@ -169,13 +170,14 @@ class Hnsw:
         """Return those of `nodes` that searches for their own vectors do not find, int64 (m,).
 
         A node also counts as found if no hit is farther away than the node, as among nodes at equal distances, or if
-        it is the only node. If links lead to too few nodes for a search, the nodes still searched for are missed.
+        it is the only node. If links lead to too few nodes for one search, all nodes that were not found before are
+        returned.
 
         Args:
             nodes: the nodes to check, int64 (n,).
             vectors: their vectors, float32 (n, dimensions).
         """
-        # The only node of a graph is always found.
+        # The only node of a graph counts as found: no other node can hide it.
         suspects = np.arange(len(nodes) if self.count > 1 else 0)
         try:
             for most, ef in _CHECKS:
@@ -193,7 +195,11 @@ class Hnsw:
         """Search for `nodes`, int64 (n,), by their own `vectors`, with `k` hits for each vector.
 
         Returns:
-            Whether each node is not among its hits although a hit is farther away than the node: bool (n,).
+            For each node, whether it is missing among the hits for its vector although one hit is farther away than
+            the node: bool (n,).
+
+        Raises:
+            RuntimeError: links lead to fewer than `k` nodes for one of the vectors.
         """
         found, distances = self._index.knn_query(vectors, k=k, num_threads=1)
         missed: npt.NDArray[np.bool_] = (found.view(np.int64) != nodes[:, None]).all(axis=1)
@@ -219,7 +225,7 @@ class Hnsw:
         return np.concatenate(labels), np.concatenate(distances)
 
     def write(self, path: Path) -> None:
-        """Write the graph to a file. hnswlib holds the GIL meanwhile: 0.7 s for 100,000 vectors.
+        """Write the graph to a file. hnswlib holds the GIL meanwhile, for example 0.7 s for 100,000 vectors.
 
         hnswlib reports no error on a full disk; the caller must compare the bytes of the file with `size`.
         """
@@ -227,19 +233,19 @@ class Hnsw:
 
     @classmethod
     def read(cls, spec: CollectionSpec, path: Path, dead: int) -> Hnsw:
-        """Read a graph from a file that `write` wrote; the file must be unchanged.
+        """Read a graph from a file that `write` wrote; the file must be unchanged, as hnswlib does not check it fully.
 
         Args:
             spec: the spec of the collection of which the file was written.
             path: the file.
-            dead: number of deleted nodes in the file.
+            dead: number of deleted nodes in the file, which hnswlib does not tell.
 
         Raises:
             GraphError: hnswlib cannot read the file.
         """
         graph = cls(spec, 1)
-        # hnswlib cannot load a file into an initialised index, so this index is not. hnswlib sets its ef to 10, so `ef`
-        # of the graph stays unset.
+        # hnswlib cannot load a file into an initialised index, so this index is not initialised. After loading, hnswlib
+        # has an ef of 10, so `ef` of the graph stays 0 (not set).
         graph._made = hnswlib.Index(space=SPACES[spec.distance], dim=spec.dimensions)
         try:
             graph._index.load_index(str(path), allow_replace_deleted=False)

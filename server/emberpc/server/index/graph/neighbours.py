@@ -1,4 +1,4 @@
-"""All vectors of a collection in memory, read from the store: the graph, and the buffer of newer vectors."""
+"""The vectors of a collection in memory: the graph, and the buffer of vectors that are not in the graph yet."""
 
 from __future__ import annotations
 
@@ -17,35 +17,39 @@ from emberpc.server.index.graph.persistent_graph import PendingSave, PersistentG
 from emberpc.server.index.graph.read_write_lock import ReadWriteLock
 from emberpc.server.index.graph.shells import Shells, fitted
 
-#: Number of vectors that are inserted into the graph at a time, while searches wait: some 5 to 15 ms for all of them.
+#: Most vectors that one step inserts into the graph: a step takes some 5 to 15 ms, and searches wait meanwhile, except
+#: for steps of a new graph.
 _SLICE = 16
 #: Number of cores that the server may use; computed once, since it is read from files of the operating system.
 _CORES = usable_cores()
-#: Number of queries that a search runs before it gives the lock to a waiting writer: 32 for each core.
+#: Most queries of a turn: after each turn, a search gives the lock to a waiting writer. 32 queries for each core.
 _QUERIES_PER_TURN = 32 * _CORES
-#: A query with at most this ef counts as one query in `_QUERIES_PER_TURN`. A query with a greater ef takes longer, and
-#: counts in proportion to ef, but a turn has at least one query for each core.
+#: Greatest ef at which a turn may have `_QUERIES_PER_TURN` queries. With a greater ef each query takes longer, so the
+#: limit is divided by ef / `_EF_PER_QUERY`, but it is at least one query for each core.
 _EF_PER_QUERY = 1000
 #: Number of labels whose vectors are read from the store at a time; also the most vectors that a rebuild moves from the
 #: buffer to the old graph at a time, and the most from which shells are computed.
 _READ_BATCH = 2000
-#: Number of nodes that are checked at a time, while searches wait: about 1 ms for all of them.
+#: Most nodes that one step of a check searches for: about 1 ms for all of them. Searches wait meanwhile, except for
+#: steps of a new graph.
 _CHECKED_AT_ONCE = 32
-#: Most labels of a sample, which is checked to estimate how many vectors searches miss: some 15 ms for all of them.
+#: Most labels of a sample that `probe` checks, to estimate in some milliseconds how many vectors searches miss.
 _PROBED = 256
-#: A complete check is due when the number of vectors in the graph is this many times that at the last complete check,
-#: since later nodes may take links of earlier nodes. The second factor holds while `has_misses` of the graph is false.
+#: A complete check is due when the number of vectors in the graph is this many times the number at the end of the last
+#: complete check, since later nodes may take links of earlier nodes. The second factor is used while no node has been
+#: missed since the graph was created or loaded (`has_misses` is false), the first factor after that.
 _CHECK_GROWTH, _SOUND_CHECK_GROWTH = 1.5, 4.0
 
-#: Function that reads vectors from the store: takes labels, and returns those that still exist, int64 (n,), with their
-#: prepared vectors, float32 (n, dimensions).
+#: Function that reads vectors from the store: takes labels, ascending, and returns those whose records exist with an
+#: undamaged vector, int64 (n,), ascending, and their prepared vectors, float32 (n, dimensions).
 ReadVectors = Callable[[list[int]], tuple[Labels, Matrix]]
 
 
 class Candidates(NamedTuple):
-    """Labels near a query with their scores, nearest first, and the plan of the search.
+    """Labels found near a query, nearest first, the score of each label, and the plan of the search.
 
-    `complete` is whether these are known to be all labels of the collection or, with a filter, of the matching records.
+    `complete` is whether the labels are known to be all labels of the collection or, with a filter, all labels of the
+    matching records.
     """
 
     labels: list[int]
@@ -57,8 +61,10 @@ class Candidates(NamedTuple):
 class Neighbours:
     """Holds the vectors of a collection, and searches for the labels nearest to a query.
 
-    Safe to use from several threads. A query sees every write completely or not at all: graph and buffer change under
-    one lock. Between the turns of a search with many queries, writes may run.
+    Call `catch_up` first. Then searches and writes may run on several threads; `drain`, `check`, `probe` and `rebuild`
+    may run beside them, but only one of the four at a time. A query sees every write completely or not at all: graph
+    and buffer change under one lock. A search with many queries runs them in turns. Writes may run between the turns,
+    so queries of different turns may see different states.
 
     Args:
         spec: the spec of the collection.
@@ -70,7 +76,7 @@ class Neighbours:
         self._graph = graph
         self._buffer = Buffer(spec.dimensions, spec.distance)
         self._lock = ReadWriteLock()
-        #: Ids of the vectors that the complete check in progress has still to check; empty if no check is in progress.
+        #: Ids of the vectors and ghosts that the complete check in progress has not checked yet; empty between checks.
         self._unchecked: list[int] = []
 
     @property
@@ -80,50 +86,61 @@ class Neighbours:
 
     @property
     def count(self) -> int:
-        """Number of labels that searches can find; read without the lock, so approximate while `drain` runs."""
+        """Number of labels in graph and buffer.
+
+        Read without the lock, so approximate while another thread adds, removes or moves vectors.
+        """
         return self._graph.live + len(self._buffer)
 
     @property
     def graph_size(self) -> int:
-        """Number of labels in the graph."""
+        """Number of labels outside the buffer: labels of nodes, of members of groups, and of strays."""
         return self._graph.live
 
     @property
     def dead_share(self) -> float:
-        """Share of the graph's nodes that are deleted."""
+        """Share of deleted nodes among all nodes, also in the graphs of groups and strays; 0 if there are no nodes."""
         return self._graph.dead_share
 
     @property
     def stray_share(self) -> float:
-        """Number of strays, vectors that searches of the graph miss, divided by the number of strays and nodes."""
+        """Number of strays, divided by the number of strays and of nodes that are not deleted; 0 if there are none.
+
+        Strays are vectors that searches of the graph miss.
+        """
         return self._graph.stray_share
 
     @property
     def needs_check(self) -> bool:
-        """Whether a complete check is in progress, or vectors were added since the last began: some may be missed."""
+        """Whether a complete check is in progress, or vectors were added to the graph since the last began.
+
+        Searches may miss the added vectors, or vectors whose links these took. Estimated for the graph of a snapshot.
+        """
         return bool(self._graph.added or self._unchecked)
 
     def representatives(self) -> list[int]:
-        """Return one label of each set of equal or nearly equal vectors in the graph.
+        """Return labels of different vectors: one of each node, also in the graphs of shells.
 
-        Strays and vectors too short for the graph are left out. In a small shell, which has no graph, nearly equal
-        vectors are not grouped.
+        A small shell has no graph: one label of each of its vectors is returned, so some may be nearly equal. Left out
+        are the buffer, strays, vectors too short for the graph, and members of groups, even if the leader of the group
+        is a stray or was removed.
         """
         with self._lock.read():
             return self._graph.representatives()
 
     def catch_up(self, stored: Labels, read: ReadVectors) -> None:
-        """Bring the graph of a snapshot to the state of the store.
+        """Bring the graph of a snapshot to the state of the store; to be called once, before all other methods.
 
-        Labels that the store lacks are removed, and stored labels that the graph lacks are added to the buffer. Labels
-        for which `read` returns no vector stay out.
+        The vectors that the snapshot's file lacks are read and put into groups and strays. Labels that the store lacks
+        are removed, and stored labels that the graph lacks are added to the buffer. Labels for which `read` returns no
+        vector stay out.
 
         Args:
             stored: all labels in the store, int64 (n,), ascending.
             read: reads vectors from the store.
         """
         with self._lock.write():
-            # Vectors are restored before labels are removed: removing the last vector of a group may delete its leader.
+            # Groups are restored before labels are removed: a leader without labels is deleted if its group is empty.
             awaited = sorted(self._graph.awaited & set(stored.tolist()))
             for start in range(0, len(awaited), _READ_BATCH):
                 self._graph.restore(*read(awaited[start : start + _READ_BATCH]))
@@ -135,19 +152,21 @@ class Neighbours:
                 self._buffer.add(*read(missing[start : start + _READ_BATCH]))
 
     def change(self, added: Labels, vectors: Matrix, removed: set[int]) -> None:
-        """Apply one write of the store; writes must come in the store's order.
+        """Apply one write of the store: add vectors to the buffer, and remove labels; n may be 0.
+
+        The writes must be applied in the order in which the store made them, since labels must grow.
 
         Args:
-            added: new labels, int64 (n,), ascending.
+            added: new labels, int64 (n,), ascending, above all earlier labels.
             vectors: their prepared vectors, float32 (n, dimensions).
-            removed: labels that were removed.
+            removed: labels that the write deleted or replaced; missing labels are ignored.
         """
         with self._lock.write():
             self._buffer.add(added, vectors)
             self._forget(removed)
 
     def remove(self, labels: set[int]) -> None:
-        """Remove labels that the store no longer has; missing labels are ignored."""
+        """Remove labels from graph and buffer, so that no search finds them; missing labels are ignored."""
         with self._lock.write():
             self._forget(labels)
 
@@ -156,15 +175,16 @@ class Neighbours:
 
         Args:
             queries: float32 (queries, dimensions).
-            k: number of labels to find for each query.
+            k: most labels to find for each query.
             ef: number of candidates that the search of the graph keeps, at least `k`.
 
         Returns:
-            Candidates for each query. None if the graph cannot answer, as when `k` is at least half of its labels: then
-            the other queries of the same turn have None too, and the caller must compare all vectors.
+            The candidates for each query, in the order of `queries`. None for all queries of a turn if the graph cannot
+            answer one of them: if `k` is at least half of the graph's labels, or links lead to too few nodes. The
+            caller can then compare all vectors. A graph without labels always answers: only the buffer is compared.
 
         Raises:
-            ServiceError: DEADLINE_EXCEEDED if the call of this thread is cancelled.
+            ServiceError: DEADLINE_EXCEEDED if the call of this thread is cancelled; checked before each turn.
         """
         found: list[Candidates | None] = []
         turn = max(_CORES, _QUERIES_PER_TURN * _EF_PER_QUERY // max(ef, _EF_PER_QUERY))
@@ -178,21 +198,23 @@ class Neighbours:
         return found
 
     def labels(self) -> set[int]:
-        """Return the labels that searches can find."""
+        """Return all labels in graph and buffer."""
         with self._lock.read():
             return self._graph.labels() | self._buffer.labels()
 
     def held(self, labels: list[int]) -> dict[int, Matrix]:
-        """Return the prepared vectors, float32 (dimensions,), of those labels that searches can find, by label."""
+        """Return the prepared vectors, float32 (dimensions,), by label; without labels not in graph or buffer."""
         with self._lock.read():
             return self._graph.held(labels) | self._buffer.held(labels)
 
     def drain(self, most: int, stop: Callable[[], bool]) -> int:
-        """Move the oldest vectors from the buffer to the graph, in small steps between which searches run.
+        """Move the oldest vectors, those with the smallest labels, from the buffer to the graph.
+
+        Each step moves at most 16 vectors. Searches and writes may run between the steps.
 
         Args:
             most: most vectors to move; no more are moved than the buffer has at the start.
-            stop: whether to end before the next step.
+            stop: whether to end; called before each step.
 
         Returns:
             The number of vectors that were moved.
@@ -209,14 +231,17 @@ class Neighbours:
         return moved
 
     def check(self, stop: Callable[[], bool], *, at_rest: bool = False) -> None:
-        """Run a complete check if the graph grew enough since the last: search for every node by its own vector.
+        """Run a complete check: search for every node by its own vector. Do nothing if the graph did not grow enough.
 
-        A check that was interrupted is continued. Nodes that the searches miss become strays, which every search
-        covers. Searches and writes may run meanwhile, but not `drain`.
+        A check that was interrupted is continued in any case. A node with labels that the searches miss becomes a
+        stray, which every search covers. Searches and writes may run meanwhile.
 
         Args:
-            stop: whether to end early; the next call continues the check.
-            at_rest: whether it is enough that any vector was added since the last check began.
+            stop: whether to interrupt the check; called before each step of at most 32 nodes. The next call of `check`
+                continues it.
+            at_rest: whether one vector, added since the last check began, is enough growth. Otherwise the number of
+                vectors must have grown by a factor since the end of the last check: `_CHECK_GROWTH`, or
+                `_SOUND_CHECK_GROWTH` if no node was missed so far.
         """
         if not self._unchecked:
             with self._lock.read():
@@ -235,12 +260,13 @@ class Neighbours:
             self._graph.end_check()
 
     def probe(self) -> float:
-        """Check a random sample of at most 256 labels of the graph: search for each by its own vector.
+        """Check a random sample of at most 256 labels outside the buffer: search for their nodes by their own vectors.
 
-        Nodes that the searches miss become strays, which every search covers.
+        A node that the searches miss becomes a stray, which every search covers. Labels whose vectors are not nodes
+        count in the sample, but are not searched for.
 
         Returns:
-            The share of the sample that the searches missed, 0 to 1; 0 for an empty graph.
+            The number of nodes that became strays, divided by the number of labels in the sample; 0 for an empty graph.
         """
         with self._lock.read():
             labels = sorted(self._graph.labels())
@@ -254,9 +280,10 @@ class Neighbours:
         return missed / max(1, len(chosen))
 
     def compare_always(self, labels: list[int]) -> None:
-        """Make strays of the vectors of labels, which searches of the graph miss; labels outside the graph are ignored.
+        """Make strays of the vectors of `labels`; to be called for vectors that searches of the graph miss.
 
-        Every search covers strays: it compares them one by one or, if they are many, searches a graph of strays.
+        Every search covers the strays: it compares the query with each stray or, if they are many, searches a graph of
+        strays. Ignored are labels in the buffer, missing labels, and vectors that every search compares already.
         """
         with self._lock.write():
             self._graph.compare_always(labels)
@@ -264,18 +291,19 @@ class Neighbours:
     def rebuild(
         self, read: ReadVectors, stop: Callable[[], bool], most_waiting: int = 4000, *, shuffled: bool = False
     ) -> bool:
-        """Build a new graph of the old graph's vectors that `read` returns, check it, and replace the old graph.
+        """Build a new graph of the labels in the old graph, check it, and replace the old graph.
 
-        Searches and writes may run meanwhile, but no other call of `drain` and no `check`.
+        Labels for which `read` returns no vector are left out. Searches and writes may run meanwhile. Labels that enter
+        or leave the old graph meanwhile also enter or leave the new graph.
 
         Args:
             read: reads vectors from the store.
-            stop: whether to give up; the old graph then stays.
-            most_waiting: if the buffer has more vectors than this meanwhile, some are moved to the old graph, so that
-                searches stay fast.
-            shuffled: whether to insert batches of 2,000 random vectors, each in the order of labels, instead of all in
-                that order, and to compute new shells; if not, the shells of the old graph stay. Used if searches of
-                the old graph miss many nodes.
+            stop: whether to give up; called before each step. The old graph then stays.
+            most_waiting: if the buffer has more vectors than this, the rebuild moves up to 2,000 of them to the old
+                graph, so that searches stay fast.
+            shuffled: if true, batches of 2,000 random vectors are inserted, each batch in the order of labels, and new
+                shells are computed; for an old graph whose nodes are often missed by searches. If false, all vectors
+                are inserted in the order of labels, and the shells stay.
 
         Returns:
             Whether the old graph was replaced.
@@ -283,7 +311,8 @@ class Neighbours:
         shells = self._fitted_shells(read) if shuffled else self._graph.shells
         graph = PersistentGraph(self._spec, self._graph.live, shells=shells)
         taken: set[int] = set()
-        # Vectors that the old graph received meanwhile must be in the new graph too. Rounds usually get shorter.
+        # The first round inserts all labels, each later round those that the old graph received since the round before.
+        # Rounds usually get shorter.
         while labels := sorted(self._graph_labels() - taken):
             first_round = not taken
             taken.update(labels)
@@ -297,7 +326,8 @@ class Neighbours:
                     graph.add(found[first : first + _SLICE], vectors[first : first + _SLICE])
                     if self.waiting > most_waiting:
                         self.drain(_READ_BATCH, stop)
-            # Later nodes took links of some earlier nodes, and the next complete check may be far off, so check now.
+            # `add` checked each node after its insertion, but later nodes may have taken its links since. The next
+            # complete check may be far off, so check all nodes now. Later rounds are too short for another check.
             if first_round and not self._check_new(graph, stop, most_waiting):
                 return False
         with self._lock.write():
@@ -315,7 +345,8 @@ class Neighbours:
     def _check_new(self, graph: PersistentGraph, stop: Callable[[], bool], most_waiting: int) -> bool:
         """Run a complete check of a new graph, which no other thread uses; return False if `stop` ended it early.
 
-        If the buffer has more than `most_waiting` vectors meanwhile, some are moved to the old graph.
+        Nodes that searches miss become strays of the new graph. If the buffer has more than `most_waiting` vectors
+        meanwhile, up to 2,000 of them are moved to the old graph.
         """
         names = graph.begin_check()
         for start in range(0, len(names), _CHECKED_AT_ONCE):
@@ -328,9 +359,10 @@ class Neighbours:
         return True
 
     def save(self, path: Path) -> PendingSave:
-        """Begin to write the present graph to a file; `PendingSave.wait` waits for the end.
+        """Begin to write the present graph, without the buffer, to a file.
 
-        On Linux this returns at once; elsewhere, only when the file is written.
+        On Linux the file is written in the background; elsewhere it is written when this returns. The caller must call
+        `wait` of the result.
 
         Raises:
             OSError: writing cannot begin.
@@ -349,7 +381,7 @@ class Neighbours:
 
     def _search(self, queries: Matrix, k: int, ef: int) -> list[Candidates]:
         with self._lock.read():
-            # An empty graph needs no ef. Without this check, its first search would take the write lock to set ef.
+            # A graph without labels is not searched, so it needs no ef, and the search no write lock to set ef.
             if not self._graph.live or self._graph.ef == ef:
                 return self._search_both(queries, k, ef)
         # hnswlib has one ef for the whole graph, not for each search. Under the write lock, no other search runs with
@@ -359,10 +391,12 @@ class Neighbours:
             return self._search_both(queries, k, ef)
 
     def _search_both(self, queries: Matrix, k: int, ef: int) -> list[Candidates]:
-        """Search graph and buffer with prepared queries, and merge the candidates. The caller holds the lock.
+        """Search graph and buffer with prepared queries; return at most `k` candidates for each query.
+
+        The caller holds the lock, and has set the ef of the graph to `ef`, unless the graph has no labels.
 
         Raises:
-            GraphError: the graph cannot answer, so all vectors must be compared.
+            GraphError: the graph cannot answer one of the queries.
         """
         found = [self._graph.search(queries, k)] if self._graph.live else []
         if len(self._buffer) or not found:

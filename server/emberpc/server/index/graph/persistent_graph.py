@@ -15,9 +15,9 @@ from emberpc.server.index.graph.grouped_graph_reader import STRAY
 from emberpc.server.index.graph.hnsw import Hnsw
 from emberpc.server.index.graph.shells import Shells
 
-#: Most vectors of a group in a snapshot: inserting them takes some 0.5 s when a collection is opened. Vectors of larger
-#: groups, also of shells and of short vectors, are left out, and are inserted again in the background after the
-#: collection is opened. Strays are all saved.
+#: Most vectors of a group in a snapshot. While a collection is opened, the vectors of these groups are read from the
+#: store and inserted again. Larger groups would take too long, so snapshots leave them out, and their vectors are
+#: inserted in the background after the opening. A shell and the short vectors are groups too. All strays are saved.
 _MAX_SAVED_GROUP = 2000
 #: Number of nodes whose vectors are read from hnswlib at a time when a snapshot is loaded.
 _READ_BATCH = 2000
@@ -29,12 +29,13 @@ class GraphContents:
 
     Attributes:
         dead: nodes that are deleted, int64 (n,).
-        members: all labels of each node that has labels besides its id, by id.
-        outside: labels of the vectors that are not nodes, by leader; the leader of strays is -1. Groups of more than
+        members: all labels of each node that has or had labels besides its id, by the node's id.
+        outside: labels of the vectors that are not nodes, by leader. In place of a leader there is -1 for strays, -2
+            for short vectors, and the number of its shell for a vector outside the main shell. Groups of more than
             2,000 vectors are left out.
         ghosts: leaders whose own labels are removed.
-        checked: value of `PersistentGraph.to_check` when the last complete check ended.
-        shells: shells that have graphs of their own; None: all vectors are in one graph.
+        checked: value of `PersistentGraph.to_check` when the last complete check ended; 0 before the first.
+        shells: the shells into which the vectors are divided; None: all vectors are in one graph.
     """
 
     dead: Labels = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -50,18 +51,19 @@ class PendingSave:
     """The state of a graph when writing it to a file began.
 
     Attributes:
-        size: bytes of the complete file.
-        live: number of labels in the snapshot.
+        size: number of bytes that the file must have at the end.
+        live: number of labels in the snapshot, without those of groups that are left out.
         contents: the part of the snapshot that is not in the file.
-        newest: the greatest label or node, 0 if the graph is empty.
-        wait: waits until the file is written.
+        newest: the greatest of all labels and all ids of nodes, deleted or not; 0 if the graph is empty.
+        wait: waits until the writing ends.
     """
 
     size: int
     live: int
     contents: GraphContents
     newest: int
-    #: To be called once, by the thread that called `save`; raises OSError if the file was not written.
+    #: To be called once, by the thread that called `save`. Raises OSError if the child process failed. Without an error
+    #: the file may still be missing or too short, as on a full disk, so its bytes must be compared with `size`.
     wait: Callable[[], None]
 
 
@@ -69,13 +71,15 @@ class PersistentGraph(GroupedGraph):
     """A `GroupedGraph` that can be written to a file and read from it; for the arguments see `GroupedGraphReader`."""
 
     def save(self, path: Path) -> PendingSave:
-        """Write the present graph, without later changes, to a file by `in_child`: on Linux in the background.
+        """Begin to write the present graph to a file. Later changes of the graph do not reach the file.
+
+        On Linux a child process writes the file in the background; elsewhere it is written when this returns.
 
         Returns:
-            The state of the saved graph. The caller must call its `wait`, which waits for the file.
+            The state of the graph. The caller must call its `wait`, and then compare the file with its `size`.
 
         Raises:
-            OSError: writing cannot begin; not on Linux: the file cannot be written.
+            OSError: writing cannot begin.
         """
         every = self._hnsw.every()
         alive = np.array([*self._node_ids(), *self._ghosts], dtype=np.int64)
@@ -93,7 +97,7 @@ class PersistentGraph(GroupedGraph):
         nodes = sum(len(members.get(vector_id, (vector_id,))) for vector_id in self._node_ids())
         live = nodes + sum(len(labels) for labels in outside.values())
         newest = max(int(every.max(initial=0)), max(self._vector_of, default=0))
-        # A child process writes the file, since hnswlib holds the GIL meanwhile, which would block every call.
+        # On Linux a child process writes the file, since hnswlib holds the GIL meanwhile, which would block every call.
         wait = in_child(lambda: self._hnsw.write(path))
         return PendingSave(self._hnsw.size, live, contents, newest, wait)
 
@@ -101,8 +105,9 @@ class PersistentGraph(GroupedGraph):
     def load(cls, spec: CollectionSpec, path: Path, contents: GraphContents) -> PersistentGraph:
         """Read a graph from a file that `save` wrote; the caller has checked that the file is unchanged.
 
-        Vectors that are not nodes are not in the file: `awaited` returns their labels. The caller must read these
-        vectors from the store, pass them to `restore`, and then call `restored`.
+        The file has only the vectors of nodes. `awaited` returns the labels of other vectors that belong to the
+        snapshot. The caller must read these vectors from the store, pass them to `restore`, and then call `restored`.
+        Groups that the snapshot leaves out are missing in the graph, and must be added.
 
         Args:
             spec: the spec of the collection of which the file was written.
@@ -129,11 +134,14 @@ class PersistentGraph(GroupedGraph):
 
     @property
     def awaited(self) -> set[int]:
-        """Labels of a loaded snapshot whose vectors are not in the snapshot's file; empty after `restored`."""
+        """Labels of a loaded snapshot whose vectors its file lacks; empty after `restored`, or without a snapshot."""
         return set(self._awaited)
 
     def restore(self, labels: Labels, vectors: Matrix) -> None:
-        """Add prepared vectors, float32 (n, dimensions), of labels in `awaited`, int64 (n,), to groups and strays."""
+        """Add prepared vectors, float32 (n, dimensions), of labels in `awaited`, int64 (n,), to groups and strays.
+
+        May be called several times, each time with other labels. `awaited` stays as it is.
+        """
         vector_ids, row_of, hashes = self._find_equal(labels, vectors)
         rows = np.array(list(row_of.values()), dtype=np.int64)
         leaders = np.array([self._awaited[label] for label in labels[rows].tolist()], dtype=np.int64)
@@ -144,7 +152,7 @@ class PersistentGraph(GroupedGraph):
         self._register(labels, vector_ids, hashes)
 
     def restored(self) -> None:
-        """Finish loading: ignore labels that `restore` did not add, and delete ghosts that have no group."""
+        """Finish loading: empty `awaited`, and delete ghosts that have no group. Labels not restored stay out."""
         self._awaited = {}
         self._searched_always = {leader for leader in self._groups if not self._is_node(leader)}
         for node in [node for node in self._ghosts if node not in self._groups]:

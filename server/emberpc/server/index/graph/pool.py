@@ -1,4 +1,4 @@
-"""A small set of vectors: a search compares the query with all of them."""
+"""A set of vectors without a graph: a search compares the query with every vector."""
 
 from __future__ import annotations
 
@@ -49,18 +49,19 @@ class Pool:
                 self._row_of[int(self._labels[row])] = row
 
     def all(self) -> tuple[Labels, Matrix]:
-        """Return all labels, int64 (n,), and their vectors, float32 (n, d): views, valid until the pool changes."""
+        """Return all labels, int64 (n,), and vectors, float32 (n, dimensions): views, valid until the pool changes."""
         return self._labels[: len(self)], self._vectors[: len(self)]
 
     def held(self, labels: list[int]) -> dict[int, Matrix]:
-        """Return copies of the vectors, float32 (dimensions,), of those labels that exist, by label."""
+        """Return copies of the vectors, float32 (dimensions,), by label; labels not in the pool are left out."""
         return {label: self._vectors[self._row_of[label]].copy() for label in labels if label in self._row_of}
 
     def search_all(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:
         """Compare prepared queries, float32 (queries, dimensions), with every vector, and find the `k` nearest.
 
         Returns:
-            Labels, int64 (queries, at most k), nearest first, and their scores, float32 of the same shape.
+            Labels, int64 (queries, k), nearest first, and their scores, float32 of the same shape. Both have fewer
+            columns if the pool has fewer vectors.
         """
         labels, vectors = self.all()
         rows, scores = nearest(queries, vectors, k, self._distance)

@@ -10,11 +10,11 @@ from types import TracebackType
 
 
 class ReadWriteLock:
-    """Admits any number of readers, or one writer alone; no thread can starve another.
+    """Admits any number of readers, or one writer alone.
 
-    A waiting writer enters before new readers, and before later writers. When a writer leaves, as many readers as
-    waited meanwhile enter before the next writer. So a thread that locks again at once, such as a thread that fills a
-    graph in small steps, delays other threads by at most one step.
+    Writers enter in the order in which they came. While a writer waits, new readers wait too. But when a writer leaves,
+    as many readers as wait then enter before the next writer. So neither readers nor writers keep the others out, even
+    if a thread locks again at once, such as a thread that fills a graph in small steps.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class ReadWriteLock:
         self._waiting_readers = 0
         #: Writers that wait, each as an object of its own, in the order in which they came.
         self._waiting_writers: deque[object] = deque()
-        #: Number of readers, waiting or new, that may enter although a writer waits.
+        #: Number of readers, waiting or new, that may still enter before the next writer.
         self._admitted = 0
         self._reading_side = _Side(self._begin_to_read, self._end_reading)
         self._writing_side = _Side(self._begin_to_write, self._end_writing)
@@ -43,7 +43,8 @@ class ReadWriteLock:
     def read(self) -> AbstractContextManager[None]:
         """Return a context manager that holds the lock together with other readers.
 
-        Not reentrant: a writer that waits would block the second entry of the thread.
+        Not reentrant: if a writer waits, the second entry of a thread waits for that writer, and the writer for the
+        thread.
         """
         return self._reading_side
 
@@ -63,7 +64,7 @@ class ReadWriteLock:
     def _end_reading(self) -> None:
         with self._mutex:
             self._readers -= 1
-            # Readers need no notice: only writers wait until readers leave.
+            # Only waiting writers need notice: no reader waits for other readers to leave.
             if not self._readers and self._waiting_writers:
                 self._changed.notify_all()
 
@@ -94,7 +95,8 @@ class ReadWriteLock:
 class _Side:
     """Context manager for one side of a lock, read or write, that calls `begin` on entry and `end` on exit.
 
-    It is created once for each side of a lock: a generator for each search would take as long as the locking itself.
+    The lock creates one object for each side. With `contextlib.contextmanager`, each entry would create a generator,
+    which takes as long as the locking itself.
     """
 
     def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:

@@ -1,7 +1,7 @@
 """Shells: ranges of the distance from the centre of a collection's vectors, each with a graph of its own.
 
-In one graph, the vectors near the centre would take the links of distant vectors. A shell with few vectors, other than
-the main shell, is a pool without a graph.
+In one common graph, the vectors near the centre would take the links of distant vectors. A shell with few vectors,
+other than the main shell, has no graph: a search compares the query with all of them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import numpy.typing as npt
 from emberpc.server.collections.types import Labels, Matrix
 
 #: Outer radius of a shell divided by its inner radius. With a greater ratio, some vectors of a shell are so central
-#: that other vectors are no nearer to each other than to the central ones. HNSW then links them to these only.
+#: that the other vectors are no nearer to each other than to the central vectors. HNSW would then link those other
+#: vectors to the central vectors only.
 _RATIO = 1.5
-#: Number of shells inside the main shell, and number of shells outside it. Together they cover distances from 1/130 of
-#: the main shell's distance to 130 times that distance.
+#: Number of shells inside the main shell, and number of shells outside it. The middle of the innermost shell is at
+#: 1/130 of the main shell's distance from the centre, the middle of the outermost shell at 130 times that distance.
 _MOST = 12
-#: Number of the innermost shell. The number falls by 1 from shell to shell outwards; only the main shell has another
-#: number, `MAIN`. -1 and -2 are `STRAY` and `SHORT`.
+#: Number of the innermost shell. The number falls by 1 from shell to shell outwards, to -27. The main shell has the
+#: number `MAIN` in place of -15. -1 and -2 have other meanings: `STRAY` and `SHORT`.
 _INNERMOST = -3
 #: Number of the main shell.
 MAIN = 0
@@ -28,20 +29,20 @@ MAIN = 0
 
 @dataclass(frozen=True)
 class Shells:
-    """Ranges of the distance from a centre. The outer radius of each shell is 1.5 times its inner radius.
+    """The main shell, 12 shells inside it and 12 outside. The outer radius of a shell is 1.5 times its inner radius.
 
     The innermost shell also has all vectors nearer to the centre, and the outermost shell all vectors farther away.
 
     Attributes:
         centre: float32 (dimensions,).
-        radius: distance from the centre to the middle of the main shell; positive.
+        radius: distance from the centre to the middle of the main shell, the geometric mean of its two radii; positive.
     """
 
     centre: Matrix
     radius: float
 
     def of(self, vectors: Matrix) -> Labels:
-        """Return the number of the shell of each vector, float32 (n, dimensions): int64 (n,), `MAIN` or -3 to -27."""
+        """Return the number of the shell of each vector, float32 (n, dimensions): int64 (n,), see `_INNERMOST`."""
         levels = _levels(_distances(vectors, self.centre) / self.radius)
         shells: Labels = np.where(levels == 0, MAIN, _INNERMOST - (levels + _MOST))
         return shells
@@ -50,10 +51,10 @@ class Shells:
 def fitted(vectors: Matrix) -> Shells | None:
     """Return shells around the centre of vectors, float32 (n, dimensions), n > 0; None if all vectors are equal.
 
-    The main shell is that with the most vectors. Vectors equal to the centre, such as many copies of one text, are not
-    counted.
+    The main shell is the shell with the most vectors. Vectors equal to the centre, such as many copies of one text, do
+    not count.
     """
-    # The centre is the median, which a few long vectors do not move, unlike the mean.
+    # The centre is the median of each component: unlike the mean, a few long vectors hardly move the median.
     centre = np.median(vectors, axis=0).astype(np.float32)
     distances = _distances(vectors, centre)
     distances = distances[distances > 0]
@@ -72,10 +73,10 @@ def _distances(vectors: Matrix, centre: Matrix) -> npt.NDArray[np.float64]:
 
 
 def _levels(ratios: npt.NDArray[np.float64]) -> Labels:
-    """Return the level of each distance: 0 in the main shell, 1 to 12 outside it, -1 to -12 inside it; int64 (n,).
+    """Return the level of the shell of each ratio, int64 (n,): 0 around ratio 1, up to 12 outwards, to -12 inwards.
 
     Args:
-        ratios: distances from the centre, divided by the distance to the middle of the main shell, float64 (n,).
+        ratios: distances from the centre, divided by the distance to the middle of level 0, float64 (n,).
     """
     exponents = np.log(np.maximum(ratios, np.finfo(np.float64).tiny)) / np.log(_RATIO)
     levels: Labels = np.clip(np.floor(exponents + 0.5), -_MOST, _MOST).astype(np.int64)

@@ -2,7 +2,7 @@
 
 A graph can always be rebuilt from the store; a snapshot saves the time. Each snapshot is a file of hnswlib and a JSON
 file beside it, the sidecar, with the SHA-256 of the first file and the other contents of the graph. The sidecar is
-written last, so a file of hnswlib without a sidecar was never finished.
+written last, so a file of hnswlib without a sidecar is not a complete snapshot.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from emberpc.server.index.storage.files import sha256_of, sync_to_disk
 
 log = logging.getLogger(__name__)
 
-#: Format of snapshots. Since format 3 equal vectors are one node. Since format 4 nearly equal vectors are grouped under
-#: one node, and strays are no nodes.
+#: Format of snapshots; a snapshot of another format is not used. Since format 3 equal vectors are one node. Since
+#: format 4 nearly equal vectors are grouped under one node, and strays are no nodes.
 _FORMAT = 4
-#: Number of the newest snapshots that are kept.
+#: Number of the newest snapshots that are kept: if one is damaged, the other may be used.
 _KEPT = 2
 
 
@@ -39,13 +39,13 @@ def save(begin: Callable[[Path], PendingSave], spec: CollectionSpec, identity: s
     """Write a snapshot to disk, and delete all but the two newest snapshots of the folder.
 
     Args:
-        begin: begins to write the graph to a path.
+        begin: begins to write the graph to a path, such as `Neighbours.save`.
         spec: the spec of the collection.
         identity: the identity of the collection's database.
         folder: the folder of the collection's snapshots.
 
     Raises:
-        OSError: the snapshot cannot be written; existing snapshots stay.
+        OSError: the snapshot cannot be written; the two newest existing snapshots stay.
     """
     number = max((_number(path) for path in folder.glob("graph-*.json")), default=0) + 1
     path = folder / f"graph-{number:08}.bin"
@@ -77,7 +77,8 @@ def save(begin: Callable[[Path], PendingSave], spec: CollectionSpec, identity: s
 def load(spec: CollectionSpec, identity: str, newest: int, folder: Path) -> PersistentGraph | None:
     """Return the graph of the newest snapshot that is undamaged and belongs to a collection's database, or None.
 
-    A newer snapshot that cannot be used is logged. The caller must restore the `awaited` vectors of the graph.
+    Each newer snapshot that cannot be used is logged and left in the folder. The caller must restore the `awaited`
+    vectors of the graph, and add those that the snapshot leaves out.
 
     Args:
         spec: the spec of the collection.
@@ -86,8 +87,8 @@ def load(spec: CollectionSpec, identity: str, newest: int, folder: Path) -> Pers
         folder: the folder of the collection's snapshots.
 
     Raises:
-        AheadError: the newest snapshot of the database with an undamaged sidecar has labels greater than `newest`. The
-            database will assign those labels to other vectors, so it must take a new identity.
+        AheadError: a snapshot of the database that was tried has labels greater than `newest`. The database will assign
+            these labels to other vectors, so the database must take a new identity: then no snapshot belongs to it.
     """
     for sidecar in sorted(folder.glob("graph-*.json"), reverse=True):
         try:
@@ -98,11 +99,12 @@ def load(spec: CollectionSpec, identity: str, newest: int, folder: Path) -> Pers
 
 
 def _load(spec: CollectionSpec, identity: str, newest: int, sidecar: Path) -> PersistentGraph:
-    """Read the snapshot with the given sidecar, for a collection as described in `load`.
+    """Read the snapshot with the given sidecar; the other arguments are those of `load`.
 
     Raises:
-        AheadError: the snapshot has labels greater than `newest`.
-        OSError, ValueError, KeyError, TypeError, GraphError: the snapshot is damaged or of another database.
+        AheadError: the snapshot is of the database, and has labels greater than `newest`.
+        OSError, ValueError, KeyError, TypeError, GraphError: the snapshot is damaged, cannot be read, or is of another
+            database or format.
     """
     path = sidecar.with_suffix(".bin")
     document = json.loads(sidecar.read_text(encoding="utf-8"))
@@ -124,7 +126,7 @@ def _load(spec: CollectionSpec, identity: str, newest: int, sidecar: Path) -> Pe
 
 
 def _facts(spec: CollectionSpec, identity: str) -> dict[str, object]:
-    """Return the values that a snapshot must have in its sidecar to belong to a collection's database."""
+    """Return the values, by name, that the sidecar of a snapshot must have to be usable for a collection's database."""
     return {
         "format": _FORMAT,
         "identity": identity,
@@ -147,7 +149,10 @@ def _contents_to_json(contents: GraphContents) -> dict[str, object]:
 
 
 def _contents_from_json(facts: dict[str, Any]) -> GraphContents:
-    """Decode a value of `_contents_to_json`; raise KeyError, TypeError or ValueError if it is invalid."""
+    """Decode the values that `_contents_to_json` encoded; other values in `facts` are ignored.
+
+    Raises KeyError, TypeError or ValueError if a value is missing or malformed.
+    """
     return GraphContents(
         np.array(facts["dead"], dtype=np.int64),
         {int(node): [int(label) for label in labels] for node, labels in facts["members"]},

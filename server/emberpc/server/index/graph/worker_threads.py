@@ -1,8 +1,8 @@
 """Threads that run parts of a search, so that a search with many queries uses all cores.
 
 hnswlib's own threads are not used: they end the process if the system cannot start another thread.
-`ThreadPoolExecutor` is not used either: if it cannot start a thread, it has already accepted the work and runs it
-later, when the graph may change at the same time.
+`ThreadPoolExecutor` is not used either: if it cannot start a thread, it raises an error after it has accepted the work.
+Another of its threads may run that work later, while the graph is changed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ Outcome = TypeVar("Outcome")
 
 
 class WorkerThreads(Generic[Part, Outcome]):
-    """Runs the parts of some work in parallel. Safe to use from several threads.
+    """Runs the parts of some work on the calling thread and on worker threads. Safe to use from several threads.
 
     Args:
-        most: limit of worker threads, besides the calling threads. The threads start when there is work for them.
+        most: limit of the worker threads for all calls together. A worker thread starts when there is work for it, and
+            never ends. By default one less than the cores, since the calling thread works too.
     """
 
     def __init__(self, most: int = usable_cores() - 1) -> None:
@@ -35,8 +36,9 @@ class WorkerThreads(Generic[Part, Outcome]):
     def each(self, work: Callable[[Part], Outcome], parts: Sequence[Part]) -> list[Outcome]:
         """Run `work` for each part, and return the results in the order of `parts`, which must not be empty.
 
-        The calling thread runs the first part, and then the parts that no worker thread has begun. An error of `work`
-        is raised here. When this returns or raises, no thread works on a part any more.
+        The calling thread runs the first part, and then the parts that no worker thread has begun. If `work` raises
+        errors, that of the earliest part is raised here, and parts that have not begun are never run. When this returns
+        or raises, no thread works on a part any more.
         """
         helped = [self._submit(work, part) for part in parts[1:]] if self._start(len(parts) - 1) else []
         try:
@@ -55,7 +57,10 @@ class WorkerThreads(Generic[Part, Outcome]):
         return outcome
 
     def _start(self, wanted: int) -> bool:
-        """Start threads until there are `wanted` or `most`, or the system allows no more; return whether to use any."""
+        """Start worker threads until there are `wanted` or `most`, or the system allows no more.
+
+        Return whether the caller should use worker threads: there is at least one, and `wanted` is not 0.
+        """
         with self._lock:
             try:
                 while self._count < min(wanted, self.most):

@@ -1,1 +1,1 @@
-"""Work on one collection outside of searches and writes: backup, verification, duplicates, clusters, maintenance."""
+"""Work on collections besides searches and writes: backups, verification, duplicates, clusters, maintenance, expiry."""

@@ -1,4 +1,4 @@
-"""Base class of threads that work on items when they become due, one after the other."""
+"""Base class of threads that handle items, such as collections, when the items become due, one after the other."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Item = TypeVar("Item")
 class BackgroundThread(ABC, Generic[Item]):
     """Handles items when they are due, in a thread of its own.
 
-    A subclass says which item is due, and handles it. The thread starts at the first `_notify`, and sleeps while
-    nothing is due.
+    A subclass implements `_take`, which says which item is due, and `_handle`. The thread starts at the first
+    `_notify`, and sleeps while no item is due.
 
     Args:
         name: name of the thread.
@@ -23,7 +23,7 @@ class BackgroundThread(ABC, Generic[Item]):
 
     def __init__(self, name: str) -> None:
         self._name = name
-        #: Held while a method reads or changes which items are due; notified after a change, to wake the thread.
+        #: Held while a method reads or changes which items are due, or `_closed`; notified to wake the thread.
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -32,10 +32,10 @@ class BackgroundThread(ABC, Generic[Item]):
         """Stop the thread after the item that it handles now, and wait for its end; items that are due are dropped.
 
         Args:
-            deadline: until when to wait; None: without limit.
+            deadline: until when to wait for the end; None: without limit.
 
         Returns:
-            Whether the thread has ended, or never started.
+            Whether the thread has ended by the deadline, or never started.
         """
         with self._changed:
             self._closed = True
@@ -53,10 +53,13 @@ class BackgroundThread(ABC, Generic[Item]):
 
     @abstractmethod
     def _handle(self, item: Item) -> None:
-        """Do the work for an item; must raise no exception, since it would end the thread."""
+        """Do the work for an item, without holding `_changed`. An exception would end the thread, so raise none."""
 
     def _notify(self) -> None:
-        """Start the thread if it has not started, and let it call `_take` again; the caller holds `_changed`."""
+        """Start the thread if it has not started, and wake it, so that it calls `_take`; the caller holds `_changed`.
+
+        To be called when an item may be due earlier than the last `_take` said.
+        """
         self._changed.notify()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)

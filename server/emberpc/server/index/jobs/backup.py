@@ -1,8 +1,8 @@
 """Back up a collection as one file, while reads and writes of the collection continue.
 
-The file is an SQLite database with the records, and with the spec of the collection in the table `backup`. After the
-database comes one line with the SHA-256 of all bytes before the line. SQLite ignores the line. By the SHA-256 a restore
-detects a file that was cut off or changed.
+The file is an SQLite database: a copy of the collection's database without metadata indexes, with the spec of the
+collection in the table `backup`. After the database comes one line with the SHA-256 of all bytes before the line.
+SQLite ignores the line. By the SHA-256 a restore detects a file that was cut off or changed.
 
 The copy is made by SQLite's VACUUM INTO. This statement reads in one transaction, so the copy has the state of one
 moment. It blocks no writes, since the database has a write-ahead log. SQLite's online backup would start again at every
@@ -32,22 +32,24 @@ from emberpc.server.index.storage.rows import ROW_COLUMNS, Row, damaged
 from emberpc.server.index.storage.store import DATABASE_NAME
 
 FORMAT = 1
-#: SQLite's `application_id` of a backup: "Embr".
+#: SQLite's `application_id` of a backup, by which a restore recognizes a backup: "Embr" in ASCII.
 APPLICATION_ID = 0x456D6272
-#: Statement for the table with one row: format of the backup, spec of the collection as JSON, and when the collection
-#: was created, in seconds since 1970.
+#: Statement that creates the table `backup`. Its only row has the format of the backup, the spec of the collection as
+#: JSON, and when the collection was created, in seconds since 1970.
 TABLE = "CREATE TABLE backup (format INTEGER NOT NULL, spec TEXT NOT NULL, created REAL NOT NULL)"
-#: Last line of a backup, and its number of bytes; %s is the SHA-256 (hex) of all bytes before the line.
+#: Last line of a backup; %s is the SHA-256 (hex) of all bytes before the line. `LAST_LINE_SIZE` is its number of bytes.
 _LAST_LINE = b"emberpc-backup-sha256:%s\n"
 LAST_LINE_SIZE = len(_LAST_LINE % (b"0" * 64))
-#: Bytes of the disk that backups and restores leave free for writes.
+#: Bytes that a backup or restore must leave free on the disk, for writes of records.
 HEADROOM = 64 * 2**20
 _INDEXES = f"{INDEX_PREFIX}*"
 _PIECE_BYTES = 2**20
 
 
 def copy_of(folder: Path, spec: CollectionSpec, created: datetime, stop: Callable[[], bool]) -> IO[bytes] | None:
-    """Copy a collection's database to a temporary file on the same disk, verify the copy, and add the spec.
+    """Copy a collection's database to a temporary file on the same disk, verify the copy, and make it a backup.
+
+    The last line of the backup is not in the copy: `pieces` adds it.
 
     Args:
         folder: the collection's folder.
@@ -56,12 +58,12 @@ def copy_of(folder: Path, spec: CollectionSpec, created: datetime, stop: Callabl
         stop: whether to stop; called every few milliseconds of the copying, and for each record that is verified.
 
     Returns:
-        The copy, open for reading; None if stopped. The file is deleted already, so its space is free when the caller
-        closes it or the server ends.
+        The copy, open for reading at its start; None if stopped. The name of the file is deleted already, so its space
+        becomes free when the caller closes the file or the server ends.
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if there is not enough disk space, INTERNAL if the database fails or a counter
-            is damaged, DATA_LOSS if a record is damaged.
+        ServiceError: RESOURCE_EXHAUSTED if there is not enough disk space or no file descriptor is free, INTERNAL if
+            the database or the data directory fails or a counter is damaged, DATA_LOSS if a record is damaged.
     """
     what = f"the backup of collection {spec.name!r}"
     with translated_os_errors("no backup was made"), translated(what), ExitStack() as stack:
@@ -86,7 +88,7 @@ def copy_of(folder: Path, spec: CollectionSpec, created: datetime, stop: Callabl
 
 
 def _verify(copy: sqlite3.Connection, subject: str, stop: Callable[[], bool]) -> bool:
-    """Verify the checksums of every record, and the counters, so that damage is found before the backup is needed.
+    """Verify the checksums of all records, and the counters, so that damage is found before the backup is needed.
 
     Args:
         copy: the copied database; its `text_factory` is changed, so that damaged texts can be read.
@@ -97,7 +99,8 @@ def _verify(copy: sqlite3.Connection, subject: str, stop: Callable[[], bool]) ->
         False if stopped, else True.
 
     Raises:
-        ServiceError: DATA_LOSS if a record is damaged, INTERNAL if a counter is.
+        ServiceError: DATA_LOSS if a record is damaged, INTERNAL if a counter is damaged.
+        sqlite3.Error: the database fails.
     """
     copy.text_factory = lenient_text
     newest_label = newest_revision = 0
@@ -113,10 +116,13 @@ def _verify(copy: sqlite3.Connection, subject: str, stop: Callable[[], bool]) ->
 
 
 def _complete(copy: sqlite3.Connection, spec: CollectionSpec, created: datetime) -> None:
-    """Turn the copy of a database into a backup: drop metadata indexes, add the spec, and mark the file as a backup."""
+    """Turn the copy of a database into a backup: drop its metadata indexes, add the table `backup`, and mark the file.
+
+    The mark is `APPLICATION_ID`.
+    """
     copy.execute("PRAGMA journal_mode = OFF")
-    # A restore creates the metadata indexes from the spec. It refuses files with indexes of metadata, since an index of
-    # an untrusted file contains an expression that SQLite would compute.
+    # A restore refuses files with metadata indexes, since such an index contains an expression that SQLite would
+    # compute, and the file may be malicious. The restored collection creates its indexes when it is opened.
     indexes = copy.execute("SELECT name FROM sqlite_master WHERE type = 'index' AND name GLOB ?", (_INDEXES,))
     for (name,) in indexes.fetchall():
         copy.execute(f"DROP INDEX {name}")
@@ -126,9 +132,10 @@ def _complete(copy: sqlite3.Connection, spec: CollectionSpec, created: datetime)
 
 
 def pieces(copy: IO[bytes] | None) -> Generator[Piece, None, None]:
-    """Yield the bytes of a copied database in pieces of at most 1 MiB, then the last line; close the copy at the end.
+    """Yield the bytes of a copied database in pieces of at most 1 MiB, then the last line as a piece of its own.
 
-    Yields nothing if `copy` is None. The last piece has the SHA-256 (hex) of all pieces, its own line included.
+    Yields nothing if `copy` is None. Closes `copy` after its last byte, or if the caller ends the generator earlier.
+    The last piece has the SHA-256 (hex) of all bytes of the backup, the last line included.
     """
     if copy is None:
         return
@@ -149,7 +156,7 @@ def last_line(sha256: str) -> bytes:
 
 
 def check_room(folder: Path, size: int, what: str) -> None:
-    """Check that the disk of a folder has room for `size` bytes and for `HEADROOM`.
+    """Check that the disk of a folder has at least `size` + `HEADROOM` free bytes.
 
     Args:
         folder: the folder to write to.
@@ -157,7 +164,7 @@ def check_room(folder: Path, size: int, what: str) -> None:
         what: name of the data in the error message, such as "the backup".
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if the disk has less room.
+        ServiceError: RESOURCE_EXHAUSTED if the disk has fewer free bytes.
         OSError: the free space cannot be read.
     """
     free = shutil.disk_usage(folder).free

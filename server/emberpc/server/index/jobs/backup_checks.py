@@ -1,7 +1,8 @@
 """Validate a file that a caller sent as the backup of a collection; nothing in the file is trusted.
 
 A restore makes the file the database of the new collection, and opens it for writing. So the file must have no tables,
-triggers or views but those of a collection, and no values that a server could not have written.
+indexes, triggers or views but those of a collection, and all its values must be valid. Only the word index is not
+checked: a restore rebuilds it.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ _CONDITIONS = {
 
 
 def damaged(what: str) -> ServiceError:
-    """Return the INVALID_ARGUMENT error for a damaged backup; `what` says what is wrong with the file."""
+    """Return the INVALID_ARGUMENT error for a damaged backup; `what` is a clause: what is wrong with the file."""
     return ServiceError(
         Code.INVALID_ARGUMENT, f"the backup cannot be restored: {what}; restore another copy", reason="BACKUP_DAMAGED"
     )
 
 
 def foreign(what: str) -> ServiceError:
-    """Return the INVALID_ARGUMENT error for a file that is not a backup of a collection; `what` says why."""
+    """Return the INVALID_ARGUMENT error for a file that is not a backup of a collection; `what` is a clause: why."""
     message = f"the file is no backup of a collection: {what}; restore one that `BackupCollection` gave"
     return ServiceError(Code.INVALID_ARGUMENT, message, reason="NOT_A_BACKUP")
 
@@ -57,12 +58,12 @@ def foreign(what: str) -> ServiceError:
 def check_backup(
     path: Path, accept: Callable[[CollectionSpec], None], stop: Callable[[], bool]
 ) -> tuple[CollectionSpec, datetime]:
-    """Check the database of a backup completely: tables, values, checksums, vectors and metadata.
+    """Check the database of a backup: tables, values, counters, checksums, vectors and metadata, not the word index.
 
     Args:
         path: the file of the backup without its last line; the file is only read.
         accept: called with the spec; raises ValueError or ServiceError if the collection cannot be served.
-        stop: whether to stop; called every few milliseconds.
+        stop: whether to stop; called every few milliseconds of a statement, and before each 100 records.
 
     Returns:
         The spec of the collection, and when it was created.
@@ -75,8 +76,8 @@ def check_backup(
         version = _version(theirs)
         schema.make(ours, version)
         ours.execute(backup.TABLE)
-        # The declarations of the tables are compared before a table is read, since a malicious declaration could make
-        # SQLite compute an expression.
+        # The declarations of tables, indexes, triggers and views are compared before a table is read, since a malicious
+        # declaration could make SQLite compute an expression.
         if _objects(ours) != _objects(theirs):
             raise foreign("its tables are not those of a collection")
         spec, created = _spec(theirs, accept)
@@ -98,14 +99,14 @@ def _reading(path: Path, stop: Callable[[], bool]) -> Iterator[sqlite3.Connectio
         stop: whether to stop; SQLite calls it every few milliseconds during a statement.
 
     Raises:
-        ServiceError: an error of SQLite in the block: UNAVAILABLE if `stop` returned True, else the INVALID_ARGUMENT
-            error for a damaged backup.
+        ServiceError: SQLite fails at the opening or in the block: UNAVAILABLE if `stop` returns True after the failure,
+            else the INVALID_ARGUMENT error for a damaged backup.
     """
     try:
         # `immutable`: SQLite reads and writes no journal or write-ahead log beside the file.
         address = f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1"
         with closing(sqlite3.connect(address, uri=True, isolation_level=None)) as connection:
-            # SQLite recommends these settings for databases from untrusted sources.
+            # SQLite recommends the first three settings for untrusted databases; `query_only` forbids writes.
             for pragma in ("trusted_schema = OFF", "cell_size_check = ON", "mmap_size = 0", "query_only = ON"):
                 connection.execute(f"PRAGMA {pragma}")
             connection.set_progress_handler(stop, STEPS_BETWEEN_LOOKS)
@@ -119,15 +120,16 @@ def _reading(path: Path, stop: Callable[[], bool]) -> Iterator[sqlite3.Connectio
 
 
 def restore_cancelled() -> ServiceError:
-    """Return the UNAVAILABLE error for a restore that was stopped, or for a call after its end."""
+    """Return the UNAVAILABLE error for a restore that was stopped, or for a call after the restore has ended."""
     return ServiceError(Code.UNAVAILABLE, "the restore was given up; begin again", reason="GIVEN_UP")
 
 
 def _version(theirs: sqlite3.Connection) -> int:
-    """Return the number of schema steps that the database of a backup has.
+    """Return the number of migration steps (`schema.STEPS`) that the database of a backup has had.
 
     Raises:
-        ServiceError: FAILED_PRECONDITION if a newer version wrote the backup; INVALID_ARGUMENT if it is no backup.
+        ServiceError: FAILED_PRECONDITION if a newer version wrote the backup; INVALID_ARGUMENT if the file is no
+            backup, the number is negative, or the encoding of texts is not UTF-8.
     """
     if theirs.execute("PRAGMA application_id").fetchone()[0] != backup.APPLICATION_ID:
         raise foreign("it is a database of something else")
@@ -146,7 +148,10 @@ def _newer() -> ServiceError:
 
 
 def _objects(connection: sqlite3.Connection) -> list[tuple[str, ...]]:
-    """Return type, name, table and SQL of each table, index, trigger and view of a database, sorted."""
+    """Return type, name, table and SQL of each table, index, trigger and view of a database, sorted by type and name.
+
+    The SQL is empty for an index that SQLite created by itself.
+    """
     statement = "SELECT type, name, tbl_name, coalesce(sql, '') FROM sqlite_master ORDER BY type, name"
     return connection.execute(statement).fetchall()
 
@@ -155,8 +160,8 @@ def _spec(theirs: sqlite3.Connection, accept: Callable[[CollectionSpec], None]) 
     """Return the spec of the collection in a backup, and when the collection was created.
 
     Raises:
-        ServiceError: FAILED_PRECONDITION if a newer version wrote the backup; INVALID_ARGUMENT if the spec or the time
-            is damaged, or `accept` raised an error.
+        ServiceError: FAILED_PRECONDITION if a newer version wrote the backup; INVALID_ARGUMENT if the table `backup`
+            does not have one row, the spec or the time is invalid, or `accept` raised an error.
     """
     rows = theirs.execute("SELECT format, spec, created FROM backup LIMIT 2").fetchall()
     if rows and isinstance(rows[0][0], int) and rows[0][0] > backup.FORMAT:
@@ -174,6 +179,8 @@ def _spec(theirs: sqlite3.Connection, accept: Callable[[CollectionSpec], None]) 
 def _typed_spec(text: str) -> CollectionSpec:
     """Decode a spec from JSON, and check the types of its values, which `CollectionSpec.from_json` does not check.
 
+    Whether the values are in their ranges is not checked.
+
     Raises:
         ValueError, TypeError, KeyError, AttributeError, RecursionError: the text is not a spec.
     """
@@ -187,16 +194,16 @@ def _typed_spec(text: str) -> CollectionSpec:
 
 
 def _check_values(theirs: sqlite3.Connection, ours: sqlite3.Connection) -> None:
-    """Check the types of all values in a backup, since SQLite stores any type in any column, and the counters.
+    """Check the types and ranges of the values in a backup's tables, by `_CONDITIONS`, and the counters.
 
-    The word index is left out, since a restore rebuilds it.
+    SQLite stores a value of any type in most columns. The word index is left out, since a restore rebuilds it.
 
     Args:
         theirs: the database of the backup.
         ours: an empty database with the same tables.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if a value or a counter is wrong.
+        ServiceError: INVALID_ARGUMENT if a value or a counter is invalid.
     """
     tables = ours.execute(
         "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%' AND name NOT LIKE 'words%'"
@@ -220,7 +227,10 @@ def _check_values(theirs: sqlite3.Connection, ours: sqlite3.Connection) -> None:
 
 
 def _columns(ours: sqlite3.Connection) -> str:
-    """Return SQL for the columns of a `Row`; a column that the table `records` in `ours` does not have is NULL."""
+    """Return SQL that selects the fields of `Row`, in their order, from the table `records` of a backup.
+
+    `ours` is a database with the same tables. A column that its `records` lack, as in an older version, is NULL.
+    """
     present = {name for (name,) in ours.execute("SELECT name FROM pragma_table_info('records')")}
     return ", ".join(name if name in present else "NULL" for name in Row._fields)
 
@@ -232,7 +242,7 @@ def _check_records(
 
     Args:
         theirs: the database of the backup.
-        columns: SQL for the columns of a `Row`.
+        columns: SQL that selects the fields of `Row`.
         spec: the spec of the collection.
         stop: whether to stop; called before each 100 records.
         older: whether an older version wrote the backup, so that its rows may lack checksums.

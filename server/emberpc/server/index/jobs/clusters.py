@@ -11,13 +11,13 @@ from emberpc.server.collections.metric import prepare
 from emberpc.server.collections.types import Cluster, CollectionSpec, Distance, Labels, Matrix
 from emberpc.server.index.storage.store import Store
 
-#: Vectors in the random sample to which the centres are fitted: the greater of the first number and the second number
-#: times the number of clusters.
+#: Most vectors in the random sample to which the centres are fitted: the greater of the first number and the second
+#: number times the number of clusters.
 _SAMPLE, _SAMPLE_PER_CLUSTER = 20_000, 50
 _ROUNDS = 25
 _SEED = 0
 _READ_BATCH = 4000
-#: Vectors that are compared with all centres at a time. With 1,000 centres the scores take 16 MB.
+#: Vectors of the sample that are compared with all centres at a time. With 1,000 centres the scores take 16 MB.
 _ASSIGNED_AT_ONCE = 4000
 
 Rows = npt.NDArray[np.int64]
@@ -29,27 +29,29 @@ def cluster_records(
     """Cluster the records of a collection, in the state of one moment.
 
     The centres are fitted to a random sample of vectors, always with the same seed. Then all vectors are read, 4,000 at
-    a time, and every undamaged record joins the cluster with the nearest centre.
+    a time, and every record with an undamaged vector joins the cluster with the nearest centre.
 
     Args:
         spec: the spec of the collection; EUCLIDEAN collections are clustered by distance, others by direction.
         store: the records of the collection.
-        count: number of clusters, at least 1. Fewer are returned if some stay empty, as among equal vectors.
-        examples: most records to return of each cluster, those nearest to its centre.
-        stop: whether to stop; called before each batch of vectors.
+        count: most clusters, at least 1. Fewer are returned if some are empty, as with fewer distinct vectors.
+        examples: most records to return of each cluster, those nearest to its centre. Damaged records among them are
+            left out.
+        stop: whether to stop; called by `k_means`, and before each batch of vectors.
 
     Returns:
         The clusters, largest first; none if stopped, or if there are no records.
 
     Raises:
-        ServiceError: the store cannot be read, or the response would have too many bytes.
+        ServiceError: the store cannot be read, or the examples have too many bytes for the response.
     """
     directions = spec.distance is not Distance.EUCLIDEAN
 
     def ready(matrix: Matrix) -> Matrix:
         if not directions:
             return prepare(matrix, Distance.EUCLIDEAN)
-        # A zero vector has no direction. It stays zero, and is equally near to all centres.
+        # A zero vector has no direction. The division by a tiny number leaves the vector zero. Its product with each
+        # centre is 0, so it joins the first cluster.
         lengths = np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), np.finfo(np.float32).tiny)
         return np.asarray(matrix / lengths, dtype=np.float32)
 
@@ -82,17 +84,19 @@ def cluster_records(
 def k_means(vectors: Matrix, count: int, *, directions: bool, stop: Callable[[], bool] = lambda: False) -> Matrix:
     """Return the centres of clusters, by k-means++ (Arthur and Vassilvitskii, 2007) and Lloyd's algorithm.
 
-    There are at most 25 rounds of Lloyd's algorithm. The seed is always the same.
+    Lloyd's algorithm ends when no vector changes its cluster, at the latest after 25 rounds. The seed is always the
+    same.
 
     Args:
-        vectors: float32 (n, dimensions), n at least 1; of length 1 if `directions`.
-        count: number of clusters, at least 1.
-        directions: whether to cluster by cosine, with centres of length 1, instead of by euclidean distance.
-        stop: whether to stop; called before each further centre is drawn, and before each 4,000 vectors of a round. The
-            centres found so far are returned then.
+        vectors: float32 (n, dimensions), n at least 1; of length 1, or zero, if `directions`.
+        count: most clusters, at least 1.
+        directions: whether to cluster by cosine instead of by Euclidean distance. Then each centre is normalized, but a
+            centre of zeros stays zero.
+        stop: whether to stop; called before each centre but the first is drawn, and before each 4,000 vectors of a
+            round. If stopped, the present centres are returned.
 
     Returns:
-        float32 (at most count, dimensions): no more centres than distinct vectors.
+        The centres, float32 (at most count, dimensions): no more centres than distinct vectors.
     """
     generator = np.random.default_rng(_SEED)
     centres = _spread(vectors, count, generator, stop)
@@ -121,10 +125,10 @@ def k_means(vectors: Matrix, count: int, *, directions: bool, stop: Callable[[],
 def _spread(vectors: Matrix, count: int, generator: np.random.Generator, stop: Callable[[], bool]) -> Matrix:
     """Draw the first centres among the vectors, by k-means++; return float32 (at most count, dimensions).
 
-    A vector is drawn with a probability in proportion to its squared distance from the nearest centre drawn before. A
-    few candidates are drawn for each centre. The candidate that makes the sum of the vectors' squared distances least
-    becomes the centre: with a single candidate, two centres too often fall into one cluster. There are fewer than
-    `count` centres if all vectors are equal to a centre, or if stopped.
+    The first centre is drawn with equal probabilities. For each further centre a few candidates are drawn, each with a
+    probability in proportion to the squared distance from the nearest centre so far. The candidate that makes the sum
+    of these squared distances least becomes the centre: with a single candidate, two centres too often fall into one
+    cluster. There are fewer than `count` centres if every vector is equal to a centre, or if stopped.
     """
     tries = 2 + int(np.log(count))
     centres = [vectors[int(generator.integers(len(vectors)))]]
@@ -145,9 +149,10 @@ def _squared_distances(vectors: Matrix, centre: Matrix) -> npt.NDArray[np.float6
 
 
 def _assigned(vectors: Matrix, centres: Matrix, *, directions: bool) -> tuple[Rows, Matrix]:
-    """Return the row of each vector's nearest centre, int64 (n,), and the score with it, float32 (n,).
+    """Return for each vector the row of the nearest centre in `centres`, int64 (n,), and the score, float32 (n,).
 
-    A greater score is nearer: the dot product if `directions`, else half of the squared distance, negated.
+    The score of vector and centre is the dot product if `directions`, else half of the squared distance, negated. A
+    greater score is nearer. Of equally near centres, the first is chosen.
     """
     scores = vectors @ centres.T
     if not directions:
@@ -164,14 +169,15 @@ def _assigned(vectors: Matrix, centres: Matrix, *, directions: bool) -> tuple[Ro
 def _keep_nearest(
     best: Sequence[list[tuple[float, int]]], labels: Labels, rows: Rows, scores: Matrix, most: int
 ) -> None:
-    """Merge a batch of records into `best`, in place: for each cluster the `most` records nearest to its centre.
+    """Merge a batch of records into `best`, in place: keep for each cluster the `most` records nearest to its centre.
 
     Args:
-        best: score and label of the nearest records of each cluster, best first.
-        labels: label of each record of the batch.
-        rows: cluster of each record of the batch.
-        scores: score of each record of the batch; greater is nearer.
-        most: records to keep of a cluster.
+        best: for each cluster score and label of the nearest records so far, best first; of equal scores, the smaller
+            label first.
+        labels: label of each record of the batch, int64 (n,), ascending.
+        rows: cluster of each record of the batch, an index of `best`, int64 (n,).
+        scores: score of each record of the batch, float32 (n,); greater is nearer.
+        most: most records to keep of a cluster.
     """
     for cluster in np.unique(rows).tolist():
         own = np.flatnonzero(rows == cluster)

@@ -11,18 +11,19 @@ from emberpc.server.collections.types import CollectionSpec, Distance, Duplicate
 from emberpc.server.index.graph.neighbours import Neighbours
 from emberpc.server.index.storage.store import Store
 
-#: Most records of which each is compared with every other: 3 seconds for this many at 384 dimensions. In a greater
-#: collection each record is searched for in the graph, if the graph's scores are cosines.
+#: Most records of which each is compared with every other: 3 seconds for this many at 384 dimensions. In a COSINE
+#: collection with more records, each record is searched for in the graph. Under other distances the graph's scores are
+#: not cosines, so all records are compared, however many.
 EXACT_LIMIT = 20_000
-#: For searches of the graph: number of hits besides the record itself, and ef. If a record has more duplicates than
-#: these hits, some may be missed.
+#: For the search of the graph for a record: number of hits besides the record itself, and ef. If a record has more
+#: duplicates than that number, some pairs may be missed.
 _NEIGHBOURS, _EF = 20, 200
 #: Most pairs that are returned: those with the greatest scores.
 MOST_PAIRS = 100_000
 _READ_BATCH = 4000
-#: Records that the graph is searched for between two calls of `stop`.
+#: Number of records that are searched for in the graph between two calls of `stop`.
 _SEARCHED_AT_ONCE = 256
-#: Cosines (float32) that are computed at a time: 8 MB.
+#: Most cosines (float32) that are computed at a time: 8 MB. Those of one record are always computed at once.
 _BLOCK = 2**21
 
 _Pairs = tuple[Labels, Labels, Matrix]
@@ -33,20 +34,23 @@ def find_duplicates(
 ) -> list[DuplicatePair]:
     """Find the pairs of records whose vectors have a cosine of at least `min_score`.
 
-    Up to 20,000 records, and in collections with another distance than COSINE, all pairs are compared. Otherwise each
-    record is searched for in the graph, which may miss pairs. Zero vectors are in no pair. No lock is held for longer
-    than a search holds it.
+    Among up to 20,000 records, and in collections with another distance than COSINE, all pairs are compared. Otherwise
+    each record is searched for in graph and buffer, which may miss pairs. Zero vectors are in no pair. Searches and
+    writes of the collection may run meanwhile.
 
     Args:
         spec: the spec of the collection.
         store: the records of the collection.
         neighbours: the vectors of the collection in memory.
         min_score: least cosine of a pair.
-        stop: whether to stop; then the pairs found so far are returned.
+        stop: whether to stop; then the pairs found so far are returned. Not called while vectors are read.
 
     Returns:
-        The pairs, greatest score first; the best 100,000 if there are more. Pairs with a record that is damaged or was
-        deleted meanwhile are left out.
+        The pairs, greatest score first: the best 100,000 if there are more. Afterwards, pairs with a record that is
+        damaged, or was deleted or replaced meanwhile, are left out.
+
+    Raises:
+        ServiceError: the store cannot be read, or the call of this thread is cancelled.
     """
     found = _BestPairs()
     # The graph's scores are cosines only in a COSINE collection.
@@ -67,7 +71,7 @@ def find_duplicates(
 
 
 class _BestPairs:
-    """Collects pairs of labels, and keeps the 100,000 with the greatest scores."""
+    """Collects pairs of labels with scores. `result` returns each pair once, unsorted, at most the best 100,000."""
 
     def __init__(self) -> None:
         self._parts: list[_Pairs] = []
@@ -85,7 +89,7 @@ class _BestPairs:
             none = np.empty(0, dtype=np.int64)
             return none, none, np.empty(0, dtype=np.float32)
         first, second, scores = (np.concatenate(column) for column in zip(*self._parts, strict=True))
-        # The searches for both records of a pair may each have found the pair.
+        # The graph is searched for both records of a pair, so the pair may have been found twice.
         once = np.unique(np.stack([first, second]), axis=1, return_index=True)[1]
         first, second, scores = first[once], second[once], scores[once]
         if len(scores) > MOST_PAIRS:
@@ -95,9 +99,9 @@ class _BestPairs:
 
 
 def _directions(store: Store) -> tuple[Labels, Matrix]:
-    """Return labels, int64 (n,), and vectors, float32 (n, dimensions), of undamaged records without a zero vector.
+    """Return labels, int64 (n,), ascending, and normalized vectors, float32 (n, dimensions), of a store's records.
 
-    The vectors are normalized.
+    Damaged vectors and zero vectors are left out. If there are no records, the vectors have the shape (0, 1).
     """
     labels, vectors = [np.empty(0, dtype=np.int64)], []
     with store.snapshot():
@@ -109,10 +113,11 @@ def _directions(store: Store) -> tuple[Labels, Matrix]:
 
 
 def _compare_all(labels: Labels, vectors: Matrix, min_score: float, stop: Callable[[], bool]) -> Iterator[_Pairs]:
-    """Compare all normalized vectors, some at a time, until stopped; yield the pairs with at least `min_score`.
+    """Compare each normalized vector with all later ones; yield the pairs with at least `min_score`, until stopped.
 
     Yields:
-        Some pairs: the label of the first record of each pair, the label of the second record, and the cosine.
+        After each step some pairs, maybe none: three arrays with the label of the first record of each pair, the label
+        of the second record, and the cosine.
     """
     step = max(1, _BLOCK // max(1, len(labels)))
     for start in range(0, len(labels), step):
@@ -126,10 +131,11 @@ def _compare_all(labels: Labels, vectors: Matrix, min_score: float, stop: Callab
 
 
 def _search_graph(store: Store, neighbours: Neighbours, min_score: float, stop: Callable[[], bool]) -> Iterator[_Pairs]:
-    """Search the graph for the vector of each record; yield the pairs found with at least `min_score`, until stopped.
+    """Search graph and buffer for each record; yield the pairs found with at least `min_score`, until stopped.
 
     Yields:
-        Some pairs: the smaller label of each pair, the greater label, and the cosine. A pair may be yielded twice.
+        After each step some pairs, maybe none: three arrays with the smaller label of each pair, the greater label, and
+        the cosine. A pair may be yielded twice, once by the search for each of its records.
     """
     labels = store.labels()
     for start in range(0, len(labels), _SEARCHED_AT_ONCE):

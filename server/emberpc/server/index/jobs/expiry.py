@@ -11,13 +11,13 @@ from emberpc.server.index.jobs.background_thread import BackgroundThread
 
 log = logging.getLogger(__name__)
 
-#: Seconds after which a failed deletion is retried. Also the most seconds that the thread sleeps while a time is noted,
-#: since the system's clock may be adjusted meanwhile.
+#: Seconds after which a failed deletion is retried. Also the most seconds that the thread sleeps before it compares the
+#: noted times with the system's clock again, since the clock may be adjusted meanwhile.
 _RETRY = 60.0
 
 
 class Expiring(Protocol):
-    """A collection with records that expire."""
+    """A collection whose records may expire."""
 
     def expire(self) -> float | None:
         """Delete expired records.
@@ -31,7 +31,7 @@ class Expiring(Protocol):
 
 
 class ExpiryThread(BackgroundThread[Expiring]):
-    """A thread that calls `expire` of each noted collection when the next record of the collection expires.
+    """A thread that calls `expire` of a collection at the time given to `note`, and then at each time `expire` returns.
 
     A failed deletion is logged and retried after a minute, unless the collection was closed for good or deleted.
     """
@@ -41,9 +41,9 @@ class ExpiryThread(BackgroundThread[Expiring]):
         self._due: dict[Expiring, float] = {}
 
     def note(self, collection: Expiring, when: float) -> None:
-        """Let the thread call `expire` of a collection at `when`, in seconds since 1970.
+        """Let the thread call `expire` of a collection at `when`, in seconds since 1970; at once if that has passed.
 
-        If an earlier time was noted for the collection, the earlier time stays.
+        Only the earliest time that was noted for a collection is kept. After `close`, nothing is noted.
         """
         with self._changed:
             if self._closed or self._due.get(collection, when + 1) <= when:

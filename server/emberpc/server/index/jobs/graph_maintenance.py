@@ -1,4 +1,4 @@
-"""Maintenance of a collection's graph in the background: insert, check, rebuild, save and measure."""
+"""Maintenance of a collection's graph: insert vectors, check nodes, rebuild, save snapshots, measure recall."""
 
 from __future__ import annotations
 
@@ -18,29 +18,32 @@ from emberpc.server.index.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-#: When the buffer has more than `buffer_limit` vectors, they are moved to the graph until the buffer has at most this
-#: share of `buffer_limit`.
+#: When the buffer has more than `buffer_limit` vectors, vectors are moved to the graph until at most this share of
+#: `buffer_limit` remains in the buffer. The share is not 0, so that the moving ends although writes continue.
 _REST_SHARE = 1 / 16
 #: Greatest share of deleted nodes of a graph; with more the graph is rebuilt. With a third of deleted nodes, an insert
 #: takes 1.5 times as long.
 _MAX_DEAD_SHARE = 0.25
-#: Greatest share of strays, vectors that searches of the graph miss; with more the graph is rebuilt, shuffled and in
-#: shells, if that may help (`_may_get_better`). Every search covers all strays.
+#: Greatest share of strays among strays and nodes. With more, and more than `_FEW_STRAYS`, the graph is rebuilt,
+#: shuffled and in shells, if that may help (`_may_get_better`). Every search covers all strays, so many make it slow.
 _MAX_STRAY_SHARE = 0.02
-#: Most strays that never cause a rebuild: comparing this many makes a search less than 5 % slower.
+#: Up to about this many strays cause no rebuild, whatever their share: comparing this many makes a search less than
+#: 5 % slower. The number is lower in a graph with equal or nearly equal vectors.
 _FEW_STRAYS = 100
-#: Greatest share of a sample of nodes that searches may miss. If they miss more, the graph is rebuilt in shells before
-#: more vectors are added, if that may help (`_may_get_better`).
+#: Greatest share of a sample of nodes that searches may miss. If they miss more, the graph is rebuilt, shuffled and in
+#: shells, if that may help (`_may_get_better`).
 _MAX_MISSED_SHARE = 0.02
-#: Number of vectors in the graph at which a sample of its nodes is first checked, and the factor for the number at the
-#: next check.
+#: Number of vectors in the graph from which a sample of its nodes is checked while the graph is filled.
 _FIRST_SAMPLE = 1000
+#: The next sample is checked when the graph has this many times the vectors that it had at the last sample.
 _SAMPLE_GROWTH = 1.5
-#: Share of the time that complete checks may take while there are no writes. A check of 100,000 nodes takes some 5 s.
+#: Share of the time that complete checks may take while there are no writes, apart from checks after much growth. A
+#: check of 100,000 nodes takes some 5 s.
 _CHECK_SHARE = 0.01
-#: Attempts to write a snapshot, if a signal ends the process that writes it.
+#: Most attempts to write a snapshot. Another follows only if a signal ended the process that wrote the file.
 _SNAPSHOT_TRIES = 3
-#: Least share of a graph's vectors that are inserted between two snapshots, since a snapshot writes the whole graph.
+#: While a graph is filled, a snapshot is saved only after inserts of at least this share of the graph's vectors, since
+#: a snapshot writes the whole graph.
 _NEW_SHARE = 0.25
 
 
@@ -48,14 +51,16 @@ _NEW_SHARE = 0.25
 class MaintenanceLimits:
     """Limits that decide when vectors move from the buffer to the graph, and when a snapshot of the graph is saved."""
 
-    #: Most vectors in the buffer; if there are more, they are moved to the graph. A collection that never had more
+    #: With more vectors than this in the buffer, most of them are moved to the graph. A collection that never had more
     #: vectors than this has no graph, so its searches are exact. Comparing a full buffer takes four times as long as
-    #: searching the graph, but the buffer is full for a short time only.
+    #: searching the graph, but with a graph the buffer is full for a short time only.
     buffer_limit: int = 4000
-    #: Fewest vectors that are inserted into the graph between two snapshots. Inserting this many takes 10 to 20 s. A
-    #: rebuild, and closing after any insert, also save a snapshot.
+    #: While a graph is filled, a snapshot is saved after this many inserts, or after `_NEW_SHARE` of the graph if that
+    #: is more. A rebuild, and closing after any insert, also save one. After a crash, vectors that the last snapshot
+    #: lacks are inserted again: 20,000 in 10 to 20 s.
     snapshot_every: int = 20_000
-    #: Seconds without a write after which all vectors of the buffer are moved to the graph, if there is a graph.
+    #: Seconds without a write after which the vectors of the buffer are moved to the graph, if there is a graph, and
+    #: the graph may be checked.
     rest_seconds: float = 1.0
 
 
@@ -69,7 +74,8 @@ class GraphMaintenance:
         neighbours: the vectors of the collection in memory.
         read: reads prepared vectors from the store, by label.
         limits: limits that decide when vectors are moved to the graph, and when snapshots are saved.
-        stop: whether to stop, since the collection is about to be closed; called every few milliseconds.
+        stop: whether to end `run` early, since the collection is about to be closed for good or deleted; called
+            between the steps of `run`, but not while a snapshot is written.
     """
 
     def __init__(
@@ -91,9 +97,10 @@ class GraphMaintenance:
         self._stop = stop
         self._lock = threading.Lock()
         self._unsaved = 0
-        #: Number of vectors in the graph at the end of the last shuffled rebuild, finished or not; 0: never.
+        #: Number of vectors in the graph at the end of the last shuffled rebuild, finished or not, since the opening;
+        #: 0: there was none.
         self._size_shuffled = 0
-        #: Number of vectors in the graph when a sample of its nodes was last checked; 0: never.
+        #: Number of vectors in the graph when a sample of its nodes was last checked; 0: never since the opening.
         self._size_sampled = 0
         self._last_write = time.monotonic()
         #: From when on any growth of the graph suffices for a check while there are no writes, in seconds of
@@ -102,12 +109,16 @@ class GraphMaintenance:
         self.ef_chooser = EfChooser(folder, neighbours)
 
     def note_write(self) -> None:
-        """Note that the collection was written to now."""
+        """Note the present time as that of the last write, from which `rest_seconds` count."""
         self._last_write = time.monotonic()
 
     @property
     def due(self) -> bool:
-        """Whether maintenance is due now: a full buffer, too many deleted nodes, or a measurement of recall."""
+        """Whether `run` is due now, even during writes.
+
+        It is if the buffer is over its limit, too many nodes are deleted, or recall must be measured. Strays and
+        unchecked nodes do not count.
+        """
         return (
             self._neighbours.waiting > self._limits.buffer_limit
             or self._neighbours.dead_share > _MAX_DEAD_SHARE
@@ -116,9 +127,10 @@ class GraphMaintenance:
 
     @property
     def due_at_rest(self) -> float | None:
-        """Seconds to wait for maintenance that is due only without writes meanwhile; None: there is none.
+        """Seconds from now after which `run` is due if no write comes meanwhile; None: there is nothing to do then.
 
-        At least `rest_seconds`, however long ago the last write was. Maintenance that is `due` at once is left out.
+        Without writes, the rest of the buffer is moved to the graph, if there is one, and vectors added to the graph
+        are checked. At least `rest_seconds`, however long ago the last write was; more if checks must pause.
         """
         if self._neighbours.waiting and self._neighbours.graph_size:
             return self._limits.rest_seconds
@@ -129,7 +141,8 @@ class GraphMaintenance:
     def run(self) -> None:
         """Fill, check, rebuild, save and measure the graph, as far as each step is due.
 
-        This may take minutes; searches and writes continue meanwhile. A second thread that calls `run` waits.
+        This may take minutes; searches and writes may run meanwhile. Ends early if `stop` returns True, but a snapshot
+        is written to its end. A second thread that calls `run` waits for the first, and then does what is still due.
         """
         with self._lock:
             self._drain()
@@ -142,14 +155,20 @@ class GraphMaintenance:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the graph was neither filled nor rebuilt since the last snapshot or since the opening.
+        """Whether the graph was neither filled nor rebuilt since the opening or, if there was one, the last snapshot.
 
-        The removal of vectors and new strays do not count.
+        Removed vectors and new strays do not count, nor do vectors that a stopped rebuild moved to the graph.
         """
         return not self._unsaved
 
     def save(self) -> None:
-        """Save a snapshot unless `is_saved`; do nothing while `run` is in progress."""
+        """Save a snapshot unless `is_saved`; do nothing while `run` or another `save` is in progress.
+
+        If the snapshot cannot be written, this is logged, and `is_saved` stays False.
+
+        Raises:
+            ServiceError: the identity of the database cannot be read.
+        """
         if self._unsaved and self._lock.acquire(blocking=False):
             try:
                 self.snapshot()
@@ -159,8 +178,11 @@ class GraphMaintenance:
     def snapshot(self) -> None:
         """Save a snapshot of the graph in the collection's folder; the caller holds the lock of `run`.
 
-        If the process that writes the snapshot is killed, there are two more attempts. An error of writing is only
-        logged.
+        If a signal ends the process that writes the snapshot, there are at most two more attempts. An error of writing
+        is only logged; `is_saved` stays as it was.
+
+        Raises:
+            ServiceError: the identity of the database cannot be read.
         """
         for tries_left in reversed(range(_SNAPSHOT_TRIES)):
             try:
@@ -169,15 +191,18 @@ class GraphMaintenance:
             except (OSError, RuntimeError) as error:
                 if tries_left and isinstance(error, ChildKilledError):
                     continue
-                # The store has all vectors: without a snapshot the next start builds the graph from them, and takes
-                # longer.
+                # The store has all vectors. The next opening reads those that the last usable snapshot lacks, which
+                # takes longer.
                 log.warning("collection %s: no snapshot: %s", self._spec.name, error)
             return
 
     def _drain(self) -> None:
-        """Move vectors from the buffer to the graph, if the buffer is over its limit or writes have stopped.
+        """Move vectors from the buffer to the graph if the buffer is over its limit, or at rest if there is a graph.
 
-        Saves snapshots that become due. Checks samples of the nodes, and rebuilds the graph if searches miss too many.
+        At rest means that no write came for `rest_seconds`.
+
+        Meanwhile save snapshots that become due, and check samples of the nodes. If searches miss too many nodes of a
+        sample, and a rebuild may help, rebuild the graph.
         """
         if self._neighbours.waiting <= self._limits.buffer_limit and not self._rests():
             return
@@ -188,31 +213,36 @@ class GraphMaintenance:
             if self._neighbours.graph_size >= max(_FIRST_SAMPLE, _SAMPLE_GROWTH * self._size_sampled):
                 self._size_sampled = self._neighbours.graph_size
                 if self._neighbours.probe() > _MAX_MISSED_SHARE:
-                    # Searches miss many vectors of the sample, so the graph must be rebuilt. It is rebuilt now, since
-                    # more inserts into the old graph would be wasted.
+                    # Searches miss many nodes of the sample. If a rebuild may help, it comes now, since more inserts
+                    # into the old graph would be wasted.
                     self._rebuild_if_due(misses=True)
             if self._neighbours.waiting <= least:
                 return
 
     @property
     def _until_sample(self) -> int:
-        """Number of vectors to insert before the next sample of nodes is checked, at least 1000."""
+        """Most vectors to insert before the next look whether a sample of nodes is due.
+
+        Enough to reach the size at which a sample is due, but at least 1000.
+        """
         wanted = max(_FIRST_SAMPLE, int(_SAMPLE_GROWTH * self._size_sampled))
         return max(1000, wanted - self._neighbours.graph_size)
 
     def _rebuild_if_due(self, *, misses: bool = False) -> None:
         """Rebuild the graph if too many nodes are deleted, or too many vectors are strays and a rebuild may help.
 
+        If `stop` returns True, the old graph stays.
+
         Args:
-            misses: whether searches missed too many nodes of a sample. Then the graph is rebuilt too, unless the last
-                attempt had nearly as many vectors.
+            misses: whether searches missed too many nodes of a sample. Then the graph is rebuilt too if that may help
+                (`_may_get_better`).
         """
         limit = self._limits.buffer_limit
         shuffled = self._has_many_strays() or (misses and self._may_get_better())
         if not shuffled and self._neighbours.dead_share <= _MAX_DEAD_SHARE:
             return
         if self._neighbours.rebuild(self._read, self._stop, limit, shuffled=shuffled):
-            # The whole graph is new, so a snapshot is due.
+            # The whole graph is new, so make a snapshot due.
             self._unsaved = self._between_snapshots
             self.ef_chooser.forget()
         if shuffled:
@@ -221,8 +251,8 @@ class GraphMaintenance:
     def _check(self, stop: Callable[[], bool]) -> None:
         """Check that searches find all nodes of the graph, if the graph grew much since the last check.
 
-        Nodes that searches miss become strays. While there are no writes, any growth is enough for a check, but checks
-        take at most `_CHECK_SHARE` of the time.
+        Nodes that searches miss become strays. An interrupted check is continued in any case. While there are no
+        writes, any growth is enough for a check, after a pause that limits these checks to `_CHECK_SHARE` of the time.
 
         Args:
             stop: whether to interrupt the check; the next call continues it.
@@ -233,14 +263,15 @@ class GraphMaintenance:
         self._next_check = max(self._next_check, end + (end - start) / _CHECK_SHARE)
 
     def _has_many_strays(self) -> bool:
-        """Return whether there are too many strays, and a rebuild may reduce their number."""
+        """Return whether there are too many strays, and a rebuild may reduce their number (`_may_get_better`)."""
         share, size = self._neighbours.stray_share, self._neighbours.graph_size
         return share > max(_MAX_STRAY_SHARE, _FEW_STRAYS / max(1, size)) and self._may_get_better()
 
     def _may_get_better(self) -> bool:
         """Return whether the graph has at least 1.5 times the vectors that it had after its last shuffled rebuild.
 
-        True before the first. With fewer vectors another rebuild would probably have as many strays.
+        Stopped rebuilds count, those before the opening do not; True if there was none. With fewer vectors, another
+        rebuild would probably give as many strays.
         """
         return self._neighbours.graph_size >= 1.5 * self._size_shuffled
 

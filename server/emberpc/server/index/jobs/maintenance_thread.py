@@ -1,4 +1,4 @@
-"""Run the maintenance of collections in a background thread."""
+"""Run the maintenance of all collections in one background thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class Maintained(Protocol):
-    """A collection that needs maintenance."""
+    """A collection that `MaintenanceThread` maintains."""
 
     spec: CollectionSpec
 
@@ -22,42 +22,45 @@ class Maintained(Protocol):
         """Run the maintenance that is due.
 
         Raises:
-            ServiceError: UNAVAILABLE or NOT_FOUND if the collection was closed or deleted; other codes if it failed.
+            ServiceError: UNAVAILABLE or NOT_FOUND if the collection was closed for good or deleted; other codes if the
+                maintenance failed.
         """
 
 
 class MaintenanceThread(BackgroundThread[Maintained]):
     """A thread that calls `maintain` of the collections that request maintenance, one after the other.
 
-    Errors are logged, except those of a collection that was closed or deleted. Close the collections before the thread:
-    a closed collection ends its maintenance soon, and `close` of the thread waits for this.
+    Errors are logged, except UNAVAILABLE and NOT_FOUND, as of a closed collection. After an error the collection is
+    maintained again only when it is requested again. Close the collections before the thread: `close` of the thread
+    waits for the maintenance in progress, which ends early once its collection is closed.
     """
 
     def __init__(self) -> None:
         super().__init__("index-maintenance")
-        #: Collections to maintain as soon as possible, in the order of their requests. Several requests of a collection
-        #: are one entry.
+        #: Collections to maintain as soon as possible, in the order of their first requests. Several requests of a
+        #: collection are one entry, removed when its maintenance begins.
         self._soon: dict[Maintained, None] = {}
-        #: When to maintain a collection for which `wake_at_rest` was called, in seconds of `time.monotonic`.
+        #: When to maintain each collection that waits after `wake_at_rest`, in seconds of `time.monotonic`.
         self._at_rest: dict[Maintained, float] = {}
 
     def wake(self, collection: Maintained) -> None:
-        """Request the maintenance of a collection as soon as possible."""
+        """Request the maintenance of a collection as soon as possible, after earlier such requests."""
         with self._changed:
             if not self._closed and collection not in self._soon:
                 self._soon[collection] = None
                 self._notify()
 
     def wake_at_rest(self, collection: Maintained, seconds: float) -> None:
-        """Request the maintenance of a collection `seconds` from now.
+        """Request the maintenance of a collection `seconds` from now; a new request replaces the time of the last one.
 
-        A new request replaces the time of an earlier one, so a collection can be maintained when writes have stopped.
+        So a collection that requests this at each write is maintained when its writes have stopped. If the new time is
+        earlier than the last one, the maintenance may still wait until the last one.
         """
         with self._changed:
             known = collection in self._at_rest
             self._at_rest[collection] = time.monotonic() + seconds
-            # For a collection with an earlier request, the thread wakes up at the old time, and reads the new time
-            # then.
+            # For a collection that waits already, the thread wakes up at the old time, and reads the new, mostly later
+            # time then. So writes in quick succession do not wake it.
             if not self._closed and not known:
                 self._notify()
 
@@ -78,7 +81,7 @@ class MaintenanceThread(BackgroundThread[Maintained]):
         try:
             collection.maintain()
         except ServiceError as error:
-            # Closed or deleted meanwhile: no maintenance is needed.
+            # UNAVAILABLE and NOT_FOUND: closed or deleted meanwhile, so no maintenance is needed.
             if error.code not in (Code.UNAVAILABLE, Code.NOT_FOUND):
                 log.warning("collection %s: not maintained: %s", collection.spec.name, error.message)
         except Exception:  # a failure in one collection must not stop the maintenance of others

@@ -1,4 +1,4 @@
-"""Verify a collection: all records are undamaged and found by searches, and store, memory and graph agree."""
+"""Verify a collection: its database, records, counters and word index, its vectors in memory, and searches."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ from emberpc.server.index.storage.rows import Row
 from emberpc.server.index.storage.store import Store
 
 _BATCH = 500
-#: The two attempts to find records by their own vectors: `ef`, and the number of records in one call of the graph
-#: search, while other searches wait. Only records that the first attempt misses are searched for again. The second `ef`
-#: is the usual upper limit of the default ef.
+#: For each attempt to find records by their own vectors: `ef`, and the number of records that one call searches for
+#: while other searches may wait. The second attempt is for records that the first misses. Its `ef` is the usual upper
+#: limit of the default ef.
 _TRIES = ((200, 8), (800, 1))
-#: Number of records, on average, that a verification searches for unless it is full.
+#: Number of records, on average, that a verification searches for unless it is full; all if there are fewer.
 _SAMPLE = 2000
-#: Hits of a search for a record; fewer in a graph of fewer than 20 vectors.
+#: Most hits of a search for a record; fewer if the graph has fewer than 20 labels.
 _HITS = 10
 _WRONG_WORDS = "the words that are searched were not those of the text; they were built from the texts again"
 
 
 @dataclass
 class Verifier:
-    """Checks a collection while reads and writes continue.
+    """Checks a collection once, while reads and writes continue.
 
-    The caller may replace `store` and `neighbours` between two steps. The check repairs two things that else may stay
-    unnoticed: a word index that does not match the texts is rebuilt, and vectors that searches miss become strays.
+    The caller may replace `store` and `neighbours` between two steps, after the collection was closed and opened again.
+    The check makes two repairs: a word index that does not match the texts is rebuilt, and vectors that searches miss
+    become strays.
 
     Attributes:
         store: the records, from which memory can be rebuilt.
         neighbours: the vectors in memory, which searches use.
         write_lock: held by every write, from before it changes the store until it has changed memory.
         spec: the spec of the collection.
-        full: whether to search for every record by its own vector; otherwise for about 2,000 random ones.
+        full: whether to search for every undamaged record by its own vector; if not, for about 2,000 random ones.
     """
 
     store: Store
@@ -57,13 +58,13 @@ class Verifier:
     _newest_revision: int = 0
 
     def steps(self) -> Iterator[Verified]:
-        """Check the collection; yield the number of checked records and the problems found after each step.
+        """Check the collection; yield after each step the numbers of checked and of all records, and its new problems.
 
         The first step is SQLite's integrity check. Then each step checks at most 500 records. The last three steps
         check the counters, the word index, and whether memory has vectors of no record; the last has `done` set.
 
         Raises:
-            ServiceError: the store cannot be read, or the call of this thread is cancelled.
+            ServiceError: DEADLINE_EXCEEDED if the call of this thread is cancelled; the errors of reading the store.
         """
         # The records are read from SQLite's least integer on, since a damaged label may be any integer.
         total, checked, first = self.store.count(), 0, -(2**63)
@@ -77,11 +78,14 @@ class Verifier:
         yield Verified(checked, checked, self._unknown_vectors(), done=True)
 
     def _batch(self, rows: Sequence[Row], share: float) -> list[Problem]:
-        """Return the problems of some records: damage, differences between store and memory, and missed searches.
+        """Return the problems of some records, and note what `_counters` and `_words` need.
+
+        Problems are damage, wrong search words, differences between store and memory, and missed searches. A damaged
+        record is not checked further.
 
         Args:
             rows: the records, damaged or not.
-            share: share of the records to search for, chosen at random.
+            share: probability with which each record is searched for; 1 or more: always.
         """
         problems = []
         whole: list[tuple[Row, Matrix]] = []
@@ -104,16 +108,16 @@ class Verifier:
         return problems
 
     def _counters(self) -> list[Problem]:
-        """Return a problem if the database's counters are missing, out of range, or less than those of a record.
+        """Return a problem if a counter is missing, out of range, or less than the greatest label or revision.
 
-        Called after all records are checked, when their greatest label and revision are known.
+        These are of the undamaged records, so call this after all records are checked.
         """
         found = self.store.counter_problem(self._newest_label, self._newest_revision)
         message = counters.damaged(f"collection {self.spec.name!r}", found).message
         return [Problem("", "DATABASE_DAMAGED", message)] if found else []
 
     def _decoded(self, row: Row) -> Matrix:
-        """Return the vector of a stored record, not prepared: float32 (1, dimensions).
+        """Check a stored record; return its vector as stored, not prepared: float32 (1, dimensions).
 
         Raises:
             ServiceError: the record is damaged; the message says in what way.
@@ -135,13 +139,15 @@ class Verifier:
         return vector
 
     def _check_memory(self, rows: Sequence[Row], labels: Labels, vectors: Matrix, share: float) -> list[Problem]:
-        """Return a problem for each record whose vector in memory is missing or differs, or that searches miss.
+        """Return a problem for each record whose vector in memory is missing or not equal, or that searches miss.
+
+        A record that a write deleted or replaced meanwhile is no problem.
 
         Args:
-            rows: the records.
+            rows: the records, undamaged.
             labels: label of each record, int64 (n,).
             vectors: prepared stored vector of each record, float32 (n, dimensions).
-            share: share of the records to search for, chosen at random.
+            share: probability with which each record is searched for; 1 or more: always.
         """
         held = self.neighbours.held(labels.tolist())
         problems, there = [], []
@@ -161,13 +167,15 @@ class Verifier:
         return problems
 
     def _unreachable(self, rows: Sequence[Row], labels: Labels, vectors: Matrix) -> list[Problem]:
-        """Search the graph for each record by its own vector; return a problem for each record that two searches miss.
+        """Search for each record by its own vector; return a problem for each that both attempts of `_TRIES` miss.
 
-        The vectors of missed records become strays, so that later searches find them.
+        The vectors of missed records become strays, which every search covers. If the graph cannot answer, or the
+        record was deleted meanwhile, the record is not missed. Arguments as for `_check_memory`.
         """
         suspects = list(range(len(rows)))
         for ef, turn in _TRIES:
-            # Not more hits than half of the graph's vectors: for more, a search would compare every vector.
+            # The graph answers only for fewer hits than half of its labels. At exactly half, as for an even number of
+            # labels up to 20, the records do not count as missed.
             k = min(_HITS, max(1, self.neighbours.graph_size // 2))
             found: list[Candidates | None] = []
             for start in range(0, len(suspects), turn):
@@ -192,22 +200,26 @@ class Verifier:
         ]
 
     def _missed(self, found: Candidates, label: int, vector: Matrix) -> bool:
-        """Return whether a search for a record's vector found records farther away, but not the record itself."""
+        """Return whether a search for a record's vector found a record farther away than it, but not the record itself.
+
+        `vector` is the prepared vector, float32 (dimensions,).
+        """
         if label in found.labels or not found.scores:
             return False
         (own,) = nearest(vector[None], vector[None], 1, self.spec.distance)[1][0]
         return bool(min(found.scores) < own - 1e-5 * max(abs(own), *map(abs, found.scores)))
 
     def _missing(self, label: int) -> bool:
-        """Return whether a record is in the store but not in memory; takes the write lock to keep writes out."""
+        """Return whether a record is in the store, undamaged, but not in memory; takes the write lock meanwhile."""
         with self.write_lock:
             return bool(len(self.store.vectors([label])[0])) and not self.neighbours.held([label])
 
     def _words(self) -> list[Problem]:
-        """Compare the word index with the texts; rebuild the index if they differ or it is suspected already.
+        """Rebuild the word index if it is suspected, a record had wrong search words, or it differs from the texts.
 
         Returns:
-            A problem if they differ without a reason that was reported before, or the index cannot be rebuilt.
+            A problem if the index cannot be rebuilt. Else a problem if the index differs from the texts, unless a
+            suspicion, or wrong words or damage of a record, explain that. Else no problem.
         """
         suspect = self.store.words_suspect
         if not suspect and not self._found_wrong_words and self.store.words_are_intact():
@@ -218,14 +230,14 @@ class Verifier:
         except ServiceError as error:
             message = f"the word index does not match the texts, and it cannot be built again: {error.message}"
             return [Problem("", "WORDS_DAMAGED", message)]
-        # A difference is not reported if the index was suspected already, or wrong words or a damaged record were
-        # reported: the index still has the words that a text had before its damage.
+        # No problem if the index was suspected, since maintenance would have rebuilt it, or if wrong words or damage of
+        # a record was reported: the index may still have the words that the text had before its damage.
         if suspect or self._found_wrong_words or self._found_damaged:
             return []
         return [Problem("", "WORDS_DAMAGED", f"the word index: {_WRONG_WORDS}")]
 
     def _unknown_vectors(self) -> list[Problem]:
-        """Return a problem if memory has vectors of no record; checked a second time with the write lock held."""
+        """Return a problem if memory has vectors of no record, also when compared a second time with writes blocked."""
         suspects = self.neighbours.labels() - set(self.store.labels().tolist())
         if suspects:
             with self.write_lock:

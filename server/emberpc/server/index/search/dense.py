@@ -1,7 +1,7 @@
 """Dense search in a collection: find the records nearest to prepared queries, among all or those that meet a filter.
 
-If few records meet the filter, all their vectors are compared. If many do, the graph is searched for more and more
-candidates until enough candidates meet the filter, or comparing all their vectors is cheaper.
+If few records meet the filter, all their vectors are compared. If many do, the graph is searched with growing `ef`
+until enough candidates meet the filter. Once comparing all vectors that meet the filter is cheaper, they are compared.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ log = logging.getLogger(__name__)
 
 _SCAN_BATCH = 4000
 #: With a filter, all matching vectors are compared if there are at most this many for each candidate (ef) of a graph
-#: search. A vector that must be read from the store and a candidate take about 3 µs each.
+#: search: reading a vector and a candidate take about 3 µs each, but a graph search may be repeated and is not exact.
 _VECTORS_PER_CANDIDATE = 2
 #: If at most this many records meet a filter, and their vectors take at most a quarter of the cache of selections, the
-#: vectors are compared, and are cached for the next search. More are, with a great ef or in a large collection.
+#: vectors are cached and compared. With a great ef or in a large collection, the number is greater.
 _FEW = 1000
-#: Factor of ef for the next graph search, after one that found too few records that meet the filter.
+#: Factor by which ef grows for the next graph search, after one that found too few records that meet the filter.
 _WIDER = 4
 #: Reading the vector of a hit again, to verify its checksum, takes as long as verifying the checksums of this many
 #: vectors while they are read for the comparison.
 _CHECKS_PER_HIT = 6
-#: Attempts of a search that concurrent writes disturb, before the search blocks writes.
+#: Most attempts of a search while writes go on. If writes (or damage) disturb all, the search blocks writes.
 _TRIES = 8
 
 
@@ -47,9 +47,9 @@ class DenseRequest(NamedTuple):
     """Queries of a dense search, with their options.
 
     `queries` are prepared vectors, float32 (queries, dimensions). `top_k`, `exclude` (an id that must not be a hit, or
-    None) and `conditions` (a filter, or None) have one item for each query; there is at least one query. `ef`
-    (candidates that a graph search keeps, at least `candidates`) and `with_vectors` (whether hits contain their
-    vectors) are for all queries.
+    None) and `conditions` (a filter, or None) have one item for each query; there is at least one query. `ef` and
+    `with_vectors` (whether hits contain their vectors) are for all queries. `ef` is the number of candidates that a
+    graph search keeps, with a filter the least number. Unless `exact`, `ef` is at least `candidates`.
     """
 
     queries: Matrix
@@ -63,11 +63,11 @@ class DenseRequest(NamedTuple):
 
     @property
     def candidates(self) -> int:
-        """Candidates to find for each query: the greatest top_k, and one more if a query leaves a record out."""
+        """Number of candidates to find for each query: the greatest top_k, and one more if a query excludes an id."""
         return max(self.top_k) + any(each is not None for each in self.exclude)
 
     def subset(self, rows: Sequence[int]) -> DenseRequest:
-        """Return a request with only the queries at the indexes `rows`, in their order; `self` if they are all."""
+        """Return a request with only the queries at the indexes `rows`, ascending; `self` if `rows` has all indexes."""
         if len(rows) == len(self.queries):
             return self
         return self._replace(
@@ -78,14 +78,14 @@ class DenseRequest(NamedTuple):
         )
 
 
-#: A function that returns an outcome for each query of a request; None for a query that the function cannot answer.
+#: A function that returns an outcome for each query of a request, in order; None for a query that must be repeated.
 Answer = Callable[[DenseRequest], Sequence[SearchOutcome | None]]
 
 
 class DenseSearcher:
-    """Searches a collection's vectors in memory, or all vectors in the store if a request asks for that.
+    """Finds the records of a collection nearest to queries, by the vectors in memory or in the store.
 
-    The store is also searched for a query that memory cannot answer, such as after a failure of the graph.
+    Vectors in the store are compared if a request is `exact`, few records meet a filter, or memory gives no answer.
 
     Args:
         store: the records, from which memory can be rebuilt.
@@ -114,7 +114,7 @@ class DenseSearcher:
 
         Args:
             request: the queries.
-            settled: whether the caller holds the write lock, so that no write can disturb the search.
+            settled: whether the caller holds the write lock; if not, the search takes it if writes disturb too often.
 
         Raises:
             ServiceError: DEADLINE_EXCEEDED if the call of this thread is cancelled; the errors of reading the store.
@@ -131,7 +131,7 @@ class DenseSearcher:
         return [outcomes[i] for i in range(len(request.queries))]
 
     def catch_up(self) -> int:
-        """Wait, for at most a second, until memory has the store's last write; in any case return its sequence."""
+        """Wait until memory has the store's last write, but at most a second; return the sequence of this write."""
         sequence = self._store.sequence()
         self._selector.wait_for(sequence)
         return sequence
@@ -144,10 +144,10 @@ class DenseSearcher:
             _fill(outcomes, request, partial(self._answer, condition, settled=False))
             if None not in outcomes:
                 break
-            # A query without an outcome: a write changed the store after memory was searched, or a record is damaged.
+            # A query has no outcome: a write came between the search and the reading of records, or damage was found.
             self.catch_up()
         else:
-            # Writes follow each other too quickly. With writes blocked, memory and store stay consistent.
+            # All attempts were disturbed, or `settled`. With writes blocked, memory and store stay consistent.
             with nullcontext() if settled else self._write_lock:
                 _fill(outcomes, request, partial(self._answer, condition, settled=True))
         if None in outcomes:
@@ -157,7 +157,7 @@ class DenseSearcher:
     def _from_store(
         self, outcomes: list[SearchOutcome | None], request: DenseRequest, condition: Clause | None
     ) -> list[SearchOutcome]:
-        """Return all outcomes, after computing those that are None in `outcomes` from the store, in place."""
+        """Return all outcomes; each None in `outcomes` is first replaced, in place, by a search of the store."""
         while None in outcomes:  # repeated if a record turned out to be damaged, which the store then leaves out
             _fill(outcomes, request, partial(self._scan, condition))
         return [outcome for outcome in outcomes if outcome is not None]
@@ -165,9 +165,9 @@ class DenseSearcher:
     def _answer(
         self, condition: Clause | None, request: DenseRequest, *, settled: bool
     ) -> Sequence[SearchOutcome | None]:
-        """Search in memory for the records that meet `condition` (None: all); None for a query to be repeated.
+        """Try to answer queries, which all have the filter `condition` (None: none); None for a query to be repeated.
 
-        If `settled`, the write lock is held, and no write can disturb the search.
+        `settled` is whether the write lock is held, so that no write can disturb the search.
         """
         return (
             self._search_memory(request)
@@ -176,9 +176,9 @@ class DenseSearcher:
         )
 
     def _search_memory(self, request: DenseRequest) -> Sequence[SearchOutcome | None]:
-        """Search the vectors in memory; None for a query if the store lacks a candidate's record, or hits are missing.
+        """Search the vectors in memory, without a filter; those in the store for a query the graph cannot answer.
 
-        If the graph fails, the vectors in the store are compared instead.
+        None for a query if the record of a candidate is missing or damaged, or hits are missing that may exist.
         """
         found = self._neighbours.search(request.queries, request.candidates, request.ef)
         outcomes = self._outcomes(request, found)
@@ -194,18 +194,18 @@ class DenseSearcher:
         """Search for records that meet a filter, by graph or by comparing all their vectors.
 
         None for the queries that must be repeated, since a write changed which records meet the filter, or a record or
-        vector is damaged or was deleted. If `settled`, the write lock is held, and no write can disturb the search.
+        vector is damaged or was deleted. `settled` is whether the write lock is held, which excludes writes.
         """
         k, held = request.candidates, max(1, self._neighbours.count)
         few = max(_FEW, _exact_up_to(request.ef), isqrt(_exact_up_to(2 * k * held)))
         selection = self._selector.select(condition, few)
         found: list[Candidates | None] = [None] * len(request.queries)
         count = len(selection.labels)
-        # Twice the number of candidates that contain k matching records, if matching records are spread evenly.
+        # At least twice the number of candidates that contain k matching records, if these are spread evenly.
         ef = max(request.ef, 2 * -(-k * held // max(1, count)))
         if selection.vectors is None and count > _exact_up_to(ef):
-            # Memory should have every write that the selection has; after a second, it is searched anyway. Later writes
-            # are found by `_still_holds`.
+            # Memory should have every write that the selection has. After a second, memory is searched anyway.
+            # `_still_holds` notices later writes.
             self._selector.wait_for(selection.sequence)
             self._search_graph_filtered(found, request.queries, ef, k, selection)
             if not settled and not self._still_holds(condition, selection):
@@ -225,8 +225,8 @@ class DenseSearcher:
         """Search the graph for the `k` nearest labels of a selection; set the candidates of each query in `found`.
 
         Only the queries that have None in `found` are searched for. A query with fewer than `k` candidates in the
-        selection is repeated with four times the `ef`, until comparing all vectors of the selection is cheaper. Then
-        the query keeps None.
+        selection, or that the graph cannot answer, is repeated with four times the `ef`, until comparing all vectors of
+        the selection is cheaper. Then the query keeps None.
         """
         while None in found and len(selection.labels) > _exact_up_to(ef):
             rows = [i for i, each in enumerate(found) if each is None]
@@ -235,7 +235,7 @@ class DenseSearcher:
             ef *= _WIDER
 
     def _still_holds(self, condition: Clause, selection: Selection) -> bool:
-        """Return whether the same records, not rewritten, meet the filter after the writes since the selection."""
+        """Return whether the selected records are still those that meet the filter, and none of them was rewritten."""
         if self._store.sequence() == selection.sequence:
             return True
         return np.array_equal(self._selector.select(condition, 0).labels, selection.labels)
@@ -249,7 +249,7 @@ class DenseSearcher:
 
         Args:
             request: the queries.
-            found: candidates for each query; None: not found.
+            found: candidates for each query; None: the search of the query failed.
             matching: number of records that meet the filter; None: there is no filter.
         """
         labels = {label for each in found if each is not None for label in each.labels}
@@ -262,10 +262,10 @@ class DenseSearcher:
     def _compare(self, queries: Matrix, k: int, selection: Selection) -> list[Candidates] | None:
         """Compare the queries with the vectors of a selection; return at most k candidates for each query.
 
-        Vectors that were deleted, or are found damaged while they are read, are left out. Then `plan.compared_count`
-        is less than the number of labels of the selection. Checksums are verified of all vectors while they are read,
-        or of the hits only, whichever is faster; of cached vectors, only of hits that were not verified before. None if
-        a hit that is verified after the comparison is damaged or was deleted.
+        Vectors that were deleted, or are found damaged while they are read, are left out; `plan.compared_count` is then
+        less than the selection's number of labels. Checksums are verified of all vectors while they are read, or of the
+        candidates after the comparison, whichever is faster. Of cached vectors, only candidates that were not verified
+        before are verified. None if a candidate that is verified after the comparison is damaged or was deleted.
         """
         kept = selection.vectors
         checked = kept is None and _is_check_while_reading_faster(len(queries) * k, len(selection.labels))
@@ -281,7 +281,7 @@ class DenseSearcher:
         return [Candidates(labels[i].tolist(), scores[i].tolist(), total <= k, plan) for i in range(len(queries))]
 
     def _are_undamaged(self, labels: set[int], selection: Selection) -> bool:
-        """Verify the checksums of the vectors with these labels; return whether all exist and are right.
+        """Verify the checksums of the stored vectors with these labels; return whether all exist and are undamaged.
 
         If not, verify all vectors of the selection, so that the store notes all damage, and clear the selector's cache.
         """
@@ -325,14 +325,14 @@ class DenseSearcher:
     def _scan(self, condition: Clause | None, request: DenseRequest) -> list[SearchOutcome | None]:
         """Compare the queries with all vectors in the store that meet a filter (None: all), without graph and buffer.
 
-        None for a query if a record turned out to be damaged; the store leaves it out the next time.
+        None for a query if the record of a candidate turned out to be damaged; the next call leaves this record out.
         """
         k = request.candidates
         checked = _is_check_while_reading_faster(len(request.queries) * k, self._neighbours.count)
         with self._store.snapshot():
             labels, scores, total = self._nearest(self._scanned(condition, checked), request.queries, k)
             hits = np.unique(labels).tolist()
-            # Only the vectors of hits must be undamaged. If one is not, all vectors are read again with their
+            # Only the vectors of candidates must be undamaged. If one is not, all vectors are read again with their
             # checksums, which leaves out the damaged ones.
             if not checked and len(self._store.vectors(hits)[0]) < len(hits):
                 labels, scores, total = self._nearest(self._scanned(condition, True), request.queries, k)
@@ -346,22 +346,22 @@ class DenseSearcher:
 
 
 def _exact_up_to(ef: int) -> int:
-    """Return the most vectors that are compared faster than the graph is searched with `ef` candidates."""
+    """Return up to how many matching vectors are compared, instead of a search of the graph with `ef` candidates."""
     return _VECTORS_PER_CANDIDATE * ef
 
 
 def _is_check_while_reading_faster(hits: int, count: int) -> bool:
-    """Return whether verifying all checksums during the reading is faster than verifying those of hits after it.
+    """Return whether verifying all checksums during the reading is faster than verifying those of hits afterwards.
 
     Args:
-        hits: number of hits, whose vectors would be read a second time.
+        hits: number of hits of all queries, whose vectors would be read a second time.
         count: number of vectors that are read for the comparison.
     """
     return _CHECKS_PER_HIT * hits > count
 
 
 def _among(found: Candidates, allowed: Labels, k: int) -> Candidates | None:
-    """Return the nearest k candidates whose labels are in `allowed`, ascending, not empty; None if fewer."""
+    """Return the k nearest candidates with labels in `allowed`, int64 (n > 0,), ascending; None if there are fewer."""
     labels = np.array(found.labels, dtype=np.int64)
     places = np.minimum(np.searchsorted(allowed, labels), len(allowed) - 1)
     chosen = np.flatnonzero(allowed[places] == labels)[:k]
@@ -373,13 +373,13 @@ def _among(found: Candidates, allowed: Labels, k: int) -> Candidates | None:
 
 
 def _holds(count: int, *, filtered: bool) -> str:
-    """Return the part of a shortfall reason that says how many records the collection has, or match the filter."""
+    """Return text for a shortfall reason: that the collection has `count` records, or so many match (`filtered`)."""
     records = f"{count} record{'' if count == 1 else 's'}"
     return f"{records} match{'es' if count == 1 else ''} the filter" if filtered else f"the collection holds {records}"
 
 
 def _fill(outcomes: list[SearchOutcome | None], request: DenseRequest, answer: Answer) -> None:
-    """Replace each None in `outcomes` by what `answer` returns for the query, which may be None again."""
+    """Replace each None in `outcomes`, in place, by what `answer` returns for the query, which may be None again."""
     rows = [i for i, outcome in enumerate(outcomes) if outcome is None]
     if rows:
         for i, outcome in zip(rows, answer(request.subset(rows)), strict=True):
@@ -394,7 +394,7 @@ def _outcome(
     Args:
         found: the candidates.
         records: records by label.
-        k: limit of the hits. If there are fewer, the plan states the reason.
+        k: most hits to return. If there are fewer, the plan states the reason.
         exclude: id that must not be a hit, or None.
         matching: number of records that meet the filter; None: there is no filter.
 

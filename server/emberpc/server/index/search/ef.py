@@ -1,4 +1,4 @@
-"""Choose `ef`, the number of candidates that a graph search keeps: the caller's, one for min_recall, or a default."""
+"""Choose `ef`, the number of candidates that a graph search keeps, or choose to compare every vector instead."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from emberpc.server.index.graph.neighbours import Neighbours
 from emberpc.server.index.search import recall
 from emberpc.server.index.storage.store import Store
 
-#: Recall that the default ef must have, as measured on the collection. The documents promise 0.98. The reserve is for
-#: queries that are less like the records than the queries of the measurement.
+#: Recall, by the measurements of the graph, for which the default ef is chosen, if an ef up to `_MOST` has this recall.
+#: It is so high because queries of callers may be less like the records than the queries of the measurement.
 _RECALL = 0.99
-#: Limits of the default ef. The least is not smaller, since queries may be unlike the records. A value above the
-#: greatest is used only if it is needed for `_LEAST_RECALL`, or for twice top_k. The greatest is also the default ef if
-#: the measurement has no points.
+#: Limits of the default ef of a measured graph. The least is not smaller, since queries may be unlike the records. A
+#: value above the greatest is used only if it is needed for `_LEAST_RECALL`, or for twice top_k. The greatest is also
+#: the default ef if the measurement has no points, and the ef for a `min_recall` below 1 if the graph is empty.
 _LEAST, _MOST = 100, 800
-#: Least default ef before the graph's recall is measured.
+#: Default ef before the graph's recall is measured, unless twice top_k is greater.
 _UNMEASURED = 200
-#: Recall for which the default ef may be greater than `_MOST`. If no measured ef has this recall, every vector is
-#: compared.
+#: Recall for which the default ef may be greater than `_MOST`. If no measured ef has this recall, there is no default
+#: ef: a search without `ef` and `min_recall` compares every vector.
 _LEAST_RECALL = 0.95
-#: Greatest share of strays, vectors that graph searches miss, with which a graph is searched by the default ef before
-#: its recall is measured. With more, every vector is compared: what causes strays makes searches miss other vectors
-#: too, and a better graph is being built.
+#: Greatest share of strays with which a graph of at least `recall.MIN_SIZE` vectors is searched before its recall is
+#: measured. With more, a search without `ef` and `min_recall` compares every vector: searches of a graph with many
+#: strays probably miss further vectors, which are not known as strays yet.
 _MAX_STRAY_SHARE = 0.02
 #: The default ef is at least this many times top_k.
 _PER_HIT = 2
@@ -34,7 +34,7 @@ class EfChooser:
     """Chooses `ef` for the searches of a collection by measurements of its graph.
 
     Args:
-        folder: the folder of the collection, where measurements are saved. Saved measurements are loaded here.
+        folder: the folder of the collection, where `measure` saves measurements. The constructor loads them.
         neighbours: the vectors of the collection in memory.
     """
 
@@ -50,12 +50,15 @@ class EfChooser:
         """Return the ef of a search; None if every vector must be compared instead of searching the graph.
 
         Args:
-            top_k: hits to find for each query.
-            ef: the ef that the caller set, which is returned; 0: choose one.
-            min_recall: share of the true nearest records to find, in (0, 1]. 1, a share that no measured ef finds, or a
-                graph without measurements gives None. An empty graph with a share below 1 gives 800. 0: no target, so
-                that the default ef is returned; None if no measured ef finds 0.95, or if the graph is not measured and
-                has too many strays (`_is_poor`).
+            top_k: the greatest top_k of the queries.
+            ef: the ef that the caller set; 0: choose one.
+            min_recall: share of the true nearest records to find, in (0, 1]; 0: no target. Read only if `ef` is 0.
+
+        Returns:
+            `ef` if it is not 0; it may be less than `top_k`. Without a target, the default ef; None if the graph is not
+            measured and has too many strays (`_is_poor`), or its measurement has points, but no ef for a recall of
+            0.95. With a target of 1, None. With a lower target, 800 if the graph is empty; else the ef that
+            `RecallMap.ef` returns for the target, or None if the graph is not measured.
         """
         if ef:
             return ef
@@ -74,26 +77,33 @@ class EfChooser:
 
     @property
     def due(self) -> bool:
-        """Whether the graph must be measured: it is large enough, and has grown by half since the last measurement.
+        """Whether the graph must be measured now.
 
-        `recall.MIN_SIZE` vectors are enough. A graph without a measurement must be measured.
+        That is so if the graph has at least `recall.MIN_SIZE` vectors, and either has no measurement or has grown by
+        half since its measurement.
         """
         size = self._neighbours.graph_size
         return size >= recall.MIN_SIZE and (self._measured is None or self._measured.outgrown(size))
 
     def forget(self) -> None:
-        """Discard the measurements in memory, since the graph was rebuilt; those saved in the folder stay."""
+        """Discard the measurements in memory, since the graph was rebuilt.
+
+        The measurements in the folder stay until `measure` replaces them; an opening before that loads them again.
+        """
         self._set(None)
 
     def measure(self, store: Store, distance: Distance, stop: Callable[[], bool]) -> None:
         """Measure the recall of the graph, use the result from now on, and save it in the collection's folder.
 
-        Nothing changes if the measurement is stopped or the graph fails.
+        Nothing changes if the measurement is stopped or the graph fails. An error of saving is only logged.
 
         Args:
             store: the records of the collection.
             distance: the distance of the collection.
-            stop: whether to stop; called every few milliseconds.
+            stop: whether to stop; called before each batch of vectors or queries.
+
+        Raises:
+            ServiceError: the errors of reading the store.
         """
         measured = recall.measure(store, self._neighbours, distance, stop)
         if measured:
@@ -103,7 +113,7 @@ class EfChooser:
     def _set(self, measured: recall.RecallMap | None) -> None:
         self._measured = measured
         # Replaced after `_measured` is set. A thread that still computes a default ef from the old measurements stores
-        # it in the old dict.
+        # this ef in the old dict, so the new dict never has it.
         self._by_default = {}
 
     def _default(self, top_k: int) -> int | None:
@@ -121,5 +131,5 @@ class EfChooser:
         return max(least, chosen)
 
     def _is_poor(self) -> bool:
-        """Return whether the graph is large enough to be measured and has more strays than `_MAX_STRAY_SHARE`."""
+        """Return whether the graph is large enough to be measured, and its `stray_share` exceeds `_MAX_STRAY_SHARE`."""
         return self._neighbours.graph_size >= recall.MIN_SIZE and self._neighbours.stray_share > _MAX_STRAY_SHARE

@@ -1,4 +1,4 @@
-"""Select the labels of the records that meet a filter: read them from the store once, and update them after writes."""
+"""Select the labels of the records that meet a filter; selections are cached, and updated after writes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from emberpc.server.collections.types import CollectionSpec, Labels, Matrix
 from emberpc.server.index.storage.filter_sql import Clause
 from emberpc.server.index.storage.store import Store
 
-#: Most bytes of cached labels, vectors and filters of a collection. Evaluating a filter on 100,000 records takes 0.1 s,
-#: using a cached selection 20 µs.
+#: Most bytes of the cached selections of a collection, as `_kept_bytes` counts them. Evaluating a filter on 100,000
+#: records takes 0.1 s, using a cached selection 20 µs.
 _MAX_BYTES = 64 * 2**20
 #: Most writes over which a cached selection can be updated. After more, the filter is evaluated again.
 _MAX_WRITES = 1000
-#: Bytes of the Python object that holds a parameter of a filter, without its characters.
+#: Approximate bytes of the Python object that holds a parameter of a filter, without the characters of a text.
 _VALUE_BYTES = 64
-#: Most seconds that `wait_for` waits. Memory notes a write within milliseconds of its commit.
+#: Most seconds that `wait_for` waits. A write is usually noted within milliseconds of its commit.
 _MOMENT = 1.0
 
 
@@ -29,9 +29,10 @@ _MOMENT = 1.0
 class Selection:
     """The labels of the records that meet a filter after the write `sequence`: int64 (n,), ascending.
 
-    `vectors` are the prepared vectors of the labels, float32 (n, dimensions); None: not read. With vectors, labels that
-    have no vector are left out. The checksums of the vectors are not verified when they are read: this would take
-    longer than comparing them with a query. `checked` is the growing set of labels whose vectors were verified later.
+    `vectors` are the prepared vectors, float32 (n, dimensions), in the order of the labels; None: not read. Labels
+    whose vectors are found unusable during the reading are left out. Checksums are not verified during the reading:
+    this would take longer than comparing the vectors with a query. `checked` has labels whose vectors a search verified
+    later, since they were hits; searches add to the set.
 
     `newest` is the greatest label that had been assigned when the write `sequence` was committed.
     """
@@ -44,15 +45,15 @@ class Selection:
 
     @property
     def size(self) -> int:
-        """Bytes that labels and vectors take in memory."""
+        """Bytes that labels and vectors take in memory; `checked` is not counted."""
         return self.labels.nbytes + (0 if self.vectors is None else self.vectors.nbytes)
 
 
 class Selector:
     """Selects the records that meet a filter. Safe to use from several threads.
 
-    Labels are never reused and only grow. So a selection is updated after a write by removing the labels that the write
-    removed, and adding the labels of matching records that are greater than all labels before the write.
+    A new or replaced record gets a new label, greater than all labels before. So a write is applied to a selection by
+    removing the labels that the write removed, and adding the labels of matching records above `Selection.newest`.
 
     Args:
         store: the records of the collection.
@@ -65,14 +66,15 @@ class Selector:
         self._lock = threading.Condition()
         self._kept: OrderedDict[Clause, Selection] = OrderedDict()
         self._bytes = 0
-        #: Labels that each of the last writes removed, by sequence.
+        #: Labels that each of the last `_MAX_WRITES` noted writes removed, by the sequence of the write.
         self._removed: OrderedDict[int, Labels] = OrderedDict()
         self._applied = store.sequence()
 
     def note(self, sequence: int, removed: Iterable[int]) -> None:
         """Note the labels that a write removed, after graph and buffer have applied the write.
 
-        Writes must come in the order of their sequences.
+        Writes must be noted in the order of their sequences. The call is ignored if `sequence` is that of the last
+        noted write, as after a deletion that found nothing.
         """
         labels = np.fromiter(removed, dtype=np.int64)
         with self._lock:
@@ -85,17 +87,23 @@ class Selector:
             self._lock.notify_all()
 
     def wait_for(self, sequence: int) -> None:
-        """Wait until the write of this sequence was noted, for at most a second; then return in any case."""
+        """Wait until the write of this sequence, or a later one, is noted; return after a second even if none is."""
         with self._lock:
             self._lock.wait_for(lambda: self._applied >= sequence, _MOMENT)
 
     def select(self, condition: Clause, vectors_up_to: int) -> Selection:
-        """Return the selection of a filter, for the store's last write; cache it.
+        """Return the selection of a filter after the store's last write, and cache it if the cache has room for it.
+
+        Not to be called in a block of `Store.snapshot`.
 
         Args:
             condition: the filter.
-            vectors_up_to: read vectors of selections of at most this many labels, if the vectors take at most a quarter
-                of the cache. A cached selection may have vectors in any case.
+            vectors_up_to: if the selection has at most this many labels, and their vectors take at most a quarter of
+                `_MAX_BYTES`, the vectors are read. The result may also have vectors because a cached selection had
+                them.
+
+        Raises:
+            ServiceError: the errors of reading the store.
         """
         vectors_up_to = min(vectors_up_to, _MAX_BYTES // 4 // (4 * self._spec.dimensions))
         with self._lock:
@@ -115,10 +123,10 @@ class Selector:
         return selection
 
     def _updated(self, kept: Selection, condition: Clause, sequence: int) -> Selection | None:
-        """Return a cached selection updated to the write `sequence`; `kept` itself if there was no write.
+        """Return a cached selection updated to the write `sequence`; `kept` itself if there was no write since.
 
-        None if the labels that a write in between removed are not known: there were too many writes, or the last write
-        is not noted yet.
+        The result has vectors if `kept` has vectors. None if the labels that a write since then removed are not known:
+        there were too many writes, or one is not noted yet.
         """
         if kept.sequence == sequence:
             return kept
@@ -137,12 +145,12 @@ class Selector:
         return Selection(sequence, self._store.newest_label(), labels, vectors, kept.checked)
 
     def _read(self, labels: Labels) -> tuple[Labels, Matrix]:
-        """Return the labels that have vectors, and these vectors, prepared; checksums are not verified."""
+        """Return the labels whose vectors can be compared, and these vectors, prepared; checksums are not verified."""
         found, vectors = self._store.vectors(labels.tolist(), checked=False)
         return found, prepare(vectors, self._spec.distance)
 
     def forget(self) -> None:
-        """Clear the cache; called when the vector of a hit turned out to be damaged or deleted."""
+        """Clear the cache; called when a record, or the vector of a hit, turned out to be damaged or deleted."""
         with self._lock:
             self._kept.clear()
             self._bytes = 0
@@ -157,6 +165,6 @@ class Selector:
 
 
 def _kept_bytes(condition: Clause, selection: Selection) -> int:
-    """Return the approximate bytes that a cached filter and its selection take in memory."""
+    """Return the approximate bytes that a cached filter and its selection take in memory, without `checked`."""
     parameters = sum(_VALUE_BYTES + (len(each) if isinstance(each, str) else 0) for each in condition.parameters)
     return selection.size + len(condition.sql) + parameters

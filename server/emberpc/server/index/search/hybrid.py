@@ -13,18 +13,19 @@ from emberpc.server.index.storage.filter_sql import EVERYTHING, Clause
 from emberpc.server.index.storage.lexical_terms import words_of
 from emberpc.server.index.storage.store import Store
 
-#: Number of dense hits, and of lexical hits, that are fused for a query: the greater of the first value and the second
+#: Most dense hits, and most lexical hits, that are fused for a query: the greater of the first value and the second
 #: value times top_k.
 _MIN_DEPTH, _DEPTH_PER_HIT = 100, 2
 #: Greatest share of the records whose texts may contain a word of a lexical query. More common words are left out if
-#: the query has rarer words that texts contain: they hardly change the scores of BM25, but take most of the time.
+#: the query has rarer words that texts contain: common words hardly change the scores, but take most of the time.
 _COMMON = 0.5
 #: Fewest records of a collection whose lexical queries leave out common words. With fewer there is little time to save.
 _LARGE = 1000
-#: Attempts of a hybrid search that concurrent writes disturb, before the search blocks writes.
+#: Attempts of a hybrid search without the write lock. If writes disturb all of them, one more attempt holds the lock.
 _TRIES = 2
 
-#: Offset of reciprocal rank fusion, as in the original paper (Cormack, Clarke and Büttcher, 2009) and common since.
+#: Offset of reciprocal rank fusion, which is added to a rank (from 1) before its reciprocal is taken. It is that of the
+#: original paper (Cormack, Clarke and Büttcher, 2009), and common since.
 _RANK_OFFSET = 60
 
 Hits = Sequence[tuple[StoredRecord, float]]
@@ -32,7 +33,10 @@ Hits = Sequence[tuple[StoredRecord, float]]
 
 @dataclass(frozen=True)
 class LexicalRequest:
-    """Queries of a lexical search: for each its text, top_k, and filter or None; and whether hits contain vectors."""
+    """Queries of a lexical search: the text, the top_k, and the filter (None: no filter) of each query.
+
+    `with_vectors` is whether the hits contain their vectors.
+    """
 
     texts: Sequence[str]
     top_k: Sequence[int]
@@ -46,7 +50,7 @@ class HybridSearcher:
     Args:
         store: the records and their word index.
         searcher: the dense searcher of the same collection.
-        write_lock: held by every write, from before it changes the store until it has changed memory.
+        write_lock: held by every write, from before the write changes the store until the write has changed memory.
     """
 
     def __init__(self, store: Store, searcher: DenseSearcher, write_lock: threading.Lock) -> None:
@@ -55,15 +59,15 @@ class HybridSearcher:
         self._write_lock = write_lock
 
     def by_words(self, request: LexicalRequest) -> list[SearchOutcome]:
-        """Return for each text at most top_k records that have a word of the text, best first by BM25.
+        """Return for each text at most top_k records that contain a word of the text, best first by BM25.
 
-        Words in the texts of more than half of the records can be left out (`_distinctive_words`). A text without words
-        has no hits. All texts are searched for in one snapshot of the store. If a text has fewer hits than its top_k,
-        the plan of the outcome states why.
+        The records meet the filter of the text. Words in the texts of more than half of the records can be left out
+        (`_distinctive_words`). A text without words has no hits. All texts are searched for in one snapshot of the
+        store. If a text has fewer hits than its top_k, the plan of the outcome states why.
 
         Raises:
-            ServiceError: DATA_LOSS if the word index is damaged, INTERNAL if it cannot be rebuilt; DEADLINE_EXCEEDED if
-                the call of this thread is cancelled; the errors of reading the store.
+            ServiceError: DATA_LOSS if the word index is damaged, INTERNAL if a rebuild of the damaged index has failed;
+                DEADLINE_EXCEEDED if the call of this thread is cancelled; the errors of reading the store.
         """
         with self._store.snapshot():
             return [
@@ -76,9 +80,11 @@ class HybridSearcher:
     ) -> list[SearchOutcome]:
         """Search by vectors and by words, and fuse the two rankings; return an outcome for each query, in order.
 
+        The last attempt takes the write lock, so the caller must not hold this lock.
+
         Args:
-            request: the vectors of the queries; `request.top_k` must be `fusion_depths(top_k)`, and `request.exclude`
-                have no ids.
+            request: the vectors and filters of the queries; `request.top_k` must be `fusion_depths(top_k)`, and each
+                item of `request.exclude` None.
             texts: the text of each query.
             top_k: limit of the hits of each query after fusion.
             dense_weight: weight of the dense ranking, 0 to 1; the lexical ranking has 1 minus this weight.
@@ -87,8 +93,8 @@ class HybridSearcher:
         Raises:
             ServiceError: the errors of `by_words` and of the dense search.
         """
-        # Dense and lexical search must see the same state of the store. If a write came between, both are repeated. The
-        # last attempt holds the write lock.
+        # Dense and lexical search must see the same state of the store. If a write changed the store during an attempt,
+        # both are repeated. The attempt after the loop holds the write lock, so no write can disturb it.
         for _ in range(_TRIES):
             sequence = self._searcher.catch_up()
             outcomes = self._by_both(request, texts, top_k, dense_weight, fusion)
@@ -115,8 +121,9 @@ class HybridSearcher:
                 replace(
                     by_vector.plan,
                     lexical_count=len(by_words.hits),
-                    # The dense ranking has fewer than k hits only if there are fewer records. Then the fused ranking
-                    # has the same records. Otherwise it has k hits.
+                    # If the dense ranking has k hits or more, the fused ranking has k hits. If the dense ranking has
+                    # fewer, it has every record (that meets the filter), so its reason applies to the fused ranking.
+                    # A record with a damaged vector is an exception: only the lexical ranking has it.
                     shortfall_reason=by_vector.plan.shortfall_reason if len(by_vector.hits) < k else "",
                 ),
             )
@@ -137,9 +144,9 @@ class HybridSearcher:
     def _lexical_hits(
         self, query: str, k: int, condition: Clause, *, with_vectors: bool
     ) -> list[tuple[StoredRecord, float]]:
-        """Return the best k records that match an FTS5 query, with their BM25 scores; all if there are fewer.
+        """Return the best k records that match an FTS5 query and meet a filter, best first, with their BM25 scores.
 
-        Damaged records are left out.
+        All are returned if there are fewer than k. Damaged records are left out.
         """
         most = k
         while True:
@@ -166,12 +173,18 @@ class HybridSearcher:
 
 
 def fusion_depths(top_k: Sequence[int]) -> list[int]:
-    """Return for each query how many dense hits, and lexical hits, to fetch so that its top_k remain after fusion."""
+    """Return for each query the number of dense hits, and of lexical hits, to fetch for fusion; greater than its top_k.
+
+    A record that is below the top_k of one ranking can be among the top_k after fusion.
+    """
     return [max(_MIN_DEPTH, _DEPTH_PER_HIT * k) for k in top_k]
 
 
 def expression(words: Sequence[str]) -> str:
-    """Return the FTS5 query for texts that contain any of the words, at least one, which `words_of` returned."""
+    """Return the FTS5 query that matches the texts with at least one of the words.
+
+    `words` has at least one word; the words are results of `words_of`.
+    """
     # Quotes keep FTS5 from reading a word as an operator.
     return " OR ".join(f'"{word}"' for word in words)
 
@@ -185,14 +198,16 @@ def fused(
         dense: hits of the dense search, best first.
         lexical: hits of the lexical search, best first.
         dense_weight: weight of `dense`, 0 to 1.
-        fusion: by scores, scaled to 0 for the least and 1 for the best, or by reciprocal ranks. Measured on SciFact's
-            training queries: nDCG@10 of 0.745 by scores, and of 0.730 by ranks with the best of many settings.
-        all_lexical: whether `lexical` has all records with a word of the query. If so, the BM25 score 0 is scaled to 0:
-            the other records have this score. If not, the score of the last lexical hit is scaled to 0.
+        fusion: SCORES: by scores, scaled so that the best of a ranking is 1 and the last is 0. RANKS: by reciprocal
+            ranks. Measured on SciFact's training queries: nDCG@10 of 0.745 by scores, and of 0.730 by ranks with the
+            best of many settings.
+        all_lexical: whether `lexical` has all records with a word of the query; read only under SCORES. If true, the
+            BM25 score 0, which all other records have, is scaled to 0, instead of the score of the last lexical hit.
 
     Returns:
-        All records of both rankings, best first, then by id. The score is the weighted sum of a record's two scaled
-        scores or reciprocal ranks; a ranking without the record counts 0.
+        Each record that is in one or both rankings, with its fused score, greatest first; equal scores in the order of
+        ids. The fused score is the weighted sum of a record's scaled scores or reciprocal ranks; a ranking without the
+        record counts 0.
     """
     if fusion is Fusion.RANKS:
         worths = [_by_rank(dense), _by_rank(lexical)]
@@ -212,9 +227,10 @@ def _by_rank(hits: Hits) -> list[float]:
 
 
 def _scaled(hits: Hits, least: float | None = None) -> list[float]:
-    """Return the scores of hits, best first, scaled so that the best is 1, and `least` is 0 (None: the last hit is 0).
+    """Return the scores of hits, best first, scaled linearly: the best score becomes 1, and the score `least` 0.
 
-    All are 1 if the best score is not greater than the least.
+    If `least` is None, the score of the last hit becomes 0. All are 1 if the best score is not greater than the score
+    that would become 0.
     """
     if not hits:
         return []

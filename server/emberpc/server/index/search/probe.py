@@ -18,11 +18,12 @@ from emberpc.server.index.search.dense import DenseRequest
 #: While this many searches wait for their exact repetition, no further search is chosen. Searches that were chosen
 #: before and end later wait too.
 _MOST_WAITING = 8
-#: Greatest top_k of a search that is probed.
+#: Greatest top_k of a query that is repeated.
 _MOST_HITS = 100
-#: Share of the time that exact repetitions may take.
+#: Share of the time that the exact repetitions of a collection may take: after a run, no search is chosen for as long
+#: as the run took, divided by this share.
 _TIME_SHARE = 0.01
-#: Number of latest probes of which the mean recall is reported.
+#: Number of latest measured searches of which the mean recall is reported.
 _LATEST = 256
 
 
@@ -35,10 +36,12 @@ class _Sample(NamedTuple):
 
 
 class Probe:
-    """Measures the recall of the searches of one collection. Safe to use from several threads, except `run`.
+    """Measures the recall of the searches of one collection. Safe to use from several threads.
+
+    Only `run` must not be called by two threads at the same time.
 
     Args:
-        share: share of the searches to probe, in [0, 1]; 0: none.
+        share: probability, in [0, 1], with which a search is chosen for a repetition; 0: none is.
     """
 
     def __init__(self, share: float) -> None:
@@ -51,15 +54,16 @@ class Probe:
 
     @property
     def figures(self) -> ProbeFigures:
-        """Number of probes so far, and the mean recall of the latest 256; NaN before the first."""
+        """Number of searches whose recall was measured so far, and the mean recall of the latest 256; NaN if none."""
         with self._lock:
             return ProbeFigures(self._count, float(np.mean(self._latest)) if self._latest else float("nan"))
 
     def should_sample(self) -> bool:
-        """Return whether to probe the search that begins now.
+        """Return whether to probe the search that begins now: if so, its outcomes are to be passed to `offer`.
 
-        The choice is random, with the probability that the constructor got. No search is chosen while eight wait for
-        their repetition, or for a hundred times as long as the last repetitions took.
+        The choice is random, with the probability that the constructor got. No search is chosen while eight or more
+        wait for their repetition. After a `run` that repeated searches, none is chosen for a hundred times as long as
+        the run took.
         """
         return (
             random.random() < self._share  # noqa: S311 - a sample, no secret
@@ -68,9 +72,9 @@ class Probe:
         )
 
     def offer(self, request: DenseRequest, outcomes: Sequence[SearchOutcome], sequence: int) -> bool:
-        """Queue a query of a search for exact repetition: the first that the graph answered, with a hit.
+        """Queue one query of a search for exact repetition.
 
-        Queries with a top_k above 100 are left out.
+        It is the first query that the graph answered, that has a hit, and whose top_k is at most 100.
 
         Args:
             request: the search, without filters.
@@ -94,13 +98,13 @@ class Probe:
     ) -> None:
         """Repeat the queued searches exactly, and add their recall to the figures; one thread at a time.
 
-        After that, no search is probed for a hundred times as long as the repetitions took. Hits that were written or
-        deleted since the search do not count; nor does a search with a hit that is damaged now, or for which `_recall`
-        returns None. After an error, the search is repeated again at the next call.
+        After that, no search is chosen for a hundred times as long as the repetitions took. A search adds nothing to
+        the figures if a hit is damaged now, or `_recall` returns None. After an error, the search that failed and those
+        behind it stay in the queue for the next call.
 
         Args:
             search: returns the outcome of each query of a request.
-            get: returns the existing records among ids.
+            get: returns the existing records among ids, by id; raises DATA_LOSS if one of them is damaged.
 
         Raises:
             ServiceError: an error of `search`, or an error of `get` other than DATA_LOSS.
@@ -111,7 +115,8 @@ class Probe:
             return
         start = monotonic()
         for sample in samples:
-            # More hits than the search had, since records written after the search do not count, but may be hits.
+            # More hits than the search had: records that were written after the search may be hits of the repetition,
+            # and do not count.
             again = sample.request._replace(top_k=[2 * sample.request.top_k[0] + 10], exact=True, with_vectors=False)
             (truth,) = search(again)
             try:
@@ -129,13 +134,14 @@ class Probe:
 
 
 def _recall(sample: _Sample, truth: SearchOutcome, present: dict[str, StoredRecord]) -> float | None:
-    """Return the recall of a sample: the share of its n unchanged hits that score as high as the n-th exact hit.
+    """Return the recall of a sample: the share of its n unchanged hits with at least the score of the n-th exact hit.
 
-    Hits that were written or deleted after the search do not count, in the sample and in the exact repetition.
+    Hits whose records were written after the write `sample.sequence`, or deleted, do not count, neither in the sample
+    nor in the exact repetition. Scores that differ only by rounding count as equal.
 
     Args:
         sample: the search, with its hits.
-        truth: hits of the exact repetition.
+        truth: the outcome of the exact repetition.
         present: the records of the sample's hits that still exist, by id.
 
     Returns:

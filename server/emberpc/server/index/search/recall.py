@@ -1,8 +1,8 @@
 """Measurement of the recall of graph searches at several values of ef.
 
-The queries are a sample of the distinct vectors, each moved by noise of several lengths. They are searched for in the
-graph, and compared with every vector. For each k and ef the least recall over all lengths of noise is saved in the
-collection's folder. The recall is measured again when the graph has grown by half, or is new.
+The queries are a sample of the distinct vectors in the graph, moved by noise of several lengths. They are searched for
+in the graph, and compared with every stored vector. The result has for each k and ef the least recall over the
+lengths of noise (see `Point`). `ef.EfChooser` decides when a graph is measured, and saves the result.
 """
 
 from __future__ import annotations
@@ -25,37 +25,43 @@ from emberpc.server.index.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-#: Fewest vectors in a graph that is measured. Comparing fewer vectors than this is as fast as a graph search.
+#: Fewest vectors in a graph that is measured. Comparing fewer vectors is about as fast as a graph search.
 MIN_SIZE = 1000
-#: A graph is measured again when its number of vectors is this many times the number at the last measurement.
+#: A graph is measured again when its number of vectors is at least this many times that at the last measurement.
 _GROWTH = 1.5
 #: Pairs of the length of the noise, as a multiple of the vector's length, and the number of queries with this noise.
-#: Queries with the first noise have a cosine of 0.7 to the record, like questions to the texts that answer them. Those
-#: with the other two are like nearly equal texts, which are easier to find, except among vectors in a narrow cone.
+#: Queries with the first noise have a cosine of about 0.7 to the record, like questions to the texts that answer them.
+#: Queries with the other two are like texts nearly equal to a record's: the nearest records of such queries are easier
+#: to find, except among vectors in a narrow cone.
 _NOISES = ((1.0, 128), (0.2, 48), (0.04, 48))
-#: Values of k and of ef that are measured.
+#: The values of k, and the values of ef, that are measured.
 _SIZES = (10, 100)
 _EFS = (25, 50, 100, 150, 200, 300, 400, 600, 800, 1200, 1600, 2400)
-#: Recall from which greater values of ef are not tried. A search with about this `min_recall`, or more, may be exact.
+#: If queries have this recall, greater values of ef are not tried for them. So no ef may be known for a `min_recall`
+#: near this recall or above it: the search then compares every vector.
 _ENOUGH = 0.9995
-#: Queries that a measurement searches for in one call, a few milliseconds. Searches of callers may wait meanwhile.
+#: Queries that a measurement searches for in one call, which takes a few milliseconds. The number is small, since
+#: searches of callers may wait meanwhile.
 _TURN = 4
 #: Part of the tolerated loss of recall that is kept as a reserve, since a sample has errors: for a recall of 0.98 an ef
-#: is chosen with a measured recall of 0.985.
+#: is chosen with a measured recall of at least 0.985.
 _RESERVE = 0.25
 #: Stored vectors that are read and compared at a time.
 _SCAN_BATCH = 2000
 _NAME = "recall.json"
-#: Formats of `recall.json` that are read: the one that is written, and the older one, which has no checksum.
+#: Formats of `recall.json` that are read: the format that is written, and the older format, which has no checksum.
 _FORMAT = 2
 _UNCHECKED_FORMAT = 1
-#: Greatest k and ef that a valid `recall.json` may contain.
+#: Greatest k and ef that a valid `recall.json` may contain: the limits of a search.
 _MOST_K, _MOST_EF = 10_000, 1_000_000
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: the share of the true `k` nearest vectors that a graph search with `ef` candidates found."""
+    """One measurement: `recall` is the share of the true `k` nearest vectors that graph searches with `ef` found.
+
+    It is the least share among the lengths of noise for which no smaller `ef` reached `_ENOUGH`.
+    """
 
     k: int
     ef: int
@@ -64,25 +70,29 @@ class Point:
 
 @dataclass(frozen=True)
 class RecallMap:
-    """Measurements of a graph that held `size` vectors; no points: it had too few, or only strays and short vectors."""
+    """Measurements of a graph that held `size` vectors, strays and members of groups included.
+
+    There are no points if the graph had fewer than 20 vectors, or `_queries` found no vector for a query.
+    """
 
     size: int
     points: tuple[Point, ...]
 
     def outgrown(self, size: int) -> bool:
-        """Return whether a graph that now has `size` vectors must be measured again: it has grown by half or more."""
+        """Return whether the graph, which now has `size` vectors, has grown by half or more since the measurement."""
         return size >= _GROWTH * self.size
 
     def ef(self, k: int, recall: float) -> int | None:
-        """Return the least ef that finds the share `recall` of the true `k` nearest vectors, with a reserve.
+        """Return the least measured ef that finds the share `recall` of the true `k` nearest vectors, with a reserve.
 
-        None if no measured ef does, or nothing was measured.
+        The measured recall must be at least `recall` plus `_RESERVE` times 1 - `recall`. The ef is at least `k`; for a
+        `k` above the measured values it is computed. None if no measured ef suffices, or there are no points.
         """
         measured = sorted({point.k for point in self.points})
         if not measured:
             return None
-        # The next greater measured k is used: fewer hits are not harder to find. Beyond the greatest measured k, ef
-        # grows in proportion to k.
+        # The measurements for the next greater k are used: fewer hits are not harder to find. Beyond the greatest
+        # measured k, ef grows in proportion to k.
         nearest_size = next((size for size in measured if size >= k), measured[-1])
         wanted = recall + _RESERVE * (1 - recall)
         fitting = [point.ef for point in self.points if point.k == nearest_size and point.recall >= wanted]
@@ -90,9 +100,9 @@ class RecallMap:
 
 
 def measure(store: Store, neighbours: Neighbours, distance: Distance, stop: Callable[[], bool]) -> RecallMap | None:
-    """Measure the recall of a collection's graph while searches and writes continue.
+    """Measure the recall of a collection's graph; searches and writes may run meanwhile.
 
-    A measurement takes about two seconds at 100,000 vectors, most of them for reading the vectors.
+    Most of the time is for reading all vectors from the store: in all, some seconds for 100,000 vectors.
 
     Args:
         store: the records of the collection.
@@ -101,7 +111,10 @@ def measure(store: Store, neighbours: Neighbours, distance: Distance, stop: Call
         stop: whether to stop; called before each batch of vectors or queries.
 
     Returns:
-        The measurements, without points if no vector can be a query; None if stopped, or if the graph fails.
+        The measurements, maybe without points (see `RecallMap`); None if stopped, or if the graph fails.
+
+    Raises:
+        ServiceError: the errors of reading the store.
     """
     size = neighbours.graph_size
     queries = _queries(store, neighbours, distance)
@@ -121,7 +134,7 @@ def measure(store: Store, neighbours: Neighbours, distance: Distance, stop: Call
             if len(recalls) < len(found):
                 return None
             points.append(Point(k, ef, min(recalls)))
-            # Queries that find enough are not tried with a greater ef, which finds at least as much.
+            # Queries that find enough are not tried with a greater ef: it would hardly find less.
             kinds = [kind for kind, each in zip(kinds, recalls, strict=True) if each < _ENOUGH]
             if not kinds:
                 break
@@ -147,7 +160,7 @@ def save(measured: RecallMap, folder: Path) -> None:
 def load(folder: Path) -> RecallMap | None:
     """Return the measurements saved in a collection's folder; None if there are none, or their format is unknown.
 
-    None too if they are damaged or cannot be read, which is logged.
+    If they are damaged or cannot be read, this is logged, and None is returned.
     """
     try:
         document = json.loads((folder / _NAME).read_text(encoding="utf-8"))
@@ -165,7 +178,7 @@ def load(folder: Path) -> RecallMap | None:
 
 
 def _check(size: object, points: tuple[Point, ...]) -> None:
-    """Raise ValueError unless a measurement could give this number of vectors and these points."""
+    """Raise ValueError if the number of vectors, or a value of a point, is out of range or of a wrong type."""
     if type(size) is not int or size < 0:
         raise ValueError(f"its size is {size}, not a number of vectors")
     for k, ef, recall in map(astuple, points):
@@ -176,9 +189,9 @@ def _check(size: object, points: tuple[Point, ...]) -> None:
 
 
 def _check_sum(document: dict[str, Any]) -> None:
-    """Remove the checksum from the values of `recall.json`; raise ValueError if the checksum is wrong.
+    """Remove the checksum from the values of `recall.json`; raise ValueError if the checksum is wrong or missing.
 
-    A document of format 1 has no checksum.
+    Format 1 has no checksum, so the values of a document of format 1 are not checked.
     """
     if document.pop("checksum", None) != _checksum(document) and document["format"] != _UNCHECKED_FORMAT:
         raise ValueError("its values are not those that were written")
@@ -192,8 +205,9 @@ def _checksum(values: dict[str, Any]) -> int:
 def _queries(store: Store, neighbours: Neighbours, distance: Distance) -> list[Matrix]:
     """Return prepared queries for each pair of `_NOISES`: a sample of the stored vectors, moved by noise of its length.
 
-    The sample has at most one of several equal or nearly equal vectors: with a small ef a graph may find many copies of
-    one text, but other records only with a large ef.
+    The sample is taken from `Neighbours.representatives`, which has few nearly equal vectors: with a small ef a graph
+    may find many copies of one text, but other records only with a large ef. If there are too few vectors, a pair has
+    fewer queries than `_NOISES` says; none, if no vector can be used.
     """
     labels = np.array(sorted(neighbours.representatives()), dtype=np.int64)
     rng = np.random.default_rng(0)
@@ -206,9 +220,9 @@ def _queries(store: Store, neighbours: Neighbours, distance: Distance) -> list[M
 
 
 def _best_scores(store: Store, queries: Matrix, distance: Distance, stop: Callable[[], bool]) -> Matrix | None:
-    """Return each query's scores of its truly nearest vectors, greatest first, float32 (queries, at most 100).
+    """Compare each query with every stored vector; return the scores of the nearest vectors, greatest first.
 
-    None if stopped.
+    The result is float32 (queries, n): n is 100, or the number of vectors if that is less. None if stopped.
     """
     best = np.empty((len(queries), 0), dtype=np.float32)
     with store.snapshot():
@@ -223,14 +237,16 @@ def _best_scores(store: Store, queries: Matrix, distance: Distance, stop: Callab
 def _recall(
     neighbours: Neighbours, queries: Matrix, truth: Matrix, k: int, ef: int, stop: Callable[[], bool]
 ) -> float | None:
-    """Search the graph for k hits of each query; return the share that is as near as the truly k-th nearest vector.
+    """Search the graph for k hits of each query; return the share of hits as near as the truly k-th nearest vector.
 
-    None if stopped or the graph fails. `truth` has the scores of the truly nearest vectors, greatest first.
+    A missing hit counts as one that is not near enough. None if stopped or the graph fails. `truth` is the result of
+    `_best_scores` for the queries; it must have at least one column. If it has fewer than k columns, their number
+    replaces k.
     """
     k = min(k, truth.shape[1])
-    # A hit counts if its score is that of the k-th nearest or greater, apart from rounding: 1e-5 of the greatest score
-    # of the same query. The scores of other queries may be greater by many powers of ten; with a tolerance from those,
-    # every hit would count.
+    # A hit counts if its score is that of the k-th nearest or greater, apart from rounding: 1e-5 of the greatest
+    # absolute score of the same query. The scores of other queries may be greater by many powers of ten: with a
+    # tolerance computed from them, every hit might count.
     bounds = (truth[:, k - 1] - 1e-5 * np.abs(truth).max(axis=1)).tolist()
     right = 0
     for rows in _turns(len(queries)):

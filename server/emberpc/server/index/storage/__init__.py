@@ -1,1 +1,1 @@
-"""Storage of a collection: SQLite tables, files and the data directory."""
+"""Storage of collections: the data directory, its files, and the SQLite tables."""

@@ -1,9 +1,12 @@
 """Sequence of a collection's last acknowledged write, kept in the file `acknowledged` beside the database.
 
 A crash or damage to the write-ahead log can remove the last writes of a database. SQLite cannot distinguish an
-acknowledged write from a write that was cut off before it was acknowledged. The file is written after each commit
-without waiting for the disk. If the server is killed, the file is exact. After a power cut, the file may name an
-earlier write, but never a later write.
+acknowledged write from a write that was cut off before it was acknowledged. So the store compares the file with the
+database when it opens the database, and logs how many acknowledged writes are lost.
+
+The file is written after the commit of a write, before the write is acknowledged, without waiting for the disk. So the
+file never names a write that was not committed. If the server is killed, the file names the last acknowledged write or
+a later one. After a power cut, or if the file could not be written, the file may name an earlier write.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ _NAME = "acknowledged"
 
 
 def write(folder: Path, identity: str, sequence: int) -> None:
-    """Write the sequence of a write that is about to be acknowledged to the file `acknowledged`.
+    """Put the sequence of a committed write into the file `acknowledged`, before the write is acknowledged.
 
-    A file that cannot be written raises no error: only the check for lost writes is missing then.
+    If the file cannot be written, there is no error: then only a loss of this write may go unnoticed.
 
     Args:
         folder: the folder of the collection.
@@ -28,7 +31,7 @@ def write(folder: Path, identity: str, sequence: int) -> None:
     try:
         file = os.open(folder / _NAME, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
-            # The line always has the same length, so one write replaces the whole file.
+            # All lines have the same length, so one call replaces the whole content of the file.
             os.pwrite(file, _line(identity, sequence), 0)
         finally:
             os.close(file)
@@ -37,9 +40,9 @@ def write(folder: Path, identity: str, sequence: int) -> None:
 
 
 def read(folder: Path, identity: str) -> int:
-    """Return the sequence of the last acknowledged write of a database.
+    """Return the sequence of the last acknowledged write of a database, as the file `acknowledged` has it.
 
-    0 if the file `acknowledged` is missing, unreadable, damaged, or written for a database of another identity.
+    0 if the file is missing, unreadable, damaged, or written for a database of another identity.
 
     Args:
         folder: the folder of the collection.

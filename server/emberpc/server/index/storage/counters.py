@@ -1,7 +1,8 @@
 """Counters of a collection's database: the sequence of the last write, and the greatest label ever assigned.
 
-The function `problem` checks them when a collection is opened, verified, backed up or restored, and before records are
-inserted or replaced. A deletion checks only the sequence.
+A label is here the number of a record's row, not its class. The function `problem` checks the counters when a
+collection is opened, verified, backed up or restored, and before records are inserted or replaced. A deletion checks
+only the sequence.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from emberpc.server.errors import Code, ServiceError
 
 #: Greatest valid value of a counter. SQLite's integers end at 2**63 - 1, so enough numbers remain for later writes.
 MOST = 2**62
-#: Selects the labels that a record may have, 1 to `MOST`, in ascending order. Records with other labels are damaged.
+#: Selects the labels of the records, in ascending order, but only labels from 1 to `MOST`: a record with another label
+#: is damaged.
 SELECT_LABELS = f"SELECT label FROM records WHERE label BETWEEN 1 AND {MOST} ORDER BY label"  # noqa: S608 - ours
-# Reads both counters, each with the number of rows that hold it. A counter that is not an integer becomes NULL, as if
-# it were missing.
+# Reads both counters, each after the number of rows of its table, which is 1 if the table is undamaged (0 for labels
+# before the first insert). A counter that is not an integer becomes NULL, as if it were missing.
 _READ = """SELECT
     (SELECT count(*) FROM state),
     (SELECT CASE WHEN typeof(sequence) = 'integer' THEN sequence END FROM state),
@@ -25,14 +27,15 @@ _READ = """SELECT
 
 
 def problem(connection: sqlite3.Connection, newest_label: int = 0, newest_revision: int = 0) -> str:
-    """Return a description of what is wrong with the counters of a database; empty if they are valid.
+    """Return a description of the first problem found in the counters of a database; empty if they are valid.
 
-    Without a stored counter of labels, as before the first insert, that counter is 0.
+    A counter must be an integer from 0 to `MOST`, and not less than the argument that belongs to it. If there is no
+    counter of labels, as before the first insert, it counts as 0.
 
     Args:
         connection: a connection to the database.
         newest_label: the greatest label of the undamaged records; 0 if it is not known.
-        newest_revision: the greatest revision of the undamaged records; 0 if it is not known.
+        newest_revision: the greatest revision of the undamaged records, for the sequence; 0 if it is not known.
 
     Raises:
         sqlite3.Error: the database fails.
@@ -52,20 +55,21 @@ def problem(connection: sqlite3.Connection, newest_label: int = 0, newest_revisi
 
 
 def next_label(connection: sqlite3.Connection, subject: str) -> int:
-    """Return a new label: one more than the greatest label ever assigned, by the counter and by the present records.
+    """Return a new label: one more than the counter of labels or the greatest present label, whichever is greater.
 
-    Records with labels of 2**61 and more are ignored.
+    Present labels of 2**61 and more are ignored. The counter is not changed: SQLite updates it when the row is
+    inserted.
 
     Args:
         connection: a connection to the database.
         subject: name of the database in messages.
 
     Raises:
-        ServiceError: INTERNAL if the counter of labels is damaged.
+        ServiceError: INTERNAL if the counter of labels is not an integer. Its range is not checked.
         sqlite3.Error: the database fails.
     """
     row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'records'").fetchone()
-    # Labels from 2**61 on can only come from damage. They are ignored: the labels after them would soon reach `MOST`.
+    # Labels from 2**61 on can only come from damage. They are ignored, since a label after them may exceed `MOST`.
     (present,) = connection.execute(f"SELECT max(label) FROM records WHERE label < {MOST // 2}").fetchone()  # noqa: S608 - ours
     return max(integer_of(row, subject) if row else 0, present or 0) + 1
 
@@ -97,10 +101,10 @@ def damaged(subject: str, found: str = "") -> ServiceError:
 
 
 def integer_of(row: tuple[Any, ...] | None, subject: str) -> int:
-    """Return the only value of `row`, the row of a counter.
+    """Return the only value of `row`, the row of a counter; the range of the value is not checked.
 
     Raises:
-        ServiceError: INTERNAL, which names the database `subject`, if there is no row or the value is no integer.
+        ServiceError: INTERNAL, which names the database `subject`, if `row` is None or the value is no integer.
     """
     if row is None or type(row[0]) is not int:
         raise damaged(subject)

@@ -1,6 +1,7 @@
-"""Reading of rows in spite of damage on disk: a damaged record is logged once, and left out of searches and pages.
+"""Reading of rows in spite of damage on disk: a damaged record is logged, and left out of searches and pages.
 
-SQLite fails a whole statement if one value is damaged. A damaged record must not make other records unavailable.
+A single damaged value can make SQLite fail a whole statement: a text that is not UTF-8, or metadata that is not JSON. A
+damaged record must not make other records unavailable.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ log = logging.getLogger(__name__)
 
 _NOT_JSON = "malformed JSON"
 _NOT_UTF8 = "Could not decode to UTF-8"
-#: Prefix of a SELECT statement that hides records whose metadata is not JSON. The CASE is needed because SQLite may
-#: evaluate the conditions of that statement before `json_valid` in the prefix.
+#: Prefix that hides the records whose metadata is not JSON from the SELECT statement after the prefix. The CASE is
+#: needed because SQLite may evaluate the conditions of that statement before the condition `json_valid` of the prefix.
 _VALID_JSON_ONLY = """WITH records AS (
     SELECT label, id, text, CASE WHEN json_valid(metadata) THEN metadata END AS metadata, class_label, vector, revision,
         created, updated, expires, checksum, text_checksum, row_checksum
@@ -32,6 +33,8 @@ _VALID_JSON_ONLY = """WITH records AS (
 
 class DamageFilter:
     """Reads a collection's rows and skips damaged ones. Safe to use from several threads.
+
+    A damaged record is marked and logged. The mark lasts as long as this object, so the record is not logged again.
 
     Args:
         spec: the spec of the collection.
@@ -46,8 +49,8 @@ class DamageFilter:
     ) -> list[tuple[Any, ...]]:
         """Return the rows of a SELECT statement, in the statement's order.
 
-        A text that is not UTF-8 is returned as bytes. If the statement's conditions read metadata and the metadata of
-        some records is not JSON, those records are marked as damaged, logged and skipped.
+        A text that is not UTF-8 is returned as bytes. If the statement fails because it reads metadata that is not
+        JSON, all records with metadata that is not JSON are marked as damaged, logged and skipped.
 
         Args:
             connection: a connection to the database.
@@ -72,7 +75,7 @@ class DamageFilter:
 
         Args:
             rows: rows of the columns `rows.columns_of(with_vectors)`.
-            with_vectors: whether the records contain their vectors.
+            with_vectors: whether the records contain their vectors. If not, damage of vectors is not noticed.
         """
         for row in rows:
             try:
@@ -81,15 +84,15 @@ class DamageFilter:
                 self._note(row[0], f"record {error.metadata['record']!r}")
 
     def vectors(self, rows: Sequence[Sequence[Any]], *, checked: bool = True) -> tuple[Labels, Matrix]:
-        """Return labels and vectors of rows of `rows.VECTOR_COLUMNS`: int64 (n,) and float32 (n, dimensions).
+        """Return labels and vectors, not prepared, in the order of the rows: int64 (n,) and float32 (n, dimensions).
 
         Damaged vectors are left out, marked as damaged and logged once. Vectors of records that were marked as damaged
         before are left out too.
 
         Args:
-            rows: the rows.
-            checked: whether to compute checksums. If not, the rows may have only `rows.UNCHECKED_COLUMNS`, and a vector
-                of the right size that can be compared (`are_fit`) counts as undamaged.
+            rows: rows of the columns `rows.VECTOR_COLUMNS`; if not `checked`, `rows.UNCHECKED_COLUMNS` suffice.
+            checked: whether to verify checksums. A vector must also have the right size, and be one that can be
+                compared (`are_fit`); without `checked`, such a vector counts as undamaged.
         """
         size = 4 * self._spec.dimensions
         if checked:
@@ -108,7 +111,10 @@ class DamageFilter:
         return (labels, matrix) if sound.all() else (labels[sound], matrix[sound])
 
     def note_record(self, label: int, record_id: object) -> None:
-        """Mark the record with a label as damaged: log its id once, and leave it out of later results of `vectors`."""
+        """Mark the record with a label as damaged: log its id, unless the record was marked before.
+
+        Later results of `vectors` and `undamaged` leave the record out.
+        """
         self._note(label, f"record {record_id!r}")
 
     def undamaged(self, labels: Labels) -> Labels:
@@ -131,7 +137,7 @@ class DamageFilter:
 
 
 def is_of_metadata(error: sqlite3.OperationalError) -> bool:
-    """Return whether a statement failed because the metadata of a record is not JSON."""
+    """Return whether an error of a statement means that the metadata of a record is not JSON."""
     return str(error) == _NOT_JSON
 
 

@@ -57,12 +57,12 @@ COMMIT;
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of the catalogue.
+    """An entry of the catalogue: a collection, or the new collection of a reembedding, which replaces another later.
 
     Attributes:
         spec: the spec of the collection.
         folder: the folder with the collection's data.
-        since: when the collection was created, or when its reembedding began.
+        since: when the collection was created, or when the reembedding began.
     """
 
     spec: CollectionSpec
@@ -74,18 +74,18 @@ class DataDirectory:
     """The catalogue of collections, for the one server that may use it. Not safe to use from several threads.
 
     The catalogue decides which collections exist. A folder that the catalogue does not name belongs to a collection
-    that was never finished or was deleted. Such folders are removed when the directory is opened, unless a folder that
-    the catalogue names is missing.
+    that was never finished, was deleted or was replaced. Such folders are removed when the directory is opened, unless
+    a folder that the catalogue names is missing.
 
-    Every method may raise `ServiceError`: RESOURCE_EXHAUSTED if the disk is full or no file descriptor is free,
-    INTERNAL if the catalogue fails.
+    Every method except `close` may raise `ServiceError`: RESOURCE_EXHAUSTED if the disk is full or no file descriptor
+    is free, INTERNAL if the catalogue fails.
 
     Args:
         path: the directory; created if it is missing, and locked until `close`.
 
     Raises:
-        ServiceError: FAILED_PRECONDITION if the directory cannot be used, another server uses it, or its format is
-            newer.
+        ServiceError: FAILED_PRECONDITION if the directory cannot be locked (see `_lock`), or the catalogue is damaged,
+            cannot be opened, is of a newer format, or is missing although there are folders of collections.
     """
 
     def __init__(self, path: Path) -> None:
@@ -94,7 +94,7 @@ class DataDirectory:
         self.collections = path / _COLLECTIONS
         with ExitStack() as stack:
             stack.enter_context(_lock(path))
-            #: Disk space for deletions on a full disk.
+            #: Reserved disk space, by which records and collections can be deleted when the disk is full.
             self.reserve = Reserve(path / _RESERVE)
             self._database = self.reserve.run(partial(_open_catalogue, path))
             stack.callback(self._database.close)
@@ -131,7 +131,10 @@ class DataDirectory:
         return None if row is None else self._path_of(name, row[0])
 
     def check_count(self, most: int) -> None:
-        """Raise RESOURCE_EXHAUSTED if there are `most` collections or more; INTERNAL if the catalogue fails."""
+        """Raise RESOURCE_EXHAUSTED if there are `most` collections or more, reembeddings not counted.
+
+        INTERNAL if the catalogue fails.
+        """
         with translated(_SUBJECT):
             count = self._database.execute("SELECT count(*) FROM collections").fetchone()[0]
         if count >= most:
@@ -144,9 +147,9 @@ class DataDirectory:
             )
 
     def specs(self, after: str, count: int) -> list[CollectionSpec]:
-        """Return the specs of at most `count` collections whose names are greater than `after`, sorted by name.
+        """Return the specs of the first `count` collections whose names are greater than `after`, sorted by name.
 
-        If the entry of a collection is damaged, the returned spec has only the name, and 0 dimensions.
+        If the spec of a collection is damaged, the returned spec has only the name, and 0 dimensions.
 
         Raises:
             ServiceError: INTERNAL if the catalogue fails.
@@ -165,7 +168,9 @@ class DataDirectory:
         return specs
 
     def add(self, entry: Entry) -> None:
-        """Insert the entry of a new collection, whose name must be free; its folder and the entry are then on disk.
+        """Insert the entry of a new collection, whose name must be free and whose folder must exist.
+
+        When this returns, the entry is on disk, and so is the folder with its list of files.
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the catalogue fails.
@@ -174,9 +179,9 @@ class DataDirectory:
         self._insert("collections", entry)
 
     def update(self, spec: CollectionSpec) -> None:
-        """Replace the spec of the collection with the name `spec.name`, in one transaction.
+        """Replace the spec of the collection with the name `spec.name`; do nothing if there is none.
 
-        If the collection is being reembedded, also replace the truncation in the spec of the reembedding.
+        In the same transaction, replace the truncation in the spec of the collection's reembedding, if there is one.
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the catalogue fails.
@@ -191,15 +196,17 @@ class DataDirectory:
     def delete(self, name: str) -> None:
         """Delete the entry of a collection, if there is one; may use the reserve of disk space on a full disk.
 
+        The folder stays, and so does the entry of a reembedding.
+
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if the disk is full despite the reserve, INTERNAL if the catalogue fails.
         """
         self._delete("DELETE FROM collections WHERE name = ?", name)
 
     def reembeddings(self) -> list[Entry]:
-        """Return the entries of unfinished reembeddings: of the new collections that replace collections later.
+        """Return the entries of unfinished reembeddings: each is that of the new collection, not of the replaced one.
 
-        A damaged entry is logged and left out, and its folder stays.
+        A damaged entry is logged and left out; the entry and its folder stay.
 
         Raises:
             ServiceError: INTERNAL if the catalogue fails.
@@ -219,6 +226,8 @@ class DataDirectory:
     def add_reembedding(self, entry: Entry) -> None:
         """Insert the entry of a reembedding: of the new collection that will replace the collection of the same name.
 
+        There must be no such entry. The folder must exist; folder and entry are on disk when this returns.
+
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the catalogue fails.
             OSError: the folder cannot be synchronised to disk.
@@ -226,7 +235,7 @@ class DataDirectory:
         self._insert("reembeddings", entry)
 
     def delete_reembedding(self, name: str) -> None:
-        """Delete the entry of a collection's reembedding, if there is one; may use the reserve of disk space.
+        """Delete the entry of a collection's reembedding, if there is one, not its folder; may use the reserve.
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if the disk is full despite the reserve, INTERNAL if the catalogue fails.
@@ -236,7 +245,7 @@ class DataDirectory:
     def switch(self, name: str) -> None:
         """Give a collection the folder and spec of its reembedding, and delete the reembedding's entry, atomically.
 
-        The reembedding must exist. The collection's old folder is not deleted.
+        Both entries must exist. The creation time stays. The collection's old folder is not deleted.
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the catalogue fails.
@@ -314,7 +323,7 @@ def _spec(name: str, text: bytes) -> CollectionSpec:
     """Decode the spec in the catalogue entry of the collection `name`.
 
     Raises:
-        ServiceError: INTERNAL if the spec is not JSON, has invalid values, or has another name.
+        ServiceError: INTERNAL if the spec is not the JSON of a spec, has invalid values, or has another name.
     """
     try:
         spec = CollectionSpec.from_json(text.decode())
@@ -352,7 +361,8 @@ def _lock(data_dir: Path) -> IO[bytes]:
 
     Raises:
         ServiceError: FAILED_PRECONDITION if the path is no directory or cannot be written to, no file descriptor is
-            free, or another server has locked the directory.
+            free, another server has locked the directory, or the file system has no locks.
+        OSError: the path cannot be examined, since a folder above it may not be read.
     """
     if data_dir.exists() and not data_dir.is_dir():
         raise _unusable(data_dir, "is not a directory; choose another --data-dir")

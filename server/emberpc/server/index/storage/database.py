@@ -1,4 +1,4 @@
-"""SQLite connections of the index: a commit waits for the disk, and `translated` makes errors `ServiceError`."""
+"""SQLite connections of the index: commits wait for the disk, and `translated` turns errors into `ServiceError`."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ log = logging.getLogger(__name__)
 #: exceptions have SQLite's error code only from Python 3.11 on.
 _DISK_FULL = "database or disk is full"
 _INTERRUPTED = "interrupted"
-#: SQLite's messages if it cannot create or extend a database's write-ahead log or the log's index: the disk is full, no
-#: file descriptor is free, or the disk is broken.
+#: SQLite's messages, among other causes, if it cannot create or extend a database's write-ahead log or the log's index:
+#: the disk is full, no file descriptor is free, or the disk is broken.
 _FILE_FAILURES = ("disk I/O error", "unable to open database file")
-#: Folder of the database that was opened last, for checking whether its disk is full. All databases of a server are on
-#: one disk.
+#: Folder of the database that was opened last, for checking whether the disk is full. All databases of a server are in
+#: its data directory, so on one disk.
 _last_folder = Path()
 #: File descriptors that SQLite needs to open a database: for the database, its write-ahead log, the log's index, and
 #: the folder.
 DESCRIPTORS = 4
-#: Instructions of SQLite's virtual machine between two checks for cancellation: some milliseconds.
+#: Instructions of SQLite's virtual machine between two checks for cancellation: usually some milliseconds.
 STEPS_BETWEEN_LOOKS = 20_000
-#: Seconds to wait for another connection's lock. Only one connection to a database writes, so others wait only while a
-#: connection is opened, or while the write-ahead log is merged into the database.
+#: Seconds that a statement waits for another connection's lock, before it fails. Only one connection to a database
+#: writes, so statements wait only while a connection is opened, or the write-ahead log is merged into the database.
 _TIMEOUT = 30
 
 
 def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
-    """Open a database in WAL mode, without automatic transactions; different threads may use the connection in turn.
+    """Open a database in WAL mode, without automatic transactions. Threads may use the connection one after the other.
 
-    A statement ends early if the call that its thread serves is cancelled. A COMMIT has too few instructions to be
-    ended early.
+    A statement fails (`_INTERRUPTED`) if the call that its thread runs is cancelled. A COMMIT has too few instructions
+    to be interrupted.
 
     Args:
         path: the database file.
@@ -73,6 +73,8 @@ def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     """Run the block in a transaction. At the end all writes are committed and on disk; an error rolls all of them back.
 
+    Blocks must not be nested.
+
     Raises:
         sqlite3.Error: the transaction cannot begin or commit.
     """
@@ -81,7 +83,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         yield
         connection.execute("COMMIT")
     except BaseException:
-        # After some errors SQLite has rolled back by itself.
+        # After some errors SQLite has rolled back by itself; a ROLLBACK would then fail.
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
@@ -95,9 +97,12 @@ def _disk_is_full() -> bool:
 
 
 def empty_log(connection: sqlite3.Connection) -> None:
-    """Merge the write-ahead log into the database and empty the log.
+    """Merge the write-ahead log into the database and empty the log; not to be called in a transaction.
 
-    Does not wait: if another connection uses the log, or the merge fails, the log stays.
+    Does not wait for other connections. If one of them uses the log, or the merge fails, the log is not emptied.
+
+    Raises:
+        sqlite3.DatabaseError: the database is damaged.
     """
     connection.execute("PRAGMA busy_timeout = 0")
     try:
@@ -111,14 +116,14 @@ def empty_log(connection: sqlite3.Connection) -> None:
 
 @contextmanager
 def translated(subject: str) -> Iterator[None]:
-    """Translate SQLite's errors in the block to `ServiceError`.
+    """Translate each `sqlite3.DatabaseError` and UnicodeDecodeError in the block to `ServiceError`.
 
     Args:
         subject: name of the database in messages, such as "collection 'c'".
 
     Raises:
         ServiceError: RESOURCE_EXHAUSTED if the disk is full or no file descriptor is free, DEADLINE_EXCEEDED if the
-            call was cancelled, else INTERNAL; the server's log has the details.
+            call of this thread was cancelled, else INTERNAL; the server's log then has the details.
     """
     try:
         yield

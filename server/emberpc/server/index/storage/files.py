@@ -17,15 +17,15 @@ from emberpc.server.errors import Code, ServiceError
 
 log = logging.getLogger(__name__)
 
-#: A disk with fewer free bytes than this (64 KiB) counts as full: SQLite needs as many to open a database.
+#: A disk with fewer free bytes than this (64 KiB) counts as full: SQLite needs about as many to open a database.
 _FULL = 64 * 2**10
 
 
 def disk_is_full(folder: Path) -> bool:
-    """Return whether the disk of a folder is full, to find the cause of a library's error that does not state it.
+    """Return whether the disk of a folder has less than 64 KiB free, a possible cause of an error that states none.
 
     Raises:
-        OSError: the folder does not exist.
+        OSError: the free space cannot be read, as when the folder does not exist.
     """
     return shutil.disk_usage(folder).free < _FULL
 
@@ -35,11 +35,12 @@ def translated_os_errors(consequence: str) -> Iterator[None]:
     """Translate each OSError in the block, which writes to the data directory, to `ServiceError`.
 
     Args:
-        consequence: the effect of an error, for the message, such as "no collection was made".
+        consequence: the effect of an error, such as "no collection was made", for the server's log and for the message
+            of a full disk.
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if the disk is full or no file descriptor is free, else INTERNAL; the server's
-            log has the details.
+        ServiceError: RESOURCE_EXHAUSTED if the disk or a quota is full, a file would be too large, or no file
+            descriptor is free; else INTERNAL. The server's log has the details.
     """
     try:
         yield
@@ -57,7 +58,8 @@ def translated_os_errors(consequence: str) -> Iterator[None]:
 def new_folder(collections: Path) -> Path:
     """Create a folder with a random name, for temporary data or for a new collection, and return its path.
 
-    If the server is killed before the catalogue names the folder, the next start removes the folder.
+    The caller removes a temporary folder. After a crash, the next start removes folders that the catalogue does not
+    name (see `DataDirectory`).
 
     Args:
         collections: the parent of the collections' folders; created if it is missing.

@@ -1,4 +1,4 @@
-"""Compilation of filters to SQL over the JSON column `metadata`."""
+"""Compilation of filters to SQL over the column `metadata`, the JSON text of a record's metadata."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _SURROGATES = range(0xD800, 0xE000)
 
 @dataclass(frozen=True)
 class Clause:
-    """An SQL expression that is true for matching records, and false or null for others.
+    """An SQL expression over the table `records` that is true for matching records, and false or null for others.
 
     Attributes:
         sql: the expression.
-        parameters: values of the expression's placeholders, in order.
-        depth: number of entries on the stack of SQLite's parser that the expression needs, beyond those of a single
-            condition. The stack has 100 entries.
+        parameters: values of the placeholders `?` of the expression, in order.
+        depth: number of entries on the stack of SQLite's parser that the expression needs beyond those of a single
+            comparison. By the depth, `_join` orders clauses so that they need few entries.
     """
 
     sql: str
@@ -45,12 +45,15 @@ class Clause:
     depth: int = 0
 
 
-#: Matches every record.
+#: The clause that every record meets. Callers compare with `is` to skip the condition.
 EVERYTHING = Clause("TRUE")
 
 
 def compile_filter(condition: Filter) -> Clause:
-    """Return a clause over the column `metadata` that is true for the records that meet a validated filter."""
+    """Return a clause that is true for the records that meet a validated filter.
+
+    The clause may be wrong for records whose metadata contains NUL; see `nul_metadata.compiled`.
+    """
     if isinstance(condition, AllOf):
         return _join(" AND ", _conjunction(condition.conditions))
     if isinstance(condition, AnyOf):
@@ -73,8 +76,8 @@ def compile_filter(condition: Filter) -> Clause:
 def _conjunction(conditions: Sequence[Filter]) -> list[Clause]:
     """Return clauses, to be joined by AND, for conditions that must all hold.
 
-    All comparisons (but NOT_EQUAL) and prefixes of one field become one clause. SQLite then uses an index for both ends
-    of a range.
+    All comparisons (except NOT_EQUAL) and prefixes of the same field become one clause, so that SQLite can use an index
+    for both ends of a range. Each other condition becomes a clause.
     """
     ends: dict[str, list[_Test]] = {}
     others = []
@@ -86,12 +89,15 @@ def _conjunction(conditions: Sequence[Filter]) -> list[Clause]:
     return [*(_value_clause(keys(field), tests) for field, tests in ends.items()), *others]
 
 
-#: Prefix of the names of metadata indexes.
+#: Prefix of the names of metadata indexes. By this prefix, backups and the check of the tables leave them out.
 INDEX_PREFIX = "metadata_"
 
 
 def index_statement(field: str) -> str:
-    """Return the SQL statement that creates the index on a metadata field, for which `can_be_indexed` must be true."""
+    """Return the SQL statement that creates the index on a metadata field, if the index is missing.
+
+    `can_be_indexed` must be true for the field.
+    """
     path = sqlite_path(keys(field))
     return (
         f"CREATE INDEX IF NOT EXISTS {_index_name(field)} ON records "
@@ -110,7 +116,13 @@ def _index_name(field: str) -> str:
 
 @dataclass(frozen=True)
 class _Test:
-    """A test of one JSON value, with the placeholders `{type}` (its JSON type) and `{value}` (its SQL value)."""
+    """A test of one JSON value.
+
+    Attributes:
+        template: an SQL condition in which `{type}` stands for the value's JSON type, which is null if there is no
+            value, and `{value}` for the value itself. `render` replaces them by SQL expressions.
+        parameters: values of the placeholders `?` of the template, in order.
+    """
 
     template: str
     parameters: tuple[Any, ...] = ()
@@ -128,10 +140,11 @@ def _test(condition: Comparison | Prefix) -> _Test:
 def _comparison(operator: Operator, value: Value) -> _Test:
     kind = kind_of(value)
     if kind in ("null", "boolean"):
-        # The operator is EQUAL: validation refuses other operators for null and booleans.
+        # The operator is EQUAL: validation refuses the operators of order for null and booleans, and `compile_filter`
+        # negates EQUAL for NOT_EQUAL. SQLite's names of these JSON types are `null`, `true` and `false`.
         return _Test("{type} IS ?", (json.dumps(value),))
     if kind == "number":
-        # The number is passed as digits, which SQLite converts as it converts those of the metadata. Python's
+        # The number is passed as text, so that SQLite converts the digits of both the number and the metadata: Python's
         # conversion may differ in the last bit. The plus removes the type affinity of the cast, which would prevent
         # SQLite from using an index.
         return _Test(f"{{type}} {_TYPES[kind]} AND {{value}} {operator.value} +CAST(? AS REAL)", (repr(value),))
@@ -139,14 +152,15 @@ def _comparison(operator: Operator, value: Value) -> _Test:
 
 
 def _memberships(values: Sequence[Value]) -> list[_Test]:
-    """Return a test for the strings among `values`, one for the numbers, and one each for null, true and false.
+    """Return tests of which a JSON value meets one if, and only if, the value is among `values`.
 
-    There is no test for a kind that is not among `values`. A value that meets one of the tests is among `values`.
+    They are a test for all strings among `values`, one for all numbers, and one each for null, true and false. A kind
+    that is not among `values` has no test.
     """
     tests = []
     for kind, types in _TYPES.items():
         if some := [value for value in values if kind_of(value) == kind]:
-            # One parameter for all values: SQLite limits the number of parameters.
+            # All values are one parameter, a JSON list, since SQLite limits the number of parameters.
             template = f"{{type}} {types} AND {{value}} IN (SELECT wanted.atom FROM json_each(?) AS wanted)"  # noqa: S608 - ours, values are parameters
             tests.append(_Test(template, (json.dumps(some, ensure_ascii=False),)))
     tests += [_comparison(Operator.EQUAL, each) for each in (None, True, False) if any(each is one for one in values)]
@@ -154,16 +168,17 @@ def _memberships(values: Sequence[Value]) -> list[_Test]:
 
 
 def _any_of(tests: Sequence[_Test]) -> _Test:
-    """Return a test that is met if at least one of several tests is met."""
+    """Return a test that a value meets if it meets at least one of `tests`, which must not be empty."""
     template = " OR ".join(f"({test.template})" for test in tests)
     return _Test(f"({template})", tuple(value for test in tests for value in test.parameters))
 
 
 def _prefix(prefix: str) -> _Test:
-    """Return a test for the strings that start with `prefix`, as a range, for which SQLite uses an index.
+    """Return a test for the strings that start with `prefix`, as a range, for which SQLite can use an index.
 
     The range starts at the prefix and ends before the first string that is greater than all strings with the prefix.
-    If there is no such string, as for an empty prefix, the range has no end, and the start of each value is compared.
+    No string is greater if the prefix is empty or has only the character U+10FFFF. Then the range has no end, and the
+    test also compares the first characters of a string with the prefix.
     """
     test = "{type} IS 'text' AND {value} >= ?"
     start = prefix.rstrip(chr(_LAST_CHARACTER))
@@ -177,7 +192,8 @@ def _prefix(prefix: str) -> _Test:
 def _value_clause(path: tuple[str, ...], tests: Sequence[_Test], *, lists: bool = True) -> Clause:
     """Return a clause that is true if the value at a path in the metadata meets all tests.
 
-    If `lists` is true, a list meets a test if at least one item meets it. Different items may meet different tests.
+    If `lists` is true, a list meets a test if at least one of its items does. Different items may meet different tests.
+    If `lists` is false, the list itself is tested, not its items. `path` has the nested keys, the outermost first.
     """
     json_path = sqlite_path(path)
     if json_path is None:
@@ -198,13 +214,14 @@ def _value_clause(path: tuple[str, ...], tests: Sequence[_Test], *, lists: bool 
 def _stepwise_clause(path: tuple[str, ...], test: _Test, *, lists: bool) -> Clause:
     """Return a clause that is true if the value at a path in the metadata meets a test, without a JSON path of SQLite.
 
-    SQLite's paths cannot name a key that is empty or contains a double quote, a backslash or a control character. So
-    each key of `path` is compared by itself. If `lists` is true, a list meets the test if at least one item meets it.
+    A JSON path of SQLite cannot name a key that is empty or contains a double quote, a backslash or a control
+    character. So each key of `path` is compared by itself. If `lists` is true, a list also meets the test if at least
+    one of its items does.
     """
     tables = ["json_each(metadata) AS step0"]
     conditions = ["step0.key = ?"]
     for i in range(1, len(path)):
-        # CASE is needed, since json_each fails for a value that is not JSON, such as a string.
+        # Without CASE, json_each would fail for a value that is not an object, such as a string.
         tables.append(
             f"json_each(CASE step{i - 1}.type WHEN 'object' THEN step{i - 1}.value ELSE '{{}}' END) AS step{i}"
         )
@@ -223,9 +240,10 @@ def _stepwise_clause(path: tuple[str, ...], test: _Test, *, lists: bool) -> Clau
 def _join(operator: str, clauses: Sequence[Clause]) -> Clause:
     """Join clauses, at least one, by `operator`, " AND " or " OR ", with the deepest clause first.
 
-    The stack of SQLite's parser has 100 entries. A nested expression takes one entry if it is the first operand, and
-    three otherwise. With the deepest clause first, a level of nesting takes three entries only if two of its clauses
-    are about equally deep. The number of conditions in a filter is limited, so few levels are like that.
+    The stack of SQLite's parser has 100 entries by default. A nested expression takes one entry if it is the first
+    operand, and three otherwise. With the deepest clause first, a level of nesting takes more than one entry only if
+    the depths of its two deepest clauses differ by at most 1. Since the number of conditions in a filter is limited,
+    this is so on few levels.
     """
     ordered = sorted(clauses, key=lambda clause: -clause.depth)
     depth = max(clause.depth + (1 if i == 0 else 3) for i, clause in enumerate(ordered))
@@ -234,5 +252,5 @@ def _join(operator: str, clauses: Sequence[Clause]) -> Clause:
 
 
 def _negated(clause: Clause) -> Clause:
-    # IS NOT TRUE instead of NOT: for a missing field the clause is null, and then the negation must be true.
+    # IS NOT TRUE instead of NOT: for a missing field the clause may be null, and then the negation must be true.
     return Clause(f"({clause.sql} IS NOT TRUE)", clause.parameters, clause.depth + 1)

@@ -1,4 +1,4 @@
-"""Creation of indexes on metadata fields, and deletion of rows even if these indexes fail because of damage."""
+"""Creation of indexes on metadata fields, and deletion of rows whose damaged metadata the indexes cannot read."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ log = logging.getLogger(__name__)
 
 
 def make_indexes(connection: sqlite3.Connection, spec: CollectionSpec) -> None:
-    """Create the missing metadata indexes of a collection, those of `spec.indexed_fields`.
+    """Create the missing indexes on the fields of `spec.indexed_fields`.
 
-    Fields that SQLite cannot index are skipped. If damaged metadata prevents an index, a warning is logged and the
-    index is skipped.
+    Fields that SQLite cannot index (`can_be_indexed`) are skipped. If the metadata of a record is damaged and not JSON,
+    no index can be created; a warning is logged for each.
 
     Raises:
         sqlite3.Error: an index cannot be created for another reason.
@@ -29,18 +29,19 @@ def make_indexes(connection: sqlite3.Connection, spec: CollectionSpec) -> None:
         except sqlite3.OperationalError as error:
             if not is_of_metadata(error):
                 raise
-            # Without the index, searches are slower, but their results are the same.
+            # No error is raised: without the index, filters on the field are slower, but select the same records.
             log.warning("collection %s: no index on %s: see what VerifyCollection finds", spec.name, field)
 
 
 def delete_rows(connection: sqlite3.Connection, spec: CollectionSpec, labels: Iterable[int]) -> None:
-    """Delete the rows with the given labels, damaged or not; missing labels are ignored.
+    """Delete the rows with the given labels (numbers of records), damaged or not; missing labels are ignored.
 
-    If damaged metadata prevents the deletion, the metadata indexes are dropped before it, and created again after it by
-    `make_indexes`, which leaves out an index if damaged metadata of another row prevents it.
+    If the deletion fails because the metadata of a row is not JSON, drop the metadata indexes, delete the rows, and
+    create the indexes again by `make_indexes`. It creates none if another row has such metadata. The caller holds a
+    transaction.
 
     Raises:
-        sqlite3.Error: the deletion failed for another reason.
+        sqlite3.Error: the rows cannot be deleted, or the indexes not dropped or created, for another reason.
     """
     parameters = [(label,) for label in labels]
     try:
@@ -48,7 +49,7 @@ def delete_rows(connection: sqlite3.Connection, spec: CollectionSpec, labels: It
     except sqlite3.OperationalError as error:
         if not is_of_metadata(error):
             raise
-        # To remove a row from a metadata index, SQLite evaluates the row's metadata, which fails if that is damaged.
+        # To remove a row from a metadata index, SQLite reads the row's metadata, and fails if the metadata is not JSON.
         for field in filter(can_be_indexed, spec.indexed_fields):
             connection.execute(drop_index_statement(field))
         connection.executemany("DELETE FROM records WHERE label = ?", parameters)

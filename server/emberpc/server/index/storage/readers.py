@@ -1,4 +1,4 @@
-"""Pool of connections for reading: a thread holds a connection during a call, and at most 4 are kept between calls."""
+"""Pool of connections for reading a database: a thread holds one during a call, and at most 4 idle ones are kept."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from emberpc.server.index.storage.database import connect, translated
 
 #: Most idle connections that are kept for later calls. A call that finds no idle connection opens a new connection.
 _IDLE = 4
-#: File descriptors of a database without calls: two for each connection (database and write-ahead log), one connection
-#: being for writing, and one descriptor for the log's index. There are more if more threads have read at the same time:
-#: SQLite keeps a closed connection's descriptor of the database for the next connection.
+#: Most file descriptors of an open database while no call uses it: two (database and write-ahead log) for each
+#: connection, of which one is for writing and at most `_IDLE` are for reading, and one for the log's index. If more
+#: than `_IDLE` threads have read at the same time, there may be more: SQLite keeps the database's descriptor of a
+#: closed connection for the next connection.
 MOST_DESCRIPTORS = 2 * (1 + _IDLE) + 1
 
 
@@ -25,7 +26,8 @@ class Readers:
     Args:
         path: the database file.
         subject: name of the database in messages.
-        on_shortage: called when no file descriptor is free, before the second attempt to connect; it may close files.
+        on_shortage: called when a connection cannot be opened because no file descriptor is free. It may close files;
+            then the second and last attempt follows.
     """
 
     def __init__(self, path: Path, subject: str, on_shortage: Callable[[], None]) -> None:
@@ -45,8 +47,8 @@ class Readers:
         The thread holds the connection until `release`.
 
         Raises:
-            ServiceError: INTERNAL if the database cannot be opened, RESOURCE_EXHAUSTED if the disk is full or no file
-                descriptor is free, also after `on_shortage`.
+            ServiceError: RESOURCE_EXHAUSTED if the disk is full, or no file descriptor is free even after
+                `on_shortage`; INTERNAL if the database cannot be opened for another reason.
         """
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
@@ -60,9 +62,9 @@ class Readers:
         return connection
 
     def release(self) -> None:
-        """Give the calling thread's connection back to the pool, which closes it if enough connections are idle.
+        """Give the calling thread's connection back to the pool, which closes it if 4 others are idle.
 
-        Does nothing if the thread holds no connection, or the connection is in a transaction.
+        Does nothing if the thread holds no connection. A connection in a transaction stays with the thread.
         """
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None or connection.in_transaction:
@@ -76,7 +78,7 @@ class Readers:
         connection.close()
 
     def close(self) -> None:
-        """Close every connection. No other method may run now or later."""
+        """Close all connections, held or idle. The caller ensures that no other method runs now or later."""
         with self._lock:
             for connection in self._all:
                 connection.close()

@@ -1,7 +1,7 @@
-"""Reserved disk space for deletions, and for opening the databases that they change.
+"""Reserved disk space for deletions, and for opening the databases that deletions change.
 
-A deletion writes to a log before it frees space, and SQLite creates files when it opens a database. Neither works on a
-full disk without the reserve.
+A deletion writes to the write-ahead log before it frees space, and SQLite creates files when it opens a database. On a
+full disk, both work only with the reserve.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from emberpc.server.index.storage.files import disk_is_full
 
 log = logging.getLogger(__name__)
 
-#: Bytes of the reserve (16 MiB): the pages that a deletion of some thousand records writes.
+#: Most bytes of the reserve (16 MiB): enough for the pages that a deletion of some thousand records writes.
 _SIZE = 16 * 2**20
 #: `reason` of the error of a call for which the disk has no room.
 DISK_FULL = "DISK_FULL"
-#: Error reasons by which SQLite may report a full disk; they have other causes too.
+#: Reasons of errors whose cause may be a full disk or something else; `Reserve.run` then reads the free space.
 _FAILURES = frozenset({"DATABASE_FAILED", "DATA_DIRECTORY"})
 #: Divisor: the reserve takes at most 1/8 of the file system's size.
 _SHARE = 8
@@ -34,13 +34,17 @@ Result = TypeVar("Result")
 
 
 class Reserve:
-    """A file of allocated blocks that is removed when a deletion finds the disk full. Safe to use from several threads.
+    """A file that takes up disk space until a deletion finds the disk full. Safe to use from several threads.
 
-    While the file is missing because the disk is full, writes other than deletions are refused: they would use the
-    space that the next deletion needs.
+    The deletion then removes the file to get its space. Until the disk has room for the file again, `check` refuses
+    writes other than deletions: they would use the space that the next deletion needs. If the file cannot be allocated
+    for another reason than a full disk, there is no reserve, and no write is refused.
 
     Args:
-        path: the file; created at once if there is room.
+        path: the file; the constructor allocates it if there is room.
+
+    Raises:
+        OSError: the size of the file system cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,19 +52,19 @@ class Reserve:
         self._lock = threading.Lock()
         self._thread = threading.local()
         self._size = min(_SIZE, shutil.disk_usage(path.parent).total // _SHARE)
-        #: Whether writes other than deletions are refused, since the disk has no room for the file.
+        #: Whether writes other than deletions are refused: a deletion needed the file's space, or the disk has no room.
         self._missing = False
         with self._lock:
             self._allocate()
 
     def check(self, consequence: str) -> None:
-        """Check that writes other than deletions are allowed; first allocate a removed file again if there is room.
+        """Call `refill`, and raise an error if writes other than deletions are refused. Such a write calls this first.
 
         Args:
-            consequence: the effect of a missing reserve, for the message, such as "nothing was written".
+            consequence: the effect of the refusal, for the message, such as "nothing was written".
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if the disk has no room for the file.
+            ServiceError: RESOURCE_EXHAUSTED if the file is missing because the disk has no room for it.
         """
         if self.refill():
             return
@@ -71,7 +75,11 @@ class Reserve:
         )
 
     def refill(self) -> bool:
-        """Allocate a removed file again if there is room; return whether writes other than deletions are allowed."""
+        """Allocate the file again if it is missing because the disk was full, and the disk has room now.
+
+        Returns:
+            Whether writes other than deletions are allowed. They are refused while the disk has no room for the file.
+        """
         if self._missing:
             with self._lock:
                 self._allocate()
@@ -80,10 +88,11 @@ class Reserve:
     def run(self, action: Callable[[], Result]) -> Result:
         """Run a deletion, or a step that must precede a deletion, and return its result.
 
-        If `action` fails because the disk is full, remove the file of the reserve and run `action` once more.
+        If `action` fails because the disk is full, remove the file and run `action` once more. The file stays missing
+        until `refill` or `check` is called while there is room.
 
         Raises:
-            ServiceError: errors of `action`; RESOURCE_EXHAUSTED if the reserve is used up or not large enough.
+            ServiceError: an error of `action`; that of a full disk if the file is missing or too small.
         """
         try:
             return action()
@@ -103,15 +112,19 @@ class Reserve:
             self._thread.deletes = False
 
     def run_for_deletion(self, action: Callable[[], Result]) -> Result:
-        """Run an action and return its result; in a block of `for_deletion` it may use the reserve, as in `run`.
+        """Run an action and return its result: by `run` if this thread is in a block of `for_deletion`, else directly.
 
         Raises:
-            ServiceError: errors of `action`.
+            ServiceError: an error of `action`.
         """
         return self.run(action) if getattr(self._thread, "deletes", False) else action()
 
     def _release(self) -> bool:
-        """Remove the file, and refuse writes other than deletions from now on; return whether the file was removed."""
+        """Remove the file, and refuse writes other than deletions until `_allocate` allows them.
+
+        Returns:
+            Whether this removed the file. If not, as when the file is missing, writes are refused nevertheless.
+        """
         with self._lock:
             self._missing = True
             try:
@@ -124,9 +137,9 @@ class Reserve:
         return True
 
     def _allocate(self) -> None:
-        """Allocate the file, and refuse other writes if the disk has no room for it. The caller holds the lock.
+        """Allocate the file, and allow all writes; if the disk has no room for the file, refuse all but deletions.
 
-        If the file cannot be allocated for another reason, no writes are refused.
+        If the file cannot be allocated for another reason, all writes are allowed. The caller holds the lock.
         """
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -134,7 +147,7 @@ class Reserve:
             self._missing = error.errno in (errno.ENOSPC, errno.EDQUOT)
             return
         try:
-            # Also needed for an existing file, which a crash may have left smaller.
+            # An existing file is allocated too, since a crash may have left it smaller.
             os.posix_fallocate(descriptor, 0, self._size)
             self._missing = False
         except OSError as error:

@@ -1,4 +1,7 @@
-"""Limit on the bytes of the records in one response, checked before records are read, or after if they are few."""
+"""Limit on the bytes of the records in one response, checked before records are read, or after if they are few.
+
+So a response that would be too large does not fill the memory. Pages are ended at the limit instead (`row_bytes`).
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,22 @@ from typing import Any
 from emberpc.server.collections.types import NO_METADATA, WHOLE_RECORD, RecordParts, StoredRecord
 from emberpc.server.errors import response_too_large
 
-#: Number of records whose bytes one statement adds up. A page of records is also read this many at a time. The number
-#: is small, since SQLite reads the texts of these records, and the limit is checked only after each statement.
+#: Most records whose bytes one statement of `spend` adds up. A page of records is also read this many at a time. The
+#: number is small, since SQLite reads the texts of these records, and the limit is checked only after each statement.
 SIZES_AT_ONCE = 32
-#: The bytes of at most this many whole records without vectors are counted after the records are read, which saves a
-#: statement. Records that are too large to be kept whole are read this many at a time.
+#: At most this many whole records without vectors are counted after they are read (`count`), which saves a statement.
+#: Records that are together too large to be kept whole are read this many at a time (`slices`).
 FEW_RECORDS = 8
-#: SQL for the number of bytes of each text of a record, by its column.
+#: SQL for the number of bytes of a record's text, metadata (as JSON) and class label, by the name of the column.
 _BYTES = {name: f"length(CAST({name} AS BLOB))" for name in ("text", "metadata", "class_label")}
-#: Bytes of a record in a response besides its texts, metadata and vector.
+#: Upper bound of the bytes of a record in a response besides id, text, metadata, class label and vector.
 _OVERHEAD = 150
 #: Upper bound of the bytes of metadata in a protobuf message for each byte of the metadata as JSON.
 _METADATA_FACTOR = 4
 
 
 def row_bytes(row: Sequence[object], parts: RecordParts) -> int:
-    """Return an upper bound of the bytes that a record takes in a response.
+    """Return an upper bound of the bytes that a record takes in a response, with its vector if the row has one.
 
     Args:
         row: the record's row, with the columns of `rows.columns_of`.
@@ -41,15 +44,19 @@ def row_bytes(row: Sequence[object], parts: RecordParts) -> int:
 
 
 class _Response(threading.local):
-    #: Bytes that the response may still use; None: no limit.
+    #: Bytes that the records of the response may still have; None outside of a block of `limited`: no limit.
     left: int | None = None
-    #: Bytes of whole records that may still be read and kept in memory until the response is written.
+    #: Bytes of whole records that may still be kept in memory in the block. It starts at the limit, as `left` does, but
+    #: it also counts texts and metadata that the response excludes.
     room = 0
     parts = WHOLE_RECORD
 
 
 class ResponseBytes:
-    """Counts the bytes of the records that a thread reads for a response. Safe to use from several threads.
+    """Counts and limits the bytes of the records that each thread reads for its present response.
+
+    The count is an estimate: it has text, class label and metadata as JSON, but no ids, vectors and times. Safe to use
+    from several threads: each has a count of its own.
 
     Args:
         limit: limit of the bytes of one response.
@@ -61,18 +68,18 @@ class ResponseBytes:
 
     @property
     def parts(self) -> RecordParts:
-        """Parts of a record that this thread's response contains."""
+        """Parts of a record that this thread's response contains; outside of a block of `limited`, all parts."""
         return self._response.parts
 
     @contextmanager
     def limited(self, parts: RecordParts = WHOLE_RECORD) -> Iterator[None]:
-        """Limit the bytes of the records that the calling thread reads in the block for one response, to `limit`.
+        """Limit the bytes of the records that the calling thread reads for one response, within the block, to `limit`.
 
-        A read over the limit (`spend`, `count`) raises RESOURCE_EXHAUSTED in the block. Outside of a block, nothing is
-        limited. Blocks must not be nested.
+        The methods `spend` and `count` raise RESOURCE_EXHAUSTED over the limit; readers in the block call them. Outside
+        of a block, nothing is limited. Blocks must not be nested.
 
         Args:
-            parts: parts of a record that the response contains. `spend` counts these and the label, and no vectors.
+            parts: parts of a record that the response contains. `spend` counts only these, and the class label.
         """
         self._response.left = self._response.room = self.limit
         self._response.parts = parts
@@ -82,19 +89,20 @@ class ResponseBytes:
             self._response.left, self._response.parts = None, WHOLE_RECORD
 
     def spend(self, connection: sqlite3.Connection, column: str, keys: Sequence[object]) -> bool:
-        """Count the bytes of records before they are read, in a block of `limited`; outside of it, return True.
+        """Count the bytes of records before they are read, in a block of `limited`; outside of it, only return True.
 
         Args:
             connection: a connection to the database.
-            column: the column that selects the records: "label" or "id".
-            keys: values of that column, one for each record.
+            column: the column that selects the records: "label" (the record's number) or "id".
+            keys: distinct values of the column, one for each record; missing records have no bytes.
 
         Returns:
-            Whether all these records may be read and kept whole; if not, only the response's parts may be kept.
+            Whether the caller may keep all these records whole in memory. If not, the caller reads them in `slices`,
+            and keeps only the response's parts (`select_parts`).
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if the response would have too many bytes.
-            sqlite3.Error: the database failed.
+            sqlite3.Error: the database failed, or the call was cancelled.
         """
         response = self._response
         if response.left is None:
@@ -115,7 +123,7 @@ class ResponseBytes:
         return True
 
     def count(self, records: Iterable[StoredRecord]) -> None:
-        """Count the bytes of records that were read without `spend` and that the response contains whole.
+        """Count the bytes of records that were read without `spend`, and that the response contains with all parts.
 
         Does nothing outside of a block of `limited`.
 
@@ -137,18 +145,18 @@ class ResponseBytes:
 
 
 def select_parts(parts: RecordParts, record: StoredRecord) -> StoredRecord:
-    """Return a copy of a record, with empty text and empty metadata in place of those that `parts` excludes."""
+    """Return a copy of a record, in which text and metadata are empty if `parts` excludes them."""
     text = record.text if parts.text else ""
     return record._replace(text=text, document=record.document if parts.metadata else NO_METADATA)
 
 
 def _size(parts: RecordParts) -> str:
-    """Return SQL for the sum, over the selected rows, of the bytes of class labels and of the requested parts."""
+    """Return an SQL aggregate: the bytes of the class labels and the given parts of all selected rows together."""
     columns = ["class_label", *(name for name, held in parts._asdict().items() if held)]
     return f"total({' + '.join(_BYTES[name] for name in columns)})"
 
 
 def slices(keys: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """Yield slices of at most `FEW_RECORDS` keys, to read records that are together too large to be kept whole."""
+    """Yield the keys in slices of at most `FEW_RECORDS`, for records that are together too large to be kept whole."""
     for start in range(0, len(keys), FEW_RECORDS):
         yield keys[start : start + FEW_RECORDS]

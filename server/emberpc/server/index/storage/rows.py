@@ -20,8 +20,8 @@ from emberpc.server.index.storage.lexical_terms import search_text
 
 #: Exceptions that code may raise when it uses the value of a damaged column.
 DAMAGE_ERRORS = (TypeError, ValueError, OverflowError, OSError, RecursionError, struct.error)
-# Times are selected as integers of microseconds: SQLite writes a float to JSON with 15 digits only, and the checksum
-# covers the times in microseconds, as in responses.
+# Times are selected as integers of microseconds: SQLite writes a float to JSON with only 15 digits, and the row's
+# checksum covers the times in microseconds.
 _COLUMNS = """label, id, text, metadata, class_label, revision,
     CAST(round(created * 1e6) AS INTEGER), CAST(round(updated * 1e6) AS INTEGER),
     CAST(round(expires * 1e6) AS INTEGER), text_checksum"""
@@ -30,15 +30,16 @@ _PRINTABLE_BYTES = re.compile(r"""b(['"])(?:[ -\[\]-~]|\\(?:[\\'"tnr]|x[0-9a-f]{
 VECTOR_COLUMNS = "label, vector, text_checksum, checksum"
 #: Columns of the rows that `has_intact_numbers` reads.
 NUMBER_COLUMNS = "label, revision, created, updated, expires, text_checksum, row_checksum"
-#: Encodes the five numbers of a record as `row_checksum_of` reads them.
+#: Encodes the five numbers of a record for `row_checksum_of`, as little-endian integers of 64 bits.
 _NUMBERS = struct.Struct("<5q").pack
-#: Value in the checksum for the expiry of a record that never expires. No valid time in microseconds has this value.
+#: Value that `row_checksum_of` uses for the expiry of a record that never expires. No valid time has this value.
 _NEVER = -(2**63)
-#: From this number on every double is an integer, which SQLite's `round` does not change.
+#: From this number on every double is an integer. SQLite's `round` does not change it, so `_microseconds` does not.
 _WHOLE = 2**52
 #: Columns of the rows that `has_vector` reads.
 UNCHECKED_COLUMNS = "label, vector"
-#: Selects the records of a JSON list of labels, without vectors, as one JSON value for `records_of_one_row`.
+#: Selects the records of a JSON list of labels, without vectors, as one JSON value for `records_of_one_row`: one row is
+#: faster to read than many. For a `checksum` that is no integer, `row_checksum` is null, so that the damage is found.
 AS_ONE_ROW = f"""
 SELECT json_group_array(json_array({_COLUMNS}, CASE WHEN typeof(checksum) = 'integer' THEN row_checksum END))
 FROM records WHERE label IN (SELECT value FROM json_each(?))
@@ -46,7 +47,11 @@ FROM records WHERE label IN (SELECT value FROM json_each(?))
 
 
 class Row(NamedTuple):
-    """A record as stored in its row, undecoded; a damaged column may have any type."""
+    """A record as stored in its row, undecoded; a damaged column may have any type.
+
+    `label` is the record's number in the database, `class_label` its class. `metadata` is JSON. The times are in
+    seconds since 1970; `expires` is None for never. `search_text` is None if the word index has `text` itself.
+    """
 
     label: int
     id: str
@@ -65,12 +70,12 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The id; if the id is damaged and not a string, a printable form of its value."""
+        """The id; if the id is damaged and not a string, its `printable_id`."""
         return printable_id(self.id)
 
     @property
     def is_intact(self) -> bool:
-        """Whether the row has all three checksums, and they match its values."""
+        """Whether the row has all three checksums, and they match its values; `search_text` has no checksum."""
         try:
             return (self.text_checksum, self.checksum, self.row_checksum) == self.checksums()
         except DAMAGE_ERRORS:
@@ -80,7 +85,7 @@ class Row(NamedTuple):
     def was_intact(self) -> bool:
         """Whether a row that an older version wrote matches its checksums; a missing checksum counts as right.
 
-        A row without any checksum counts as undamaged if its values have the right types.
+        The values must have the right types even if the row has no checksum.
         """
         try:
             pairs = zip((self.text_checksum, self.checksum, self.row_checksum), self.checksums(), strict=True)
@@ -89,7 +94,7 @@ class Row(NamedTuple):
             return False
 
     def checksums(self) -> tuple[int, int, int]:
-        """Compute the values of `text_checksum`, `checksum` and `row_checksum` for the present values of the row.
+        """Compute what `text_checksum`, `checksum` and `row_checksum` must be for the other values of the row.
 
         Raises one of `DAMAGE_ERRORS` if a value cannot be right, such as a text that is not a string.
         """
@@ -111,39 +116,41 @@ _INSERT = f"INSERT INTO records ({ROW_COLUMNS}) VALUES ({', '.join('?' * len(Row
 
 
 def text_checksum_of(record_id: str, text: str, metadata: str, label: str) -> int:
-    """Return the CRC-32 of id, text, metadata and label of a record.
+    """Return the CRC-32 of id, text, metadata and label of a record, its texts.
 
     Each is encoded as UTF-8 and followed by the byte 0xFF, which UTF-8 never contains. `metadata` is JSON, and `label`
-    is the record's label as a string.
+    is the class label, not the record's number. Raises ValueError if a text cannot be encoded.
     """
     return checksum_of_bytes((record_id.encode(), text.encode(), metadata.encode(), label.encode()))
 
 
 def checksum_of_bytes(texts: Sequence[bytes]) -> int:
-    """Return the CRC-32 of a record's texts in UTF-8: id, text, metadata and label, each followed by the byte 0xFF."""
+    """Return the CRC-32 of a record's texts, each followed by the byte 0xFF.
+
+    `texts` has id, text, metadata and class label, in this order, in UTF-8. See `text_checksum_of` for strings.
+    """
     return zlib.crc32(b"\xff".join((*texts, b"")))
 
 
 def checksum_of(text_checksum: int, vector: bytes) -> int:
-    """Return the CRC-32 of a record's texts, given by their own checksum, followed by its vector."""
+    """Return the CRC-32 of a record's texts followed by its vector, from the checksum of the texts and the vector."""
     return zlib.crc32(vector, text_checksum)
 
 
 def row_checksum_of(
     text_checksum: int, label: int, revision: int, created: int | None, updated: int | None, expires: int | None
 ) -> int:
-    """Return the CRC-32 of a record's texts, given by their own checksum, followed by its numbers.
+    """Return the CRC-32 of a record's texts followed by its numbers, from the checksum of the texts and the numbers.
 
-    `label` is the record's number in the database. The times are in microseconds since 1970, as in responses; only
-    `expires` may be None, for never. Raises one of `DAMAGE_ERRORS` if a number, other than this None, is not an integer
-    of 64 bits.
+    `label` is the record's number in the database. The times are in microseconds since 1970; only `expires` may be
+    None, for never. Raises one of `DAMAGE_ERRORS` if another number is not an integer of 64 bits.
     """
     numbers = _NUMBERS(label, revision, created, updated, _NEVER if expires is None else expires)
     return zlib.crc32(numbers, text_checksum)
 
 
 def columns_of(with_vectors: bool) -> str:
-    """Return the SQL columns of the rows that `record_of` reads; without vectors, the last column is NULL."""
+    """Return the SQL columns that `record_of` reads, with times in microseconds; without vectors, the last is NULL."""
     return f"{_COLUMNS}, checksum, row_checksum, {'vector' if with_vectors else 'NULL'}"
 
 
@@ -153,17 +160,18 @@ def record_of(row: Sequence[Any], spec: CollectionSpec, *, with_vectors: bool) -
     Args:
         row: a row with the columns `columns_of(with_vectors)`.
         spec: the spec of the collection.
-        with_vectors: whether the record contains its vector.
+        with_vectors: whether the row and the record contain the vector.
 
     Raises:
-        ServiceError: DATA_LOSS if the row is damaged.
+        ServiceError: DATA_LOSS if the row is damaged or lacks a checksum. Without vectors, damage of the vector is not
+            found.
     """
     number, record_id, text, metadata, label, revision, created, updated, expires, *more = row
     text_checksum, checksum, row_checksum, vector = more
     try:
         found = _checked_texts(record_id, text, metadata, label, text_checksum)
-        # A row that an older version wrote may have got its checksums later, when its metadata was damaged already.
-        # Only decoding shows whether the metadata is a JSON object.
+        # The checksums do not suffice: a row that an older version wrote may have got them later, when its metadata was
+        # damaged already. Only decoding shows whether the metadata is a JSON object.
         decode_document(metadata)
         numbers = (number, revision, created, updated, expires)
         if row_checksum_of(found, *numbers) != row_checksum or type(checksum) is not int:
@@ -186,7 +194,10 @@ def record_of(row: Sequence[Any], spec: CollectionSpec, *, with_vectors: bool) -
 
 
 def records_of_one_row(document: str) -> dict[int, StoredRecord]:
-    """Convert the value of `AS_ONE_ROW` to records by label; raise one of `DAMAGE_ERRORS` if one of them is damaged."""
+    """Convert the value that `AS_ONE_ROW` selects to records without vectors, by label (the record's number).
+
+    Raises one of `DAMAGE_ERRORS` if one of the records is damaged; its vector is not checked.
+    """
     records = {}
     for (
         label,
@@ -219,14 +230,14 @@ def records_of_one_row(document: str) -> dict[int, StoredRecord]:
 
 
 def has_vector(row: Sequence[Any], size: int) -> bool:
-    """Return whether a row that starts with `UNCHECKED_COLUMNS` has a vector of `size` bytes."""
+    """Return whether a row that starts with `UNCHECKED_COLUMNS` has a vector of `size` bytes, damaged or not."""
     return type(row[1]) is bytes and len(row[1]) == size
 
 
 def has_intact_vector(row: Sequence[Any], size: int) -> bool:
-    """Return whether a row of `VECTOR_COLUMNS` has a vector of `size` bytes that matches its checksum.
+    """Return whether a row of `VECTOR_COLUMNS` has a vector of `size` bytes that matches the checksums.
 
-    The texts are not checked.
+    False if a checksum is missing. The texts are not checked.
     """
     if not has_vector(row, size):
         return False
@@ -238,7 +249,10 @@ def has_intact_vector(row: Sequence[Any], size: int) -> bool:
 
 
 def has_intact_numbers(row: Sequence[Any]) -> bool:
-    """Return whether the numbers of a row of `NUMBER_COLUMNS` match its checksum; its texts are not checked."""
+    """Return whether label (the record's number), revision and times of a row of `NUMBER_COLUMNS` match the checksums.
+
+    False if a checksum is missing. The texts are not checked.
+    """
     label, revision, created, updated, expires, text_checksum, row_checksum = row
     try:
         moments = (_microseconds(created), _microseconds(updated), _microseconds(expires))
@@ -248,7 +262,10 @@ def has_intact_numbers(row: Sequence[Any]) -> bool:
 
 
 def _checked_texts(record_id: Any, text: Any, metadata: Any, label: Any, checksum: Any) -> int:
-    """Return the checksum of a record's texts; raise TypeError or ValueError if they do not match `checksum`."""
+    """Return the checksum of a record's texts, of which `label` is the class label.
+
+    Raises TypeError if one of them is not a string, ValueError if they do not match `checksum`.
+    """
     if not (type(record_id) is type(text) is type(metadata) is type(label) is str):
         raise TypeError
     found = text_checksum_of(record_id, text, metadata, label)
@@ -258,7 +275,7 @@ def _checked_texts(record_id: Any, text: Any, metadata: Any, label: Any, checksu
 
 
 def _microseconds(seconds: float | None) -> int | None:
-    """Convert a time from seconds to microseconds since 1970, rounded as in `AS_ONE_ROW`; None if `seconds` is None.
+    """Convert a time from seconds to microseconds since 1970, rounded as by `_COLUMNS`; None if `seconds` is None.
 
     Raises TypeError, ValueError or OverflowError if `seconds` is not a finite float.
     """
@@ -271,7 +288,7 @@ def _microseconds(seconds: float | None) -> int | None:
 
 
 def _vector(data: Any, spec: CollectionSpec) -> Matrix:
-    """Decode a stored vector that matches its checksum: float32 (dimensions,).
+    """Decode the bytes of a stored vector, which the caller compared with the checksum: float32 (dimensions,).
 
     Raises ValueError or TypeError if `data` are not the bytes of `spec.dimensions` numbers. The numbers are not
     validated: the write validated them, and `are_fit` for one vector takes ten times as long as the checksum.
@@ -283,17 +300,17 @@ def _vector(data: Any, spec: CollectionSpec) -> Matrix:
 
 
 def printable_id(record_id: object) -> str:
-    """Return an id unchanged; for a damaged id that is not a string, the `ascii` form of its value: `b'\\xff'`."""
+    """Return an id unchanged; for a damaged id that is not a string, the `ascii` of its value, such as `b'\\xff'`."""
     return record_id if isinstance(record_id, str) else ascii(record_id)
 
 
 def bytes_of_printable_id(name: str) -> bytes | None:
-    """Return the bytes for which `printable_id` returns `name`; None if there are no such bytes."""
+    """Return the bytes that `name` denotes if it is a Python bytes literal, as `printable_id` returns; else None."""
     return bytes(ast.literal_eval(name)) if _PRINTABLE_BYTES.fullmatch(name) else None
 
 
 def damaged(record_id: object) -> ServiceError:
-    """Return the error DATA_LOSS for a record whose row is damaged; `record_id` is its id, damaged or not."""
+    """Return the error DATA_LOSS for a record whose row is damaged; `record_id` is its id, which may be damaged too."""
     name = printable_id(record_id)
     return ServiceError(
         Code.DATA_LOSS,
@@ -314,14 +331,15 @@ def insert_row(
     vector: Matrix,
     times: tuple[int, float, float, float | None],
 ) -> None:
-    """Insert a row with its checksums and its text for the word index.
+    """Insert a record's row, with its checksums and its `search_text`; a trigger adds the words to the word index.
 
     Args:
         connection: a connection to the database, in a transaction.
-        number: the row's label, which identifies it in the database.
-        texts: id, text, metadata as JSON, and the record's label as a string.
+        number: the record's number in the database, for the column `label`.
+        texts: id, text, metadata as JSON, and class label.
         vector: float32 (dimensions,).
-        times: revision; then create, update and expire time in seconds since 1970, None: never expires.
+        times: revision; then create, update and expire time as floats, in seconds since 1970. The expire time may be
+            None: never.
 
     Raises:
         sqlite3.Error: the row cannot be inserted.

@@ -1,6 +1,7 @@
 """Tables of a collection's database, and the migration steps from older versions.
 
-`PRAGMA user_version` is the number of steps that a database has had. A released step is never changed.
+`PRAGMA user_version` is the number of steps that a database has had. A released step is never changed: the tables of
+databases that had the step would differ from those that the changed step makes, and count as damaged.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from emberpc.server.index.storage.filter_sql import INDEX_PREFIX
 from emberpc.server.index.storage.lexical_terms import search_text
 from emberpc.server.index.storage.rows import ROW_COLUMNS, Row, checksum_of_bytes
 
-# The label is the number of the record's vector in the graph. AUTOINCREMENT: a label is never reused, and an update
-# gets a new label, so the set of labels alone determines the graph's content.
+# Tables before the first step. `class_label` is the record's label. `label` is a number that names the record's vector
+# in the graph; each write of a record gives a new number. AUTOINCREMENT: SQLite remembers the greatest number ever
+# assigned, so that no number is reused: a number always means the same vector.
 _FIRST = """
 BEGIN;
 CREATE TABLE records (
@@ -37,8 +39,8 @@ INSERT INTO state VALUES (1, 0);
 COMMIT;
 """
 
-# The word index. Triggers update it in the transaction that writes the records; texts are only inserted and deleted,
-# never updated. The texts themselves are read from `records`.
+# The first word index, which `_NORMALISED_WORDS` replaces. Triggers update it in the transaction that writes records.
+# No statement updates a text, so there are triggers for INSERT and DELETE only. FTS5 reads the texts from `records`.
 _WORDS = (
     "CREATE VIRTUAL TABLE words USING fts5(text, content='records', content_rowid='label', "
     "tokenize='porter unicode61')",
@@ -55,32 +57,36 @@ _EXPIRY = (
     "CREATE INDEX records_expiring ON records (expires) WHERE expires IS NOT NULL",
 )
 
-# Adds the checksum of a row's texts and vector, see `rows.checksum_of`; NULL in rows that an older version wrote.
+# Adds the checksum of a row's texts and vector, see `rows.checksum_of`; NULL in older rows until `_convert`.
 _CHECKSUM = ("ALTER TABLE records ADD COLUMN checksum INTEGER",)
 
 # Adds the checksum of a row's texts, see `rows.text_checksum_of`, by which texts are checked without the vector. NULL
-# in rows that an older version wrote. The step computes no checksums: a damaged row would count as undamaged.
+# in older rows until `_convert`, which checks a row before it adds checksums. The step cannot check: a checksum that it
+# computed would make a damaged row count as undamaged.
 _TEXT_CHECKSUM = ("ALTER TABLE records ADD COLUMN text_checksum INTEGER",)
 
 #: Statement that gives a database a new random identity.
 NEW_IDENTITY = "UPDATE state SET identity = lower(hex(randomblob(16)))"
 
-# Adds the identity, which says to which database a snapshot belongs.
+# Adds the identity. A snapshot and the file `acknowledged` have the identity of the database to which they belong.
 _IDENTITY = ("ALTER TABLE state ADD COLUMN identity TEXT", NEW_IDENTITY)
 
-#: Statement that computes the prepared texts of all records; `_add_functions` adds its function `search_text_of`.
+#: Statement that corrects the column `search_text`, the prepared text, of all records where it is wrong or missing;
+#: `_add_functions` adds its function `search_text_of`.
 _SEARCH_TEXTS = (
     "UPDATE records SET search_text = search_text_of(CAST(text AS BLOB)) "
     "WHERE search_text IS NOT search_text_of(CAST(text AS BLOB))"
 )
-#: Statement that fills an empty word index from the prepared texts, or from the texts that need no preparation.
+#: Statement that fills an empty word index: with `search_text`, or where that is NULL with `text`. Empty texts are left
+#: out.
 _INDEX_WORDS = "INSERT INTO words (rowid, text) SELECT label, coalesce(search_text, text) FROM records WHERE text <> ''"
 
-#: Option that chooses FTS5's tokenizer for texts prepared by `lexical_terms.search_text`.
+#: Option that chooses FTS5's tokenizer for texts prepared by `lexical_terms.search_text`. Words consist of letters,
+#: marks, numbers and private-use characters (the categories); `porter` stems English words.
 TOKENIZER = "tokenize=\"porter unicode61 remove_diacritics 0 categories 'L* M* N* Co'\""
 
-# Statements that empty the word index, even if the index is damaged. FTS5 opens a table, even to empty it, only if it
-# finds a version and the first two rows of the table's data, so these are written before.
+# Statements that empty the word index, even if its content is damaged. FTS5 opens a table, even to empty it, only if it
+# finds a version in `words_config`, and the rows 1 and 10 of `words_data`, so these are written before.
 _NO_WORDS = (
     "DELETE FROM words_config",
     "INSERT INTO words_config VALUES ('version', 4)",
@@ -89,8 +95,8 @@ _NO_WORDS = (
 )
 
 # Replaces the word index by an index of prepared texts, see `lexical_terms.search_text`. The column `search_text` holds
-# the prepared text, NULL where it equals the text. The FTS5 table stores no texts, so a trigger passes it the text of a
-# deleted record. The tokenizer counts marks as part of a word, since accents are removed before.
+# the prepared text, NULL where the text itself is indexed (ASCII). The FTS5 table stores no texts, so a trigger passes
+# it the text of a deleted record. The tokenizer counts marks as part of a word, since accents are removed before.
 _NORMALISED_WORDS = (
     "DROP TRIGGER words_of_new",
     "DROP TRIGGER words_of_old",
@@ -106,11 +112,11 @@ _NORMALISED_WORDS = (
     _INDEX_WORDS,
 )
 
-# Prepares the texts again, since `lexical_terms.search_text` now removes invisible characters and compatibility forms.
-# Only texts whose prepared text changes are indexed again.
+# Prepares the texts again, for databases whose texts were prepared when `lexical_terms.search_text` did not yet remove
+# invisible characters and compatibility forms. Only texts whose prepared text changes are indexed again.
 _FORMLESS_WORDS = (
     "CREATE TEMP TABLE changed (label INTEGER PRIMARY KEY, search_text TEXT)",
-    # LIMIT keeps SQLite from computing `found` twice for each row: in the result, and in the condition.
+    # LIMIT -1 limits nothing. It keeps SQLite from computing `found` twice for a row: in result and condition.
     "INSERT INTO changed SELECT label, found FROM (SELECT label, search_text, "
     "search_text_of(CAST(text AS BLOB)) AS found FROM records WHERE search_text IS NOT NULL LIMIT -1) "
     "WHERE found IS NOT search_text",
@@ -123,15 +129,16 @@ _FORMLESS_WORDS = (
     "DROP TABLE changed",
 )
 
-# Adds the checksum of a row's texts and numbers, see `rows.row_checksum_of`. From this step on, a row with a missing
-# checksum is damaged. `_convert` computes the checksums of existing rows; their labels are at most `unconverted`.
+# Adds the checksum of a row's texts and numbers, see `rows.row_checksum_of`. Rows that exist at this step have labels
+# up to `unconverted`. `_convert` adds the missing checksums of the undamaged ones. A row that then lacks a checksum is
+# damaged.
 _ROW_CHECKSUM = (
     "ALTER TABLE records ADD COLUMN row_checksum INTEGER",
     "ALTER TABLE state ADD COLUMN unconverted INTEGER NOT NULL DEFAULT 0",
     "UPDATE state SET unconverted = coalesce((SELECT max(label) FROM records), 0)",
 )
 
-#: Statements of each step; a new database goes through all steps too.
+#: Statements of each step, the first step first; a new database goes through all steps too. New steps are appended.
 STEPS: tuple[tuple[str, ...], ...] = (
     _WORDS,
     _EXPIRY,
@@ -142,17 +149,19 @@ STEPS: tuple[tuple[str, ...], ...] = (
     _FORMLESS_WORDS,
     _ROW_CHECKSUM,
 )
-#: Number of steps from which each undamaged row has all three checksums.
+#: Number of steps after which each undamaged row has all three checksums: the number of all steps, but only while
+#: `_ROW_CHECKSUM` is the last step.
 CHECKED_VERSION = len(STEPS)
-#: Number of rows that get checksums in one transaction. The number is small, so that the write-ahead log stays small
-#: and an interrupted conversion keeps its progress.
+#: Most rows that `_convert` converts in one transaction. The number is small, so that the write-ahead log stays small,
+#: and an interrupted conversion loses little of its progress.
 _CONVERTED_AT_ONCE = 500
 
 
 def prepare(connection: sqlite3.Connection, subject: str, *, create: bool) -> None:
     """Create the tables, or migrate those of an older version; each migration step is one transaction.
 
-    Then the rows that an older version wrote get their missing checksums.
+    Then undamaged rows that an older version wrote get their missing checksums, in transactions of their own. An
+    interrupted migration is continued by the next call.
 
     Args:
         connection: a connection to the database.
@@ -160,9 +169,9 @@ def prepare(connection: sqlite3.Connection, subject: str, *, create: bool) -> No
         create: whether the database is empty and its tables must be created.
 
     Raises:
-        ServiceError: INTERNAL if a newer version wrote the database, its tables are not those of its version, or its
-            record of the rows without checksums is damaged.
-        sqlite3.Error: a statement failed.
+        ServiceError: INTERNAL if a newer version wrote the database, its tables are not those of its version, or the
+            number `unconverted` in it is damaged.
+        sqlite3.Error: a statement failed, or was interrupted since the call of the thread is cancelled.
     """
     if create:
         connection.executescript(_FIRST)
@@ -183,11 +192,19 @@ def prepare(connection: sqlite3.Connection, subject: str, *, create: bool) -> No
 
 
 def _convert(connection: sqlite3.Connection, subject: str) -> None:
-    """Add the missing checksums to rows that an older version wrote, if their present checksums are right.
+    """Add the missing checksums to undamaged rows that an older version wrote; leave damaged rows unchanged.
 
-    A damaged row gets no checksum, and so stays damaged. A row without any checksum counts as undamaged, unless it was
-    inserted after a row with a checksum: then it had a checksum too, which was lost. A row without a positive revision
-    is damaged. `subject` names the database.
+    A row counts as damaged if one of its checksums is wrong, a value has a wrong type, or the revision is not positive.
+    A row without `checksum` also counts as damaged if a row with a smaller label has one: `checksum` was then lost.
+    Rows are converted from the greatest label down, so that this rule is right after an interruption too.
+
+    Args:
+        connection: a connection to the database.
+        subject: name of the database in messages.
+
+    Raises:
+        ServiceError: INTERNAL if the number `unconverted` is damaged.
+        sqlite3.Error: a statement failed.
     """
     statement = "SELECT label FROM records WHERE checksum IS NOT NULL ORDER BY label LIMIT 1"
     (first,) = connection.execute(statement).fetchone() or (None,)
@@ -212,10 +229,10 @@ def _convert(connection: sqlite3.Connection, subject: str) -> None:
 
 
 def _unconverted(connection: sqlite3.Connection, subject: str) -> int:
-    """Return the greatest label of the rows that may lack checksums, since an older version wrote them; 0 if none do.
+    """Return the label up to which rows of an older version may still lack checksums; 0 if all rows are converted.
 
     Raises:
-        ServiceError: INTERNAL, which names the database `subject`, if the stored number is damaged.
+        ServiceError: INTERNAL, which names the database `subject`, if the number is missing or no integer.
     """
     row = connection.execute("SELECT unconverted FROM state").fetchone()
     return max(0, integer_of(row, subject))
@@ -224,7 +241,7 @@ def _unconverted(connection: sqlite3.Connection, subject: str) -> int:
 def make(connection: sqlite3.Connection, version: int) -> None:
     """Create the tables in an empty database as they are after `version` migration steps, 0 to `len(STEPS)`.
 
-    `PRAGMA user_version` stays 0.
+    `PRAGMA user_version` stays 0: the database serves only for comparison with a collection's database.
 
     Raises:
         sqlite3.Error: a statement failed.
@@ -238,9 +255,11 @@ def make(connection: sqlite3.Connection, version: int) -> None:
 def objects(connection: sqlite3.Connection) -> list[tuple[bytes, ...]]:
     """Return the declarations of tables, indexes, triggers and views of a database, without metadata indexes.
 
+    The metadata indexes, by the prefix of their names, are left out since they differ between collections.
+
     Returns:
-        Type, name, table and SQL of each, sorted by type and name; as bytes, since a damaged declaration may not be
-        UTF-8.
+        Type, name, table and SQL of each, sorted by type and name. SQL is empty for indexes that SQLite made itself.
+        All are bytes, since a damaged declaration may not be UTF-8.
 
     Raises:
         sqlite3.Error: the declarations cannot be read.
@@ -261,9 +280,9 @@ def _objects_of(version: int) -> list[tuple[bytes, ...]]:
 
 
 def index_words(connection: sqlite3.Connection) -> None:
-    """Rebuild the word index from all texts, even if the index is damaged; the caller holds a transaction.
+    """Correct the prepared texts, and rebuild the word index from them; the caller holds a transaction.
 
-    The database must have had all migration steps.
+    A damaged index is replaced, if SQLite can write to its tables. The database must have had all migration steps.
 
     Raises:
         sqlite3.Error: a statement failed.
@@ -274,9 +293,10 @@ def index_words(connection: sqlite3.Connection) -> None:
 
 
 def _add_functions(connection: sqlite3.Connection) -> None:
-    """Add the SQL function `search_text_of`, which the steps use, to a connection.
+    """Add the SQL function `search_text_of`, which steps and `index_words` use, to a connection.
 
-    Triggers use no such function, so that a connection of any SQLite program can write to the database.
+    The function takes a text as bytes and returns its prepared text, or NULL if the text itself is to be indexed.
+    Triggers use only SQLite's own functions, so that any SQLite program can write to the database.
     """
     connection.create_function("search_text_of", 1, _search_text_of, deterministic=True)
 
@@ -284,13 +304,14 @@ def _add_functions(connection: sqlite3.Connection) -> None:
 def add_checksum_function(connection: sqlite3.Connection) -> None:
     """Add the SQL function `text_checksum_of` to a connection.
 
-    The function takes id, text, metadata and label as bytes, and returns their CRC-32, or NULL if one of them is NULL.
+    The function takes id, text, metadata and `class_label` as bytes, and returns the CRC-32 that
+    `rows.checksum_of_bytes` returns, or NULL if one of them is NULL.
     """
     connection.create_function("text_checksum_of", 4, _checksum_of_bytes, deterministic=True)
 
 
 def _checksum_of_bytes(*texts: bytes) -> int | None:
-    """Return the CRC-32 of the texts of a record: id, text, metadata and label. None if one of them is None."""
+    """Return `rows.checksum_of_bytes` of id, text, metadata and `class_label`; None if one of them is None."""
     return None if None in texts else checksum_of_bytes(texts)
 
 

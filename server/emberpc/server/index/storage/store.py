@@ -1,4 +1,4 @@
-"""Writes of a collection's records to SQLite, the source of truth; each write is on disk before it is acknowledged."""
+"""Writes of a collection's records to SQLite, the source of truth; a write is on disk when its method returns."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class Store(StoreReader):
     """The database of one collection. Any number of threads may read; the caller serializes writes.
 
     Opening the database migrates tables of an older version, creates missing metadata indexes, and logs lost writes and
-    damaged counters.
+    damaged counters. A sequence that is missing or no integer is an error.
 
     Args:
         folder: the collection's folder.
         spec: the spec of the collection.
-        cache: cache of recently read records.
+        cache: cache of recently read records, of all collections together.
         reserve: disk space for deletions on a full disk.
         on_shortage: called when no file descriptor is free for reading, before the second attempt to connect.
         max_response_bytes: limit of the bytes of the records that are read for one response.
@@ -64,7 +64,8 @@ class Store(StoreReader):
 
     Raises:
         ServiceError: INTERNAL if the database cannot be opened, is damaged or is of a newer version, RESOURCE_EXHAUSTED
-            if the disk is full or no file descriptor is free.
+            if the disk is full or no file descriptor is free, DEADLINE_EXCEEDED if the call is cancelled.
+        OSError: the write-ahead log cannot be read.
     """
 
     def __init__(
@@ -108,21 +109,23 @@ class Store(StoreReader):
     ) -> Change:
         """Insert records, or replace those with the same ids, in one transaction: all records or none.
 
-        A replaced record keeps its create time, unless its numbers are damaged (`has_intact_numbers`).
+        The sequence grows by 1, and is the revision of the written records. A replaced record keeps its create time,
+        unless its revision or times are damaged (`has_intact_numbers`).
 
         Args:
             records: the records, with distinct ids; a time to live counts from now.
             documents: the metadata of each record, as JSON.
-            vectors: float32 (records, dimensions).
+            vectors: float32 (records, dimensions), not prepared.
             expected_revisions: the expected present revision of each record, 0 for a missing record; None: no check.
 
         Returns:
             The sequence of the write, the labels added and removed, and the numbers of inserted and replaced records.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT if the number of expected revisions is wrong, ABORTED if a revision differs,
-                DATA_LOSS if a revision is expected of a record whose numbers are damaged, RESOURCE_EXHAUSTED if the
-                disk is full, INTERNAL if the database fails or a counter is damaged, DEADLINE_EXCEEDED if cancelled.
+            ServiceError: INVALID_ARGUMENT for a wrong number of expected revisions, ABORTED if a revision differs,
+                DATA_LOSS if a revision is expected of a record whose revision or times are damaged, RESOURCE_EXHAUSTED
+                if the disk is full, INTERNAL if the database fails or a counter is damaged, DEADLINE_EXCEEDED if the
+                call is cancelled.
         """
         if expected_revisions is not None and len(expected_revisions) != len(records):
             message = f"has {len(expected_revisions)} items for {len(records)} records; give one for each"
@@ -175,11 +178,11 @@ class Store(StoreReader):
             vectors: float32 (records, dimensions), stored instead of the records' own vectors.
 
         Returns:
-            The sequence of the last write, and the labels that were added and removed.
+            The unchanged sequence of this database, and the labels that were added and removed.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the database or a counter is damaged,
-                DEADLINE_EXCEEDED if the call is cancelled.
+            ServiceError: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the database fails or a counter is
+                damaged, DEADLINE_EXCEEDED if the call is cancelled.
         """
         self._reserve.check(f"the request wrote nothing to {self._subject}")
         return self._write(lambda connection: self._copy(connection, records, documents, vectors))
@@ -228,11 +231,11 @@ class Store(StoreReader):
         return labels
 
     def identity(self) -> str:
-        """Return the identity of this database. A copied database has an equal identity until it is given a new one."""
+        """Return the identity of this database. A copy of its files has the same identity until `take_new_identity`."""
         return self._read_identity(self._connection())
 
     def take_new_identity(self) -> None:
-        """Give this database a new random identity, so that it differs from those of all copies of this database."""
+        """Give this database a new random identity. Snapshots and files `acknowledged` of the old one are ignored."""
         with self._writing() as connection:
             connection.execute(schema.NEW_IDENTITY)
         self._identity = self._read_identity(self._writer)
@@ -244,24 +247,24 @@ class Store(StoreReader):
         self._note_write(sequence)
 
     def delete(self, ids: Sequence[str]) -> Change:
-        """Delete records by id in one transaction; missing ids are ignored, and if all are missing nothing is written.
+        """Delete records by id in one transaction; ignore missing ids. The sequence grows only if a record is deleted.
 
-        A record whose damaged id is not a string is deleted by the `printable_id` of its id.
+        A record whose damaged id is read as bytes is deleted by the `printable_id` of these bytes.
 
         Returns:
             The sequence of the last write, and the labels that were removed.
 
         Raises:
-            ServiceError: INTERNAL if the database fails, DEADLINE_EXCEEDED if the call is cancelled, RESOURCE_EXHAUSTED
-                if the disk and the reserve are full.
+            ServiceError: INTERNAL if the database fails or its sequence is damaged, DEADLINE_EXCEEDED if the call is
+                cancelled, RESOURCE_EXHAUSTED if the disk is full and the reserve does not suffice.
         """
         distinct = list(dict.fromkeys(ids))
         damaged_ids = [data for data in map(bytes_of_printable_id, distinct) if data is not None]
 
         def find(connection: sqlite3.Connection) -> set[int]:
             found = {row[0] for row in self._select_by(connection, "id", [*distinct, *damaged_ids], "label")}
-            # A damaged id is a BLOB, which is found above, or a TEXT that is not UTF-8, which needs the cast. Bytes in
-            # UTF-8 are not cast: that would find the undamaged record whose id has these bytes.
+            # An id that is read as bytes is a BLOB, which is found above, or a TEXT that is not UTF-8, which needs the
+            # cast. Bytes in UTF-8 are not cast: that would find the undamaged record whose id has these bytes.
             for data in damaged_ids:
                 if isinstance(lenient_text(data), bytes):
                     rows = connection.execute("SELECT label FROM records WHERE id = CAST(? AS TEXT)", (data,))
@@ -271,38 +274,27 @@ class Store(StoreReader):
         return self._delete(find)
 
     def delete_matching(self, condition: Clause) -> Change:
-        """Delete the records that meet a condition in one transaction; if no record does, nothing is written.
+        """Delete the records that meet a condition in one transaction. The sequence grows only if one is deleted.
 
-        Returns:
-            The sequence of the last write, and the labels that were removed.
-
-        Raises:
-            ServiceError: INTERNAL if the database fails, DEADLINE_EXCEEDED if the call is cancelled, RESOURCE_EXHAUSTED
-                if the disk and the reserve are full.
+        A record whose metadata is not JSON may be kept, if the condition reads metadata. Result and errors are those of
+        `delete`.
         """
         return self._delete(lambda connection: set(self._matching(connection, condition).tolist()))
 
     def delete_expired(self, most: int | None = None) -> Change:
-        """Delete expired records in one transaction, earliest expiry first; if there are none, nothing is written.
+        """Delete expired records in one transaction, earliest expiry first. The sequence grows only if one is deleted.
 
-        A record whose times are damaged is not deleted.
+        A record whose revision or times are damaged is not deleted. Result and errors are those of `delete`.
 
         Args:
             most: most records to delete; None: all that have expired.
-
-        Returns:
-            The sequence of the last write, and the labels that were removed.
-
-        Raises:
-            ServiceError: INTERNAL if the database fails, DEADLINE_EXCEEDED if the call is cancelled, RESOURCE_EXHAUSTED
-                if the disk and the reserve are full.
         """
         now = datetime.now(timezone.utc).timestamp()
         due = Clause("expires <= ?", (now,))
         return self._delete(lambda connection: {row[0] for row in islice(self._expiring(connection, due), most)})
 
     def close(self) -> None:
-        """Close every connection. No other method may run now or later."""
+        """Close every connection. No other method may run meanwhile or later."""
         self._readers.close()
         self._writer.close()
 
@@ -313,8 +305,8 @@ class Store(StoreReader):
     def _delete(self, find: Callable[[sqlite3.Connection], set[int]]) -> Change:
         change = self._reserve.run(lambda: self._delete_at_once(find))
         if not self._reserve.refill():
-            # The deletion used the reserve's space mostly for the write-ahead log. Merging the log into the database
-            # frees that space, since the log's pages fit into free pages of the database.
+            # The space of the reserve is still used, mostly by the write-ahead log. Merging the log into the database
+            # frees space, since a deletion makes the database itself hardly larger.
             with translated(self._subject):
                 empty_log(self._writer)
             self._reserve.refill()
@@ -331,8 +323,8 @@ class Store(StoreReader):
         return self._write(delete)
 
     def _remove(self, connection: sqlite3.Connection, labels: set[int]) -> None:
-        """Delete rows by label, damaged or not; if one of their texts is damaged, request a new word index."""
-        # FTS5 needs the text to remove its words. The words of a damaged text stay in the index, without a record.
+        """Delete rows by label, damaged or not; if one of them has a wrong text checksum, call `suspect_words`."""
+        # FTS5 removes the words of the present text. Words that a damaged text had before may stay in the index.
         damaged_texts = (
             "SELECT EXISTS (SELECT 1 FROM records WHERE label IN (SELECT value FROM json_each(?)) AND text_checksum "
             "IS NOT text_checksum_of("
@@ -345,11 +337,12 @@ class Store(StoreReader):
     def build_words(self) -> None:
         """Rebuild the word index from the texts, even if the call of this thread is cancelled.
 
-        The caller must hold the lock of writes. If the rebuild fails because of damage, `words_beyond_repair` is true
-        until a rebuild succeeds, and only `verify` tries again. After another failure, maintenance tries again.
+        The caller must hold the lock of writes. If damage may be why the rebuild fails, `words_beyond_repair` becomes
+        true and `words_suspect` false. After another failure `words_suspect` is true, so that maintenance tries again,
+        and `words_beyond_repair` false. After a rebuild both are false.
 
         Raises:
-            ServiceError: INTERNAL if the database is damaged, RESOURCE_EXHAUSTED if the disk is full.
+            ServiceError: INTERNAL if the database fails or is damaged, RESOURCE_EXHAUSTED if the disk is full.
         """
         with translated(self._subject), cancellation.cancelled_when(lambda: False):
             try:
@@ -362,7 +355,7 @@ class Store(StoreReader):
         log.warning("%s: the word index was rebuilt from the texts", self._subject)
 
     def _write(self, work: Callable[[sqlite3.Connection], Change]) -> Change:
-        """Run `work` in a transaction and return its change; write the sequence of the change to `acknowledged`."""
+        """Do what `_run_transaction` does, and then write the sequence of the change to the file `acknowledged`."""
         change = self._run_transaction(work)
         self._note_write(change.sequence)
         return change
@@ -370,8 +363,8 @@ class Store(StoreReader):
     def _run_transaction(self, work: Callable[[sqlite3.Connection], Change]) -> Change:
         """Run `work` in a transaction and return its change.
 
-        If a damaged word index may be why `work` failed, rebuild the index and run `work` once more; not if a rebuild
-        failed because of damage before.
+        If a damaged word index may be why `work` failed, rebuild the index and run `work` once more, unless
+        `words_beyond_repair` is true.
         """
         with translated(self._subject):
             try:
@@ -389,7 +382,7 @@ class Store(StoreReader):
         acknowledged.write(self._path.parent, self._identity, sequence)
 
     def _report_lost_writes(self, last: int) -> None:
-        """Log how many acknowledged writes the database lacks; `last` is the sequence of its last write."""
+        """Log how many writes the database lacks, if its sequence `last` is less than that in file `acknowledged`."""
         noted = acknowledged.read(self._path.parent, self._identity)
         if noted > last:
             log.error(
@@ -401,7 +394,7 @@ class Store(StoreReader):
                 noted,
                 last,
             )
-            # Report the loss only once.
+            # The next opening must not report the loss again.
             self._note_write(last)
 
     def _read_identity(self, connection: sqlite3.Connection) -> str:

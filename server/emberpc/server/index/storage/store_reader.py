@@ -46,12 +46,12 @@ from emberpc.server.index.storage.rows import (
 log = logging.getLogger(__name__)
 
 _MAX_VARIABLES = 900
-#: Most bytes of metadata that are read to explain why a filter matches nothing; reading them takes 0.2 s.
+#: Most bytes of metadata that are read to explain why a filter matches nothing; reading them takes some 0.2 s.
 _MOST_METADATA = 4 * 2**20
 
 
 class StoreReader:
-    """Reads one collection's database. Any number of threads may read.
+    """Reads one collection's database. Any number of threads may read; each calls `release` after its reads.
 
     Every method may raise the errors of `translated`, such as INTERNAL if the database fails. Damaged records are left
     out of results unless the method says otherwise.
@@ -59,8 +59,8 @@ class StoreReader:
     Args:
         path: the database file.
         spec: the spec of the collection.
-        cache: cache of recently read records.
-        response_bytes: limit of the bytes of the records that are read for one response.
+        cache: cache of recently read records, of all collections together.
+        response_bytes: counts and limits the bytes of the records that are read for one response.
         on_shortage: called when no file descriptor is free, before the second attempt to connect.
     """
 
@@ -76,12 +76,13 @@ class StoreReader:
         self._path = path
         self._spec = spec
         self._damage = DamageFilter(spec)
-        #: Called with the labels of damaged records that a read of records, not of vectors only, found.
+        #: Called by `by_label` and `ids` with the labels of the damaged records that they found.
         self.on_damage: Callable[[set[int]], None] = lambda _: None
-        #: Whether the word index must be rebuilt; and whether a rebuild failed for damage: only `verify` retries then.
+        #: Whether maintenance must rebuild the word index.
         self.words_suspect = False
+        #: Whether damage may be why the last rebuild failed. A failed search or write then requests no other rebuild.
         self.words_beyond_repair = False
-        #: Called by `suspect_words`.
+        #: Called by `suspect_words`, to request the maintenance that rebuilds the word index.
         self.on_suspect_words: Callable[[], None] = lambda: None
         self._cache = cache
         self._owner = cache.new_owner()
@@ -90,7 +91,7 @@ class StoreReader:
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Let all reads of this thread in the block see one state. Not to be nested: `get` and `page` use it too."""
+        """Let this thread's reads in the block see one state. Do not nest it, or call `get` or `page`, which use it."""
         connection = self._connection()
         with translated(self._subject):
             connection.execute("BEGIN")
@@ -103,7 +104,7 @@ class StoreReader:
         """Return the existing records by id, of one state of the database, with at least `response_bytes.parts`.
 
         Raises:
-            ServiceError: DATA_LOSS if a record is damaged, RESOURCE_EXHAUSTED if they have too many bytes.
+            ServiceError: DATA_LOSS if a record is damaged, RESOURCE_EXHAUSTED over the limit of `response_bytes`.
         """
         with self.snapshot():
             distinct = list(dict.fromkeys(ids))
@@ -122,7 +123,7 @@ class StoreReader:
     def by_label(self, labels: Sequence[int], *, with_vectors: bool) -> dict[int, StoredRecord]:
         """Return the existing, undamaged records by label, with at least `response_bytes.parts`.
 
-        Whole records without vectors are cached. RESOURCE_EXHAUSTED if those read from the database are too big.
+        Without vectors, the cache is used. RESOURCE_EXHAUSTED over the limit of `response_bytes`, apart from the cache.
         """
         found = {} if with_vectors else self._cache.find(self._owner, labels)
         missing = [label for label in labels if label not in found]
@@ -142,8 +143,8 @@ class StoreReader:
         return found
 
     def _read_plain(self, labels: Sequence[int]) -> dict[int, StoredRecord]:
-        """Return the existing, undamaged records by label, without vectors, from the database."""
-        # One row holds all records: for each row, sqlite3 releases the interpreter's lock and waits for the lock again.
+        """Do what `_read` does without vectors, but faster if no record is damaged."""
+        # The statement returns all records in one row, since sqlite3 releases and retakes Python's GIL for each row.
         with translated(self._subject):
             try:
                 return records_of_one_row(self._connection().execute(AS_ONE_ROW, (json.dumps(labels),)).fetchone()[0])
@@ -152,7 +153,7 @@ class StoreReader:
         return self._read(labels, with_vectors=False)
 
     def _read(self, labels: Sequence[int], *, with_vectors: bool) -> dict[int, StoredRecord]:
-        """Return the existing, undamaged records by label, read row by row; report damaged ones to `on_damage`."""
+        """Return the existing, undamaged records by label, from the database; report damaged ones to `on_damage`."""
         rows = list(self._select_by(self._connection(), "label", labels, columns_of(with_vectors)))
         found = dict(self._damage.records(rows, with_vectors=with_vectors))
         if len(found) < len(rows):
@@ -165,7 +166,7 @@ class StoreReader:
         """Return the first `count` undamaged records that meet a condition, of those with ids greater than `after`.
 
         Returns:
-            The records in byte order of ids, the first whatever its size; whether the limit of bytes left some out.
+            The records in byte order of ids, the first whatever its size; whether the limit of bytes ended the list.
         """
         found: list[StoredRecord] = []
         seen = size = 0
@@ -192,7 +193,7 @@ class StoreReader:
         return found, False
 
     def metadata(self, count: int) -> Generator[dict[str, Any], None, None]:
-        """Yield the metadata of the first `count` records, without damaged metadata, at most 4 MiB of JSON in all."""
+        """Yield the metadata of the first `count` records by label, at most 4 MiB of JSON; skip what is not JSON."""
         size = 0
         with translated(self._subject):
             rows = self._connection().execute(
@@ -206,33 +207,34 @@ class StoreReader:
                     yield json.loads(document)
 
     def compile(self, condition: Filter | None) -> Clause | None:
-        """Compile a validated filter to SQL that is valid for the present records; None if there is no filter."""
+        """Compile a validated filter to SQL that is valid until the next write; None if there is no filter."""
         with translated(self._subject):
             return None if condition is None else nul_metadata.compiled(self._connection(), condition)
 
     def count(self, condition: Clause = EVERYTHING) -> int:
-        """Return the number of records that meet a condition; damaged ones count if the condition can read them."""
+        """Count records, damaged or not, that meet a condition; one on metadata excludes metadata that is not JSON."""
         with translated(self._subject):
             statement = f"SELECT count(*) FROM records WHERE {condition.sql}"  # noqa: S608 - our own conditions
             return int(self._damage.select(self._connection(), statement, condition.parameters)[0][0])
 
     def matching(self, condition: Clause, after: int | None = None) -> Labels:
-        """Return labels, int64, ascending, of matching records not marked as damaged; if given, above `after` only."""
+        """Return labels, int64, ascending, of records that meet a condition; if `after` is given, only greater labels.
+
+        Records that an earlier read found damaged are left out.
+        """
         with translated(self._subject):
             return self._damage.undamaged(self._matching(self._connection(), condition, after))
 
     def lexical_matches(self, expression: str, count: int, condition: Clause) -> list[tuple[int, float]]:
-        """Search the word index; return labels of the best matches, damaged ones too, with BM25 scores, greatest first.
+        """Search the word index; return the best `count` labels with BM25 scores, greatest score first.
 
-        Args:
-            expression: a valid query in FTS5's syntax.
-            count: limit of the number of labels.
-            condition: condition that the records must meet.
+        `expression` is a valid FTS5 query. Labels may be of damaged records or, if the index is wrong, of no record.
 
         Raises:
-            ServiceError: DATA_LOSS if the word index is damaged, INTERNAL if it is beyond repair or the database fails.
+            ServiceError: DATA_LOSS if the word index is found damaged, and a rebuild is requested; INTERNAL if
+                `words_beyond_repair` is true, or the database fails.
         """
-        # A join doubles the time, so only a condition uses it. CROSS JOIN reads `words` first, which has fewer rows.
+        # The join doubles the time, so only a condition uses it. CROSS JOIN: SQLite begins with the matches in `words`.
         joined = "" if condition is EVERYTHING else "CROSS JOIN records ON label = words.rowid"
         statement = (
             f"SELECT words.rowid, -bm25(words) AS score FROM words {joined} "  # noqa: S608 - our own conditions
@@ -242,22 +244,22 @@ class StoreReader:
             return self._damage.select(self._connection(), statement, (expression, *condition.parameters, count))
 
     def count_lexical_matches(self, expression: str) -> int:
-        """Return the number of texts that match an FTS5 query; errors as of `lexical_matches`."""
+        """Return the number of texts that match a valid FTS5 query; errors are those of `lexical_matches`."""
         with translated(self._subject), self._reading_words():
             found = self._connection().execute("SELECT count(*) FROM words WHERE words MATCH ?", (expression,))
             return int(found.fetchone()[0])
 
     def newest_label(self) -> int:
-        """Return the greatest label that was ever assigned, 0 if none was; raise INTERNAL if the counter is damaged."""
+        """Return the counter of labels, the greatest one ever assigned; 0 if none was. INTERNAL if it is no integer."""
         with translated(self._subject):
             return self._newest_label(self._connection())
 
     def sequence(self) -> int:
-        """Return the sequence of the last write; raise INTERNAL if the counter is damaged."""
+        """Return the sequence of the last write; raise INTERNAL if it is missing or no integer."""
         return self._sequence(self._connection())
 
     def labels(self) -> Labels:
-        """Return the labels, int64, ascending, of all records, damaged or not, but no labels outside 1 to 2**62."""
+        """Return all records' labels, int64, ascending, damaged or not; skip (damaged) labels outside 1 to 2**62."""
         with translated(self._subject):
             rows = self._connection().execute(counters.SELECT_LABELS).fetchall()
         return np.array([row[0] for row in rows], dtype=np.int64)
@@ -267,12 +269,13 @@ class StoreReader:
         return {label: record.id for label, record in self._read(labels, with_vectors=False).items()}
 
     def vectors(self, labels: Sequence[int], *, checked: bool = True) -> tuple[Labels, Matrix]:
-        """Return labels and vectors of the existing records among the labels: int64 (n,), float32 (n, dimensions).
+        """Return labels, int64 (n,), and stored vectors, float32 (n, dimensions), of those given records that exist.
 
         Args:
-            labels: the labels, ascending.
+            labels: the labels of the records, ascending, as in the result.
             checked: whether to verify checksums and leave out damaged vectors. If not, damaged vectors may be among the
-                result, and the caller must verify those that it uses.
+                result, and the caller must verify those that it uses. Records that an earlier read found damaged are
+                left out in both cases.
         """
         columns = VECTOR_COLUMNS if checked else UNCHECKED_COLUMNS
         return self._damage.vectors(
@@ -282,9 +285,9 @@ class StoreReader:
     def scan(
         self, batch: int, condition: Clause = EVERYTHING, *, checked: bool = True
     ) -> Iterator[tuple[Labels, Matrix]]:
-        """Yield labels and vectors of all records that meet a condition, `batch` at a time, as `vectors` returns them.
+        """Read the vectors of records that meet a condition, `batch` at a time; yield what `vectors` returns for them.
 
-        Use it within a block of `snapshot`, so that all batches are of one state. `checked` is as in `vectors`.
+        Labels ascend. Use it in a block of `snapshot`, so that all batches are of one state. `checked`: see `vectors`.
         """
         if condition is not EVERYTHING:
             labels = self.matching(condition).tolist()
@@ -299,10 +302,7 @@ class StoreReader:
                 yield self._damage.vectors(rows, checked=checked)
 
     def written_after(self, label: int, count: int) -> list[tuple[int, StoredRecord]]:
-        """Return label and record of the first `count` records with labels above `label`, in the order of writing.
-
-        Raise DATA_LOSS if one of these records is damaged.
-        """
+        """Return the first `count` labels above `label`, ascending, with their records; DATA_LOSS if one is damaged."""
         with translated(self._subject):
             found = self._damage.select(
                 self._connection(),
@@ -316,7 +316,7 @@ class StoreReader:
         return dict(self._select_by(self._connection(), "id", ids, "id, revision"))
 
     def next_expiry(self) -> float | None:
-        """Return when the next undamaged record expires, in seconds since 1970; None if no record expires."""
+        """Return the earliest expire time, maybe past, in seconds since 1970; None: no (undamaged) record expires."""
         with translated(self._subject):
             row = next(self._expiring(self._connection(), Clause("expires IS NOT NULL")), None)
         return None if row is None else float(row[4])
@@ -346,10 +346,10 @@ class StoreReader:
             return [Row(*row) for row in found]
 
     def integrity_errors(self) -> list[str]:
-        """Run SQLite's integrity check; return its messages of damage, at most 100, none on the word index."""
+        """Run SQLite's integrity check; return its messages of damage, at most 100, without those of FTS5."""
         with translated(self._subject):
             found = [row[0] for row in self._connection().execute("PRAGMA integrity_check")]
-        # Later versions of SQLite check the word index too, but `words_are_intact` also compares it with the texts.
+        # Later versions of SQLite let FTS5 check the word index. `words_are_intact` also compares it with the texts.
         return [each for each in found if each != "ok" and "FTS5" not in each]
 
     def counter_problem(self, newest_label: int, newest_revision: int) -> str:
@@ -358,7 +358,7 @@ class StoreReader:
             return counters.problem(self._connection(), newest_label, newest_revision)
 
     def words_are_intact(self) -> bool:
-        """Return whether the word index holds exactly the words of the texts; reads all texts and the whole index."""
+        """Return `word_index.is_intact`: whether the word index matches the prepared texts. All of both are read."""
         with translated(self._subject):
             return word_index.is_intact(self._path)
 
@@ -379,7 +379,7 @@ class StoreReader:
             raise word_index.damaged(self._subject) from error
 
     def release(self) -> None:
-        """Give this thread's connection back to the pool; to be called at the end of each call."""
+        """Give this thread's connection back to the pool, at the end of a call; do nothing in a block of `snapshot`."""
         self._readers.release()
 
     def _connection(self) -> sqlite3.Connection:
@@ -389,7 +389,7 @@ class StoreReader:
     def _select_by(
         self, connection: sqlite3.Connection, column: str, keys: Sequence[object], columns: str
     ) -> Iterator[tuple[Any, ...]]:
-        """Yield `columns` of the rows whose `column` is one of `keys`; each statement has at most 900 of the keys."""
+        """Yield `columns` of the rows whose `column` is one of `keys`, sorted by `column` in each part of 900 keys."""
         with translated(self._subject):
             for start in range(0, len(keys), _MAX_VARIABLES):
                 cancellation.check()
@@ -402,7 +402,7 @@ class StoreReader:
                 )
 
     def _matching(self, connection: sqlite3.Connection, condition: Clause, after: int | None = None) -> Labels:
-        # Python sorts: with ORDER BY, SQLite would scan all records instead of using a metadata index.
+        # Python sorts: with ORDER BY, SQLite may scan all records instead of using a metadata index.
         newer, parameters = ("", ()) if after is None else ("label > ? AND ", (after,))
         rows = self._damage.select(
             connection,

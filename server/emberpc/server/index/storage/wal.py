@@ -1,8 +1,9 @@
 """Detection of commits in a write-ahead log that SQLite does not apply after a crash.
 
-SQLite applies the frames of the log before the first frame with a wrong checksum. SQLite reports nothing about later
-frames, since they may be stale, or cut off by the crash. Later frames of the same generation that end a transaction are
-lost writes. Only frame headers are read here, and only when a database with a log is opened, so no write is slower.
+SQLite applies the transactions in the log that end before the first frame with a wrong checksum. SQLite reports nothing
+about later frames, since they may be of an older generation, or cut off by the crash. Later frames of the present
+generation that end a transaction are lost writes; only the last one may be a write that was not acknowledged. The
+content of frames is not read here, and writes are not slower, since logs are read only when a database is opened.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 # Layouts of the log's header and of a frame's header: https://www.sqlite.org/fileformat2.html#the_write_ahead_log
 _HEADER = struct.Struct(">8I")
 _FRAME = struct.Struct(">6I")
-#: First number of a log, apart from its last bit, which states the byte order of the checksums.
+#: First 32-bit number of a log, with the last bit 0. That bit is 1 if the log's checksums read numbers as big-endian.
 _MAGIC = 0x377F0682
 _MASK = 2**32 - 1
 
@@ -27,8 +28,8 @@ class LogContents(NamedTuple):
     """Contents of a write-ahead log. SQLite begins a new generation when it overwrites the log from its start.
 
     Attributes:
-        readable: whether the checksum of the log's header is right.
-        commits: numbers, from 1, of the frames of the present generation that end a transaction.
+        readable: whether the log's header is undamaged. If not, `commits` is empty and `frames` is 0.
+        commits: numbers, from 1, of the frames of the present generation that end a transaction, ascending.
         frames: number of the last frame of the present generation; 0 if there is none.
     """
 
@@ -40,9 +41,11 @@ class LogContents(NamedTuple):
 def inspect(database: Path) -> LogContents | None:
     """Read the headers in the write-ahead log of a database, before any connection to the database is opened.
 
+    A connection may overwrite or remove the log.
+
     Returns:
         The contents of the log. None if there is no log, it cannot be opened, its header is incomplete, or its header
-        is damaged and no frame follows.
+        is damaged and nothing follows the header.
 
     Raises:
         OSError: the log cannot be read.
@@ -74,13 +77,14 @@ def inspect(database: Path) -> LogContents | None:
 def report_lost_commits(connection: sqlite3.Connection, found: LogContents | None, subject: str) -> None:
     """Log how many commits of a write-ahead log SQLite did not apply; merge the applied ones into the database.
 
-    If the header of the log is damaged, all its commits are lost, and their number is not known. If only the last frame
-    of the log is a lost commit, only a warning is logged: a crash may have cut that write off before it was
-    acknowledged. If the disk is full, nothing is logged, and the next opening checks the log.
+    If the header of the log is damaged, SQLite applied no commits of it, and the number of lost commits is unknown. If
+    the only lost commit is the last frame of the log, only a warning is logged: a crash may have cut that write off
+    before it was acknowledged. If the log cannot be merged, as on a full disk, nothing is logged, and the next opening
+    checks the log.
 
     Args:
         connection: the first connection that was opened after `inspect`.
-        found: the result of `inspect`; None: there is nothing to report.
+        found: the result of `inspect`; None: do nothing.
         subject: name of the database in messages.
 
     Raises:

@@ -1,7 +1,8 @@
 """Check and rebuilding of a collection's word index, which is derived from the collection's texts.
 
-SQLite's pages have no checksums, so FTS5 may not notice damage in the index, and miss texts. The check compares the
-whole index with the texts, by FTS5's own integrity check.
+SQLite's pages have no checksums, so FTS5 may not notice damage in the index, and searches may miss texts. The check
+compares the whole index with the prepared texts (`search_text`, or `text` where that is NULL), by FTS5's own integrity
+check.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.storage import schema
 from emberpc.server.index.storage.database import connect, transaction
 
-# Statements that copy the index and check the copy. The copy declares the texts as its content, so that FTS5's
-# integrity check compares both. The check is a statement that writes. The copy is a temporary table of the connection,
-# so other connections can write meanwhile.
+# Statements that copy the index and check the copy. FTS5's integrity check compares an index with the texts only if the
+# index declares them as its content: the copy does, the index does not. The check is a statement that takes the lock of
+# writes. The copy is a temporary table of the connection, so other connections can write meanwhile.
 _COPY = (
     "CREATE TEMP VIEW texts_of_words AS "
     "SELECT label, coalesce(search_text, text) AS text FROM main.records WHERE text <> ''",
@@ -35,12 +36,13 @@ _COPY = (
 
 
 def is_intact(path: Path) -> bool:
-    """Return whether the word index of a database can be read and holds exactly the words of the database's texts.
+    """Return whether the word index of a database can be read and holds exactly the words of the prepared texts.
 
-    Reads and tokenizes all texts, and needs temporary disk space for a copy of the index.
+    Reads and tokenizes all texts, and needs temporary disk space for a copy of the index. Damaged records can also be
+    why the result is False.
 
     Raises:
-        sqlite3.Error: the check failed for another reason than a damaged index.
+        sqlite3.Error: the check failed, and damage is not the reason (`may_be_damage`).
     """
     with closing(connect(path)) as connection:
         connection.execute("BEGIN")
@@ -58,7 +60,7 @@ def is_intact(path: Path) -> bool:
 
 
 def build(connection: sqlite3.Connection) -> None:
-    """Rebuild the word index from the texts in one transaction.
+    """Correct the prepared texts, and rebuild the word index from them, in one transaction.
 
     Raises:
         sqlite3.Error: the index cannot be rebuilt; nothing has changed.
