@@ -6,11 +6,21 @@ from emberpc.export.classify.strategies.base import Fitted, Options, Strategy
 from emberpc.export.classify.strategies.contrastive import Contrastive
 from emberpc.export.classify.strategies.frozen import Centroids, Linear, Nearest, ZeroShot
 from emberpc.export.classify.strategies.layers import FullTuning, TopLayers
+from emberpc.export.classify.strategies.lexical import TfIdf
 
 #: All strategies by name, from the cheapest training to the most expensive.
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
-    for strategy in (ZeroShot(), Nearest(), Centroids(), Linear(), TopLayers(), Contrastive(), FullTuning())
+    for strategy in (
+        TfIdf(),
+        ZeroShot(),
+        Nearest(),
+        Centroids(),
+        Linear(),
+        TopLayers(),
+        Contrastive(),
+        FullTuning(),
+    )
 }
 #: Names of the strategies whose result is a linear head, which can be exported as one graph.
 EXPORTABLE = tuple(name for name, strategy in STRATEGIES.items() if strategy.exportable)

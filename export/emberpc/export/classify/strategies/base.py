@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import log2
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -30,6 +31,12 @@ _MOST_HELD_OUT = 500
 #: Number of training texts from which on the model is not trained a second time on all texts: the held-out texts are
 #: then at most a tenth of them, too few to be worth it.
 _REFIT_BELOW = 5000
+#: Most epochs of a training.
+_MOST_EPOCHS = 12
+#: Number of texts, repetitions included, that a quick training learns from: 100 steps of 16 texts.
+_QUICK_TEXTS = 1600
+#: Cost of training on a text, as a multiple of a pass forward: the pass backward costs about two passes forward.
+_TRAINED_PASSES = 3.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,9 @@ class Options:
     #: the fit is stored.
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     progress: Progress = no_progress
+    #: Whether a strategy that trains the encoder makes one short training only (`fit_and_hold_out` says how); other
+    #: strategies ignore this.
+    quick: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,22 @@ class Strategy(Protocol):
     def tunes(self) -> bool:
         """Whether the strategy trains the weights of the encoder."""
 
+    @property
+    def served(self) -> bool:
+        """Whether the strategy can be served, as a bundle or from a collection; the others are baselines."""
+
+    def passes(self, examples: Examples, layers: int, *, quick: bool = False) -> float:
+        """Return an estimate of the work that training the encoder takes; 0 if the encoder is not trained.
+
+        The unit is one pass of one text forward through all layers; a pass backward counts as two passes forward. Early
+        stopping is not considered, so the estimate is rather too high.
+
+        Args:
+            examples: the training texts.
+            layers: number of layers of the encoder.
+            quick: whether `Options.quick` is set.
+        """
+
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Fit a classifier to labelled texts.
 
@@ -152,6 +178,38 @@ def split(examples: Examples, seed: int) -> tuple[Rows, Rows]:
     return np.setdiff1d(np.arange(len(examples.texts)), unseen), unseen
 
 
+def quick_epochs(texts: int) -> int:
+    """Return the number of epochs of a quick training on a number of texts: enough for 1,600 texts, at most 12."""
+    return max(1, min(_MOST_EPOCHS, -(-_QUICK_TEXTS // max(1, texts))))
+
+
+def default_epochs(per_label: float) -> int:
+    """Return the default number of epochs for a mean of `per_label` texts of a label: 10 for 4, 8 for 16, 6 for 64.
+
+    The number is at least 5 and at most 12.
+    """
+    return max(5, min(_MOST_EPOCHS, round(12 - log2(max(per_label, 1)))))
+
+
+def passes_of(examples: Examples, share: float, scored: int, *, quick: bool) -> float:
+    """Return the estimate of `Strategy.passes` for trainings by `fit_and_hold_out`.
+
+    Args:
+        examples: the training texts.
+        share: share of the layers that is trained, in (0, 1]; the other layers run once for each text.
+        scored: number of training texts that a score after an epoch embeds, in addition to the held-out texts.
+        quick: whether `Options.quick` is set.
+    """
+    texts = len(examples.texts)
+    held_out = min(texts // _HELD_OUT_FOLDS, _MOST_HELD_OUT)
+    if quick:
+        trained = quick_epochs(texts) * (texts - held_out)
+        return texts * (1 - share) + share * (_TRAINED_PASSES * trained + held_out)
+    epochs = default_epochs(examples.per_label)
+    trained = epochs * (texts - held_out + (texts if texts < _REFIT_BELOW else 0))
+    return texts * (1 - share) + share * (_TRAINED_PASSES * trained + epochs * (held_out + scored))
+
+
 def fit_and_hold_out(
     fit: Callable[[Examples, Examples | None, int | None, str], tuple[Fitted, int]],
     examples: Examples,
@@ -163,6 +221,9 @@ def fit_and_hold_out(
     training texts are held out, and a training on the other texts finds the best epoch. With fewer than 5,000 training
     texts, a second training on all texts makes the result; otherwise the first one does. If no text can be held out,
     since no label has two texts, a single training on all texts makes the result.
+
+    With `options.quick`, the texts that are not held out are trained on once, for `quick_epochs` epochs and without
+    early stopping.
 
     Args:
         fit: trains a classifier. Its arguments are the training texts, the texts for early stopping (or None), the
@@ -182,6 +243,9 @@ def fit_and_hold_out(
         fitted, _ = fit(examples, None, options.epochs, "training")
         return fitted
     held_out = examples.take(unseen)
+    if options.quick:
+        quick, _ = fit(examples.take(seen), None, quick_epochs(len(examples.texts)), "quick training")
+        return _with_held_out(quick, quick, held_out, unseen)
     refit = len(examples.texts) < _REFIT_BELOW
     stage = "training to find the best epoch" if refit else "training"
     first, epochs = fit(examples.take(seen), held_out, options.epochs, stage)

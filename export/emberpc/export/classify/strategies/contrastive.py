@@ -16,12 +16,14 @@ from emberpc.export.classify.strategies.base import (
     Options,
     Tuned,
     accuracy,
+    default_epochs,
     fit_and_hold_out,
     no_texts,
+    passes_of,
     standard_error,
 )
 from emberpc.export.classify.strategies.frozen import class_means, prototypes
-from emberpc.export.classify.strategies.layers import by_tuned, checkpoint_of, default_epochs
+from emberpc.export.classify.strategies.layers import by_tuned, checkpoint_of
 from emberpc.export.data.examples import Examples
 from emberpc.export.threads import Check, bounded_threads, run_in_threads
 from emberpc.export.tuning.loop import Recipe, train
@@ -47,6 +49,11 @@ class Contrastive:
     name: str = "contrastive"
     exportable: bool = True
     tunes: bool = True
+    served: bool = True
+
+    def passes(self, examples: Examples, layers: int, *, quick: bool = False) -> float:
+        """Return an estimate of the work of the training, in passes of one text through all layers."""
+        return passes_of(examples, max(1, layers // 2) / layers, len(examples.texts), quick=quick)
 
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Train the encoder with early stopping on held-out texts, then fit the head; return encoder and head.

@@ -20,13 +20,22 @@ from emberpc.export.errors import ExportError
 COSINE_SCALE = 10.0
 
 
+class _Frozen:
+    """Base of the strategies that do not train the encoder."""
+
+    def passes(self, examples: Examples, layers: int, *, quick: bool = False) -> float:
+        """Return 0: the encoder is not trained."""
+        return 0.0
+
+
 @dataclass(frozen=True)
-class ZeroShot:
+class ZeroShot(_Frozen):
     """Gives the label whose description has the vector nearest to the text's; the fit uses no training texts."""
 
     name: str = "zero-shot"
     exportable: bool = True
     tunes: bool = False
+    served: bool = True
 
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Return a classifier whose head is made of the vectors of the label descriptions.
@@ -48,12 +57,13 @@ class ZeroShot:
 
 
 @dataclass(frozen=True)
-class Centroids:
+class Centroids(_Frozen):
     """Gives the label for which the mean vector of its examples is nearest to the text's vector."""
 
     name: str = "centroids"
     exportable: bool = True
     tunes: bool = False
+    served: bool = True
 
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Return a classifier whose head is made of the mean vector of each label's texts and description.
@@ -73,12 +83,13 @@ class Centroids:
 
 
 @dataclass(frozen=True)
-class Nearest:
+class Nearest(_Frozen):
     """Gives the label of the nearest example. The strategy is not exportable: no linear head gives the same logits."""
 
     name: str = "nearest"
     exportable: bool = False
     tunes: bool = False
+    served: bool = True
 
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Return a classifier that compares texts with all examples; compute and cache the examples' vectors now.
@@ -105,12 +116,13 @@ class Nearest:
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(_Frozen):
     """Logistic regression on the encoder's vectors, with the regularization chosen by cross-validation."""
 
     name: str = "linear"
     exportable: bool = True
     tunes: bool = False
+    served: bool = True
 
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Return a classifier whose head is fitted to the texts and label descriptions by logistic regression.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import log2
 
 import numpy as np
 import torch
@@ -19,8 +18,10 @@ from emberpc.export.classify.strategies.base import (
     Options,
     Tuned,
     accuracy,
+    default_epochs,
     fit_and_hold_out,
     no_texts,
+    passes_of,
     standard_error,
 )
 from emberpc.export.classify.strategies.frozen import COSINE_SCALE, class_means
@@ -72,6 +73,7 @@ class _Layers:
     encoder_rate: float
     exportable: bool = True
     tunes: bool = True
+    served: bool = True
 
     def top(self, layers: int, per_label: float) -> int:
         """Return the number of upper layers to train.
@@ -81,6 +83,10 @@ class _Layers:
             per_label: mean number of texts of a label.
         """
         raise NotImplementedError
+
+    def passes(self, examples: Examples, layers: int, *, quick: bool = False) -> float:
+        """Return an estimate of the work of the training, in passes of one text through all layers."""
+        return passes_of(examples, self.top(layers, examples.per_label) / layers, 0, quick=quick)
 
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Train layers and head; return the tuned encoder and the head.
@@ -219,14 +225,6 @@ def checkpoint_of(
         seed=options.seed,
         balanced=options.balanced,
     )
-
-
-def default_epochs(per_label: float) -> int:
-    """Return the default number of epochs for a mean of `per_label` texts of a label: 10 for 4, 8 for 16, 6 for 64.
-
-    The number is at least 5 and at most 12.
-    """
-    return max(5, min(12, round(12 - log2(max(per_label, 1)))))
 
 
 def loss_by_targets(examples: Examples, *, balanced: bool) -> Callable[[torch.Tensor, list[int]], torch.Tensor]:
