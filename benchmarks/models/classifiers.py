@@ -46,7 +46,8 @@ class Claim:
         A claim that was measured with fewer than `SEEDS` seeds, or not at all, is not met. The strategy zero-shot does
         not depend on a seed, and needs one.
         """
-        eligible = [p for p in points if p["budget"] == self.budget and p["strategy"] in self.strategies]
+        full = [point for point in points if point["profile"] == "full" and point["budget"] == self.budget]
+        eligible = [point for point in full if point["strategy"] in self.strategies]
         measured = [p for p in eligible if p["seeds"] >= SEEDS or p["strategy"] == "zero-shot"]
         sign = "<=" if self.at_most else ">="
         if not measured:

@@ -59,9 +59,14 @@ def test_a_comparison_is_reported_resumed_and_its_winner_exported(
     few = ["compare", *files, "--strategy", "zero-shot,nearest,centroids,linear", "-o", folder]
     outcome = emberpc(*few, "--budget", "1,4", "--seeds", 2)
     assert outcome.code == 0, outcome.err
-    assert outcome.rows[0] == ["strategy", "1", "4", "ECE", "training, CPU-s", "ms a text", "size, MB"]
+    assert outcome.rows[0] == [
+        "strategy", "1", "4", "macro F1", "ECE", "training, CPU-s", "ms a text", "size, MB"
+    ]  # fmt: skip
     assert [row[0] for row in outcome.rows[1:5]] == ["zero-shot", "nearest", "centroids", "linear"]
-    assert outcome.rows[6][0].startswith("Take ")
+    assert any(row[0].startswith("Take ") for row in outcome.rows[5:])
+    assert any(row[0].startswith("Baselines, by test accuracy: the most frequent label 0.") for row in outcome.rows[5:])
+    labels = outcome.rows.index(["label", "precision", "recall", "F1", "confused with"])
+    assert {row[0] for row in outcome.rows[labels + 1 : labels + 4]} == set(WORDS)
     cells = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
     assert len(cells) == 1 + 3 * 2 * 2
 
@@ -74,13 +79,15 @@ def test_a_comparison_is_reported_resumed_and_its_winner_exported(
     assert json.loads((folder / "report.json").read_text())["recommendation"] == report["recommendation"]
     best = {(p["strategy"], p["budget"]): p for p in report["points"]}
     assert 0 <= best["linear", "all texts"]["out_of_scope_auroc"] <= 1
-    assert best["linear", "all texts"]["accuracy_band"] is not None
-    assert {cost["agreement"] for cost in report["serving"]} == {1.0}
+    assert best["linear", "all texts"]["accuracy_low"] < best["linear", "all texts"]["accuracy_high"]
+    assert {cost["agreement"] for cost in report["serving"] if cost["strategy"] != "top-layers"} == {1.0}
+    # Cells of the budget 1, which this run does not have, are in the report, too.
+    assert ("linear", "1 a label") in best
+    assert {each["label"] for each in report["classes"]} == set(WORDS)
     assert all(cost["milliseconds"] > 0 and cost["size_bytes"] > 1e5 for cost in report["serving"])
     if base == BASE:
         assert best["linear", "all texts"]["accuracy"] > 0.8
         assert best["top-layers", "all texts"]["accuracy"] > 0.8
-        assert ("a ripe banana", "fruit") in {(s["text"], s["suggested"]) for s in report["suspects"]}
     assert report["skipped"] == []
     assert emberpc("verify", bundle).code == 0
     assert report["winner"]["strategy"] == json.loads((bundle / "emberpc.json").read_text())["strategy"]
@@ -146,7 +153,7 @@ def test_a_time_limit_lists_what_it_leaves_out(emberpc: Emberpc, files: list[obj
     assert any(line.startswith("not measured: full, ") for line in outcome.err.splitlines())
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     counted = sum(int(number) for line in report["skipped"] for number in re.findall(r"(\d+) seed", line))
-    assert counted + len(report["cells"]) == 2 * 3 * 900
+    assert counted + len([cell for cell in report["cells"] if not cell["quick"]]) == 2 * 3 * 900
 
 
 @pytest.mark.parametrize(
@@ -154,7 +161,7 @@ def test_a_time_limit_lists_what_it_leaves_out(emberpc: Emberpc, files: list[obj
     [
         (["--budget", "1,x"], "--budget has 'x'"),
         (["--budget", "0"], "a budget is 0; it must be at least 1, or all"),
-        (["--strategy", "linear,magic"], "there is no strategy 'magic'; there are: zero-shot"),
+        (["--strategy", "linear,magic"], "there is no strategy 'magic'; there are: tf-idf, zero-shot"),
         (["--time-limit", "soon"], "--time-limit is 'soon'; give a number and s, m or h"),
         (["--time-limit", "1s"], "left no time for any measurement; the first one needs a limit of about "),
         (["--descriptions", "nothing.csv"], "nothing.csv"),

@@ -6,7 +6,7 @@ from benchmarks.models.classifiers import Claim
 
 
 def point(strategy: str, seeds: int, accuracy: float) -> dict[str, object]:
-    return {"budget": "16 a label", "strategy": strategy, "seeds": seeds, "accuracy": accuracy}
+    return {"budget": "16 a label", "profile": "full", "strategy": strategy, "seeds": seeds, "accuracy": accuracy}
 
 
 def test_a_floor_is_compared_with_points_of_three_seeds_only() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +30,7 @@ from emberpc.cli.options import AsJson, listed
 from emberpc.cli.output import Column, note, print_blank_line, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
+    from emberpc.export.compare.recommendation import Recommendation
     from emberpc.export.compare.summary import Summary
 
 _UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -36,6 +38,23 @@ _EVERYTHING = "1,2,4,8,16,32,all"
 _BYTES_PER_MB = 1e6
 #: Most lines on stderr about strategies and budgets that were not measured; the report lists all.
 _SKIPPED = 5
+#: Most labels whose figures are printed; the report lists all.
+_WEAKEST = 8
+
+
+class Metric(str, Enum):
+    """Figures by which strategies can be compared."""
+
+    ACCURACY = "accuracy"
+    MACRO_F1 = "macro-f1"
+    MICRO_F1 = "micro-f1"
+
+
+class SavedCost(str, Enum):
+    """Costs by which strategies can be compared."""
+
+    TRAINING = "training"
+    SERVING = "serving"
 
 
 def compare(
@@ -96,12 +115,26 @@ def compare(
     label_separator: LabelSeparator = None,
     balanced: Balanced = False,
     min_examples: MinExamples = 2,
-    worth: Annotated[
+    tolerance: Annotated[
         float,
         typer.Option(
-            min=0, help="Percentage points of accuracy that a more expensive training must gain to be recommended."
+            min=0,
+            metavar="POINTS",
+            help="Percentage points by which the recommended strategy may be worse than the best, if it costs less.",
         ),
-    ] = 0.5,
+    ] = 1.0,
+    metric: Annotated[
+        Metric, typer.Option(help="Figure on the test texts by which strategies are compared.")
+    ] = Metric.ACCURACY,
+    cost: Annotated[
+        SavedCost,
+        typer.Option(
+            help="Cost to save: CPU-seconds of the training, or milliseconds of serving beside embeddings of the base."
+        ),
+    ] = SavedCost.TRAINING,
+    worth: Annotated[
+        float | None, typer.Option(min=0, hidden=True, help="Deprecated: use --tolerance.", show_default=False)
+    ] = None,
     export_winner: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Fit the winner to all texts, and export it to this folder as a bundle."),
@@ -125,6 +158,9 @@ def compare(
         out_of_scope: (text_column,),
         descriptions: ("label", "description"),
     }
+    if worth is not None:
+        note("--worth is deprecated: use --tolerance")
+        tolerance = worth
     with exporting(files, export_winner, overwrite=overwrite, command="emberpc compare", left=left) as progress:
         from emberpc.export.classifier import ClassifierData
         from emberpc.export.classify.strategies import STRATEGIES
@@ -150,13 +186,14 @@ def compare(
             label_texts=label_texts,
             balanced=balanced,
             max_tokens=max_tokens,
+            metric=metric.value.replace("-", "_"),
         )
         if export_winner is not None:
             comparison.check_winner(settings, export_winner, overwrite=overwrite)
-        summary = comparison.compare(settings, output, worth=worth / 100, progress=progress)
+        found = comparison.compare(settings, output, tolerance=tolerance / 100, cost=cost.value, progress=progress)
         if export_winner is not None:
-            comparison.export_winner(summary, settings, export_winner, overwrite=overwrite, progress=progress)
-    _show(summary, output, as_json, train, exported=export_winner is not None)
+            comparison.export_winner(found, settings, export_winner, overwrite=overwrite, progress=progress)
+    _show(found, output, as_json, train, exported=export_winner is not None)
 
 
 def _budgets(values: list[str]) -> tuple[int, ...]:
@@ -185,44 +222,32 @@ def _seconds(text: str | None) -> float | None:
     return float(match[1]) * _UNITS[match[2]]
 
 
-def _show(summary: Summary, folder: Path, as_json: bool, train: Path, *, exported: bool) -> None:
-    from emberpc.export.classify.strategies import STRATEGIES
-    from emberpc.export.compare.outcomes import ALL, NO_TEXTS
+def _show(found: Recommendation, folder: Path, as_json: bool, train: Path, *, exported: bool) -> None:
+    """Print the figures, the recommendation, the weakest labels, and what was not measured."""
+    from emberpc.export.compare.recommendation import (
+        baselines,
+        caveats,
+        crossover,
+        metric_name,
+        recommendation,
+        skipped_lines,
+    )
     from emberpc.export.compare.report import content
-    from emberpc.export.compare.summary import caveats, crossover, recommendation, skipped_lines
 
     if as_json:
-        print_json([content(summary)])
+        print_json([content(found)])
         return
-    budgets = sorted({point.budget for point in summary.points} - {NO_TEXTS}, key=summary.per_label)
-    several = len(summary.result.sources) > 1
-    headings = ["all" if budget == ALL else str(budget) for budget in budgets]
-    columns = [
-        Column("strategy"),
-        *([Column("base")] if several else []),
-        *(Column(heading, "right") for heading in headings),
-        *(Column(title, "right") for title in ("ECE", "training, CPU-s", "ms a text", "size, MB")),
-    ]
-    rows = []
-    for way in summary.ways:
-        curve = {point.budget: point for point in summary.curve(way)}
-        last, serving = list(curve.values())[-1], summary.serving(way)
-        accuracies = [curve.get(budget, curve.get(NO_TEXTS)) for budget in budgets]
-        rows.append(
-            [
-                way.strategy,
-                *([way.base] if several else []),
-                *("" if point is None else f"{point.accuracy:.3f}" for point in accuracies),
-                f"{last.means['ece']:.3f}",
-                f"{last.means['cpu_seconds']:.1f}",
-                f"{serving.milliseconds:.1f}" if serving else "",
-                f"{serving.size_bytes / _BYTES_PER_MB:.1f}" if serving else "",
-            ]
-        )
-    note(f"accuracy on the test texts, by the number of training texts of each label ({', '.join(headings)}):")
-    print_table(columns, rows)
+    summary = found.summary
+    headings, table = _figures(summary)
+    note(
+        f"{metric_name(summary.metric)} on the test texts, by the number of training texts of each label "
+        f"({', '.join(headings)}); * a quick training:"
+    )
+    print_table(*table)
     print_blank_line()
-    print_lines([recommendation(summary), crossover(summary)])
+    print_lines([*recommendation(found), crossover(summary), baselines(summary)])
+    print_blank_line()
+    _show_labels(found)
     for line in caveats(summary):
         note(line)
     skipped = skipped_lines(summary)
@@ -231,6 +256,60 @@ def _show(summary: Summary, folder: Path, as_json: bool, train: Path, *, exporte
     if len(skipped) > _SKIPPED:
         note(f"not measured: {len(skipped) - _SKIPPED} more, which the report lists")
     note(f"the report is in {folder / 'report.html'}")
-    if not exported and STRATEGIES[summary.winner.way.strategy].exportable:
-        command = ["emberpc", "export", "classifier", "--train", str(train), "--base", summary.winner.way.base]
-        note(f"next: `{shlex.join([*command, '--strategy', summary.winner.way.strategy, '-o', 'DIR'])}`")
+    if not exported and found.taken.way.exportable:
+        command = ["emberpc", "export", "classifier", "--train", str(train), "--base", found.taken.way.base]
+        note(f"next: `{shlex.join([*command, '--strategy', found.taken.way.strategy, '-o', 'DIR'])}`")
+
+
+def _figures(summary: Summary) -> tuple[list[str], tuple[list[Column], list[list[str]]]]:
+    """Return the headings of the budgets, and the table of all strategies as columns and rows."""
+    from emberpc.export.compare.outcomes import ALL, NO_TEXTS
+
+    budgets = sorted({point.budget for point in summary.points} - {NO_TEXTS}, key=summary.per_label)
+    several = len(summary.result.sources) > 1
+    headings = ["all" if budget == ALL else str(budget) for budget in budgets]
+    columns = [
+        Column("strategy"),
+        *([Column("base")] if several else []),
+        *(Column(heading, "right") for heading in headings),
+        *(Column(title, "right") for title in ("macro F1", "ECE", "training, CPU-s", "ms a text", "size, MB")),
+    ]
+    rows = []
+    for way in summary.ways:
+        curve = {point.budget: point for point in summary.curve(way)}
+        last, serving = list(curve.values())[-1], summary.serving(way)
+        scores = [curve.get(budget, curve.get(NO_TEXTS)) for budget in budgets]
+        rows.append(
+            [
+                way.strategy,
+                *([way.base] if several else []),
+                *("" if point is None else f"{point.score.value:.3f}{'*' * point.quick}" for point in scores),
+                f"{last.means['macro_f1']:.3f}",
+                f"{last.means['ece']:.3f}",
+                f"{last.means['cpu_seconds']:.1f}",
+                f"{serving.milliseconds:.1f}" if serving else "",
+                f"{serving.size_bytes / _BYTES_PER_MB:.1f}" if serving else "",
+            ]
+        )
+    return headings, (columns, rows)
+
+
+def _show_labels(found: Recommendation) -> None:
+    """Print the labels with the lowest F1 by the recommended strategy, each with the label given most often instead."""
+    from emberpc.export.compare.class_figures import class_figures
+    from emberpc.export.compare.data_problems import confusions
+
+    summary, point = found.summary, found.taken.point
+    instead: dict[str, str] = {}
+    for each in confusions(summary, point):
+        instead.setdefault(each.label, f"{each.given} ({100 * each.share:.0f} %)")
+    figures = class_figures(summary.result.test, point.outcomes)
+    note(f"labels with the lowest F1 by {point.name} {summary.where(point.budget)}, of {len(figures)}:")
+    print_table(
+        [Column("label"), *(Column(name, "right") for name in ("precision", "recall", "F1")), Column("confused with")],
+        [
+            [each.label, f"{each.precision:.2f}", f"{each.recall:.2f}", f"{each.f1:.2f}", instead.get(each.label, "")]
+            for each in figures[:_WEAKEST]
+        ],
+    )
+    print_blank_line()

@@ -1,4 +1,4 @@
-"""Open the encoders of a comparison, and convert fitted classifiers to the ONNX files that would be served."""
+"""Open the encoders of a comparison, and write ONNX files as they would be served."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from emberpc.export.classifier import tuned_encoder
+from emberpc.bundle import Head
 from emberpc.export.classify.cached_encoder import CachedEncoder
-from emberpc.export.classify.strategies import Fitted
 from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.embedding import MODEL_PATH, Converted, convert_encoder
 from emberpc.export.progress import Progress
@@ -54,42 +53,33 @@ def open_base(source: str, folder: Path, max_tokens: int | None, progress: Progr
     return Base(encoder, folder, converted, runner, CachedEncoder(encoder, runner, progress), cost.seconds)
 
 
-def export_fitted(base: Base, fitted: Fitted, folder: Path, progress: Progress) -> tuple[OnnxRunner, int]:
-    """Write the ONNX file of a fitted classifier, and open it.
+def export_head(base: Base, head: Head, folder: Path) -> tuple[OnnxRunner, int]:
+    """Write the ONNX file of the base's encoder with a linear head, and open it.
 
-    For a classifier without a linear head nothing is written or opened: the base's own ONNX file would serve it, so
-    `base.runner` and the bytes of the base's files are returned.
+    The encoder keeps its original weights. The file of a tuned encoder has the same operators and the same size.
 
     Args:
-        base: the base that the classifier was fitted on.
-        fitted: the result of a strategy.
+        base: the base.
+        head: the head.
         folder: existing, empty folder to write to.
-        progress: called with the current step.
 
     Returns:
         A runner of the ONNX file, and the bytes of the files that serving needs: the ONNX file with its weights, and
         the tokenizer's files.
-
-    Raises:
-        ExportError: the tuned encoder cannot be converted.
     """
-    if fitted.head is None:
-        return base.runner, _size(base.folder)
-    with tuned_encoder(base.encoder, fitted, folder) as (_, tuned):
-        untuned = base.converted.graph
-        graph = copy.deepcopy(untuned) if tuned is None else convert_encoder(tuned, folder, progress).graph
-    if tuned is None:
-        for path in base.folder.glob("*.json"):
-            shutil.copyfile(path, folder / path.name)
+    graph = copy.deepcopy(base.converted.graph)
+    for path in base.folder.glob("*.json"):
+        shutil.copyfile(path, folder / path.name)
     # Only the logits are compared. Temperature and `multi_label` do not change them, so any values do.
-    graph.classify(fitted.head.weights, fitted.head.bias, 1.0, multi_label=False)
+    graph.classify(head.weights, head.bias, 1.0, multi_label=False)
     graph.save(folder / MODEL_PATH)
-    return _runner(folder, base.folder, base.encoder, base.converted), _size(folder)
+    return _runner(folder, base.folder, base.encoder, base.converted), size_of(folder)
 
 
 def _runner(folder: Path, tokenizer: Path, encoder: Encoder, converted: Converted) -> OnnxRunner:
     return OnnxRunner(folder / MODEL_PATH, tokenizer / "tokenizer.json", encoder.max_tokens, converted.pad_token_id)
 
 
-def _size(folder: Path) -> int:
+def size_of(folder: Path) -> int:
+    """Return the bytes of all files in a folder and its subfolders."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -11,6 +11,7 @@ from emberpc.bundle import Manifest, check_target
 from emberpc.export.classifier import export_classifier
 from emberpc.export.classify.strategies import EXPORTABLE
 from emberpc.export.compare.comparison_run import ComparisonSettings, run
+from emberpc.export.compare.recommendation import COSTS, Recommendation
 from emberpc.export.compare.report import write_report
 from emberpc.export.compare.summary import Summary
 from emberpc.export.errors import ExportError
@@ -18,27 +19,36 @@ from emberpc.export.progress import Progress, no_progress
 
 
 def compare(
-    settings: ComparisonSettings, folder: Path | str, *, worth: float = 0.005, progress: Progress = no_progress
-) -> Summary:
+    settings: ComparisonSettings,
+    folder: Path | str,
+    *,
+    tolerance: float = 0.01,
+    cost: str = "training",
+    progress: Progress = no_progress,
+) -> Recommendation:
     """Compare strategies, and write a report.
 
-    Outcomes are stored in the folder. The same call continues an interrupted comparison, also with more budgets,
-    strategies, seeds or time. Checkpoints of interrupted trainings are kept in the folder until no cell is skipped.
+    Outcomes are stored in the folder. The same call continues an interrupted comparison, also with other budgets,
+    strategies, seeds or time; the report covers all stored outcomes. Checkpoints of interrupted trainings are kept in
+    the folder until no cell is skipped.
 
     Args:
         settings: settings of the comparison.
         folder: folder of the report and the outcomes; it is created if it does not exist.
-        worth: accuracy, in [0, 1], that a strategy with a more expensive training must gain to be recommended.
+        tolerance: how much worse than the best strategy, in [0, 1], the recommended one may be if it costs less.
+        cost: the cost to save, `training` or `serving`.
         progress: called with the current step.
 
     Returns:
-        The summary; `report.html`, `report.json` and PNG files are in the folder.
+        The recommendation, with the summary; `report.html`, `report.json` and PNG files are in the folder.
 
     Raises:
-        ExportError: data or a base cannot be used, the folder holds another comparison, a checkpoint cannot be written,
-            no strategy could be fitted, or the time limit left no time for any outcome.
+        ExportError: `cost` is unknown, data or a base cannot be used, the folder holds another comparison, a checkpoint
+            cannot be written, no strategy could be fitted, or the time limit left no time for any outcome.
         OSError: another file cannot be written.
     """
+    if cost not in COSTS:
+        raise ExportError(f"there is no cost {cost!r}; there are: {', '.join(COSTS)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     result = run(settings, folder, progress)
@@ -51,10 +61,10 @@ def compare(
         )
     if not result.skipped:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    summary = Summary(result, worth)
+    found = Recommendation(Summary(result, settings.metric), tolerance, cost)
     progress("writing the report", 0, 1)
-    write_report(summary, folder)
-    return summary
+    write_report(found, folder)
+    return found
 
 
 def check_winner(settings: ComparisonSettings, target: Path | str, *, overwrite: bool = False) -> None:
@@ -80,7 +90,7 @@ def check_winner(settings: ComparisonSettings, target: Path | str, *, overwrite:
 
 
 def export_winner(
-    summary: Summary,
+    found: Recommendation,
     settings: ComparisonSettings,
     target: Path | str,
     *,
@@ -93,7 +103,7 @@ def export_winner(
     outside all labels are not used: the bundle gets the default `rejection_rate` of `export_classifier`.
 
     Args:
-        summary: the summary of the comparison, which names the recommended strategy.
+        found: the recommendation, as `compare` returned it.
         settings: settings of the comparison.
         target: the bundle's folder; it is written atomically.
         overwrite: whether to replace an existing bundle.
@@ -106,9 +116,9 @@ def export_winner(
         ExportError: the strategy cannot be fitted or exported; for example, `nearest` cannot be exported.
         BundleError: `target` exists and may not be replaced.
     """
-    winner = summary.winner
-    way, share = winner.way, len(summary.result.train.texts) / max(1, winner.texts)
-    seconds = winner.means["wall_seconds"] * (share if winner.texts else 1)
+    summary, way, point = found.summary, found.taken.way, found.taken.point
+    share = len(summary.result.train.texts) / max(1, point.texts)
+    seconds = point.means["wall_seconds"] * (share if point.texts else 1)
     progress(f"exporting the winner, {way.strategy}: about {seconds:.0f} s to fit it to all texts", 0, 1)
     return export_classifier(
         replace(settings.data, outside=None),  # the comparison measured on these texts only, so they set no rejection

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 
-import numpy as np
-
-from emberpc.bundle import DecisionRule
 from emberpc.export.classifier import ClassifierData, read_data
 from emberpc.export.classify.cached_encoder import CachedEncoder
-from emberpc.export.classify.calibration import reliability
-from emberpc.export.classify.evaluation import calibrate, measure, measure_scope
 from emberpc.export.classify.label_descriptions import described_examples
-from emberpc.export.classify.linear import Matrix
-from emberpc.export.classify.strategies import STRATEGIES, Fitted, Options
+from emberpc.export.classify.strategies import STRATEGIES, Options
 from emberpc.export.compare.base_encoders import Base, open_base
 from emberpc.export.compare.comparison_key import key_of
-from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Cell, Decisions, Outcome, Store, take_budget
-from emberpc.export.compare.planner import Planner, Skipped, budgets_of
+from emberpc.export.compare.measured_outcome import outcome_of
+from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Cell, Outcome, Store, Way, take_budget
+from emberpc.export.compare.planner import Planner, Skipped, Work, budgets_of
 from emberpc.export.compare.serving_cost import ServingCost, ServingCosts
 from emberpc.export.data.datasets import read_labelled
 from emberpc.export.data.examples import Examples, held_out_examples, label_names
@@ -36,6 +31,10 @@ from emberpc.export.tuning.checkpoint import Checkpoints
 FOR_REPORT = 15.0
 #: Most texts of an encoder that are embedded after the time limit has passed, to estimate the limit that would suffice.
 _SAMPLED_TEXTS = 32
+#: Number of layers of an encoder whose configuration states none; it serves estimates of times only.
+_LAYERS = 6
+#: Figures by which strategies can be compared.
+METRICS = ("accuracy", "macro_f1", "micro_f1")
 _NO_LABEL_TEXTS = "it uses only the texts of the labels, and these are switched off"
 
 
@@ -61,6 +60,8 @@ class ComparisonSettings:
     label_texts: bool = True
     balanced: bool = False
     max_tokens: int | None = None
+    #: Name of the figure by which strategies are compared: one of `METRICS`.
+    metric: str = "accuracy"
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ class ComparisonResult:
     #: Estimate of the least time limit, in seconds, with which one more cell is measured; 0 if no cell was skipped for
     #: lack of time.
     needed_seconds: float = 0.0
+    #: Estimate of the least time limit, in seconds, with which a later run measures the full profile with the largest
+    #: budget, by way; only ways of this run that were not measured there.
+    seconds_to_know: dict[Way, float] = field(default_factory=dict)
 
 
 class _OutOfTimeError(Exception):
@@ -144,6 +148,7 @@ def run(settings: ComparisonSettings, folder: Path, progress: Progress = no_prog
         comparison.per_label,
         dict(zip(bases, settings.bases, strict=True)),
         comparison.needed_seconds,
+        comparison.seconds_to_know,
     )
 
 
@@ -152,6 +157,8 @@ def _check(settings: ComparisonSettings) -> None:
         raise ExportError(f"there is no strategy {unknown[0]!r}; there are: {', '.join(STRATEGIES)}")
     if not settings.bases or not settings.strategies or not settings.budgets:
         raise ExportError("a comparison needs at least one base, one strategy and one budget")
+    if settings.metric not in METRICS:
+        raise ExportError(f"there is no metric {settings.metric!r}; there are: {', '.join(METRICS)}")
     if settings.seeds < 1:
         raise ExportError(f"seeds is {settings.seeds}; it must be at least 1")
     if bad := [budget for budget in settings.budgets if budget < 1 and budget != ALL]:
@@ -174,25 +181,33 @@ class _Comparison:
         progress: Progress,
     ) -> None:
         self._start, self.needed_seconds = start, 0.0
+        self.seconds_to_know: dict[Way, float] = {}
+        #: Seconds from the start until the first cell could be chosen; a later run needs them again.
+        self._opened = 0.0
         self._all_texts = sorted({*train.texts, *test.texts, *outside})
         self._settings, self._train, self._test, self._outside = settings, train, test, outside
         self._bases, self._store, self._progress = bases, store, progress
         self._end = None if settings.time_limit is None else start + settings.time_limit - FOR_REPORT
         self._checkpoints = folder / "checkpoints"
         self.serving = ServingCosts(folder / "serving.json")
+        self._samples: dict[tuple[int, int], Examples] = {}
+        self._stored = store.read()
         budgets = budgets_of(settings.budgets, int(train.targets.sum(axis=0).max()))
-        self._samples = {
-            (budget, seed): take_budget(train, budget, seed) for budget in budgets for seed in range(settings.seeds)
-        }
-        self.per_label = {budget: self._samples[budget, 0].per_label for budget in budgets}
+        known = {cell.budget for cell in self._stored} - {NO_TEXTS}
+        self.per_label = {budget: self._sample(budget, 0).per_label for budget in {*budgets, *known}}
         cells = [
-            Cell(base, strategy, budget, seed)
-            for base in bases
-            for strategy in settings.strategies
-            for budget, seed in ([(NO_TEXTS, 0)] if strategy == "zero-shot" else self._samples)
+            cell for base in bases for strategy in settings.strategies for cell in self._grid(base, strategy, budgets)
         ]
         self._left_out = [cell for cell in cells if cell.strategy == "zero-shot" and not settings.label_texts]
         self._cells = [cell for cell in cells if cell not in self._left_out]
+
+    def _grid(self, base: str, strategy: str, budgets: Sequence[int]) -> list[Cell]:
+        """Return the cells of a strategy on a base; the quick profile only with a time limit, and with one seed."""
+        if strategy == "zero-shot":
+            return [Cell(base, strategy, NO_TEXTS, 0)]
+        quick = STRATEGIES[strategy].tunes and self._settings.time_limit is not None
+        full = [Cell(base, strategy, budget, seed) for budget in budgets for seed in range(self._settings.seeds)]
+        return [*full, *(Cell(base, strategy, budget, 0, quick=True) for budget in budgets if quick)]
 
     def run(self) -> tuple[dict[Cell, Outcome], list[Skipped]]:
         """Fit the cells without a stored outcome, as long as the time limit allows, and store their outcomes.
@@ -204,12 +219,17 @@ class _Comparison:
             NoRoomError: a checkpoint cannot be written.
             OSError: an outcome cannot be written.
         """
-        done = self._store.read(self._cells)
+        done = dict(self._stored)
         todo = [cell for cell in self._cells if cell not in done]
         skipped = [Skipped(cell, _NO_LABEL_TEXTS) for cell in self._left_out]
         seconds: dict[str, float] = {}
-        texts = {cell: len(self._sample(cell).texts) for cell in self._cells}
-        planner = Planner(texts, self.per_label, seconds, lambda cell: self._shared_seconds(cell, seconds[cell.base]))
+        planner = Planner(
+            {cell: self._work(cell) for cell in {*self._cells, *done}},
+            self.per_label,
+            seconds,
+            self._settings.metric,
+            lambda cell: self._shared_seconds(cell, seconds[cell.base]),
+        )
         for name, base in self._bases.items() if todo else ():
             before = perf_counter() - self._start
             try:
@@ -218,9 +238,12 @@ class _Comparison:
                 others = {other: self._sampled(self._bases[other]) for other in self._bases if other not in seconds}
                 seconds |= others
                 embedding = sum(others.values()) * len(self._all_texts)
+                self._opened = before + embedding
                 self.needed_seconds = before + embedding + planner.least_seconds(todo, done) + FOR_REPORT
                 reason = "the time limit passed before all texts were embedded"
-                return done, [*skipped, *(Skipped(cell, reason, for_time=True) for cell in todo)]
+                self._note_unknown(planner, done)
+                return done, [*skipped, *(Skipped(cell, reason, for_time=True) for cell in todo if not cell.quick)]
+        self._opened = perf_counter() - self._start
         while todo:
             cell = planner.choose(todo, done, self._seconds_left())
             if cell is None:
@@ -243,10 +266,27 @@ class _Comparison:
             else:
                 done[cell] = outcome
             kept.remove()
+        self._note_unknown(planner, done)
+        todo = planner.needed(todo, done)
         if rest := [*todo, *(each.cell for each in skipped if each.for_time)]:
             spent = perf_counter() - self._start
             self.needed_seconds = spent + planner.least_seconds(rest, done) + FOR_REPORT
         return done, [*skipped, *planner.skipped(todo, done, self._seconds_left() or 0.0)]
+
+    def _note_unknown(self, planner: Planner, done: Mapping[Cell, Outcome]) -> None:
+        """Store the time limit with which a later run measures the full profile at the largest budget, by way."""
+        largest = max(self.per_label, key=lambda budget: self.per_label[budget])
+        for cell in self._cells:
+            if cell.budget == largest and cell.seed == 0 and not cell.quick and cell not in done:
+                self.seconds_to_know[cell.way] = self._opened + planner.least_seconds([cell], done) + FOR_REPORT
+
+    def _work(self, cell: Cell) -> Work:
+        """Return the work of a cell. A tuned encoder also embeds all texts to measure on."""
+        sample = self._sample(cell.budget, cell.seed)
+        strategy, config = STRATEGIES[cell.strategy], self._bases[cell.base].encoder.config
+        layers = int(config.get("num_hidden_layers") or config.get("n_layers") or _LAYERS)
+        passes = strategy.passes(sample, layers, quick=cell.quick)
+        return Work(len(sample.texts), passes and passes + len(self._test.texts) + len(self._outside))
 
     def _fails_too(self, cell: Cell, todo: Sequence[Cell]) -> list[Cell]:
         """Return the cells of `todo` that will fail as `cell` did.
@@ -282,14 +322,14 @@ class _Comparison:
         """
         base = self._bases[cell.base]
         loading = STRATEGIES[cell.strategy].tunes and not base.cached_encoder.is_trainable
-        texts = len(self._sample(cell).texts)
+        texts = len(self._sample(cell.budget, cell.seed).texts)
         return base.seconds * loading + self.serving.estimate(base, cell.strategy, texts, per_text)
 
-    def _sample(self, cell: Cell) -> Examples:
-        """Return a cell's training texts; with the budget `NO_TEXTS`, examples without texts but with all labels."""
-        if cell.budget == NO_TEXTS:
-            return self._train.take(np.zeros(0, dtype=np.int64))
-        return self._samples[cell.budget, cell.seed]
+    def _sample(self, budget: int, seed: int) -> Examples:
+        """Return the training texts of a budget; with `NO_TEXTS`, examples without texts but with all labels."""
+        if (budget, seed) not in self._samples:
+            self._samples[budget, seed] = take_budget(self._train, budget, seed)
+        return self._samples[budget, seed]
 
     def _embed(self, base: Base, texts: Sequence[str], progress: Progress) -> float:
         """Embed texts, so that their vectors are cached; return the mean wall seconds for one text."""
@@ -319,7 +359,7 @@ class _Comparison:
             NoRoomError: a checkpoint cannot be written.
             OSError: the serving cost cannot be written.
         """
-        base, sample = self._bases[cell.base], self._sample(cell)
+        base, sample = self._bases[cell.base], self._sample(cell.budget, cell.seed)
         report = self._timed(f"{number}: {cell.title}")
         report("beginning", 0, 1)
         cached_encoder = base.cached_encoder
@@ -328,11 +368,13 @@ class _Comparison:
             _ = cached_encoder.backbone  # load it here: this takes seconds once and is not part of the cell's own time
         with Cost() as wall:
             sample = self._described(sample, cached_encoder)
-            options = Options(cell.seed, self._settings.balanced, checkpoints=checkpoints, progress=report)
+            options = Options(
+                cell.seed, self._settings.balanced, quick=cell.quick, checkpoints=checkpoints, progress=report
+            )
             with cached_encoder.account() as account, Cost() as cost:
                 fitted = STRATEGIES[cell.strategy].fit(sample, cached_encoder, options)
             price = cached_encoder.price(account)
-            outcome = self._measure(cell, sample, fitted)
+            outcome = outcome_of(cell, len(sample.texts), fitted, self._test, self._outside)
         before = checkpoints.spent
         self.serving.measure(base, cell.strategy, fitted, len(sample.texts), self._test.texts, report)
         outcome.figures.update(
@@ -353,35 +395,3 @@ class _Comparison:
         if not sample.texts and self._settings.data.descriptions is None:
             return replace(sample, descriptions=label_names(sample.labels))
         return described_examples(sample, self._settings.data.descriptions, cached_encoder)
-
-    def _measure(self, cell: Cell, sample: Examples, fitted: Fitted) -> Outcome:
-        """Calibrate a fitted classifier on its held-out texts, measure it on the test texts, and return the outcome.
-
-        The times of the training are not in the outcome yet; `_fit` adds them.
-        """
-        rule = calibrate(fitted.held_out, multi_label=sample.multi_label)
-        logits = fitted.classify(self._test.texts)
-        held_out = fitted.held_out
-        figures = {**fitted.figures, "held_out_texts": float(len(held_out))}
-        figures |= measure(logits, self._test.targets, rule)
-        if self._outside:
-            figures |= measure_scope(logits, fitted.classify(self._outside), rule)
-        return Outcome(
-            cell,
-            len(sample.texts),
-            figures,
-            _decisions(logits, np.arange(len(logits)), rule),
-            _decisions(held_out.logits, held_out.rows, rule) if cell.budget == ALL else Decisions([], [], []),
-            reliability(rule.probabilities(logits), self._test.targets, multi_label=sample.multi_label),
-        )
-
-
-def _decisions(logits: Matrix, rows: np.ndarray, rule: DecisionRule) -> Decisions:
-    decided = rule.labels(logits)
-    probable = rule.probabilities(logits)
-    confidence = np.where(decided, probable, 1 - probable).min(axis=1) if rule.multi_label else probable.max(axis=1)
-    return Decisions(
-        [int(row) for row in rows],
-        [[int(label) for label in np.flatnonzero(row)] for row in decided],
-        [round(float(value), 4) for value in confidence],
-    )

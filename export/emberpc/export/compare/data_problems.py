@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import sqrt
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +17,15 @@ from emberpc.export.data.examples import Examples
 _MOST_PAIRS = 12
 _MOST_TEXTS = 4
 _MOST_SUSPECTS = 40
-#: Least mean confidence, in [0, 1], of the classifiers that suggest another label for the label to be suspect.
-_LEAST_CONFIDENCE = 0.5
+#: Least probability, in [0, 1], that the label of a listed text is wrong.
+_LEAST_PROBABILITY = 0.5
+#: Limits of confidence, in [0, 1]. Disagreement from the first limit on and below the second one is mostly an error of
+#: the strategy. From the second limit on it may show a wrong label; texts from the third limit on are a group of their
+#: own.
+_CONFIDENCES = (0.7, 0.9, 0.97)
+#: Share of wrong labels that is expected among confident disagreements, and its weight as a number of texts. With
+#: wrong labels put into four data sets, the probabilities that result are about right (docs/decisions/0024).
+_PRIOR_SHARE, _PRIOR_TEXTS = 0.2, 10.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Suspect:
-    """A text whose label `label` is probably wrong: most classifiers agree on another one, `suggested`."""
+    """A text whose label `label` is probably wrong; `suggested` is probably right."""
 
     #: The file that has the text: `train` or `test`.
     part: str
@@ -45,12 +55,10 @@ class Suspect:
     text: str
     label: str
     suggested: str
-    #: Mean confidence in [0, 1] of the classifiers that suggest `suggested`.
+    #: Confidence in [0, 1] with which the best strategy suggests `suggested`.
     confidence: float
-    #: Number of classifiers that suggest `suggested`.
-    votes: int
-    #: Number of classifiers that voted.
-    voters: int
+    #: Estimated probability in [0, 1] that `label` is wrong.
+    probability: float
 
 
 def confusions(summary: Summary, point: Point) -> list[Confusion]:
@@ -87,40 +95,101 @@ def confusions(summary: Summary, point: Point) -> list[Confusion]:
 
 
 def suspects(summary: Summary) -> list[Suspect]:
-    """Return at most 40 texts whose label is probably wrong, those with the greatest share of votes first.
+    """Return at most 40 texts whose label is wrong with a probability of at least 0.5, the most probable first.
 
-    Each strategy on each base votes at the largest budget, on texts that it was not fitted to: on the test texts and,
-    if the budget is all texts, on held-out training texts. Zero-shot votes only if nothing else was measured. The vote
-    is the label that it gives most often over its seeds. A text is suspect if it has at least two votes, more than half
-    of them are for one other label, and the mean confidence of these votes is at least 0.5. As in Northcutt et al.,
-    "Confident Learning", 2021, confident disagreement with the label counts, but that of several models.
+    The evidence is of two kinds: the best strategy that uses the encoder, and the words alone (the strategy tf-idf).
+    Both decide on texts that they were not trained on: the test texts and, if the largest budget is all texts, held-out
+    training texts. Only texts are considered to which the first gives another label with a confidence of at least 0.9.
+    `_probability` estimates how many of these labels are wrong. Strategies on one encoder share their errors, so their
+    agreement alone proves nothing. The list is empty if one of the two kinds was not measured with the largest budget.
     """
-    points = [point for point in summary.at(summary.largest) if point.budget == summary.largest]
+    strong = summary.tuned or summary.frozen
+    lexical = summary.best_at(summary.largest, lambda way: way.strategy == "tf-idf", served=False)
+    if strong is None or lexical is None:
+        return []
+    frozen = summary.frozen or strong
     parts = (("test", summary.result.test), ("train", summary.result.train))
-    found = [suspect for part, examples in parts for suspect in _suspects(part, examples, points)]
-    return sorted(found, key=lambda suspect: (-suspect.votes / suspect.voters, -suspect.confidence))[:_MOST_SUSPECTS]
-
-
-def _suspects(part: str, examples: Examples, points: list[Point]) -> list[Suspect]:
-    votes: dict[int, list[tuple[str, float]]] = defaultdict(list)
-    for point in points:
-        given: dict[int, list[tuple[str, float]]] = defaultdict(list)
-        for outcome in point.outcomes:
-            decisions: Decisions = outcome.test if part == "test" else outcome.held_out
-            for row, labels, confidence in zip(decisions.rows, decisions.labels, decisions.confidence, strict=True):
-                given[row].append((_name(examples, labels), confidence))
-        for row, answers in given.items():
-            label, _ = Counter(name for name, _ in answers).most_common(1)[0]
-            votes[row].append((label, float(np.mean([c for name, c in answers if name == label]))))
+    votes = [
+        vote
+        for part, examples in parts
+        for vote in _votes(
+            part, examples, _decisions(part, frozen) | _decisions(part, strong), _decisions(part, lexical)
+        )
+    ]
+    least, between, most = _CONFIDENCES
+    doubtful = [vote for vote in votes if least <= vote.suspect.confidence < between]
     found = []
-    for row, cast in votes.items():
-        label = _name(examples, np.flatnonzero(examples.targets[row]).tolist())
-        suggested, count = Counter(name for name, _ in cast).most_common(1)[0]
-        confidence = float(np.mean([c for name, c in cast if name == suggested]))
-        agreed = len(cast) > 1 and count > len(cast) / 2
-        if suggested != label and agreed and confidence >= _LEAST_CONFIDENCE:
-            found.append(Suspect(part, row, examples.texts[row], label, suggested, confidence, count, len(cast)))
-    return found
+    for low, high in ((between, most), (most, 1.1)):
+        group = [vote for vote in votes if low <= vote.suspect.confidence < high]
+        probability = _probability(group, doubtful)
+        found += [
+            replace(vote.suspect, probability=probability) for vote in group if vote.disagrees and vote.words_agree
+        ]
+    kept = [suspect for suspect in found if suspect.probability >= _LEAST_PROBABILITY]
+    return sorted(kept, key=lambda suspect: (-suspect.probability, -suspect.confidence))[:_MOST_SUSPECTS]
+
+
+class _Vote(NamedTuple):
+    """What the two kinds of evidence say about the label of one text; the probability in `suspect` is not set yet."""
+
+    suspect: Suspect
+    #: Whether the encoder suggests another label.
+    disagrees: bool
+    #: Whether the words alone suggest the same label as the encoder.
+    words_agree: bool
+
+
+def _probability(group: Sequence[_Vote], doubtful: Sequence[_Vote]) -> float:
+    """Estimate the probability that a label is wrong if encoder and words agree on another one.
+
+    The words agree with a right suggestion as often as they do where the label is the suggested one, and with a wrong
+    suggestion as often as they do where the encoder disagrees with the label at a low confidence: these are mostly
+    errors of the encoder. The rate at which they agree with the suggestions of `group` shows the share of right ones
+    among these (a mixture of two rates). With few texts this share is uncertain, so the rate is taken one standard
+    error lower, and the share is drawn towards 0.2 with the weight of 10 texts: the probability is rather too low. Then
+    Bayes' rule gives the probability for texts on which the words agree.
+
+    Args:
+        group: votes of similar confidence.
+        doubtful: votes of low confidence.
+    """
+    disagreeing = [vote.words_agree for vote in group if vote.disagrees]
+    agreeing = [vote.words_agree for vote in group if not vote.disagrees]
+    errors = [vote.words_agree for vote in doubtful if vote.disagrees]
+    if not (disagreeing and agreeing and errors):
+        return 0.0
+    if_right, if_wrong = (sum(each) / len(each) for each in (agreeing, errors))
+    if if_right <= if_wrong:
+        return 0.0
+    rate = sum(disagreeing) / len(disagreeing)
+    rate -= sqrt(rate * (1 - rate) / len(disagreeing))
+    share = max(0.0, min(1.0, (rate - if_wrong) / (if_right - if_wrong)))
+    share = (share * len(disagreeing) + _PRIOR_SHARE * _PRIOR_TEXTS) / (len(disagreeing) + _PRIOR_TEXTS)
+    return share * if_right / (share * if_right + (1 - share) * if_wrong)
+
+
+def _decisions(part: str, point: Point) -> dict[int, tuple[list[int], float]]:
+    """Return the labels and the confidence by row, of the first seed."""
+    decisions: Decisions = point.outcomes[0].test if part == "test" else point.outcomes[0].held_out
+    return {
+        row: (labels, confidence)
+        for row, labels, confidence in zip(decisions.rows, decisions.labels, decisions.confidence, strict=True)
+    }
+
+
+def _votes(
+    part: str,
+    examples: Examples,
+    encoder: Mapping[int, tuple[list[int], float]],
+    words: Mapping[int, tuple[list[int], float]],
+) -> Iterator[_Vote]:
+    for row, (labels, confidence) in encoder.items():
+        if row in words:
+            own = np.flatnonzero(examples.targets[row]).tolist()
+            suspect = Suspect(
+                part, row, examples.texts[row], _name(examples, own), _name(examples, labels), confidence, 0.0
+            )
+            yield _Vote(suspect, own != labels, words[row][0] == labels)
 
 
 def _name(examples: Examples, labels: list[int]) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from emberpc.export.classify.strategies import STRATEGIES
 from emberpc.export.data.examples import Examples, Rows
 from emberpc.export.errors import ExportError
 from emberpc.export.files import write_text
@@ -21,29 +22,59 @@ NO_TEXTS = 0
 ALL = -1
 
 
+class Way(NamedTuple):
+    """A strategy on a base encoder, both by name."""
+
+    base: str
+    strategy: str
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the strategy trains the encoder's weights."""
+        return STRATEGIES[self.strategy].tunes
+
+    @property
+    def exportable(self) -> bool:
+        """Whether the strategy's result can be exported as a bundle."""
+        return STRATEGIES[self.strategy].exportable
+
+    @property
+    def served(self) -> bool:
+        """Whether the strategy can be served; the others are baselines."""
+        return STRATEGIES[self.strategy].served
+
+
 @dataclass(frozen=True, order=True)
 class Cell:
-    """A classifier to fit: base encoder and strategy by name, budget and seed.
+    """A classifier to fit: base encoder and strategy by name, budget, seed and profile.
 
     `budget` is the number of training texts of each label, or `NO_TEXTS` or `ALL`. `seed` decides which texts
-    these are, and is the seed of the fit.
+    these are, and is the seed of the fit. `quick` says whether the fit is the quick profile of a strategy that trains
+    the encoder (`Options.quick`), and not the full profile, with which a bundle is exported.
     """
 
     base: str
     strategy: str
     budget: int
     seed: int
+    quick: bool = False
+
+    @property
+    def way(self) -> Way:
+        """Base and strategy of the cell."""
+        return Way(self.base, self.strategy)
 
     @property
     def title(self) -> str:
-        """Text for progress messages: strategy, budget and seed of the cell."""
-        return f"{self.strategy}, {budget_name(self.budget)}, seed {self.seed}"
+        """Text for progress messages: strategy, profile, budget and seed of the cell."""
+        return f"{self.strategy}{', quick' * self.quick}, {budget_name(self.budget)}, seed {self.seed}"
 
     @property
     def file_name(self) -> str:
         """Name of the file that stores the cell's outcome."""
         base = re.sub(r"[^A-Za-z0-9.]+", "-", self.base).strip("-.")
-        return f"{base}_{self.strategy}_{budget_name(self.budget).replace(' ', '-')}_{self.seed}.json"
+        budget = budget_name(self.budget).replace(" ", "-")
+        return f"{base}_{self.strategy}_{budget}_{self.seed}{'_quick' * self.quick}.json"
 
 
 def budget_name(budget: int) -> str:
@@ -57,12 +88,14 @@ class Decisions:
 
     `rows` are the indexes of the texts in their file. `labels` are the indexes of the labels given to each text.
     `confidence` is the probability of each text's best label. If multi-label, it is the least probability, over all
-    labels, of the decision to give the label to the text or not.
+    labels, of the decision to give the label to the text or not. `own` is the probability of the label that the file
+    states; if multi-label, the least probability of these decisions as the file states them.
     """
 
     rows: list[int]
     labels: list[list[int]]
     confidence: list[float]
+    own: list[float]
 
 
 @dataclass(frozen=True)
@@ -105,15 +138,16 @@ class Store:
             )
         write_text(self._key_path, key)
 
-    def read(self, cells: Iterable[Cell]) -> dict[Cell, Outcome]:
-        """Return the stored outcomes of the given cells; a file that is missing or cannot be read is left out."""
+    def read(self) -> dict[Cell, Outcome]:
+        """Return all stored outcomes; leave out a file that cannot be read, or whose strategy does not exist."""
         found = {}
-        for cell in cells:
+        for path in sorted(self._folder.glob("*.json")):
             try:
-                data = json.loads((self._folder / cell.file_name).read_text(encoding="utf-8"))
-                found[cell] = _outcome(data)
+                outcome = _outcome(json.loads(path.read_text(encoding="utf-8")))
             except (OSError, ValueError, KeyError, TypeError):
                 continue
+            if outcome.cell.file_name == path.name and outcome.cell.strategy in STRATEGIES:
+                found[outcome.cell] = outcome
         return found
 
     def write(self, outcome: Outcome) -> None:

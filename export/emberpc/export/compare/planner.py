@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import log2
-
-import numpy as np
+from statistics import median
 
 from emberpc.export.classify.strategies import STRATEGIES
-from emberpc.export.compare.outcomes import ALL, Cell, Outcome
+from emberpc.export.compare.forecast import Estimate, Forecast, measured_figures
+from emberpc.export.compare.outcomes import ALL, Cell, Outcome, Way
 
 #: A cell is started only if the time left is at least this multiple of its estimate: estimates can be this far off.
 _SAFETY = 1.25
-#: Estimate for a strategy that trains the encoder and has not been measured: training on a text takes this multiple of
-#: the time of embedding the text. The factor is high on purpose, so that the first cell of a strategy is a small one.
-_UNMEASURED_FACTOR = 40.0
+#: Time of a pass of a text through the encoder in PyTorch during a training, as a multiple of the time of embedding the
+#: text with ONNX Runtime. It serves the first estimate only; each measured training corrects it.
+_PASS_FACTOR = 1.0
 #: Least estimate of a cell, in wall seconds. With few texts a fit takes a time that hardly depends on their number.
 _LEAST_SECONDS = 0.05
 
@@ -30,36 +30,57 @@ class Skipped:
     for_time: bool = False
 
 
+@dataclass(frozen=True)
+class Work:
+    """Work of a cell that a first estimate of its time is made from.
+
+    `texts` is the number of training texts. `passes` is the number of passes of a text through the encoder in PyTorch,
+    for the training and for the measurement; 0 if the encoder is not trained.
+    """
+
+    texts: int
+    passes: float
+
+
 class Planner:
-    """Orders the cells of a comparison: cheap cells first, and last those whose strategy can hardly win any more.
+    """Orders the cells of a comparison as an expert would, and estimates their times.
+
+    Frozen strategies come first: they take seconds. Then each strategy that trains the encoder is tried with its quick
+    profile, at the largest budget that leaves time for the other strategies. Those that can be the best, by what was
+    measured and by their learning curves, are measured with their full profile at the largest budget, the most
+    promising first. More seeds and smaller budgets follow.
 
     Args:
-        texts: number of texts that each cell learns from.
+        work: the work of each cell, also of those that are measured already.
         per_label: mean number of texts of a label, by budget.
-        seconds_per_text: seconds that embedding one text takes, by base; the first estimates use it.
+        seconds_per_text: wall seconds that embedding one text takes, by base; the first estimates use it.
+        metric: name of the figure by which strategies are compared, such as `accuracy`.
         once: returns the extra seconds that a cell takes for work that several cells share and that is not done yet,
-            such as measuring the serving cost.
+            such as loading the encoder.
     """
 
     def __init__(
         self,
-        texts: Mapping[Cell, int],
+        work: Mapping[Cell, Work],
         per_label: Mapping[int, float],
         seconds_per_text: Mapping[str, float],
+        metric: str = "accuracy",
         once: Callable[[Cell], float] = lambda _cell: 0.0,
     ) -> None:
-        self._texts = texts
+        self._work = work
         self._per_label = per_label
         self._seconds_per_text = seconds_per_text
+        self._metric = metric
         self._once = once
+        self._largest = max(per_label, key=lambda budget: per_label[budget])
 
     def estimate(self, cell: Cell, done: Mapping[Cell, Outcome]) -> float:
         """Estimate the wall seconds that a cell will take, shared work that is not done yet included.
 
-        The estimate scales the time of the measured cell of the same base and strategy whose number of texts is
-        nearest. It assumes that time is proportional to the number of texts. Training makes fewer passes over more
-        texts, so an estimate from a smaller budget is too long rather than too short. Without a measured
-        cell, the estimate is 40 times the time of embedding the texts, or 0.05 s if the encoder is not trained.
+        For a strategy that trains the encoder, the estimate is the number of passes times the seconds of a pass. The
+        seconds of a pass are those of the measured cell of the same base and strategy that is nearest in profile and
+        number of texts; else the median of the other trainings on the base; else a multiple of the time of embedding a
+        text. For a frozen strategy, the time of the nearest measured cell is scaled by the number of texts.
 
         Args:
             cell: the cell.
@@ -68,70 +89,116 @@ class Planner:
         return self._own_seconds(cell, done) + self._once(cell)
 
     def _own_seconds(self, cell: Cell, done: Mapping[Cell, Outcome]) -> float:
-        similar = [known for known in done if (known.strategy, known.base) == (cell.strategy, cell.base)]
-        if similar:
-            nearest = min(similar, key=lambda known: (abs(log2(self._texts[known] / self._texts[cell])), known.seed))
-            ratio = self._texts[cell] / self._texts[nearest]
+        work = self._work[cell]
+
+        def distance(known: Cell) -> tuple[bool, float, int]:
+            texts = max(1, self._work[known].texts) / max(1, work.texts)
+            return (known.quick != cell.quick, abs(log2(texts)), known.seed)
+
+        nearest = min((known for known in done if known.way == cell.way), key=distance, default=None)
+        if not cell.way.tunes:
+            if nearest is None:
+                return _LEAST_SECONDS
+            ratio = max(1, work.texts) / max(1, self._work[nearest].texts)
             return max(_LEAST_SECONDS, done[nearest].figures["wall_seconds"] * ratio)
-        if not STRATEGIES[cell.strategy].tunes:
-            return _LEAST_SECONDS
-        return _UNMEASURED_FACTOR * self._seconds_per_text[cell.base] * self._texts[cell]
+        if nearest is not None:
+            return work.passes * self._pass_seconds(nearest, done)
+        others = [self._pass_seconds(known, done) for known in done if known.base == cell.base and known.way.tunes]
+        return work.passes * (median(others) if others else _PASS_FACTOR * self._seconds_per_text[cell.base])
 
-    def hopeless(self, done: Mapping[Cell, Outcome]) -> set[tuple[str, str]]:
-        """Return the (base, strategy) pairs that train the encoder and are not expected to become the best.
-
-        For each pair, the gap is its accuracy minus the best accuracy of all other pairs, at each of the pair's two
-        largest measured budgets. The line through these two gaps, over the logarithm of the texts of a label, gives the
-        gap at the largest budget of the comparison; if the gap widens, the later of the two is used instead. The pair
-        is hopeless if the gap there is below 0 by more than two standard errors of an accuracy. A pair that was
-        measured at fewer than two budgets is never hopeless.
-
-        Args:
-            done: outcomes so far, by cell.
-        """
-        means = mean_accuracies(done.values())
-        errors = {known.budget: _standard_error(outcome) for known, outcome in done.items()}
-        largest = max(self._per_label, key=lambda budget: self._per_label[budget])
-        found = set()
-        for base, strategy in {(cell.base, cell.strategy) for cell in done if STRATEGIES[cell.strategy].tunes}:
-            budgets = sorted(
-                {budget for b, s, budget in means if (b, s) == (base, strategy)}, key=lambda n: self._per_label[n]
-            )[-2:]
-            if len(budgets) < 2:
-                continue
-            gaps = []
-            for budget in budgets:
-                others = [mean for (b, s, n), mean in means.items() if n == budget and (b, s) != (base, strategy)]
-                gaps.append(means[base, strategy, budget] - max(others, default=-np.inf))
-            first, last, end = (log2(self._per_label[budget]) for budget in (*budgets, largest))
-            slope = (gaps[1] - gaps[0]) / (last - first)
-            # Only a gap that closes is extended to the largest budget, in favour of the pair.
-            if gaps[1] + max(slope, 0) * (end - last) < -2 * errors[budgets[1]]:
-                found.add((base, strategy))
-        return found
+    def _pass_seconds(self, cell: Cell, done: Mapping[Cell, Outcome]) -> float:
+        return done[cell].figures["wall_seconds"] / max(1.0, self._work[cell].passes)
 
     def choose(self, cells: Sequence[Cell], done: Mapping[Cell, Outcome], seconds_left: float | None) -> Cell | None:
         """Return the cell to fit next, or None if the time left, less a reserve of a fifth, suffices for none of them.
 
-        Cells of hopeless strategies come last, and strategies that train the encoder come after the others. Within
-        these groups, the cell with the least product of its estimate and (seed + 1) comes first: a second seed of a
-        cheap strategy is fitted before the first seed of a strategy that takes more than twice as long.
-
         Args:
             cells: cells that are not fitted yet.
             done: outcomes so far, by cell.
+            seconds_left: wall seconds until the time limit; None: no limit. Without a limit no quick profile is chosen:
+                the full profile follows anyway.
+        """
+        if seconds_left is None:
+            todo = {cell: self.estimate(cell, done) for cell in cells if not cell.quick}
+        else:
+            estimates = {cell: self.estimate(cell, done) for cell in self.needed(cells, done)}
+            todo = {cell: seconds for cell, seconds in estimates.items() if seconds * _SAFETY <= seconds_left}
+        trials = self._trials(todo, done, seconds_left)
+        outlook = _Outlook(self.forecast(done), {cell.way for cell in (*cells, *done)}, self._largest)
+        ranks = {cell: self._rank(cell, seconds, trials, outlook) for cell, seconds in todo.items()}
+        # A quick profile serves to find out which full profile to measure, and for nothing else.
+        useful = [cell for cell, rank in ranks.items() if not cell.quick or rank[0] <= _TRIAL]
+        return min(useful, key=lambda cell: ranks[cell], default=None)
+
+    def needed(self, cells: Iterable[Cell], done: Mapping[Cell, Outcome]) -> list[Cell]:
+        """Return the cells without those of the quick profile that a measured cell of the strategy makes superfluous.
+
+        These are the quick cells at a budget at or below the largest one at which the strategy was measured.
+        """
+        largest: dict[Way, float] = {}
+        for cell in done:
+            largest[cell.way] = max(largest.get(cell.way, 0.0), self._per_label.get(cell.budget, 0.0))
+        return [cell for cell in cells if not cell.quick or self._per_label[cell.budget] > largest.get(cell.way, 0.0)]
+
+    def forecast(self, done: Mapping[Cell, Outcome]) -> Forecast:
+        """Return the forecast from all outcomes so far."""
+        return Forecast(measured_figures(done.values(), self._metric), self._per_label)
+
+    def _trials(
+        self, todo: Mapping[Cell, float], done: Mapping[Cell, Outcome], seconds_left: float | None
+    ) -> set[Cell]:
+        """Return the cell with which to try each strategy that trains the encoder and has no cell at a large budget.
+
+        The cell is the one at the largest budget whose time leaves as much for each other strategy that was not tried,
+        and for the measurement of one full profile; else the one that takes the least time.
+
+        Args:
+            todo: the cells that fit the time left, with their estimates in seconds.
+            done: outcomes so far, by cell.
             seconds_left: wall seconds until the time limit; None: no limit.
         """
-        hopeless = self.hopeless(done)
+        tried = {cell.way for cell in done}
+        untried = {cell.way for cell in todo if cell.way.tunes} - tried
+        share = float("inf") if seconds_left is None else seconds_left / (len(untried) + 1)
+        found = set()
+        for way in untried:
+            own = [
+                cell for cell in todo if cell.way == way and cell.seed == 0 and cell.quick == (seconds_left is not None)
+            ]
+            fitting = [cell for cell in own if todo[cell] * _SAFETY <= share]
+            if fitting:
+                found.add(max(fitting, key=lambda cell: self._per_label[cell.budget]))
+            elif own:
+                found.add(min(own, key=lambda cell: todo[cell]))
+        return found
 
-        def rank(cell: Cell) -> tuple[bool, bool, float, Cell]:
-            given_up = (cell.base, cell.strategy) in hopeless
-            return (given_up, STRATEGIES[cell.strategy].tunes, self.estimate(cell, done) * (cell.seed + 1), cell)
+    def _rank(
+        self, cell: Cell, seconds: float, trials: Collection[Cell], outlook: _Outlook
+    ) -> tuple[int, float, float, Cell]:
+        """Return the rank of a cell, lowest first: its step of the plan, its order in the step, and its time."""
+        cost = seconds * (cell.seed + 1)
+        if not cell.way.tunes and cell.seed == 0:
+            return (_FROZEN, 0.0, cost, cell)
+        if cell in trials:  # in the order of `STRATEGIES`, from the cheapest training to the most expensive
+            return (_TRIAL, 0.0, float(list(STRATEGIES).index(cell.strategy)), cell)
+        largest, promise = cell.budget == self._largest, outlook.promise(cell.way)
+        if cell.seed == 0 and promise is not None:
+            if largest and not cell.quick:
+                return (_DECISION, -promise, cost, cell)
+            if cell.quick:  # a larger trial than the one before; the largest that fits comes first
+                return (_TRIAL, 1.0 + 1.0 / self._per_label[cell.budget], cost, cell)
+        if largest and promise is not None:
+            return (_SEEDS, cell.seed, cost, cell)
+        return (_CURVES if promise is not None or not cell.way.tunes else _HOPELESS, 0.0, cost, cell)
 
-        in_time = [
-            cell for cell in cells if seconds_left is None or self.estimate(cell, done) * _SAFETY <= seconds_left
-        ]
-        return min(in_time, key=rank, default=None)
+    def hopeless(self, done: Mapping[Cell, Outcome]) -> set[Way]:
+        """Return the strategies that train the encoder and are not expected to become the best at the largest budget.
+
+        The upper end of the interval of such a strategy's estimate is below the best estimate of all strategies.
+        """
+        ways = {cell.way for cell in done}
+        outlook = _Outlook(self.forecast(done), ways, self._largest)
+        return {way for way in ways if way.tunes and outlook.promise(way) is None}
 
     def least_seconds(self, cells: Iterable[Cell], done: Mapping[Cell, Outcome]) -> float:
         """Return how many wall seconds must be left so that `choose` returns one of the cells and not None.
@@ -146,7 +213,7 @@ class Planner:
         """Return cells as skipped for lack of time, each with its estimate and the time left as the reason.
 
         Args:
-            cells: the cells that were not fitted.
+            cells: the cells that were not fitted; those of the quick profile are left out.
             done: outcomes so far, by cell.
             seconds_left: wall seconds until the time limit when the comparison stopped.
         """
@@ -156,28 +223,32 @@ class Planner:
             seconds = self.estimate(cell, done)
             needed = f"it would take about {seconds:.0f} s ({_SAFETY * seconds:.0f} s with a reserve)"
             left = f"and {max(0.0, seconds_left):.0f} s were left"
-            loses = "; by its smaller budgets it would not win" if (cell.base, cell.strategy) in hopeless else ""
+            loses = "; by what was measured it would not win" if cell.way in hopeless else ""
             return f"{needed}, {left}{loses}"
 
-        return [Skipped(cell, reason(cell), for_time=True) for cell in cells]
+        return [Skipped(cell, reason(cell), for_time=True) for cell in cells if not cell.quick]
 
 
-def mean_accuracies(outcomes: Iterable[Outcome]) -> dict[tuple[str, str, int], float]:
-    """Return the mean accuracy over the seeds, in [0, 1], by (base, strategy, budget)."""
-    found: dict[tuple[str, str, int], list[float]] = {}
-    for outcome in outcomes:
-        cell = outcome.cell
-        found.setdefault((cell.base, cell.strategy, cell.budget), []).append(outcome.figures["accuracy"])
-    return {key: float(np.mean(values)) for key, values in found.items()}
+#: Steps of the plan, in their order: frozen strategies; one trial of each strategy that trains the encoder; the full
+#: profiles that decide; more seeds of the contenders; learning curves; strategies that can hardly win.
+_FROZEN, _TRIAL, _DECISION, _SEEDS, _CURVES, _HOPELESS = range(6)
 
 
-def _standard_error(outcome: Outcome) -> float:
-    """Return the standard error of the accuracy of one outcome: that of a binomial with its number of test texts.
+class _Outlook:
+    """What each strategy promises at the largest budget."""
 
-    The variance of the decision on one text counts as at least 0.0001.
-    """
-    accuracy = outcome.figures["accuracy"]
-    return float((max(accuracy * (1 - accuracy), 1e-4) / max(1, len(outcome.test.labels))) ** 0.5)
+    def __init__(self, forecast: Forecast, ways: Collection[Way], largest: int) -> None:
+        estimates = {way: forecast.at(way, largest) for way in ways}
+        self._estimates: dict[Way, Estimate] = {way: found for way, found in estimates.items() if found is not None}
+        served = [found.value for way, found in self._estimates.items() if way.exportable]
+        self._best = max(served or [found.value for found in self._estimates.values()], default=0.0)
+
+    def promise(self, way: Way) -> float | None:
+        """Return the estimate of a strategy in [0, 1]; 0 if it was not measured; None if it can hardly be the best."""
+        found = self._estimates.get(way)
+        if found is None:
+            return 0.0
+        return found.value if found.high >= self._best else None
 
 
 def budgets_of(wanted: Sequence[int], largest_label: int) -> list[int]:

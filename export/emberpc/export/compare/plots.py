@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 
 from emberpc.export.classify.strategies import STRATEGIES
 from emberpc.export.compare.data_problems import Confusion
-from emberpc.export.compare.outcomes import ALL, NO_TEXTS
-from emberpc.export.compare.summary import Point, Summary, Way
+from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Way
+from emberpc.export.compare.recommendation import Recommendation, metric_name
+from emberpc.export.compare.summary import Point, Summary
 from emberpc.export.files import staged
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 #: Colours of strategies, which colour-blind readers can distinguish (Okabe and Ito, "Color Universal Design", 2008).
-_COLOURS = ("#999999", "#56B4E9", "#009E73", "#0072B2", "#E69F00", "#CC79A7", "#D55E00")
+_COLOURS = ("#000000", "#999999", "#56B4E9", "#009E73", "#0072B2", "#E69F00", "#CC79A7", "#D55E00")
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D")
 _INCHES = (7.2, 4.4)
@@ -26,11 +27,11 @@ _DOTS_PER_INCH = 130
 _LEAST_DECISIONS = 10
 
 
-def draw_plots(summary: Summary, confused: Sequence[Confusion], folder: Path) -> dict[str, Path]:
+def draw_plots(recommended: Recommendation, confused: Sequence[Confusion], folder: Path) -> dict[str, Path]:
     """Draw all plots of a comparison.
 
     Args:
-        summary: the comparison.
+        recommended: the recommendation, with the comparison's summary.
         confused: confusions of the recommended classifier, from `data_problems.confusions`.
         folder: folder to write the PNG files to; it must exist.
 
@@ -41,10 +42,11 @@ def draw_plots(summary: Summary, confused: Sequence[Confusion], folder: Path) ->
         OSError: a file cannot be written.
         ExportError: `folder` has a folder or a device with the name of a plot's file.
     """
+    summary = recommended.summary
     plots: dict[str, Callable[[Axes], None]] = {
         "learning-curves": lambda axes: _learning_curves(axes, summary),
         "accuracy-cost": lambda axes: _accuracy_cost(axes, summary),
-        "reliability": lambda axes: _reliability(axes, summary),
+        "reliability": lambda axes: _reliability(axes, recommended),
         "confusions": lambda axes: _confusions(axes, confused),
     }
     return {name: _draw(plot, folder / f"{name}.png") for name, plot in plots.items()}
@@ -79,24 +81,23 @@ def _learning_curves(axes: Axes, summary: Summary) -> None:
     for way in summary.ways:
         curve, style = summary.curve(way), _style(summary, way)
         if curve[0].budget == NO_TEXTS:
-            axes.axhline(curve[0].accuracy, color=style["color"], linestyle=style["linestyle"], label=style["label"])
+            axes.axhline(curve[0].score.value, color=style["color"], linestyle=style["linestyle"], label=style["label"])
             continue
         x = [summary.per_label(point.budget) for point in curve]
-        y = [point.accuracy for point in curve]
-        half = [point.band or 0.0 for point in curve]
+        y = [point.score.value for point in curve]
         axes.plot(x, y, markersize=4, linewidth=1.6, **style)  # type: ignore[arg-type]
-        low, high = ([a + sign * b for a, b in zip(y, half, strict=True)] for sign in (-1, 1))
+        low, high = [point.score.low for point in curve], [point.score.high for point in curve]
         axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    # A confidence band of only two seeds can be very wide, so the limits of the axis follow the lines, not the bands.
-    axes.set_ylim(min(p.accuracy for p in summary.points) - 0.05, min(1.0, summary.best.accuracy + 0.05))
+    scores = [point.score.value for point in summary.points]
+    axes.set_ylim(min(scores) - 0.05, min(1.0, max(scores) + 0.05))
     budgets = sorted(summary.result.per_label, key=summary.per_label)
     axes.set_xscale("log", base=2)
     axes.set_xticks([summary.per_label(budget) for budget in budgets])
     axes.set_xticklabels(["all" if budget == ALL else str(budget) for budget in budgets])
     axes.minorticks_off()
     axes.set_xlabel("training texts of each label")
-    axes.set_ylabel("accuracy on the test texts")
-    axes.set_title("Learning curves; bands: 95 % confidence over seeds", fontsize=10)
+    axes.set_ylabel(f"{metric_name(summary.metric)} on the test texts")
+    axes.set_title("Learning curves; bands: 95 % intervals over test texts and seeds", fontsize=10)
     axes.legend(fontsize=8, loc="lower right")
 
 
@@ -104,21 +105,22 @@ def _accuracy_cost(axes: Axes, summary: Summary) -> None:
     for way in summary.ways:
         curve, style = summary.curve(way), _style(summary, way)
         x = [max(point.means["cpu_seconds"], 1e-2) for point in curve]
-        axes.plot(x, [point.accuracy for point in curve], markersize=4, linewidth=1.2, **style)  # type: ignore[arg-type]
+        axes.plot(x, [point.score.value for point in curve], markersize=4, linewidth=1.2, **style)  # type: ignore[arg-type]
         end = curve[-1]
         if end.budget != NO_TEXTS:
             name = "all" if end.budget == ALL else str(end.budget)
-            axes.annotate(name, (x[-1], end.accuracy), fontsize=7, xytext=(4, 3), textcoords="offset points")
+            axes.annotate(name, (x[-1], end.score.value), fontsize=7, xytext=(4, 3), textcoords="offset points")
     axes.set_xscale("log")
     axes.set_xlabel("CPU-seconds of the training, embedding the texts included")
-    axes.set_ylabel("accuracy on the test texts")
+    axes.set_ylabel(f"{metric_name(summary.metric)} on the test texts")
     axes.set_title("Accuracy against cost; along a line, the texts of each label grow", fontsize=10)
     axes.legend(fontsize=8, loc="lower right")
 
 
-def _reliability(axes: Axes, summary: Summary) -> None:
+def _reliability(axes: Axes, recommended: Recommendation) -> None:
+    summary = recommended.summary
     axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, label="perfectly calibrated")
-    for point in _reliability_points(summary):
+    for point in _reliability_points(recommended):
         outcome = point.outcomes[0]
         style = {**_style(summary, point.way), "label": f"{point.way.strategy}, ECE {point.means['ece']:.3f}"}
         bins = [bin_ for bin_ in outcome.reliability if bin_[2] >= _LEAST_DECISIONS]
@@ -136,13 +138,13 @@ def _reliability(axes: Axes, summary: Summary) -> None:
     axes.legend(fontsize=8, loc="upper left")
 
 
-def _reliability_points(summary: Summary) -> list[Point]:
+def _reliability_points(recommended: Recommendation) -> list[Point]:
     """Return the points that get a reliability line, without repetition.
 
     These are the recommended point, the best point of the strategies that do not train the encoder, and the best point
     of the strategies that do.
     """
-    points = [summary.winner, summary.frozen, summary.tuned]
+    points = [recommended.taken.point, recommended.summary.frozen, recommended.summary.tuned]
     return list({point.way: point for point in points if point is not None}.values())
 
 

@@ -10,12 +10,10 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-import numpy as np
-
-from emberpc.bundle import best_labels
+from emberpc.bundle import Head, best_labels
 from emberpc.export.classify.linear import Matrix
 from emberpc.export.classify.strategies import STRATEGIES, Fitted
-from emberpc.export.compare.base_encoders import Base, export_fitted
+from emberpc.export.compare.base_encoders import Base, export_head, size_of
 from emberpc.export.files import write_text
 from emberpc.export.progress import Progress
 
@@ -27,15 +25,16 @@ _TIMED = 24
 _ROUNDS = 7
 #: Time of one text alone, as a multiple of its time in a batch. This is approximate and serves estimates only.
 _ALONE_FACTOR = 2.0
+_BYTES_PER_FLOAT = 4
 
 
 @dataclass(frozen=True)
 class ServingCost:
     """Time to classify one text alone, from text to logits, and the bytes that serving needs, for a strategy on a base.
 
-    `size_bytes` counts the ONNX file with its weights, the tokenizer's files, and the vectors that the strategy stores.
-    `agreement` is the share of texts, in [0, 1], for which the ONNX file and the strategy in the comparison give the
-    same best label.
+    All strategies with a linear head have the same ONNX graph, apart from its weights. So they are timed once for each
+    base, with the first of them that is fitted and with the encoder's original weights. `size_bytes` counts the ONNX
+    file with its weights, the tokenizer's files, and the vectors that the strategy stores.
     """
 
     base: str
@@ -49,12 +48,20 @@ class ServingCost:
     #: strategies on the base, so that strategies differ by their own work only.
     encoder_milliseconds: float
     size_bytes: int
-    agreement: float
+    #: Share of texts, in [0, 1], for which the ONNX file and the strategy in the comparison give the same best label.
+    #: None for a strategy that trains the encoder: its ONNX file is written and compared only when it is exported.
+    agreement: float | None
 
     @property
     def milliseconds(self) -> float:
         """Milliseconds of wall time to classify one text alone."""
         return self.times_encoder * self.encoder_milliseconds
+
+    @property
+    def milliseconds_beside(self) -> float:
+        """Milliseconds of wall time to classify one text whose vector by the base's encoder is computed anyway."""
+        tunes = STRATEGIES[self.strategy].tunes
+        return self.milliseconds if tunes else max(0.0, self.milliseconds - self.encoder_milliseconds)
 
 
 class ServingCosts:
@@ -72,9 +79,10 @@ class ServingCosts:
             costs = []
         #: Costs measured so far, by the names of base and strategy.
         self.known = {(cost.base, cost.strategy): cost for cost in costs}
+        self._alone = {cost.base: cost.encoder_milliseconds for cost in costs}
 
     def estimate(self, base: Base, strategy: str, trained_on: int, per_text: float) -> float:
-        """Return an estimate of the seconds that `measure` will take for a strategy; 0 if its cost is known already.
+        """Return an estimate of the seconds that `measure` will take for a strategy; 0 if it need not time anything.
 
         Args:
             base: the base.
@@ -82,10 +90,11 @@ class ServingCosts:
             trained_on: number of texts that the strategy is fitted to.
             per_text: seconds that embedding one text in a batch takes.
         """
-        if self._is_measured(base, strategy, trained_on):
+        if self._is_measured(base, strategy, trained_on) or (
+            STRATEGIES[strategy].exportable and self._with_head(base.encoder.name) is not None
+        ):
             return 0.0
-        converting = base.seconds if STRATEGIES[strategy].tunes else 0.0
-        return converting + (2 * _ALONE_FACTOR * _ROUNDS * _TIMED + 2 * _TEXTS) * per_text
+        return (2 * _ALONE_FACTOR * _ROUNDS * _TIMED + 2 * _TEXTS) * per_text
 
     def measure(
         self,
@@ -99,7 +108,7 @@ class ServingCosts:
         """Measure the serving cost of a strategy on a base, and store it in the file, unless it is known already.
 
         A strategy that stores its texts, such as `nearest`, is measured again if it was fitted to more texts than when
-        it was measured before.
+        it was measured before. A strategy that is not served, such as `tf-idf`, is not measured.
 
         Args:
             base: the base.
@@ -110,40 +119,72 @@ class ServingCosts:
             progress: called before each round; an exception that it raises ends the measurement.
 
         Raises:
-            ExportError: the classifier cannot be converted to ONNX.
             OSError: the file of the costs cannot be written.
         """
         if self._is_measured(base, strategy, trained_on):
             return
-        encoder = base.encoder
-        sample = list(texts[:_TEXTS])
-        prompted = [encoder.prompts.passage + text for text in sample]
-        expected = fitted.classify(sample)
-        timed = min(_TIMED, len(sample))
-        with tempfile.TemporaryDirectory() as folder:
-            runner, size = export_fitted(base, fitted, Path(folder), progress)
-
-            def embed(i: int) -> Matrix:
-                return base.runner.run(prompted[i : i + 1], "sentence_embedding")
-
-            def serve(i: int) -> Matrix:
-                if fitted.head is not None:
-                    return runner.run(prompted[i : i + 1], "logits")
-                embed(i)  # `classify` has the text's vector already and only compares it with each stored vector
-                return fitted.classify(sample[i : i + 1])
-
-            reference, times = _time_alternately(embed, serve, timed, progress)
-            got = expected if fitted.head is None else runner.run(prompted, "logits")
+        name, sample = base.encoder.name, list(texts[:_TEXTS])
+        same = self._with_head(name)
         if fitted.head is None:
-            size += trained_on * base.converted.dimensions * np.dtype(np.float32).itemsize
-        agreement = float((best_labels(got) == best_labels(expected)).mean())
-        before = [cost.encoder_milliseconds for cost in self.known.values() if cost.base == encoder.name]
-        alone = before[0] if before else 1000 * reference
-        cost = ServingCost(encoder.name, strategy, trained_on, times, alone, size, agreement)
-        self.known[encoder.name, strategy] = cost
+            times, size, agreement = self._stored_vectors(base, fitted, trained_on, sample, progress)
+        elif fitted.tuned is not None and same is not None:
+            times, size, agreement = same.times_encoder, same.size_bytes, None
+        else:
+            times, size, agreement = self._head(base, fitted, fitted.head, same, sample, progress)
+        cost = ServingCost(name, strategy, trained_on, times, self._alone[name], size, agreement)
+        self.known[name, strategy] = cost
         write_text(self._path, json.dumps([asdict(cost) for cost in self.known.values()], indent=2))
 
+    def _head(
+        self, base: Base, fitted: Fitted, head: Head, same: ServingCost | None, texts: list[str], progress: Progress
+    ) -> tuple[float, int, float | None]:
+        """Return time, bytes and agreement of a strategy with a linear head; time and bytes of `same`, if given."""
+        prompted = [base.encoder.prompts.passage + text for text in texts]
+        with tempfile.TemporaryDirectory() as folder:
+            runner, size = export_head(base, head, Path(folder))
+            agreement = None
+            if fitted.tuned is None:
+                got, expected = runner.run(prompted, "logits"), fitted.classify(texts)
+                agreement = float((best_labels(got) == best_labels(expected)).mean())
+            if same is not None:
+                return same.times_encoder, same.size_bytes, agreement
+            times = self._time(base, prompted, lambda i: runner.run(prompted[i : i + 1], "logits"), progress)
+        return times, size, agreement
+
+    def _stored_vectors(
+        self, base: Base, fitted: Fitted, trained_on: int, texts: list[str], progress: Progress
+    ) -> tuple[float, int, float | None]:
+        """Return time, bytes and agreement of a strategy that compares a text with stored vectors.
+
+        The base's own ONNX file serves it, so the agreement is 1.
+        """
+        prompted = [base.encoder.prompts.passage + text for text in texts]
+        fitted.classify(texts)  # computes the vectors of the texts
+
+        def serve(i: int) -> Matrix:
+            base.runner.run(prompted[i : i + 1], "sentence_embedding")
+            return fitted.classify(texts[i : i + 1])  # the vector is cached, so this only compares
+
+        times = self._time(base, prompted, serve, progress)
+        return times, size_of(base.folder) + trained_on * base.converted.dimensions * _BYTES_PER_FLOAT, 1.0
+
+    def _time(self, base: Base, prompted: list[str], serve: Callable[[int], Matrix], progress: Progress) -> float:
+        """Return the time of `serve` as a multiple of the encoder's; keep the encoder's time if it is the first."""
+
+        def embed(i: int) -> Matrix:
+            return base.runner.run(prompted[i : i + 1], "sentence_embedding")
+
+        seconds, times = _time_alternately(embed, serve, min(_TIMED, len(prompted)), progress)
+        self._alone.setdefault(base.encoder.name, 1000 * seconds)
+        return times
+
+    def _with_head(self, base: str) -> ServingCost | None:
+        """Return the known cost of a strategy with a linear head on a base, or None."""
+        return next((c for c in self.known.values() if c.base == base and STRATEGIES[c.strategy].exportable), None)
+
     def _is_measured(self, base: Base, strategy: str, trained_on: int) -> bool:
+        if not STRATEGIES[strategy].served:
+            return True
         known = self.known.get((base.encoder.name, strategy))
         return known is not None and (STRATEGIES[strategy].exportable or known.texts >= trained_on)
 
@@ -169,7 +210,7 @@ def _time_alternately(
     for done in range(_ROUNDS):
         progress("timing", done, _ROUNDS)
         taken = [(_seconds(reference, number), _seconds(own, number)) for number in range(count)]
-        first, second = (float(np.sum(column)) for column in zip(*taken, strict=True))
+        first, second = (sum(column) for column in zip(*taken, strict=True))
         seconds.append(first / count)
         ratios.append(second / first)
     return median(seconds), median(ratios)

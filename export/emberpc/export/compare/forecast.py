@@ -1,0 +1,159 @@
+"""Estimate accuracies of strategies at budgets at which they were not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import exp, log, log2, sqrt
+
+import numpy as np
+
+from emberpc.export.compare.outcomes import NO_TEXTS, Outcome, Way
+
+#: Number of standard deviations on both sides of an estimate that make its 95 % interval.
+_INTERVAL = 1.96
+#: Change of the logarithm of the error for twice the texts, if no other strategy shows it: the error falls by 14 %.
+_SLOPE = -0.15
+#: Standard deviation of that change between strategies on the same data. `benchmarks/models/compare_planning.py`
+#: measures how often the intervals contain the accuracy that was measured later.
+_SLOPE_DEVIATION = 0.08
+#: Mean change of the logarithm of the error from the quick to the full profile, and its standard deviation.
+_FULL_GAIN, _FULL_DEVIATION = -0.05, 0.15
+#: Least error that is distinguished from 0: the logarithm of 0 does not exist.
+_LEAST_ERROR = 1e-3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Expected value of a figure in [0, 1], with the 95 % interval from `low` to `high`.
+
+    `measured` says whether the strategy was measured with its full profile at the budget. Otherwise the value is
+    extrapolated, from the quick profile or from a smaller budget.
+    """
+
+    value: float
+    low: float
+    high: float
+    measured: bool
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Mean of a figure in [0, 1] over the seeds of a strategy, and the standard error of the mean."""
+
+    value: float
+    error: float
+
+
+#: Way, budget, and whether the profile is the quick one.
+Place = tuple[Way, int, bool]
+
+
+def measured_figures(outcomes: Iterable[Outcome], metric: str) -> dict[Place, Measured]:
+    """Return the mean of a figure over the seeds, by way, budget and profile.
+
+    The standard error is the binomial one of the number of test texts. A variance below 0.0001 counts as 0.0001.
+
+    Args:
+        outcomes: outcomes of cells.
+        metric: name of the figure, such as `accuracy`.
+    """
+    found: dict[Place, list[float]] = {}
+    tested = 1
+    for outcome in outcomes:
+        cell = outcome.cell
+        tested = max(tested, len(outcome.test.labels))
+        found.setdefault((cell.way, cell.budget, cell.quick), []).append(outcome.figures[metric])
+    means = {place: float(np.mean(values)) for place, values in found.items()}
+    return {place: Measured(mean, sqrt(max(mean * (1 - mean), 1e-4) / tested)) for place, mean in means.items()}
+
+
+class Forecast:
+    """Estimates of a figure for every strategy at every budget, from what was measured.
+
+    The logarithm of the error is assumed to be linear in the logarithm of the number of texts: learning curves follow
+    power laws (Hestness et al., "Deep Learning Scaling is Predictable, Empirically", 2017).
+
+    Args:
+        figures: what was measured, from `measured_figures`.
+        per_label: mean number of texts of a label, by budget.
+    """
+
+    def __init__(self, figures: Mapping[Place, Measured], per_label: Mapping[int, float]) -> None:
+        self._figures = figures
+        self._per_label = per_label
+
+    def at(self, way: Way, budget: int) -> Estimate | None:
+        """Return the estimate for the full profile of a strategy at a budget.
+
+        Args:
+            way: the strategy on its base.
+            budget: a budget with texts.
+
+        Returns:
+            The measured value; else an extrapolation from the quick profile at this budget; else one from the largest
+            smaller budget, by the slope of the strategy's own learning curve and of those of other strategies. None if
+            the strategy was not measured at this budget or below.
+        """
+        if (found := self._figures.get((way, NO_TEXTS, False))) is not None:
+            return _estimate(log(_error(found)), found.error / _error(found), measured=True)
+        anchors = [
+            (self._per_label[at], not quick, at)
+            for known, at, quick in self._figures
+            if known == way and self._per_label[at] <= self._per_label[budget]
+        ]
+        if not anchors:
+            return None
+        _, full, at = max(anchors)
+        found = self._figures[way, at, not full]
+        level, variance = log(_error(found)), (found.error / _error(found)) ** 2
+        if not full:
+            level, variance = level + _FULL_GAIN, variance + _FULL_DEVIATION**2
+        doublings = log2(self._per_label[budget] / self._per_label[at])
+        slope, deviation = self._slope(way, at, budget)
+        level, variance = level + slope * doublings, variance + (deviation * doublings) ** 2
+        return _estimate(level, sqrt(variance), measured=full and at == budget)
+
+    def _slope(self, way: Way, start: int, end: int) -> tuple[float, float]:
+        """Return the change of the logarithm of a strategy's error for twice the texts, and its standard deviation.
+
+        The change is that of other strategies between the budgets `start` and `end`, combined with that of the
+        strategy itself below `start`, weighted by their variances.
+        """
+        if start == end:
+            return 0.0, 0.0
+        others = [
+            self._change(known, start, end, quick=False)
+            for known, at, quick in self._figures
+            if not quick and at == end and known != way and (known, start, False) in self._figures
+        ]
+        mean, variance = float(np.mean([change for change, _ in others])) if others else _SLOPE, _SLOPE_DEVIATION**2
+        smaller = [
+            (self._per_label[at], at, quick)
+            for known, at, quick in self._figures
+            if known == way and self._per_label[at] < self._per_label[start] and (known, start, quick) in self._figures
+        ]
+        if smaller:
+            _, at, quick = max(smaller)
+            own, error = self._change(way, at, start, quick=quick)
+            own_variance = error**2 + _SLOPE_DEVIATION**2  # the slope of a curve changes along the curve
+            mean = (mean / variance + own / own_variance) / (1 / variance + 1 / own_variance)
+            variance = 1 / (1 / variance + 1 / own_variance)
+        return min(mean, 0.0), sqrt(variance)
+
+    def _change(self, way: Way, start: int, end: int, *, quick: bool) -> tuple[float, float]:
+        """Return the change of the logarithm of the error for twice the texts, and its standard error."""
+        doublings = log2(self._per_label[end] / self._per_label[start])
+        first, last = self._figures[way, start, quick], self._figures[way, end, quick]
+        error = sqrt(sum((each.error / _error(each)) ** 2 for each in (first, last)))
+        return (log(_error(last)) - log(_error(first))) / doublings, error / doublings
+
+
+def _error(found: Measured) -> float:
+    return max(1 - found.value, _LEAST_ERROR)
+
+
+def _estimate(level: float, deviation: float, *, measured: bool) -> Estimate:
+    """Return the estimate for a logarithm of the error with a normal distribution."""
+    value, high = 1 - exp(level), 1 - exp(level - _INTERVAL * deviation)
+    return Estimate(max(0.0, value), max(0.0, 1 - exp(level + _INTERVAL * deviation)), high, measured)

@@ -1,0 +1,337 @@
+"""Recommend a strategy: the cheapest one whose estimated accuracy is close to the best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+
+from emberpc.export.compare.forecast import Estimate
+from emberpc.export.compare.outcomes import NO_TEXTS, Way, budget_name
+from emberpc.export.compare.planner import Skipped
+from emberpc.export.compare.summary import Point, Summary, difference, strategy_name
+
+#: Costs by which strategies can be compared: CPU-seconds of the training, milliseconds to classify a text beside its
+#: vector, or training texts.
+COSTS = ("training", "serving")
+#: Costs that differ by less than this factor, or by less than `_SMALL_COSTS`, are about the same: the more accurate
+#: strategy is taken.
+_SIMILAR_COST = 2.0
+#: Difference of costs, by `COSTS`, that is small in any case: CPU-seconds, and milliseconds.
+_SMALL_COSTS = {"training": 5.0, "serving": 0.5}
+#: A difference of accuracies that may be chance decides all the same, unless the better strategy costs this many times
+#: as much as the other, and more by `_GREAT_COSTS`.
+_GREAT_FACTOR = 10.0
+_GREAT_COSTS = {"training": 600.0, "serving": 100.0}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A strategy that can be recommended, with its estimate at the largest budget.
+
+    `point` is its point at the largest budget at which it was measured. `cpu_seconds` and `milliseconds` are the cost
+    of the training with the largest budget and of classifying a text whose vector is computed anyway; 0 where unknown.
+    """
+
+    way: Way
+    estimate: Estimate
+    point: Point
+    cpu_seconds: float
+    milliseconds: float
+
+    def cost(self, kind: str) -> float:
+        """Return the cost of a kind of `COSTS`."""
+        return self.cpu_seconds if kind == "training" else self.milliseconds
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A strategy that may be better than the recommended one and was not measured with the largest budget.
+
+    `seconds` is an estimate of the least time limit, in seconds, with which another run measures it there; 0 if it was
+    not among the strategies of the run. `estimate` is None if nothing was
+    measured that allows one.
+    """
+
+    way: Way
+    estimate: Estimate | None
+    seconds: float
+
+
+class Recommendation:
+    """The strategy to take, and what is not known about it.
+
+    Args:
+        summary: the comparison.
+        tolerance: how much worse than the best estimate, in [0, 1], a cheaper strategy may be.
+        cost: kind of cost of `COSTS`.
+    """
+
+    def __init__(self, summary: Summary, tolerance: float = 0.01, cost: str = "training") -> None:
+        self.summary = summary
+        self.tolerance = tolerance
+        self.cost = cost
+
+    @cached_property
+    def candidates(self) -> list[Candidate]:
+        """The strategies that can be exported, or else all that can be served; the best estimate first."""
+        ways = [way for way in self.summary.ways if way.served]
+        ways = [way for way in ways if way.exportable] or ways or self.summary.ways
+        found = [candidate for way in ways if (candidate := self._candidate(way)) is not None]
+        return sorted(found, key=lambda candidate: -candidate.estimate.value)
+
+    def _candidate(self, way: Way) -> Candidate | None:
+        estimate, point = self.summary.estimate(way), self.summary.last(way)
+        if estimate is None or point is None:
+            return None
+        most = max(known.texts for known in self.summary.points)
+        growth = most / point.texts if point.texts and not estimate.measured else 1.0
+        serving = self.summary.serving(way)
+        milliseconds = serving.milliseconds_beside if serving else 0.0
+        return Candidate(way, estimate, point, point.means["cpu_seconds"] * growth, milliseconds)
+
+    @cached_property
+    def taken(self) -> Candidate:
+        """The recommended candidate.
+
+        Candidates count as equal to the best if their estimate is within the tolerance, or if the difference may be
+        chance and the best costs much more. Of these, the cheapest is taken, or a more accurate one of similar cost.
+        """
+        best = self.candidates[0]
+        equal = [candidate for candidate in self.candidates if self._equal(candidate, best)]
+        cheapest = min(candidate.cost(self.cost) for candidate in equal)
+        most = max(_SIMILAR_COST * cheapest, cheapest + _SMALL_COSTS[self.cost])
+        return next(candidate for candidate in equal if candidate.cost(self.cost) <= most)
+
+    def _equal(self, candidate: Candidate, best: Candidate) -> bool:
+        if best.estimate.value - candidate.estimate.value <= self.tolerance:
+            return True
+        if not (best.estimate.measured and candidate.estimate.measured):
+            return False
+        costs = best.cost(self.cost), candidate.cost(self.cost)
+        much = costs[0] >= _GREAT_FACTOR * costs[1] and costs[0] - costs[1] >= _GREAT_COSTS[self.cost]
+        return much and difference(best.point, candidate.point).low <= 0
+
+    @cached_property
+    def unknown(self) -> list[Unknown]:
+        """The strategies that may be better than the recommended one by more than the tolerance, but are not measured.
+
+        The list includes the recommended strategy if its own figure is an estimate. The most promising comes first.
+        """
+        seconds = self.summary.result.seconds_to_know
+        found = []
+        for way in {*seconds, *(candidate.way for candidate in self.candidates)}:
+            estimate = self.summary.estimate(way)
+            if not way.exportable or (estimate is not None and estimate.measured):
+                continue
+            possible = estimate is None or estimate.high > self.taken.estimate.value + self.tolerance
+            if possible or way == self.taken.way:
+                found.append(Unknown(way, estimate, seconds.get(way, 0.0)))
+        return sorted(found, key=lambda each: (-(each.estimate.value if each.estimate else 0.0), each.way))
+
+    @cached_property
+    def fewer(self) -> Point | None:
+        """The point with the fewest texts that is as good as the recommended strategy at the largest budget, or None.
+
+        It is measured, can be exported, and is worse by at most the tolerance; None if only the largest budget is.
+        """
+        taken = self.taken
+        points = [
+            point
+            for point in self.summary.points
+            if point.way.exportable
+            and not point.quick
+            and point.budget != NO_TEXTS
+            and self.summary.per_label(point.budget) < self.summary.per_label(taken.point.budget)
+            and point.score.value >= taken.estimate.value - self.tolerance
+        ]
+        return min(points, key=lambda point: (self.summary.per_label(point.budget), -point.score.value), default=None)
+
+
+def recommendation(found: Recommendation) -> list[str]:
+    """Return the recommendation as sentences: what is not known, the strategy to take, its rival, and fewer texts."""
+    sentences = [_unknown(each, found) for each in found.unknown]
+    sentences.append(_take(found))
+    if (rival := _rival(found)) is not None:
+        sentences.append(_versus(rival, found))
+    if not found.taken.way.tunes and found.summary.serving(found.taken.way) is not None:
+        sentences.append(
+            f"Beside embeddings of the same encoder, {found.taken.way.strategy} costs almost nothing to serve."
+        )
+    if (fewer := found.fewer) is not None:
+        sentences.append(
+            f"Fewer texts do as well: {fewer.name} reaches {_score(fewer, found)} "
+            f"{found.summary.where(fewer.budget)} ({fewer.texts:,} texts)."
+        )
+    return sentences
+
+
+def _take(found: Recommendation) -> str:
+    summary, taken = found.summary, found.taken
+    base = f" ({taken.way.base})" if len(summary.result.sources) > 1 else ""
+    where = summary.where(NO_TEXTS if taken.point.budget == NO_TEXTS else summary.largest)
+    value = _range(taken.estimate)
+    kind = "" if taken.estimate.measured else "an estimated "
+    return f"Take {strategy_name(taken.way)}{base}: {kind}{_metric(found)} {value} {where}."
+
+
+def _unknown(each: Unknown, found: Recommendation) -> str:
+    """Return the sentence about a strategy that was not measured with the largest budget."""
+    summary, name = found.summary, strategy_name(each.way)
+    where = summary.where(summary.largest)
+    to_know = f"To know, run this again with --strategy {each.way.strategy}."
+    if each.seconds:
+        to_know = f"To know, run this again with a time limit of {_duration(each.seconds)} or more."
+    point = summary.last(each.way)
+    rival = point and summary.best_at(point.budget, lambda way: way.tunes != each.way.tunes)
+    lead = ""
+    if point is None or each.estimate is None:
+        return f"It is not known how good {name} is: it was not measured. {to_know}"
+    if rival is not None and point.budget != summary.largest:
+        gap = 100 * (point.score.value - rival.score.value)
+        lead = f", where it {'leads' if gap >= 0 else 'is behind'} {rival.name} by {abs(gap):.1f} points"
+    return (
+        f"How good {name} is {where} is not known: it is estimated at {_range(each.estimate)}, from "
+        f"{point.score.value:.3f} {summary.where(point.budget)}{' by a quick training' * point.quick}{lead}. "
+        f"{to_know}"
+    )
+
+
+def _rival(found: Recommendation) -> Candidate | None:
+    """Return the best candidate of the other kind, with or without training of the encoder; else the next best."""
+    others = [candidate for candidate in found.candidates if candidate is not found.taken]
+    of_other_kind = [candidate for candidate in others if candidate.way.tunes != found.taken.way.tunes]
+    return next(iter(of_other_kind or others), None)
+
+
+def _versus(rival: Candidate, found: Recommendation) -> str:
+    """Return a sentence on the accuracy that a rival gains or loses, and on its training time."""
+    taken = found.taken
+    gain = 100 * (rival.estimate.value - taken.estimate.value)
+    measured = rival.estimate.measured and taken.estimate.measured
+    if measured:
+        between = difference(rival.point, taken.point)
+        sure = f"95 % interval {100 * between.low:+.1f} to {100 * between.high:+.1f}"
+        noise = f" ({sure}{', so this may be chance' if between.low <= 0 <= between.high else ''})"
+    else:
+        noise = ", by estimates"
+    verb = "adds" if gain >= 0 else "loses"
+    seconds = f"{_seconds(rival.cpu_seconds)} against {_seconds(taken.cpu_seconds)}"
+    name = _capital(strategy_name(rival.way))
+    return f"{name} {verb} {abs(gain):.1f} points{noise}; its training takes {seconds} of CPU."
+
+
+def crossover(summary: Summary) -> str:
+    """Return a sentence that names the budget from which on fine-tuning is significantly ahead of frozen vectors.
+
+    The sentence says so if fine-tuning is ahead at no budget, or if the two were not both measured.
+    """
+    budgets = sorted({p.budget for p in summary.points if p.way.tunes}, key=summary.per_label)
+    if not budgets:
+        return "No fine-tuning was measured."
+    # The sentence says that the test texts chose both strategies: the best of several strategies is partly the luckiest
+    # one, and the kind with more strategies profits more from this.
+    sentence = (
+        "The best fine-tuning was significantly ahead of the best strategy on frozen vectors, "
+        "both chosen by the test texts, {}"
+    )
+    if summary.crossover is None:
+        return sentence.format(f"at no budget up to {budget_name(budgets[-1])}.")
+    if summary.crossover == budgets[0]:
+        return sentence.format(f"at every measured budget from {budget_name(budgets[0])} on.")
+    return sentence.format(f"from {budget_name(summary.crossover)} on; below that, frozen vectors are as good.")
+
+
+def baselines(summary: Summary) -> str:
+    """Return a sentence with the accuracies of the baselines: the most frequent label, TF-IDF and zero-shot."""
+    parts = [f"the most frequent label {summary.majority:.3f}"]
+    for strategy, name in (("tf-idf", "TF-IDF with logistic regression"), ("zero-shot", "zero-shot")):
+        points = [point for way in summary.ways if way.strategy == strategy and (point := summary.last(way))]
+        if points:
+            best = max(points, key=lambda point: point.accuracy)
+            parts.append(f"{name} {best.accuracy:.3f}")
+    return f"Baselines, by test accuracy: {', '.join(parts)}."
+
+
+def caveats(summary: Summary) -> list[str]:
+    """Return warnings about the figures, one sentence each.
+
+    The warnings are about test texts that are training texts, strategies fitted with one seed only, and strategies that
+    had too few texts for a calibration. The list is empty if there is nothing to warn of.
+    """
+    training_texts = set(summary.result.train.texts)
+    shared = [text for text in summary.result.test.texts if text in training_texts]
+    once = [point for point in summary.points if point.seeds == 1 and point.budget != NO_TEXTS]
+    raw = [point for point in summary.points if point.means.get("held_out_texts") == 0]
+    found = []
+    if shared:
+        found.append(
+            f"{len(shared)} test texts are training texts, too, for example “{shared[0]:.60}”: "
+            "the accuracy is too high by up to their share."
+        )
+    if once:
+        found.append(
+            "Fitted with one seed only, so the spread over the random choice of training texts is that of other "
+            f"strategies, if any: {_listed(once, summary)}."
+        )
+    if raw:
+        found.append(
+            "Too few texts to hold some out, so no temperature was fitted and the probabilities are not "
+            f"calibrated: {_listed(raw, summary)}."
+        )
+    return found
+
+
+def _listed(points: list[Point], summary: Summary) -> str:
+    """Return the budgets of points as text, grouped by strategy and base."""
+    budgets: dict[Way, list[str]] = {}
+    for point in points:
+        budgets.setdefault(point.way, []).append(budget_name(point.budget))
+    several = len(summary.result.sources) > 1
+    return "; ".join(
+        f"{way.strategy}{f' ({way.base})' if several else ''} at {', '.join(names)}" for way, names in budgets.items()
+    )
+
+
+def skipped_lines(summary: Summary) -> list[str]:
+    """Return one line for each strategy, base and budget with skipped cells: how many seeds, and why the first."""
+    groups: dict[tuple[Way, int], list[Skipped]] = {}
+    for skipped in summary.result.skipped:
+        groups.setdefault((skipped.cell.way, skipped.cell.budget), []).append(skipped)
+    several = len(summary.result.sources) > 1
+    return [
+        f"{way.strategy}{f' ({way.base})' if several else ''}, {budget_name(budget)}, "
+        f"{len(group)} seed{'s' if len(group) > 1 else ''}: {group[0].reason}"
+        for (way, budget), group in sorted(
+            groups.items(), key=lambda item: (item[0][0].strategy, summary.per_label(item[0][1]))
+        )
+    ]
+
+
+def metric_name(metric: str) -> str:
+    """Return the name of a figure in words: `accuracy`, `macro F1` or `micro F1`."""
+    return metric.replace("_f1", " F1")
+
+
+def _metric(found: Recommendation) -> str:
+    return f"test {metric_name(found.summary.metric)}"
+
+
+def _range(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
+
+
+def _score(point: Point, found: Recommendation) -> str:
+    return f"{_metric(found)} {point.score.value:.3f}"
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 10 else f"{value:,.0f} s"
+
+
+def _duration(seconds: float) -> str:
+    return f"{ceil(seconds)} s" if seconds < 90 else f"{ceil(seconds / 60)} min"
