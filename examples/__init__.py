@@ -1,1 +1,1 @@
-"""Examples: run a script from the root of the checkout, for example `python -m examples.stdlib_demo`."""
+"""Examples. Run them from the root of the checkout, for example `python -m examples.stdlib_demo`."""

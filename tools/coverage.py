@@ -1,6 +1,6 @@
-"""Run the fast tests with coverage of server and client, including servers in child processes.
+"""Run the fast tests, and print their coverage of server and client, also that by child processes.
 
-Arguments are passed to pytest. The exit code is not 0 if a test fails, or if the coverage is below 90 %.
+Arguments are passed to pytest. The exit code is 0 only if the tests pass and the total coverage is at least 90 %.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ MINIMUM = 90
 
 
 def main() -> int:
-    # The package coverage installs a .pth file, which starts coverage in each child process that has this variable.
+    # The package coverage installs a .pth file. It starts coverage in each Python process that has this variable, with
+    # the configuration in the named file.
     env = dict(os.environ, COVERAGE_PROCESS_START=str(ROOT / "pyproject.toml"))
     coverage = [sys.executable, "-m", "coverage"]
     subprocess.run([*coverage, "erase"], check=True, cwd=ROOT)

@@ -1,7 +1,7 @@
 """Draw texts at random for a reading test: docstrings with signatures, comment blocks and paragraphs of documents.
 
-A reader who sees only a drawn text says what goes in, what comes out and what can fail. Each room of the repository
-gets a share of the draw: half of it by the number of rooms, half by the room's number of texts.
+A reader who sees only a drawn text says what goes in, what comes out and what can fail. Half of the draw is divided
+equally among the rooms of the repository, the other half in proportion to their numbers of texts.
 
     python tools/draw_texts.py --seed 1 --count 60
 """
@@ -36,9 +36,10 @@ ROOMS = {
     "tools": ("tools", "examples"),
     "docs": ("docs", "README.md", "CONTRIBUTING.md"),
 }
-#: Paths of generated files, which are left out: their texts are copies of texts in other files.
+#: Paths that are left out: generated files, whose texts are copies of texts in other files, and the hand-written files
+#: of `_aio`, whose texts are nearly those of `_sync`.
 _GENERATED = re.compile(r"_pb2(_grpc)?\.py|/_aio/|^docs/reports/|\.pyi$")
-#: Fewest words of a text that can be drawn, its signature or line of code included. Shorter texts are titles and names.
+#: Fewest words of a text that can be drawn, with its signature or line of code. Shorter texts are mostly titles.
 _LEAST_WORDS = 4
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -46,8 +47,9 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef
 class Text(NamedTuple):
     """A text to read, with its place.
 
-    `path` is relative to the root of the repository. `line` is the line where the text starts; for a docstring, the
-    line of its class or function. `text` is the text with the signature, or with the line of code after a comment.
+    `path` is relative to the root of the repository. `line` is the line, from 1, where the text starts; for a
+    docstring, the line of its `class` or `def`, or 1 for a module. `text` is a docstring after the signature, a comment
+    block before the next line, or a paragraph.
     """
 
     path: str
@@ -56,7 +58,7 @@ class Text(NamedTuple):
 
 
 def main() -> None:
-    """Print the texts of a draw, numbered and with their places."""
+    """Draw texts as the arguments of the command line say, and print them, numbered and with their places."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, required=True, help="number that decides the draw")
     parser.add_argument("--count", type=int, default=60, help="number of texts to draw (default: 60)")
@@ -66,7 +68,10 @@ def main() -> None:
 
 
 def collect() -> dict[str, list[Text]]:
-    """Return the texts of each room, file by file; in a Python file, the docstrings before the comments."""
+    """Return the texts of at least `_LEAST_WORDS` words of each room, by the room's name.
+
+    The files of a room are sorted by path. In a Python file, the docstrings come before the comments.
+    """
     rooms: dict[str, list[Text]] = {}
     seen: set[Path] = set()
     for room, places in ROOMS.items():
@@ -77,15 +82,18 @@ def collect() -> dict[str, list[Text]]:
 
 
 def draw(rooms: dict[str, list[Text]], seed: int, count: int) -> list[Text]:
-    """Draw texts without repetition, each room with its share.
+    """Draw texts at random without repetition.
+
+    First each room gives its share of `count` (see the docstring of this module), rounded down, or all its texts if it
+    has fewer. The missing texts are then drawn from the remaining texts of all rooms.
 
     Args:
-        rooms: the texts of each room; a room may be empty.
-        seed: decides the draw; the same seed draws the same places from the same texts.
+        rooms: the texts of each room; a room may be empty, but not all of them.
+        seed: decides the draw: the same arguments give the same result.
         count: number of texts to draw.
 
     Returns:
-        The texts in the order of `rooms`; all texts if there are fewer than `count`.
+        The drawn texts, in the order of `rooms`; all texts if there are at most `count`.
     """
     chance = random.Random(seed)  # noqa: S311 - no secret
     total = sum(len(texts) for texts in rooms.values())
@@ -98,7 +106,10 @@ def draw(rooms: dict[str, list[Text]], seed: int, count: int) -> list[Text]:
 
 
 def _files(place: Path) -> Iterator[Path]:
-    """Yield the .py, .proto and .md files at a place, a folder or a file, except generated ones."""
+    """Yield the .py, .proto and .md files in a folder, at any depth and in any order, except those of `_GENERATED`.
+
+    `place` may also be a single file. For a place that does not exist, nothing is yielded.
+    """
     for file in [place] if place.is_file() else place.rglob("*"):
         if file.suffix in (".py", ".proto", ".md") and not _GENERATED.search(file.relative_to(ROOT).as_posix()):
             yield file
@@ -117,7 +128,14 @@ def _texts(file: Path) -> Iterator[Text]:
 
 
 def _docstrings(source: str, path: str) -> Iterator[Text]:
-    """Yield the docstrings of a module, and of its classes and functions, each after its signature."""
+    """Yield the docstrings of a module, and of all classes and functions in it, each after its signature.
+
+    Nested classes and functions, such as methods, count too. Outer docstrings come before inner ones.
+
+    Args:
+        source: the module, as text.
+        path: path of the module, for the results.
+    """
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Module | ast.ClassDef | _Function):
             continue
@@ -129,7 +147,10 @@ def _docstrings(source: str, path: str) -> Iterator[Text]:
 
 
 def _signature(node: ast.Module | ast.ClassDef | _Function) -> str:
-    """Return the declaration of a class or function as one line, without decorators; empty for a module."""
+    """Return the declaration of a class or function as one line; empty for a module.
+
+    Decorators, `async` and keywords of a class, such as `metaclass`, are left out.
+    """
     if isinstance(node, ast.Module):
         return ""
     if isinstance(node, ast.ClassDef):
@@ -140,7 +161,7 @@ def _signature(node: ast.Module | ast.ClassDef | _Function) -> str:
 
 
 def _python_comments(source: str) -> dict[int, str]:
-    """Return the comments of a Python file that have a line of their own, by their line numbers from 1."""
+    """Return the comments of a Python file that have a line of their own, unindented, by line number from 1."""
     comments = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip():
@@ -149,18 +170,18 @@ def _python_comments(source: str) -> dict[int, str]:
 
 
 def _proto_comments(source: str) -> dict[int, str]:
-    """Return the comments of a .proto file that have a line of their own, by their line numbers from 1."""
+    """Return the comments of a .proto file that have a line of their own and begin with `//`, by line number from 1."""
     lines = enumerate(source.splitlines(), start=1)
     return {number: line.strip() for number, line in lines if line.strip().startswith("//")}
 
 
 def _blocks(comments: dict[int, str], lines: list[str], path: str) -> Iterator[Text]:
-    """Yield blocks of comments on consecutive lines, each block with the line of code after it.
+    """Yield blocks of comments on consecutive lines, each block with the next line of the file.
 
     Args:
-        comments: comments by line number, from 1.
-        lines: all lines of the file.
-        path: path of the file.
+        comments: the comments that have a line of their own, by line number from 1, ascending.
+        lines: all lines of the file. The line after a block may be blank, or missing at the end of the file.
+        path: path of the file, for the results.
     """
     for start in comments:
         if start - 1 in comments:
@@ -173,7 +194,11 @@ def _blocks(comments: dict[int, str], lines: list[str], path: str) -> Iterator[T
 
 
 def _paragraphs(source: str, path: str) -> Iterator[Text]:
-    """Yield the paragraphs of a Markdown document, without headings, tables, pictures, HTML and code blocks."""
+    """Yield the paragraphs of a Markdown document: the parts between blank lines, such as a whole list.
+
+    A part that begins as a heading, table, picture, HTML or code block is left out, and so are all parts inside a code
+    block.
+    """
     line, fenced = 1, False
     for part in re.split(r"(\n\s*\n)", source):
         inside, fenced = fenced, fenced ^ bool(part.count("```") % 2)

@@ -1,11 +1,14 @@
 """Generate the asynchronous client (client/emberpc/client/_aio) from the sync client (_sync).
 
-This script adds `async` and `await` where a function of AWAITED is called or an iterator of ITERATED is read, renames
-the names of NAMES, and replaces the texts of SENTENCES: sentences of docstrings, and some code such as imports and
-types. The modules in HANDWRITTEN are not generated, since they differ in more than these changes. They are written by
-hand in both folders, with the same names and parameters. A missing `await` is a type error, which mypy reports. Modules
-of _aio without a counterpart in _sync are deleted. With --check, the script changes nothing, and exits with 1 if a
-module of _aio is not what it would generate.
+This script adds `async` and `await` where AWAITED and ITERATED require it, adds asynchronous iterables to the types of
+the parameters in ITERABLES, and replaces `yield from` by a loop. It replaces the names of NAMES and the texts of
+SENTENCES: sentences of docstrings, and some code such as imports and types. If a coroutine is missing in AWAITED, mypy
+reports most of its calls, since they lack the `await`.
+
+The modules in HANDWRITTEN are not generated, since they differ in more than these changes. They are written by hand in
+both folders. Any other module of _aio without a counterpart in _sync is deleted. With --check, the script changes
+nothing, and exits with 1 if it would write or delete a module of _aio. In both cases it fails if a text of SENTENCES
+does not occur in _sync.
 """
 
 from __future__ import annotations
@@ -24,16 +27,18 @@ CLIENT = ROOT / "client" / "emberpc" / "client"
 RUFF = Path(sys.executable).parent / "ruff"
 HANDWRITTEN = {"__init__.py", "transport.py"}
 
-#: Methods and functions that are coroutines in the asynchronous client.
+#: Names of methods and functions that are coroutines in the asynchronous client. A call of any class's method with such
+#: a name gets an `await`.
 AWAITED = {
     "close",
     "run", "run_one", "run_steps", "upload", "all_items",
     "response", "next_response", "next_event", "sleep", "read_items", "run_blocking",
     "_response", "_take_oldest", "_await_end",
 }  # fmt: skip
-#: Methods and functions that return asynchronous iterators in the asynchronous client.
+#: Names of methods that return asynchronous iterators in the asynchronous client.
 ITERATED = {"pages", "responses"}
-#: Parameters that accept an asynchronous iterable too in the asynchronous client, by the name of the function.
+#: For the name of a function, the name of its parameter that also accepts an asynchronous iterable in the asynchronous
+#: client.
 ITERABLES = {"embed_stream": "items", "upsert_stream": "records", "stream": "items"}
 #: Names in the sync client, and the names that replace them in the asynchronous one. In strings and comments, only a
 #: name directly after a backtick is replaced.
@@ -76,12 +81,16 @@ SENTENCES = {
 
 
 class _Edits(ast.NodeVisitor):
-    """Collects the edits that make a module of the sync client asynchronous, such as an `await` to insert.
+    """Collects the edits that add `async`, `await` and asynchronous types to a module of the sync client.
 
-    An edit is a triple: byte offsets in the module of the start and the end of the replaced text, and the new text.
+    `visit`, called with the parsed module, collects the edits; `result` applies them. An edit has the start and the end
+    of the replaced text, as byte offsets in the module in UTF-8, and the new text. Equal offsets insert text.
 
     Args:
         source: the module, as text.
+
+    Raises:
+        SystemExit: `visit` found that the module takes an attribute or item of the result of an awaited call directly.
     """
 
     def __init__(self, source: str) -> None:
@@ -150,12 +159,15 @@ class _Edits(ast.NodeVisitor):
         return self._lines[node.lineno - 1] + node.col_offset
 
     def _end(self, node: ast.stmt | ast.expr) -> int:
-        # The end is None only for nodes that are not made by the parser.
+        # `or 0` is for mypy: the end is never None here, since the parser made the node.
         return self._lines[(node.end_lineno or 0) - 1] + (node.end_col_offset or 0)
 
 
 def _name(call: ast.expr) -> str:
-    """Return the name of the function that an expression calls; empty if it is not a call."""
+    """Return the name of the function or method that an expression calls, without what is before the last dot.
+
+    Empty if the expression is not a call, or the called function has no name, as in `functions[0]()`.
+    """
     function = call.func if isinstance(call, ast.Call) else None
     if isinstance(function, ast.Attribute):
         return function.attr
@@ -163,9 +175,9 @@ def _name(call: ast.expr) -> str:
 
 
 def _suspends(node: ast.AST) -> bool:
-    """Return whether a node itself becomes an `await`, an `async for` or an `async with` in the asynchronous client.
+    """Return whether this node itself, a call, `for` or `with`, gets an `await` or `async`; inner nodes do not count.
 
-    Nodes inside the body of the node do not count.
+    A function with such a node becomes asynchronous.
     """
     if isinstance(node, ast.Call):
         return _name(node) in AWAITED
@@ -179,7 +191,11 @@ def _suspends(node: ast.AST) -> bool:
 
 
 def _own_nodes(function: ast.FunctionDef) -> list[ast.AST]:
-    """Return all nodes of a function's body, at any depth, but not those inside nested functions and lambdas."""
+    """Return all nodes of a function's body, at any depth, in no fixed order.
+
+    Nested functions and lambdas are included, but not the nodes inside them: those do not make this function
+    asynchronous.
+    """
     found: list[ast.AST] = []
     waiting: list[ast.AST] = list(function.body)
     while waiting:
@@ -220,7 +236,9 @@ def generate(name: str, used: set[str]) -> str:
         used: set to which the keys of `SENTENCES` that the module contains are added.
 
     Raises:
-        SystemExit: the module uses a part of an awaited result without a name for the result.
+        SystemExit: the module takes an attribute or item of the result of an awaited call directly, without first
+            giving the result a name. The message has the line.
+        CalledProcessError: `ruff` failed.
     """
     source = (CLIENT / "_sync" / name).read_text()
     for sentence, other in SENTENCES.items():
@@ -238,7 +256,15 @@ def generate(name: str, used: set[str]) -> str:
 
 
 def _formatted(text: str, path: Path) -> str:
-    """Return the source of a module after `ruff` has sorted its imports and formatted it, as for the file `path`."""
+    """Return the source of a module after `ruff` has sorted its imports and formatted it.
+
+    Args:
+        text: the source.
+        path: path of the module, which decides the settings of `ruff`; the file is neither read nor written.
+
+    Raises:
+        CalledProcessError: `ruff` failed, for example because of a syntax error.
+    """
     for command in (("check", "--fix-only", "--quiet", "--select=I"), ("format",)):
         run = subprocess.run(
             [RUFF, *command, f"--stdin-filename={path}", "-"],

@@ -1,8 +1,8 @@
-"""Generate the Python code of protos/emberpc/v1; with --check, change nothing and exit with 1 if it is not current.
+"""Generate the Python code of protos/emberpc/v1; with --check, only compare it, and exit with 1 if it is not current.
 
 Without --check, the script first deletes the generated code, which is then missing if the generator fails. The
-script runs the generator in the version of tools/requirements-protos.txt, in an environment of its own: in the
-development environment, the generator would force older versions of grpcio and protobuf.
+script runs the generator in the version of tools/requirements-protos.txt, in an environment of its own, which it
+creates if necessary: in the development environment, the generator would force an older version of protobuf.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ ENVIRONMENT = ROOT / ".venv-protos"
 
 
 def generator() -> Path:
-    """Return the Python of the generator's environment, `.venv-protos`.
+    """Return the path of the Python executable in the generator's environment, `.venv-protos`.
 
-    The environment is created first if it is missing, or if the pinned versions have changed.
+    The environment is created first if it is missing or incomplete, or if the pinned versions have changed.
 
     Raises:
         CalledProcessError: the packages cannot be installed.
@@ -41,10 +41,14 @@ def generator() -> Path:
 
 
 def generate(target: Path) -> None:
-    """Generate Python modules and type stubs from all protos, in the folder emberpc/v1 of `target`.
+    """Generate Python modules and type stubs from all protos of protos/emberpc/v1.
+
+    Args:
+        target: an existing folder; the files are written to its subfolder emberpc/v1, which is created if necessary.
 
     Raises:
         SystemExit: the generator failed; the message is its output.
+        CalledProcessError: the packages of the generator cannot be installed.
     """
     python = generator()
     files = sorted(str(path.relative_to(PROTOS)) for path in (PROTOS / PACKAGE).glob("*.proto"))
@@ -56,8 +60,8 @@ def generate(target: Path) -> None:
         f"--plugin=protoc-gen-mypy_grpc={python.parent / 'protoc-gen-mypy_grpc'}",
         "--proto_path=.",
         *(f"--{kind}_out={target}" for kind in ("python", "grpc_python", "mypy")),
-        # This option makes stubs in which servicers are not abstract classes. At run time they are not either: a method
-        # that a servicer does not override answers UNIMPLEMENTED.
+        # With this option, the methods of servicers are not abstract in the stubs, so mypy accepts a servicer that does
+        # not override all of them. At run time, a method that is not overridden answers UNIMPLEMENTED.
         f"--mypy_grpc_out=generate_concrete_servicer_stubs:{target}",
         *files,
     ]
@@ -76,10 +80,10 @@ def generated(folder: Path) -> set[str]:
 
 
 def drift(fresh: Path) -> list[str]:
-    """Compare the committed generated files with freshly generated ones under `fresh`.
+    """Compare the generated files in protos/ with freshly generated ones in the folder emberpc/v1 of `fresh`.
 
     Returns:
-        Names of the committed files that are missing, differ, or are no longer generated, sorted.
+        Sorted names of the files that differ or are in only one of the two folders; empty if the code is current.
     """
     names = generated(PROTOS) | generated(fresh)
     _, changed, missing = filecmp.cmpfiles(PROTOS / PACKAGE, fresh / PACKAGE, names, shallow=False)

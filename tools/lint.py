@@ -1,4 +1,7 @@
-"""Run all checks of style, types and imports, also after one failed; the exit code is the number of failed checks."""
+"""Check the generated asynchronous client, style, format, types and imports, without changing files.
+
+All checks run even if one fails. The exit code is the number of failed checks.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@
     make_test_bundles.py --check    print the differences; exit with 1 if there are any
 
 The bundles have tiny encoders with random weights. They are committed so that tests of the server need no PyTorch.
+This script needs PyTorch. The comparison leaves out versions, measurements and the bytes of ONNX files.
 """
 
 from __future__ import annotations
@@ -26,23 +27,28 @@ if str(ROOT / "tests") not in sys.path:
 from fixtures_bundles import BUNDLES, write_tiny  # noqa: E402 - from the folder of tests
 
 NAMES = ("tiny", "other-tiny", "tiny-classifier")
-#: Keys of the manifest whose values may differ between two exports of the same model: the time of the export, and the
-#: versions of packages.
+#: Keys of the manifest whose values may differ between two exports of the same model, and are not compared: the time of
+#: the export, and the versions of packages.
 VOLATILE = ("created", "tools")
-#: Objects of the manifest whose values are measurements, or hashes of files that contain measurements. Only their keys
-#: are compared.
+#: Keys of objects in the manifest. Of these objects, only the keys are compared: the values of `files` are hashes of
+#: files, some with measurements, and those of the others are measurements.
 MEASURED = ("files", "quality", "parity", "measured")
 #: Keys of other JSON files whose values are versions of packages. They are not compared.
 VERSIONS = ("transformers_version",)
-#: Greatest difference, absolute and relative, between two numbers that count as the same. The same model gives slightly
-#: different numbers on two processors.
+#: Greatest difference between two numbers that count as the same: absolute, or for numbers of JSON above 1 relative to
+#: the greater. The same model gives slightly different numbers on two processors.
 TOLERANCE = 1e-3
 
 
 def make(folder: Path, names: Sequence[str] = NAMES) -> None:
-    """Export the bundles with these names to `folder`, an existing folder that has none of them.
+    """Export the bundles with these names, which are names of `NAMES`. This needs PyTorch.
 
-    The export needs PyTorch.
+    Args:
+        folder: an existing folder. Each bundle is a new subfolder with the bundle's name.
+        names: names of the bundles.
+
+    Raises:
+        BundleError: `folder` has one of the bundles already.
     """
     from emberpc.export.classifier import ClassifierData, export_classifier
     from emberpc.export.embedding import export_embedding
@@ -61,9 +67,10 @@ def make(folder: Path, names: Sequence[str] = NAMES) -> None:
 
 
 def differences(committed: Path, fresh: Path) -> list[str]:
-    """Return a line for each file that differs between two bundles, apart from versions and measurements.
+    """Compare two folders with the same bundle; return a line for each file that differs, an empty list if none does.
 
-    JSON and .npz files are compared. Of other files, only the names are compared.
+    Of JSON files, all but versions and measurements is compared, and of .npz files the arrays, both with `TOLERANCE`.
+    Of other files, only the names are compared.
     """
     old, new = (
         {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
@@ -88,7 +95,12 @@ def differences(committed: Path, fresh: Path) -> list[str]:
 def _same(left: object, right: object, key: str = "") -> bool:
     """Return whether two JSON values are the same, apart from versions and measurements.
 
-    Numbers with a decimal point may differ by `TOLERANCE`. `key` is the key under which an object has the two values.
+    Numbers with a decimal point may differ by `TOLERANCE`.
+
+    Args:
+        left: a value of one file.
+        right: the value at the same place of the other file.
+        key: the key whose value in the file is `left`, or a list with `left`; empty for the whole file.
     """
     if isinstance(left, dict) and isinstance(right, dict):
         if left.keys() != right.keys():

@@ -5,10 +5,13 @@
     make_venv.py client   .venv-client: the client, the command line and pytest
     make_venv.py matrix   .venv-matrix: nox, which makes an environment for each set of versions
 
-PyTorch is installed first, in the version of constraints.txt, so that no later package installs another build of
-PyTorch. hnswlib has no wheel, and is compiled. By default it is compiled for the processor of this host. On x86-64,
-this script compiles it for x86-64-v3 (or as CXXFLAGS in the environment says), so that the environment, or pip's cache,
-also works on another machine. An environment is only changed if its installation was not completed, or if
+Packages that constraints.txt names are installed in its versions. Some of these need Python 3.11 or newer; a new
+environment has the Python that runs this script. In .venv, PyTorch is installed first, so that no later package
+installs another build of PyTorch.
+
+hnswlib has no wheel, and is compiled. Its own default is to compile for the processor of this host. On x86-64, this
+script compiles it for x86-64-v3, or as CXXFLAGS in the environment says, so that the environment, or pip's cache, also
+works on other machines with x86-64-v3. An environment is only changed if its installation was not completed, or if
 pyproject.toml, constraints.txt or this script changed since.
 """
 
@@ -34,8 +37,9 @@ class Environment:
 
     Attributes:
         folder: name of the folder in the checkout.
-        effort: text for the user about the time that the installation takes, and the size of the download.
-        steps: for each call of `pip install`, the arguments, and a text for the user about what is installed.
+        effort: text for the user about the size of the download and, if it is long, the time of the installation.
+        steps: for each call of `pip install`, the arguments, separated by spaces, and a text for the user about what is
+            installed.
     """
 
     folder: str

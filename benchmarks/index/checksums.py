@@ -1,9 +1,9 @@
 """Measure how many searches a second the checksums of records cost, through gRPC, in alternating rounds of one run.
 
-Two servers hold the same collection. The first server checks each record that it reads from SQLite. The second server
-does not, and does not select the columns of the checksums. A search returns hits with their texts and metadata. There
-are three cases: the default record cache, which holds all records; a cache of one byte, so that every hit is read from
-SQLite; and hits with their vectors, which no cache holds.
+Two servers hold collections with the same records. The first server checks each record that it reads from SQLite for
+damage. The second server does not. Without vectors, it does not even select the columns of the checksums. A search
+returns hits with their texts and metadata. There are three cases: the default record cache, which holds all records; a
+cache of one byte, so that every hit is read from SQLite; and hits with their vectors, which no cache holds.
 
 Run with `--unchecked`, this script is the second server; the other arguments are those of `emberpc`.
 """
@@ -35,7 +35,7 @@ from examples.server_process import ServerProcess
 SEARCH = "/emberpc.v1.IndexService/Search"
 COLLECTION, DIMENSIONS = "c", 384
 CALLERS, CALLS = 4, 300
-#: SQL that selects the records of a JSON list of labels as one JSON value, without their checksums.
+#: SQL that selects the records of a JSON list of labels (the numbers of records) as one JSON value, without checksums.
 _UNCHECKED = """
 SELECT json_group_array(json_array(label, id, text, metadata, class_label, revision, created, updated, expires))
 FROM records WHERE label IN (SELECT value FROM json_each(?))
@@ -66,8 +66,8 @@ def _measure(flags: Sequence[str], fields: Mapping[str, Any], rounds: int) -> di
         rounds: number of rounds that count.
 
     Returns:
-        For searches per second and for the server's CPU milliseconds of a search: the median of each server, and median
-        and quartiles of the rounds' ratios (checked divided by unchecked).
+        For searches per second and for the server's CPU milliseconds of a search: the median of each server, and the
+        median and the lower and upper quartile of the rounds' ratios (checked divided by unchecked).
     """
     programs = {"checked": ("-m", "emberpc.cli.main"), "unchecked": ("-m", __spec__.name, "--unchecked")}
     figures: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
@@ -95,7 +95,7 @@ def _measure(flags: Sequence[str], fields: Mapping[str, Any], rounds: int) -> di
 
 
 def _fill(address: str, fields: Mapping[str, Any]) -> Sequence[pb.SearchRequest]:
-    """Create a collection of at most 5,000 docstrings with clustered vectors; return a search request for each caller.
+    """Create a collection of at most 5,000 docstrings with clustered vectors; return a request for each of 4 callers.
 
     Args:
         address: address of the server, as host:port.
@@ -123,7 +123,7 @@ def _fill(address: str, fields: Mapping[str, Any]) -> Sequence[pb.SearchRequest]
 
 
 def _round(server: ServerProcess, requests: Sequence[pb.SearchRequest]) -> tuple[float, float]:
-    """Send each request 300 times, with one caller for each request.
+    """Send each request 300 times, one call after the other; each request has a caller, and the callers run together.
 
     Returns:
         Searches per second, and the server's CPU milliseconds of a search.
@@ -135,12 +135,12 @@ def _round(server: ServerProcess, requests: Sequence[pb.SearchRequest]) -> tuple
 
 
 def _unchecked_records(document: str) -> dict[int, StoredRecord]:
-    """Return the records by label of the JSON value that `_UNCHECKED` selects, without a check of the checksums."""
+    """Convert the JSON value that `_UNCHECKED` selects to records by label, without a check for damage."""
     return {row[0]: _record(*row[1:]) for row in json.loads(document)}
 
 
 def _unchecked_record(row: Sequence[Any], spec: CollectionSpec, *, with_vectors: bool) -> StoredRecord:
-    """Convert a row to a record as `rows.record_of` does, but without a check of the checksums."""
+    """Convert a row to a record as `rows.record_of` does, but without a check for damage."""
     vector = np.frombuffer(row[12], dtype="<f4") if with_vectors else None
     record_id, text, metadata, label, revision, created, updated, expires = row[1:9]
     expiry = None if expires is None else expires / 1e6
@@ -158,7 +158,7 @@ def _record(
     expires: float | None,
     vector: np.ndarray | None = None,
 ) -> StoredRecord:
-    """Return a record with these values; the times are in seconds since 1970."""
+    """Return a record with these values: `metadata` as JSON, `label` the class, and times in seconds since 1970."""
     return StoredRecord(
         record_id,
         text,
@@ -173,10 +173,10 @@ def _record(
 
 
 def serve_unchecked(arguments: Sequence[str]) -> None:
-    """Run `emberpc` with these arguments and with readers of records that check no checksums; then exit the process.
+    """Run `emberpc` with these arguments and with readers of records that do not check for damage; exit the process.
 
     Raises:
-        RuntimeError: the server has no longer a function or constant that this benchmark replaces.
+        RuntimeError: the server no longer has a function or constant that this benchmark replaces.
     """
     replaced = (
         (store_reader, "AS_ONE_ROW", _UNCHECKED),

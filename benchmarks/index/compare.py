@@ -2,14 +2,14 @@
 
 All systems get the same vectors, and are measured one after the other: raw hnswlib in this process; emberpc through
 gRPC, from upsert to restart; and each peer for which a Python with its packages is given
-(`benchmarks/index/peer_process.py`). Recall is measured against a comparison with every vector. Targets, which are only
-printed beside the figures:
+(`benchmarks/index/peer_process.py`). The first 1,000 vectors of the file are the queries, and are not stored. Recall is
+measured against a comparison with every vector. Targets, which are only printed beside the figures:
 
 - Building the graph takes at most 1.15 times as long as raw hnswlib's add_items, with the same parameters and one
   thread. For this target, an index in this process builds the graph of vectors that it has stored before.
 - Calls with one vector reach 0.6 of the calls per second of a server with an empty handler, and calls with 64 vectors
   reach 0.8 of raw hnswlib's queries per second with the same ef (`benchmarks/index/rpc.py`, in alternating rounds).
-- recall@10 is 0.98 by default.
+- recall@10 is at least 0.98 by default.
 
     python -m benchmarks.index.compare VECTORS.npy [--peer chromadb=/path/bin/python] ... [--records N] [-o RESULT.json]
 
@@ -52,7 +52,7 @@ Figures = dict[str, Any]
 
 
 def truth(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Return the row numbers of the 10 nearest vectors of each query, nearest first, int64 (queries, 10).
+    """Return the row numbers of the 10 vectors nearest to each query, nearest first, int64 (queries, 10).
 
     Vectors and queries are float32 matrices with rows of length 1.
     """
@@ -124,7 +124,7 @@ def emberpc(
         vectors: vectors to store, float32 (n, dimensions), of length 1.
         queries: vectors to search for, float32 (queries, dimensions).
         true: row numbers of the true nearest vectors, int64 (queries, K).
-        folder: data directory of the server, empty.
+        folder: data directory of the server; empty or missing.
         graph: hnswlib's graph of the same vectors, for `rpc.measure`.
 
     Returns:
@@ -155,8 +155,13 @@ def emberpc(
 def restarts(vectors: np.ndarray, queries: np.ndarray, folder: Path) -> Figures:
     """Return the seconds from the server's start to its first response: after a stop, after a kill, without a snapshot.
 
-    The kill comes after 3,000 records were written again, so that no snapshot has them. The snapshots in the data
-    directory `folder` are deleted.
+    Before the kill, the first 3,000 records are written again, and no snapshot has these writes. Before the last start,
+    the snapshots of graphs are deleted.
+
+    Args:
+        vectors: the vectors of the collection, float32 (n, dimensions).
+        queries: the first of them is searched for after each start, float32 (queries, dimensions).
+        folder: data directory of the server, which is stopped.
     """
     figures: Figures = {}
     with _restarted(folder, queries[0], figures, "restart_seconds") as server, Client(server.address) as client:
@@ -223,9 +228,9 @@ def _searched(client: Client, queries: np.ndarray, true: np.ndarray, ef: int) ->
 
 
 def _await_graph(client: Client, query: np.ndarray) -> None:
-    """Wait until the graph has all vectors: a search compares no vectors of the buffer any more.
+    """Wait until the graph has all vectors: until a search with the query compares no vectors of the buffer.
 
-    A collection that is too small for a graph needs no wait.
+    The wait also ends if the search does not use the graph, as in a small collection.
     """
     while True:
         plan = client.search_batch(COLLECTION, [query])[0].plan
@@ -235,9 +240,10 @@ def _await_graph(client: Client, query: np.ndarray) -> None:
 
 
 def _await_measured(folder: Path, count: int) -> None:
-    """Wait until the server has saved a measurement of recall on a graph of about `count` vectors.
+    """Wait until the server has saved a measurement of recall on a graph of more than two thirds of `count` vectors.
 
-    The default ef depends on this measurement. A graph of fewer than 1,000 vectors is not measured, and needs no wait.
+    The default ef depends on this measurement. A graph of fewer than 1,000 vectors is not measured, so there is no wait
+    for it.
     """
     while count >= MIN_SIZE:
         measured = [load(path.parent) for path in folder.rglob("recall.json")]
@@ -261,7 +267,7 @@ def peer(name: str, python: str, vectors: Path, queries: Path, true: np.ndarray)
         true: row numbers of the true nearest vectors, int64 (queries, K).
 
     Returns:
-        The figures that `peer_process.py` prints, and `recall`.
+        The figures that `peer_process.py` prints, with `recall` instead of the ids found.
 
     Raises:
         RuntimeError: the peer failed; the message is the last line of its stderr, or its exit code.
@@ -297,7 +303,7 @@ def report(found: Figures) -> None:
 
 
 def report_beside(beside: Figures) -> None:
-    """Print the result of `rpc.measure`: the figures of each system, and emberpc's shares beside their targets."""
+    """Print the result of `rpc.measure`: the figures of each system, and emberpc's shares with the targets."""
     for name, figures in beside["servers"].items():
         print(name, *(f"{key} {value:.4g}" for key, value in figures.items()), sep="  ")
     for what, share in beside["shares"].items():

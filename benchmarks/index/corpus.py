@@ -2,7 +2,7 @@
 
 The texts are the docstrings of Python's standard library and, with a folder of data sets, the texts of banking77,
 clinc150 and scifact. The texts are split into sentences. If there are too few sentences, pairs of consecutive sentences
-are added. No sentence or pair is repeated, and their order is random.
+of a text are added. Each sentence or pair has 20 to 400 characters and one vector. Their order is random.
 
     python -m benchmarks.index.corpus BUNDLE -o VECTORS.npy [--data FOLDER] [--count 100000]
 """
@@ -31,7 +31,8 @@ _SHORTEST, _LONGEST = 20, 400
 def texts(data: Path | None) -> Iterator[str]:
     """Yield docstrings of Python's standard library and, with a folder `data`, the texts of its data sets.
 
-    The data sets are CSV files in the folders `banking77` and `clinc150`, and the corpus of `scifact`.
+    The data sets are the CSV files in `banking77` and `clinc150`, with a column `text`, and `scifact/corpus.jsonl`.
+    `banking77` and `clinc150` may be missing.
 
     Raises:
         OSError: the corpus of scifact is missing, or a file cannot be read.
@@ -51,13 +52,14 @@ def texts(data: Path | None) -> Iterator[str]:
 
 
 def sentences(data: Path | None, count: int, seed: int = 0) -> list[str]:
-    """Return `count` distinct sentences in random order; fewer if there are not enough.
+    """Return distinct sentences of docstrings and data sets in random order.
 
-    If there are too few sentences, pairs of consecutive sentences are added. Each text has 20 to 400 characters.
+    If there are too few sentences, pairs of consecutive sentences of a text are added. Sentences and pairs with fewer
+    than 20 or more than 400 characters are left out.
 
     Args:
         data: folder of data sets; None: only docstrings.
-        count: number of texts.
+        count: number of sentences and pairs to return; fewer are returned if there are not enough.
         seed: seed of the draw and of the order.
     """
     single: dict[str, None] = {}

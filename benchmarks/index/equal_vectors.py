@@ -3,13 +3,13 @@
     python -m benchmarks.index.equal_vectors
 
 The time of the build is that of a graph in memory, without a collection. Then each corpus is inserted into a collection
-in random order, and searched with `--ef` or the server's default `ef` for
-that collection. Self-recall is the share of the vectors that are found by a search for the same vector. In self-recall
-and in recall@10, a hit with a score equal to that of a true nearest vector counts as found.
+in random order, and searched with `--ef` or the server's default `ef` for that collection. The queries are vectors of
+the corpus. Self-recall is the share of the queries whose best hit scores as high as the true nearest vector. In
+recall@10, a hit counts if it scores at least as high as the true tenth nearest vector. Rounding is allowed for.
 
 A line has figures for "alike", a sample of the vectors that are equal or nearly equal, and for "others", a sample of
 the remaining vectors; a corpus without alike vectors has only "others". Uneven vectors have different densities: around
-one mean, around a single vector in the middle, of many lengths, or very short.
+one mean, around a single zero vector, of many lengths, or very short.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _QUERIES = 1000
 def backgrounds(count: int) -> dict[str, Matrix]:
     """Return `count` vectors of each of three kinds by name, float32 (count, 384), not normalized.
 
-    `clustered` vectors are in clusters of about 30, `unclustered` ones are not, and `real` ones are distributed like
-    those of an encoder.
+    `clustered` vectors are in clusters of about 30, `unclustered` vectors are in none, and the distribution of `real`
+    vectors is like that of an encoder's vectors.
     """
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((max(1, count // 30), _DIMENSIONS), dtype=np.float32)
@@ -59,7 +59,8 @@ def backgrounds(count: int) -> dict[str, Matrix]:
 def corpora(count: int) -> dict[str, tuple[Matrix, int]]:
     """Return corpora of 3 * `count` vectors by name, each with the number of its background vectors, which come first.
 
-    A corpus has background vectors only, or `count` of them, and then vectors that are equal or nearly equal.
+    A corpus has background vectors only, or `count` of them and then 2 * `count` vectors that are equal to the first
+    background vector or near it. The vectors are float32 (3 * `count`, 384).
     """
     rng = np.random.default_rng(1)
     found = {f"{name} only": (others, 3 * count) for name, others in backgrounds(3 * count).items()}
@@ -76,7 +77,7 @@ def corpora(count: int) -> dict[str, tuple[Matrix, int]]:
 def uneven(count: int) -> dict[str, tuple[Matrix, Distance]]:
     """Return corpora of 4 or 6 times `count` vectors of different densities by name, each with its distance.
 
-    Searches of a plain HNSW graph, without shells, cannot reach many of these vectors.
+    Searches of a plain HNSW graph, without shells, would miss many of these vectors. The vectors are float32 (n, 64).
     """
     rng = np.random.default_rng(3)
     noise = rng.standard_normal((6 * count, _UNEVEN_DIMENSIONS), dtype=np.float32)
@@ -115,7 +116,7 @@ def recalls(collection: Collection, vectors: Matrix, queries: Matrix, ef: int) -
 
     Returns:
         Self-recall (share of the queries whose best hit scores as high as the nearest vector), recall@10, the `ef` that
-        the searches used, and CPU microseconds of a search.
+        the first search used, and the mean CPU microseconds of a search.
     """
     distance = collection.spec.distance
     _, truth = nearest(prepare(queries, distance), prepare(vectors, distance), 10, distance)
@@ -123,8 +124,8 @@ def recalls(collection: Collection, vectors: Matrix, queries: Matrix, ef: int) -
     outcomes = [collection.search(query[None], 10, ef=ef)[0] for query in queries]
     seconds = process_time() - start
     scores = np.array([[score for _, score in outcome.hits] for outcome in outcomes])
-    # A hit may score lower than the true nearest vector by 1e-5 of the query's greatest score: the last digits of a
-    # score depend on how the score is computed.
+    # A hit may score lower than the true vector by 1e-5 of the greatest magnitude of the query's true scores: the last
+    # digits of a score depend on how the score is computed.
     bounds = truth - 1e-5 * np.abs(truth).max(axis=1, keepdims=True)
     own = float(np.mean(scores[:, 0] >= bounds[:, 0]))
     at_ten = float(np.mean(scores >= bounds[:, 9:]))

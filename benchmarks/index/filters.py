@@ -1,16 +1,16 @@
 """Measure recall and time of filtered searches.
 
 The index runs in this process, with one query at a time. The vectors are those of a file, of which the first 300 are
-the queries, or synthetic clusters. Filters match several shares of the records. For each share the script measures
-recall@10 against a comparison with every matching vector. It measures the time of queries whose filter was used before
-(such as a tenant or a language) and of queries with a new filter. Targets, which are not checked: a recall of 0.98 at
-every share, and, if 1 % of the records match, a 99th percentile of the time of at most three times that of searches
-without a filter.
+the queries and are not stored, or synthetic clusters. For each of several shares of the records, filters match this
+share, and the script measures recall@10 against a comparison with every matching vector. It measures the time of
+queries whose filter was used before (such as a tenant or a language) and of queries with a new filter. Targets, which
+are not checked: a recall of at least 0.98 at every share, and, if 1 % of the records match, a 99th percentile of the
+time of at most three times that of searches without a filter.
 
     python -m benchmarks.index.filters [VECTORS.npy] [--records 100000] [--folder FOLDER] [-o RESULT.json]
 
 VECTORS.npy, float32 (n, 384) of length 1, comes from `benchmarks/index/corpus.py`. With --folder, the next run with
-the same vectors uses the same index again.
+the same number of vectors uses the same collection again, so the vectors must be the same.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BATCH = 1000
 def clustered(records: int) -> tuple[np.ndarray, np.ndarray]:
     """Return synthetic vectors and queries of length 1, drawn from 1000 Gaussians.
 
-    Searches of such vectors find more than searches of real embeddings.
+    Searches of these vectors have a higher recall than searches of real embeddings.
 
     Returns:
         The vectors, float32 (records, 384), and the queries, float32 (300, 384).
@@ -57,10 +57,9 @@ def clustered(records: int) -> tuple[np.ndarray, np.ndarray]:
 def filled(index: Index, name: str, vectors: np.ndarray, fields: tuple[str, ...]) -> Collection:
     """Return the collection `name`. If it does not exist, create it, insert the vectors, and build the graph.
 
-    The graph then has all but at most 4,000 vectors.
-
-    Each record has the same number in two metadata fields, `plain` and `indexed`. `fields` are the fields that get an
-    index. An existing collection is not compared with the vectors.
+    At most 4,000 vectors of a new collection are not in the graph. Each record has the number of `place` in two
+    metadata fields, `plain` and `indexed`. `fields` are the fields that get an index. An existing collection is not
+    compared with `vectors` and `fields`.
     """
     try:
         return index.get(name)
@@ -78,7 +77,7 @@ def filled(index: Index, name: str, vectors: np.ndarray, fields: tuple[str, ...]
 
 
 def place(i: int) -> int:
-    """Return a number from 0 to 2**31 - 1 that looks random and differs for each i."""
+    """Return a number from 0 to 2**31 - 1 that looks random, and differs for each i in that range."""
     return i * 1_103_515_245 % 2**31
 
 
@@ -87,8 +86,9 @@ def window(field: str, start: float, share: float) -> Filter:
 
     Args:
         field: the metadata field.
-        start: start of the range, as a share of the greatest number, in [0, 1).
-        share: length of the range, as a share of the greatest number: about this share of the records matches.
+        start: start of the range, as a share of 2**31, in [0, 1).
+        share: length of the range, as a share of 2**31: about this share of the records matches, if start + share is
+            at most 1.
     """
     low, high = start * 2**31, (start + share) * 2**31
     return AllOf((Comparison(field, Operator.GREATER_OR_EQUAL, low), Comparison(field, Operator.LESS, high)))
@@ -114,13 +114,14 @@ def measure(
     Args:
         collection: a collection that `filled` returned.
         vectors: the vectors of the collection.
-        queries: vectors to search for, more than 30, divided among the filters. The first query of each filter is the
-            search with a new filter.
+        queries: vectors to search for, more than 30, divided among the filters. The first query of a filter is a search
+            with a new filter; the others are searches with a known filter.
         field: the metadata field of the filters.
         share: share of the records that a filter matches.
 
     Returns:
-        `recall` (recall@10), `strategies` of the plans, and milliseconds of searches with a `known` and a `new` filter.
+        `share` and `field`; `recall` (recall@10 of all searches); `strategies` of the plans; `known` and `new`: median
+        and 99th percentile of the milliseconds of searches with a known and with a new filter.
     """
     places = np.array([place(i) for i in range(len(vectors))])
     starts = np.linspace(0, 1 - share, FILTERS)
@@ -134,7 +135,7 @@ def measure(
             (again if i else first).append(taken)
             outcomes.append((start, query, outcome))
     hits = wanted = 0
-    # Recall is computed after all searches are timed, since this fills the processor's caches with other data.
+    # Recall is computed after all searches are timed, since computing it fills the processor's caches with other data.
     for start, query, outcome in outcomes:
         allowed = np.flatnonzero((places >= start * 2**31) & (places < (start + share) * 2**31))
         true = {str(allowed[j]) for j in np.argsort(-(vectors[allowed] @ query))[:K]}

@@ -27,7 +27,8 @@ from emberpc.client.types import Fusion, SearchMode
 from examples.server_process import ServerProcess
 
 K = 10
-#: Search mode, fusion rule and weight of the dense ranking of each measured run; None: the server's default.
+#: Search mode, fusion rule and weight of the dense ranking of each measured run; None: the server's default. `main`
+#: compares the first three: dense, lexical, and hybrid search with default settings.
 RUNS: tuple[tuple[SearchMode, Fusion | None, float | None], ...] = (
     ("dense", None, None),
     ("lexical", None, None),
@@ -58,7 +59,8 @@ def measure(client: Client, name: str, queries: dict[str, str], judged: dict[str
         judged: ids of the relevant records by the id of the query.
 
     Returns:
-        For each run its settings, the mean nDCG@10 (`ndcg`), and the mean milliseconds of a query (`query_ms`).
+        For each run its settings (`mode`, `fusion`, `dense_weight`), the mean nDCG@10 (`ndcg`), and the mean wall
+        milliseconds of a query (`query_ms`).
     """
     rows = []
     for mode, fusion, weight in RUNS:

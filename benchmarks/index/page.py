@@ -95,8 +95,8 @@ The shares below are medians of the shares of each round, so they differ a littl
 def figures_of(name: str, figures: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of one system with the `recall` for its row of the table.
 
-    For hnswlib this is the recall at ef 200. For emberpc it is the recall at the default ef, the last point of the
-    curve. Figures without a curve are returned unchanged.
+    For hnswlib, `recall` is that at ef 200. For emberpc, `recall` is that at the default ef, the last point of the
+    curve. Figures without a curve, as of a peer, are returned unchanged.
     """
     if name == "hnswlib":
         at_200 = next(point for point in figures["curve"] if point["ef"] == 200)
@@ -157,10 +157,10 @@ def filtered(found: dict[str, Any]) -> list[str]:
 
 
 def churned(found: dict[str, Any]) -> list[str]:
-    """Return the section on recall after many replacements of records, and on searches during the replacements.
+    """Return the lines of the section on recall after replacements of records, and on searches meanwhile.
 
     Args:
-        found: the result of `benchmarks/index/recall.py`.
+        found: the result of `benchmarks/index/recall.py` with at least one round.
     """
     after, meanwhile = found["after"], found["meanwhile"]
     return [

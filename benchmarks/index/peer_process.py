@@ -2,11 +2,11 @@
 
     python -m benchmarks.index.peer_process PEER VECTORS.npy QUERIES.npy FOLDER [reopen]
 
-PEER is chromadb, lancedb, milvus-lite or qdrant-local. The script needs the package of that peer and numpy only. It
-stores the vectors in FOLDER and searches for the queries. A peer with an HNSW index gets M 16, efConstruction 200 and
-ef 200, like emberpc. The last line printed is JSON: seconds to store the vectors, queries per second, megabytes in
-memory and on disk, and the ids found. With `reopen`, the script opens the data of an earlier run instead, and prints
-the seconds to the first answer.
+PEER is chromadb, lancedb, milvus-lite or qdrant-local. The script needs the packages of that peer and numpy only. It
+stores the vectors in FOLDER and searches for the queries. A peer with an HNSW index gets emberpc's M 16 and
+efConstruction 200, and ef 200. The last line printed is JSON: seconds to store and index the vectors, queries per
+second with 1 and with 64 queries in a call, megabytes in memory and on disk, and the ids of the 10 hits of each query.
+With `reopen`, the script opens the data of an earlier run instead, and the JSON has the seconds to the first answer.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ PEERS = {"chromadb": chromadb, "lancedb": lancedb, "milvus-lite": milvus_lite, "
 def rate(search: Search, queries: Any, batch: int, seconds: float) -> float:
     """Search repeatedly for `seconds`, one call after the other; return queries per second.
 
-    A call has `batch` queries. The first call does not count, since a peer may load data then.
+    A call has `batch` queries. One call before the measurement does not count, since a peer may load data then.
     """
     search(queries[:batch])
     start, done = perf_counter(), 0

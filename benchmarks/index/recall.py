@@ -2,11 +2,10 @@
 
 The script also measures the time of searches while records are replaced and graphs are rebuilt.
 
-One collection in this process is filled with the vectors of a file. 500 random vectors of the file are the queries, and
-are not stored. Without a file, the vectors are synthetic: clustered Gaussians (one centre for 100 vectors, sigma 0.6,
-length 1), which are easier to search than embeddings. Recall is measured against a comparison with every vector.
-Targets, which are not checked: recall@10 is 0.98 by default, and 0.95 after half of the records were replaced ten
-times.
+One collection in this process is filled with the vectors of a file or with synthetic vectors. 500 of the vectors,
+chosen at random, are the queries and are not stored. Synthetic vectors are in clusters of about 100, and are easier to
+search than embeddings. Recall is measured against a comparison with every vector. Targets, which are not checked:
+recall@10 is at least 0.98 by default, and at least 0.95 after half of the records were replaced ten times.
 
     python -m benchmarks.index.recall [VECTORS.npy] [--records N] [--rounds N] [-o RESULT.json]
 
@@ -34,7 +33,10 @@ DIMENSIONS, PER_CLUSTER, SIGMA = 384, 100, 0.6
 
 
 def clustered(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Return random vectors of length 1, about 100 around each of several random centres, float32 (count, 384)."""
+    """Return random vectors of length 1 in clusters of about 100, float32 (count, 384).
+
+    A vector is a random centre of length 1 plus Gaussian noise of a length of about 0.6, then normalized.
+    """
     centres = rng.standard_normal((max(1, count // PER_CLUSTER), DIMENSIONS), dtype=np.float32)
     centres /= np.linalg.norm(centres, axis=1, keepdims=True)
     noise = rng.standard_normal((count, DIMENSIONS), dtype=np.float32) * np.float32(SIGMA / DIMENSIONS**0.5)
@@ -67,15 +69,16 @@ def replace_half(
 
     Args:
         collection: the collection.
-        stored: the stored vectors, float32 (records, dimensions); changed in place like the records.
+        stored: the vectors of the collection, float32 (records, dimensions), of length 1; row i is that of the record
+            with the id i. The rows are replaced in place, too.
         queries: vectors to search for, float32 (queries, dimensions).
         rng: draws the records and their new vectors.
 
     Returns:
-        Seconds of the writes and of the maintenance after them; milliseconds of each search.
+        Seconds of the writes and of the maintenance after them, together; milliseconds of each search.
     """
-    # Each record gets the vector of another record with a little noise, so that the distribution of the vectors does
-    # not change.
+    # The records exchange their vectors at random, with a little noise, so that the distribution of the vectors hardly
+    # changes.
     rows = rng.permutation(len(stored))[: len(stored) // 2]
     noise = rng.standard_normal((len(rows), stored.shape[1]), dtype=np.float32) * np.float32(0.1 / DIMENSIONS**0.5)
     stored[rows] = unit(stored[rng.permutation(rows)] + noise)
@@ -96,8 +99,8 @@ def measure(collection: Collection, stored: np.ndarray, queries: np.ndarray, **o
 
     Args:
         collection: the collection.
-        stored: all vectors of the collection, float32 (records, dimensions).
-        queries: vectors to search for, float32 (queries, dimensions).
+        stored: all vectors of the collection, float32 (records, dimensions), of length 1.
+        queries: vectors to search for, float32 (queries, dimensions), of length 1.
         options: arguments of `Collection.search`, such as `min_recall`.
 
     Returns:
@@ -134,8 +137,10 @@ def run(vectors: np.ndarray, rounds: int, folder: Path) -> dict[str, Any]:
         folder: empty folder for the index.
 
     Returns:
-        Seconds to build the collection; recall and times by default and for each target of recall; times during the
-        replacements; recall and times after them. The last two are missing if `rounds` is 0.
+        `records`: their number. `build_seconds`: seconds to build the collection. `default` and `targets`: results of
+        `measure` without options and with each `min_recall`. `meanwhile`: seconds of the replacements, writes per
+        second, and milliseconds of searches meanwhile. `after`: the number of rounds, and the result of `measure` after
+        them. `meanwhile` and `after` are missing if `rounds` is 0.
     """
     rng = np.random.default_rng(1)
     vectors = vectors[rng.permutation(len(vectors))]

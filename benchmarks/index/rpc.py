@@ -1,14 +1,17 @@
-"""Compare a search by vector through gRPC with gRPC alone and with hnswlib alone, in alternating rounds of one run.
+"""Compare searches by vector of an emberpc server with gRPC servers that do not search, and with hnswlib.
 
-The emberpc server is compared with three systems: a server whose handler returns an empty response; a server whose
-handler returns ten prepared hits, so that gRPC carries the same bytes; and hnswlib in this process, with the ef that
-the emberpc server reports, on as many threads as there are cores. Each server has its own process.
+`benchmarks/index/compare.py` calls `measure`, which compares the emberpc server with three systems:
 
-Run as a program, this script is one of the first two of these systems:
+- a comparison server whose handler returns an empty response;
+- a comparison server whose handler always returns the same ten hits, so that gRPC carries about as many bytes;
+- hnswlib in the process of the caller, with the ef that the emberpc server reports, and one thread per usable core.
+
+Each server has its own process. Run as a program, this module is a comparison server:
 
     python -m benchmarks.index.rpc ADDRESS_FILE [ANSWER]
 
-The server writes its address to ADDRESS_FILE. It returns the SearchResponse in the file ANSWER, or an empty response.
+The program writes its address (host:port) to ADDRESS_FILE. It answers every search with the SearchResponse in the file
+ANSWER (protobuf's wire format), or with an empty response if ANSWER is not given.
 """
 
 from __future__ import annotations
@@ -37,29 +40,35 @@ from emberpc.wire import vectors as wire
 
 SEARCH = "/emberpc.v1.IndexService/Search"
 COLLECTION, K, BATCH = "c", 10, 64
-#: To measure calls per second: number of concurrent callers, and number of queries by each caller, in calls of one
-#: query (see `_calls_per_second` for larger calls). To measure latency: number of calls, one after the other.
+#: `CALLERS`: number of concurrent callers that send calls of one query. `CALLS`: number of calls of each of these
+#: callers; see `_calls_per_second` for larger calls. `ONE_BY_ONE`: number of sequential calls that measure latency.
 CALLERS, CALLS, ONE_BY_ONE = 8, 500, 1000
-#: Number of callers that send 64 queries in a call, and of hnswlib's threads.
+#: Number of callers that send calls of 64 queries, and of hnswlib's threads: one for each usable core.
 CORES = usable_cores()
 
 Figures = dict[str, Any]
 
 
 def measure(address: str, graph: hnswlib.Index, queries: np.ndarray, rounds: int) -> Figures:
-    """Measure an emberpc server, two comparison servers and hnswlib in alternating rounds.
+    """Measure an emberpc server, two comparison servers and hnswlib, one after the other in each round.
 
     Args:
-        address: address of the emberpc server, which has the collection `COLLECTION`.
+        address: address of the emberpc server, as host:port; the server has the collection `COLLECTION`.
         graph: hnswlib's graph of the vectors in the collection; its ef is changed.
-        queries: vectors to search for, float32 (n, dimensions); n is at least 100, and 64 for each usable core.
-        rounds: number of rounds; the figures are their medians. One more round is run first, and does not count.
+        queries: vectors to search for, float32 (n, dimensions); n is at least 100, and at least 64 times the number of
+            usable cores.
+        rounds: number of rounds that count, at least 1. One round before them does not count.
 
     Returns:
-        `ef`: the ef that the emberpc server used. `rounds`: number of rounds. `servers`: for each server, calls per
-        second with one query each (`queries_per_second_1`) and milliseconds of a call without other calls
-        (`latency_ms`); for `hnswlib` and `emberpc`, queries per second with 64 in a call (`queries_per_second_64`).
-        `shares`: emberpc's speed as a share of another system's.
+        `ef`: the ef that the emberpc server reports for the first query. `rounds`: the argument. `shares`: as
+        `_shares` returns them. `servers`: medians over the rounds, by the name of the system. For each server,
+        `queries_per_second_1` is measured with 8 concurrent callers and one query in a call, and `latency_ms` with one
+        caller. For `emberpc` and `hnswlib`, `queries_per_second_64` is measured with 64 queries in a call.
+
+    Raises:
+        RuntimeError: a comparison server ended, or h2load reports a failed call (see `capacity`).
+        FileNotFoundError: h2load is not installed.
+        grpc.RpcError: a call of the Python client failed.
     """
     found: dict[str, list[Figures]] = {"emberpc": [], "empty handler": [], "ten ready hits": [], "hnswlib": []}
     with grpc.insecure_channel(address) as channel:
@@ -71,7 +80,7 @@ def measure(address: str, graph: hnswlib.Index, queries: np.ndarray, rounds: int
             "empty handler": stack.enter_context(_comparison_server(b"")),
             "ten ready hits": stack.enter_context(_comparison_server(answer.SerializeToString())),
         }
-        # The first round does not count: its searches read data from disk.
+        # The first round does not count: its searches may be the first to read the records of the hits from disk.
         for _ in range(rounds + 1):
             for name, each in addresses.items():
                 calls = _calls_per_second(each, queries)
@@ -86,12 +95,12 @@ def measure(address: str, graph: hnswlib.Index, queries: np.ndarray, rounds: int
 
 
 def _shares(found: dict[str, list[Figures]]) -> Figures:
-    """Return shares by name: emberpc's speed divided by the speed of another system, the median over the rounds.
+    """Return emberpc's speed divided by that of another system, by figure and system: medians over the rounds.
 
-    For latency, a share is the other system's time divided by emberpc's. So a greater share is better everywhere.
+    For latency, the other system's time is divided by emberpc's time. So a greater share is always better for emberpc.
 
     Args:
-        found: figures of each round, by the name of the system.
+        found: by the name of the system, its figures in each round.
     """
 
     def share(name: str, key: str, *, of_time: bool = False) -> float:
@@ -116,26 +125,30 @@ def _requests(queries: np.ndarray, calls: int, each: int) -> list[pb.SearchReque
 
 
 def _calls_per_second(address: str, queries: np.ndarray, callers: int = CALLERS, each: int = 1) -> float:
-    """Return queries per second of concurrent callers, measured with h2load.
+    """Return how many queries per second a server answers to concurrent callers, measured with h2load.
 
-    A caller makes 500 / `each` calls, but at least 20.
+    A caller makes 500 // `each` sequential calls, but at least 20. All calls of a caller have the same queries, and
+    each caller has queries of its own. The exceptions are those of `capacity`.
 
     Args:
         address: address of the server, as host:port.
         queries: vectors to search for, float32 (at least `callers` * `each`, dimensions).
         callers: number of concurrent callers.
-        each: queries in a call; a caller sends the same queries in all its calls.
+        each: number of queries in a call.
     """
     calls = max(20, CALLS // each)
     return callers * calls * each / capacity(address, SEARCH, _requests(queries, callers, each), calls)
 
 
 def _latency(address: str, queries: np.ndarray) -> float:
-    """Return the median milliseconds of a call with one query, for 1,000 sequential calls by a client in Python."""
+    """Return the median milliseconds of a call with one query, for 1,000 sequential calls by a client in Python.
+
+    The calls send the first 100 queries in turn. `queries` has at least 100 rows.
+    """
     requests: Sequence[pb.SearchRequest] = _requests(queries, 100, 1)
     times = []
     with grpc.insecure_channel(address) as channel:
-        # Responses are not decoded, since the time of decoding is the client's.
+        # Responses are not decoded, since decoding would add time of the client to that of the server.
         search: Any = channel.unary_unary(SEARCH, request_serializer=pb.SearchRequest.SerializeToString)
         for i in range(ONE_BY_ONE):
             start = perf_counter()
@@ -145,9 +158,10 @@ def _latency(address: str, queries: np.ndarray) -> float:
 
 
 def _raw(graph: hnswlib.Index, queries: np.ndarray, ef: int) -> float:
-    """Search in this process for half a second; return queries per second of hnswlib, with 64 queries in a call.
+    """Search with hnswlib, 64 queries in a call on `CORES` threads; return queries per second.
 
-    The graph keeps the ef that is set here.
+    All queries up to the last full 64 are searched for, again and again until half a second has passed. The graph
+    keeps the ef that is set here.
     """
     graph.set_ef(ef)
     start, count = perf_counter(), 0
@@ -160,9 +174,9 @@ def _raw(graph: hnswlib.Index, queries: np.ndarray, ef: int) -> float:
 
 @contextmanager
 def _comparison_server(answer: bytes) -> Iterator[str]:
-    """Run a server in a child process that always returns the SearchResponse `answer`; yield its address.
+    """Run a server in a child process that always returns the same SearchResponse; yield its address, as host:port.
 
-    The child is killed at the end of the block.
+    `answer` is the SearchResponse in protobuf's wire format. The child is killed at the end of the block.
 
     Raises:
         RuntimeError: the server ended before it served.

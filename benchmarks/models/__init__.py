@@ -1,1 +1,1 @@
-"""Benchmarks of exported models: variants, fine-tuning and classifiers."""
+"""Benchmarks of the export and of exported models: variants, int8 methods, fine-tuning, classifiers and threads."""

@@ -1,10 +1,11 @@
-"""Measure the accuracy of classifiers on a well-known data set with `emberpc compare`, and check the claims about it.
+"""Measure classifiers on a data set with `emberpc compare`, and check the claims about two well-known data sets.
 
-FOLDER has `train.csv` and `test.csv` (columns text and label) and optionally `oos_test.csv`, texts that have none of
-the labels. For two data sets there are claims: figures that emberpc must reach, as means of at least three seeds. The
-claims are checked if FOLDER is named banking77 (https://github.com/PolyAI-LDN/task-specific-datasets, folder
-banking_data) or clinc150 (https://github.com/clinc/oos-eval). The exit code is 1 if a figure does not reach its claim,
-or was measured with fewer seeds, or if the command failed.
+FOLDER has `train.csv` and `test.csv` (columns text and label) and optionally `oos_test.csv` (column text), texts that
+have none of the labels. A claim is a bound for a figure, which must be a mean of at least three seeds; figures of the
+strategy zero-shot need one seed. The claims are checked if FOLDER is named banking77
+(https://github.com/PolyAI-LDN/task-specific-datasets, folder banking_data) or clinc150
+(https://github.com/clinc/oos-eval), which must have `oos_test.csv`. The exit code is 1 if a figure misses its bound or
+was not measured with enough seeds, or if `emberpc compare` failed.
 
     python -m benchmarks.models.classifiers FOLDER -o REPORT [any other option of `emberpc compare`]
 """
@@ -20,18 +21,20 @@ from pathlib import Path
 from typing import Any
 
 TUNED = ("top-layers", "contrastive", "full")
-#: Fewest seeds over which a figure must be measured to be checked against a claim. The strategy zero-shot needs one.
+#: Fewest seeds of a strategy whose figures `Claim.check` uses. The figures of zero-shot are always used, since they do
+#: not depend on the seed.
 SEEDS = 3
-#: All strategies.
+#: All strategies of `emberpc compare`, for claims about the best of them.
 ANY = ("zero-shot", "nearest", "centroids", "linear", *TUNED)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim about a figure of the most accurate strategy at a budget, out of `strategies`.
+    """A bound for a figure at a budget.
 
-    The figure must be at least `bound`, or at most `bound` if `at_most`. `figure` and `budget` are named as in the
-    report of `emberpc compare`.
+    The figure is that of the strategy with the highest accuracy at the budget, out of `strategies`. It must be at least
+    `bound`, or at most `bound` if `at_most`. `figure` and `budget` are named as in the `report.json` of
+    `emberpc compare`.
     """
 
     figure: str
@@ -41,10 +44,16 @@ class Claim:
     at_most: bool = False
 
     def check(self, points: list[dict[str, Any]]) -> tuple[bool, str]:
-        """Return whether the points of a report meet the claim, and a line to print with the measured value.
+        """Return whether the points of a report meet the claim, and a line to print.
 
-        A claim that was measured with fewer than `SEEDS` seeds, or not at all, is not met. The strategy zero-shot does
-        not depend on a seed, and needs one.
+        Strategies with fewer than `SEEDS` seeds are ignored, except zero-shot. If none is left, the claim is not met,
+        and the line says so; otherwise the line has the measured value.
+
+        Args:
+            points: `points` of the `report.json` of `emberpc compare`.
+
+        Raises:
+            KeyError: the figure was not measured, such as `out_of_scope_auroc` without texts out of scope.
         """
         full = [point for point in points if point["profile"] == "full" and point["budget"] == self.budget]
         eligible = [point for point in full if point["strategy"] in self.strategies]

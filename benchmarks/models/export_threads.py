@@ -1,12 +1,11 @@
-"""Time `emberpc export classifier` with all threads and with one, alone and beside busy processes.
+"""Time `emberpc export classifier` with all threads and with one thread, on a quiet and on a busy host.
 
-The training file holds as many texts of FOLDER/train.csv (columns text and
-label) as `--texts` states, evenly from all labels. Each run is a process of its
-own, imports included. On the busy host, one process for each core runs an
-endless loop. One thread is OMP_NUM_THREADS=1. The rows alternate in each round,
-and each figure is a median, so that other work on the host affects all rows
-alike. The exit code is 1 if the busy host costs more than three times the
-CPU-seconds of the quiet one.
+The training file has as many texts of FOLDER/train.csv (columns text and label) as `--texts` states, in turns one of
+each label, or all if there are fewer. Each run is a new process, and its times include the imports. On the busy host,
+one process for each usable core runs an endless loop. A run with one thread has OMP_NUM_THREADS=1. All four cases are
+run in each round, so that other work on the host affects them alike. The figures are medians over the rounds. The exit
+code is 1 if the busy host costs more than three times the CPU-seconds of the quiet host, with all threads or with one,
+or if an export failed.
 
     python -m benchmarks.models.export_threads FOLDER [--texts 599] [--rounds 3]
         [any other option of `emberpc export classifier`, such as --strategy top-layers --epochs 1]
@@ -32,17 +31,20 @@ from rich.table import Table
 
 from emberpc.bundle.cores import usable_cores
 
-#: Most CPU-seconds on a busy host, as a multiple of those on a quiet one.
+#: Most CPU-seconds on the busy host, as a multiple of those on the quiet host; above that, the exit code is 1.
 MOST_RATIO = 3.0
 BUSY, QUIET = "busy", "quiet"
-#: Keeps a core busy, and ends with the benchmark even if that is killed.
+#: Python code of a busy process: an endless loop that ends when the parent process has ended, even by SIGKILL.
 LOOP = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
-#: Environment of a run, by the name of its number of threads.
+#: Variables to add to the environment of a run, by the name of the number of threads in the table.
 THREADS: Mapping[str, Mapping[str, str]] = {"all": {}, "one": {"OMP_NUM_THREADS": "1"}}
 
 
 def write_sample(folder: Path, count: int, target: Path) -> None:
-    """Write `count` training texts, in turns one of each label."""
+    """Write `count` texts of `train.csv` in `folder` to the CSV file `target`: in turns one of each label.
+
+    A label without further texts misses its turn. If there are fewer than `count` texts, all are written.
+    """
     with (folder / "train.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     seen: dict[str, int] = {}
@@ -59,7 +61,7 @@ def write_sample(folder: Path, count: int, target: Path) -> None:
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """Run processes that each keep a core busy."""
+    """Run `count` processes that each keep a core busy; kill them at the end of the block."""
     with ExitStack() as stack:
         for _ in range(count):
             process = stack.enter_context(subprocess.Popen([sys.executable, "-c", LOOP]))
@@ -68,9 +70,17 @@ def busy_processes(count: int) -> Iterator[None]:
 
 
 def export(options: Sequence[str], folder: Path, environment: Mapping[str, str]) -> tuple[float, float]:
-    """Export a classifier in a new process; return its wall and CPU seconds.
+    """Export a classifier in a new process; return the wall seconds and the CPU seconds of the process.
 
-    A child counts in RUSAGE_CHILDREN once it has ended, so busy processes that still run do not count.
+    RUSAGE_CHILDREN counts a child only after its end, so the busy processes, which still run, do not count.
+
+    Args:
+        options: options of `emberpc export classifier`.
+        folder: folder of the bundle, which is replaced if it exists.
+        environment: variables to add to the environment.
+
+    Raises:
+        CalledProcessError: the export failed.
     """
     before, start = getrusage(RUSAGE_CHILDREN), perf_counter()
     subprocess.run(

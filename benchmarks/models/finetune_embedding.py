@@ -2,9 +2,10 @@
 
 FOLDER is in BEIR's format (corpus.jsonl, queries.jsonl, qrels/train.tsv and qrels/test.tsv), such as scifact
 (https://github.com/beir-cellar/beir). The command trains on the training queries, except for held-out ones, by which it
-chooses among the trained models. It searches all passages for the test queries, once before training and once after.
-Training queries that are equal to test queries (scifact has two) are left out. The exit code is 1 if nDCG@10 of the
-test queries did not grow, and 2 if no model was written.
+chooses the weights. Before and after the training, it searches all passages for the held-out queries and for the test
+queries. Training queries with the same text as a test query (scifact has two) are left out. The exit code is 1 if
+nDCG@10 of the test queries did not grow, and 2 if the command failed. The command also fails, and writes no model, if
+nDCG@10 of the held-out queries did not grow.
 
     python -m benchmarks.models.finetune_embedding FOLDER [-o BUNDLE] [any other option of the command]
 """

@@ -4,14 +4,15 @@ BUNDLE is an embedding model written by `emberpc export embedding`. For each can
 the table has:
 
 - the mean and the least cosine of its vectors to those of fp32;
-- the share of a text's 10 nearest texts that are also nearest by fp32;
+- the mean share of a text's 10 nearest texts that are also among its 10 nearest by fp32;
 - texts per CPU-second as a multiple of fp32's: inference only, one thread, median over alternating rounds.
 
-Ranges are calibrated, and outliers found, on other texts than those that are measured.
+The texts that a method uses, for example to calibrate ranges, are not among those that are measured.
 
     python -m benchmarks.models.int8_candidates BUNDLE [--texts FILE] [--count 256] [--only NAME …]
 
-FILE has a column `text`; without it, the texts are docstrings.
+FILE (CSV, TSV, JSONL or Parquet) has a column `text`. Without FILE, most of the texts are docstrings. `--help` lists
+the names of the candidates.
 """
 
 from __future__ import annotations
@@ -46,23 +47,23 @@ from emberpc.export.variants.measurement import ROUNDS, neighbour_agreement
 from emberpc.export.variants.outliers import find_outliers
 from emberpc.export.variants.surgery import products, split_outliers
 
-#: Number of texts for calibration and for finding outliers.
+#: Number of texts that `Candidate.make` gets; they are not measured.
 LOOKED_AT = 64
 #: Speed is measured on every fourth batch only, to save time.
 TIMED_EVERY = 4
-#: Number of tokens that texts for the calibration of static ranges are truncated to.
+#: Number of tokens of each text for the calibration of static ranges; see `Texts`.
 CUT_AT = 32
 #: Name of the graph's output that has the embeddings.
 OUTPUT = "sentence_embedding"
 
 
 def dynamic(model: onnx.ModelProto, *, bits: int = 7, without: Sequence[NodeProto] = ()) -> onnx.ModelProto:
-    """Return the model with int8 matrix products whose activations are scaled at run time.
+    """Return the model with int8 matrix products that choose the scale of their activations at run time.
 
-    Each column of the weights has a scale of its own. The activations of a batch share one scale.
+    Each column of the weights has a scale of its own. All activations that a product reads for a batch share one scale.
 
     Args:
-        model: the fp32 graph.
+        model: the fp32 graph; it does not change.
         bits: bits of a weight: 7 or 8. With 7, products cannot saturate on processors without VNNI.
         without: matrix products that stay fp32.
     """
@@ -83,10 +84,13 @@ def dynamic(model: onnx.ModelProto, *, bits: int = 7, without: Sequence[NodeProt
 
 
 class Texts(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
-    """Returns texts for a calibration by `get_next`, one at a time, as inputs of the model.
+    """Texts for a calibration: each call of `get_next` returns the model's inputs for one text, or None at the end.
 
-    Only texts of at least `CUT_AT` tokens are used, truncated to `CUT_AT` tokens. All inputs must have the same shape,
-    because the calibration stacks the outputs.
+    Only texts of at least `CUT_AT` tokens are returned, truncated to `CUT_AT` tokens. All inputs must have the same
+    shape, because the calibration stacks the outputs.
+
+    Args:
+        feeds: texts, each as the inputs of a batch of its own.
     """
 
     def __init__(self, feeds: Sequence[Feeds]) -> None:
@@ -98,13 +102,16 @@ class Texts(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no 
 
 
 def static(model: onnx.ModelProto, feeds: Sequence[Feeds], percentile: float | None) -> onnx.ModelProto:
-    """Return the model with int8 matrix products whose activations have fixed ranges, calibrated on texts.
+    """Return the model with int8 matrix products whose inputs and outputs have fixed ranges, calibrated on texts.
 
     Args:
-        model: the fp32 graph.
-        feeds: texts for the calibration, each as the inputs of a batch of its own.
-        percentile: percentile of the activations that limits the range; None: the range goes from the least to the
-            greatest activation.
+        model: the fp32 graph; it cannot be used afterwards, since weights are moved from it to a temporary file.
+        feeds: texts for the calibration, each as the inputs of a batch of its own; `Texts` leaves out short ones.
+        percentile: percentile (0 to 100) of the magnitudes of the activations, at which the range ends on both sides of
+            0; None: the range goes from the least to the greatest activation.
+
+    Raises:
+        ValueError: no text has at least `CUT_AT` tokens.
     """
     method = CalibrationMethod.MinMax if percentile is None else CalibrationMethod.Percentile
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # it prints its progress
@@ -126,13 +133,16 @@ def static(model: onnx.ModelProto, feeds: Sequence[Feeds], percentile: float | N
 
 
 def second(model: onnx.ModelProto) -> list[NodeProto]:
-    """Return the second matrix product of each feed-forward block: those whose weights have more rows than columns."""
+    """Return the matrix products whose weights have more rows than columns.
+
+    In a transformer encoder, this is the second product of each feed-forward block.
+    """
     dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     return [node for node in products(model) if dims[node.input[1]][0] > dims[node.input[1]][1]]
 
 
 def clip_weights(model: onnx.ModelProto, percentile: float) -> None:
-    """Clip the weights of the matrix products, in place: in each column at a percentile of the weights' magnitudes."""
+    """Clip the weights of the matrix products, in place: each column at a percentile (0 to 100) of its magnitudes."""
     wanted = {node.input[1] for node in products(model)}
     for tensor in model.graph.initializer:
         if tensor.name in wanted:
@@ -142,16 +152,18 @@ def clip_weights(model: onnx.ModelProto, percentile: float) -> None:
 
 
 def smooth(model: onnx.ModelProto, feeds: Sequence[Feeds], nodes: Sequence[NodeProto], alpha: float = 0.5) -> None:
-    """Scale activations down and weights up, so that activations have a smaller range, as in SmoothQuant.
+    """Divide activations and multiply weights by the same scales, to even out the activations, as in SmoothQuant.
 
-    The graph is changed in place, and gives the same outputs: x @ W = (x / s) @ (s W), with a scale s for each input
-    column.
+    The graph is changed in place. Its outputs stay the same, except for rounding: x @ W = (x / s) @ (s W), with a scale
+    s for each column of x. Products with the same x share the scales. A scale is peak^alpha / weight^(1 - alpha), where
+    peak and weight are the greatest magnitudes of the column's activations and of the weights that are multiplied by
+    them; it is at least 0.001.
 
     Args:
         model: the fp32 graph.
-        feeds: texts to measure the range of activations with, each a batch of its own.
+        feeds: texts to measure the activations with, each as the inputs of a batch of its own.
         nodes: the matrix products to change.
-        alpha: share of the range that moves, in [0, 1].
+        alpha: the exponent, in [0, 1]. With 1, all columns of activations get the same peak.
     """
     names = list(dict.fromkeys(node.input[0] for node in nodes))
     watched = onnx.ModelProto()
@@ -179,8 +191,11 @@ def smooth(model: onnx.ModelProto, feeds: Sequence[Feeds], nodes: Sequence[NodeP
 class Candidate:
     """A method to quantize a model.
 
-    `make` returns the graph, given the fp32 graph, which it may change, and texts for calibration. `exact` is passed
-    to `session_of`.
+    Attributes:
+        name: the name in the table and for `--only`.
+        make: returns the int8 graph. Its arguments are the fp32 graph, which it may change, and texts for calibration,
+            each as the inputs of a batch of its own.
+        exact: passed to `session_of`.
     """
 
     name: str
@@ -231,8 +246,8 @@ def session_of(model: onnx.ModelProto, *, exact: bool = False) -> ort.InferenceS
 
     Args:
         model: the graph.
-        exact: whether to use slower 8-bit kernels, whose sums cannot saturate. They are meant for processors without
-            VNNI.
+        exact: whether to use slower kernels for 8-bit products, whose sums cannot saturate on processors without VNNI
+            either.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1

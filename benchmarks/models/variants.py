@@ -1,10 +1,13 @@
-"""Measure all variants of a model on this host.
+"""Print measurements of all variants of a model.
 
 The script exports an encoder with every variant, also those that `--variants auto` would not keep since they gain too
-little, and prints the measurements of each variant. The export fails if a variant misses its bounds. If `--bundle`
-names a bundle, the script prints the measurements of this bundle instead:
+little. The export fails if a variant cannot be made or misses its bounds. If `--bundle` names a bundle, the script does
+not export, but reads this bundle: the figures of the first two items below are then those of its own export, perhaps
+of other texts and another host. If `--bundle` names a new folder, the exported bundle is kept there. For each variant,
+the script prints:
 
-- on docstrings, the cosine to the vectors of fp32, and the share of a text's 10 nearest texts that are the same;
+- on docstrings, the least and the mean cosine to the vectors of fp32, and the mean share of a text's 10 nearest texts
+  that are the same;
 - texts per CPU-second on one thread, and their ratio to fp32 (median over alternating rounds), size and load time;
 - with `--retrieval`, nDCG@10 on the test queries of a folder in BEIR's format (corpus.jsonl, queries.jsonl, qrels with
   train.tsv and test.tsv), such as scifact (https://github.com/beir-cellar/beir);
@@ -37,7 +40,7 @@ from emberpc.export.retrieval.metrics import measure as measure_search
 from emberpc.export.retrieval.queries import Judged, read_judged
 from emberpc.export.variants import CANDIDATES
 
-#: Inverse strength of the linear head's regularization. It is fixed, since variants are compared and not heads.
+#: Inverse strength of the linear head's regularization. It is not tuned, since variants are compared and not heads.
 C = 10.0
 
 
@@ -53,7 +56,7 @@ def ndcg_at_10(runner: OnnxRunner, manifest: Manifest, judged: Judged) -> float:
     Args:
         runner: runs the variant.
         manifest: manifest of the bundle, which has the prompts.
-        judged: queries, passages, and which passages are relevant.
+        judged: the queries, the passages, and which passages are relevant to each query.
     """
     prompts = manifest.prompts
     passages = runner.run([prompts.passage + text for text in judged.passages], "sentence_embedding")
@@ -62,7 +65,11 @@ def ndcg_at_10(runner: OnnxRunner, manifest: Manifest, judged: Judged) -> float:
 
 
 def read_retrieval(folder: Path) -> Judged:
-    """Return the test queries of a folder in BEIR's format, with all its passages and their judgements."""
+    """Return the test queries of a folder in BEIR's format with their relevant passages, and all passages.
+
+    The folder must also have the training queries' judgements. The exceptions are those of `write_pairs` and
+    `read_judged`.
+    """
     with tempfile.TemporaryDirectory() as raw:
         _, test = write_pairs(folder, Path(raw))
         return read_judged(test, folder / "corpus.jsonl")
@@ -71,10 +78,13 @@ def read_retrieval(folder: Path) -> Judged:
 class Labelled:
     """A linear head that is fitted to fp32's vectors of training texts, and labelled test texts to measure variants on.
 
+    The head stays the same for all variants.
+
     Args:
         runner: runs fp32.
         manifest: manifest of the bundle, which has the prompts.
-        folder: folder of train.csv and test.csv, with the columns text and label.
+        folder: folder of train.csv and test.csv, with the columns text and label. Every label of test.csv must occur in
+            train.csv.
     """
 
     def __init__(self, runner: OnnxRunner, manifest: Manifest, folder: Path) -> None:

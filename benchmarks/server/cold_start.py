@@ -1,9 +1,9 @@
 """Measure the start-up time of a server, and its memory while idle.
 
 The script starts `emberpc serve` with one bundle several times. It measures the time from the start of the process to
-the first SERVING of the health service. It measures the resident memory one second after the server has stored its
-best size of micro-batches, for which the script waits without a limit: on a busy host, the server stores it later. The
-script prints medians over the starts, and the slowest imports of the server's modules.
+the first answer of the health service. It measures the resident memory one second after the server has stored its best
+size of micro-batches. The script waits for this size without a limit, since a server on a busy host measures the size
+again later. The script prints medians over the starts, and the slowest imports of the server.
 
     python -m benchmarks.server.cold_start BUNDLE [--rounds 7] [-o RESULT.json]
 """
@@ -24,13 +24,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.shared.load import host, middle, resident_megabytes
 
-#: Seconds to wait after the server has stored its best size of micro-batches, before its resident memory is read. The
-#: measurement of that size takes memory too.
+#: Seconds to wait after the server has stored its best size of micro-batches, before its resident memory is read. After
+#: storing the size, the server releases memory that the measurement of the size took.
 SETTLED = 1.0
 
 
 def start(bundle: Path, variant: str, port: int) -> tuple[float, float]:
-    """Start a server, measure it while it is idle, and stop it.
+    """Start a server, measure its start and its memory while idle, and stop it.
+
+    The function waits without a limit until the server has stored its best size of micro-batches.
 
     Args:
         bundle: folder of the bundle.
@@ -41,9 +43,9 @@ def start(bundle: Path, variant: str, port: int) -> tuple[float, float]:
         Seconds from the start of the process to SERVING, and resident MB while idle.
 
     Raises:
-        SystemExit: the server is not serving.
-        grpc.RpcError: the server did not answer within 60 seconds. After both errors the function does not stop the
-            server, but waits without a limit until the process of the server ends by itself.
+        SystemExit: the health service answered, but not with SERVING.
+        grpc.RpcError: the health service did not answer within 60 seconds, or with an error. Before the function raises
+            one of these two exceptions, it waits without a limit until the server's process ends by itself.
     """
     with tempfile.TemporaryDirectory() as data:
         address = f"127.0.0.1:{port}"
@@ -67,9 +69,13 @@ def start(bundle: Path, variant: str, port: int) -> tuple[float, float]:
 
 
 def slowest_imports(count: int) -> list[tuple[str, float]]:
-    """Return the `count` modules of the server that take the longest to import, slowest first, with milliseconds.
+    """Return the `count` slowest imports in a new process that imports `emberpc.server.app`, slowest first.
 
-    The time of a module includes the modules that it imports.
+    An item is the name of a module, which may be of another package, and milliseconds. The time of a module includes
+    the modules that it is the first to import.
+
+    Raises:
+        CalledProcessError: the import failed.
     """
     found = run(
         [sys.executable, "-X", "importtime", "-c", "import emberpc.server.app"], stderr=PIPE, check=True, text=True

@@ -1,13 +1,15 @@
-"""Measure whether the most expensive requests delay other calls.
+"""Measure whether hostile requests delay other calls.
 
-The script sends the requests of `benchmarks/server/hostile_requests.py` in full size over two connections: first one at
-a time, then all of them, eight at a time, then eight copies at once of each request that took more than 0.2 s.
-Meanwhile another process, the probe, calls the health service and embeds a short text, one call after the other.
-Finally the script sends SIGTERM while requests are in flight.
+The script sends the requests of `benchmarks/server/hostile_requests.py`, with long texts of nearly 2 MiB, the server's
+limit. It sends them one at a time over one connection; then all of them over two connections, eight at a time; then,
+of each request that took more than 0.2 s when sent alone, eight copies at once. Meanwhile another process, the probe,
+calls the health service and embeds a short text, one call after the other. Finally, without the probe, the script
+begins to send all requests again, eight at a time, and at once sends SIGTERM.
 
-For each request it prints the slowest calls of the probe, and the most memory of the server; at the end also the
-seconds from SIGTERM to the server's exit. Targets, which are not checked: a call of the probe takes at most 500 ms,
-memory is at most 600 MiB above that of the idle server, and the exit takes at most 2 s more than the drain time.
+For each request that was sent alone, the script prints the seconds of the slowest calls of the probe, and the most
+memory of the server; for eight copies, only the seconds. At the end it prints the other figures, such as the seconds
+from SIGTERM to the server's exit. Targets, which are not checked: a call of the probe takes at most 500 ms, memory is
+at most 600 MiB above that of the idle server, and the exit takes at most 2 s more than the drain time, which is 2 s.
 
     python -m benchmarks.server.hostile BUNDLE [-o RESULT.json]
 """
@@ -38,16 +40,17 @@ from examples.server_process import ServerProcess
 
 DRAIN = 2.0
 TIMEOUT = 600
-#: A request that took more than this many seconds when it was sent alone is also sent eight times at once.
+#: A request that took more than this many seconds when it was sent alone is also sent as eight copies at once.
 _LONG_SECONDS = 0.2
 #: Options of the two channels: responses of any size, and a connection of its own for each channel.
 _OPTIONS = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
 
 
 def _probe(address: str, stop: Event, results: Connection) -> None:
-    """Call the health service and embed a short text, in turn, until `stop` is set.
+    """Call the health service and embed a short text, in turn and at least once each, until `stop` is set.
 
-    At the end, send a list through `results`: seconds of the slowest health check and of the slowest Embed.
+    At the end, send a list through `results`: seconds of the slowest health check and of the slowest Embed. If a call
+    fails, its exception ends the process, and nothing is sent.
     """
     slowest = [0.0, 0.0]
     with grpc.insecure_channel(address) as channel:
@@ -68,10 +71,12 @@ def _probe(address: str, stop: Event, results: Connection) -> None:
 
 @contextmanager
 def watched(address: str, found: list[float]) -> Iterator[None]:
-    """Probe a server from another process inside the block.
+    """Run `_probe` in another process during the block.
 
-    At the end, append the seconds of the slowest health check and of the slowest Embed to `found`. EOFError: a call of
-    the probe failed.
+    At the end of the block, append the seconds of the slowest health check and of the slowest Embed to `found`.
+
+    Raises:
+        EOFError: a call of the probe failed; raised at the end of the block.
     """
     context = multiprocessing.get_context("spawn")
     stop, (ours, theirs) = context.Event(), context.Pipe()
@@ -89,7 +94,7 @@ def watched(address: str, found: list[float]) -> Iterator[None]:
 def send(channel: grpc.Channel, hostile: Hostile) -> str:
     """Send a request and read all its responses; return the name of the status code, such as OK.
 
-    "no code" is returned for an error without a status code.
+    For an error without a status code, "no code" is returned. After 600 s the call ends with DEADLINE_EXCEEDED.
     """
     kind = ["unary_unary", "unary_stream", "stream_unary", "stream_stream"]
     call: Any = getattr(channel, kind[2 * hostile.streams[0] + hostile.streams[1]])(hostile.method)
@@ -104,7 +109,13 @@ def send(channel: grpc.Channel, hostile: Hostile) -> str:
 
 
 def megabytes(process: ServerProcess, field: str) -> int:
-    """Return the memory of a server in MiB: now if `field` is VmRSS, or the greatest so far if it is VmHWM."""
+    """Return the resident memory of a server in MiB, rounded down.
+
+    Args:
+        process: the server.
+        field: `VmRSS` for the memory now, `VmHWM` for the most since the start of the process, or since `measure` last
+            reset it.
+    """
     status = Path(f"/proc/{process.process.pid}/status").read_text()
     (line,) = [line for line in status.splitlines() if line.startswith(f"{field}:")]
     return int(line.split()[1]) // 1024
@@ -118,7 +129,13 @@ def measure(bundle: Path, data: Path) -> dict[str, Any]:
         data: data directory of the server, empty.
 
     Returns:
-        Figures by name. Times are in seconds, memory is in MiB.
+        Figures by name. Times are in seconds, memory is in MiB. `most MB` is the most memory while requests were sent
+        eight at a time, or as eight copies.
+
+    Raises:
+        RuntimeError: the server did not start.
+        EOFError: a call of the probe failed. The server is not stopped then.
+        grpc.RpcError: a request of `hostile_requests.preparation` failed. The server is not stopped then.
     """
     size = Size(text=2 * 2**20 - 64, dimensions=read_bundle(bundle).manifest.dimensions)
     requests = hostile_requests.requests(size)

@@ -1,4 +1,4 @@
-"""Build the most expensive requests that a server accepts, and requests over its limits, for tests and a benchmark."""
+"""Build hostile requests for tests and a benchmark: expensive ones, and some that the server must refuse."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from emberpc.v1 import (
 )
 from emberpc.wire import vectors
 
-#: Names of the collections that the requests use. `TEXTS` has the model `tiny`; the other two have no model. Requests
-#: with much metadata write to `METADATA`.
+#: Names of the collections of `preparation`. `TEXTS` has the model `tiny`; the other two have no model. The requests
+#: that upsert records with much metadata use `METADATA`.
 TEXTS, POINTS, METADATA = "hostile-texts", "hostile-points", "hostile-metadata"
 _INDEX, _EMBEDDING = "/emberpc.v1.IndexService/", "/emberpc.v1.EmbeddingService/"
 
@@ -42,11 +42,12 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Hostile:
-    """A hostile request: one that is expensive, or that the server must refuse.
+    """A request that may harm a server.
 
     Attributes:
         method: path of the RPC.
-        messages: the message of the request, or several messages of a stream. Each is a message or its bytes.
+        messages: the messages of the stream of requests, or a list of one message. Bytes are sent as they are; they may
+            be no valid message.
         streams: whether the RPC has a stream of requests, and whether it has a stream of responses.
         refused: whether the server must refuse the request. If not, it may answer or refuse.
     """
@@ -58,7 +59,7 @@ class Hostile:
 
     @property
     def data(self) -> list[bytes]:
-        """The messages in protobuf's wire format."""
+        """The bytes to send for each message."""
         return [each if isinstance(each, bytes) else each.SerializeToString() for each in self.messages]
 
 
@@ -67,12 +68,12 @@ class Size:
     """Sizes of the hostile requests.
 
     Attributes:
-        text: bytes of a long text.
-        message: bytes of a request with too many elements.
+        text: most bytes of a long text.
+        message: approximate bytes of a request with too many elements.
         records: number of records with much metadata in one request.
-        numbers: most numbers in the metadata of each of these records. With the defaults, a request has nearly as many
-            elements as the server accepts.
-        dimensions: dimensions of the model's vectors.
+        numbers: most numbers in the metadata of each of these records. With the defaults, the request is near the
+            server's limit of elements.
+        dimensions: dimensions of the vectors of the model and of the collections.
     """
 
     text: int = 2**20
@@ -92,15 +93,15 @@ def _record(record_id: str, text: str, metadata: dict[str, Any]) -> index_pb2.Re
 
 
 def text_of(kind: str, size: int) -> str:
-    """Return a text of at most `size` bytes in UTF-8, which repeats the characters of a kind of `KINDS`."""
+    """Return a text of at most `size` bytes in UTF-8 that repeats the characters of `KINDS[kind]`."""
     unit = KINDS[kind]
     return unit * (size // len(unit.encode()))
 
 
 def preparation(size: Size) -> Iterator[tuple[str, Message]]:
-    """Yield the requests that create the three collections and fill each with 1,000 records.
+    """Yield the path of the RPC and the message of requests that create three collections of 1,000 records each.
 
-    Each request comes with the path of its RPC. They must be sent in this order, before the hostile requests.
+    The requests must be sent in this order, before the hostile requests.
     """
     for name, model in ((TEXTS, "tiny"), (POINTS, ""), (METADATA, "")):
         collection = index_pb2.Collection(name=name, model=model, dimensions=size.dimensions)
@@ -116,7 +117,8 @@ def preparation(size: Size) -> Iterator[tuple[str, Message]]:
 def requests(size: Size) -> dict[str, Hostile]:
     """Return all hostile requests by name.
 
-    They need the collections of `preparation(size)`, and an embedding model `tiny` with `size.dimensions` dimensions.
+    The server must have the collections of `preparation(size)`, and an embedding model `tiny` with `size.dimensions`
+    dimensions. Some requests change the collections. The requests that read much metadata follow those that write it.
     """
     found: dict[str, Hostile] = {}
     for kind in KINDS:
@@ -127,7 +129,7 @@ def requests(size: Size) -> dict[str, Hostile]:
 
 
 def _of_text(text: str) -> dict[str, Hostile]:
-    """Return requests with a long text, by name: one for each RPC and option that handles texts in its own way."""
+    """Return requests with a long text, by name: calls of Embed, CountTokens, Search and EmbedStream."""
     search = _INDEX + "Search"
     query = index_pb2.SearchQuery(text=text)
     embed = embedding_pb2.EmbedRequest(model="tiny", texts=[text])
@@ -179,7 +181,7 @@ def _not(condition: filter_pb2.Filter, times: int) -> filter_pb2.Filter:
 
 
 def _of_filters() -> dict[str, Hostile]:
-    """Return requests with deep or wide filters by name, some of them over the server's limits."""
+    """Return requests with deep, wide or otherwise large filters by name; some exceed a limit of the server."""
     wide = _any([_any([_prefix(f"t{i}{j}") for j in range(80)]) for i in range(3)])
     odd = ".".join(['"'] * 40)
     values = [filter_pb2.FilterValue(string_value=f"v{i}") for i in range(10_000)]
@@ -206,8 +208,8 @@ def _of_filters() -> dict[str, Hostile]:
     }
 
 
-#: Requests with many elements inside nested messages. Each has a name, the path of the RPC, the numbers of the fields
-#: that contain the elements (outermost first), and one element in protobuf's wire format.
+#: Requests that repeat an element inside nested messages too many times. Each has a name, the path of the RPC, the
+#: numbers of the fields that contain the elements (outermost first), and one element in protobuf's wire format.
 _NESTED = (
     ("empty conditions", _INDEX + "CountRecords", (2, 1), b"\x0a\x00"),
     ("empty values of a membership", _INDEX + "CountRecords", (2, 5), b"\x12\x00"),
@@ -266,8 +268,8 @@ def _of_counts(size: Size) -> dict[str, Hostile]:
     }
     for name, method, within, one in _NESTED:
         found[name] = Hostile(method, [_within(within, one * (size.message // len(one)))], refused=True)
-    # A request that begins with a group, a deprecated kind of field. The server must skip the group, and count the
-    # elements after it.
+    # This request begins with a group, a deprecated kind of field. When the server counts elements, it must skip the
+    # group and count the elements after it.
     found["a group"] = Hostile(
         _INDEX + "UpsertRecords", [b"\xf3\x07\xf4\x07" + record * (size.message // len(record))], refused=True
     )
@@ -279,7 +281,7 @@ def _of_counts(size: Size) -> dict[str, Hostile]:
 
 
 def _of_answers(size: Size) -> dict[str, Hostile]:
-    """Return requests that the server answers, by name: large ones, with large responses, or with much work."""
+    """Return requests that the server may answer, by name: large ones, with large responses, or with much work."""
     documents: dict[str, dict[str, Any]] = {
         "lists of numbers": {"n": [float(i) for i in range(size.numbers)]},
         "wide objects": {f"k{i}": i for i in range(7 * size.numbers // 8)},
@@ -340,7 +342,7 @@ def _of_answers(size: Size) -> dict[str, Hostile]:
 
 
 def _of_others(size: Size) -> dict[str, Hostile]:
-    """Return the other requests by name: forged or overlong values, and RPCs that no other group of requests calls."""
+    """Return the remaining requests by name: with invalid, overlong or missing values, and calls of further RPCs."""
     forged = "WzFlOTk5LCAiYSIsICJiIl0="
     collection = index_pb2.Collection(name="x" * 10_000, dimensions=2**31 - 1)
     info = server_pb2.GetServerInfoRequest()

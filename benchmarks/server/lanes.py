@@ -1,9 +1,9 @@
 """Measure whether a short call waits behind a huge one.
 
-Different texts of about 8 tokens are embedded, one after the other: first on an idle server, then during a request of
-10,000 texts, then during a stream of 10,000 texts. Request and stream are repeated until enough calls were
-measured. Target: the 99th percentile of the latency during request or stream is at most 20 ms more than 3 times the
-99th percentile on the idle server. It is printed, and not checked.
+Different texts of about 8 tokens are embedded, one after the other: `--calls` texts on an idle server, as many during a
+request of 10,000 texts, and as many during a stream of 10,000 texts. The request or stream is repeated as long as the
+short calls are measured. Target: the 99th percentile of the latency during request or stream is at most 20 ms more than
+3 times the 99th percentile on the idle server. The target is printed, and not checked.
 
     python -m benchmarks.server.lanes BUNDLE [--calls 400] [-o RESULT.json]
 """
@@ -27,11 +27,13 @@ HUGE = 10_000
 
 
 class BackgroundLoad:
-    """Context manager in which a child process embeds 10,000 texts repeatedly; the child is killed at the end.
+    """Context manager: a child process embeds 10,000 texts repeatedly during the block, and is killed at its end.
+
+    An error of the child is not noticed.
 
     Args:
         address: address of the server, as host:port.
-        way: `request` (one request at a time) or `stream`.
+        way: `request` (one request at a time) or `stream` (one stream at a time).
     """
 
     def __init__(self, address: str, way: str) -> None:
@@ -48,7 +50,10 @@ class BackgroundLoad:
 
 
 def huge(address: str, way: str) -> None:
-    """Embed 10,000 texts repeatedly until the process is killed: by streams if `way` is `stream`, else by requests."""
+    """Embed 10,000 texts repeatedly until the process is killed or a call fails.
+
+    The texts are sent as one stream if `way` is `stream`, else as one request.
+    """
     texts = [f"{text} {i}" for i in range(5) for text in mixed_texts(HUGE // 5, None, seed=i)]
     with Client(address, timeout=3600) as client:
         while True:
@@ -60,9 +65,9 @@ def huge(address: str, way: str) -> None:
 
 
 def wait_until_busy(pid: int) -> None:
-    """Wait, without a limit, until a process uses more than 0.8 of the usable cores for half a second.
+    """Wait, without a limit, until a process uses more than 0.8 of the CPU time of all usable cores for half a second.
 
-    A server that does so has received the huge request, and works on it.
+    A server under one huge request or stream does so when it runs the texts.
     """
     while True:
         before, began = cpu_seconds(pid), perf_counter()

@@ -1,10 +1,11 @@
 """Measure the time of a single text through the server, compared with its inference alone.
 
-Texts of several lengths are embedded one after another on an otherwise idle host. Each text is embedded twice: in this
-process, with a session that has one thread and otherwise the server's settings, and through gRPC. Only the time
-through gRPC includes tokenizing. The script prints medians over the texts, and the median ratio of the two times. Of
-texts of 128 tokens or more it measures a quarter of `--rounds`, and it leaves out lengths that the model does not read.
-Texts may be faster through the server, since the server may run a text that is alone on all cores.
+Texts of several lengths are embedded one after another; the host should be idle otherwise. Each text is embedded twice:
+in this process, with a session that has one thread and otherwise the server's settings, and through gRPC. Only the time
+through gRPC includes tokenizing. For each length, the script prints the medians of both times over the texts, and the
+median of their ratios. It measures `--rounds` texts of each length, but a quarter of that from 128 tokens on. Lengths
+above the model's limit are left out. A text may be faster through the server, since a server that has only one text to
+run may use all cores for it.
 
     python -m benchmarks.server.latency BUNDLE [--rounds 200] [-o RESULT.json]
 """
@@ -26,8 +27,8 @@ from emberpc.server.memory import keep_freed_memory
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc
 
 SHORT, LONG = (8, 16, 32), (128, 256, 512)
-#: Number of tokens by the name of each kind of text that is measured. Short texts are measured before the long texts,
-#: and again after them.
+#: Number of tokens by the name of each kind of text, in the order of the measurements. Short texts are measured again
+#: after the long texts, which may have changed the state of the server, such as its memory.
 KINDS = {
     **{str(tokens): tokens for tokens in (*SHORT, *LONG)},
     **{f"{tokens}, after long ones": tokens for tokens in SHORT},
@@ -35,9 +36,9 @@ KINDS = {
 
 
 def texts_of(model: Model, tokens: int, count: int) -> list[str]:
-    """Return `count` texts of words from docstrings, each with about `tokens` tokens of the model.
+    """Return `count` texts of words from docstrings, each with about `tokens` tokens, special tokens included.
 
-    A text has more tokens than that only if it is a single word.
+    A text has as many words as fit into `tokens` tokens, but at least one word, even if this word has more tokens.
     """
     words = [word for doc in read_stdlib()[:2000] for word in doc.text.split() if word.isalpha()]
     found: list[str] = []

@@ -1,9 +1,10 @@
 """Measure goodput and latency under overload.
 
-Calls arrive at fixed moments, whether or not earlier calls were answered (an open loop). Their rate is 1, 2 and 5 times
-the server's capacity, which the script measures first. Each call has a deadline of one second. There are calls of one
-text, calls of 32 texts, and streams of 32 texts. Goodput is the number of texts per second that are answered before the
-deadline. Targets: goodput does not fall when the rate grows, and a call that the server refuses is refused at once.
+Calls arrive at fixed moments, whether or not earlier calls were answered (an open loop). Their rate in texts is 1, 2
+and 5 times the server's capacity, which the script measures first, with 64 concurrent calls of one text. Each call has
+a deadline of one second. Calls of one text, calls of 32 texts, and streams of 32 texts are measured one after another.
+Goodput is the number of texts per second that are answered before the deadline. Targets, which are not checked: goodput
+does not fall when the rate grows, and a refused call is refused at once.
 
     python -m benchmarks.server.overload BUNDLE [--seconds 8] [-o RESULT.json]
 """
@@ -32,19 +33,21 @@ WAYS = {"calls of 1 text": 1, "calls of 32 texts": 32, "streams of 32 texts": 32
 
 
 async def arrivals(address: str, way: str, texts: list[str], rate: float, seconds: float) -> dict[str, float]:
-    """Send calls at fixed moments, whether or not earlier calls were answered; return the figures.
+    """Send calls at equal intervals, whether or not earlier calls were answered; return the figures.
 
     Args:
         address: address of the server, as host:port.
         way: kind of the calls, a key of `WAYS`.
-        texts: texts to send, in turn, each time with another number behind the text.
-        rate: texts per second.
+        texts: texts to send, in turn and repeatedly; the number of the call is put behind each text. A call with the
+            last of the texts may have fewer texts than other calls.
+        rate: texts per second to send.
         seconds: seconds in which calls are sent.
 
     Returns:
-        Goodput in texts per second; numbers of calls that were answered, refused and late (or failed otherwise); median
-        milliseconds of answered and of refused calls, 0 if there are none. A stream that ends before all its texts have
-        vectors counts as refused.
+        `goodput`: texts per second until the end of the last call; each answered call counts as a full one. `answered`,
+        `refused` and `late`: numbers of calls. A call is refused if it fails with RESOURCE_EXHAUSTED, or is a stream
+        that ends before all its texts have vectors; after any other error it is late. `p50_ms` and `refusal_p50_ms`:
+        median milliseconds of answered and of refused calls; 0 if there are none.
     """
     batch = WAYS[way]
     latencies: list[float] = []

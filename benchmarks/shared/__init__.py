@@ -1,1 +1,1 @@
-"""Modules that several benchmarks share: load and measurements, data in BEIR's format, a processor without AVX-512."""
+"""Modules that benchmarks share: load and measurements, data in BEIR's format, hiding AVX-512 from a command."""

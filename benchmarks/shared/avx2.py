@@ -1,11 +1,11 @@
-"""Run a command as on a processor without AVX-512, and so without VNNI.
+"""Run a command as on a processor with AVX2 but without AVX-512 and VNNI.
 
-Most hosts without a GPU have AVX2 but not AVX-512. Their processors use other kernels, with which int8 gains less. This
-script compiles a small library (`hide_avx512.c`, with cc) and preloads the library into the command and all its child
-processes. The library answers the instruction CPUID, by which programs ask for the features of the processor. This
-needs Linux on x86-64 and a processor on which CPUID can be made to fault (`cpuid_fault` among the flags in
-/proc/cpuinfo). The figures show the kernels for AVX2, but not the speed of an older processor. The exit code is that of
-the command, or 1 if the library does not compile.
+Many hosts have such a processor. ONNX Runtime uses other kernels there, with which int8 gains less. This script
+compiles a small library (`hide_avx512.c`, with cc) and preloads the library into the command and its child processes
+by LD_PRELOAD. There, the library answers the instruction CPUID, by which programs ask for the features of the
+processor. This needs Linux on x86-64 and a processor on which CPUID can be made to fault (`cpuid_fault` among the flags
+in /proc/cpuinfo). The figures show the kernels for AVX2, but not the speed of an older processor. The exit code is that
+of the command; 1 if the library does not compile or the command is not found; 70 if CPUID cannot be made to fault.
 
     python -m benchmarks.shared.avx2 python -m benchmarks.models.variants …
 """

@@ -1,7 +1,7 @@
-"""Helpers of the server's benchmarks: texts, a server with its CPU time and memory, and callers.
+"""Helpers of the benchmarks: texts, a server with its CPU time and memory, and callers.
 
-Run as a program, this script embeds texts with concurrent calls, and prints the measurements as JSON. The callers are a
-process of their own, so that their CPU time is not counted as that of the benchmark or of the server:
+Run as a program, this module embeds texts with concurrent calls, and prints an `Outcome` as JSON. `call` runs this
+program, so that the CPU time of the callers is not counted as that of the benchmark:
 
     python -m benchmarks.shared.load ADDRESS TEXTS.json [--in-flight 64] [--batch 1]
 """
@@ -50,10 +50,10 @@ class Outcome:
     """Measurements of concurrent calls.
 
     Attributes:
-        seconds: wall seconds from the first call to the end of the last one.
-        latencies: seconds of each call that succeeded, in the order of their ends.
-        cpu_seconds: CPU seconds of the callers.
-        texts: number of texts that were sent.
+        seconds: wall seconds from the start of the first call to the end of the last one.
+        latencies: seconds of each successful call, in the order in which the calls ended.
+        cpu_seconds: CPU seconds of the callers' process in this time.
+        texts: number of texts that were sent, those of failed calls included.
         errors: number of calls that failed.
     """
 
@@ -64,23 +64,26 @@ class Outcome:
     errors: int
 
     def percentile(self, share: float) -> float:
-        """Return the latency in milliseconds that the share `share` (0 to 1) of the successful calls did not exceed.
+        """Return a latency in milliseconds that at least the share `share` of the successful calls did not exceed.
 
-        At least one call must have succeeded.
+        The latency is that of one of the calls, without interpolation. `share` is in [0, 1]. At least one call must
+        have succeeded.
         """
         ordered = sorted(self.latencies)
         return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def mixed_texts(count: int, queries: Path | None, seed: int = 0) -> list[str]:
-    """Return distinct texts in random order: 70 % short queries, and 30 % passages of 40 to 180 words.
+    """Return texts in random order: 70 % short queries, and 30 % passages of 40 to 180 words.
+
+    The short queries are distinct. The passages are successive words of docstrings of Python's standard library; only
+    with very many texts, the same words occur in several passages.
 
     Args:
         count: number of texts.
-        queries: CSV file whose column `text` has the short queries; None: the short queries are first sentences of
-            docstrings of Python's standard library, of at most 200 characters. The passages are always words of such
-            docstrings.
-        seed: seed of the draw and of the order.
+        queries: CSV file whose column `text` has the short queries. None: they are the first sentences of docstrings
+            of the standard library, cut to 200 characters.
+        seed: seed of the choice of queries, of the lengths of passages, and of the order.
 
     Raises:
         ValueError: there are too few distinct short queries.
@@ -114,19 +117,23 @@ def serving(bundle: Path, *flags: str) -> Iterator[ServerProcess]:
     Args:
         bundle: folder of the bundle.
         flags: further flags of `emberpc serve`.
+
+    Raises:
+        RuntimeError: the server did not start.
+        TimeoutExpired: the server did not end within 300 s at the end of the block.
     """
     with tempfile.TemporaryDirectory() as data, ServerProcess({"model": bundle}, Path(data), *flags) as process:
         yield process
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the CPU seconds that all threads of a process have used since its start."""
+    """Return the CPU seconds that all threads of a process have used since its start, without its child processes."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 def resident_megabytes(pid: int) -> float:
-    """Return the resident memory of a process in MB."""
+    """Return the resident memory of a process in MB (10^6 bytes)."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
@@ -134,10 +141,10 @@ def call(address: str, texts: Sequence[str], *, in_flight: int, batch: int = 1) 
     """Embed texts with concurrent calls from a child process; return the measurements.
 
     Args:
-        address: address of the server, as host:port.
-        texts: texts to embed, each once; long texts are truncated.
+        address: address of a server with one model, as host:port.
+        texts: texts to embed, each once; the server truncates long texts at their end.
         in_flight: number of concurrent calls.
-        batch: number of texts in a call.
+        batch: number of texts in a call; the last call may have fewer.
 
     Raises:
         RuntimeError: a call failed.
@@ -160,11 +167,16 @@ def check_answers(address: str, bundle: Path, texts: Sequence[str]) -> float:
 
     The texts are sent in calls of 1 text, and again in calls of 32 texts.
 
+    Args:
+        address: address of a server with one model, as host:port.
+        bundle: folder of the model's bundle. The model must return vectors of length 1.
+        texts: at least one text; long texts are truncated at their end.
+
     Returns:
-        The least cosine of a text's two vectors, for the calls of 32 texts.
+        The least cosine of a text's two vectors in the calls of 32 texts.
 
     Raises:
-        RuntimeError: a cosine is below 0.999.
+        RuntimeError: a cosine is below 0.999, in calls of 1 or of 32 texts.
         grpc.RpcError: a call failed.
     """
     model = Model.load("bare", bundle)
@@ -184,10 +196,10 @@ def check_answers(address: str, bundle: Path, texts: Sequence[str]) -> float:
 
 
 def capacity(address: str, method: str, requests: Sequence[Message], each: int) -> float:
-    """Call a method with one h2load process for each request; return the seconds from their start to the last's end.
+    """Call a method with concurrent h2load processes, one for each request; return the seconds that all calls took.
 
-    h2load (of nghttp2) uses a hundredth of the CPU time of a Python client. So it leaves the cores to the server. It
-    does not decode responses: check these with `check_answers`.
+    The seconds include start and end of the processes. h2load (of nghttp2) uses far less CPU time than a Python client,
+    so it leaves the cores to the server. It does not check responses. For Embed, `check_answers` does.
 
     Args:
         address: address of the server, as host:port.
@@ -196,8 +208,8 @@ def capacity(address: str, method: str, requests: Sequence[Message], each: int) 
         each: number of times that each process sends its request, one call after the other.
 
     Raises:
-        RuntimeError: not every call got a response with an HTTP status of success. A gRPC error has that status too,
-            so it is not noticed.
+        RuntimeError: not every call got a response with an HTTP status of success. A gRPC error has this HTTP status,
+            too, so it is not noticed.
         FileNotFoundError: h2load is not installed.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -219,7 +231,7 @@ def capacity(address: str, method: str, requests: Sequence[Message], each: int) 
 
 
 def embed_requests(texts: Sequence[str]) -> list[Message]:
-    """Return an Embed request for each text; the server truncates a long text at its end."""
+    """Return an Embed request for each text, which asks the server to truncate a long text at its end."""
     return [embedding_pb2.EmbedRequest(texts=[text], truncation=types_pb2.TRUNCATION_END) for text in texts]
 
 
@@ -230,8 +242,8 @@ async def _call(address: str, texts: Sequence[str], in_flight: int, batch: int) 
     latencies: list[float] = []
     errors = 0
     async with grpc.aio.insecure_channel(address) as channel:
-        # Responses are not decoded, since this would take cores from the server. `check_answers` decodes and checks
-        # some of them before.
+        # Responses are not decoded, since this would take CPU time from the server. To check the vectors, a benchmark
+        # calls `check_answers` first.
         embed: Any = channel.unary_unary(EMBED)
         await channel.channel_ready()
 
@@ -252,7 +264,10 @@ async def _call(address: str, texts: Sequence[str], in_flight: int, batch: int) 
 
 
 def host() -> dict[str, str]:
-    """Return a description of this host without its name: processor, usable cores, versions of Python and packages."""
+    """Return a description of this host: processor, and versions of Python and packages.
+
+    `cores` is the number of cores in the CPU affinity of this process; unlike `usable_cores`, it ignores quotas.
+    """
     cpu = next(
         (
             line.partition(":")[2].strip()

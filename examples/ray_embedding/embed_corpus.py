@@ -1,9 +1,9 @@
 """Embed a corpus that is too large for one host, with Ray Data: from Parquet to Parquet, with resumption.
 
-The corpus is divided into parts of a fixed number of rows. An actor reads a part, embeds its texts and writes a file
-with the vectors. The name of the file identifies the part, and the file gets this name only when it is complete. So a
-part with a file is done, and the same command continues a job that was killed. The exit code is 2 if the arguments do
-not allow the job (see `JobError`), or if the model is not a valid bundle.
+Each file of the corpus is divided into parts of a fixed number of rows; the last part of a file may have fewer. An
+actor reads a part, embeds its texts and writes a file with the vectors. The name of the file identifies the part, and
+the file gets this name only when it is complete. So a part with a file is done, and the same command continues a job
+that was killed. The exit code is 2 if an option is wrong, after a `JobError`, or if the model is not a valid bundle.
 """
 
 from __future__ import annotations
@@ -35,15 +35,16 @@ from emberpc.server.engine import Caller, Engine, InferenceRequest, Lane, Regist
 from emberpc.server.errors import items_of
 
 _JOB = "job.json"
-#: Limit of the engine's queue, in tokens: so great that no call is refused, since a call has all texts of a part.
+#: Limit of the engine's queue, in tokens. All texts of a part are one call, so the limit is so great that it refuses no
+#: part.
 _QUEUE_TOKENS = 2**31
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the corpus: the rows from `start` to below `stop` of the Parquet file `path`.
+    """A part of the corpus: the rows from `start` to below `stop`, counted from 0, of the Parquet file `path`.
 
-    `name` is the name of the file for the vectors of these rows.
+    `name` is the name of the file for the vectors of these rows, in the output folder. `path` is absolute.
     """
 
     name: str
@@ -53,11 +54,11 @@ class Part:
 
 
 class JobError(Exception):
-    """The job cannot be done: corpus, model or output folder do not fit. The message has the reason and the remedy."""
+    """Corpus, model or output folder cannot be used, or another run uses the folder. The message is for the user."""
 
 
 class Embedder:
-    """An actor, a worker process of Ray: loads a model and embeds parts with it on one core.
+    """An actor, a worker process of Ray: loads a model, and embeds parts with one worker thread.
 
     Args:
         model: folder of the bundle.
@@ -81,7 +82,7 @@ class Embedder:
             parts: the fields of `Part` by name, each with one item per part.
 
         Returns:
-            Name (`part`), number of rows and wall seconds of each part.
+            Lists with one item per part: `part` (name), `rows` (number of rows) and `seconds` (wall seconds).
         """
         results: dict[str, list[Any]] = {"part": [], "rows": [], "seconds": []}
         for name, path, start, stop in zip(parts["name"], parts["path"], parts["start"], parts["stop"], strict=True):
@@ -94,9 +95,9 @@ class Embedder:
         return results
 
     def _embed(self, table: pa.Table) -> pa.Table:
-        """Embed the texts of a table; return the table with the columns `vector` and `truncated` added.
+        """Embed the texts of a table as passages; return the table with the columns `vector` and `truncated` added.
 
-        A row whose text is null, empty or only white space has no vector (null). `truncated` says whether the text was
+        If a text is null, empty or only white space, its vector is null. `truncated` says whether the text was
         truncated, at its end, to the model's limit.
         """
         texts = table.column(self._columns[1]).to_pylist()
@@ -122,7 +123,7 @@ class Embedder:
 
 
 def read_rows(path: str, columns: list[str], start: int, stop: int) -> pa.Table:
-    """Return the given columns of the rows from `start` to below `stop` of a Parquet file.
+    """Return the given columns of the rows from `start` to below `stop`, counted from 0, of a Parquet file.
 
     Only the row groups that contain these rows are read.
     """
@@ -139,9 +140,10 @@ def read_rows(path: str, columns: list[str], start: int, stop: int) -> pa.Table:
 
 
 def write_whole(table: pa.Table, path: Path) -> None:
-    """Write a table as a Parquet file atomically: after a crash, the file is complete or does not exist.
+    """Write a table as a Parquet file atomically: after a crash, the new file is complete or does not exist.
 
-    A crash may leave an unfinished hidden file beside it, which `prepare` removes.
+    A file of the same name is replaced. A crash may leave an unfinished hidden file beside `path`. `prepare` removes
+    unfinished files of parts.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     with unfinished.open("wb") as file:
@@ -152,15 +154,17 @@ def write_whole(table: pa.Table, path: Path) -> None:
 
 
 def parts_of(corpus: Path, columns: list[str], rows: int) -> Iterator[Part]:
-    """Yield the parts of a corpus, file by file; the same corpus always gives the same parts.
+    """Yield the parts of a corpus, file by file; the same files and `rows` always give the same parts.
 
     Args:
-        corpus: a Parquet file, or a folder of files `*.parquet`.
+        corpus: a Parquet file, or a folder of files `*.parquet`, which are taken in the order of their names. A file
+            without rows has no parts.
         columns: columns that each file must have.
-        rows: most rows of a part.
+        rows: rows of a part, at least 1; the last part of a file may have fewer.
 
     Raises:
-        JobError: there are no files, or a file is not Parquet or lacks a column.
+        JobError: there are no files, or a file cannot be read as Parquet or lacks a column; raised during the
+            iteration.
     """
     files = sorted(corpus.glob("*.parquet")) if corpus.is_dir() else [corpus]
     if not files:
@@ -178,17 +182,19 @@ def parts_of(corpus: Path, columns: list[str], rows: int) -> Iterator[Part]:
 
 
 def prepare(out: Path, job: Mapping[str, object]) -> IO[bytes]:
-    """Create the folder of the vectors, or check that it belongs to the same job, and remove unfinished files.
+    """Lock the output folder for a job, and remove unfinished files of earlier runs.
+
+    If the folder does not exist, it is created. If it has no `job.json`, that file is written.
 
     Args:
         out: the folder.
-        job: values that identify the job, which are saved in the folder as `job.json`.
+        job: values that identify the job, as in `job.json`.
 
     Returns:
-        A locked file. The lock keeps other runs of the job out, until the file is closed or the process ends.
+        A locked file in the folder. No other run can lock the folder until the file is closed or the process ends.
 
     Raises:
-        JobError: the folder belongs to another job, or another run of the job holds the lock.
+        JobError: `job.json` has other values, or another run holds the lock.
     """
     out.mkdir(parents=True, exist_ok=True)
     lock = (out / ".lock").open("wb")
@@ -211,7 +217,7 @@ def prepare(out: Path, job: Mapping[str, object]) -> IO[bytes]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Embed the parts of a job that have no file of vectors yet.
+    """Embed the parts of a job that have no file in the output folder yet; print their number.
 
     Args:
         options: the options of the command line; see `main`.
@@ -239,14 +245,15 @@ def run(options: argparse.Namespace) -> None:
 def embed(left: list[Part], columns: list[str], options: argparse.Namespace) -> None:
     """Embed parts with a pool of Ray actors, which write a file of vectors for each part to `options.out`.
 
-    Prints the progress and the total throughput.
+    Prints a line for each finished part, and the total throughput at the end.
 
     Args:
         left: the parts to embed.
         columns: names of the column of ids and of the column of texts.
         options: the options of the command line; see `main`.
     """
-    # The number of cores is given only to a cluster that Ray starts on this host. An existing cluster has its own.
+    # Without an address, Ray starts a cluster on this host, which needs one core for each actor. For a running cluster,
+    # Ray refuses `num_cpus`, since the cluster has a number of cores of its own.
     local = {} if options.address else {"num_cpus": options.actors, "include_dashboard": False}
     ray.init(options.address, logging_level=logging.ERROR, log_to_driver=False, **local)
     logging.getLogger("ray.data").setLevel(logging.ERROR)

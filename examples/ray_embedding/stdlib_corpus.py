@@ -1,6 +1,7 @@
 """Write a corpus of real texts as Parquet files: sentences of docstrings of Python's standard library on this host.
 
-The files have a column `id` and a column `text`. Files of the same names in the folder are replaced.
+The files `corpus-0.parquet`, `corpus-1.parquet` and so on have a column `id` and a column `text`. Files of these names
+in the folder are replaced; files of an earlier run with higher numbers stay.
 """
 
 from __future__ import annotations

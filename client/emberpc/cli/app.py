@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-# Typer has no public function that installs the completion for a given shell, so this uses a private module.
+# Typer has no public function that installs or returns the completion for a given shell, so this imports a private
+# module.
 from typer._completion_shared import Shells, get_completion_script, install
 
 from emberpc.cli import output
@@ -26,7 +27,7 @@ _EPILOG = (
     "5 conflict; 6 refused; 7 verification failed; 130 interrupted."
 )
 
-#: Options that other programs have for the address of a server.
+#: Options that other programs have for the address of a server. The error for one of them names the right option.
 _ADDRESS_OPTIONS = ("--server", "--host", "--address", "--addr", "--port", "--url", "--endpoint")
 _PROGRAM, _COMPLETE = "emberpc", "_EMBERPC_COMPLETE"
 #: Whether errors are shown with their traceback: --debug is given, or EMBERPC_DEBUG is true.
@@ -37,7 +38,8 @@ _debug: ContextVar[bool] = ContextVar("debug", default=False)
 class _Command:
     """A command or a group of commands.
 
-    `panel` is the title of its panel in the help. The module `module` of `emberpc.cli` defines it as `attribute`.
+    `panel` is the title of the panel that shows the command in the help. The module `emberpc.cli.{module}` has the
+    function of the command, or the Typer app of the group, as `attribute`.
     """
 
     panel: str
@@ -69,9 +71,9 @@ _COMMANDS = {
 
 @cache
 def app_with(*names: str) -> typer.Typer:
-    """Return the command line with the commands `names`, or with all commands if there are no names.
+    """Return the Typer app with the commands `names`, keys of `_COMMANDS`, or with all commands if there are no names.
 
-    Imports the modules of the commands.
+    The first call for the same names imports the modules of the commands; later calls return the same app.
     """
     app = typer.Typer(
         name="emberpc",
@@ -114,16 +116,17 @@ def _every_command(
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run the command that `arguments` state, and return the exit code. Errors are printed to stderr.
+    """Run the command that `arguments`, without the program name, state, and return the exit code.
 
-    An error that Ctrl-C caused is not printed.
+    Errors are printed to stderr, but not an exception with KeyboardInterrupt among its causes: its exit code is 130.
+    Errors of `_completion` are raised.
     """
     arguments = _debug_first(arguments)
     if (completion := _completion(arguments)) is not None:
         return completion
     _debug.set(arguments[:1] == ["--debug"])  # the callback also reads EMBERPC_DEBUG, but runs after --help
     try:
-        # In standalone mode, Typer would print errors and exit. This function prints them and returns the code.
+        # In standalone mode, Typer would print errors and exit. `run` prints errors in its own form, and returns.
         code = int(_app_for(arguments)(arguments, prog_name=_PROGRAM, standalone_mode=False) or 0)
         return code or _flush() or ExitCode.OK
     except SystemExit as error:
@@ -132,13 +135,15 @@ def run(arguments: Sequence[str]) -> int:
             return ExitCode.OK
         raise
     except typer.TyperException as error:
-        # A usage error of Typer has the context of the command, with its name; other errors have none.
+        # A usage error of Typer has the context of the command, with the command's name. Another TyperException has no
+        # context; its message refers to the help of `emberpc`.
         command = getattr(getattr(error, "ctx", None), "command_path", "emberpc")
         message = error.format_message().rstrip(".").replace("Value error, ", "")
         if address := _address_option(error):
-            # Without the similar names that Typer suggests: they have other meanings.
+            # Typer appends similar option names, in parentheses. They are removed, since they have other meanings.
             message = f"{message.partition(' (')[0]}; the address of the server is {address} HOST:PORT"
-        # An empty message means that the command had no arguments, and Typer printed the help.
+        # A message may end with a question, such as "Did you mean …?". An empty message means that the command had no
+        # arguments, and Typer printed the help; then no error is printed.
         separator = " See" if message.endswith("?") else "; see"
         return _failed(f"{message}{separator} {command} --help", ExitCode.INPUT) if message else ExitCode.INPUT
     except Exception as error:  # the only place that turns errors of all kinds into a line for the user
@@ -154,9 +159,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _address_option(error: typer.TyperException) -> str:
-    """Return `--target` or `--listen`, if the command has it and the error is an unknown option of `_ADDRESS_OPTIONS`.
+    """Return the option for an address, if `error` is about an option of `_ADDRESS_OPTIONS`.
 
-    Otherwise an empty text is returned.
+    The option is `--target` if the command has it, else `--listen` if the command has that. Otherwise the result is
+    empty.
     """
     if getattr(error, "option_name", None) not in _ADDRESS_OPTIONS:
         return ""
@@ -167,8 +173,12 @@ def _address_option(error: typer.TyperException) -> str:
 def _completion(arguments: Sequence[str]) -> int | None:
     """Install or show the completion for the shell that the arguments name, and return the exit code.
 
-    None: the arguments are not --install-completion or --show-completion with the name of a shell. Typer itself handles
-    these options without a name: it detects the present shell.
+    An unknown shell is an error, which is printed. None: the arguments are not --install-completion or
+    --show-completion with a value. Without a value, Typer itself handles these options: it detects the present shell.
+
+    Raises:
+        OSError, subprocess.CalledProcessError: the completion cannot be installed.
+        CliError, typer.Exit: the script cannot be written to stdout, or the reader closed the pipe.
     """
     option, _, shell = " ".join(arguments).replace("=", " ", 1).partition(" ")
     if option not in ("--install-completion", "--show-completion") or not shell:
@@ -185,7 +195,10 @@ def _completion(arguments: Sequence[str]) -> int | None:
 
 
 def _debug_first(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with --debug, if it occurs before any `--`, moved to the start, where Typer accepts it."""
+    """Return the arguments with --debug at the start, where Typer accepts it, if it occurs before the first `--`.
+
+    All other occurrences before the first `--` are removed. Arguments after that stay as they are.
+    """
     options = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
     rest = list(arguments[len(options) :])
     kept = [argument for argument in options if argument != "--debug"]
@@ -193,16 +206,19 @@ def _debug_first(arguments: Sequence[str]) -> list[str]:
 
 
 def _app_for(arguments: Sequence[str]) -> typer.Typer:
-    """Return an app with only the command in the arguments, since importing the other commands is slow.
+    """Return an app with only the command that the arguments name, since importing the other commands is slow.
 
-    If the first argument, apart from --debug, is not a command, the app has all commands.
+    The command is the first argument other than --debug. If that is not a command, the app has all commands.
     """
     named = next((argument for argument in arguments if argument != "--debug"), "")
     return app_with(named) if named in _COMMANDS else app_with()
 
 
 def _is_of_an_interrupt(error: BaseException | None) -> bool:
-    """Return whether Ctrl-C caused an error. A library that Ctrl-C interrupts may raise an error of its own."""
+    """Return whether an error, or one in its chain of causes, is a KeyboardInterrupt; False for None.
+
+    A library that Ctrl-C interrupts may raise an error of its own.
+    """
     seen = set[int]()  # the chain of causes can have a cycle if a library raises an error again
     while error is not None and not isinstance(error, KeyboardInterrupt) and id(error) not in seen:
         seen.add(id(error))
@@ -211,7 +227,10 @@ def _is_of_an_interrupt(error: BaseException | None) -> bool:
 
 
 def _is_of_the_help(error: OSError) -> bool:
-    """Return whether an error was raised while Typer and Rich wrote the help to stdout, past the module `output`."""
+    """Return whether code of Typer or Rich raised the error: the innermost Python function is theirs.
+
+    They write the help to stdout without the module `output`, so `run` takes such an error for one of writing the help.
+    """
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return str(frame.f_globals.get("__name__")).partition(".")[0] in ("rich", "typer")
 
@@ -219,7 +238,7 @@ def _is_of_the_help(error: OSError) -> bool:
 def _flush() -> int | None:
     """Flush stdout. Return None if that succeeded, 0 if the reader closed the pipe.
 
-    Otherwise print the error, and return its exit code.
+    If stdout cannot be written otherwise, print the error, and return its exit code.
     """
     try:
         output.flush()

@@ -27,7 +27,7 @@ def backup(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a backup of a collection to one file. The collection can be read and written meanwhile."""
+    """Write a backup of a collection, as it is at one moment, to one file. Reads and writes continue meanwhile."""
     target = check_output_path(output, overwrite)
     with stages() as show:
         try:
@@ -35,7 +35,7 @@ def backup(
         except OSError as error:
             raise CliError(f"--output: {output} cannot be written: {error.strerror}") from error
     if target.is_stream:
-        # The file may be /dev/stdout. Then stdout must have nothing but the backup, so this line goes to stderr.
+        # The device or pipe may be stdout, which must have nothing but the backup. So the size goes to stderr.
         note(f"wrote {size} bytes to {output}")
     elif as_json:
         print_json([{"file": output, "bytes": size}])
@@ -50,7 +50,7 @@ def restore(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `collection backup` wrote.")],
     as_json: AsJson = False,
 ) -> None:
-    """Create a collection from a backup file. If an error occurs, no collection is created."""
+    """Create a collection from a backup file, and show it. If the server refuses the file, no collection is created."""
     with stages() as show:
         try:
             collection = client.restore_collection(name, file, progress=_megabytes(show, "restoring (MB)"))

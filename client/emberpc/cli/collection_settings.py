@@ -1,4 +1,7 @@
-"""Settings of a collection, which an export stores so that an import can create the same collection."""
+"""Settings of a collection, with which a collection like it can be created.
+
+An export stores them in a Parquet file, or for JSON Lines prints them as a command.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ from emberpc.client.types import Distance, Truncation
 
 @dataclass(frozen=True)
 class CollectionSettings:
-    """Arguments of `Client.create_collection`, with the same meanings, and a fingerprint.
+    """The settings of a collection, and the fingerprint of its model.
 
-    `model_fingerprint` (hex) identifies the model that made the vectors; empty: unknown, or there is no model.
+    The settings are arguments of `Client.create_collection`, with the same meanings. `model_fingerprint` (hex)
+    identifies the model that made the vectors; empty: unknown, or there is no model.
     """
 
     model: str = ""
@@ -30,13 +34,13 @@ class CollectionSettings:
 
     @staticmethod
     def of(collection: Collection) -> CollectionSettings:
-        """Return the settings of a collection."""
+        """Return the settings of an existing collection, with the fingerprint of its model."""
         return CollectionSettings(
             **{field.name: getattr(collection, field.name) for field in dataclasses.fields(CollectionSettings)}
         )
 
     def to_json(self) -> str:
-        """Return the settings as JSON, to store in a file."""
+        """Return the settings and the fingerprint as a JSON object, to store in a file."""
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
@@ -48,7 +52,7 @@ class CollectionSettings:
             name: name of the file, for messages.
 
         Raises:
-            CliError: the text is not a JSON object, or a setting has the wrong type.
+            CliError: the text is not a JSON object, or a setting has the wrong type. Values are not checked.
         """
         damaged = CliError(f"{name}: the settings of the collection in it are damaged; export the collection again")
         try:
@@ -72,7 +76,8 @@ class CollectionSettings:
     def create(self, client: Client, name: str) -> Collection:
         """Create the collection `name` with these settings, and return it.
 
-        Raises EmberpcError if the call fails, InputError for a distance or truncation that the client does not know.
+        The fingerprint is not used. Raises EmberpcError if the call fails, for example because the collection exists;
+        InputError or InputTypeError for a setting that the client refuses, such as an unknown distance.
         """
         return client.create_collection(
             name,
@@ -88,7 +93,7 @@ class CollectionSettings:
     def command(self, name: str) -> str:
         """Return the shell command that creates the collection `name` with these settings.
 
-        Settings that are empty or 0 are left out, and so is the fingerprint, for which there is no option.
+        Settings that are empty or 0, which mean the default, are left out. So is the fingerprint: it has no option.
         """
         options = {
             "--model": self.model,

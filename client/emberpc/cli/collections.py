@@ -1,4 +1,4 @@
-"""The commands `emberpc collection …`, except map, backup, restore, export and import."""
+"""The commands `emberpc collection …`. Other modules define map, backup, restore, export and import."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from emberpc.client.types import Distance, Progress, Truncation
 
 app = typer.Typer(help="Create, show, change, check, analyse, copy and delete collections.", no_args_is_help=True)
 
-#: Timeout of a request for duplicates or clusters, in seconds, in place of --timeout: with a million records the server
-#: may need minutes.
+#: Timeout of a request for duplicates or clusters, in seconds. It replaces --timeout, since the server may need minutes
+#: for a million records.
 GROUPS_TIMEOUT = 3600.0
 #: Seconds between two requests for the progress of a reembedding.
 _FOLLOW_SECONDS = 0.5
@@ -77,7 +77,7 @@ def create(
 @app.command("list")
 @with_client
 def list_collections(client: Client, as_json: AsJson = False) -> None:
-    """List the collections: name, number of records, model, dimensions, distance, size on disk."""
+    """List the collections: name, number of records, model, dimensions, distance, size on disk; --json: all fields."""
     if as_json:
         print_json(client.collections())
         return
@@ -114,7 +114,7 @@ def update(
     truncation: Annotated[Truncation, typer.Option(help="Treatment of records whose text has too many tokens.")],
     as_json: AsJson = False,
 ) -> None:
-    """Change how a collection truncates texts with too many tokens; stored records do not change."""
+    """Change how a collection truncates record texts with too many tokens, from now on, and show the collection."""
     _show(client.update_collection(name, truncation=truncation), as_json)
 
 
@@ -125,9 +125,9 @@ def delete(
     name: Name,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Delete a collection with all its records. On a terminal, ask first, unless --yes is given.
+    """Delete a collection with all its records.
 
-    Exit code 130: the answer was no, or Ctrl-C.
+    Asks first if stdin and stderr are terminals and --yes is not given. Exit code 130: not confirmed, or Ctrl-C.
     """
     if not yes and sys.stdin.isatty() and sys.stderr.isatty():
         count = client.get_collection(name).record_count
@@ -155,9 +155,9 @@ def reembed(
         bool, typer.Option("--cancel", help="Cancel the reembedding; the collection keeps its model.")
     ] = False,
 ) -> None:
-    """Replace the vectors of a collection by those of another model.
+    """Replace the vectors of a collection by those of another model, or cancel that.
 
-    Searches use the old vectors until all new vectors exist.
+    The server embeds the stored texts. Searches use the old vectors until all new vectors exist.
     """
     if cancel == bool(model):
         raise CliError("give --model, or --cancel, one of the two")
@@ -182,7 +182,10 @@ def verify(
     full: Annotated[bool, typer.Option("--full", help="Search for every record instead of a random sample.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check that all records are undamaged, and that searches find a sample of them. Exit code 7: a check failed."""
+    """Check that all records are undamaged, and that searches find a sample of them, or all with --full.
+
+    Exit code 7: a problem was found. The server repairs some kinds of problems.
+    """
     with progress("verifying", client.get_collection(name).record_count) as done:
         found = client.verify_collection(name, full=full, progress=lambda checked, _: done(checked))
     if as_json:
@@ -208,7 +211,7 @@ def records(
     with_vectors: WithVectors = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the records of a collection in the order of their ids; with --json as JSON Lines that `upsert` reads."""
+    """List records of a collection in byte order of their ids; with --json as JSON Lines that `upsert` reads."""
     found = itertools.islice(client.records(name, where=where, with_vectors=with_vectors), limit or None)
     if as_json:
         print_json(found)
@@ -228,7 +231,7 @@ def duplicates(
     limit: Annotated[int, typer.Option(min=1, help="Most pairs to show.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Find pairs of records with similar vectors, most similar first."""
+    """Show the pairs of records with the most similar vectors, by cosine, most similar first."""
     every = client.duplicates(name, min_score=min_score, timeout=GROUPS_TIMEOUT)
     pairs = list(itertools.islice(every, limit + 1))
     shown = pairs[:limit]
@@ -263,7 +266,7 @@ def clusters(
     examples: Annotated[int, typer.Option(min=1, max=100, help="Number of example records of each cluster.")] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Group the records of a collection into clusters of similar vectors, with examples of each cluster."""
+    """Group the records of a collection into clusters of similar vectors, largest first, with examples of each."""
     found = client.clusters(name, count, examples=examples, timeout=GROUPS_TIMEOUT)
     if as_json:
         print_json(found)
@@ -303,8 +306,11 @@ app.command("import")(import_export.import_records)
 def _followed(client: Client, collection: Collection, done: Progress) -> Collection:
     """Wait until the reembedding of a collection is done or cancelled, and return the collection in its new state.
 
-    `done` is called with the number of records with new vectors; at the end, also after a cancellation, with the number
-    of all records. A problem is printed to stderr when it begins.
+    `done` is called repeatedly with the number of records with new vectors, and at the end, also after a
+    cancellation, with the number of all records. A new problem of the reembedding is printed to stderr.
+
+    Raises:
+        EmberpcError: a request failed, such as with NotFound after the collection was deleted.
     """
     reported = ""
     while (job := collection.reembedding) is not None:

@@ -1,4 +1,4 @@
-"""Convert the metadata cells of a table from text to the types that --types states for their columns."""
+"""Convert the metadata cells of a table (CSV or TSV) from text to the types that --types states for their columns."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import typer
 from emberpc.cli.errors import CliError
 from emberpc.cli.options import listed
 
-#: Greatest number of a cell of the type `int`, either sign. Metadata stores numbers as doubles, which cannot represent
-#: every whole number beyond this one.
+#: Greatest absolute value of a cell of the type `int`. Metadata stores numbers as doubles, which cannot represent every
+#: whole number beyond this one.
 _MAX_WHOLE = 2**53
-#: Most characters of a cell in an error message.
+#: Number of first characters of a cell that an error message shows.
 _SHOWN = 60
-#: Forms of the cells of each type, apart from limits of size. Cells of the type `bool` are put in small letters first.
+#: Valid cells of the types `int`, `float` and `bool`. `_int` and `_float` also limit the number. `_bool` compares the
+#: cell in small letters.
 _INT = re.compile(r"[+-]?[0-9]+")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
@@ -62,10 +63,10 @@ _TEXT = "text"
 
 
 class ColumnTypes:
-    """Types of the metadata columns of a table. A column without a type is text.
+    """Types of the metadata columns of a table. A column without a type is text. False if no column has a type.
 
     Args:
-        values: the values of --types, such as `year=int,price=float`.
+        values: the values of --types, each a list such as `year=int,price=float`.
 
     Raises:
         CliError: an item is empty, not COLUMN=TYPE, has an unknown type, or repeats a column.
@@ -87,7 +88,10 @@ class ColumnTypes:
         return bool(self._types)
 
     def problem(self, columns: Sequence[str]) -> str:
-        """Return the problem if --types names a column that is not in `columns`, the metadata columns; else ""."""
+        """Return the message of an error if --types names a column that is not in `columns`; otherwise "".
+
+        `columns` are the titles of the table's metadata columns.
+        """
         missing = next((column for column in self._types if column not in columns), None)
         if missing is None:
             return ""
@@ -96,13 +100,14 @@ class ColumnTypes:
     def convert(
         self, cells: Mapping[str, str], refuse: Callable[[str], NoReturn]
     ) -> dict[str, str | int | float | bool]:
-        """Return the values of a row's metadata cells.
+        """Return the values of a row's metadata cells by column.
 
-        A cell of a type other than text is left out if it is empty or only white space.
+        A text cell stays as it is. A cell of another type is parsed without outer white space, and is left out if
+        nothing remains.
 
         Args:
             cells: the cells by column.
-            refuse: called with the problem if a cell cannot be parsed as its type; must raise an exception.
+            refuse: called with the message of an error if a cell is not valid for its type; must raise an exception.
         """
         found: dict[str, str | int | float | bool] = {}
         for column, cell in cells.items():

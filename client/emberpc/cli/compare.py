@@ -1,4 +1,4 @@
-"""The command `emberpc compare`: measure classification strategies on the data of the user, and recommend one."""
+"""The command `emberpc compare`: measure classification strategies on the user's data, and recommend one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _EVERYTHING = "1,2,4,8,16,32,all"
 _BYTES_PER_MB = 1e6
-#: Most lines on stderr about strategies and budgets that were not measured; the report lists all.
+#: Most lines on stderr about a strategy and budget that was not measured. If there are more, one further line states
+#: how many; the report lists all.
 _SKIPPED = 5
 #: Most labels whose figures are printed; the report lists all.
 _WEAKEST = 8
@@ -145,7 +146,7 @@ def compare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle of --export-winner.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare all strategies on your own data, from embeddings to full fine-tuning, and recommend a strategy."""
+    """Compare classification strategies, from embeddings to full fine-tuning, on your own data; recommend one."""
     left = f"all measurements are kept in {output}; run the same command to resume"
     if output.exists() and not output.is_dir():
         raise CliError(f"--output: {output} is not a folder; choose another place")
@@ -197,10 +198,10 @@ def compare(
 
 
 def _budgets(values: list[str]) -> tuple[int, ...]:
-    """Return the budgets that the values of --budget name, with the constant `ALL` for `all`.
+    """Return the budgets that the values of --budget name, in order, with the constant `ALL` for `all`.
 
     Raises:
-        CliError: an item is neither a number nor `all`, is empty, or is repeated.
+        CliError: an item is neither digits nor `all`, is empty, or is repeated. 0 is not refused here.
     """
     from emberpc.export.compare.outcomes import ALL
 
@@ -213,7 +214,10 @@ def _budgets(values: list[str]) -> tuple[int, ...]:
 
 
 def _seconds(text: str | None) -> float | None:
-    """Return the value of --time-limit, such as `30m`, in seconds; None stays None. Raise CliError if it is no time."""
+    """Return the value of --time-limit, such as `30m`, in seconds; None stays None.
+
+    Raises CliError unless the value is a number and s, m or h.
+    """
     if text is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())

@@ -19,7 +19,7 @@ from emberpc.client import TLS, Client, EmberpcError, FilterWarning
 from emberpc.client._core.connection import is_local, is_url
 
 _PANEL = "Connection"
-#: The remedy in messages of errors about the deadline, in the words of `in_cli_terms`.
+#: A remedy in messages about a missed deadline, as `in_cli_terms` words it; `_batch_remedy` replaces it.
 _SEND_LESS = "fewer texts in one request"
 
 _OPTIONS = [
@@ -71,10 +71,12 @@ _OPTIONS = [
 
 
 def with_client(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command with the connection options added. It calls `command` with a client as the first argument.
+    """Return a function for Typer, with the options of `command` and the connection options.
 
-    The client is closed afterwards. Warnings about filters are printed to stderr. Errors about the deadline name
-    --batch-size as a remedy if the command has this option.
+    The function creates a client from the connection options, calls `command` with the client as the first argument and
+    with the other options, and closes the client.
+    Meanwhile `_filter_warnings` prints warnings about filters, and if the command has the option --batch-size,
+    `_batch_remedy` changes errors. Errors of `connect` are raised.
     """
 
     def run(options: dict[str, Any], values: dict[str, Any]) -> None:
@@ -86,9 +88,10 @@ def with_client(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def _batch_remedy(has_batches: bool) -> Iterator[None]:
-    """Context manager that names --batch-size as a remedy in errors of its block about the deadline.
+    """Context manager that names --batch-size as a remedy in an EmberpcError of its block.
 
-    It changes nothing if `has_batches`, whether the command has that option, is false.
+    An error whose message has the remedy `_SEND_LESS` becomes a CliError with the same exit code. Other errors do not
+    change, and none does unless `has_batches`: the command has the option --batch-size.
     """
     try:
         yield
@@ -102,7 +105,10 @@ def _batch_remedy(has_batches: bool) -> Iterator[None]:
 
 @contextmanager
 def _filter_warnings() -> Iterator[None]:
-    """Context manager that prints each FilterWarning of its block to stderr as one line, `warning: …`."""
+    """Context manager that prints each FilterWarning of its block to stderr as one line, `warning: …`.
+
+    Other warnings are shown as usual.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("always", FilterWarning)
         usual = warnings.showwarning
@@ -125,18 +131,18 @@ def _filter_warnings() -> Iterator[None]:
 
 
 def connect(target: str, timeout: float, token: str | None, tls_ca: Path | None) -> Client:
-    """Create a client from the values of the connection options.
+    """Create a client from the values of the connection options. Nothing is sent yet.
 
     Args:
-        target: HOST:PORT.
-        timeout: seconds that a request may take.
+        target: HOST:PORT, or another target of gRPC such as `unix:PATH`; HOST alone: port 50051.
+        timeout: seconds that one request may take, unless a method states another timeout.
         token: bearer token; None or empty: none.
         tls_ca: PEM file of the certificates that may sign the server's certificate; None: no encryption.
 
     Raises:
         CliError: the target is a URL, the token would be sent to another host unencrypted, or the certificate file
             cannot be read.
-        InputError: another option is wrong.
+        InputError: the target is empty, the timeout is out of range, or the token has invalid characters.
     """
     if is_url(target):
         raise CliError(f"--target: is {target!r}; give HOST:PORT alone, and --tls-ca FILE for an encrypted connection")

@@ -18,26 +18,27 @@ def id_of_text(text: str) -> str:
 class ContentIds:
     """Gives each row of a table the id of its text, and skips rows that repeat an earlier row.
 
-    A text always has the same id. So if a table is written a second time, its records replace those of the first time.
-    The id depends on the text only, so that a row with a corrected label replaces the record with the wrong label.
+    A row repeats an earlier row if the text, the label and the metadata are the same. A text always has the same id, so
+    the records of a table that is written again replace the earlier records. The id does not depend on the label: if a
+    label is corrected and the table is written again, the record with the wrong label is replaced.
 
     Attributes:
-        repeated: number of rows that repeat an earlier row.
+        repeated: number of rows that were skipped.
     """
 
     def __init__(self) -> None:
         self.repeated = 0
-        #: For each id: the line of its row, and a hash of the whole row.
+        #: For each id: the line of the first row with its text, and the `hash` of that row.
         self._rows: dict[str, tuple[int, int]] = {}
 
     def add(self, number: int, record: Mapping[str, Any], refuse: Callable[[str], NoReturn]) -> dict[str, Any] | None:
-        """Return a record with its id; None if an earlier row has the same text, label and metadata.
+        """Return a copy of a record with its id; None if an earlier row has the same text, label and metadata.
 
         Args:
             number: line of the row, a different number for each row.
             record: the record without id; it must have `text`.
             refuse: called with the problem if the text is empty or only white space, or an earlier row has the same
-                text and another label or other metadata; must raise an exception.
+                text and another label, other metadata, or metadata in another order; must raise an exception.
         """
         text = record["text"]
         if not text.strip():

@@ -1,6 +1,7 @@
 """Translate error messages of server and client to the terms of the command line.
 
-Fields of a request become options or arguments, and calls of the API become commands.
+The fields of a request that this module lists become options or arguments. The remedies that this module lists name
+options and commands instead of fields and calls of the API.
 """
 
 from __future__ import annotations
@@ -22,29 +23,31 @@ _REMEDIES = (
 )
 #: Repeated fields of a request that are arguments of a command, with their names on the command line.
 _ITEMS = {"texts": "text", "targets": "target", "ids": "id"}
-#: Matches an item of one of these fields at the start of a message.
+#: Matches an item of a field of `_ITEMS`, such as `texts[3]`, at the start of a message.
 _ITEM = re.compile(rf"^({'|'.join(_ITEMS)})\[(\d+)\]")
-#: Items of which a command sends exactly one: the pattern of the item in a message, and its name on the command line.
+#: Fields of which a command sends one item only: the pattern at the start of a message, and the name to put there.
 _SINGLE_ITEMS = (
     (re.compile(r"^sources\[0\]"), "the source"),
     (re.compile(r"^queries\[0\](\.text)?|^query(?= )"), "the query"),
 )
-#: Matches, at the start of a message, one of these fields of a request, each of which is an option of a command.
+#: Matches, at the start of a message, a field of a request that is an option of a command. Group 1 is the option with
+#: `_` instead of `-`.
 _FIELD = re.compile(
     r"^(?:collection\.)?(?:hnsw\.)?(model|classifier|dimensions|truncation|m|ef_construction|top_k)(?=: )"
 )
-#: Matches the argument `timeout` of the client at the start of a message.
+#: Matches `timeout`, an argument of the client, at the start of a message such as `timeout is 0 seconds`.
 _TIMEOUT = re.compile(r"^timeout(?= is )")
 
 
 def in_cli_terms(message: str, collection: str = "") -> str:
-    """Return an error message with the fields and remedies that this module lists replaced by options and commands.
+    """Return an error message with the fields and remedies that this module lists in the terms of the command line.
 
-    Items are then counted from 1: `texts[3]` at the start of a message becomes `text 4`.
+    A field is replaced only at the start of the message. An item is then counted from 1: `texts[3]` becomes `text 4`.
 
     Args:
         message: message of an error of the client or the server.
-        collection: the collection that the command writes records to; empty: it writes none.
+        collection: the collection that the command writes records to, which the remedy for too many tokens then names;
+            empty: the command writes no records.
     """
     if collection:
         message = message.replace(

@@ -22,20 +22,20 @@ class ExitCode(IntEnum):
 
 
 class CliError(Exception):
-    """A command failed. The message is for the user, and `code` is the exit code of the program."""
+    """A command failed. The message is for the user. `code` is the exit code of the program, by default INPUT."""
 
     def __init__(self, message: str, code: ExitCode = ExitCode.INPUT) -> None:
         super().__init__(message)
         self.code = code
 
 
-#: Import names of the packages that `serve` needs, beside those of the base install and of the extra [cli].
+#: Import names of the packages that `serve` needs with any settings, beside the base install and the extra [cli].
 SERVER_PACKAGES = ("onnxruntime", "tokenizers", "hnswlib", "threadpoolctl", "grpc_health", "grpc_reflection")
 #: Import names of the packages that `verify` needs; with --against it needs EXPORT_PACKAGES too.
 VERIFY_PACKAGES = ("onnxruntime", "tokenizers")
 #: Import names of the packages that `collection map` needs.
 MAP_PACKAGES = ("sklearn",)
-#: Import names of the packages that `export` and `compare` need.
+#: Import names of the packages that `export`, `compare` and `verify --against` need.
 EXPORT_PACKAGES = (
     *("torch", "transformers", "optimum", "onnx", "onnxruntime"),
     *("tokenizers", "sentence_transformers", "sklearn", "threadpoolctl", "matplotlib", "jinja2", "hnswlib"),
@@ -43,7 +43,7 @@ EXPORT_PACKAGES = (
 
 
 def exit_code(error: Exception) -> ExitCode | None:
-    """Return the exit code of an error that is expected, and reported in one line; None: a bug of the program."""
+    """Return the exit code of a CliError or an error of the client; None for other errors, which are not expected."""
     if isinstance(error, CliError):
         return error.code
     from emberpc import client  # late: commands without a server do not need the client
@@ -70,7 +70,7 @@ def how_to_install(extra: str) -> str:
     """Return instructions to install an extra, such as `cli`, from a checkout or from a package index."""
     in_checkout = f"pip install '.[{extra}]'"
     if extra == "export":
-        # Without the constraints, pip compares versions for minutes, and may install a PyTorch of several gigabytes.
+        # Without the constraints, pip compares versions for minutes.
         in_checkout = f"pip install torch '.[{extra}]' -c constraints.txt"
     return f"run, in a checkout: {in_checkout}; or, once it is published: pip install 'emberpc[{extra}]'"
 
@@ -84,7 +84,7 @@ def require(packages: Sequence[str], extra: str, command: str) -> None:
         command: the command that needs them, such as `emberpc serve`.
 
     Raises:
-        CliError: a package is missing; the message says how to install it.
+        CliError: a package is missing; the message names the first one, and says how to install the extra.
     """
     for package in packages:
         if find_spec(package) is None:

@@ -30,9 +30,9 @@ Checkpoints = Annotated[
 #: Encoder of the commands that train, if --base is not given.
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 Base = Annotated[str, typer.Option("--base", metavar="SOURCE", help="The encoder; as for `export embedding`.")]
-#: Names of the figures of held-out texts, by their names in the manifest.
+#: Names under which figures of held-out texts are printed, by their names in the manifest.
 _HELD_OUT = {name: f"held-out {name}" for name in ("accuracy", "macro_f1", "micro_f1", "ece", "ece_uncalibrated")}
-#: Options for labelled data, of `export classifier` and of `compare`.
+#: From here to `Train`: options for labelled data, of `export classifier` and of `compare`.
 Descriptions = Annotated[
     Path | None,
     typer.Option(
@@ -104,7 +104,7 @@ def embedding(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Export an encoder as an embedding model, and check that its vectors are those of PyTorch."""
+    """Export an encoder as an embedding model, and check its vectors against those of PyTorch."""
     prompts = None
     if query_prompt is not None or passage_prompt is not None:
         prompts = Prompts(query=query_prompt or "", passage=passage_prompt or "")
@@ -170,7 +170,7 @@ def classifier(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a classifier, calibrate it, export it, and check that its outputs are those of PyTorch."""
+    """Make a classifier, calibrate it if there are enough texts, export it, and check its outputs against PyTorch."""
     labelled = labelled_columns(text_column, label_column, label_separator)
     files: dict[Path | None, Sequence[str]] = {
         train: labelled,
@@ -222,7 +222,11 @@ def verify(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check that a model is undamaged and gives the outputs that PyTorch gave. Exit code 7: a check failed."""
+    """Check that a bundle is undamaged, and its outputs against those of PyTorch. Exit code 7: a check failed.
+
+    For another folder with an ONNX file: check that a text has the same output
+    alone and in a batch.
+    """
     if not folder.is_dir():
         raise CliError(f"there is no folder {folder}; give the folder of a bundle")
     require(VERIFY_PACKAGES, "server", "emberpc verify")
@@ -251,7 +255,8 @@ def _option(text: str) -> tuple[str, str]:
 def labelled_columns(text_column: str, label_column: str, separator: str | None) -> tuple[str, ...]:
     """Return the columns that the first row of a file of labelled texts must have: those of the text and the label.
 
-    With a `separator`, a text may have no label, so only the column of the text must be there.
+    `separator` is the separator of the labels of a text; None: each text has one label. With a separator, a text may
+    have no label, so only the column of the text must be there.
     """
     return (text_column, label_column) if separator is None else (text_column,)
 
@@ -268,19 +273,19 @@ def exporting(
     """Context manager of an export: check its files and folder, show its progress, and convert errors of its block.
 
     Args:
-        files: the data files, None for none, and the columns that each must have. They are checked before the block
-            begins, since the block loads PyTorch, which takes seconds.
+        files: the data files, and the columns that the first row of each must have; an entry with the key None is
+            ignored. The files are checked before the block begins, since the block loads PyTorch, which takes seconds.
         target: folder of the bundle; None: no bundle is written.
         overwrite: whether to replace an existing bundle.
         command: name of the command, for messages.
-        left: what the export left on the disk, for messages about a file that cannot be read or written.
+        left: what the export left on the disk, for the message of an OSError.
 
     Yields:
         The function to call with the progress.
 
     Raises:
-        CliError: a package is missing, a file or the folder is wrong, the export failed, or a file cannot be read or
-            written. The exit code is 5 if the folder or a bundle is wrong, otherwise 2.
+        CliError: a package is missing, a data file is wrong, or the block raised ExportError or OSError; exit code 2.
+            Or `target` may not be written, or the block raised BundleError; exit code 5.
     """
     require(EXPORT_PACKAGES, "export", command)
     from emberpc.export.data.datasets import check_columns
@@ -305,9 +310,9 @@ def exporting(
 
 
 def show_bundle(manifest: Manifest, folder: Path, as_json: bool) -> None:
-    """Print the settings and the measured quality of a new bundle, and the command that serves it.
+    """Print the settings, the measured quality and the variants of a new bundle, and on stderr how to serve and ask it.
 
-    `as_json`: print the manifest as one line of JSON instead.
+    `as_json`: print only the manifest, as one line of JSON.
     """
     if as_json:
         print_json([manifest])
@@ -332,7 +337,11 @@ def show_bundle(manifest: Manifest, folder: Path, as_json: bool) -> None:
 
 
 def _show_variants(manifest: Manifest) -> None:
-    """Print a table of the measurements of each variant that has some; then on stderr why others were not kept."""
+    """Print a table of the measured variants, and on stderr the reason for each variant that was not kept.
+
+    The texts that the variants were measured on are named on stderr too, unless the model is an embedding model with
+    one variant.
+    """
     classifier = manifest.task is Task.CLASSIFICATION
     agreement = "same label" if classifier else "same 10 nearest"
     first = manifest.variant().measured

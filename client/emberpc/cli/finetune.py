@@ -72,7 +72,7 @@ def finetune_embedding(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune an embedding model for search, and export it. Exit code 2: no gain on held-out queries, no export."""
+    """Fine-tune an embedding model for search. Without a gain on held-out queries: no export, exit code 2."""
     files: dict[Path | None, Sequence[str]] = {train: (), validation: (), test: (), corpus: ("text",)}
     with exporting(files, output, overwrite=overwrite) as progress:
         from emberpc.export.finetune import finetune_embedding as finetune

@@ -30,7 +30,7 @@ from emberpc.client.types import Distance, Progress, Truncation
 _PARQUET = ".parquet"
 #: Target size in bytes of a page of records that an export requests.
 _PAGE_BYTES = 4 * 2**20
-#: Most records of such a page.
+#: Most records of a page that an export requests.
 _PAGE_RECORDS = 1000
 
 
@@ -53,7 +53,7 @@ def export_collection(
     ] = True,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write the records of a collection to a file that `import` reads. A failed export leaves no file."""
+    """Write the records of a collection to a file that `import` reads. If the export fails, FILE stays as it was."""
     path = None if output == "-" else _target(output, overwrite)
     collection = client.get_collection(name)
     settings = CollectionSettings.of(collection)
@@ -104,10 +104,10 @@ def import_records(
     batch_size: BatchSize = DEFAULT_BATCH,
     as_json: AsJson = False,
 ) -> None:
-    """Upsert the records of a file or folder of any size. Invalid records are reported; the others are written.
+    """Upsert the records of a file or folder in a stream. Invalid records are reported; the others are written.
 
-    It is safe to repeat the command. If the server restarts meanwhile, the
-    import resumes.
+    It is safe to repeat the command. If the server restarts within --timeout,
+    the import resumes.
     """
     opened, stored = _opened(source, split, types or ())
     failures = FailureReport(opened, name)
@@ -148,11 +148,11 @@ def _records(client: Client, collection: Collection, where: str | None, vectors:
         vectors: whether to read the vectors too.
 
     Raises:
-        CliError: with `vectors`, at the end, if the collection was reembedded meanwhile, so that the vectors are of two
-            models.
+        CliError: with `vectors`, after the last record: the fingerprint of the collection's model is no longer that of
+            `collection`, so the vectors may be of two models.
         EmberpcError: a request failed.
     """
-    # Choose the number of records of a page by the average size of a record, so that a page has about 4 MiB.
+    # Choose the number of records of a page by the average size of a record, so that a page has at most about 4 MiB.
     stored = collection.size_bytes // max(collection.record_count, 1)
     page_size = max(1, min(_PAGE_RECORDS, _PAGE_BYTES // max(stored, 4 * collection.dimensions, 1)))
     yield from client.records(collection.name, where=where, with_vectors=vectors, page_size=page_size)
@@ -162,10 +162,10 @@ def _records(client: Client, collection: Collection, where: str | None, vectors:
 
 
 class _Counted:
-    """Iterable over records that counts the records, and calls `done` with the number after every 100.
+    """Iterable over records, for one iteration. It counts them, and calls `done` with the number after every 100.
 
     Attributes:
-        count: number of records read so far.
+        count: number of records that the reader is done with.
     """
 
     def __init__(self, records: Iterable[Record], done: Progress) -> None:
@@ -182,11 +182,11 @@ class _Counted:
 
 
 def _target(output: str, overwrite: bool) -> Path:
-    """Return the file that --output names, after checks.
+    """Return the path that --output names, after checks; it is not `-`.
 
     Raises:
-        CliError: the name has an unknown extension, pyarrow is missing for .parquet, the folder does not exist, the
-            path is a folder, a disk, a socket or a loop of links, or the file exists and `overwrite` is false.
+        CliError: the name has an unknown extension, pyarrow is missing for .parquet, or `check_output_path` refuses the
+            path: for example, its folder does not exist, or the file exists and `overwrite` is false.
     """
     path = Path(output)
     if path.suffix.lower() == _PARQUET:
@@ -199,10 +199,10 @@ def _target(output: str, overwrite: bool) -> Path:
 
 
 def fields_of(record: Record) -> dict[str, Any]:
-    """Return the fields of a record to write, without empty fields and without those that the server sets.
+    """Return the fields of a record to write to a file, without empty fields and without those that the server sets.
 
-    The `time_to_live` of a record that expires at this moment is a millisecond: without the field, the record would
-    never expire after an import.
+    A `time_to_live` below a millisecond becomes a millisecond. As 0, it would be left out as empty, and after an import
+    the record would never expire.
     """
     fields = {key: getattr(record, key) for key in RECORD_KEYS}
     if fields["time_to_live"] is not None:
@@ -226,8 +226,8 @@ def _opened(name: str, split: Split, types: Sequence[str]) -> tuple[Source, Coll
         The source, and the settings; only Parquet files have stored settings, for others they are the defaults.
 
     Raises:
-        CliError: the source cannot be read, its name has an unknown extension, an option does not fit the source, or
-            pyarrow is missing for .parquet.
+        CliError: the name has an unknown extension, an option is invalid or does not fit the source, pyarrow is missing
+            for .parquet, or a Parquet file cannot be read. Other files and folders are not read here.
     """
     path = Path(name)
     if types and path.suffix.lower() not in LINE_FILES:
@@ -249,10 +249,10 @@ def _opened(name: str, split: Split, types: Sequence[str]) -> tuple[Source, Coll
 
 
 def _settings(stored: CollectionSettings, chosen: Mapping[str, Any], text_only: bool) -> CollectionSettings:
-    """Return the settings of a new collection: those stored in the file, with the options of the user in their place.
+    """Return the settings `stored` in the file, with those that the user has `chosen` by options in their place.
 
-    `text_only`: the vectors of the file are ignored, so their fingerprint is left out. Their dimensions are left out
-    too, unless the new collection has the model of the file.
+    With `text_only`, the vectors of the file are ignored, so the fingerprint is left out. The dimensions are left out
+    too, unless the result has the model of the file.
     """
     settings = dataclasses.replace(stored, **chosen)
     if not text_only:
@@ -265,19 +265,20 @@ def _settings(stored: CollectionSettings, chosen: Mapping[str, Any], text_only: 
 def _create(
     client: Client, name: str, settings: CollectionSettings, records: Iterator[dict[str, Any]], source: str
 ) -> Iterator[dict[str, Any]]:
-    """Create a collection for records, and return all the records, the first one included.
+    """Create a collection for records, and return an iterator over all the records, those read here included.
 
     Args:
         client: the client.
         name: name of the collection.
         settings: settings of the collection. Without dimensions, those of the first record's vector are used.
         records: the records; the first ones are read here.
-        source: name of the file, for messages.
+        source: name of the file or folder, for messages.
 
     Raises:
-        CliError: there are neither a model nor dimensions, or another model than the server's made the vectors (see
-            `check_vectors`); no collection is created.
+        CliError: there is no model, and neither `settings` nor the first record gives dimensions; the records cannot be
+            read; or `check_vectors` refuses the vectors. No collection is created.
         EmberpcError: a call failed.
+        InputError: the client does not know the distance or the truncation.
     """
     first = next(records, None)
     vector = (first or {}).get("vector")
@@ -309,7 +310,7 @@ def _create(
 
 
 def _check_wanted(collection: Collection, chosen: Mapping[str, Any]) -> None:
-    """Raise CliError if an existing collection has another value of a setting than the user chose by an option."""
+    """Raise CliError if a setting of an existing collection differs from the value that the user chose by an option."""
     for option, value in chosen.items():
         if (found := getattr(collection, option)) != value:
             message = f"the collection {collection.name!r} is there, and its {option} is {found or 'none'}"

@@ -1,4 +1,4 @@
-"""Read texts and records from line files: plain text, JSON Lines and tables. Errors name the line."""
+"""Read texts and records from line files: plain text, JSON Lines and tables. An error about a line names the line."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from emberpc.cli.output import note
 from emberpc.cli.record_sources import RECORD_KEYS, OnRejected, RecordError, raise_error
 from emberpc.client import InputError, InputTypeError, InvalidArgument
 
-#: Fields that `collection records --json` prints. The server sets them, so `upsert` does not write them, and reads only
-#: `revision`, with --check-revisions.
+#: Fields that the server sets. A file may have them, since `collection records --json` prints them. They are not
+#: written; `upsert --check-revisions` compares `revision`.
 _OUTPUT_KEYS = ("revision", "create_time", "update_time")
 #: Columns of a table that are not metadata fields.
 _RECORD_COLUMNS = ("id", "text", "label", "metadata")
@@ -35,7 +35,7 @@ LINE_FILES = (*JSON_LINES, *_DELIMITERS)
 
 
 class LineFile:
-    """A file of texts or records, or stdin. While it is read, the line number of each item is kept, for errors.
+    """A file of texts or records, or stdin, to read once. `texts` and `records` keep the line of each item, for errors.
 
     Args:
         path: the file; `-` for stdin.
@@ -43,12 +43,12 @@ class LineFile:
         with_revisions: whether each record must have a `revision`; for JSON Lines only.
 
     Raises:
-        CliError: a type is invalid, there are types and the file is not a table, or there must be revisions and the
-            file is a table.
+        CliError: a type is invalid, there are types and the file is not a table, or `with_revisions` is true and the
+            file is a table. The file is not opened yet.
 
     Attributes:
         name: name of the file in messages.
-        lines: item i came from line `lines[i]`, counted from 1.
+        lines: item i, counted from 0, began in line `lines[i]`, counted from 1.
         revisions: with `with_revisions`, `revisions[i]` is the `revision` field of record i.
     """
 
@@ -67,7 +67,7 @@ class LineFile:
             raise CliError(f"--check-revisions is for JSON Lines, and {self.name} is a table; leave it out")
 
     def texts(self) -> list[str]:
-        """Return the file's lines, one text each.
+        """Return the file's lines without line ends, one text each.
 
         Raises:
             CliError: the name has the extension of a file of records, the file is empty or cannot be read, or a line is
@@ -87,6 +87,8 @@ class LineFile:
     def numbered(self) -> Iterator[tuple[str, str]]:
         """Return an iterator over (number from 1 as a str, text) of each line, read lazily; empty lines are included.
 
+        `lines` is not filled.
+
         Raises:
             CliError: the name has the extension of a file of records; or, when a line is read, the file cannot be read
                 or the line is not UTF-8.
@@ -100,10 +102,13 @@ class LineFile:
                 yield str(number), self._decoded(number, line).rstrip("\r\n")
 
     def count(self) -> int | None:
-        """Return the number of lines, header and empty lines included; None for stdin, which can be read only once.
+        """Return the number of lines, header and empty lines included; None for `-`, which can be read only once.
+
+        This reads a file from start to end. A pipe with a name has no lines left afterwards.
 
         Raises:
-            CliError: the file cannot be read.
+            CliError: the file cannot be opened.
+            OSError: the file cannot be read further.
         """
         if self._path == "-":
             return None
@@ -115,16 +120,17 @@ class LineFile:
 
         Files named `.jsonl` or `.ndjson`, and stdin, have JSON Lines. Files named `.csv` or `.tsv` have a table with
         the columns `id` and any of `text`, `label` and `metadata` (a JSON object). Every other column is a metadata
-        field, of strings or of the type that --types states. In a table with `text` and without `id`, each id is made
-        of the text, and rows that repeat an earlier row are left out; see `ContentIds`. Empty lines are skipped.
+        field, of strings or of the type that --types states; a column `vector` is refused. In a table with `text` and
+        without `id`, each id is made of the text, and rows that repeat an earlier row are left out; see `ContentIds`.
+        Empty lines are skipped.
 
         Args:
             refused: called with the error of each line that is not a record; if it returns, reading continues. By
                 default the first error is raised.
 
         Raises:
-            CliError: the file cannot be read or has another format, or a table has a line that is not UTF-8, or is
-                damaged so that the start of the next record is unknown.
+            CliError: the file cannot be read, its name has another extension, the header of a table is wrong, or a
+                table has a line that is not UTF-8 or wrong quotes, so that the next row cannot be found.
         """
         suffix = Path(self._path).suffix.lower()
         if self._path == "-" or suffix in JSON_LINES:
@@ -145,13 +151,13 @@ class LineFile:
             note(f"{self.name}: rows that repeat an earlier row and were left out: {self._content_ids.repeated}")
 
     def place(self, item: int) -> str:
-        """Return the file and the line of an item that was read, such as `records.jsonl:3`; `item` counts from 0."""
+        """Return the file and the first line of an item that was read, such as `records.jsonl:3`; `item` is from 0."""
         return f"{self.name}:{self.lines[item]}"
 
     def locate(self, message: str, field: str) -> str:
         """Return an error message with each item of `field` that was read replaced by file and line.
 
-        For example, with the field `records`, `records[3].text` may become `records.jsonl:5: `.
+        For example, if record 3 is in line 5, `records[3].text: is empty` becomes `records.jsonl:5: text: is empty`.
         """
 
         def place(found: re.Match[str]) -> str:
@@ -164,11 +170,12 @@ class LineFile:
     def locating(self, field: str, collection: str = "") -> Iterator[None]:
         """Context manager that converts InvalidArgument, InputError and InputTypeError of its block to CliError.
 
-        In the message, each item that was read is replaced by file and line.
+        In the message, each item that was read is replaced by file and line, as by `locate`. The message is then put in
+        the terms of the command line by `in_cli_terms`.
 
         Args:
             field: field of the request that has the items, such as `texts`.
-            collection: the collection that the items are written to; empty: they are not written. See `in_cli_terms`.
+            collection: the collection that the items are written to; empty: they are not written.
         """
         try:
             yield
@@ -198,7 +205,7 @@ class LineFile:
             yield file
 
     def _lines(self, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-        """Yield (number from 1, line) for each line; raise CliError if the file cannot be read."""
+        """Yield (number from 1, line with its line end) for each line; raise CliError if the file cannot be read."""
         lines = iter(file)
         for number in range(1, sys.maxsize):
             try:
@@ -313,7 +320,7 @@ class LineFile:
         return header
 
     def _table_record(self, number: int, header: list[str], row: list[str]) -> dict[str, Any] | None:
-        """Return the record of a row. None: the id is made of the text, and an earlier row is the same.
+        """Return the record of a row. None: the id is made of the text, and the row repeats an earlier row.
 
         Raises:
             RecordError: the row is not a valid record.
@@ -339,12 +346,13 @@ class LineFile:
 
 
 def json_object(text: str, what: str, refuse: Callable[[str], NoReturn]) -> dict[str, Any]:
-    """Parse a JSON object and return it as a dict.
+    """Parse a JSON object and return it as a dict. NaN and Infinity are not JSON.
 
     Args:
         text: the JSON.
         what: name of the object in messages.
-        refuse: called with the problem if `text` is not a JSON object, or repeats a key; must raise an exception.
+        refuse: called with the problem if `text` is not a JSON object, is nested too deeply to parse, or repeats a key
+            in one of its objects; must raise an exception.
     """
     try:
         value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=unique_keys)
@@ -363,7 +371,10 @@ def _no_constant(name: str) -> NoReturn:
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """Context manager that increases the most characters of a CSV cell, 131,072 by default; texts may be longer."""
+    """Context manager that raises the process-wide limit of characters in a CSV cell during its block.
+
+    The default of the module `csv` is 131,072, and texts may be longer.
+    """
     limit = csv.field_size_limit(2**31 - 1)
     try:
         yield

@@ -6,15 +6,16 @@ Exit codes:
 |---|---|
 | 0 | done |
 | 1 | unexpected: an error of the server or of this program, damaged data, or a function that the server lacks |
-| 2 | wrong usage or input: an argument, a file or a setting; or a package that is not installed |
+| 2 | wrong usage or input: an argument, a file or a setting; a failed export; a package that is not installed |
 | 3 | no server answers, the server is not ready, or it did not answer in time |
 | 4 | not found: a model, a collection, a record or a service |
 | 5 | conflict: the item exists already, or is not in the required state |
 | 6 | refused: authentication or permission failed, or a limit of the server is reached |
 | 7 | verification failed |
-| 130 | interrupted |
+| 130 | interrupted, or a question was not answered with yes |
 
-Results go to stdout, everything else to stderr. An error is one line, `error: …`.
+Results and help go to stdout, everything else to stderr. The error that ends a command is one line, `error: …`. With
+--debug, the traceback comes before the line.
 """
 
 from __future__ import annotations
@@ -33,9 +34,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Args:
         arguments: the arguments after the program name; None: those of this process.
-
-    Returns:
-        The exit code.
     """
     _open_standard_streams()
     gc.disable()  # imports create many objects and no garbage, so collecting would only cost time
@@ -46,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Reopen each of stdin, stdout and stderr that is closed, so that no socket or file gets its descriptor.
+    """Reopen each of stdin, stdout and stderr that was closed when the process started.
 
-    Reading a reopened stdin, and writing to a reopened stdout, fails as with a closed file. A reopened stderr discards
-    its output.
+    Otherwise a socket or a file could get the descriptor. Reading a reopened stdin and writing to a reopened stdout
+    raise OSError, as a closed descriptor does. A reopened stderr discards its output.
     """
     for number, name, flags, mode in (
         (0, "stdin", os.O_WRONLY, "r"),

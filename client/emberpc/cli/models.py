@@ -101,7 +101,7 @@ def load(
     ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Load a bundle from the server's host, and serve it under a new name."""
+    """Load a model from a folder on the server's host, and serve it under a new name."""
     _show(client.load_model(name, path, variant=variant, progress=_tell), as_json)
 
 
@@ -120,7 +120,7 @@ def reload(
     variant: Annotated[str, typer.Option(help="ONNX variant to serve; default: the variant that is served now.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Replace a served model by the bundle that is now in its folder, or by another bundle. No call fails."""
+    """Replace a model by the one now in its folder, or in another folder. Calls in flight finish on the old model."""
     _show(client.reload_model(name, path, variant=variant, progress=_tell), as_json)
 
 
@@ -174,7 +174,10 @@ def _show(model: Model, as_json: bool) -> None:
 
 
 def _fields(classifier: Classifier) -> dict[str, object]:
-    """Return the fields of a classifier to print: labels with their descriptions, and fingerprints for the model."""
+    """Return the fields of a classifier to print.
+
+    Each label has its description, if any. In place of the model are its fingerprint and the classifier's fingerprint.
+    """
     labels = [f"{label.name}: {label.description}" if label.description else label.name for label in classifier.labels]
     model = classifier.model
     return {

@@ -20,15 +20,15 @@ _HEADER_BYTES = 128
 class RowFile:
     """A .npy file of float32 rows, which may be written in any order.
 
-    It is a context manager. The file appears at the end of the block if the block raises no exception, and has written
-    at least one row.
+    It is a context manager. The file is created or replaced at the end of the block, if the block raised no exception
+    and wrote at least one row. Each row up to the greatest must be written or left out; otherwise it has zeros.
 
     Args:
         path: the file.
 
     Attributes:
-        rows: number of rows of the file so far: the greatest row that was written or left out, plus 1. Rows that were
-            left out have NaN.
+        rows: number of rows of the file so far: the greatest row that was written or left out, plus 1. At the end, rows
+            that were left out have NaN.
         dimensions: dimensions of each row; 0 before the first row is written.
 
     Raises:
@@ -51,7 +51,7 @@ class RowFile:
         self._stack.__exit__(kind, error, traceback)
 
     def write(self, row: int, vector: Vector) -> None:
-        """Write a vector, float32 (dimensions,), as row `row`, from 0. The first vector decides the dimensions.
+        """Write a vector, float32 (dimensions,), as row `row`, from 0. All vectors must have the same dimensions.
 
         Raises:
             CliError: the file cannot be created.
@@ -65,7 +65,7 @@ class RowFile:
         self._put(row, vector)
 
     def leave_out(self, row: int) -> None:
-        """Fill row `row`, from 0, with NaN at the end of the block."""
+        """Note that row `row`, from 0, has no vector. If the file is written, the row has NaN."""
         self._missing.append(row)
         self._count(row)
 
@@ -93,7 +93,7 @@ class RowFile:
 
 
 def save(matrix: Matrix, path: Path) -> None:
-    """Write vectors, float32 (rows, dimensions), to a .npy file; without rows no file is written.
+    """Write vectors, float32 (rows, dimensions), to a .npy file, or replace the file. Without rows, do nothing.
 
     Raises:
         CliError: the file cannot be written.

@@ -25,7 +25,7 @@ WithDetails = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Texts or records of one request.")]
-#: Default of --batch-size: texts or records of one request. With 256 texts of 200 tokens, a busy host of two cores does
+#: Default of --batch-size: texts or records of one request. With 256 texts of 200 tokens, a busy host of two cores may
 #: not answer within the default --timeout of 30 s. The streams of the Python clients have the same default.
 DEFAULT_BATCH = 64
 Where = Annotated[

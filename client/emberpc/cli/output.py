@@ -1,8 +1,8 @@
 """Print results to stdout, and everything else to stderr.
 
-On a terminal, tables are fitted to its width. Elsewhere they are tab-separated and complete. With `--json`, a command
-prints JSON Lines: one object for each result. All functions that write to stdout raise CliError if that fails, or
-`typer.Exit(0)` if the reader closed the pipe; further output is then discarded.
+On a terminal, tables are fitted to its width. Elsewhere they are tab-separated, and no cell is truncated. With
+`--json`, a command prints JSON Lines: one object for each result. All functions that write to stdout raise the errors
+of `flush`; further output is then discarded. Stdout is buffered, so a later function may raise the error of a write.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from emberpc.cli.errors import CliError
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its title, the side that cells are aligned to, and whether it is `wide`.
+    """A column of a table: its title, the side that cells are aligned to on a terminal, and whether it is `wide`.
 
-    On a terminal, the cells of a wide column are truncated if the table does not fit.
+    If a table is too wide for the terminal, the cells of wide columns are truncated. Other columns never are.
     """
 
     title: str
@@ -38,62 +38,71 @@ class Column:
     wide: bool = False
 
 
-#: Least width, in terminal cells, to which a wide column is truncated, even if the table then does not fit.
+#: Least width, in columns of the terminal, to which a wide column is truncated, even if the table then does not fit.
 _LEAST_WIDTH = 16
 #: Space between two columns on a terminal.
 _GAP = "  "
 
 
 def print_json(objects: Iterable[Any]) -> None:
-    """Print each object, a dataclass or plain values, as a line of JSON, without fields of dataclasses that are None.
+    """Print each object as a line of JSON, converted by `plain`.
 
     Raises CliError if stdout cannot be written, or typer.Exit if its reader closed the pipe.
     """
-    # An encoding of stdout other than UTF-8 lacks some characters. JSON escapes have the same meaning.
+    # An encoding of stdout other than UTF-8 lacks some characters. They are written as JSON escapes, not replaced.
     ensure_ascii = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
     for item in objects:
         _write(json_line(item, ensure_ascii=ensure_ascii))
 
 
 def json_line(item: Any, *, ensure_ascii: bool = False) -> str:
-    """Return a dataclass or plain values as a line of JSON with its line end, without fields that are None."""
+    """Return an object as a line of JSON with its line end, converted by `plain`.
+
+    `ensure_ascii`: whether to write characters beyond ASCII as JSON escapes.
+    """
     return json.dumps(plain(item), ensure_ascii=ensure_ascii) + "\n"
 
 
 def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table: on a terminal aligned, with wide columns fitted to it, elsewhere tab-separated and complete.
+    """Print a table: on a terminal aligned, with wide columns truncated to fit, elsewhere tab-separated.
 
-    The first line has the titles of the columns. Each row has a value for each column. Raises CliError if stdout cannot
-    be written, or typer.Exit if its reader closed the pipe.
+    The first line has the titles of the columns. Each row has a value for each column, which is printed as by
+    `one_line(str(value))`. Raises CliError if stdout cannot be written, or typer.Exit if its reader closed the pipe.
     """
     header = [column.title for column in columns]
     _print_rows(columns, [header, *([one_line(str(cell)) for cell in row] for row in rows)])
 
 
 def print_fields(fields: Mapping[str, object]) -> None:
-    """Print an object as a table with the columns `field` and `value`: a line for each field."""
+    """Print a table with the columns `field` and `value`: titles, then a line for each field. No value is truncated.
+
+    The value None is empty, a bool yes or no, and a tuple or mapping a list with commas. Raises the errors of `flush`.
+    """
     columns = [Column("field"), Column("value")]
     _print_rows(columns, [[name, one_line(_field_text(value))] for name, value in fields.items()])
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print each text to stdout as one line, as `one_line` returns it: single spaces, no control characters."""
+    """Print each text to stdout as one line, as `one_line` returns it. Raises the errors of `flush`."""
     for line in lines:
         _write(one_line(line) + "\n")
 
 
 def print_script(script: str) -> None:
-    """Print a text of several lines, and a line end, to stdout; characters that its encoding lacks are replaced."""
+    """Print a text of several lines, without changes to its white space, and a line end, to stdout.
+
+    Characters that the encoding of stdout lacks become `?`. Raises the errors of `flush`.
+    """
     _write(script + "\n")
 
 
 def to_terminal() -> bool:
-    """Return whether stdout is a terminal, where tables are truncated and rounded; elsewhere they are complete."""
+    """Return whether stdout is a terminal. Commands shorten tables there: a person reads them, and no program."""
     return sys.stdout.isatty()
 
 
 def print_blank_line() -> None:
-    """Print an empty line to stdout."""
+    """Print an empty line to stdout. Raises the errors of `flush`."""
     _write("\n")
 
 
@@ -115,7 +124,10 @@ def _print_rows(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Non
 
 
 def _fitted(cell: str, column: Column, width: int) -> str:
-    """Return a cell, truncated or padded so that it takes `width` cells of the terminal; a wide character takes two."""
+    """Return a cell that takes `width` columns of the terminal: padded, or truncated with `…` at the end.
+
+    A character may take two columns of the terminal.
+    """
     if cell_len(cell) > width:
         cell = set_cell_size(cell, width - 1) + "…"
     padding = " " * (width - cell_len(cell))
@@ -123,7 +135,7 @@ def _fitted(cell: str, column: Column, width: int) -> str:
 
 
 def note(message: str) -> None:
-    """Print a message that is not a result, in one line on stderr."""
+    """Print a message to stderr, as `one_line` returns it. Results go to stdout and not here. Errors are ignored."""
     write_stderr(one_line(message) + "\n")
 
 
@@ -133,9 +145,9 @@ def details_printer(wanted: bool) -> Callable[[Any], None] | None:
 
 
 def write_stderr(text: str) -> None:
-    """Write to stderr; errors are ignored, since there is no other place to report them.
+    """Write a text to stderr unchanged. An OSError is ignored, since there is no other place to report it.
 
-    After an error, all further output to stderr is discarded.
+    After an OSError, all further output to stderr is discarded.
     """
     try:
         sys.stderr.write(text)
@@ -147,11 +159,9 @@ def write_stderr(text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """Return a text in one line: inner white space becomes single spaces, outer is removed.
+    """Return a text in one line: each run of white space becomes one space, and none is left at start and end.
 
-    Other unprintable characters become `�`.
-
-    A terminal would execute control characters.
+    Other unprintable characters become `�`, since a terminal would execute control characters.
     """
     return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
 
@@ -159,8 +169,9 @@ def one_line(text: str) -> str:
 def plain(value: Any) -> Any:
     """Convert a value to types that JSON can represent.
 
-    Dataclasses become dicts without the fields that are None; one-dimensional arrays and tuples become lists, times ISO
-    8601 texts, paths and keys texts. Other values are returned unchanged.
+    A dataclass becomes a dict without the fields that are None, a mapping a dict with texts as keys, a tuple a list, a
+    one-dimensional array of numbers a list of floats, a datetime an ISO 8601 text, and a path a text. The values in
+    these, and in lists, are converted too. Other values are returned unchanged.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
@@ -183,7 +194,7 @@ def flush() -> None:
 
     Raises:
         typer.Exit: the reader closed the pipe; the exit code is 0.
-        CliError: stdout cannot be written.
+        CliError: stdout cannot be written for another reason.
     """
     _guarded(sys.stdout.flush)
 
@@ -195,11 +206,11 @@ def _write(text: str) -> None:
 
 
 def _guarded(action: Callable[[], object]) -> None:
-    """Run an action that writes to stdout, and convert its errors.
+    """Run an action that writes to stdout, and convert an OSError. After it, further output to stdout is discarded.
 
     Raises:
         typer.Exit: the reader closed the pipe, as `| head` does; the exit code is 0.
-        CliError: stdout cannot be written, because it is closed or its disk is full.
+        CliError: stdout cannot be written for another reason, such as a full disk.
     """
     try:
         action()
@@ -211,7 +222,7 @@ def _guarded(action: Callable[[], object]) -> None:
 
 
 def discard_stdout(error: OSError) -> CliError:
-    """Discard all further output to stdout, after `error` of writing to it; return the CliError to report."""
+    """Make stdout discard all further output, after a write to it raised `error`. Return the CliError to report."""
     # The buffer still has text. At exit, Python would flush it and report the error a second time. With stdout
     # connected to /dev/null the flush succeeds.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -220,7 +231,7 @@ def discard_stdout(error: OSError) -> CliError:
 
 def _field_text(value: object) -> str:
     if isinstance(value, Mapping):
-        # Seven digits, as many as a float32 has, so that a cosine of 0.9999998 is not shown as 1.
+        # A float32 has about seven significant digits. With the six of `:g`, a cosine of 0.9999998 would be shown as 1.
         return ", ".join(f"{key} {f'{item:.7g}' if isinstance(item, float) else item}" for key, item in value.items())
     if isinstance(value, tuple):
         return ", ".join(map(str, value))

@@ -13,25 +13,25 @@ from emberpc.cli.errors import CliError
 from emberpc.client import InputError
 from emberpc.client._core.files import Target, target_of
 
-#: Folder in which Linux has a link to each open file of the process.
+#: Folder in which Linux has a link to each open file of the process. Through it, a file without a name gets one.
 _OPEN_FILES = Path("/proc/self/fd")
 
 
 def check_output_path(path: Path, overwrite: bool, *, takes_streams: bool = True) -> Target:
-    """Check, before the work starts, that an output file can be written.
+    """Check the path of an output file before the work starts. Permission to write is not checked.
 
     Args:
-        path: the output file.
-        overwrite: whether an existing file may be replaced.
-        takes_streams: whether the bytes are written in order, so that a device or a pipe can receive them.
+        path: the output file. A device, a pipe, or an open file such as `/dev/stdout` is a stream.
+        overwrite: whether an existing file may be replaced; does not matter for a stream.
+        takes_streams: whether the bytes are written in order, so that a stream can receive them.
 
     Returns:
-        The destination: the file with its links resolved, and whether it is a device or a pipe.
+        The destination, see `Target`.
 
     Raises:
-        CliError: the folder of the file does not exist, the path is a folder or a loop of links, the file exists and
-            `overwrite` is false, the path is a disk or a socket, or the path is a device or a pipe and `takes_streams`
-            is false.
+        CliError: the folder of the file does not exist, the path is a folder, a disk or a socket, the path cannot be
+            resolved (such as a loop of links), the file exists and `overwrite` is false, or the path is a stream and
+            `takes_streams` is false.
     """
     target = _target(path)
     if target.is_stream:
@@ -53,12 +53,14 @@ def check_output_path(path: Path, overwrite: bool, *, takes_streams: bool = True
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Context manager that yields a new file, which replaces `path` if the block ends without an exception.
 
-    The file is synced to disk first. Until it is complete it has no name, so nothing remains if the process is
-    killed. On file systems without unnamed files (NFS, macOS), a killed process leaves `.NAME-….part`. If `path` is a
-    link, the file behind the link is replaced. A device or a pipe is written to directly.
+    The new file is synced to disk before that. While the block runs, the file has no name, so nothing remains if the
+    process is killed. Without unnamed files (NFS, macOS), a killed process leaves `.NAME-….part`. If `path` is a link,
+    the file behind the link is replaced. A device, a pipe, or an open file such as `/dev/stdout` is not replaced, but
+    written to directly.
 
     Raises:
-        CliError: the file cannot be written, or the block raises an OSError.
+        CliError: the path is a folder, a disk or a socket, or cannot be resolved; the file cannot be written; or the
+            block raises an OSError.
     """
     target = _target(path)
     try:
@@ -69,7 +71,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _target(path: Path) -> Target:
-    """Return the destination for an output path; raise CliError for a folder, a disk, a socket or a loop of links."""
+    """Return the destination for an output path.
+
+    Raises CliError for a folder, a disk or a socket, or if the path cannot be resolved, such as a loop of links.
+    """
     try:
         return target_of(path, "--output")
     except InputError as error:
@@ -80,9 +85,9 @@ def _target(path: Path) -> Target:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Context manager that yields a new file, which replaces `path` if the block ends without an exception.
+    """Context manager that replaces `path` as `atomic_file` does; `path` is no stream and has no links.
 
-    The new file is in the folder of `path`. Raises OSError if it cannot be written.
+    Raises OSError, not CliError.
     """
     part = path.with_name(f".{path.name}-{secrets.token_hex(4)}.part")
     try:
@@ -92,8 +97,8 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             if not named:
-                # The source is a link to the open file. link() would link the link itself. With `src_dir_fd`, Python
-                # calls linkat(), which follows the link and so gives the file the name `part`.
+                # The source is a link to the open file. link() would link the link itself. With any `src_dir_fd`,
+                # Python calls linkat(), which follows the link and so gives the file the name `part`.
                 os.link(_OPEN_FILES / str(file.fileno()), part, src_dir_fd=file.fileno())
         part.replace(path)
         _synchronise(path.parent)
@@ -102,7 +107,10 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _opened(part: Path) -> tuple[BinaryIO, bool]:
-    """Open a new file in the folder of `part`; return it, and whether it has the name `part` (else it has none yet)."""
+    """Open a new file in the folder of `part`. Return the file, and whether its name is `part`; else it has no name.
+
+    Raises OSError if no file can be created.
+    """
     if hasattr(os, "O_TMPFILE") and _OPEN_FILES.is_dir():
         # An error means that the file system has no unnamed files, or that no file can be created here. In the second
         # case `part.open` below fails too, and raises the error.
@@ -112,7 +120,10 @@ def _opened(part: Path) -> tuple[BinaryIO, bool]:
 
 
 def _synchronise(folder: Path) -> None:
-    """Sync the entries of a folder to disk, so that a renamed file keeps its new name after a crash of the host."""
+    """Sync the entries of a folder to disk, so that a renamed file keeps its new name after a crash of the host.
+
+    Raises OSError if the folder cannot be opened or synced.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -24,24 +24,26 @@ _SETTINGS_KEY = b"emberpc.collection"
 _GROUP_ROWS = 4096
 #: Bytes of vectors and texts, counted as 4 bytes for each character, at which a row group ends with fewer rows.
 _GROUP_BYTES = 32 * 2**20
-#: Number of rows that are decoded at a time.
+#: Number of rows that are decoded at a time, to limit the memory.
 _BATCH_ROWS = 256
 #: Bytes of the file that are read at a time.
 _BUFFER_BYTES = 2**20
-#: Errors of pyarrow for a file that is damaged or not Parquet.
+#: Errors of pyarrow for a file that cannot be read, is damaged or is not Parquet.
 _DAMAGE = (OSError, ValueError, pa.ArrowException)
 
 
 def write_records(
     file: BinaryIO, records: Iterable[Record], settings: CollectionSettings, *, with_vectors: bool
 ) -> None:
-    """Write records as rows of `id`, `text`, `label`, `metadata` (JSON), `time_to_live` and, if wanted, `vector`.
+    """Write records as rows of `id`, `text`, `label`, `metadata` (JSON), `time_to_live` (seconds) and maybe `vector`.
+
+    A time to live or a vector that is None becomes a null.
 
     Args:
         file: the file to write to.
-        records: the records, read lazily.
-        settings: settings of their collection, stored in the file.
-        with_vectors: whether to write a column of vectors.
+        records: the records, read as needed; one row group of them is in memory.
+        settings: settings of the collection of the records, stored in the file.
+        with_vectors: whether to write the column `vector`.
 
     Raises:
         OSError: the file cannot be written.
@@ -81,7 +83,8 @@ class ParquetRecords:
     """The rows of a Parquet file, which emberpc or another program wrote, as a source of records.
 
     The file must have the column `id` (text). It may have `text`, `label`, `metadata` (a JSON object as text, a struct
-    or a map), `vector` (a list of numbers) and `time_to_live` (seconds). Every other column is a metadata field.
+    or a map), `vector` (a list of numbers) and `time_to_live` (seconds). Every other column becomes the metadata field
+    of its name.
 
     Args:
         path: the file.
@@ -89,11 +92,11 @@ class ParquetRecords:
     Attributes:
         name: the path, for messages.
         settings: settings of the collection that the file was exported from; defaults for those that it does not state.
-            The fingerprint is empty if the file has no vectors.
+            The fingerprint is empty if the file has no column `vector`.
 
     Raises:
-        CliError: the file cannot be read, lacks the column `id`, has a column twice or of another type, or the stored
-            settings are damaged.
+        CliError: the file cannot be read, lacks the column `id`, has two columns of a name or one of these columns with
+            another type, or the stored settings are damaged.
     """
 
     def __init__(self, path: str) -> None:
@@ -109,10 +112,11 @@ class ParquetRecords:
             self.settings = dataclasses.replace(self.settings, model_fingerprint="")
 
     def records(self, refused: OnRejected = raise_error) -> Iterator[dict[str, Any]]:
-        """Yield the rows as records, read lazily.
+        """Yield the rows as records, read lazily. A null, except in a metadata field, is left out of the record.
 
         Args:
-            refused: called with the error of each row that is not a record; if it returns, reading continues. By
+            refused: called with the error of each row that is not a record: it has no id, `metadata` is no JSON object,
+                or `metadata` and another column have the same metadata field. If it returns, reading continues. By
                 default the first error is raised.
 
         Raises:
@@ -133,11 +137,14 @@ class ParquetRecords:
                     yield record
 
     def count(self) -> int | None:
-        """Return the number of rows of the file."""
+        """Return the number of rows of the file, those that are not records included; never None."""
         return self._count
 
     def place(self, item: int) -> str:
-        """Return the file and the row, from 1, of record number `item`, from 0, such as `records.parquet: row 3`."""
+        """Return the file and the row, from 1, of a record, such as `records.parquet: row 3`.
+
+        `item`: number of the record among those that `records` has yielded, from 0; refused rows do not count.
+        """
         return self._place(self._rows[item])
 
     def _place(self, number: int) -> str:
@@ -147,7 +154,7 @@ class ParquetRecords:
     def _opened(self) -> Iterator[Any]:
         try:
             # A row group that another program wrote may be larger than the memory. So the file is read in pieces of
-            # `buffer_size`, and nothing is read ahead.
+            # `buffer_size` bytes, and without `pre_buffer` nothing is read in advance.
             file = pq.ParquetFile(self.name, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         except FileNotFoundError as error:
             raise CliError(f"{self.name} cannot be read: there is no such file") from error
@@ -157,10 +164,12 @@ class ParquetRecords:
             yield file
 
     def _next(self, batches: Iterator[Any]) -> list[dict[str, Any]] | None:
-        """Return the rows of the next batch as dicts, with vectors as arrays; None: there are no more rows.
+        """Return the rows of the next batch as dicts by column; None: there are no more rows.
+
+        A vector is an array of one dimension, or None if the row has none.
 
         Raises:
-            CliError: the file is damaged.
+            CliError: the rows cannot be read, or are damaged.
         """
         try:
             batch = next(batches, None)
@@ -168,7 +177,7 @@ class ParquetRecords:
                 return None if batch is None else batch.to_pylist()
             rows: list[dict[str, Any]] = batch.drop_columns(["vector"]).to_pylist()
             for row, vector in zip(rows, batch.column("vector"), strict=True):
-                # Converting a vector to an array is a hundred times as fast as converting it to Python numbers.
+                # Converting a vector to an array is several times as fast as converting it to a list of Python numbers.
                 row["vector"] = vector.values.to_numpy(zero_copy_only=False) if vector.is_valid else None
         except _DAMAGE as error:
             raise CliError(

@@ -23,10 +23,10 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], No
 
     Args:
         what: name of the operation to show, such as "embedding".
-        total: number of items; None if it is unknown.
+        total: number of items of the operation; None if it is unknown.
 
     Yields:
-        A function to call with the number of items done so far; it does nothing if stderr is not a terminal.
+        A function to call with the number of items done since the start. It does nothing if stderr is not a terminal.
     """
     if not sys.stderr.isatty():
         yield lambda done: None
@@ -38,17 +38,26 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], No
 
 
 class Stages(Protocol):
-    """Function that receives the progress of an operation with several stages."""
+    """Function that an operation with several stages calls with its progress."""
 
     def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
-        """Report that `done` of `total` steps of a stage are done; `detail` is shown beside these numbers."""
+        """Report that `done` of `total` steps of a stage are done since its start.
+
+        Args:
+            stage: name of the stage. The first call with a name starts the stage.
+            done: number of steps done, in any unit.
+            total: number of all steps, in the same unit.
+            detail: words to show beside the two numbers.
+        """
 
 
 @contextmanager
 def stages() -> Iterator[Stages]:
     """Context manager that shows the progress of an operation with several stages on stderr.
 
-    On a terminal each stage is a bar. Elsewhere a stage is a line when it starts, and a line at most every 30 seconds.
+    On a terminal each stage has a bar. When another stage starts, or the block ends without an exception, the bars so
+    far are shown as complete. Elsewhere a line is printed when a stage starts, and then at most every 30 seconds, when
+    the function is called.
 
     Yields:
         The function to call with the progress of a stage.

@@ -7,25 +7,28 @@ from typing import Any, NoReturn, Protocol, TypeAlias
 
 from emberpc.cli.errors import CliError
 
-#: Fields that a record to write may have.
+#: Fields that a record to write may have. Only `id` is required.
 RECORD_KEYS = ("id", "text", "metadata", "label", "vector", "time_to_live")
 
 
 class RecordError(CliError):
-    """An item of a source is not a valid record. The source can still read the items that follow."""
+    """An item of a source is not a valid record.
+
+    If a source calls `refused` with this error, it can read the items that follow. If it raises the error, it cannot.
+    """
 
 
-#: Called with the error of each item that is not a valid record.
+#: Called with the error of each item that is not a valid record. If it returns, the source reads the next item.
 OnRejected: TypeAlias = Callable[[RecordError], object]
 
 
 def raise_error(error: RecordError) -> NoReturn:
-    """Raise `error`; as the `refused` of a source, this ends the reading at the first invalid item."""
+    """Raise `error`. As the argument `refused` of `Source.records`, this ends the reading at the first invalid item."""
     raise error
 
 
 class Source(Protocol):
-    """A source of records, which are read once and in order.
+    """A source of records. Its user calls `records` once.
 
     Attributes:
         name: name of the source in messages.
@@ -34,25 +37,25 @@ class Source(Protocol):
     name: str
 
     def records(self, refused: OnRejected = raise_error) -> Iterator[dict[str, Any]]:
-        """Yield records, read lazily: dicts whose keys are in RECORD_KEYS, and with `id` in any case.
+        """Yield records, read lazily: dicts with the key `id` and any other keys of RECORD_KEYS.
 
         Args:
             refused: called with the error of each item that is not a record; if it returns, reading continues. By
                 default the first error is raised.
 
         Raises:
-            CliError: the source cannot be read, or has another format.
+            CliError: the source cannot be read further, or has another format.
         """
 
     def count(self) -> int | None:
-        """Return the approximate number of records before they are read; None if it is unknown.
+        """Return about how many records the source has, read or not, to show progress; None if it is unknown.
 
         Raises:
             CliError: the source cannot be read.
         """
 
     def place(self, item: int) -> str:
-        """Return the place in the source of the record that was yielded as number `item`, from 0.
+        """Return the place of a record in the source, such as `records.jsonl:3`.
 
-        A place is, for example, `records.jsonl:3`.
+        `item`: number of the record among those that `records` has yielded, from 0.
         """

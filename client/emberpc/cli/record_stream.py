@@ -16,16 +16,18 @@ from emberpc.client.types import Truncation, UpsertResult
 
 
 class FailureReport:
-    """Prints each failed record to stderr, in a line with its place in the source, and counts the failures.
+    """Prints each record that failed to stderr, in a line with its place in the source, and counts the failures.
+
+    A failure is an item of the source that is not a valid record, or a record that was read and not written.
 
     Args:
         source: the source of the records.
         collection: name of the collection that the records are written to.
 
     Attributes:
-        unread: number of items that were not valid records.
-        unwritten: number of valid records that were not written.
-        code: exit code of the first failure; OK if there is none.
+        unread: number of items that the source refused as records.
+        unwritten: number of records that were read, and not written.
+        code: exit code of the first failure that was printed; OK if there is none.
     """
 
     def __init__(self, source: Source, collection: str) -> None:
@@ -36,14 +38,15 @@ class FailureReport:
         self._source = source
 
     def unreadable(self, error: RecordError) -> None:
-        """Count and print an item that is not a valid record."""
+        """Count and print an item that the source refused as a record. To be passed to `Source.records`."""
         self.unread += 1
         self._report(str(error), error)
 
     def failed(self, failure: FailedRecord) -> None:
-        """Count and print a valid record that was not written."""
+        """Count and print a record that was read, and not written."""
         self.unwritten += 1
-        # The client names the record by its index, such as `records[3]`. The user knows only its place in the source.
+        # The client names the record by its index, such as `records[3]`. The user knows only the place of the record in
+        # the source, so the index is removed, and the place is put before the message.
         problem = re.sub(rf"\brecords\[{failure.index}\](?:\.|: | )?", "", str(failure.error))
         self._report(f"{self._source.place(failure.index)}: {problem}", failure.error)
 
@@ -63,22 +66,23 @@ def write_stream(
     batch_size: int,
     as_json: bool,
 ) -> None:
-    """Upsert the records of a source in a stream, report those that fail, and print the totals.
+    """Upsert the records of a source in a stream, report those that fail, and print the totals to stdout.
 
     Args:
         client: the client.
         collection: name of the collection.
         source: the source of the records.
-        records: the records of `source`, read with `failures.unreadable`.
+        records: iterator over the records of `source`, which must report invalid items to `failures.unreadable`.
         failures: prints and counts the failures, also those of reading.
         truncation: treatment of texts with too many tokens; None: the setting of the collection.
-        batch_size: records of one request.
-        as_json: whether to print JSON.
+        batch_size: most records of one request; values above 1024 count as 1024.
+        as_json: whether to print the totals as JSON.
 
     Raises:
-        CliError: at the end, if a record failed, with the exit code of the first failure; the other records are
-            written. Or the source cannot be read further; the records before may be written.
-        EmberpcError: the stream as a whole failed.
+        CliError: at the end, after the totals, if a record failed, with the exit code of the first failure; the other
+            records are written. Or the source cannot be read further; the records before may be written. Or stdout
+            cannot be written.
+        EmberpcError: the stream as a whole failed; some records may be written.
     """
     total = UpsertResult(0, 0, 0)
     given = 0

@@ -95,8 +95,8 @@ def upsert(
         )
         return
     with source.locating("records", collection), progress("upserting") as done:
-        # `source.revisions` is complete only when all records are read, and the client needs it before the first
-        # request.
+        # The client needs all of `source.revisions` before the first request, so all records are read first. Without
+        # revisions, they are read as needed.
         given = list(source.records()) if check_revisions else source.records()
         result = client.upsert(
             collection,

@@ -18,10 +18,14 @@ from emberpc.server.settings import ENVIRONMENT_PREFIX, LoadedSettings, Settings
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> Parameter:
-    """Return the command-line option of a setting, as a parameter of the type `hint` (list[str] for a tuple) or None.
+    """Return the command-line option of a setting, as a parameter of a command.
 
-    The default of the option is None: the setting then comes from the environment or the configuration file, or is its
-    default.
+    The default of the option is None: the value of the setting is then that of the environment, of the configuration
+    file, or its default.
+
+    Args:
+        field: the setting.
+        hint: type of the setting. The parameter has this type, or list[str] for a tuple of strings, or is None.
     """
     several = hint == tuple[str, ...]
     shown = str(field.default).lower() if hint is bool else field.default
@@ -45,7 +49,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> Parameter:
 
 
 def _options() -> list[Parameter]:
-    """Return an option for each setting that is not secret, and --config."""
+    """Return the options of `serve` and `config`: one for each setting that is not secret, and --config."""
     hints = get_type_hints(Settings)
     flags = [field for field in dataclasses.fields(Settings) if not field.metadata["secret"]]
     config = typer.Option("--config", metavar="FILE", help=f"TOML file of settings. ({ENVIRONMENT_PREFIX}CONFIG)")
@@ -56,10 +60,11 @@ def _options() -> list[Parameter]:
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command with the options of `_options` added. It calls `command` with the loaded settings.
+    """Return a command with the options of `_options` and those of `command`.
 
-    A setting comes from the first of these places that has it: option, environment, configuration file, default. A
-    wrong setting raises CliError.
+    It calls `command` with the loaded settings as first argument. The value of a setting comes from the first of these
+    places that has one: option, environment, configuration file, default. The command raises CliError if a setting is
+    wrong or the configuration file is invalid.
     """
 
     def run(options: dict[str, Any], values: dict[str, Any]) -> None:

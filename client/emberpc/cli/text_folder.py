@@ -11,27 +11,28 @@ from typing import Any, Literal, TypeAlias
 from emberpc.cli.errors import CliError
 from emberpc.cli.record_sources import OnRejected, RecordError, raise_error
 
-#: Whether a file or each of its paragraphs is a record.
+#: What becomes a record: each file, or each paragraph of each file.
 Split: TypeAlias = Literal["files", "paragraphs"]
 
 _SUFFIXES = (".txt", ".md")
-#: Most bytes of a file, which is read into memory as a whole. With `files`, this loses nothing: by default, servers
-#: refuse far shorter texts. With `paragraphs`, a larger file must be divided, though its texts may be short.
+#: Most bytes of a file. Files are read into memory as a whole, so this limits the memory. With `files`, by default a
+#: server refuses far shorter texts anyway. With `paragraphs`, the user must divide a larger file.
 _MOST_BYTES = 64 * 2**20
-#: Matches the empty lines between two paragraphs. A line of only spaces and tabs is empty.
+#: Matches what separates two paragraphs: the line end of the first, and empty lines. A line of only spaces and tabs is
+#: empty.
 _EMPTY_LINES = re.compile(r"\r?\n(?:[ \t]*\r?\n)+")
 
 
 class TextFolder:
     """The *.txt and *.md files of a folder and its subfolders, as a source of records.
 
-    Hidden files, hidden folders and links to folders are skipped.
+    Names with a dot at the start, and links to folders, are skipped. Links to files are read.
 
     Args:
         path: the folder.
         split: `files`: each file is a record; the id is its path in the folder, such as `notes/today.md`.
-            `paragraphs`: each paragraph, which ends at an empty line, is a record; the id is the path and the number of
-            the paragraph, such as `notes/today.md#1`.
+            `paragraphs`: each paragraph is a record, and empty lines separate paragraphs; the id is the path and the
+            number of the paragraph in the file, from 1, such as `notes/today.md#1`.
     """
 
     def __init__(self, path: str, split: Split) -> None:
@@ -41,7 +42,7 @@ class TextFolder:
         self._places: list[str] = []
 
     def records(self, refused: OnRejected = raise_error) -> Iterator[dict[str, Any]]:
-        """Yield the records, reading the files lazily in the order of their names in each folder.
+        """Yield the records, reading the files lazily: the files of a folder by name, then its subfolders by name.
 
         Each record has `id`, `text` and the metadata field `path`, the path of the file in the folder.
 
@@ -50,7 +51,7 @@ class TextFolder:
                 is not UTF-8; if it returns, reading continues. By default the first error is raised.
 
         Raises:
-            CliError: a folder cannot be read.
+            CliError: a folder cannot be read; the reading ends.
         """
         for path in self._files():
             try:
@@ -64,7 +65,7 @@ class TextFolder:
                 yield {"id": record_id, "text": part, "metadata": {"path": name}}
 
     def count(self) -> int | None:
-        """Return the number of files; None for `paragraphs`, since a file may then have several records.
+        """Return the number of files to read; None for `paragraphs`, since a file may then have several records.
 
         Raises:
             CliError: a folder cannot be read.
@@ -72,7 +73,10 @@ class TextFolder:
         return sum(1 for _ in self._files()) if self._split == "files" else None
 
     def place(self, item: int) -> str:
-        """Return the path of the file of record number `item`, from 0, which was yielded already."""
+        """Return the path of the file of a record, such as `folder/notes/today.md`.
+
+        `item`: number of the record among those that `records` has yielded, from 0.
+        """
         return self._places[item]
 
     def _files(self) -> Iterator[Path]:
@@ -96,7 +100,10 @@ class TextFolder:
             raise RecordError(f"{path}: byte {error.start + 1} is not UTF-8; convert the file to it") from error
 
     def _parts(self, name: str, text: str) -> Iterator[tuple[str, str]]:
-        """Yield (id, text) of each record in the file `name` with the content `text`; empty paragraphs are skipped."""
+        """Yield (id, text) of each record in the file `name` with the content `text`.
+
+        A file that is a record keeps its white space. Paragraphs are stripped, and empty ones are skipped.
+        """
         if self._split == "files":
             yield name, text
             return

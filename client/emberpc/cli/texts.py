@@ -39,7 +39,8 @@ _PREVIEW = 6
 _TOP_K = 3
 #: Shown in a table instead of the label of a rejected text.
 _REJECTED = "(rejected)"
-#: With --stream: most lines that are read and not yet answered, or twice --batch-size if that is more.
+#: Most lines that `embed --stream` has read and that are not answered yet. The limit is twice --batch-size if that is
+#: more, so that the server has a request to work on while the next one is read.
 _WINDOW = 1024
 
 
@@ -203,12 +204,13 @@ def _given(texts: list[str] | None, file: str | None) -> Iterator[list[str]]:
     """Context manager that yields the texts: those of the arguments, or the lines of the file.
 
     Args:
-        texts: texts that were given as arguments.
-        file: value of --file; `-` for stdin.
+        texts: texts that were given as arguments; None or empty: none.
+        file: value of --file; `-` for stdin; None: not given.
 
     Raises:
         CliError: there are neither arguments nor a file, or both; an error of `LineFile.texts`; or, with a file, the
-            block raised InvalidArgument, InputError or InputTypeError. The message then names a text by its line.
+            block raised InvalidArgument, InputError or InputTypeError. In the last case, the message names a text by
+            its line. With arguments, errors of the block are not converted.
     """
     if bool(texts) == bool(file):
         raise CliError("give texts as arguments, or a file of them with --file; one of the two")
@@ -222,30 +224,36 @@ def _given(texts: list[str] | None, file: str | None) -> Iterator[list[str]]:
 
 
 def _shown(what: str, texts: list[str], file: str | None) -> AbstractContextManager[Progress | None]:
-    """Return a context manager that shows the progress of the work `what` on `texts`, such as "embedding".
+    """Return a context manager that shows the progress of the work on `texts` as a bar; `what` names the work.
 
-    It yields the function to call with the number of texts done. Without a `file` it shows nothing and yields None,
-    since the arguments of a command are only a few texts.
+    It yields the function to call with the number of texts done so far. Without a `file` it shows nothing and yields
+    None, since the arguments of a command are only a few texts.
     """
     return progress(what, len(texts)) if file else nullcontext()
 
 
 def _write_stream(source: LineFile, results: Iterator[StreamedEmbedding], output: Path | None) -> None:
-    """Write the vectors of a file's lines as they arrive: to a .npy file, a row for each line, or to stdout.
+    """Write the vectors of a file's lines as they arrive, in any order.
 
-    A line without a vector is noted on stderr, and the others are written; in a .npy file its row is NaN. If no line
-    has a vector, there is no file.
+    A line that is refused has no vector. It is noted on stderr, and the other lines are written. The file `output`
+    appears at the end, if a line has a vector and no error ends the stream; otherwise an existing file stays unchanged.
+
+    Args:
+        source: the lines.
+        results: results of `Client.embed_stream`; the id of each is the number of its line, from 1.
+        output: the .npy file to write, with a row for each line; NaN for a line without a vector. None: JSON Lines on
+            stdout, with the keys `line` and `vector`.
 
     Raises:
-        CliError: at the end, if a line has no vector, there are no lines, or the file cannot be written. Or a line
-            cannot be read or is not UTF-8; then there is no file.
-        EmberpcError: the stream as a whole failed; there is no file.
+        CliError: a line has no vector; raised at the end, after the other lines are written. Or there are no lines, a
+            line cannot be read or is not UTF-8, or the output cannot be written.
+        EmberpcError: the stream as a whole failed.
     """
     total = failed = 0
     code = ExitCode.OK
     with ExitStack() as stack:
         array = stack.enter_context(RowFile(output)) if output else None
-        # With JSON on stdout, the output itself shows the progress.
+        # With JSON on stdout, there is no bar: the lines of JSON show the progress.
         done = stack.enter_context(progress("embedding", source.count())) if output else None
         for total, result in enumerate(results, 1):
             line = int(result.id)
@@ -280,7 +288,10 @@ def _scores(item: Classification) -> str:
 
 
 def _vector(row: Matrix) -> str:
-    """Return a vector as a cell of a table: on a terminal the first 6 numbers, elsewhere all with all digits."""
+    """Return a vector, float32 (dimensions,), as a cell of a table.
+
+    On a terminal: at most 6 first numbers, rounded, and how many there are. Elsewhere: all numbers with all digits.
+    """
     if to_terminal():
         return " ".join(f"{value:+.4f}" for value in row[:_PREVIEW]) + f" … {len(row)} in all"
     return " ".join(map(str, row))

@@ -1,4 +1,4 @@
-"""Check that the model of a collection made the vectors of a file."""
+"""Check that a model, usually that of a collection, made the vectors of a file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from emberpc.cli.output import note
 from emberpc.client import Client, FailedPrecondition, InputError, InputTypeError, InvalidArgument
 from emberpc.client.types import Truncation
 
-#: Number of records whose texts are embedded to compare vectors, and number of records at the start of the file that
-#: these are chosen from.
+#: Most records whose texts are embedded to compare vectors, and number of records at the start of the file that these
+#: are chosen from.
 _COMPARED, _LOOKED_AT = 8, 256
-#: Least cosine between the stored and the new vector of a text, if the same model made both. A quantized model gives
-#: slightly different vectors in different batches. The vectors of another model have far smaller cosines.
+#: Least cosine between the vector of a text in the file and the new vector. It is below 1 since a quantized model gives
+#: slightly different vectors in different batches. Another model usually gives far smaller cosines.
 _MIN_COSINE = 0.999
 
 Records = Iterator[dict[str, Any]]
@@ -28,22 +28,23 @@ def check_vectors(
 ) -> Records:
     """Check that a model made the vectors of records, and return an iterator over all the records.
 
-    A file that an older version of emberpc wrote has another fingerprint of the same model, since the rule of
-    fingerprints changed. So if the fingerprints differ, some texts at the start of the file are embedded, and their
-    vectors are compared with those of the file. Nothing is checked if one of the two fingerprints is empty.
+    Vectors are compared only if both fingerprints are known and differ. An older version of emberpc computed other
+    fingerprints, so the model may be the same. Then up to 8 texts of the first 256 records are embedded, and the new
+    vectors are compared with those of the file. If they are nearly equal, that is noted on stderr.
 
     Args:
         client: client of the server that has the model.
-        records: records of the file.
+        records: iterator over the records of the file. Some are read here; the returned iterator has these too.
         source: name of the file, for messages.
         stated: fingerprint (hex) of the model that made the vectors, as the file states it; empty: not stated.
-        model: name of the model.
-        fingerprint: fingerprint (hex) of the model; empty: there is no model.
+        model: name of the model on the server.
+        fingerprint: fingerprint (hex) of the model on the server; empty: there is no model.
         truncation: treatment of texts with too many tokens.
 
     Raises:
         CliError: another model made the vectors, or they cannot be compared: none of the first 256 records has both a
-            text and a vector, or the texts cannot be embedded.
+            text and a vector, or the server refuses the texts. Or an error of `records`.
+        EmberpcError: the texts could not be embedded for another reason, such as a server that does not answer.
     """
     if not fingerprint or stated in ("", fingerprint):
         return records
@@ -63,7 +64,7 @@ def check_vectors(
 
 
 def _compared(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return at most 8 of the records that have a text and a vector, at even distances."""
+    """Return at most 8 of the records that have a vector and a text that is not blank, at equal distances."""
     found = [
         record
         for record in records
@@ -74,10 +75,10 @@ def _compared(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _are_of(client: Client, records: Sequence[dict[str, Any]], model: str, truncation: Truncation) -> bool:
-    """Return whether a model gives the texts of records nearly the vectors that the records have: cosine >= 0.999.
+    """Return whether a model gives the text of each record nearly the vector of the record: cosine >= 0.999.
 
-    False also if a vector has length 0, if the vectors of the records have different dimensions, or if the server
-    refuses the call: the model is no embedding model, or does not accept their dimensions or a text.
+    False also if an old or new vector has length 0, if the vectors of the records have different dimensions, or if the
+    client or server refuses the call, for example since the model does not have their dimensions or refuses a text.
 
     Raises:
         EmberpcError: the call failed for another reason, such as a server that does not answer.

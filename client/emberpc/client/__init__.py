@@ -7,8 +7,8 @@
         for hit in client.search("docs", "what was that again?"):
             print(hit.score, hit.record.text)
 
-`AsyncClient` has the same methods for asyncio: coroutines, and asynchronous iterators
-where `Client` has iterators. `emberpc.client.exceptions` lists the exceptions.
+`AsyncClient` has the same methods for asyncio: as coroutines, or with asynchronous iterators
+where `Client` returns iterators. `emberpc.client.exceptions` lists the exceptions.
 """
 
 from emberpc.client._aio.client import AsyncClient

@@ -8,17 +8,18 @@
     ├── Aborted                     a record has another revision; read it again
     ├── ResourceExhausted           a limit of the server is reached, such as of its queue; see `retry_after`
     ├── DeadlineExceeded            no response in time; a write may have happened
-    ├── Unavailable                 no server answers, or it cannot do the call now, as while it starts or stops
+    ├── Unavailable                 no server answers, or it cannot do the call now, as while it stops
     ├── Unauthenticated             the token is missing or wrong
-    ├── PermissionDenied            the server does not allow the call, or not with this token
+    ├── PermissionDenied            the server or a proxy does not allow the call
     ├── Unimplemented               the server does not support the call; it is another version or index backend
     ├── Cancelled                   the call was cancelled, such as by `close()`
     ├── DataLoss                    a record or the word index of a collection is damaged on the server's disk
-    └── Internal                    an error in the server, or a response that contradicts itself
+    └── Internal                    an error in the server or in gRPC, or a response that contradicts itself
     InputError(ValueError)          an argument is wrong, and was not sent
     InputTypeError(TypeError)       an argument has the wrong type, and was not sent
+    FilterWarning(UserWarning)      a warning: a filter matches no record and is probably a mistake
 
-If a call failed, the `__cause__` of the EmberpcError is the error of gRPC.
+The `__cause__` of an EmberpcError, if it is not None, is the error behind it, mostly of gRPC.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ class Violation:
 
     Attributes:
         field: path of the field, such as `texts[3]`. The index is that of the item in the caller's list. For an item of
-            a stream that failed alone: path in this item; may be empty.
-        description: what is wrong with the field, the limit and the remedy.
+            a stream that failed alone: path in this item. Empty: the whole item is wrong, or the description states how
+            many wrong fields are not listed.
+        description: what is wrong with the field, mostly with the remedy.
     """
 
     field: str
@@ -51,15 +53,15 @@ class Violation:
 
 
 class EmberpcError(Exception):
-    """A call failed.
+    """A call, or one item of a stream, failed. A status code without a class of its own raises this class itself.
 
     Attributes:
         message: what went wrong, for a developer.
         code: the gRPC status code.
         reason: the cause for programs, such as `MODEL_NOT_FOUND`; empty if none was stated.
-        violations: the wrong fields of the request.
+        violations: wrong fields of the request; empty if the server stated none.
         metadata: values that the message mentions, by name, such as the name of the missing model.
-        request_id: id of the call in the server's log; empty if the error does not come from a server.
+        request_id: id of the call, under which the server logs an Internal; empty if no server stated an id.
         retry_after: seconds to wait before the next try; None if the server stated none.
         done: for a write of several requests: number of items, from the start of the caller's list, that earlier
             requests wrote or deleted; otherwise 0.
@@ -108,30 +110,36 @@ class AlreadyExists(EmberpcError):
 
 
 class FailedPrecondition(EmberpcError):
-    """The state of the server does not allow the call, for example because the named model is of another kind."""
+    """The state of the server or the client does not allow the call.
+
+    For example, the named model does not embed texts, or another event loop uses the AsyncClient.
+    """
 
     code = grpc.StatusCode.FAILED_PRECONDITION
 
 
 class Aborted(EmberpcError):
-    """A record has another revision than expected; read it again and repeat the call."""
+    """A record is missing or has another revision than `expected_revisions` of `upsert` states: read it again."""
 
     code = grpc.StatusCode.ABORTED
 
 
 class ResourceExhausted(EmberpcError):
-    """A limit of the server is reached: queue, disk, number of calls or collections, or bytes of a message.
+    """A limit is reached, for example of the queue, the disk, the calls at a time, or the bytes of a message.
 
-    Also raised at once if the work in the queue would take longer than the timeout of the call.
+    Also raised if the server estimates that it cannot finish the call within its timeout.
 
-    `retry_after` states when to retry, if a retry may help.
+    If the limit is reached only for a while, `retry_after` states when to retry. Otherwise it is None.
     """
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class DeadlineExceeded(EmberpcError):
-    """No response arrived in time; a write may have happened."""
+    """No response arrived within the timeout, or a backup or restore waited too long for the caller's side.
+
+    A write may have happened.
+    """
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
 
@@ -139,20 +147,21 @@ class DeadlineExceeded(EmberpcError):
 class Unavailable(EmberpcError):
     """No server answers at the target, the connection broke, or the server cannot do the call now.
 
-    The server cannot while it starts or stops, if it does not reach Milvus, or if the collection was deleted meanwhile.
+    The server cannot, for example, while it stops, if it does not reach Milvus, or if the collection was deleted during
+    the call. If the connection broke, a write may have happened.
     """
 
     code = grpc.StatusCode.UNAVAILABLE
 
 
 class Unauthenticated(EmberpcError):
-    """The bearer token of the call is missing or wrong."""
+    """The bearer token of the call is missing or wrong. A proxy says this, since the server itself checks no token."""
 
     code = grpc.StatusCode.UNAUTHENTICATED
 
 
 class PermissionDenied(EmberpcError):
-    """The server does not allow the call at all, or not with this token."""
+    """The server does not allow callers to change its models, or a proxy does not allow the call with this token."""
 
     code = grpc.StatusCode.PERMISSION_DENIED
 
@@ -179,7 +188,10 @@ class DataLoss(EmberpcError):
 
 
 class Internal(EmberpcError):
-    """An error in the server, whose log has the `request_id`; or a response that contradicts itself."""
+    """An error in the server, whose log has the `request_id`; an error of gRPC; or a response that contradicts itself.
+
+    For example, a response has another number of items than the request, or a stream ended before it was answered.
+    """
 
     code = grpc.StatusCode.INTERNAL
 
@@ -192,25 +204,25 @@ class FilterWarning(UserWarning):
 
 
 class InputError(ValueError):
-    """An argument is wrong. The message names the item and the remedy.
+    """An argument, or an item of it, is wrong. The message names it, mostly with the remedy.
 
     The item was not sent. Nothing else was sent either, except earlier records of `upsert` and other items of a stream.
     """
 
 
 class InputTypeError(TypeError):
-    """An argument has the wrong type. The message names the item and the remedy.
+    """An argument, or an item of it, has the wrong type. The message names it, mostly with the remedy.
 
     The item was not sent. Nothing else was sent either, except earlier records of `upsert` and other items of a stream.
     """
 
 
 def add_done(error: EmberpcError | InputError | InputTypeError, done: int, words: str) -> None:
-    """Change an error in place: append `words` to its message, and set its `done`.
+    """Change an error in place: append "; " and `words` to its message, and set its `done`.
 
     Args:
         error: the error. An InputError or InputTypeError has no `done`, so only its message changes.
-        done: number of items, from the start of the caller's list, that are written or deleted.
+        done: number of items, from the start of the caller's list, that earlier requests wrote or deleted.
         words: the addition to the message.
     """
     message = f"{error}; {words}"
@@ -231,7 +243,7 @@ class RpcFailure(Protocol):
     """A failed call of `grpc` or `grpc.aio`."""
 
     def code(self) -> grpc.StatusCode | None:
-        """Return the status code of the failed call."""
+        """Return the status code of the failed call; None if there is none."""
 
     def details(self) -> str | None:
         """Return gRPC's message about the failure; None if there is none."""
@@ -240,8 +252,8 @@ class RpcFailure(Protocol):
         """Return the trailing metadata of the call: an iterable of pairs of a key and a str or bytes, or None."""
 
 
-#: Finds enum values in the server's messages, to replace them by the client's words. The pattern also matches text in
-#: quotes, which must stay unchanged, since it may come from the caller.
+#: Finds enum values in the server's messages, to replace them by the client's words: group 1. The pattern also matches
+#: text in quotes, then without group 1: this text must stay unchanged, since it may come from the caller.
 _WIRE_WORD = re.compile(
     r"""(?<!\w)'[^']*'|"[^"]*"|\b(REFUSE|END|START|DENSE|LEXICAL|HYBRID|SCORES|RANKS|QUERY|PASSAGE|INTERACTIVE|BULK|"""
     r"""COSINE|DOT_PRODUCT|EUCLIDEAN|FLOAT32|FLOAT16|INT8|BINARY)\b"""
@@ -260,12 +272,14 @@ class Circumstances:
     """Facts about a failed call, for error messages.
 
     Attributes:
-        target: the server.
+        target: gRPC's name of the server, such as `localhost:50051`.
         method: path of the RPC.
-        timeout: seconds that the call was allowed to take.
-        items: the repeated field of the request that has one part of the caller's list; empty: there is no list.
+        timeout: seconds that the call was allowed to take, or a stream to have no result.
+        items: name of the repeated field of the request that has one part of the caller's list; empty: there is no
+            list.
         first: the caller's index of the first item of this part.
-        late: whether the last try of the call ran for more than 5 seconds; such a try is not repeated.
+        late: whether the last try of the call ran for more than 5 seconds, so that it is not repeated; False for
+            streams.
     """
 
     target: str
@@ -277,10 +291,10 @@ class Circumstances:
 
 
 def from_rpc(failure: RpcFailure, call: Circumstances) -> EmberpcError:
-    """Convert a gRPC error to an EmberpcError.
+    """Convert a gRPC error to an EmberpcError, and return it.
 
     The server names an item by its index in one request, such as `texts[3]`. The returned error names the item by its
-    index in the caller's list.
+    index in the caller's list. An error that gRPC itself or a proxy made gets the message of `_own_words`.
 
     Args:
         failure: the error of gRPC.
@@ -293,8 +307,8 @@ def from_rpc(failure: RpcFailure, call: Circumstances) -> EmberpcError:
     packed = trailing.get(wire_status.DETAILS_KEY, b"")
     status = wire_status.unpack(packed if isinstance(packed, bytes) else packed.encode())
     message = failure.details() or ""
-    # Every error of an emberpc server has details, except those of its health service. Otherwise an error without
-    # details means that gRPC itself or a proxy ended the call.
+    # Every error of an emberpc server has details, except those of its health service. Any other error without details
+    # comes from gRPC itself or from a proxy.
     if not status.details:
         message = _own_words(code, message, call)
     request_id = trailing.get(wire_status.REQUEST_ID_KEY, "")
@@ -311,14 +325,17 @@ def from_rpc(failure: RpcFailure, call: Circumstances) -> EmberpcError:
 
 
 def from_status(status: errors_pb2.ErrorStatus) -> EmberpcError:
-    """Convert the error of one item of a stream, as a response states it, to an EmberpcError; paths stay unchanged."""
+    """Convert the error of one item of a stream, as a response states it, to an EmberpcError, and return it.
+
+    Paths of fields stay unchanged: they start at the item.
+    """
     request = wire_status.detail(status, errors_pb2.RequestInfo)
     code = _BY_NUMBER.get(status.code, grpc.StatusCode.UNKNOWN)
     return _error(code, status.message, status, request.request_id if request else "", lambda text: text)
 
 
 def no_answer(call: Circumstances) -> DeadlineExceeded:
-    """Return the error for a stream that received nothing within its timeout; `call` has facts for the message."""
+    """Return the error for a stream that had no result within its timeout; `call` has facts for the message."""
     return DeadlineExceeded(_own_words(grpc.StatusCode.DEADLINE_EXCEEDED, "", call))
 
 
@@ -331,8 +348,8 @@ def _error(
 ) -> EmberpcError:
     """Build the exception for a status code, a message and the details of `status`; details may be missing.
 
-    `rename` replaces each index of an item in a text by the index in the caller's list. A code without a class of its
-    own gives EmberpcError.
+    `rename` replaces, in the message and the violations, the index of an item in the request by its index in the
+    caller's list. A code without a class of its own gives EmberpcError.
     """
     info = wire_status.detail(status, errors_pb2.ErrorInfo) or errors_pb2.ErrorInfo()
     bad_request = wire_status.detail(status, errors_pb2.BadRequest) or errors_pb2.BadRequest()
@@ -352,11 +369,11 @@ def _error(
 
 
 def _own_words(code: grpc.StatusCode, details: str, call: Circumstances) -> str:
-    """Return a message for a status that gRPC or a proxy set.
+    """Return a message for a status that gRPC or a proxy set; `details` is the message that came with the status.
 
     UNAVAILABLE, DEADLINE_EXCEEDED, UNIMPLEMENTED, and RESOURCE_EXHAUSTED for a request that is too large, get a message
-    of the client. For any other status it is `details`, their own message, or if that is empty, the names of method and
-    code.
+    of the client. For any other status, `details` is returned, or if it is empty, a message with the names of method
+    and code.
     """
     if code is grpc.StatusCode.UNAVAILABLE and call.late:
         return (
@@ -393,7 +410,7 @@ def _python_words(text: str) -> str:
 def _renumber(text: str, call: Circumstances) -> str:
     """Replace each index of an item in a message, such as `texts[3]`, by the index in the caller's list.
 
-    Only items of the field `call.items` are replaced; nothing if it is empty.
+    Only indexes of the field `call.items` are replaced, also inside quotes; nothing if `call.items` is empty.
     """
     if not (call.first and call.items):
         return text

@@ -7,14 +7,16 @@
     not …    … and …    … or …    ( … )    `not` binds closest, then `and`
 
 A value is a text in double or single quotes, a number, true, false or null. Inside
-quotes, write a backslash before a quote or a backslash; \\n, \\r and \\t mean the
-same as in Python. A field is a key, or nested keys joined by dots. Write a key in
-quotes if it has other characters than letters, digits, `_` and `-`, starts with
-a digit or `-`, or is a keyword of filters such as `in`: `author."full name" = "X"`.
-Keywords may be written in capitals.
+quotes, write a backslash before a backslash and before the quote that encloses the
+text; \\n, \\r and \\t mean the same as in Python. A field is a key, or nested keys
+joined by dots. Write a key in quotes if it has other characters than letters, digits,
+`_` and `-`, starts with a digit or `-`, or is a keyword of filters such as `in`:
+`author."full name" = "X"`. Keywords may be written in capitals.
 
-filter.proto defines the conditions: a field that is missing or of another type
-matches only `!=` and `not`. A list matches if one of its items matches; it matches `!=` only if no item is equal.
+filter.proto defines the conditions. If a field is missing or has another type than the
+value, `=`, `<` and the like, `in` and `starts with` are false. They are true for a list
+if they are true for one of its items. `!=` is true whenever `=` is false, and `not in`
+whenever `in` is false.
 """
 
 from __future__ import annotations
@@ -28,11 +30,12 @@ from emberpc.client._core import checks
 from emberpc.client.exceptions import InputError, InputTypeError
 from emberpc.v1 import filter_pb2 as pb
 
-#: A filter as text or as the API's message.
+#: A filter as text, see the docstring of this module, or as the message `Filter` of filter.proto.
 Where: TypeAlias = "str | pb.Filter"
 
-#: Most levels of a filter as text: the condition itself, and each `not` and `(` around it. The server has this limit
-#: for the levels of the message, where `and` and `or` count too, so it may refuse a filter that is accepted here.
+#: Most levels of a filter as text: the condition itself, and each `not` and `(` around it. Without a limit the parser
+#: could raise RecursionError. The server has the same limit for the levels of the message, where `and`, `or` and
+#: `not in` count too, so it may refuse a filter that is accepted here.
 _MAX_DEPTH = 32
 #: Numbers of filters are doubles on the wire, which do not represent every integer beyond this one. So a number without
 #: point and exponent is refused if it is not below this number, either sign.
@@ -82,7 +85,7 @@ def parse_filter(text: str, name: str = "where") -> pb.Filter:
 
 
 def filter_of(where: Where | None, name: str = "where") -> pb.Filter | None:
-    """Return a filter, given as text or message, as a message; None stays None. A message is not checked.
+    """Return a filter, given as text or message, as a message; None stays None. A message is returned unchecked.
 
     Args:
         where: the filter.
@@ -104,8 +107,8 @@ class _Token:
     """A token of a filter.
 
     Attributes:
-        kind: `text`, `number`, `word`, `keyword`, `sign` or `end`.
-        source: the characters of the token.
+        kind: `text` (in quotes), `number`, `word` (a key of a field), `keyword`, `sign`, or `end` after the last one.
+        source: the characters of the token in the filter, with quotes; empty for `end`.
         start: offset of the token's first character in the filter, from 0.
     """
 
@@ -117,14 +120,14 @@ class _Token:
         return "the end" if self.kind == "end" else self.source
 
     def has(self, *sources: str) -> bool:
-        """Return whether the token is a keyword or a sign, and is one of `sources` (in lower case)."""
+        """Return whether the token is one of the keywords and signs `sources`; these must be in lower case."""
         return self.kind in ("keyword", "sign") and self.source.lower() in sources
 
 
 class _Parser:
-    """Parses the filter `text`, token by token. The constructor divides it into tokens, `parse` does the rest.
+    """Parses the filter `text`. The constructor divides the text into tokens; `parse`, called once, reads them.
 
-    Errors of both are InputError, and call the filter `name`.
+    Both raise InputError if the text is not a valid filter; the message calls the filter `name`.
     """
 
     def __init__(self, text: str, name: str) -> None:

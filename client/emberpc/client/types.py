@@ -1,4 +1,4 @@
-"""Arguments and results of the clients: frozen dataclasses of plain Python values."""
+"""Types of the arguments and results of the clients: type aliases, frozen dataclasses, and the enum `Health`."""
 
 from __future__ import annotations
 
@@ -20,64 +20,65 @@ Matrix: TypeAlias = npt.NDArray[np.float32]
 #: One vector: float32, shape (dimensions,).
 Vector: TypeAlias = npt.NDArray[np.float32]
 
-#: Purpose of a text. It decides which prompt of the model the server puts before the text.
+#: Purpose of a text: a query searches, a passage is stored or compared. The purpose decides which prompt is added.
 InputKind: TypeAlias = Literal["passage", "query"]
-#: Treatment of a text with more tokens than the model reads. `refuse`: the text fails. `end`: tokens at the end of the
-#: text are removed. `start`: tokens at the start are removed.
+#: Treatment of a text with more tokens than the model reads. `refuse`: the call fails; in a stream, the text alone.
+#: `end`: tokens at the end of the text are removed. `start`: tokens at its start are removed, but the prompt is kept.
 Truncation: TypeAlias = Literal["refuse", "end", "start"]
 #: Element type of vectors in responses: 4, 2 or 1 bytes for each dimension, or 1 bit (`binary`). Smaller types are less
-#: exact. The client converts all of them to float32.
+#: exact. The client converts all of them to float32; each bit of `binary` becomes -1 or 1.
 DType: TypeAlias = Literal["float32", "float16", "int8", "binary"]
 #: The measure that compares two vectors.
 Distance: TypeAlias = Literal["cosine", "dot_product", "euclidean"]
-#: Mode of a search: by vectors, by words, or both.
+#: Mode of a search. `dense`: by vectors. `lexical`: by words. `hybrid`: both, with the two rankings joined.
 SearchMode: TypeAlias = Literal["dense", "lexical", "hybrid"]
-#: How a hybrid search joins its dense and its lexical ranking: by scaled scores, or by reciprocal ranks.
+#: How a hybrid search joins its dense and its lexical ranking. `scores`: by the weighted sum of both scores, each
+#: scaled so that the best is 1. `ranks`: by the weighted sum of 1 / (60 + rank) in both; the best rank is 1.
 Fusion: TypeAlias = Literal["scores", "ranks"]
-#: Urgency of a call. `interactive`: a caller waits for the response. `bulk`: throughput matters, latency does not.
+#: Urgency of a call. `interactive`: a caller waits for the response. `bulk`: interactive calls may go first.
 Priority: TypeAlias = Literal["interactive", "bulk"]
 
-#: A caller's function that the client calls with the number of items done so far.
+#: A function that is called repeatedly with the number of texts or records done so far.
 Progress: TypeAlias = Callable[[int], None]
-#: A caller's function that the client calls with the number of bytes transferred so far, and the number of all bytes.
+#: A caller's function that the client calls with the bytes of a backup transferred so far, and the bytes of the whole.
 ByteProgress: TypeAlias = Callable[[int, int], None]
-#: A caller's function that the client calls with the name of each step of loading a model, such as "warming up".
+#: A caller's function that the client calls with the name of each step of loading a model; the last is "ready".
 Stages: TypeAlias = Callable[[str], None]
 
-#: One text of a stream, alone or with an id, as (id, text).
+#: One text for `embed_stream`, alone or with the caller's id, as (id, text).
 StreamItem: TypeAlias = "str | tuple[str, str]"
 
 
 @dataclass(frozen=True)
 class StreamedEmbedding:
-    """The result for one text of a stream: a vector or an error."""
+    """The result for one text of `embed_stream`: a vector or an error."""
 
-    #: The id that the caller gave. For a text without an id: the number of the text in the stream, from "0".
+    #: The id that the caller gave. For a text without an id: its number among all texts of the stream, from "0".
     id: str
     #: The vector, float32 (dimensions,); None if the text failed.
     vector: Vector | None = field(default=None, compare=False)
     #: Why there is no vector: an InputError if the text could not be sent, else the server's error. None: no error.
     error: EmberpcError | InputError | None = None
-    #: Number of tokens of the text that the model read; 0 if the text failed.
+    #: Number of tokens that the model read, special tokens and prompt included; 0 if the text failed.
     tokens: int = 0
     #: Whether the text was truncated.
     truncated: bool = False
-    #: The model that answered; None if the text could not be sent.
+    #: The model that answered, with a vector or with an error; None if the text could not be sent.
     model: ModelVersion | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class Reembedding:
-    """Progress of replacing the vectors of a collection by those of another model."""
+    """Progress of replacing the vectors of a collection by new ones of another model, or of other dimensions."""
 
     #: Name of the new model.
     model: str
-    #: `done`: number of records with new vectors. `total`: number of all records.
+    #: `done`: number of records with new vectors, approximate if records change meanwhile. `total`: of all records.
     done: int
     total: int
     #: Start of the reembedding, in UTC; None if the server did not state the time.
     start_time: datetime | None
-    #: Why the reembedding waits; it continues when the cause is removed. Empty: the reembedding does not wait.
+    #: Why the reembedding cannot end now; the server tries again until the cause is removed. Empty: no known problem.
     problem: str
 
 
@@ -86,31 +87,32 @@ class Collection:
     """A named set of records with vectors of the same dimensions."""
 
     name: str
-    #: Name of the model that embeds the texts of records; empty: there is no model, and records must have vectors.
+    #: Name of the model that embeds texts of records and queries; empty: no model, and records must have vectors.
     model: str
     model_fingerprint: str
     dimensions: int
     #: The measure that compares vectors: `cosine`, `dot_product` or `euclidean`.
     distance: str
-    #: How records whose text has too many tokens are truncated: `refuse`, `end` or `start`.
+    #: Treatment of record texts with too many tokens, unless an upsert states another: `refuse`, `end` or `start`.
     truncation: str
-    #: The HNSW parameter M: links of a node of the collection's graph, per layer.
+    #: The HNSW parameter M: most links of a node in a layer of the graph; twice as many in the lowest layer.
     m: int
-    #: Number of candidates that an insertion into the collection's HNSW graph keeps.
+    #: Number of candidate neighbours that an insertion into the graph keeps.
     ef_construction: int
     record_count: int
-    #: Sequence number of the last write of the collection. With Milvus: of the last since the server's start, or 0.
+    #: Sequence number of the last write of records; 0: none so far, or with Milvus none since the server's start.
     sequence: int
-    #: Size of the collection on disk, in bytes. 0 with Milvus.
+    #: Bytes of the collection on disk, without the new vectors of a reembedding. 0 with Milvus.
     size_bytes: int
-    #: Time at which the collection was created, in UTC; None if the server did not state the time.
+    #: Time of creation, in UTC; of a restored collection, the time in the backup. None: the server did not state it.
     create_time: datetime | None
-    #: Why the collection cannot be used, for example because it is damaged; its counts are then 0, and `create_time` is
-    #: None. Empty: the collection can be used.
+    #: Why the collection cannot be used, for example because it is damaged. Only `Client.collections` states this. Then
+    #: `record_count`, `sequence` and `size_bytes` are 0, `create_time` and `reembedding` None, and settings may be
+    #: defaults. Empty: no problem was found.
     problem: str = ""
-    #: Progress of the reembedding of the collection; None: no reembedding runs.
+    #: Progress of the reembedding of the collection; None: there is no unfinished reembedding.
     reembedding: Reembedding | None = None
-    #: Metadata fields with an index in the database, which makes filters on them faster. With Milvus without effect.
+    #: Metadata fields with an index in the database, which makes filters on them faster. With Milvus, they have none.
     indexed_fields: tuple[str, ...] = ()
 
 
@@ -120,8 +122,8 @@ class Record:
 
     To write a record, give `id`, and `text`, which the server embeds, or `vector`, with or without `text`. You may also
     give `metadata`, `label`, and `time_to_live` if the record shall be deleted after a time. The server sets the other
-    fields. Numbers of `metadata` are doubles on the wire: an int beyond 2**53 is refused, and a number without a
-    fraction is returned as an int, if within 2**53.
+    fields. Numbers of `metadata` are doubles on the wire: an int beyond 2**53, either sign, is refused. A number
+    without a fraction is returned as an int if it is within 2**53, else as a float.
     """
 
     id: str
@@ -129,14 +131,14 @@ class Record:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
     #: The vector, float32, shape (dimensions,). None in a result, unless the call has `with_vectors`. None in a record
-    #: to write: the server embeds the text.
+    #: to write: the server embeds the text, unless `upsert` gets `vectors`.
     vector: Vector | None = field(default=None, compare=False)
-    #: Seconds after which the record is deleted. In a record to write: counted from the write. In a result: counted
-    #: from the response. None: the record is not deleted.
+    #: Seconds after which the record is deleted, more than 0. In a record to write: counted from the write. In a
+    #: result: counted from the response. None: the record is kept; a write with None removes an earlier time to live.
     time_to_live: float | None = field(default=None, compare=False)
-    #: Set by the server. `revision`: sequence number of the record's last write. `create_time`, `update_time`: times
-    #: (UTC) of its first and last write. If both times are set, as in a record of a result, a write ignores the three
-    #: fields. Otherwise a write refuses them. See `expected_revisions` of `upsert`.
+    #: Set by the server. `revision`: sequence number of the record's last write, see `expected_revisions` of `upsert`.
+    #: `create_time`, `update_time`: times (UTC) of its insertion and of its last write. In a record to write, the three
+    #: fields are ignored if both times are set, as in a result. Otherwise a record with one of them is refused.
     revision: int = field(default=0, compare=False)
     create_time: datetime | None = field(default=None, compare=False)
     update_time: datetime | None = field(default=None, compare=False)
@@ -144,18 +146,18 @@ class Record:
 
 @dataclass(frozen=True)
 class RecordId:
-    """A query for the records nearest to the record with this id, which is itself not among the hits."""
+    """A query by the vector of the record `id`, only in `dense` mode. The record itself is not among the hits."""
 
     id: str
 
 
-#: A query: a text, the id of a record, or a vector of shape (dimensions,).
+#: A query: a text, the id of a record, or a vector of shape (dimensions,). `lexical` and `hybrid` need a text.
 Query: TypeAlias = "str | RecordId | npt.NDArray[Any] | Sequence[float]"
 
 
 @dataclass(frozen=True, eq=False)
 class SearchQuery:
-    """A query of `search_batch` with its own `where`, `top_k` and `ef`; None or 0: those of the `search_batch` call."""
+    """A query of `search_batch` with options of its own. `where` None, `top_k` 0, `ef` 0: the value of that call."""
 
     query: Query
     where: str | pb.Filter | None = None
@@ -165,9 +167,9 @@ class SearchQuery:
 
 @dataclass(frozen=True)
 class UpsertResult:
-    """The result of an upsert: number of inserted records, number of replaced records, and sequence number.
+    """The result of an upsert: numbers of `inserted` records and of `updated` (replaced) records.
 
-    `sequence` is the sequence number of the last write of this upsert; 0: there was nothing to write.
+    `sequence` is the sequence number of the last write of this upsert; 0: there were no records.
     """
 
     inserted: int
@@ -188,22 +190,22 @@ class FailedRecord:
 
 @dataclass(frozen=True)
 class UpsertCheckpoint:
-    """Progress of an `upsert_stream`. `failures`, `inserted`, `updated` are those since the previous checkpoint."""
+    """Progress of an `upsert_stream`. All fields but `done` are only about the time since the previous checkpoint."""
 
-    #: Number of records, from the start of the stream, that are all on disk or have failed.
+    #: Number of records, from the start of the stream, that are all written or have failed.
     done: int
     failures: tuple[FailedRecord, ...] = ()
     inserted: int = 0
     updated: int = 0
-    #: Sequence number of the last write since the previous checkpoint; 0: nothing was written.
+    #: Sequence number of the write; 0: nothing was written.
     sequence: int = 0
-    #: `synced` if the last write was on disk before the response; `unknown` if not stated, or without a write.
+    #: `synced` if the write was on disk before the response; `unknown` without a write, or with Milvus.
     durability: str = field(default="unknown", compare=False)
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A record that a search returns, and its score. The hit with the greatest score is nearest to the query."""
+    """A record that a search returns. A greater `score` is nearer; its scale depends on search mode and distance."""
 
     record: Record
     score: float
@@ -213,18 +215,17 @@ class Hit:
 class SearchPlan:
     """How a search of one query was carried out."""
 
-    #: `exact`: the query was compared with every vector that matches the filter. `hnsw`: the graph was searched.
-    #: `lexical`: the words of the query were looked up. `unknown`: the server stated none of these. A hybrid search
-    #: states the strategy of its dense search.
+    #: `exact`: the query was compared with the vectors of all undamaged records that match the filter. `hnsw`: the
+    #: graph was searched, and vectors not in the graph yet were compared; with Milvus: Milvus searched. `lexical`: the
+    #: words of the query were looked up. `unknown`: another strategy. A hybrid search states that of its dense search.
     strategy: str
-    #: Number of candidates that the search of the graph kept; 0: the graph was not used.
+    #: Number of candidates that the (last) search of the graph kept; 0: the graph was not used.
     ef: int
-    #: Number of vectors that were compared with the query one by one, without the graph.
+    #: Number of vectors that were compared one by one. `hnsw`: those not in the graph yet; 0 with Milvus. `lexical`: 0.
     compared_count: int
     #: Why the query has fewer than `top_k` hits; empty: there are `top_k` hits.
     shortfall_reason: str
-    #: Number of hits of the lexical search; a hybrid search joins these with the hits of the dense search. 0 for a
-    #: dense search.
+    #: Number of hits of the lexical search, in a hybrid search before the rankings are joined. 0 for a dense search.
     lexical_count: int = 0
 
 
@@ -234,7 +235,7 @@ class SearchResult:
 
     hits: tuple[Hit, ...]
     plan: SearchPlan
-    #: Whether the text of the query was truncated.
+    #: Whether the text of the query was truncated; False if no model read the query.
     truncated: bool = False
     #: Number of tokens of the query's text that the model read; 0 if no model read the query.
     tokens: int = field(default=0, compare=False)
@@ -242,10 +243,7 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class DuplicatePair:
-    """Two records that are near to each other: their ids, and the cosine similarity of their vectors as `score`.
-
-    `first_id` sorts before `second_id`.
-    """
+    """The ids of two records, the lesser in byte order first, and the cosine similarity of their vectors as `score`."""
 
     first_id: str
     second_id: str
@@ -254,10 +252,7 @@ class DuplicatePair:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A group of similar records: the number of its records, and as examples the records nearest to its centre.
-
-    The example nearest to the centre comes first.
-    """
+    """A group of records with similar vectors. `examples` are the records nearest to its centre, nearest first."""
 
     record_count: int
     examples: tuple[Record, ...]
@@ -268,14 +263,14 @@ class RecordProblem:
     """A problem that `verify_collection` found in the record `id`; an empty `id`: in the collection as a whole."""
 
     id: str
-    #: Kind of the problem, for programs, such as `UNREACHABLE`: a search by its own vector does not find the record.
+    #: Kind of the problem, for programs, such as `UNREACHABLE`: a search by the record's own vector missed the record.
     reason: str
     message: str
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The result of `verify_collection`: number of checked records, and the problems that were found."""
+    """The result of `verify_collection`: number of checked records, and all problems, repaired ones included."""
 
     checked: int
     problems: tuple[RecordProblem, ...]
@@ -288,7 +283,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class LabelScore:
-    """A label, and as `score` the probability, in [0, 1], that the text has the label."""
+    """A label, and as `score` its probability in [0, 1]; those of a single-label classifier add up to 1."""
 
     label: str
     score: float
@@ -298,14 +293,14 @@ class LabelScore:
 class Classification:
     """The result of classifying one text."""
 
-    #: The predicted label. Multi-label classifier: all labels whose probability is at least their threshold, the most
-    #: probable first, without the limit `top_k`. Empty if the text is rejected, or no probability is that great.
+    #: Single-label classifier: the most probable label. Multi-label classifier: each label whose probability is at
+    #: least its threshold, the most probable first, not limited by `top_k`; perhaps none. Empty if `rejected`.
     labels: tuple[str, ...]
-    #: Labels with their probabilities, the most probable first; at most `top_k` of them.
+    #: Labels with their probabilities, the most probable first: at most `top_k`, all if that is 0; also if `rejected`.
     scores: tuple[LabelScore, ...]
-    #: Whether the text seems to have none of the labels.
+    #: Whether the text seems to have none of the labels; see `Classifier.rejection_threshold`.
     rejected: bool
-    #: Number of tokens of the text that the model read.
+    #: Number of tokens that the model read, special tokens and prompt included.
     tokens: int
     #: Whether the text was truncated.
     truncated: bool
@@ -318,19 +313,20 @@ class Classification:
 
 @dataclass(frozen=True)
 class Model:
-    """A model that a server serves."""
+    """A model that a server serves: an embedding model or a classifier."""
 
     name: str
     #: `embedding` or `classification`.
     task: str
-    #: `loading`, `ready`, `unloading` or `failed`.
+    #: `ready`. The API also has `loading`, `unloading` and `failed`, which no server states in a result so far.
     state: str
     base_model: str
     revision: str
-    #: Hash (hex) of all bytes that decide the model's vectors.
+    #: Hash (hex) of all bytes that decide the model's vectors, except `max_tokens`. Of a classifier: of its encoder
+    #: alone if the bundle has the head in a file of its own, else of the encoder with the head.
     fingerprint: str
-    #: Hash (hex) of all that decides the labels of a classifier. The hash changes when the classifier is trained again.
-    #: Empty: the model is not a classifier.
+    #: Hash (hex) of all that decides the labels of a classifier, such as encoder, head, labels and thresholds. Empty:
+    #: the model is not a classifier.
     classifier_fingerprint: str
     dimensions: int
     matryoshka_dimensions: tuple[int, ...]
@@ -340,14 +336,14 @@ class Model:
     max_tokens: int
     query_prompt: str
     passage_prompt: str
-    #: Labels of a classifier, in the order of the model's outputs; empty for an embedding model.
+    #: Labels of a classifier, in the order of its logits; empty for an embedding model.
     labels: tuple[str, ...]
     multi_label: bool
-    #: The ONNX file of the bundle that the server serves, such as `fp32`.
+    #: Name of the served variant: one of the bundle's ONNX files, such as `fp32`; `onnx` for a foreign folder.
     variant: str
     size_bytes: int
     load_time: datetime | None
-    #: Quality measured at export, by name of the figure, such as `accuracy` or `parity.cosine_min`.
+    #: Figures of the export by name: quality, such as `accuracy`, and others, such as `train_texts`. May be empty.
     quality: Mapping[str, float]
 
 
@@ -356,7 +352,7 @@ class ClassifierLabel:
     """A label of a classifier, and its description."""
 
     name: str
-    #: Description in words of the texts that have the label; empty if the classifier has none for this label.
+    #: Description in words of the texts that have the label; empty for a fine-tuned classifier.
     description: str
 
 
@@ -365,24 +361,25 @@ class Classifier:
     """A classifier that a server serves, with the values that decide which labels a text gets."""
 
     name: str
-    #: `fine_tuned`: a model that was made offline, by an export or another tool. `examples`: made from the records of a
-    #: collection.
+    #: `fine_tuned`: a model that was made offline, by an export or another tool. `examples`: made by the server from
+    #: records of a collection; planned, no server has such classifiers yet.
     kind: str
-    #: The model that the classifier runs.
+    #: Version of the fine-tuned model itself, or of the embedding model of a classifier made from examples.
     model: ModelVersion
-    #: Labels of the classifier, in the order of the model's outputs.
+    #: Labels of the classifier, in the order of its logits.
     labels: tuple[ClassifierLabel, ...]
-    #: Whether a text may have several labels, or none.
+    #: True: a text gets any number of labels. False: a text gets one label, or none if it is rejected.
     multi_label: bool
-    #: Thresholds of a multi-label classifier, in the order of `labels`: a text gets a label if the probability is at
-    #: least the threshold. Empty for a single-label classifier, which gives the most probable label.
+    #: Thresholds of a multi-label classifier, in the order of `labels`: a text that is not rejected gets each label
+    #: whose probability is at least its threshold. Empty for a single-label classifier.
     thresholds: tuple[float, ...]
     #: Number that the logits are divided by before they become probabilities.
     temperature: float
-    #: Least value of a text's best logit, before the division by the temperature. A text below this threshold is
-    #: rejected. None: no text is rejected.
+    #: A text is rejected if its greatest logit, before the division by `temperature`, is below this number. None: no
+    #: text is rejected.
     rejection_threshold: float | None
-    #: Fine-tuned classifier: name of the base model, and strategy of the export; empty if the bundle states neither.
+    #: Fine-tuned classifier: name of the model that it was made from, and strategy of the export. Each is empty if it
+    #: is not known, as the strategy of a foreign folder.
     base_model: str
     fine_tuning_strategy: str
     #: The most tokens of a text that the model reads, special tokens and prompt included.
@@ -392,9 +389,10 @@ class Classifier:
     collection: str
     strategy: str
     example_count: int
-    #: Time (UTC) at which a classifier made from examples was fitted, or a fine-tuned one was exported; None: unknown.
+    #: Time (UTC) of the export, or of the last fit of a classifier made from examples; None: unknown.
     fit_time: datetime | None
-    #: Quality measured on held-out data, by name of the figure, such as `accuracy` or `ece`.
+    #: Figures by name: quality on held-out or cross-validated texts, such as `accuracy` and `ece`, and facts of the
+    #: training, such as `train_texts`. May be empty.
     quality: Mapping[str, float]
 
 
@@ -402,16 +400,17 @@ class Classifier:
 class ServerInfo:
     """Version, limits and features of a server."""
 
-    #: Version of emberpc.
+    #: Version of emberpc that the server runs.
     version: str
-    #: The largest values that the server accepts, by field name of `ServerLimits` in server.proto, such as `max_texts`.
+    #: Limits of calls, by field name of `ServerLimits` in server.proto, such as `max_texts`; a value equal to the limit
+    #: is allowed. 0: an older server, which does not state this limit.
     limits: Mapping[str, int]
     #: Optional features that the server has, such as `model_admin` or `index_backend:embedded`.
     features: tuple[str, ...]
 
 
 class Health(Enum):
-    """Whether a server accepts calls. The values are those of grpc.health.v1; any other status becomes UNKNOWN."""
+    """Whether a server accepts calls. The values are those of grpc.health.v1; the client returns others as UNKNOWN."""
 
     UNKNOWN = 0
     SERVING = 1

@@ -1,7 +1,7 @@
 """The bundle: a folder that holds a model ready to be served.
 
-The bundle is the only interface between `emberpc.export`, which writes it, and
-`emberpc.server`, which reads it. This package needs the standard library and numpy only.
+`emberpc.export` writes bundles and `emberpc.server` reads them. Both import this package, and neither imports the
+other. This package needs the standard library and numpy only. It reads foreign folders, too.
 """
 
 from emberpc.bundle.bounds import Bound, cosines

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from emberpc.bundle.errors import BundleError
 
-#: Errors of a file that is missing or damaged. RuntimeError: a member is encrypted, or compressed by a method that
-#: zipfile does not know.
+#: Errors of a file that cannot be read or is damaged. RuntimeError: a member is encrypted, or compressed by a method
+#: that zipfile does not know. MemoryError: a member states a shape that is too large.
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
@@ -23,11 +23,11 @@ def read_arrays(path: Path, what: str, max_bytes: int) -> dict[str, npt.NDArray[
     Args:
         path: the file.
         what: name of the content, for error messages.
-        max_bytes: limit of the unpacked size in bytes; a file of a few kilobytes can unpack to many gigabytes.
+        max_bytes: limit of the unpacked size in bytes; a file of some megabytes can unpack to gigabytes.
 
     Raises:
-        BundleError: the file is missing or damaged, unpacks to more than `max_bytes`, or has an array of Python objects
-            (pickled), which could run code when read.
+        BundleError: the file cannot be read, is damaged, unpacks to more than `max_bytes`, has a member that is no
+            array, or has an array of Python objects (pickled), which could run code when read.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -10,14 +10,14 @@ import numpy.typing as npt
 from emberpc.bundle.errors import BundleError
 
 #: Two vectors that are both shorter than this count as equal: they have no direction to compare. Also the least value
-#: by which a difference is divided.
+#: by which a difference is divided; its square is the least product of lengths by which a dot product is divided.
 _TINY = 1e-6
 
 
 def cosines(expected: npt.NDArray[np.float32], got: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Return the cosine of each row of `expected` and the same row of `got`, float32 (rows,).
 
-    It is 1 if both rows are shorter than 1e-6. A zero row has the cosine 0 with a longer row.
+    It is 1 if both rows are shorter than 1e-6, and 0 if one row is zero and the other is not shorter than that.
     """
     lengths = np.stack([np.linalg.norm(expected, axis=1), np.linalg.norm(got, axis=1)])
     found = (expected * got).sum(axis=1) / np.maximum(lengths.prod(axis=0), _TINY**2)
@@ -26,11 +26,11 @@ def cosines(expected: npt.NDArray[np.float32], got: npt.NDArray[np.float32]) -> 
 
 @dataclass(frozen=True)
 class Bound:
-    """Accuracy that a variant must reach, compared with fp32. Every figure is a share in [0, 1].
+    """Accuracy that a variant must reach, compared with fp32. Every figure is in [0, 1].
 
-    `cosine_min` and `difference_max` hold for every text. So `verify` and `serve` can check them on any host with a
+    Each text must meet `cosine_min` and `difference_max`. So `verify` and `serve` can check them on any host with a
     bundle's few reference texts. The other figures are means and shares over many texts, and only an export measures
-    them; a share may miss its bound there by one text, or one query.
+    them; there, each but `cosine_mean` may miss its bound by one text, or one query.
     """
 
     #: Least cosine between the outputs of a text by the variant and by fp32.
@@ -40,6 +40,7 @@ class Bound:
     #: Least mean, over the texts, of the cosine between the outputs by the variant and by fp32.
     cosine_mean: float = 0.0
     #: Embedding models only: least mean share of a text's 10 nearest texts that are also among the 10 nearest by fp32.
+    #: With fewer than 20 texts, half as many nearest texts as texts are compared.
     neighbour_agreement: float = 0.0
     #: Classifiers only: least share of texts with the same best label as by fp32.
     label_agreement: float = 0.0
@@ -49,7 +50,7 @@ class Bound:
     ndcg_share: float = 0.0
 
     def __post_init__(self) -> None:
-        """Validate that every figure is a share in [0, 1].
+        """Validate that every figure is in [0, 1].
 
         Raises:
             BundleError: a figure is not in [0, 1].
@@ -66,7 +67,8 @@ class Bound:
             got: outputs of the variant for the same texts, of the same shape.
 
         Returns:
-            A message for each of the two figures that the outputs miss; an empty list if they meet both.
+            A message for each of the two figures that the outputs miss; an empty list if they meet both. Outputs with
+            NaN miss both.
         """
         cosine = float(cosines(expected, got).min(initial=1.0))
         scale = float(np.abs(expected).max(initial=_TINY))

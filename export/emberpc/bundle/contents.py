@@ -16,10 +16,11 @@ _PIECE_BYTES = 1 << 24
 
 
 class Contents:
-    """Keeps the contents of files in memory, each as it was when it was first read. Thread-safe.
+    """Keeps the contents of files in memory, each as it was when this object first read the file. Thread-safe.
 
     Args:
-        stop: returns whether hashing must stop, since the loading of the model was cancelled; called every 16 MiB.
+        stop: returns whether hashing must stop, since the loading of the model was cancelled. It is called before each
+            16 MiB are hashed, and not while a file is read.
     """
 
     def __init__(self, stop: Callable[[], bool] = lambda: False) -> None:
@@ -44,14 +45,14 @@ class Contents:
             raise BundleError(f"{path} cannot be read; see that it is there and this user may read it") from error
 
     def holds(self, path: Path) -> bool:
-        """Return whether this object has read a file."""
+        """Return whether this object has the content of a file, since it has read the file."""
         return real_path(path) in self._data
 
     def sha256(self, path: Path) -> str:
-        """Return the SHA-256 (hex) of the content that `read` returns for a file; it is computed once.
+        """Return the SHA-256 (hex) of the content that `read` returns for a file. The hash is kept for further calls.
 
         Raises:
-            BundleError: the file cannot be read, or the loading of the model was cancelled.
+            BundleError: the file cannot be read, or `stop` ended the hashing.
         """
         key, data = real_path(path), self.read(path)
         with self._hashing:
@@ -62,7 +63,7 @@ class Contents:
     def sha256_of_part(self, path: Path, offset: int = 0, length: int | None = None) -> bytes:
         """Return the SHA-256, as 32 bytes, of a part of the content that `read` returns for a file.
 
-        It is computed at each call.
+        The hash is computed at each call.
 
         Args:
             path: the file.
@@ -70,8 +71,7 @@ class Contents:
             length: length of the part in bytes; None: to the end of the file.
 
         Raises:
-            BundleError: the file cannot be read or ends before the part does, or the loading of the model was
-                cancelled.
+            BundleError: the file cannot be read, is shorter than `offset + length`, or `stop` ended the hashing.
         """
         data = memoryview(self.read(path))
         end = len(data) if length is None else offset + length

@@ -1,4 +1,4 @@
-"""Count the CPU cores that this process may use. In a container these may be fewer than the host has."""
+"""Count the CPU cores that this process may use. They may be fewer than the host has, for example in a container."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ _V1 = Path("/sys/fs/cgroup/cpu")
 def usable_cores() -> int:
     """Return the number of cores that this process may use, at least 1.
 
-    This is the lesser of the cores of its CPU affinity and the limit of its control groups, rounded up.
+    This is the number of cores in its CPU affinity or, if less, the quota of its control groups, rounded up. If the
+    system has no CPU affinity (macOS), all cores of the host count.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(affinity, quota())))
 
 
 def quota(own: Path = _OWN, v2: Path = _V2, v1: Path = _V1) -> float:
-    """Return the number of cores that this process's control group and all groups above it allow.
+    """Return the CPU quota of this process in cores: what its control groups and all groups above them allow.
 
     Args:
         own: the file that lists the control groups of this process: a line for each hierarchy, with number, controllers
@@ -37,16 +38,18 @@ def quota(own: Path = _OWN, v2: Path = _V2, v1: Path = _V1) -> float:
     limits = [math.inf]
     for root, path in _groups(own, v2, v1):
         for folder in (path, *path.parents):
-            # In a container, `path` may be that of the group on the host. Then only the root of the hierarchy exists.
+            # In a container, `path` may be that of the group on the host. Then only the root of the hierarchy exists,
+            # and the other folders are skipped. A file whose content is not a limit is skipped, too.
             with suppress(OSError, ValueError, ZeroDivisionError):
                 limits.append(_limit(root / folder.relative_to("/"), version_2=root == v2))
     return min(limits)
 
 
 def _groups(own: Path, v2: Path, v1: Path) -> Iterator[tuple[Path, PurePosixPath]]:
-    """Yield, for versions 2 and 1 of control groups, the mount point and the path of this process's group below it.
+    """Yield, for versions 2 and 1 of control groups, the mount point and the path of this process's group.
 
-    The path is `/` if the file `own` cannot be read or does not list the version.
+    The path starts with `/`, which stands for the mount point. It is `/` if the file `own` cannot be read or does not
+    list a group of the version; for version 1, a group of the controller `cpu`.
     """
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
@@ -65,7 +68,7 @@ def _limit(folder: Path, *, version_2: bool) -> float:
         version_2: whether the group is of version 2; otherwise of version 1.
 
     Raises:
-        OSError: the folder or its file with the limit does not exist.
+        OSError: the file with the limit does not exist or cannot be read.
         ValueError, ZeroDivisionError: the content of the file is not a limit.
     """
     if version_2:

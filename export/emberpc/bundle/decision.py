@@ -1,7 +1,7 @@
 """The rule that turns a classifier's logits into probabilities, labels and rejections.
 
-The export measures a classifier by this rule, and the server answers by the same rule, so the figures in the manifest
-hold for the server's answers. All steps are computed in float64. So a logit in float32 and the same number in float64
+The export measures a classifier by this rule, and the server answers by the same rule, so that the figures in the
+manifest apply to the server. All steps are computed in float64. So a logit in float32 and the same number in float64
 give the same result, and the comparison with a threshold does not depend on numpy's rules for mixed types (numpy 1 and
 2 differ). An infinite logit counts as the largest finite float32, with its sign. NaN is not handled: a row of logits
 with NaN has only NaN as probabilities, or if multi-label, NaN for the labels with NaN.
@@ -24,21 +24,22 @@ Indexes = npt.NDArray[np.int64]
 
 
 def probabilities(logits: Scores, temperature: float = 1.0, *, multi_label: bool = False) -> npt.NDArray[np.float64]:
-    """Return calibrated probabilities: softmax, or a sigmoid for each label if multi-label, of logits / temperature.
+    """Return probabilities: softmax, or a sigmoid for each label if multi-label, of logits / temperature.
 
     Args:
         logits: float (texts, labels).
-        temperature: number above 0 that divides the logits.
+        temperature: number above 0 that divides the logits. With a fitted one, the probabilities are calibrated.
         multi_label: whether a text may have several labels.
 
     Returns:
-        float64 (texts, labels), in [0, 1]. Each row adds up to 1 unless multi-label.
+        float64 (texts, labels), in [0, 1]. Unless multi-label, each row adds up to 1 but for rounding.
     """
     exact = _float64(logits)
-    # With a tiny temperature the quotient overflows to infinity; tanh and exp of infinity are the right limits.
+    # With a tiny temperature the quotient overflows to infinity. That needs no warning, since tanh and exp then give
+    # their limits, which are the right results.
     with np.errstate(over="ignore"):
         if multi_label:
-            # This is the sigmoid. It uses tanh, which does not overflow for any logit, in contrast to exp.
+            # This is the sigmoid. It uses tanh and not exp, since exp overflows for large values.
             return np.asarray(0.5 * (1 + np.tanh(exact / temperature / 2)))
         exponentials = np.exp((exact - exact.max(axis=1, keepdims=True)) / temperature)
     return np.asarray(exponentials / exponentials.sum(axis=1, keepdims=True))
@@ -55,9 +56,9 @@ def best_labels(logits: Scores) -> Indexes:
 
 
 def scope_scores(logits: Scores) -> npt.NDArray[np.float64]:
-    """Return a score of how likely each text has any of the labels: its best logit, float64 (texts,).
+    """Return the best logit of each text, float64 (texts,): the greater, the more likely the text has any label.
 
-    The best logit separates texts of other subjects better than the best probability does: softmax gives a high
+    The best logit separates texts with none of the labels better than the best probability does: softmax gives a high
     probability to any label that is clearly ahead of the others, even if all logits are low (Hendrycks et al., "Scaling
     Out-of-Distribution Detection for Real-World Settings", ICML 2022).
     """
@@ -70,7 +71,7 @@ def _float64(logits: Scores) -> npt.NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class LabelDecisions:
-    """Decisions on texts.
+    """Decisions of a `DecisionRule` on texts.
 
     `probabilities` is float64 (texts, labels), also of a rejected text. `ranking` has the indexes of the labels of each
     text, best first, int64 (texts, labels). `labels` is bool (texts, labels) and all false for a rejected text.
@@ -87,10 +88,10 @@ class LabelDecisions:
 class DecisionRule:
     """Rule by which a classifier decides on labels.
 
-    `temperature`, above 0, divides the logits before they become probabilities. `thresholds` has the least probability
-    of each label of a multi-label classifier; empty: 0.5 for each. Other classifiers ignore it. A text whose best
-    logit, before the temperature, is below `rejection_logit` is rejected; None: no text is. `multi_label`: whether a
-    text may have several labels.
+    `temperature`, above 0, divides the logits before they become probabilities. `multi_label`: whether a text may have
+    several labels. `thresholds` has, for each label of a multi-label classifier, the least probability from which a
+    text has the label; empty: 0.5 for each. Other classifiers ignore `thresholds`. A text whose best logit, not divided
+    by the temperature, is below `rejection_logit` is rejected; None: no text is rejected.
     """
 
     temperature: float = 1.0
@@ -99,13 +100,16 @@ class DecisionRule:
     multi_label: bool = False
 
     def probabilities(self, logits: Scores) -> npt.NDArray[np.float64]:
-        """Return calibrated probabilities, float64 (texts, labels), of logits, float (texts, labels), by this rule."""
+        """Return the probabilities, float64 (texts, labels), of logits, float (texts, labels).
+
+        They are those of the function `probabilities` with the temperature and `multi_label` of this rule.
+        """
         return probabilities(logits, self.temperature, multi_label=self.multi_label)
 
     def label_thresholds(self, labels: int) -> tuple[float, ...]:
-        """Return the thresholds of a multi-label rule, or 0.5 for each of `labels` labels if it has none of its own.
+        """Return the threshold of each label of a multi-label rule, or () if the rule is not multi-label.
 
-        A single-label rule returns an empty tuple.
+        A rule without thresholds has 0.5 for each label; `labels` is then their number.
         """
         if not self.multi_label:
             return ()
@@ -123,16 +127,16 @@ class DecisionRule:
         return np.asarray(np.arange(width) == best_labels(logits)[:, None])
 
     def rejected(self, logits: Scores) -> Flags:
-        """Return whether each text is rejected, bool (texts,): its best logit is below the rejection threshold.
+        """Return whether each text is rejected, bool (texts,): its best logit is below `rejection_logit`.
 
-        All are False if the rule has no rejection threshold. `logits` are float (texts, labels).
+        All are False if `rejection_logit` is None. `logits` are float (texts, labels).
         """
         if self.rejection_logit is None:
             return np.zeros(len(logits), dtype=bool)
         return np.asarray(scope_scores(logits) < self.rejection_logit)
 
     def decide(self, logits: Scores) -> LabelDecisions:
-        """Return probabilities, ranking, labels and rejection of texts, given their logits, float (texts, labels)."""
+        """Return all decisions on texts, given their logits, float (texts, labels). A rejected text gets no label."""
         rejected = self.rejected(logits)
         labels = self.labels(logits) & ~rejected[:, None]
         return LabelDecisions(self.probabilities(logits), ranking(logits), labels, rejected)

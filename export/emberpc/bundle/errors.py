@@ -6,8 +6,8 @@ from __future__ import annotations
 class BundleError(Exception):
     """A bundle or foreign folder is missing, damaged or unsupported, or its loading was cancelled.
 
-    Also: an option is wrong, a value exceeds a limit, or a bundle cannot be written to a folder.
-    The message names the problem and, where there is one, the file and the remedy.
+    Also: an option or a name of a variant is wrong, a value is out of range, or a bundle cannot be written to a folder.
+    The message states the problem, and usually the file and the remedy.
     """
 
 
@@ -15,8 +15,10 @@ class UnstatedError(BundleError):
     """A foreign model lacks a setting that its user can state with a model option.
 
     Args:
-        message: the problem, with the name of the setting that is missing.
-        option: the model option with which the user can state the setting, such as `pooling=mean`.
+        message: the problem.
+        option: the model option with which the user can state the setting, with an example of a value or a placeholder,
+            such as `pooling=mean` or `dimensions=NUMBER`. `message` does not have this, so that the command line and
+            the server can each add it in their own form.
     """
 
     def __init__(self, message: str, option: str) -> None:

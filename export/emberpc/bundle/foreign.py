@@ -1,8 +1,8 @@
-"""Read a foreign folder, which has no manifest, from its files, its graph and the user's model options.
+"""Read a foreign folder, which has no manifest: infer the model's settings from files, graph and model options.
 
-Tools such as sentence-transformers and optimum write foreign folders. These hold `tokenizer.json`, `config.json` and an
-ONNX file, which lies beside them or in `onnx/`. Folders of embedding models often hold `modules.json`,
-`1_Pooling/config.json` and `config_sentence_transformers.json`, too.
+Tools such as sentence-transformers and optimum write foreign folders. A foreign folder must have `tokenizer.json` and
+an ONNX file, usually in the folder itself or in `onnx/`. Most foreign folders have `config.json`. Those of embedding
+models often have `modules.json`, `1_Pooling/config.json` and `config_sentence_transformers.json`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from emberpc.bundle.peers import (
 from emberpc.bundle.reading import TOKENIZER_NAME, Bundle, read_bundle, sha256_of
 from emberpc.bundle.tokenizer_settings import check_tokenizer
 
-#: Texts on which a model without reference outputs is tried, alone and in one batch. Their lengths differ, so that the
-#: batch is padded.
+#: Texts on which the model of a foreign folder is tried, each alone and all in one batch: a text must have nearly the
+#: same output in both cases. The lengths differ, so the batch is padded, and a graph that does not mask padding fails.
 PROBES = (
     "a kitten asleep on the sofa",
     "Interest rates rose again this spring, and lenders expect another rise before the year is out.",
@@ -48,25 +48,27 @@ PROBES = (
 #: Name of the only variant of a foreign folder.
 VARIANT = "onnx"
 _MODULES = ("Transformer", "Pooling", "Normalize")
-#: Modules that the server does not run, but that an export can put into the graph. An export refuses all other modules.
+#: Modules that the server does not run, but that an export can put into the graph; the error for such a module says so.
+#: An export refuses all modules except these and `_MODULES`.
 _EXPORTED = ("Dense",)
 
 
 @dataclass(frozen=True)
 class Stated:
-    """Model options: settings that the user states for a foreign model. An empty setting is read from the folder.
+    """Model options: settings of a foreign folder's model that the user states, each as a text.
 
-    `pooling` is one of `POOLINGS`; a stated pooling also means that the model is no classifier. `output` is the name of
-    an output of the graph.
+    An empty text means that the setting is not stated; it is inferred from the folder's files then. `pooling` is one of
+    `POOLINGS`; with a stated pooling, the model is an embedding model, even if the graph has an output `logits`.
+    `output` is the name of an output of the graph. `max_tokens` and `dimensions` are decimal numbers.
     """
 
-    #: The ONNX file, as a path in the folder.
+    #: The ONNX file, as a path relative to the folder.
     file: str = ""
-    #: Role and name of each input as `ROLE=NAME`, separated by colons; see `emberpc.bundle.interface.find_inputs`.
+    #: Roles of the graph's inputs, such as `ROLE=NAME:ROLE=NAME`; `find_inputs` describes all forms.
     inputs: str = ""
     output: str = ""
     pooling: str = ""
-    #: `yes` or `no`: whether vectors are normalized to length 1.
+    #: `yes` or `no`: whether the server normalizes the vectors, after the pooling if there is one.
     normalize: str = ""
     max_tokens: str = ""
     dimensions: str = ""
@@ -75,11 +77,11 @@ class Stated:
 
     @classmethod
     def parse(cls, options: Mapping[str, str]) -> Stated:
-        """Validate model options, given by name, and return them.
+        """Return model options, given by name, after the checks that need no folder.
 
         Raises:
-            BundleError: an option is unknown, or its value is not allowed. `pooling` and `normalize` may be missing,
-                but not empty.
+            BundleError: an option is unknown, or its value is not allowed or too long. `pooling` and `normalize` may be
+                missing, but not empty.
         """
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in options if name not in known]:
@@ -104,19 +106,21 @@ def open_bundle(
     check_hashes: bool = True,
     contents: Contents | None = None,
 ) -> Bundle:
-    """Read a bundle, or a foreign folder as if it were a bundle.
+    """Read a bundle, or a foreign folder as if it were a bundle. A folder with `emberpc.json` is a bundle.
 
     Args:
         folder: the folder.
-        options: model options of a foreign folder, by the names of the fields of `Stated`; none for a bundle.
+        options: model options of a foreign folder, by the names of the fields of `Stated`; empty for a bundle.
         look: loads an ONNX file and returns its inputs and outputs; it is not called for a bundle. Its errors are
             raised as they are.
-        check_hashes: whether to compare the SHA-256 of each file of a bundle with the manifest, and not only its size.
-        contents: reads the tokenizer and the weights of a foreign folder; None: they are read from disk.
+        check_hashes: whether to compare the SHA-256 of each file of a bundle with the manifest, and not only its size;
+            without effect on a foreign folder.
+        contents: reads the tokenizer and the weights of a foreign folder; None: they are read from disk. Not used for a
+            bundle.
 
     Raises:
-        BundleError: the folder is neither a bundle nor a foreign folder, a file or setting is missing, wrong or not
-            supported, or options were given for a bundle or are wrong.
+        BundleError: the folder is missing, or is neither a bundle nor a foreign folder; a file or setting is missing,
+            wrong or not supported; or options were given for a bundle or are wrong.
         UnstatedError: a foreign folder lacks a setting; the error has the model option that states the setting.
     """
     if not folder.is_dir() or (folder / MANIFEST_NAME).exists():
@@ -132,20 +136,22 @@ def read_foreign(
 ) -> Bundle:
     """Read a foreign folder, which has no manifest, and infer its manifest.
 
-    The model is a classifier if the graph has an output `logits`, unless there is a `modules.json` or a stated pooling.
+    The model is a classifier if the graph has an output `logits`, the folder has no `modules.json`, and no pooling is
+    stated. It is a classifier even if another output is stated.
 
     Args:
         folder: the folder.
         stated: the model options that the user gave.
-        look: loads an ONNX file and returns its inputs and outputs; it may raise other errors.
+        look: loads an ONNX file and returns its inputs and outputs. Its errors are raised as they are.
         contents: reads the tokenizer and the files with weights; None: they are read from disk.
 
     Returns:
-        A bundle without reference outputs. The hashes in its manifest are computed from the files now.
+        A bundle without reference outputs. The hashes in its manifest are computed from the files as they are now, or
+        as `contents` has read them.
 
     Raises:
         BundleError: a file is missing, lies outside the folder or cannot be read; an option is wrong; or a setting, the
-            graph or the tokenizer is not supported.
+            graph or the tokenizer is wrong or not supported.
         UnstatedError: the folder lacks a setting; the error has the model option that states the setting.
     """
     model = _model_file(folder, stated.file)
@@ -166,8 +172,8 @@ def read_foreign(
     output = find_output(graph, task, stated.output)
     interface, pooling = _interface(folder, graph, config, task, output, stated)
     check_tokenizer(folder, feeds_types=bool(interface.inputs.token_type_ids), contents=contents)
-    # The fingerprint of the old scheme covers only weight files with this pattern of names. These files are hashed here
-    # even if the ONNX file does not name them, and so are all external weight files.
+    # The fingerprint of the old scheme covers only the ONNX file and files with this pattern of names. So these files
+    # are hashed, even if the ONNX file does not name them. All other external weight files are hashed, too.
     named = {str(path.relative_to(folder)) for path in (folder / model).parent.glob(f"{Path(model).name}_data*")}
     for name in named:
         _plain(folder, name)
@@ -192,8 +198,8 @@ def read_foreign(
         multi_label=config.get("problem_type") == "multi_label_classification",
         files=entries,
     )
-    # When the old scheme was in use, inputs for positions were fed zeros, so the fingerprint of such a graph belongs to
-    # other vectors than those of today.
+    # The old scheme covered no external weight files with other names. When the scheme was in use, inputs for positions
+    # were fed zeros, so the old fingerprint of a graph with such an input belongs to other vectors than those of today.
     covered = set(external) <= named and not interface.inputs.position_ids
     return Bundle(folder, manifest, interface, legacy_covers_weights=covered)
 
@@ -203,9 +209,13 @@ def _interface(
 ) -> tuple[Interface, str]:
     """Return how to call the graph, and the pooling for the manifest.
 
+    The pooling for the manifest is `none` for a classifier. For an embedding model, it is the stated pooling, else that
+    of `modules.json`, else `in the graph`. The interface has a pooling only if the output has a vector for each token.
+
     Raises:
-        BundleError: the graph's inputs or the modules of the folder are not supported.
-        UnstatedError: the role of an input or the pooling is unknown.
+        BundleError: the graph's inputs, the option `inputs`, config.json or the modules are wrong or not supported.
+        UnstatedError: the role of an input is unknown, or the output has a vector for each token and no pooling is
+            known.
     """
     inputs = find_inputs(graph, stated.inputs, read_first_position(config))
     if task is Task.CLASSIFICATION:
@@ -229,11 +239,13 @@ def _is_embedder(folder: Path) -> bool:
 
 
 def _modules(folder: Path) -> tuple[str, bool]:
-    """Return the pooling that the folder states (empty if none), and whether vectors are normalized.
+    """Return the pooling that `modules.json` states, and whether `modules.json` lists Normalize.
+
+    The pooling is empty if `modules.json` is missing or lists no Pooling.
 
     Raises:
-        BundleError: a module is unknown or not in the usual order, the first is no Transformer, or the pooling is not
-            supported.
+        BundleError: `modules.json` lists others than Transformer, Pooling and Normalize in this order, where the last
+            two may be missing; the pooling is not supported; or a file is damaged, or that of the pooling missing.
     """
     listed = read_modules(folder)
     modules = dict(listed)
@@ -265,12 +277,12 @@ def _model_file(folder: Path, stated: str) -> str:
 
     Args:
         folder: the foreign folder.
-        stated: the model option `file`; empty: `onnx/model.onnx`, else `model.onnx`, else the only ONNX file in the
-            folder and in `onnx`.
+        stated: the model option `file`; empty: `onnx/model.onnx`, else `model.onnx`, else the only `*.onnx` of the
+            folder and of `onnx` together.
 
     Raises:
-        BundleError: there is no such file, or it lies outside the folder.
-        UnstatedError: there are several ONNX files, and none is called `model.onnx`.
+        BundleError: there is no such file, it lies outside the folder, or `stated` is an absolute path.
+        UnstatedError: the folder and `onnx` have several `*.onnx`, and none is called `model.onnx`.
     """
     if stated:
         _plain(folder, stated)
@@ -295,7 +307,7 @@ def _model_file(folder: Path, stated: str) -> str:
 
 
 def _plain(folder: Path, name: str) -> None:
-    """Raise BundleError if `name` is an absolute path, or leads out of the folder once symbolic links are followed."""
+    """Raise BundleError if the path `name` is absolute, or leads out of the folder when symbolic links are followed."""
     if Path(name).is_absolute():
         raise BundleError(f"the file {name} is an absolute path; give its path in the folder {folder}")
     if not is_inside(folder, name):
@@ -303,13 +315,13 @@ def _plain(folder: Path, name: str) -> None:
 
 
 def _dimensions(config: dict[str, Any], output: Tensor, task: Task, stated: Stated) -> int:
-    """Return the dimensions of a text's vector: as stated, else the output's width, else the width in config.json.
+    """Return the dimensions of a text's vector, or 1 for a classifier, which returns no vectors.
 
-    1 for a classifier, which returns no vectors.
+    The dimensions are those of the options, else the fixed size of the output's last axis, else those of config.json.
 
     Raises:
         UnstatedError: neither the options, nor the graph, nor config.json states the dimensions.
-        BundleError: the dimensions are out of range.
+        BundleError: the dimensions are out of range, or are no whole number in config.json.
     """
     if task is Task.CLASSIFICATION:
         return 1

@@ -1,4 +1,4 @@
-"""Hash files in chunks, so that no file is in memory as a whole at any time."""
+"""Hash files in chunks, so that a large file is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def sha256_of_part(path: Path, offset: int = 0, length: int | None = None) -> by
     Args:
         path: the file.
         offset: start of the part, in bytes.
-        length: length of the part in bytes; None: to the end of the file.
+        length: length of the part in bytes; None: to the end of the file; empty if `offset` is beyond the end.
 
     Raises:
-        BundleError: the file cannot be read, or it ends before the part does.
+        BundleError: the file cannot be read, or fewer than `length` bytes follow `offset`.
     """
     digest = hashlib.sha256()
     rest = length
@@ -43,5 +43,5 @@ def sha256_of_part(path: Path, offset: int = 0, length: int | None = None) -> by
 
 
 def too_short(path: Path) -> BundleError:
-    """Return the error for a file that ends before a part that an ONNX file states for it."""
+    """Return the error for a file that ends before the end of a part that an ONNX file states for it."""
     return BundleError(f"{path} is shorter than the ONNX file says; get the model again or export it again")

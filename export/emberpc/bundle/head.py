@@ -1,7 +1,7 @@
 """The linear head of a classifier, stored in a file of its own beside the classifier's graph.
 
 The graph contains the head, too. With the separate file, a server can run one encoder for an embedding model and for
-all classifiers that are based on this encoder.
+the classifiers with the same encoder: the server applies each classifier's head to the encoder's vectors.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from emberpc.bundle.arrays import read_arrays
 from emberpc.bundle.errors import BundleError
 
 HEAD_NAME = "head.npz"
-#: Limit of the unpacked size of `head.npz` in bytes: enough for a head of 4,096 dimensions and 30,000 labels.
+#: Limit of the unpacked size of `head.npz` in bytes, since a small file can unpack to more than the memory holds. It
+#: is enough for a head of 4,096 dimensions and 30,000 labels.
 MAX_HEAD_BYTES = 512 * 2**20
 
 
 def unit(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Normalize vectors, float32 (texts, dimensions), to length 1.
+    """Return vectors, float32 (texts, dimensions), normalized to length 1, as a new array.
 
-    Zero vectors do not change; vectors shorter than 1e-12 are divided by 1e-12, so they stay shorter than 1.
+    Zero vectors stay zero. A vector shorter than 1e-12 is divided by 1e-12, so it stays shorter than 1.
     """
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), dtype=np.float32)
 
@@ -39,11 +40,14 @@ class Head:
     bias: npt.NDArray[np.float32]
 
     def logits(self, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return the logits, float32 (texts, labels), of vectors, float32 (texts, dimensions), of any length."""
+        """Return the logits, float32 (texts, labels), of vectors, float32 (texts, dimensions).
+
+        The vectors need not have length 1: they are normalized first.
+        """
         return np.asarray(unit(vectors) @ self.weights + self.bias, dtype=np.float32)
 
     def write(self, folder: Path) -> None:
-        """Write the head to `head.npz` in a folder; an existing file is replaced."""
+        """Write the head to `head.npz` in an existing folder; an existing file is replaced."""
         np.savez(folder / HEAD_NAME, allow_pickle=False, weights=self.weights, bias=self.bias)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Call an ONNX graph: find the role of each input, and turn its output into one vector for each text."""
+"""How to call an ONNX graph: the role of each input, the output to read, and a text's vector or logits from it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _TOKENS = ("last_hidden_state", "token_embeddings")
 #: predict whether one sentence follows another.
 _POOLER = "pooler_output"
 _LOGITS = "logits"
-#: Names of inputs, by role. Any other name has no known role. A role is not guessed from a part of a name: with such
-#: guesses, inputs for positions got zeros.
+#: Known names of inputs in lower case, by role. A role is not guessed from a part of a name: an earlier version guessed
+#: in this way, and fed zeros to inputs for positions.
 _ROLE_NAMES = {
     "input_ids": ("input_ids", "ids", "tokens", "token_ids", "input_tokens", "input_token_ids", "input_word_ids"),
     "attention_mask": ("attention_mask", "mask", "input_mask", "padding_mask", "attn_mask"),
@@ -45,8 +45,8 @@ Matrix = npt.NDArray[np.float32]
 class Tensor:
     """An input or output of an ONNX graph.
 
-    `type` is ONNX Runtime's name, such as `tensor(int64)`. A dimension in `shape` is an int if it is fixed, else a name
-    or None.
+    `type` is ONNX Runtime's name, such as `tensor(int64)`. `shape` has the size of each axis: an int if it is fixed,
+    else a name or None.
     """
 
     name: str
@@ -66,8 +66,8 @@ class Graph:
 class Inputs:
     """Names of a graph's inputs by role; a name is empty if the graph has no input of that role.
 
-    `integers` is the type of all inputs, `int64` or `int32`. `first_position` is the position of a text's first token,
-    for graphs with an input for positions.
+    `integers` is the type of all inputs, `int64` or `int32`. `first_position` is the position of a text's first token;
+    it is 0 and not used if the graph has no input for positions.
     """
 
     input_ids: str
@@ -78,14 +78,18 @@ class Inputs:
     first_position: int = 0
 
     def roles(self) -> dict[str, str | int]:
-        """Return the names of the graph's inputs, by role; with an input for positions, also `first_position`."""
+        """Return the names of the graph's inputs by role, without roles that no input has.
+
+        If there is an input for positions, the result also has the int `first_position`.
+        """
         found: dict[str, str | int] = {role: getattr(self, role) for role in ROLES if getattr(self, role)}
         return found | ({"first_position": self.first_position} if self.position_ids else {})
 
     def feeds(self, input_ids: Integers, mask: Integers) -> dict[str, npt.NDArray[np.integer]]:
-        """Return the values of the graph's inputs for a batch, by name, each int (texts, tokens) of type `integers`.
+        """Return the values of the graph's inputs for a batch, by the input's name.
 
-        Token types are zeros, and positions count a text's tokens from `first_position`.
+        Each value is an array (texts, tokens) of the type `integers`. Token types are zeros. Positions count a text's
+        tokens from `first_position`; padding has the position of the token beside it.
 
         Args:
             input_ids: token ids, int64 (texts, tokens).
@@ -99,10 +103,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Interface:
-    """How to call a graph: its inputs, and the name of the output to read.
+    """How to call a graph: its inputs, the name of the output to read, and what to do with this output.
 
-    `pooling`, one of `POOLINGS`, makes one vector from the vectors of a text's tokens; empty: the output has one vector
-    for each text already. `normalize`: whether to scale vectors to length 1.
+    `pooling`, one of `POOLINGS`, makes one vector from the vectors of a text's tokens; empty: the output already has a
+    vector, or logits, for each text. `normalize`: whether to scale vectors to length 1 after the pooling.
     """
 
     inputs: Inputs
@@ -111,9 +115,10 @@ class Interface:
     normalize: bool = False
 
     def legacy_text(self) -> str:
-        """Return the text that fingerprints of the old scheme include for this object.
+        """Return a text of this object that fingerprints of the old scheme cover, through `Manifest.weights_sha256`.
 
-        The text must never change, since collections store fingerprints of the old scheme.
+        The text must never change, since collections store fingerprints of the old scheme. It lacks the fields for
+        positions, which were added later.
         """
         inputs = self.inputs
         return (
@@ -134,7 +139,7 @@ class Interface:
 
         Raises:
             UnstatedError: the output has a vector for each token, and there is no pooling.
-            BundleError: the output has another number of axes.
+            BundleError: the output has another number of axes than stated above.
         """
         found = np.asarray(output, dtype=np.float32)
         if found.ndim == 3 and not self.pooling:
@@ -151,12 +156,12 @@ class Interface:
 
 
 def pool(tokens: Matrix, mask: npt.NDArray[np.integer], pooling: str) -> Matrix:
-    """Pool the vectors of a text's tokens to one vector, as sentence-transformers does.
+    """Pool the vectors of the tokens of each text to one vector, as sentence-transformers does.
 
     Args:
         tokens: vectors of the tokens, float32 (texts, tokens, dimensions).
         mask: int (texts, tokens), 1 for each token and 0 for padding. Each text has at least one token.
-        pooling: one of `POOLINGS`.
+        pooling: `mean`, `cls` (the first token's vector), `max` (in each dimension) or `lasttoken`.
 
     Returns:
         float32 (texts, dimensions).
@@ -177,9 +182,9 @@ def find_inputs(graph: Graph, stated: str = "", first_position: int | None = Non
 
     Args:
         graph: the graph.
-        stated: the model option `inputs`: `ROLE=NAME` of each input, separated by colons; or at most three names
-            without roles, in the order of `ROLES`. If one of these names has a known role, each must have the role of
-            its place. Empty: roles are found by name.
+        stated: the model option `inputs`: `ROLE=NAME` of each input, separated by colons; or, for at most three inputs,
+            the names of all inputs without roles, in the order of `ROLES`. If one of these names has a known role, each
+            must have the role of its place. Empty: roles are found by name.
         first_position: position of a text's first token; None: unknown.
 
     Returns:
@@ -235,13 +240,15 @@ def _stated_roles(stated: str, names: Sequence[str]) -> dict[str, str]:
     """Read the roles of a graph's inputs from the option `inputs`; return the names of the inputs by role.
 
     Raises:
-        BundleError: the option does not give each input exactly one role.
+        BundleError: the option does not give each input exactly one role, names another input or an unknown role, gives
+            a role twice, or gives no input the role `input_ids`; or it has names without roles that `find_inputs` does
+            not allow.
     """
     entries = [entry for entry in stated.split(":") if entry]
     pairs = [(role, name) for role, equals, name in (entry.partition("=") for entry in entries) if equals]
     if not pairs:
-        # Names without roles are read in the order of the roles, but only if no name has a known role, or each name has
-        # the role of its place. Otherwise the third input would be fed zeros, whatever it is for.
+        # Names without roles are read in the order of `ROLES`, but only if no name has a known role, or each name has
+        # the role of its place. Otherwise, for example, an input for positions in the third place would be fed zeros.
         pairs = list(zip(ROLES, entries, strict=False))
         roles = [_role(name) for _, name in pairs]
         if len(entries) > len(_IN_ORDER) or (any(roles) and roles != [role for role, _ in pairs]):
@@ -265,18 +272,17 @@ def _stated_roles(stated: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def _role(name: str) -> str:
-    """Return the role of an input by the input's name; empty if the name is unknown."""
+    """Return the role of an input by its name, without regard to case or a suffix such as `:0`; empty if unknown."""
     plain = name.lower().partition(":")[0]  # TensorFlow's names end with `:0`
     return next((role for role, known in _ROLE_NAMES.items() if plain in known), "")
 
 
 def find_output(graph: Graph, task: Task | None, stated: str = "") -> Tensor:
-    """Return the output of a graph to read.
+    """Return the output of a graph to read. Only outputs whose type begins with `tensor(float` count.
 
-    For a classifier, this is the output `logits`. For an embedding model, it is an output with a known name: one with a
-    vector for each text, else one with a vector for each token. Without a known name, it is the only output with two
-    dimensions, else the only output with three. `pooler_output` and, for an embedding model, `logits` are returned only
-    if they are stated.
+    A stated output is returned for any task. Otherwise: for a classifier, this is the output `logits`. For an embedding
+    model, it is an output named in `_VECTORS`, else in `_TOKENS`; earlier names take precedence. If there is none,
+    it is the only output with two axes, else with three axes; `pooler_output` and `logits` do not count here.
 
     Args:
         graph: the graph.
@@ -284,7 +290,7 @@ def find_output(graph: Graph, task: Task | None, stated: str = "") -> Tensor:
         stated: the model option `output`, a name; empty: find the output.
 
     Raises:
-        BundleError: there is no output `stated` with float values.
+        BundleError: there is no output `stated` of a float type.
         UnstatedError: none of these rules finds an output; the error has the model option that states the output.
     """
     outputs = {tensor.name: tensor for tensor in graph.outputs if tensor.type.startswith("tensor(float")}

@@ -15,7 +15,7 @@ class RepeatedKeyError(ValueError):
 
 
 def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a dict of the pairs of a JSON object; pass it to `json.loads` as `object_pairs_hook`.
+    """Return a dict of the pairs of a JSON object. Pass this function to `json.loads` as `object_pairs_hook`.
 
     Raises:
         RepeatedKeyError: a key occurs twice.

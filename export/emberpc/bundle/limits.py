@@ -1,6 +1,7 @@
 """Limits of numbers and texts in the files of a model, and their checks.
 
-The limits keep each value within its field of the wire format (int32, UTF-8) and a description of a model to some MiB.
+The server sends many of these values. The limits keep them within their fields of the wire format (such as int32 and
+UTF-8), and they limit the size of a model's description.
 """
 
 from __future__ import annotations
@@ -12,20 +13,21 @@ from emberpc.bundle.errors import BundleError
 
 MAX_DIMENSIONS = 65_536
 MAX_TOKENS = 2**20
-#: Greatest token id: that of int32, which is the type of token ids in some graphs.
+#: Greatest token id: the greatest int32, since token ids are int32 in some graphs.
 MAX_TOKEN_ID = 2**31 - 1
 MAX_LABELS = 30_000
 MAX_MATRYOSHKA_DIMENSIONS = 1_000
 MAX_VARIANTS = 100
-#: The most entries of a table in the manifest, such as `files` or `quality`.
+#: The most entries of each of the manifest's tables `files`, `quality`, `dropped` and `tools`.
 MAX_ENTRIES = 10_000
-#: The most characters of a name, label, path or digest.
+#: The most characters of a short text: a name, a label, a path, a key of a table, or a field such as `created`.
 MAX_NAME_LENGTH = 1_024
 #: The most characters of a prompt, a model option, or the manifest's field `measured_on`.
 MAX_TEXT_LENGTH = 16_384
 #: The most characters of all labels of a model together.
 MAX_LABEL_CHARACTERS = 2**20
-#: The greatest value of any other whole number in a manifest, such as the bytes of a file: that of int64.
+#: Greatest magnitude of a whole number in the manifest that has no other limit, such as the bytes of a file: the
+#: greatest int64.
 MAX_INTEGER = 2**63 - 1
 
 
@@ -33,7 +35,7 @@ def whole_number(value: object, name: str, least: int, most: int) -> int:
     """Validate a whole number and return it as int.
 
     Args:
-        value: an int, or a text of decimal digits.
+        value: an int, or a text of at most 19 decimal digits; a bool or float is refused.
         name: name and place of the number, for the error.
         least: the least value allowed.
         most: the greatest value allowed.
@@ -92,7 +94,8 @@ def check_labels(labels: Iterable[str], name: str) -> None:
         name: name and place of the labels, for the error.
 
     Raises:
-        BundleError: a limit of this module is exceeded, or a label has a lone surrogate, which UTF-8 cannot encode.
+        BundleError: `MAX_LABELS`, `MAX_NAME_LENGTH` or `MAX_LABEL_CHARACTERS` is exceeded, or a label has a lone
+            surrogate, which UTF-8 cannot encode.
     """
     found = tuple(labels)
     check_count(len(found), name, MAX_LABELS)

@@ -58,44 +58,50 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Parity:
-    """Agreement of a variant with PyTorch's fp32, measured at export on `texts` real texts.
+    """Agreement of a variant with PyTorch's fp32, measured at export on `texts` texts.
 
-    In the manifest of a foreign folder `texts` is 0, and the figures are not measured.
+    The compared outputs are the logits of a classifier, and the vectors of an embedding model. For a foreign folder
+    nothing is measured: `texts` is 0, and the other figures are those of equal outputs.
     """
 
     texts: int
-    #: Greatest absolute difference of one output value.
+    #: Greatest absolute difference of one output value from PyTorch's.
     max_abs_diff: float
-    #: Least cosine between the outputs of a text.
+    #: Least cosine between the outputs of a text by the variant and by PyTorch.
     cosine_min: float
-    #: Share of texts with the same best label; 1 for an embedding model.
+    #: Share of texts with the same best label as by PyTorch; 1 for an embedding model. Logits that differ by at most
+    #: 1e-6 count as equal.
     label_agreement: float = 1.0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Accuracy and speed of a variant, measured at export on `texts` real texts, on one core of the exporting host.
+    """Accuracy and speed of a variant, measured at export with one thread on `texts` texts.
 
     `cosine_min` and `cosine_mean` are the least and the mean cosine between a text's outputs by the variant and by
-    fp32. The speed is that of running the variant, without tokenizing. `load_seconds` is the wall time to load it.
-    `size_bytes` counts the ONNX file and its external weights.
+    fp32; outputs are the logits of a classifier, and the vectors of an embedding model. `texts_per_cpu_second` is the
+    speed of running the variant, without tokenizing; it is measured on at most 127 of the texts. `load_seconds` is the
+    wall time to load the variant. `size_bytes` counts the ONNX file and its external weights.
     """
 
     texts: int
     cosine_min: float
     cosine_mean: float
-    #: Mean share of a text's 10 nearest texts that are also among the 10 nearest by fp32.
+    #: Mean share of a text's 10 nearest texts that are also among the 10 nearest by fp32. With fewer than 20 texts,
+    #: the number of nearest texts is half the number of texts.
     neighbour_agreement: float
     texts_per_cpu_second: float
-    #: The variant's texts per CPU-second divided by fp32's: the median over rounds in which the two alternate.
+    #: The variant's texts per CPU-second divided by fp32's: the median over rounds in which the two alternate. It is 1
+    #: for fp32.
     speedup: float
     load_seconds: float
     size_bytes: int
     #: Share of texts with the same best label as by fp32; 1 for an embedding model.
     label_agreement: float = 1.0
-    #: Share of texts with the right label (multi-label: exactly the right labels); None for an embedding model.
+    #: Share of texts with the right label (multi-label: exactly the right labels), without rejection; None for an
+    #: embedding model.
     accuracy: float | None = None
-    #: nDCG@10 of the queries that the variant was measured on; None if there were no queries.
+    #: Mean nDCG@10 over the queries that the variant was measured on; None if there were no queries.
     ndcg_at_10: float | None = None
 
 
@@ -106,9 +112,10 @@ class Variant:
     name: str
     path: str
     parity: Parity
-    #: Accuracy that the variant must reach against fp32; None for fp32, which is as near to PyTorch as float32 allows.
+    #: Accuracy that the variant must reach against fp32; None for a foreign folder, and for fp32, which is as near to
+    #: PyTorch as float32 allows.
     bound: Bound | None = None
-    #: Figures of the variant; None for a foreign folder, or a bundle of a version that did not measure variants.
+    #: Figures of the variant; None for a foreign folder, or if the emberpc that wrote the bundle measured no variants.
     measured: Measured | None = None
 
 
@@ -122,18 +129,21 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All settings of a model that a server needs, and the source of the model."""
+    """Settings, source, figures and files of a model; `Bundle.foreign` says how to call a foreign folder's graph."""
 
     task: Task
-    #: Name of the exported model: one that the user gave, its name on a hub, or the name of its folder.
+    #: Name of the exported encoder: one that the user gave, its name on a hub, or the name of its folder or package. Of
+    #: a foreign folder: `_name_or_path` in config.json, else the name of the folder.
     base_model: str
     revision: str
-    #: SHA-256 (hex) of the source's weights; of a foreign folder, of its files with weights and how they are used.
+    #: SHA-256 (hex) of the PyTorch weights that were converted, after any training. Of a foreign folder: SHA-256 of the
+    #: hashes of its ONNX file and weight files, and of `Interface.legacy_text`.
     weights_sha256: str
     dimensions: int
-    #: `mean`, `cls`, `max` or `lasttoken`; of a foreign folder also `in the graph`, or `none` for a classifier.
+    #: `mean`, `cls`, `max` or `lasttoken`. Of a foreign folder: also `in the graph` for an embedding model without a
+    #: known pooling, and always `none` for a classifier.
     pooling: str
-    #: Whether the model's vectors are normalized to length 1.
+    #: Whether vectors are normalized to length 1: by the graph of a bundle, or by the server for a foreign folder.
     normalize: bool
     #: The most tokens of a text, special tokens and prompt included.
     max_tokens: int
@@ -144,35 +154,38 @@ class Manifest:
     #: Labels of a classifier, in the order of the logits.
     labels: tuple[str, ...] = ()
     multi_label: bool = False
-    #: Multi-label: the threshold of each label's probability. Empty: 0.5 for each label.
+    #: Multi-label: the threshold of each label's probability, in the order of `labels`. Empty: 0.5 for each label.
     thresholds: tuple[float, ...] = ()
     #: Number above 0 that divides the logits of a classifier before they become probabilities.
     temperature: float = 1.0
     #: Rejection threshold: a text whose best logit, before the temperature, is below it is rejected; None: no text is.
     rejection_logit: float | None = None
-    #: Strategy of a fine-tuned classifier, such as `linear`.
+    #: Strategy by which the model was fine-tuned, such as `linear`; empty if it was not.
     strategy: str = ""
-    #: Figures of the model measured at export, by name, such as `accuracy`.
+    #: Figures of the fine-tuning and of its result, by name, such as `train_texts` and `accuracy`; empty if the model
+    #: was not fine-tuned.
     quality: dict[str, float] = field(default_factory=dict)
     #: Variants that an export with `auto` tried and did not keep: name and reason.
     dropped: dict[str, str] = field(default_factory=dict)
     #: Description of the texts that the variants were measured on; empty if they were not, see `Variant.measured`.
     measured_on: str = ""
-    #: Whether the user stated `max_tokens`; otherwise it is the number at which the source's own library truncates.
+    #: Whether the user stated `max_tokens`; otherwise it is the limit of tokens in the settings of the source.
     max_tokens_stated: bool = False
-    #: Versions of the libraries that made the bundle.
+    #: Versions of the libraries that made the bundle, by name; empty for a foreign folder.
     tools: dict[str, str] = field(default_factory=dict)
     #: Time of the export, ISO 8601 in UTC; not validated, and empty for a foreign folder.
     created: str = ""
-    #: All files of the bundle except the manifest, by path.
+    #: All files of the bundle except the manifest, by path; of a foreign folder, tokenizer, ONNX file and weight files.
     files: dict[str, FileEntry] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        """Validate values and their combinations; types are validated by `from_json`.
+        """Validate limits, variants' names, Matryoshka dimensions, temperature, labels and the number of thresholds.
+
+        `from_json` validates the types; this method does not.
 
         Raises:
-            BundleError: a value is out of range or contradicts another.
+            BundleError: a value is out of range, is there twice, or contradicts another.
         """
         self._check_limits()
         if not self.variants:
@@ -195,10 +208,12 @@ class Manifest:
             raise BundleError(f"{MANIFEST_NAME}: {len(self.thresholds)} thresholds for {len(self.labels)} labels")
 
     def _check_limits(self) -> None:
-        """Validate numbers, texts and lists against `emberpc.bundle.limits`.
+        """Validate numbers, texts, lists and the keys of tables against `emberpc.bundle.limits`.
+
+        The values of tables are not validated here.
 
         Raises:
-            BundleError: a limit is exceeded.
+            BundleError: a value is too small, too great or too long, or a text has a lone surrogate.
         """
         numbers = {
             "dimensions": (1, MAX_DIMENSIONS),
@@ -247,8 +262,9 @@ class Manifest:
     def legacy_fingerprint(self, variant: str = "") -> str:
         """Return a variant's fingerprint (hex) of the old scheme, which collections from before the new scheme store.
 
-        This fingerprint is computed from the manifest only, so it proves nothing about the files. `Bundle.fingerprint`
-        returns the fingerprint of the new scheme.
+        This fingerprint is computed from the manifest only, so it proves nothing about the files. It does not fit the
+        vectors of some foreign folders, for which `Bundle.legacy_fingerprint` is empty. `Bundle.fingerprint` returns
+        the fingerprint of the new scheme.
 
         Args:
             variant: name of the variant; empty: the first one.
@@ -269,7 +285,11 @@ class Manifest:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Return the manifest as the text of `emberpc.json`."""
+        """Return the manifest as the text of `emberpc.json`.
+
+        Raises:
+            ValueError: a float is not finite.
+        """
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
@@ -298,9 +318,9 @@ class Manifest:
 
 
 def _read(kind: type[T], data: Mapping[str, Any], where: str) -> T:
-    """Build a dataclass from a JSON object and validate every type.
+    """Build a dataclass from a JSON object and validate the type of each field.
 
-    Unknown fields are ignored, since a newer writer may have added them.
+    A missing field gets its default. Unknown fields are ignored, since a newer writer may have added them.
 
     Args:
         kind: the dataclass.
@@ -308,7 +328,7 @@ def _read(kind: type[T], data: Mapping[str, Any], where: str) -> T:
         where: path of the object in the manifest, with a dot at its end, for errors; empty for the manifest itself.
 
     Raises:
-        BundleError: a field is missing, or has a wrong type or value.
+        BundleError: a field without a default is missing, or a field has a wrong type or value.
     """
     hints = get_type_hints(kind)
     values = {}
@@ -322,10 +342,12 @@ def _read(kind: type[T], data: Mapping[str, Any], where: str) -> T:
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
-    """Validate a JSON value against a type and return it as that type; raise BundleError if it is of another type.
+    """Return a JSON value as the type `hint`. An int is accepted as a float, and null if `hint` includes None.
 
-    BundleError, too, for a float that is not finite, an int beyond 64 bits, and a text with a lone surrogate. `path` is
-    the value's path in the manifest, for errors.
+    Raises:
+        BundleError: the value, or a value in it, is of another type or not allowed, is a float that is not finite, an
+            int below -`MAX_INTEGER` or above `MAX_INTEGER`, or a text with a lone surrogate. The error has `path`, the
+            value's path in the manifest.
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is UnionType:  # an optional field

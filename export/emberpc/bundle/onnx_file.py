@@ -1,4 +1,4 @@
-"""Parse an ONNX file without ONNX Runtime: find the files with its weights, and compute the digest of an output."""
+"""Parse an ONNX file without ONNX Runtime: find its weight files, and hash all that decides one of its outputs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _TENSOR_NAME, _TENSOR_DOCUMENTATION, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 8, 12,
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _VALUE_NAME = 1
 _EXTERNAL = 1
-#: Greatest depth of nested graphs (graphs inside operators) that is read; a file with deeper ones is refused. Real
-#: models are far below this depth.
+#: Greatest depth of nested graphs (graphs inside operators) that is read; a file with deeper ones is refused, since it
+#: could exhaust Python's stack. Real models are far below this depth.
 _MAX_DEPTH = 16
 #: Magic bytes, from the fifth byte on, of ONNX Runtime's own format, a FlatBuffer.
 _ORT_FORMAT = b"ORTM"
-#: Least number of bytes of a part of the ONNX file that is hashed by reading the file in chunks. A smaller part is
-#: copied from the memory-mapped file.
+#: Least number of bytes of a part of the ONNX file that is hashed by `hash_part`. A smaller part is copied and hashed;
+#: to copy a larger part from a memory-mapped file would be slow.
 _LARGE_BYTES = 1 << 16
 
 
@@ -41,11 +41,11 @@ _HashPart = Callable[..., bytes]
 
 
 class _IrregularError(Exception):
-    """The graph has a part that `_Digests` does not support, so a digest must cover all bytes of the model's files."""
+    """`_Digests` cannot compute the digest of this output, so the digest must cover all bytes of the model's files."""
 
 
 def external_files(folder: Path, model: str, contents: Contents | None = None) -> tuple[str, ...]:
-    """Return the external weight files of an ONNX file, sorted. A file in ONNX Runtime's own format has none.
+    """Return the external weight files of an ONNX file, sorted; none for a file in ONNX Runtime's own format.
 
     Args:
         folder: the model's folder; no file may lie outside it.
@@ -65,6 +65,8 @@ def external_files(folder: Path, model: str, contents: Contents | None = None) -
 
 def external_locations(path: Path, contents: Contents) -> tuple[str, ...]:
     """Return the locations of external weights, as an ONNX file states them relative to itself, sorted.
+
+    The files at these locations are not checked, in contrast to `external_files`.
 
     Args:
         path: the ONNX file. A file in ONNX Runtime's own format has no external weights.
@@ -90,11 +92,11 @@ def external_locations(path: Path, contents: Contents) -> tuple[str, ...]:
 def output_digest(folder: Path, model: str, output: str, contents: Contents | None = None) -> str:
     """Return a SHA-256 (hex) of everything that decides an output of an ONNX graph.
 
-    The digest covers the operators that the output depends on, with their attributes, their weights (in the ONNX file
-    or in external files), the names of the inputs, and the versions of the operator sets. Names of other values, other
-    outputs, and the documentation of the graph and its weights do not count. If the graph has no such output or has
-    unsupported parts, such as loops or functions, or the file is in ONNX Runtime's own format, the digest covers all
-    bytes of the model's files.
+    The digest covers the operators that the output depends on, with their attributes, weights (in the ONNX file or in
+    external files) and names of graph inputs, and the versions of the operator sets. Names of other values, other
+    outputs, and the documentation of the graph and its weights do not count. If the graph has no value of this name or
+    has unsupported parts, such as loops or functions, or the file is in ONNX Runtime's own format, the digest covers
+    all bytes of the ONNX file and its external files.
 
     Args:
         folder: the model's folder; no file may lie outside it.
@@ -121,7 +123,8 @@ def _opened(path: Path, contents: Contents | None) -> Iterator[bytes | mmap.mmap
     """Yield the bytes of an ONNX file.
 
     Raises:
-        BundleError: the file cannot be opened, or the block raised an error of reading or decoding its bytes.
+        BundleError: the file cannot be read, or the block raised OSError, ValueError or OverflowError, as a parser does
+            for damaged bytes.
     """
     try:
         if contents is not None:
@@ -146,7 +149,8 @@ def _place(folder: Path, model: str, location: str) -> str:
         location: the weight file, as a path relative to the ONNX file.
 
     Raises:
-        BundleError: the file is missing or lies outside the folder.
+        BundleError: the file is missing or lies outside the folder, or `location` is absolute or has `..`, a backslash
+            or a NUL.
     """
     pure = PurePosixPath(model).parent / location
     outside = PurePosixPath(location).is_absolute() or ".." in pure.parts or "\\" in location or "\0" in location
@@ -161,7 +165,7 @@ def _place(folder: Path, model: str, location: str) -> str:
 
 
 def _locations(model: Message) -> Iterator[str]:
-    """Yield the location of each external tensor of a model, as the model states it; locations may repeat."""
+    """Yield the location, empty if none is stated, of each external tensor in a model's graphs and functions."""
     for graph in model.messages(_MODEL_GRAPH):
         yield from _graph_locations(graph, 0)
     for training in model.messages(_MODEL_TRAINING):
@@ -174,7 +178,7 @@ def _locations(model: Message) -> Iterator[str]:
 
 
 def _plain_locations(graph: Message) -> Iterator[str]:
-    """Yield the location of each external initializer and constant of a graph, but not of graphs inside operators."""
+    """Yield the location of each external dense initializer and Constant of a graph, not of graphs inside operators."""
     for tensor in graph.messages(_GRAPH_INITIALIZER):
         yield from _tensor_locations(tensor)
     for node in graph.messages(_GRAPH_NODE):
@@ -226,7 +230,7 @@ def _tensor_locations(tensor: Message) -> Iterator[str]:
 def storage_of(tensor: Message) -> tuple[dict[str, str], bool]:
     """Return the entries that locate a tensor's external file, and whether the tensor has its values in such a file.
 
-    The entries are texts by key: `location` (the path), and `offset` and `length` in bytes.
+    The entries are texts by key, as far as they are stated: `location` (the path), and `offset` and `length` in bytes.
     """
     entries: dict[str, str] = {}
     external = False
@@ -239,7 +243,7 @@ def storage_of(tensor: Message) -> tuple[dict[str, str], bool]:
 
 
 def _text(message: Message, wanted: int) -> str:
-    """Return the text field `wanted` of a message: the last if it is repeated, or an empty text if it is missing."""
+    """Return the text in the field number `wanted`: the last if the field is repeated; empty if it is missing."""
     found = [value.bytes().decode() for value in message.messages(wanted)]
     return found[-1] if found else ""
 
@@ -271,18 +275,22 @@ class _Digests:
         Args:
             folder: the model's folder.
             model: the ONNX file, as a path in the folder.
-            data: the bytes of the ONNX file.
+            data: the bytes of the ONNX file, which the result reads later, too.
             hash_part: `sha256_of_part`, or a function with the same arguments and result.
 
         Raises:
             _IrregularError: the file is in ONNX Runtime's own format, or the graph has an unsupported part.
+            ValueError: the bytes are damaged.
         """
         if _is_ort_format(data):
             raise _IrregularError
         return cls(folder, model, Message(data, 0, len(data)), hash_part)
 
     def __post_init__(self) -> None:
-        """Collect the graph's initializers, inputs and nodes; raise _IrregularError for an unsupported part."""
+        """Collect the graph's initializers, inputs and nodes.
+
+        Raises _IrregularError for functions, no or several graphs, and sparse or repeated initializers.
+        """
         graphs = list(self.model.messages(_MODEL_GRAPH))
         if len(graphs) != 1 or any(True for _ in self.model.messages(_MODEL_FUNCTION)):
             raise _IrregularError
@@ -303,10 +311,10 @@ class _Digests:
                 raise _IrregularError
 
     def of(self, output: str) -> bytes:
-        """Return the digest of the graph's output of this name and of the versions of the operator sets.
+        """Return the digest of the graph's value of this name and of the versions of the operator sets.
 
         Raises:
-            _IrregularError: the graph has no value of this name, or an unsupported part.
+            _IrregularError: the graph has no value of this name, or the value depends on an unsupported part.
             BundleError: see `_external`.
         """
         wanted, needed = {output}, list[_Node]()
@@ -375,7 +383,7 @@ class _Digests:
         return digest.digest()
 
     def _external(self, entries: dict[str, str]) -> bytes:
-        """Return the SHA-256 of the part of an external file that has a tensor's values.
+        """Return the SHA-256 of the part of an external file that has a tensor's values; `entries`: see `storage_of`.
 
         Raises:
             _IrregularError: offset or length are not numbers of at most 18 digits.
@@ -390,7 +398,7 @@ class _Digests:
     def _sha256(self, part: Message) -> bytes:
         """Return the SHA-256 of a part of the ONNX file.
 
-        A large part is read in chunks, since copying it from the mapped file would load it page by page.
+        A large part is hashed by `hash_part`: to copy it from a memory-mapped file would load it page by page.
         """
         length = part.end - part.start
         if length < _LARGE_BYTES:

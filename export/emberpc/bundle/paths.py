@@ -1,4 +1,4 @@
-"""Follow symbolic links, also where they form a loop. `Path.resolve` raises RuntimeError for a loop."""
+"""Follow symbolic links, also where they form a loop. Before Python 3.13, `Path.resolve` raises an error for a loop."""
 
 from __future__ import annotations
 
@@ -7,10 +7,20 @@ from pathlib import Path, PurePath
 
 
 def real_path(path: Path) -> Path:
-    """Return the absolute path without symbolic links; of a loop of links, the path up to the loop is followed."""
+    """Return the absolute path with symbolic links followed, except links that form a loop: these stay in the path.
+
+    Raises:
+        ValueError: the path has a NUL.
+    """
     return Path(os.path.realpath(path))
 
 
 def is_inside(folder: Path, name: str | PurePath) -> bool:
-    """Return whether the file or folder `name` of a folder lies inside the folder once symbolic links are followed."""
+    """Return whether `name`, a path relative to a folder, leads into the folder or to the folder itself.
+
+    Symbolic links are followed. The file or folder `name` need not exist.
+
+    Raises:
+        ValueError: a path has a NUL.
+    """
     return real_path(folder / name).is_relative_to(real_path(folder))

@@ -14,7 +14,7 @@ from emberpc.bundle.paths import is_inside, real_path
 
 #: File in which peft describes an adapter and names the model that the adapter belongs to.
 ADAPTER_CONFIG = "adapter_config.json"
-#: Limit of a JSON file in bytes. Real files have some kilobytes.
+#: Limit of a JSON file in bytes, so that a wrong file does not fill the memory. Real files have some kilobytes.
 MAX_JSON_BYTES = 16 * 2**20
 _POOLING_KEYS = {
     "pooling_mode_mean_tokens": "mean",
@@ -69,13 +69,14 @@ def _parse(path: Path) -> object:
 
 
 def read_modules(folder: Path) -> list[tuple[str, str]]:
-    """Return the kind, such as `Pooling`, and the folder of each module that `modules.json` lists, in their order.
+    """Return the kind, such as `Pooling`, and the folder of each module that `modules.json` lists, in the file's order.
 
     Returns:
-        Kinds and folders; the folders are relative to `folder`. Empty if there is no `modules.json`.
+        Kinds and folders; the folders are relative to `folder`, and empty for `folder` itself. An empty list if there
+        is no `modules.json`.
 
     Raises:
-        BundleError: the file is not a list of modules, or a module's folder lies outside `folder`.
+        BundleError: the file is too large or not a list of modules, or a module's folder lies outside `folder`.
     """
     path = folder / "modules.json"
     if not path.exists():
@@ -101,7 +102,7 @@ def _kind(path: str) -> str:
 def read_pooling(path: Path) -> str:
     """Return the pooling, one of `POOLINGS`, from the configuration of a Pooling module.
 
-    It is `mean` if the configuration states only the dimension.
+    It is `mean` if the configuration states the dimension and no pooling.
 
     Args:
         path: the file, such as `1_Pooling/config.json`, in its older or newer format.
@@ -114,7 +115,7 @@ def read_pooling(path: Path) -> str:
         raise BundleError(f"{path} is missing, and modules.json lists it; copy the folder with its subfolders")
     config = read_json(path)
     older = [_POOLING_KEYS.get(key, key) for key in config if key.startswith("pooling_mode_") and config[key]]
-    # sentence-transformers takes the mean by default, but it fails if the configuration lacks the dimension, too.
+    # If no pooling is stated, sentence-transformers takes the mean; but it fails if the dimension is not stated either.
     if not older and not any(key in config for key in _POOLING_STATED):
         raise BundleError(
             f"{path} states no pooling: it has neither pooling_mode nor embedding_dimension; get the model again"
@@ -131,7 +132,7 @@ def read_pooling(path: Path) -> str:
 
 
 def read_token_id(config: dict[str, Any], key: str, default: int) -> int:
-    """Return the id of a token from the content of config.json; `default` if the key is missing or null.
+    """Return the id of a token, such as `pad_token_id`, from the content of config.json; `default` if missing or null.
 
     Raises:
         BundleError: the id is not a whole number from 0 to 2**31 - 1.
@@ -155,7 +156,7 @@ def read_dimensions(config: dict[str, Any]) -> int | None:
 def read_labels(config: dict[str, Any]) -> tuple[str, ...]:
     """Return the labels from `id2label` in the content of config.json, ordered by id; empty if there are none.
 
-    Ids may have gaps, which are ignored.
+    Numbers are returned as texts. Ids may have gaps, which are ignored.
 
     Raises:
         BundleError: a label or id is invalid, two keys such as `0` and `00` are the same id, or there are more or
@@ -175,7 +176,7 @@ def read_labels(config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def read_name(config: dict[str, Any], folder: Path) -> str:
-    """Return the model's name from the content of config.json, or else the folder's name.
+    """Return `_name_or_path` from the content of config.json, or else the name of the folder.
 
     Raises:
         BundleError: the name is not a text, has more than 1,024 characters, or cannot be encoded as UTF-8.
@@ -188,6 +189,9 @@ def read_name(config: dict[str, Any], folder: Path) -> str:
 
 def read_positions(config: dict[str, Any]) -> int | None:
     """Return the number of tokens that the model has positions for; None if it is not stated or not plausible.
+
+    It is `max_position_embeddings`, plausible from 1 to 99,999, less the position of the first token. So it can be 0 or
+    negative if config.json is wrong.
 
     Args:
         config: content of config.json.
@@ -224,7 +228,7 @@ def transformer_folder(folder: Path) -> Path:
     older layout; otherwise `folder` itself.
 
     Raises:
-        BundleError: `modules.json` is not a list of modules, or a module's folder lies outside `folder`.
+        BundleError: as `read_modules` does.
     """
     modules = read_modules(folder)
     if not modules or modules[0][0] != "Transformer":
@@ -235,9 +239,9 @@ def transformer_folder(folder: Path) -> Path:
 def read_transformer(folder: Path) -> dict[str, Any]:
     """Return the settings of the Transformer module, such as `max_seq_length` and `do_lower_case`.
 
-    The settings are in `sentence_bert_config.json` or a file of a similar name, such as `sentence_roberta_config.json`.
-    The result is empty if there is no such file. The result is empty without modules.json, too, since
-    sentence-transformers does not read the file then.
+    The settings are in `sentence_bert_config.json` or another file of `_TRANSFORMER_CONFIGS`. The result is empty if
+    there is none of these files. The result is empty without modules.json, too, since sentence-transformers does not
+    read the files then.
 
     Raises:
         BundleError: one of the files is too large or not a JSON object, or `modules.json` is wrong.
@@ -249,7 +253,7 @@ def read_transformer(folder: Path) -> dict[str, Any]:
 
 
 def tokenizer_keywords(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the dicts of keywords with which sentence-transformers loads the tokenizer; earlier dicts take precedence.
+    """Return the dicts of keywords with which sentence-transformers loads the tokenizer; the first takes precedence.
 
     Args:
         settings: the settings of the Transformer module, as `read_transformer` returns them.
@@ -259,18 +263,19 @@ def tokenizer_keywords(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def read_max_tokens(folder: Path, config: dict[str, Any]) -> int | None:
-    """Return the number of tokens after which sentence-transformers truncates a text; None if no limit is stated.
+    """Return the number of tokens after which sentence-transformers truncates a text; None if no limit counts.
 
-    The limit is that of the Transformer module or, if the module states none, that of the tokenizer, but at most the
-    number of positions. If that limit is 100,000 or more, less than 1 or no number, only the number of positions
-    counts. A number of positions of 100,000 or more does not count.
+    The limit is that of the Transformer module or, if the module states none, that of `tokenizer_config.json`, but at
+    most the number of positions. If that limit is 100,000 or more, less than 1 or no number, only the number of
+    positions counts. A number of positions of 100,000 or more, or less than 1, does not count.
 
     Args:
         folder: the model's folder.
         config: content of config.json.
 
     Raises:
-        BundleError: a file is too large or not a JSON object, or the padding token's id is out of range.
+        BundleError: a file is too large or not a JSON object, `modules.json` is wrong, or the padding token's id is out
+            of range.
     """
     settings = read_transformer(folder)
     stated = [
@@ -284,7 +289,7 @@ def read_max_tokens(folder: Path, config: dict[str, Any]) -> int | None:
 
 
 def _limit(value: object) -> int:
-    """Return a limit in tokens as int; 0 if the value is not a number or is not plausible."""
+    """Return a limit in tokens, rounded down; 0 if the value is no number, is below 1, or is `_MOST_TOKENS` or more."""
     stated = isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value < _MOST_TOKENS
     return int(value) if stated and isinstance(value, (int, float)) else 0
 
@@ -293,8 +298,8 @@ def read_sentence_transformers(folder: Path) -> dict[str, Any]:
     """Return the content of `config_sentence_transformers.json`; empty if the file is missing.
 
     Raises:
-        BundleError: the file is too large or not a JSON object, the model does not return one vector for a text, or the
-            file states `truncate_dim`.
+        BundleError: the file is too large or not a JSON object, states another `model_type` than `SentenceTransformer`,
+            whose model does not return one vector for a text, or states `truncate_dim`.
     """
     settings = read_json(folder / "config_sentence_transformers.json")
     kind = settings.get("model_type", "SentenceTransformer")
@@ -315,13 +320,14 @@ def read_prompts(settings: dict[str, Any]) -> Prompts:
     """Return the prompts of queries and of passages by their usual names, or else the default prompt.
 
     If prompts of several usual names are stated, the first that is not empty counts: sentence-transformers 5 writes an
-    empty `document` beside a `passage`. If all of these are empty, there is no prompt, even if there is a default.
+    empty `document` beside a `passage`. If all of these are empty, there is no prompt, even if there is a default. A
+    prompt that is null counts as not stated.
 
     Args:
         settings: content of `config_sentence_transformers.json`.
 
     Raises:
-        BundleError: `prompts` does not map names to texts.
+        BundleError: `prompts` does not map names to texts or null.
     """
     prompts = settings.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str) or text is None for text in prompts.values()):

@@ -1,4 +1,4 @@
-"""Parse messages in protobuf's wire format without a schema and without copying their bytes."""
+"""Parse messages in protobuf's wire format without a schema. Only `Message.bytes` copies the bytes of a message."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Message:
     end: int
 
     def fields(self) -> Iterator[tuple[int, int | Message]]:
-        """Yield the number and value of each field, in order.
+        """Yield the number and value of each field, in the order of the bytes; a number may occur several times.
 
-        The value is an int for a varint, and a `Message` for a message, string or packed list. Numbers of a fixed size
-        (4 or 8 bytes) are skipped.
+        The value is an int for a varint (see `read_varint`), and a `Message` for a message, string or packed list.
+        Fields with a number of a fixed size (4 or 8 bytes) are skipped.
 
         Raises:
-            ValueError: the bytes are not in the wire format.
+            ValueError: the bytes are not in the wire format, or a field is a group.
         """
         place = self.start
         while place < self.end:
@@ -36,10 +36,10 @@ class Message:
                 yield number, Message(self.data, start, place)
 
     def messages(self, wanted: int) -> Iterator[Message]:
-        """Yield the values of the field number `wanted` that are messages, strings or packed lists.
+        """Yield the value of each field with the number `wanted`, but not of varints and numbers of a fixed size.
 
         Raises:
-            ValueError: the bytes are not in the wire format.
+            ValueError: the bytes are not in the wire format, or a field is a group.
         """
         return (value for number, value in self.fields() if number == wanted and isinstance(value, Message))
 
@@ -71,7 +71,8 @@ def read_field(data: bytes | mmap.mmap, place: int, end: int) -> tuple[int, int,
         The number of the field, its wire type, and the offsets of its value and of the byte after the value.
 
     Raises:
-        ValueError: the bytes are not in the wire format, the field is a group, or it ends after `end`.
+        ValueError: the wire type is none of the four of this module, the field ends after `end`, or its key, length
+            or varint has more than ten bytes.
     """
     key, start = read_varint(data, place, end)
     kind = key & 7
@@ -90,15 +91,17 @@ def read_field(data: bytes | mmap.mmap, place: int, end: int) -> tuple[int, int,
 
 
 def read_varint(data: bytes | mmap.mmap, place: int, end: int) -> tuple[int, int]:
-    """Return a varint, as a number of at least 0, and the offset of the byte after it.
+    """Return the value of a varint, as an unsigned number, and the offset of the byte after the varint.
+
+    A negative int64 is returned as the number plus 2**64.
 
     Args:
         data: the bytes.
-        place: offset of the number in `data`.
-        end: offset of the byte after the message that has the number.
+        place: offset of the varint in `data`.
+        end: offset of the byte after the message that has the varint.
 
     Raises:
-        ValueError: the number ends after `end`, or has more than ten bytes.
+        ValueError: the varint ends after `end`, or has more than ten bytes.
     """
     if place < end and data[place] < 0x80:  # most have one byte
         return data[place], place + 1

@@ -1,4 +1,4 @@
-"""Read a bundle and check its files before they are used."""
+"""Read a bundle: check its files against its manifest, and compute the fingerprints of its model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from emberpc.bundle.onnx_file import external_files, output_digest
 from emberpc.bundle.reference import Reference
 
 TOKENIZER_NAME = "tokenizer.json"
-#: Limit of a manifest in bytes. Real manifests have some kilobytes.
+#: Limit of a manifest in bytes: a larger file is refused before it is read into memory. Most manifests have some
+#: kilobytes; many labels or files need more.
 MAX_MANIFEST_BYTES = 16 * 2**20
 
 _REEXPORT = "copy the bundle again or export the model again"
@@ -30,11 +31,12 @@ _REEXPORT = "copy the bundle again or export the model again"
 class Bundle:
     """A bundle whose manifest was read, or a foreign folder whose manifest was inferred from its files.
 
-    The files of a bundle were checked, their hashes only if `check_hashes` was called.
+    `read_bundle` checks that each file of a bundle is there and has the manifest's size. `check_hashes` compares the
+    hashes.
 
-    `foreign` is the interface of the graph of a foreign folder (see `emberpc.bundle.foreign`), which has no reference
-    outputs; None for a bundle. `legacy_covers_weights`: whether the fingerprint of the old scheme covers all files with
-    weights and belongs to the vectors that the model returns today; if not, `legacy_fingerprint` is empty.
+    `foreign` is the interface of the graph of a foreign folder (see `emberpc.bundle.foreign`); None for a bundle.
+    `legacy_covers_weights` is False for a foreign folder if its fingerprint of the old scheme leaves out a file with
+    weights, or belongs to other vectors than the model returns today; `legacy_fingerprint` is empty then.
     """
 
     folder: Path
@@ -52,15 +54,16 @@ class Bundle:
         return self.folder / TOKENIZER_NAME
 
     def interface(self, graph: Graph, *, headless: bool = False) -> Interface:
-        """Return how to call the graph of a variant. For a foreign folder, this is known, and `graph` is not used.
+        """Return how to call the graph of a variant. For a foreign folder, `foreign` is returned.
 
         Args:
-            graph: the graph's inputs and outputs.
+            graph: the graph's inputs and outputs; not used for a foreign folder.
             headless: for a classifier in a bundle, whether to read the vector that the head takes instead of the
-                logits.
+                logits. No effect on other models.
 
         Raises:
-            BundleError: the output is missing in a bundle's graph, or the role of an input is unknown or not supported.
+            BundleError: a bundle's graph lacks the output to read, or its inputs are not those of a bundle's graph:
+                token ids and, optionally, mask and token types, all int64 or all int32.
         """
         if self.foreign is not None:
             return self.foreign
@@ -74,11 +77,11 @@ class Bundle:
             raise BundleError(f"{error}; {_REEXPORT}") from error
 
     def output(self, *, headless: bool = False) -> str:
-        """Return the name of the graph's output to read.
+        """Return the name of the graph's output to read: `logits` or `sentence_embedding`, or as `foreign` states.
 
         Args:
             headless: for a classifier in a bundle, whether to read the vector that the head takes instead of the
-                logits.
+                logits. No effect on other models.
         """
         if self.foreign is not None:
             return self.foreign.output
@@ -86,7 +89,7 @@ class Bundle:
         return "logits" if logits else "sentence_embedding"
 
     def external_files(self, variant: str = "", contents: Contents | None = None) -> tuple[str, ...]:
-        """Return the external weight files of a variant's ONNX file, as paths in the folder.
+        """Return the external weight files of a variant's ONNX file, as paths relative to the folder, sorted.
 
         Args:
             variant: name of the variant; empty: the first one.
@@ -103,20 +106,26 @@ class Bundle:
         return found
 
     def fingerprint(self, variant: str = "", *, headless: bool = False, contents: Contents | None = None) -> str:
-        """Return a SHA-256 (hex) of all bytes that decide the model's vectors, except `max_tokens`.
+        """Return a SHA-256 (hex) of everything that decides the output to read, except `max_tokens`.
 
-        Vectors of two models with equal fingerprints may be in one collection. Their ONNX files may differ if they
-        compute the vectors in the same way: a classifier with a head has the fingerprint of the embedding model that
-        it is based on. Names and hashes in the manifest do not count.
+        The fingerprint covers the part of the graph that the output depends on, its weights, the tokenizer, the
+        manifest's pooling, prompts, dimensions and normalization, and the roles of a foreign graph's inputs. Names and
+        hashes in the manifest do not count.
+
+        Vectors of two models with equal fingerprints may be in one collection. Their ONNX files may differ elsewhere:
+        with `headless`, a classifier with a head file has the fingerprint of its encoder, exported as an embedding
+        model with the same settings.
 
         Args:
             variant: name of the variant; empty: the first one.
             headless: for a classifier in a bundle, whether the vector that the head takes counts instead of the logits.
+                No effect on other models.
             contents: reads the files; None: they are read from disk now.
 
         Raises:
-            BundleError: there is no such variant; a file cannot be read; or a file with weights is missing, lies
-                outside the folder, is too short or is not listed in the manifest.
+            BundleError: there is no such variant; a file cannot be read; a file with weights is missing, lies outside
+                the folder, is too short or is not listed in the manifest; or `contents` stopped since the loading of
+                the model was cancelled.
         """
         manifest, model = self.manifest, self.manifest.variant(variant).path
         self.external_files(variant, contents)  # raises if the manifest lacks one
@@ -135,13 +144,13 @@ class Bundle:
     def classifier_fingerprint(self, fingerprint: str, head: Head | None) -> str:
         """Return a SHA-256 (hex) of everything that decides a classifier's labels; empty if the model is no classifier.
 
-        Two classifiers with heads on the same encoder have equal results of `Bundle.fingerprint`, since their vectors
-        are equal. The classifier's fingerprint also covers the head, the labels with their order, the decision rule and
-        `max_tokens`.
+        Two classifiers with head files on the same encoder have equal results of `Bundle.fingerprint` with `headless`,
+        since their vectors are equal. The result of this method also covers the head, the labels with their order, the
+        decision rule and `max_tokens`.
 
         Args:
-            fingerprint: the result of `Bundle.fingerprint`, with `headless` if there is a head file. For a classifier
-                without a head file, that result covers the weights of the head.
+            fingerprint: the result of `Bundle.fingerprint`, with `headless` if there is a head file. Without a head
+                file, `fingerprint` covers the weights of the head, which are in the graph.
             head: the head; None if the bundle has no head file.
         """
         manifest = self.manifest
@@ -160,7 +169,9 @@ class Bundle:
         return digest.hexdigest()
 
     def legacy_fingerprint(self, variant: str = "") -> str:
-        """Return a variant's fingerprint (hex) of the old scheme; empty if `legacy_covers_weights` is false.
+        """Return a variant's fingerprint (hex) of the old scheme; empty if `legacy_covers_weights` is False.
+
+        Collections from before the new scheme store it. `Manifest.legacy_fingerprint` computes it from the manifest.
 
         Args:
             variant: name of the variant; empty: the first one.
@@ -171,7 +182,7 @@ class Bundle:
         return self.manifest.legacy_fingerprint(variant) if self.legacy_covers_weights else ""
 
     def head(self) -> Head | None:
-        """Read a classifier's head from its file; return None if the bundle has no head file.
+        """Read a classifier's head from its file; return None for a foreign folder or a manifest without a head file.
 
         Raises:
             BundleError: the file is missing or damaged, or does not fit the manifest's dimensions and labels.
@@ -181,30 +192,34 @@ class Bundle:
         return Head.read(self.folder, self.manifest.dimensions, len(self.manifest.labels))
 
     def reference(self) -> Reference:
-        """Read the texts and outputs of `reference.npz`.
+        """Read the texts and outputs of `reference.npz`. Call it for a bundle only: a foreign folder has no such file.
 
         Raises:
-            BundleError: the file is missing or damaged.
+            BundleError: the file is missing or damaged; see `Reference.read`.
         """
         return Reference.read(self.folder)
 
     def check_hashes(self, contents: Contents | None = None) -> None:
-        """Compare the SHA-256 of each file of a bundle with the manifest; a foreign folder is not checked.
+        """Check each file of a bundle with `check_file`, its SHA-256 included; do nothing for a foreign folder.
 
         Args:
-            contents: contents that were read earlier and are compared; files that it has not read are read from disk.
+            contents: contents of files that were read earlier; other files are read from disk. None: all are.
 
         Raises:
-            BundleError: a file differs, is missing, or is not inside the folder.
+            BundleError: as for `check_file`.
         """
         for name in self.manifest.files if self.foreign is None else ():
             check_file(self.folder, self.manifest, name, contents=contents)
 
     def check_contents(self, contents: Contents) -> None:
-        """Compare the SHA-256 of each file that `contents` has read with the manifest.
+        """Compare the SHA-256 of each of the manifest's files that `contents` has read with the manifest.
+
+        `check_hashes` compares the file on disk if `contents` has not read it yet. Call this method after the loading,
+        since a file may have been written between `check_hashes` and the reading.
 
         Raises:
-            BundleError: a file's content, as it was read, differs from the manifest.
+            BundleError: a file's content, as it was read, differs from the manifest; or `contents` stopped since the
+                loading of the model was cancelled.
         """
         for name, entry in self.manifest.files.items():
             path = self.folder / name
@@ -213,15 +228,15 @@ class Bundle:
 
 
 def read_bundle(folder: Path | str, *, check_hashes: bool = True) -> Bundle:
-    """Read a bundle and check that it is complete.
+    """Read the manifest of a bundle, and check that each file that the manifest lists is there.
 
     Args:
         folder: the bundle's folder.
         check_hashes: whether to compare the SHA-256 of each file with the manifest, and not only its size.
 
     Raises:
-        BundleError: the folder or a file is missing, a file differs from the manifest or is not a plain file inside the
-            folder, or the manifest is invalid.
+        BundleError: the manifest is missing or invalid (see `read_manifest`), or a file is missing or wrong (see
+            `check_file`).
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -234,11 +249,12 @@ def read_bundle(folder: Path | str, *, check_hashes: bool = True) -> Bundle:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a bundle; no other file is read.
+    """Read the manifest of a bundle; no other file is read or checked.
 
     Raises:
         BundleError: the folder or the manifest is missing; or the manifest is a symbolic link, is larger than
-            `MAX_MANIFEST_BYTES`, is invalid, or does not list the tokenizer and the file of each variant.
+            `MAX_MANIFEST_BYTES`, cannot be read, is invalid, or lacks the tokenizer or the ONNX file of a variant in
+            its list of files.
     """
     if not folder.is_dir():
         raise BundleError(f"{folder}: there is no such folder")
@@ -266,25 +282,26 @@ def read_manifest(folder: Path) -> Manifest:
 def check_file(
     folder: Path, manifest: Manifest, name: str, *, check_hashes: bool = True, contents: Contents | None = None
 ) -> None:
-    """Check one of the files that the manifest lists.
+    """Check the path and the size of one of the files that the manifest lists, and its SHA-256 if asked.
 
     Args:
         folder: the bundle.
         manifest: the bundle's manifest.
         name: the file's path, a key of `manifest.files`.
-        check_hashes: whether to compare the file's SHA-256, and not only its size on disk.
-        contents: contents that were read earlier; if they include the file, their SHA-256 is compared instead of that
-            of the file on disk.
+        check_hashes: whether to compare the SHA-256, too.
+        contents: contents of files that were read earlier. If they include the file, their SHA-256 is compared, else
+            that of the file on disk. The size is always that of the file on disk.
 
     Raises:
-        BundleError: the file lies outside the folder, is a link, is missing, or differs from the manifest.
+        BundleError: the path leads out of the folder or through a symbolic link; the file is missing, differs from the
+            manifest or cannot be read; or `contents` stopped since the loading of the model was cancelled.
     """
     entry: FileEntry = manifest.files[name]
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name:
         raise BundleError(f"{folder / MANIFEST_NAME}: the path {name!r} leads out of the bundle")
     path = folder / name
-    # The last parent is the bundle's folder itself, which may be a link.
+    # The last parent is `.`, the bundle's folder: that folder may be a link.
     if any((folder / part).is_symlink() for part in (pure, *pure.parents[:-1])):
         raise BundleError(f"{path} is or lies behind a symbolic link; a bundle holds plain files only")
     if not path.is_file():
@@ -301,7 +318,7 @@ def sha256_of(path: Path, contents: Contents | None = None) -> str:
 
     Args:
         path: the file.
-        contents: reads the file; None: the file is read from disk in chunks.
+        contents: reads the file, or has read it; None: the file is read from disk in chunks.
 
     Raises:
         BundleError: the file cannot be read, or `contents` stopped since the loading of the model was cancelled.

@@ -1,7 +1,7 @@
 """Reference outputs: outputs of PyTorch for some texts, stored in the bundle.
 
-With the reference outputs, a bundle can be checked on a host without PyTorch: the outputs of the ONNX file on that host
-must agree with them.
+With the reference outputs, a bundle can be checked on a host without PyTorch: on that host, the outputs of the ONNX
+file for these texts must agree with the reference outputs, within the bounds of the variant.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from emberpc.bundle.arrays import read_arrays
 from emberpc.bundle.errors import BundleError
 
 REFERENCE_NAME = "reference.npz"
-#: Limit of the unpacked size of `reference.npz` in bytes. Some tens of texts with their outputs are far below it.
+#: Limit of the unpacked size of `reference.npz` in bytes, since a small damaged or malicious file could unpack to more
+#: than the memory. An export writes 16 texts with their outputs, which are far below the limit.
 MAX_REFERENCE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Texts with the outputs of PyTorch's fp32 for them.
+    """Texts, and the outputs for them of the source in PyTorch, in fp32.
 
-    `embeddings` is float32 (texts, dimensions). `logits` is float32 (texts, labels), or None for an embedding model.
-    The texts have no prompt, and texts with too many tokens were truncated at their end.
+    `embeddings` is float32 (texts, dimensions), the vectors of the encoder, also for a classifier. `logits` is float32
+    (texts, labels), or None for an embedding model. No prompt was put before the texts. Texts of more than the model's
+    `max_tokens` were truncated at their end.
     """
 
     texts: tuple[str, ...]
@@ -44,8 +46,8 @@ class Reference:
         """Read texts and outputs from `reference.npz` in a folder.
 
         Raises:
-            BundleError: the file is missing, damaged or larger than `MAX_REFERENCE_BYTES` when unpacked, has no texts,
-                or has another number of outputs than of texts.
+            BundleError: the file is missing, damaged or larger than `MAX_REFERENCE_BYTES` when unpacked, lacks texts
+                or embeddings, or has another number of outputs than of texts or outputs that are no matrix.
         """
         path = folder / REFERENCE_NAME
         arrays = read_arrays(path, "reference outputs", MAX_REFERENCE_BYTES)

@@ -2,8 +2,8 @@
 
 The server tokenizes with `tokenizer.json` alone. transformers and sentence-transformers also read
 `tokenizer_config.json`, `special_tokens_map.json` and the settings of the Transformer module, and change the tokenizer
-by these settings. If the settings agree with `tokenizer.json`, the tokens are the same. If they differ, the server's
-vectors would differ from those of the library, so the folder is refused.
+by these settings. If a setting differs from `tokenizer.json`, the server's tokens may differ from those of the library,
+and so may the vectors. Therefore the folder is refused.
 
 The checks follow transformers 4.57 (`PreTrainedTokenizerFast.__init__` and the tokenizers of BERT, GPT-2 and
 Llama) and sentence-transformers 5.7 (`Transformer`).
@@ -23,22 +23,22 @@ from emberpc.bundle.reading import TOKENIZER_NAME
 
 _Settings = Mapping[str, Any]
 
-#: Settings of the normalizer of BERT's tokenizers: key in `tokenizer_config.json`, key in `tokenizer.json`, and value
-#: if a key is missing.
+#: Settings of the normalizer of BERT's tokenizers: key in `tokenizer_config.json`, key in `tokenizer.json`, and the
+#: value that counts in a file without the key.
 _NORMALIZER = (
     ("do_lower_case", "lowercase", True),
     ("strip_accents", "strip_accents", None),
     ("tokenize_chinese_chars", "handle_chinese_chars", True),
 )
-#: Classes of tokenizers, without the suffixes Tokenizer and Fast, that apply the settings `_NORMALIZER`; all other
-#: classes ignore these settings.
+#: Classes of tokenizers, without the suffixes Tokenizer and Fast, that apply the settings `_NORMALIZER`. Of a stated
+#: class that is not listed, these settings are not compared.
 _BERT_LIKE = ("Bert", "DistilBert", "Electra", "MPNet", "MobileBert", "ConvBert", "SqueezeBert", "LayoutLM", "Funnel")
-#: Classes of tokenizers, without the suffixes Tokenizer and Fast, that make the post-processor from the settings
-#: `add_bos_token` and `add_eos_token`.
+#: Classes of tokenizers, without the suffixes Tokenizer and Fast, that replace the post-processor by one made from the
+#: settings `add_bos_token` and `add_eos_token`. Other classes do not, so these settings are not compared for them.
 _LLAMA_LIKE = ("Llama", "CodeLlama", "Gemma", "Cohere", "GPTNeoX")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-#: Keywords of the Transformer module's tokenizer that are allowed: they do not change tokens, or other code checks or
-#: reads them.
+#: Keywords of the Transformer module's tokenizer that are allowed: they do not change tokens, or `check_tokenizer`
+#: checks them, or `emberpc.bundle.peers.read_max_tokens` reads them.
 _KNOWN_KEYWORDS = {
     *(key for key, _, _ in _NORMALIZER),
     *("add_prefix_space", "add_bos_token", "add_eos_token", "split_special_tokens", "truncation_side", "max_len"),
@@ -52,16 +52,20 @@ _SAVE_AGAIN = (
 
 
 def check_tokenizer(folder: Path, *, feeds_types: bool, contents: Contents | None = None) -> None:
-    """Refuse a folder whose settings change the tokenizer that `tokenizer.json` describes.
+    """Refuse a folder for which the server may compute other tokens than sentence-transformers.
+
+    Such a folder has a setting that contradicts `tokenizer.json`, or that the server does not support:
+    `split_special_tokens`, truncation at the start of texts, lower-casing outside the tokenizer, an unknown keyword of
+    the tokenizer, or token types other than 0.
 
     Args:
         folder: the foreign folder.
-        feeds_types: whether the graph has an input for token types, which the server fills with zeros.
-        contents: reads `tokenizer.json`; None: it is read from disk.
+        feeds_types: whether the graph has an input for token types, which the server fills with zeros. If not, the
+            token types of the tokenizer are not checked.
+        contents: reads `tokenizer.json`; None: it is read from disk. Other files are read from disk.
 
     Raises:
-        BundleError: a setting contradicts `tokenizer.json` or is not supported, and the error names the setting; or a
-            file cannot be read.
+        BundleError: the folder is refused, and the error names the setting; or a file cannot be read or is damaged.
     """
     tokenizer = _Tokenizer(folder / TOKENIZER_NAME, contents)
     place = transformer_folder(folder)
@@ -95,8 +99,11 @@ def check_tokenizer(folder: Path, *, feeds_types: bool, contents: Contents | Non
 class _Tokenizer:
     """The parts of a `tokenizer.json` that settings can change.
 
-    `template` has the items of the template for a single text, `type_ids` their token types. `lowers` says whether the
-    tokenizer lower-cases texts. The constructor raises BundleError if the file cannot be read or is no tokenizer.
+    `normalizer` and `pre_tokenizer` are JSON objects, empty if the file has none. `truncation_side` is `Left`, `Right`,
+    or empty without truncation. `added_tokens` has the JSON object of each added token by its text. `template` has the
+    items of the template for a single text (see `_template`), and `type_ids` the token type of each item. `lowers` says
+    whether the normalizer lower-cases texts. The constructor raises BundleError if the file cannot be read or is no
+    tokenizer.
     """
 
     def __init__(self, path: Path, contents: Contents | None) -> None:
@@ -119,7 +126,7 @@ class _Tokenizer:
 
 
 def _template(post_processor: dict[str, Any]) -> list[_Settings]:
-    """Return the items of the post-processor's template for a single text, in order; empty without a template.
+    """Return the items of the first template for a single text in a post-processor; empty without a template.
 
     An item is a JSON object with the key `SpecialToken` or `Sequence` (the tokens of the text).
     """
@@ -139,7 +146,7 @@ def _object(value: object) -> dict[str, Any]:
 
 
 def _steps(step: dict[str, Any], key: str) -> Iterator[dict[str, Any]]:
-    """Yield a step of a normalizer or post-processor and, recursively, the steps that it lists under `key`."""
+    """Yield a step of a normalizer or post-processor, then, recursively, the steps that the step lists under `key`."""
     yield step
     for inner in step.get(key) or ():
         yield from _steps(_object(inner), key)
@@ -149,7 +156,8 @@ def _keywords(folder: Path) -> dict[str, Any]:
     """Return the keywords with which sentence-transformers loads the tokenizer of a folder.
 
     Raises:
-        BundleError: the folder states a keyword that is not supported, or `processing_kwargs`.
+        BundleError: the Transformer module states a keyword that is not in `_KNOWN_KEYWORDS`, or `processing_kwargs`;
+            or a file cannot be read.
     """
     settings = read_transformer(folder)
     found: dict[str, Any] = {}
@@ -176,9 +184,10 @@ def _has_class(settings: _Settings, names: Sequence[str]) -> bool:
 
 
 def _normalizer_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Conflicts:
-    """Yield key, stated value and value in `tokenizer.json` of each setting of the normalizer whose values differ.
+    """Yield key, stated value and value in `tokenizer.json` of each setting of `_NORMALIZER` whose values differ.
 
-    Only BERT's normalizer has such settings, and only tokenizers of some classes apply them.
+    A missing value counts as its default. Nothing is compared if the normalizer is not BERT's, or a class is stated
+    that is not in `_BERT_LIKE`.
     """
     normalizer = tokenizer.normalizer
     if normalizer.get("type") != "BertNormalizer":
@@ -187,8 +196,8 @@ def _normalizer_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Confli
     if not known and settings.get("tokenizer_class"):
         return
     for key, own, default in _NORMALIZER:
-        # If no class is stated, transformers takes the class for the model type in config.json. Whether that class
-        # applies its defaults is then unknown, so only stated values are compared.
+        # If no class is stated, transformers takes the class for the model type in config.json. This function does not
+        # know whether that class applies defaults, so it compares only stated values.
         if key in settings or known:
             value, found = settings.get(key, default), normalizer.get(own, default)
             if value != found:
@@ -198,8 +207,8 @@ def _normalizer_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Confli
 def _prefix_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Conflicts:
     """Yield key, stated value and value in `tokenizer.json` of `add_prefix_space`, if the two values differ.
 
-    The setting says whether a blank is put before a text. transformers takes false if it is not stated. Only a
-    ByteLevel pre-tokenizer has the setting.
+    The setting says whether a space is put before a text. If it is not stated, its value is False, as in transformers.
+    Only a ByteLevel pre-tokenizer is checked, and only if `tokenizer.json` states the setting.
     """
     own = tokenizer.pre_tokenizer
     if own.get("type") == "ByteLevel":
@@ -209,10 +218,11 @@ def _prefix_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Conflicts:
 
 
 def _end_token_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Conflicts:
-    """Yield key, stated value and value in `tokenizer.json` of `add_bos_token` and `add_eos_token`, if the two differ.
+    """Yield key, stated value and value in `tokenizer.json` of `add_bos_token` and of `add_eos_token`, if these differ.
 
-    The settings say whether a special token is put before and after each text. Only tokenizers of some classes, such as
-    Llama's, apply these settings. A setting that is not stated is no conflict.
+    `add_bos_token` says whether a special token is put before each text, `add_eos_token` whether one is put after it.
+    A setting that is not stated is not compared. Nothing is compared if the class is not in `_LLAMA_LIKE`, or if
+    `tokenizer.json` has no template.
     """
     template = tokenizer.template
     if not template or not _has_class(settings, _LLAMA_LIKE):
@@ -224,7 +234,10 @@ def _end_token_conflicts(tokenizer: _Tokenizer, settings: _Settings) -> _Conflic
 
 
 def _check_added_tokens(tokenizer: _Tokenizer, place: Path, settings: _Settings) -> None:
-    """Raise BundleError if transformers would add tokens to the tokenizer, or change the flags of its tokens.
+    """Raise BundleError if transformers would add tokens to the tokenizer, or change the flags of its added tokens.
+
+    Transformers adds special tokens and tokens of `added_tokens_decoder` that `tokenizer.json` does not list as added
+    tokens. BundleError is also raised if `special_tokens_map.json` cannot be read.
 
     Args:
         tokenizer: the content of `tokenizer.json`.
@@ -267,9 +280,9 @@ def _content(token: object) -> str:
 
 
 def _check_case(folder: Path, tokenizer: _Tokenizer) -> None:
-    """Raise BundleError if the model needs lower-cased texts and its tokenizer keeps the case.
+    """Raise BundleError if the Transformer module states `do_lower_case` and the tokenizer keeps the case.
 
-    sentence-transformers lower-cases the texts itself if the model needs it; the server does not.
+    With `do_lower_case`, sentence-transformers lower-cases the texts before the tokenizer; the server does not.
     """
     if read_transformer(folder).get("do_lower_case") and not tokenizer.lowers:
         raise BundleError(

@@ -1,4 +1,7 @@
-"""Write a bundle atomically: the folder with the bundle's name never holds a part of a bundle."""
+"""Write a bundle atomically: the bundle's folder never holds a part of a bundle.
+
+While a bundle is replaced, its folder is missing for a moment.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from emberpc.bundle.errors import BundleError
 from emberpc.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest
 from emberpc.bundle.reading import sha256_of
 
-#: Suffix of the names of temporary folders; no other folder has it.
+#: Suffix of the names of temporary folders. Names of other folders should not have it, since `remove_abandoned` deletes
+#: folders by their names.
 _SUFFIX = ".emberpc-partial"
 
 
@@ -25,19 +29,18 @@ def staged_folder(target: Path | str, *, overwrite: bool = False) -> Iterator[Pa
     """Yield a temporary folder beside `target`; rename it to `target` if the block ends without an exception.
 
     The block writes all files of the bundle, the manifest last with `finish_bundle`. On an exception in the block,
-    Ctrl-C included, the temporary folder and the parent folders that were created are removed, and `target` does not
-    change. A process that is killed leaves its temporary folder behind; the next process that writes to the same
-    `target` removes it.
+    Ctrl-C included, the temporary folder is removed, and so are parent folders of `target` that this function created
+    and that are empty; `target` does not change. A process that is killed leaves its temporary folder behind;
+    `remove_abandoned` removes it when a process writes to the same `target` again.
 
     Args:
-        target: the bundle's folder. If the folder exists, it must be empty, or hold a bundle with `overwrite` set.
+        target: the bundle's folder. It may be missing, an empty folder or, with `overwrite`, a bundle.
         overwrite: whether to replace an existing bundle.
 
     Raises:
-        BundleError: `target` holds a bundle and `overwrite` is not set; or it holds something else or is not a folder;
-            or no folder can be created there.
-        OSError: the temporary folder cannot be renamed to `target`; or its parent cannot be synced to disk, and then
-            `target` is the new bundle already.
+        BundleError: `target` may not be written (see `check_target`), or no folder can be created beside it.
+        OSError: `target` cannot be examined; the temporary folder cannot be renamed to `target`; or the parent of
+            `target` cannot be synced to disk, and then `target` is the new bundle already.
     """
     target = check_target(target, overwrite=overwrite)
     made = [parent for parent in target.parents if not parent.exists()]
@@ -62,18 +65,21 @@ def staged_folder(target: Path | str, *, overwrite: bool = False) -> Iterator[Pa
 
 
 def check_target(target: Path | str, *, overwrite: bool = False) -> Path:
-    """Check that a bundle may be written to a folder; remove the temporary folders of killed processes beside it.
+    """Call `remove_abandoned`, and check that a bundle may be written to a folder.
+
+    A folder with a file `emberpc.json` counts as a bundle. Whether this user may write there is not checked.
 
     Args:
-        target: the bundle's folder; it need not exist, and is not created.
+        target: the bundle's folder; it need not exist.
         overwrite: whether to replace an existing bundle.
 
     Returns:
         The absolute path of the folder.
 
     Raises:
-        BundleError: `target` holds a bundle and `overwrite` is not set; or it holds something else, is not a folder, or
-            is a symbolic link.
+        BundleError: `target` is a bundle and `overwrite` is False; or it is a folder with other content, is not a
+            folder, or is a symbolic link.
+        OSError: `target` cannot be examined, for example because its name is too long.
     """
     target = Path(target).absolute()
     remove_abandoned(target)
@@ -88,11 +94,11 @@ def check_target(target: Path | str, *, overwrite: bool = False) -> Path:
 
 
 def remove_abandoned(target: Path) -> None:
-    """Remove temporary folders that killed processes left beside `target`.
+    """Remove the temporary folders for `target` that killed processes left beside it.
 
     If a process was killed between moving the old bundle away and renaming the new one, the old bundle is moved back to
-    `target`. A process locks its temporary folders as long as it lives. On a file system without locks, nothing is
-    removed.
+    `target`. A process locks each of its temporary folders until the work on it ends; the lock ends with the process,
+    too. Locked folders are kept. An OSError, such as on a file system without locks, ends this function silently.
     """
     own = re.compile(rf"\.{re.escape(target.name)}-(new|old)-[^/]*{re.escape(_SUFFIX)}")
     with suppress(OSError), _locked(target.parent):
@@ -106,7 +112,7 @@ def remove_abandoned(target: Path) -> None:
 
 
 def _make(target: Path, kind: str) -> tuple[Path, int]:
-    """Create and lock a temporary folder beside `target`.
+    """Create and lock a temporary folder beside `target`. On a file system without locks it is not locked.
 
     Args:
         target: the bundle's folder.
@@ -131,9 +137,13 @@ def _make(target: Path, kind: str) -> tuple[Path, int]:
 
 @contextmanager
 def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Lock a folder against other processes inside the block.
+    """Hold the lock of a folder inside the block. Only code that takes this lock, too, is kept out.
 
-    If another process has locked it, wait; without `wait`, raise BlockingIOError.
+    If the folder is locked already, wait until it is not.
+
+    Raises:
+        BlockingIOError: the folder is locked already, and `wait` is False.
+        OSError: the folder cannot be opened, or its file system has no locks.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -144,7 +154,7 @@ def _locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def finish_bundle(folder: Path, manifest: Manifest) -> Manifest:
-    """Write the manifest with the size and hash of every file now in the folder, and sync all files to disk.
+    """Write the manifest with the size and hash of every other file in the folder, and sync files and folders to disk.
 
     Args:
         folder: the bundle's folder, with all its files except the manifest.
@@ -154,8 +164,9 @@ def finish_bundle(folder: Path, manifest: Manifest) -> Manifest:
         The manifest as written.
 
     Raises:
-        BundleError: a file cannot be read, there are more than 10,000 files, or a path has more than 1,024 characters.
-        OSError: a file cannot be written or synced.
+        BundleError: a file cannot be read, there are more than 10,000 other files, or a path has more than 1,024
+            characters or is no valid Unicode. No manifest is written.
+        OSError: the manifest cannot be written, or a file or folder cannot be synced.
     """
     manifest_path = folder / MANIFEST_NAME
     files = {}
@@ -171,9 +182,10 @@ def finish_bundle(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def _replace(staging: Path, target: Path) -> None:
-    """Rename `staging` to `target`, and delete the bundle that was there.
+    """Rename `staging` to `target`, delete the folder that was there, and sync the parent folder to disk.
 
-    On an exception `target` does not change, except if only the last step fails, the sync of its parent.
+    If `staging` cannot be renamed, the old folder is moved back to `target`. If only the sync fails, `target` is
+    already the new bundle.
     """
     if target.exists():
         old, lock = _make(target, "old")

@@ -1,4 +1,9 @@
-"""Offline export: convert encoders to bundles. Many modules load torch or ONNX Runtime: import them where needed."""
+"""Offline export: convert encoders to bundles, and fine-tune them.
 
-# The first import: it sets how the threads of OpenMP wait, which torch reads when it is loaded.
+Many modules of this package load torch or ONNX Runtime, which takes seconds: import such a module in the function that
+uses it.
+"""
+
+# `threads` sets environment variables so that waiting threads of OpenMP sleep. It is imported before any module that
+# loads torch, since torch reads the variables when it is loaded.
 import emberpc.export.threads  # noqa: F401

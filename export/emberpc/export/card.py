@@ -58,9 +58,9 @@ def model_card(manifest: Manifest) -> str:
 
 
 def _variants(manifest: Manifest) -> list[str]:
-    """Return lines of Markdown: a table of the variants' figures, and the variants that were tried and not kept.
+    """Return lines of Markdown: a table of the variants' figures against fp32, and the variants that were dropped.
 
-    The list is empty if fewer than two variants were measured and no variant was dropped.
+    The list is empty if fewer than two variants were measured and none was dropped.
     """
     rows = [(variant, variant.measured) for variant in manifest.variants if variant.measured is not None]
     if len(rows) < 2 and not manifest.dropped:

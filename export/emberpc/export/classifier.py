@@ -49,9 +49,10 @@ _LOGGER = logging.getLogger(__name__)
 class ClassifierData:
     """Paths of the files with a classifier's texts (CSV, TSV, JSONL or Parquet), and their columns.
 
-    `train` has the training texts. `validation` has texts for early stopping and calibration; None: some training texts
-    serve for this. `outside` has texts without any of the labels, in the column `text_column`. `descriptions` has the
-    columns `label` and `description`, with one row for each label.
+    `train` has the training texts. `validation` has labelled texts for early stopping and calibration; None: some or
+    all training texts serve for this. `outside` has texts without any of the labels, in the column `text_column`; None:
+    there are none. `descriptions` has the columns `label` and `description`, with one row for each label; None: no
+    descriptions.
     """
 
     train: Path | str
@@ -60,7 +61,7 @@ class ClassifierData:
     descriptions: Path | str | None = None
     text_column: str = "text"
     label_column: str = "label"
-    #: Separator between the labels of a text; None: every text has one label.
+    #: Separator between the labels of a text, which may have any number of labels; None: every text has one label.
     separator: str | None = None
     #: Fewest training texts that each label must have.
     min_examples: int = 2
@@ -86,41 +87,45 @@ def export_classifier(
 ) -> Manifest:
     """Fine-tune a classifier, export it as a bundle, and check it against PyTorch.
 
-    Temperature, thresholds and the figures in `quality` come from texts that the classifier, or a classifier fitted in
-    the same way, was not trained on: those of the validation file, or training texts that are held out or
-    cross-validated. With too few texts for this, probabilities are not calibrated, and a warning is logged.
+    The temperature, the thresholds, and accuracy and calibration error in `quality` come from held-out texts: those of
+    the validation file, or else training texts that the classifier, or classifiers fitted in the same way, were not
+    trained on. If no text can be held out, the temperature is 1, there are no thresholds and no rejection threshold,
+    and a warning is logged. A warning is also logged for fewer than 100 held-out texts.
 
     Args:
         data: paths and format of the texts.
         base: the encoder: a folder, an installed package that holds one, or a hub id.
         target: the bundle's folder; it is written atomically.
         strategy: one of `EXPORTABLE`.
-        label_texts: whether to train on the labels' descriptions, too, or on the labels' names if there are no
-            descriptions. Names are used only if they help to classify the texts; numbers do not. The strategy zero-shot
-            requires True.
-        balanced: whether every label has the same weight, whatever its number of texts.
+        label_texts: whether to train on the label descriptions, too. Without a file of descriptions, the labels' names
+            are the descriptions if they help to classify the texts (see `described_examples`). False: a file of
+            descriptions is not read. The strategy zero-shot requires True.
+        balanced: whether every label has the same total weight in the loss, whatever its number of texts; only for
+            strategies that minimize a loss.
         epochs: the most passes over the texts, if the strategy trains the encoder; default: 5 to 12, fewer for more
-            texts.
-        rejection_rate: share of texts with labels that may be rejected as out of scope, in [0, 1), if `data` has no
-            texts outside all labels; 0: nothing is rejected.
-        checkpoints: folder for checkpoints, from which an interrupted training continues; they are removed once the
-            bundle is written. None: no checkpoints.
+            texts of each label.
+        rejection_rate: share of held-out texts to reject as out of scope, in [0, 1); 0: no text is rejected. It is not
+            used if `data` has texts outside all labels, which set the rejection threshold then.
+        checkpoints: folder for checkpoints, from which a later call with the same arguments continues an interrupted
+            training of the encoder. The files are deleted after the bundle is written. None: no checkpoints.
         variants: variants to write in addition to fp32: names, or `auto`; see `emberpc.export.variants`. They are
-            measured on the validation file, or else on training texts that the classifier was not trained on, or else
-            on texts that it was trained on. The manifest says which texts these were.
+            measured on the texts of the validation file, or else on training texts that the classifier was not trained
+            on, or else on all training texts. The manifest says which texts these were.
         overwrite: whether to replace an existing bundle.
-        max_tokens: the most tokens of a text; training truncates longer texts. Default: the base's limit.
-        seed: seed of splits and order.
+        max_tokens: the most tokens of a text, in training and in the bundle. Default: the base's limit.
+        seed: seed of the random choices: held-out texts, folds, and order of texts.
         progress: called with the current step.
 
     Returns:
         The manifest, with the measured parity and quality.
 
     Raises:
-        ExportError: an argument is invalid, the data or the base cannot be used, label descriptions are missing, a
-            variant requested by name misses its bound, or outputs differ from PyTorch's.
-        BundleError: `target` exists and may not be replaced.
-        OSError: the disk is full.
+        ExportError: an argument is invalid, the data or the base cannot be used, label descriptions are missing, the
+            training fails, a variant requested by name cannot be made or misses its bound, or outputs differ from
+            PyTorch's. NoRoomError, a subclass: a checkpoint cannot be written.
+        BundleError: `target` exists and may not be replaced, no folder can be created beside it, or the labels exceed a
+            limit of `emberpc.bundle.limits`.
+        OSError: the disk is full, or see `staged_folder`.
     """
     if strategy not in EXPORTABLE:
         raise ExportError(f"there is no strategy {strategy!r} to export; there are: {', '.join(EXPORTABLE)}")
@@ -173,11 +178,11 @@ def export_classifier(
 
 
 def _warn_of_few(held_out: int, source: Path | str) -> None:
-    """Log a warning if there are no held-out texts, or too few for a good calibration.
+    """Log a warning if there are no held-out texts, or fewer than `FEW_TEXTS`.
 
     Args:
-        held_out: number of held-out texts.
-        source: file of the training texts, for the warning.
+        held_out: number of held-out texts, of the validation file or of the training file.
+        source: the training file, for the warning.
     """
     if not held_out:
         _LOGGER.warning(
@@ -195,7 +200,9 @@ def _warn_of_few(held_out: int, source: Path | str) -> None:
 
 
 def read_data(data: ClassifierData) -> tuple[Examples, Examples | None, list[str]]:
-    """Read the training texts, the validation texts, and the texts outside all labels.
+    """Read the training texts, the validation texts, and the texts outside all labels, but not the descriptions.
+
+    Warnings are logged for labels that hardly differ, and for conflicting labels of a text.
 
     Returns:
         The training examples; the validation examples, or None without that file; the texts outside all labels, an
@@ -203,7 +210,7 @@ def read_data(data: ClassifierData) -> tuple[Examples, Examples | None, list[str
 
     Raises:
         ExportError: a file cannot be read or its data cannot be used; the error names the file, and the row if one row
-            is the cause.
+            is the cause. Or the separator is empty.
     """
     read = partial(
         read_labelled, text_column=data.text_column, label_column=data.label_column, separator=data.separator
@@ -221,7 +228,10 @@ class _Measuring(TypedDict):
 
 
 def _to_measure_on(examples: Examples, validation: Examples | None, held_out: HeldOut) -> _Measuring:
-    """Choose the texts to measure variants on: if possible, texts that the classifier was not trained on.
+    """Choose the texts to measure variants on.
+
+    These are the texts of the validation file; without one, the training texts that the classifier was not trained on;
+    if there are none, as after a cross-validation, all training texts.
 
     Args:
         examples: the training texts.
@@ -229,7 +239,7 @@ def _to_measure_on(examples: Examples, validation: Examples | None, held_out: He
         held_out: the held-out texts of the fit.
 
     Returns:
-        Keyword arguments for `add_variants`: the examples, and their description.
+        Keyword arguments for `add_variants`: the chosen texts, and what they are, in words.
     """
     if validation is not None:
         return {"examples": validation, "measured_on": "the texts of the validation file"}
@@ -242,7 +252,7 @@ def _to_measure_on(examples: Examples, validation: Examples | None, held_out: He
 
 
 def _conflicts(examples: Examples) -> int:
-    """Return the number of distinct texts that occur with different labels."""
+    """Return the number of distinct texts that occur with two or more different sets of labels."""
     given: dict[str, set[bytes]] = {}
     for text, targets in zip(examples.texts, examples.targets, strict=True):
         given.setdefault(text, set()).add(targets.tobytes())
@@ -250,9 +260,10 @@ def _conflicts(examples: Examples) -> int:
 
 
 def _measured(fitted: Fitted, rule: DecisionRule, beyond: Matrix | None) -> dict[str, float]:
-    """Return figures of a classifier on its held-out texts; an empty dict if there are none.
+    """Return figures of a classifier on its held-out texts, and their number; an empty dict if there are none.
 
-    `beyond` are logits of texts outside all labels, float32 (texts, labels); None: no figures of their rejection.
+    `beyond` are logits of texts outside all labels, float32 (texts, labels). None: the figures of `measure_scope`, on
+    how well those texts are told from the held-out texts, are left out.
     """
     held_out = fitted.held_out
     if not len(held_out):
@@ -276,14 +287,18 @@ def _write(
 ) -> Manifest:
     """Write graph, config, head and reference outputs of a classifier's bundle; compare the classifier with PyTorch.
 
-    `folder` must have the tokenizer files that `convert_encoder` writes. The encoder of `converted`, or the tuned
-    encoder of `fitted` if there is one, gets the head of `fitted`.
+    `convert_encoder` must have made `converted` from `encoder`, with the tokenizer's files in `folder`. If `fitted` has
+    a tuned encoder, that encoder is converted and written instead. The graph, of the tuned encoder or of `converted`,
+    is changed: it gets the head of `fitted`.
 
     Returns:
-        The manifest, without further variants and without hashes of files.
+        The manifest, with fp32 as the only variant and without a list of files.
 
     Raises:
-        ExportError: the strategy made no linear head, or outputs differ from PyTorch's.
+        ExportError: the strategy made no linear head, the tuned encoder cannot be converted, or outputs differ from
+            PyTorch's.
+        BundleError: the labels exceed a limit of `emberpc.bundle.limits`.
+        OSError: the disk is full.
     """
     if fitted.head is None:
         raise ExportError(f"the result of {strategy} is not a linear head; choose another strategy")
@@ -313,9 +328,11 @@ def _write(
 
 @contextmanager
 def tuned_encoder(encoder: Encoder, fitted: Fitted, folder: Path) -> Iterator[tuple[Encoder, Encoder | None]]:
-    """Yield the encoder that the head belongs to, and the tuned encoder, or None if the fit trained no encoder.
+    """Yield the tuned encoder twice or, if the fit trained no encoder, `encoder` and None.
 
-    A tuned encoder is written to a temporary folder in `folder`, which is removed after the block.
+    The first item is the encoder that the head belongs to. A tuned encoder is written to a temporary folder in
+    `folder`; the temporary folder is removed after the block, so do not use the tuned encoder later. Writing it
+    restores the original weights of `fitted.tuned.backbone`.
 
     Args:
         encoder: the encoder before the fit.
@@ -340,19 +357,22 @@ def _runner(folder: Path, encoder: Encoder, converted: Converted) -> OnnxRunner:
 
 
 def _compare(folder: Path, head: Head, source: Encoder, runner: OnnxRunner) -> Variant:
-    """Compare the exported classifier with PyTorch, write the head and the reference outputs, and return fp32.
+    """Compare the exported classifier with PyTorch, write the head and the reference outputs, and return fp32's entry.
 
-    The texts of the reference are docstrings of Python's standard library and none of the user's texts: a bundle must
-    not give training texts away.
+    The expected logits are those of the head for the encoder's vectors by PyTorch. The texts are those of
+    `sample_texts`, such as docstrings, and none of the user's: a bundle must not give training texts away.
 
     Args:
         folder: the bundle's folder.
         head: the linear head.
-        source: the encoder that the head belongs to, for PyTorch.
+        source: the encoder that the head belongs to; PyTorch runs it.
         runner: runner of the exported classifier.
 
+    Returns:
+        The variant fp32 for the manifest.
+
     Raises:
-        ExportError: the outputs differ from PyTorch's.
+        ExportError: PyTorch cannot run the encoder, or the outputs differ.
     """
     texts: Sequence[str] = sample_texts(PARITY_TEXTS)
     embeddings = torch_embeddings(str(source.folder), texts, source.max_tokens, stated=source.max_tokens_stated)
@@ -366,7 +386,10 @@ def _compare(folder: Path, head: Head, source: Encoder, runner: OnnxRunner) -> V
 
 
 def _write_config(folder: Path, config: dict[str, object], examples: Examples) -> None:
-    """Write the config.json of a classifier's bundle: `config` of the encoder, with the labels for transformers."""
+    """Write the config.json of a classifier's bundle: `config` of the encoder, changed for transformers.
+
+    The architecture, the labels and the kind of classification are set.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as ARCHITECTURES
 
     architecture = ARCHITECTURES.get(str(config.get("model_type")))
@@ -383,7 +406,10 @@ def _write_config(folder: Path, config: dict[str, object], examples: Examples) -
 
 
 def __getattr__(name: str) -> object:
-    """Return `ClassifierData` under its former name `Data`, with a DeprecationWarning; removed in the next release."""
+    """Return `ClassifierData` for its former name `Data`, with a DeprecationWarning; AttributeError for other names.
+
+    The next release removes the name `Data`.
+    """
     if name == "Data":
         warnings.warn("Data is now ClassifierData; import that name", DeprecationWarning, stacklevel=2)
         return ClassifierData

@@ -34,10 +34,11 @@ from emberpc.export.variants import FP32, add_variants, check_names
 MODEL_PATH = "onnx/model.onnx"
 #: Number of texts on which an exported model is compared with PyTorch.
 PARITY_TEXTS = 64
-#: Number of these texts that are stored in the bundle with their outputs, for later checks on any host.
+#: Number of these texts, from the first, that are stored in the bundle with PyTorch's outputs, for later checks on any
+#: host.
 REFERENCE_TEXTS = 16
-#: Keys of tokenizer_config.json that are removed. transformers copies them from the truncation and padding that
-#: tokenizer.json states, and some readers would truncate or pad by them.
+#: Keys that are removed from the bundle's tokenizer_config.json. transformers copies them there from the truncation and
+#: padding in the source's tokenizer.json, and some readers would truncate or pad by them.
 _BAKED_IN = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
 _TOOLS = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
 
@@ -59,16 +60,17 @@ def export_embedding(
     """Export an encoder as a bundle of an embedding model, and check it against PyTorch.
 
     Args:
-        source: a folder, the name of an installed package that holds one, or a hub id.
-        target: the bundle's folder; it is written atomically.
+        source: an encoder: a folder, the name of an installed package that holds one, or a hub id.
+        target: the bundle's folder; the finished bundle is moved there at the end.
         overwrite: whether to replace an existing bundle.
-        name: name of the base model; default: the source's name.
+        name: name of the base model in the manifest; default: the source's name.
         max_tokens: the most tokens of a text; default: the source's limit.
-        prompts: prompts that the server puts before texts; default: the source's.
+        prompts: prompts that the server puts before queries and passages; default: the source's.
         matryoshka: dimensions that vectors may be shortened to; empty: none; default: the source's.
         variants: variants to write in addition to fp32: names, or `auto`; see `emberpc.export.variants`.
-        validation: a file to measure variants on: texts like those to be served, or queries with passages that answer
-            them; default: docstrings of Python's standard library.
+        validation: a file to measure variants on: texts like those to be served (column text), or queries with passages
+            that answer them (columns query and passage); default: docstrings of Python's standard library. Queries are
+            used only if there are variants in addition to fp32.
         corpus: if `validation` has queries, a file of more passages to search in; None: no more passages.
         progress: called with the current step.
 
@@ -76,10 +78,11 @@ def export_embedding(
         The manifest, with the measured parity.
 
     Raises:
-        ExportError: an argument is invalid, a file cannot be read, the source cannot be exported, a variant requested
-            by name misses its bound, or outputs differ from PyTorch's.
-        BundleError: `target` exists and may not be replaced.
-        OSError: the disk is full.
+        ExportError: an argument or a data file is invalid, the source cannot be exported, a variant requested by name
+            cannot be made or misses its bound, or outputs differ from PyTorch's.
+        BundleError: `target` may not be written or replaced, or a value of the manifest is out of range, such as one of
+            `matryoshka`.
+        OSError: a file cannot be written, for example since the disk is full.
     """
     check_names(variants)
     texts_to_try, judged = _validation(validation, corpus)
@@ -99,10 +102,10 @@ def _validation(path: Path | str | None, corpus: Path | str | None) -> tuple[lis
     """Read the data to measure variants on: texts, or queries with their passages.
 
     Returns:
-        The texts and None; or no texts, and the queries and passages. Without a file, no texts and None.
+        The texts and None; or an empty list, and the queries with the passages. Without a file, an empty list and None.
 
     Raises:
-        ExportError: a file cannot be read, or there is a corpus without queries.
+        ExportError: a file cannot be read or is invalid, or there is a corpus but no file with queries.
     """
     if path is not None and has_queries(path):
         return [], read_judged(path, corpus)
@@ -131,18 +134,21 @@ def write_embedding(
         encoder: the encoder.
         folder: a folder from `staged_folder`.
         variants: variants to write in addition to fp32: names, or `auto`.
-        texts_to_try: texts to measure variants on; none: docstrings of Python's standard library.
-        judged: queries and passages to measure variants on instead.
+        texts_to_try: texts to measure variants on; empty: docstrings of Python's standard library.
+        judged: queries and passages to measure variants on instead of texts; ignored if only fp32 is written.
         strategy: name of the method by which the encoder was fine-tuned; empty if it was not.
         quality: figures of the fine-tuning, for the manifest.
         progress: called with the current step.
 
     Returns:
-        The manifest; `finish_bundle` must write it.
+        The manifest without the list of files. The caller passes it to `finish_bundle`, which adds the list and writes
+        the manifest.
 
     Raises:
-        ExportError: the encoder cannot be exported, a variant requested by name misses its bound, or outputs differ
-            from PyTorch's.
+        ExportError: the encoder cannot be exported, a variant requested by name cannot be made or misses its bound, or
+            outputs differ from PyTorch's.
+        BundleError: a value of the manifest is out of range.
+        OSError: a file cannot be written, for example since the disk is full.
     """
     converted = convert_encoder(encoder, folder, progress)
     converted.graph.save(folder / MODEL_PATH)
@@ -185,9 +191,9 @@ def _measured_on(texts: Sequence[str], judged: Judged | None) -> str:
 
 @dataclass(frozen=True)
 class Converted:
-    """An encoder that was converted to ONNX: its graph with pooling, the dimensions of its vectors, and its padding.
+    """An encoder that was converted to ONNX: its graph with pooling, the dimensions of its vectors, and its padding id.
 
-    The tokenizer's files are in the bundle's folder.
+    The graph is in memory only; the tokenizer's files are in the bundle's folder.
     """
 
     graph: GraphEditor
@@ -198,12 +204,13 @@ class Converted:
 def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Converted:
     """Convert an encoder to ONNX, add its pooling, and write its tokenizer to the bundle's folder.
 
-    The graph itself is not written yet.
+    The tokenizer's files state no truncation and no padding. The graph is not written: callers may extend it first.
 
     Raises:
         ExportError: the encoder cannot be converted, its `max_tokens` leaves no room for a token beside the special
             tokens, or one of its Matryoshka dimensions exceeds the dimensions of its vectors.
-        OSError: the disk is full.
+        BundleError: `pad_token_id` of the encoder's config.json is out of range.
+        OSError: a file cannot be written, for example since the disk is full.
     """
     progress("converting to ONNX", 0, 1)
     with tempfile.TemporaryDirectory(dir=folder) as raw:
@@ -213,7 +220,8 @@ def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Conve
     graph.take_tokens_alone(encoder.name)
     dimensions = graph.pool(encoder.pooling, encoder.dense, normalize=encoder.normalize)
     check_matryoshka(encoder.matryoshka_dimensions, dimensions, encoder.name)
-    # Switch off truncation and padding in tokenizer.json: the server truncates as a call states, and pads each batch.
+    # Switch off truncation and padding in tokenizer.json: the server pads each batch, and each call decides whether its
+    # texts are truncated.
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if encoder.lower_case:
         # sentence-transformers lower-cases texts outside the tokenizer, but the server uses only the tokenizer. So make
@@ -235,9 +243,9 @@ def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Conve
 
 
 def common_fields(encoder: Encoder, converted: Converted) -> dict[str, Any]:
-    """Return the fields of a manifest that describe the encoder, by name; `created` is the current time.
+    """Return the fields that manifests of embedding models and of classifiers share, as arguments of `Manifest`.
 
-    The manifests of embedding models and of classifiers share these fields.
+    They describe the encoder, the versions of the tools and, in `created`, the time of this call.
     """
     return {
         "base_model": encoder.name,
@@ -257,12 +265,12 @@ def common_fields(encoder: Encoder, converted: Converted) -> dict[str, Any]:
 
 
 def write_sentence_transformers(encoder: Encoder, dimensions: int, folder: Path) -> None:
-    """Write the configuration files with which sentence-transformers, TEI and others can load a bundle.
+    """Write the configuration files with which sentence-transformers, TEI and others load an embedding model's bundle.
 
-    The folders of the encoder's dense layers are copied to the bundle.
+    The caller writes config.json. The folders of the encoder's dense layers are copied to the bundle.
 
     Args:
-        encoder: the encoder; its source's folder must still exist.
+        encoder: the encoder; its folder must still exist if it has dense layers.
         dimensions: dimensions of the model's vectors.
         folder: the bundle's folder.
     """
@@ -297,6 +305,6 @@ def write_sentence_transformers(encoder: Encoder, dimensions: int, folder: Path)
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write data to a file as indented JSON; create the parent folders if they do not exist."""
+    """Write data to a file as indented JSON in UTF-8; create missing parent folders, and replace an existing file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Write files atomically: a file with its final name is always complete."""
+"""Write files atomically: under another name first; a complete file is renamed to its final name."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from emberpc.export.errors import ExportError
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` for a new file, which replaces `path` at the end of the block.
+    """Yield a path beside `path`, to which the block must write a new file; the new file then replaces `path`.
 
-    The block must write the file; its folder must exist. If the block raises an exception, the new file is removed, and
-    `path` stays unchanged. If `path` is a symbolic link, the file that the link leads to is replaced, and the link
-    stays.
+    The folder of `path` must exist. If the block raises an exception, the new file is removed, and `path` stays
+    unchanged. If `path` is a symbolic link, the link stays, and the file that it leads to is replaced. Two blocks must
+    not write to the same `path` at the same time: their new files would have the same name.
 
     Raises:
-        ExportError: `path` is a device, a pipe or a folder, which is never replaced.
+        ExportError: `path` is a device, a pipe or a folder, or leads to one.
         OSError: the new file cannot be moved to `path`, or the block wrote no file.
     """
     target = Path(os.path.realpath(path))

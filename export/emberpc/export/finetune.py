@@ -45,27 +45,31 @@ def finetune_embedding(
     Args:
         files: paths of the data files.
         base: the encoder: a folder, an installed package that holds one, or a hub id.
-        target: the bundle's folder; it is written atomically.
-        epochs: the most passes over the queries; the weights of the best epoch on the held-out queries are kept.
-        layers: number of upper layers to train, at most all layers; default: a third of all layers, at least 1.
+        target: the bundle's folder; the finished bundle is moved there at the end.
+        epochs: the most passes over the queries. The weights of the epoch that is best on the held-out queries are
+            kept, or a weighted mean of these and the original weights.
+        layers: number of upper layers to train; a number above that of all layers means all. Default: a third of all
+            layers, rounded down, at least 1.
         hard_negatives: the most hard negatives for each query of a batch, stated in the data or mined; 0: none.
         checkpoints: folder for checkpoints, from which an interrupted training continues; they are removed once the
             bundle is written or the training turned out not to help. None: no checkpoints.
         variants: variants to write in addition to fp32: names, or `auto`; they are measured on the held-out queries.
         overwrite: whether to replace an existing bundle.
-        max_tokens: the most tokens of a text; longer texts are truncated. Default: the base's limit.
-        seed: seed of split, order and draws.
+        max_tokens: the most tokens of a text; the training truncates longer texts. Default: the base's limit.
+        seed: seed of the split into training and held-out queries, of the order of batches, and of the draws of
+            passages.
         progress: called with the current step.
 
     Returns:
-        The manifest; its `quality` has the figures before and after the training, which are described at
-        `emberpc.export.retrieval.ranking.tune`.
+        The manifest. Its `quality` has the figures before and after the training that
+        `emberpc.export.retrieval.ranking.tune` describes, the numbers of queries and passages, and the training's time.
 
     Raises:
-        ExportError: an argument is invalid, data or base cannot be used, nDCG@10 of the held-out queries did not grow,
-            a variant requested by name misses its bound, or outputs differ from PyTorch's. No bundle is written then.
-        BundleError: `target` exists and may not be replaced.
-        OSError: the disk is full.
+        ExportError: an argument is invalid, data or base cannot be used, a checkpoint cannot be written, nDCG@10 of the
+            held-out queries did not grow, a variant requested by name cannot be made or misses its bound, or outputs
+            differ from PyTorch's. No bundle is written then.
+        BundleError: `target` may not be written or replaced, or a value of the manifest is out of range.
+        OSError: a file cannot be written, for example since the disk is full.
     """
     for name, value, least in (("epochs", epochs, 1), ("layers", layers, 1), ("hard_negatives", hard_negatives, 0)):
         if value is not None and value < least:
@@ -106,8 +110,8 @@ def finetune_embedding(
                 quality=quality,
                 progress=progress,
             )
-        # Call this only after the tuned encoder's folder is removed: every file in the folder becomes part of the
-        # bundle.
+        # Call this only after the block above has removed `raw`, the tuned encoder's folder: every file in `folder`
+        # becomes part of the bundle.
         manifest = finish_bundle(folder, manifest)
     kept.remove()
     return manifest

@@ -1,4 +1,4 @@
-"""Call the training libraries silently, and turn their exceptions into ExportError."""
+"""Call the training libraries silently, and turn their exceptions into ExportError, or OSError if a disk is full."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from emberpc.export.errors import ExportError
 #: Values of `errno` after a write that failed for lack of room: the disk is full, the user's quota is used up, or the
 #: file would exceed the greatest file size.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-#: Names of loggers that are silenced, since they log internal details on every export. ONNX Runtime's quantizer logs to
-#: the root logger (the empty name). Its level also silences all loggers without a level of their own, such as
-#: emberpc's.
+#: Names of loggers whose messages below CRITICAL are silenced, since they log internal details during an export. ONNX
+#: Runtime's quantizer logs to the root logger (the empty name). The level of the root logger also silences the loggers
+#: below it that have no level of their own, such as emberpc's.
 _SILENCED_LOGGERS = ("", "optimum", "sentence_transformers", "huggingface_hub", "torch.onnx")
 
 
@@ -24,18 +24,21 @@ _SILENCED_LOGGERS = ("", "optimum", "sentence_transformers", "huggingface_hub", 
 def calling_libraries(problem: str, remedy: str, *, hub_only: bool = False) -> Iterator[None]:
     """Run a block that calls torch, transformers, optimum or similar libraries; silence them, and convert exceptions.
 
-    The silenced output is about tracing, deprecations and missing poolers. Users cannot act on any of it.
+    The silenced output is mostly about tracing, deprecations and missing poolers, on which users cannot act. The whole
+    process is silenced, other threads included.
 
     Args:
         problem: the meaning of an exception for the user, such as "the model m cannot be loaded".
         remedy: what the user can do.
-        hub_only: whether the block calls huggingface_hub only. If so, transformers is not imported to silence it: the
-            import takes 2 s of CPU time.
+        hub_only: whether the block calls no other library than huggingface_hub. transformers is not silenced then,
+            since its import takes 2 s of CPU time.
 
     Raises:
-        ExportError: the block raised; the message has the exception's class, and `__cause__` is the exception. An
-            ExportError of the block passes unchanged.
-        OSError: the disk or the quota is full, or a file is too large; this says nothing about the model.
+        ExportError: the block raised an exception. The message has `problem`, the exception's class and `remedy`, and
+            `__cause__` is the exception. An ExportError or KeyboardInterrupt of the block passes
+            unchanged.
+        OSError: the disk or the quota is full, or a file is too large. This is no ExportError, since it says nothing
+            about the model.
     """
     try:
         with _silence(hub_only=hub_only):
@@ -43,7 +46,7 @@ def calling_libraries(problem: str, remedy: str, *, hub_only: bool = False) -> I
     except ExportError:
         raise
     except Exception as error:  # these libraries raise all kinds, with no common base class
-        # Libraries in Rust or C++ raise errors without `errno`: they report a full disk only in the message.
+        # Errors of libraries in Rust or C++ may lack `errno`: then a full disk shows only in the message.
         for code in _FULL:
             if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
                 raise OSError(code, os.strerror(code)) from error
@@ -52,15 +55,17 @@ def calling_libraries(problem: str, remedy: str, *, hub_only: bool = False) -> I
 
 @contextmanager
 def _silence(*, hub_only: bool) -> Iterator[None]:
-    """Switch off warnings, logs and progress bars inside the block; restore them afterwards.
+    """Switch off warnings, logs below CRITICAL and progress bars inside the block; restore the settings afterwards.
 
-    With `hub_only`, transformers is left alone.
+    The logs are those of `_SILENCED_LOGGERS` and transformers. With `hub_only`, transformers is neither imported nor
+    silenced.
     """
     loggers = [logging.getLogger(name) for name in _SILENCED_LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
-    # If the root logger had no handler, `logging.warning` would permanently add one that prints to stderr.
+    # If the root logger had no handler, a library's call of `logging.warning` would add one for good, which prints to
+    # stderr.
     handler = logging.NullHandler()
     logging.getLogger().addHandler(handler)
     try:
@@ -78,7 +83,7 @@ def _silence(*, hub_only: bool) -> Iterator[None]:
 
 @contextmanager
 def _silence_hub() -> Iterator[None]:
-    """Switch off the progress bars of huggingface_hub inside the block."""
+    """Switch off the progress bars of huggingface_hub inside the block; restore the setting afterwards."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     bars = not are_progress_bars_disabled()
@@ -92,7 +97,7 @@ def _silence_hub() -> Iterator[None]:
 
 @contextmanager
 def _silence_transformers() -> Iterator[None]:
-    """Switch off the logs and progress bars of transformers inside the block."""
+    """Switch off logs below CRITICAL and progress bars of transformers inside the block; restore them afterwards."""
     from transformers.utils import logging as transformers_logging
 
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()

@@ -6,14 +6,15 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Callback for progress. It is called at the start of each step, and again during the step."""
+    """Callback for progress. A step calls it at its start, after parts of its work, or both."""
 
     def __call__(self, stage: str, done: int, total: int, detail: str = "") -> None:
         """Report progress.
 
         Args:
             stage: name of the step in a few words; another name starts another step.
-            done: amount of the step's work that is done, in the unit of `total`.
+            done: amount of the step's work that is done, in the unit of `total`. A step may end without a report of
+                the whole `total`.
             total: amount of work of the step, such as its number of texts; at least 1.
             detail: more information about the moment, such as the loss.
         """

@@ -1,7 +1,8 @@
-"""Decide how many threads training, cross-validation, tuning and embedding use, and run tasks side by side in them.
+"""Decide how many threads training, cross-validation, tuning and embedding use, and run tasks side by side in threads.
 
-Threads that wait sleep instead of spinning: spinning threads take the cores from each other and from other processes,
-and count as CPU time. A small problem runs on one thread, and several of them run side by side (docs/decisions/0023).
+Threads that wait should sleep and not spin: spinning threads take the cores from each other and from other processes,
+and count as CPU time. A small problem runs on one thread, and several small problems run side by side
+(docs/decisions/0023).
 """
 
 from __future__ import annotations
@@ -21,23 +22,28 @@ from emberpc.bundle.cores import usable_cores
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-#: Settings under which the threads of OpenMP sleep while they wait. Its libraries read them when they are loaded: GNU's
-#: reads the first, LLVM's and Intel's read both.
+#: Environment variables with which the threads of OpenMP sleep while they wait. An OpenMP library reads them when it is
+#: loaded: GNU's reads the first, LLVM's and Intel's read both.
 _SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
-#: Seconds between two reports while no task finishes. A report may raise, for example after a time limit.
+#: Seconds between two reports while no task finishes. A report may raise, for example after a time limit, so a longer
+#: interval would stop tasks later.
 _REPORT_SECONDS = 0.1
 
 T = TypeVar("T")
-#: Raises `StoppedError` if the task that calls it should stop.
+#: A function without arguments that a task calls: it raises `StoppedError` if the task should stop.
 Check = Callable[[], None]
 
 
 class StoppedError(Exception):
-    """A task was stopped, since its result is not needed any more."""
+    """A task of `run_in_threads` was stopped, since its result is not needed any more."""
 
 
 def usable_threads() -> int:
-    """Return the most threads that compute at a time: one for each usable core, or OMP_NUM_THREADS if it is lower."""
+    """Return the number of threads that may compute at a time.
+
+    It is the number of usable cores, or the first number in the environment variable OMP_NUM_THREADS if that is lower
+    and not 0.
+    """
     wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     cores = usable_cores()
     return min(cores, int(wanted)) if wanted.isdecimal() and int(wanted) else cores
@@ -46,9 +52,11 @@ def usable_threads() -> int:
 def _set_sleeping() -> tuple[set[str], bool]:
     """Set the environment variables of `_SLEEPING` for libraries that are loaded later; a user's own values stay.
 
+    If torch is loaded already, nothing is set.
+
     Returns:
-        The names of the variables that were set, and whether the threads of torch will sleep while they wait. They may
-        spin if torch was loaded before, or if the user wants that.
+        The names of the variables that were set, and whether OMP_WAIT_POLICY is PASSIVE now. If not, the threads of
+        torch may spin while they wait: torch was loaded before, or the user set another value.
     """
     own = set(_SLEEPING) & set(os.environ)
     if "torch" not in sys.modules:
@@ -57,7 +65,8 @@ def _set_sleeping() -> tuple[set[str], bool]:
     return set(_SLEEPING) & set(os.environ) - own, sleep
 
 
-#: `emberpc.export` imports this module first, before any other of its modules imports torch.
+#: Names of the environment variables that this module set and has not removed, and whether waiting threads of torch
+#: sleep. `emberpc.export` imports this module first, so the variables are set before its other modules load torch.
 _added, _torch_sleeps = _set_sleeping()
 
 
@@ -65,12 +74,12 @@ _added, _torch_sleeps = _set_sleeping()
 def bounded_threads(most: int | None = None) -> Iterator[None]:
     """Bound the threads of torch and of numpy's BLAS inside the block; restore the caller's settings afterwards.
 
-    torch uses all usable threads, but no more than the caller allowed before, and only one if its waiting threads may
-    spin. BLAS uses one: numpy's products are small here. Environment variables that this module set are removed as soon
-    as torch is loaded, since it reads them then.
+    torch uses all usable threads, but no more than `torch.get_num_threads` returned before the block, and only one if
+    its waiting threads may spin. BLAS uses one: numpy's products are small here. The environment variables that this
+    module set are removed, since torch has read them.
 
     Args:
-        most: most threads of torch; 1 for small problems, which threads make slower.
+        most: most threads of torch; 1 for small problems, which are slower on several threads. None: no such limit.
     """
     import torch
     from threadpoolctl import threadpool_limits
@@ -93,19 +102,18 @@ def run_in_threads(
     *,
     most: int | None = None,
 ) -> list[T]:
-    """Run tasks side by side, each on one thread, and return their results in order.
-
-    A task computes the same as it would alone, so the results do not depend on the number of threads.
+    """Run tasks side by side, each on one thread, and return their results in the order of `tasks`.
 
     Args:
-        tasks: functions of one argument, a function that raises `StoppedError` if the task should stop. Long tasks
-            call it at every step.
-        report: called in the caller's thread with the number of tasks done, after each task and every 0.1 s. If it
-            raises, as at the end of a time limit, all tasks stop, as at an interrupt.
-        most: most tasks to run at a time; default: as many as threads are usable.
+        tasks: functions that share no state, so that the results do not depend on the number of threads. A task's
+            argument is a function that raises `StoppedError` if the task should stop; long tasks call it at every step.
+        report: called in the caller's thread with the number of tasks done, after each task, and every 0.1 s while no
+            task finishes. It may raise, for example after a time limit.
+        most: most tasks to run at a time; default: `usable_threads()`, which is never exceeded.
 
     Raises:
-        Exception: what `report` raised, or the task that failed first; the other tasks are stopped.
+        BaseException: what `report` or the first task that failed raised, KeyboardInterrupt included. Before this is
+            raised, the other tasks are told to stop, and this call waits until they have ended.
     """
     results: dict[int, T] = {}
     todo, stop = deque(enumerate(tasks)), Event()
@@ -145,7 +153,7 @@ def run_in_threads(
 
 
 def _wait(finished: SimpleQueue[BaseException | None], report: Callable[[], None]) -> None:
-    """Wait until a task finishes, and call `report` meanwhile; raise what the task raised."""
+    """Wait until a task finishes, and call `report` every 0.1 s meanwhile; raise what the task raised."""
     while True:
         try:
             error = finished.get(timeout=_REPORT_SECONDS)
@@ -158,7 +166,10 @@ def _wait(finished: SimpleQueue[BaseException | None], report: Callable[[], None
 
 
 def session_options(threads: int) -> ort.SessionOptions:
-    """Return options of an ONNX Runtime session whose threads sleep while they wait, and which logs no warnings."""
+    """Return options of an ONNX Runtime session whose threads sleep while they wait, and which logs only errors.
+
+    `threads` is the number of threads that run an operator together.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()

@@ -10,7 +10,7 @@ from time import perf_counter, process_time
 class Cost:
     """Context manager that measures the time of a block.
 
-    `seconds` is wall time, and `cpu_seconds` is the CPU time of this process on all cores. A further block with the
+    `seconds` is wall time, and `cpu_seconds` is the CPU time of all threads of this process. A later block with the
     same object adds its time to both.
     """
 

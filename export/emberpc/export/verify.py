@@ -1,4 +1,4 @@
-"""Verify a bundle on any host. Only a comparison with the source needs PyTorch."""
+"""Verify a bundle or a foreign folder on any host. Only a comparison with the source needs PyTorch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from emberpc.export.errors import ExportError
 
 T = TypeVar("T")
 
-#: Names of the outputs that a bundle's graph must have, in this order, by task.
+#: Names of the outputs that a bundle's graph must have, these only and in this order, by task.
 _OUTPUTS = {
     Task.EMBEDDING: ["last_hidden_state", "sentence_embedding"],
     Task.CLASSIFICATION: ["logits", "sentence_embedding", "probabilities"],
@@ -46,10 +46,11 @@ class Check:
 
 @dataclass
 class VerifyReport:
-    """Results of all checks of a bundle, and figures of each variant that were measured meanwhile.
+    """Results of the checks of a bundle or foreign folder that were made, and figures of each variant that was loaded.
 
-    The figures are, by the variant's name: `fp32.load_seconds` (wall time), `fp32.size_bytes` of the ONNX file, and
-    `fp32.texts_per_second` in one batch (not for a foreign folder).
+    The name of a figure starts with that of the variant: `fp32.load_seconds` (wall time), `fp32.size_bytes` (the ONNX
+    file without external weights), and `fp32.texts_per_second` (the reference texts in one batch, by wall time with
+    tokenizing; not for a foreign folder).
     """
 
     folder: Path
@@ -65,19 +66,23 @@ class VerifyReport:
 def verify_bundle(
     folder: Path | str, *, options: Mapping[str, str] | None = None, against: str | Path | None = None
 ) -> VerifyReport:
-    """Verify that a bundle is complete and gives the outputs that PyTorch gave at export.
+    """Verify that a bundle is complete and gives the outputs that PyTorch gave at export, within each variant's bound.
 
-    A foreign folder has no reference outputs. For it, a text must give the same output alone and in a batch.
+    A foreign folder has no reference outputs. Instead, a text must give nearly the same output alone and in a batch.
 
     Args:
         folder: the bundle or foreign folder.
-        options: model options of a foreign folder, by the names of the fields of `emberpc.bundle.Stated`.
+        options: model options of a foreign folder, by the names of the fields of `emberpc.bundle.Stated`; none for a
+            bundle.
         against: the PyTorch model to compare with (needs the extra `export`): a folder, an installed package that holds
             one, or a hub id. None: no comparison with PyTorch.
 
     Returns:
-        The report. Checks end at the first failure that makes further checks impossible. A bad bundle gives a report
-        that is not `ok`, and never an exception.
+        The report; not `ok` if a check failed. Checks end at the first failure that makes further checks impossible.
+
+    Raises:
+        ImportError: `against` was given, and the extra `export` is not installed.
+        OSError: the disk is full while the model of `against` is downloaded.
     """
     report = VerifyReport(Path(folder))
     bundle = _attempt(report, "files", lambda: _read(report.folder, options or {}))
@@ -104,10 +109,10 @@ def _attempt(report: VerifyReport, name: str, look: Callable[[], tuple[T, str]])
         report: report to add to.
         name: name of the check.
         look: does the check. It returns a value for later checks, and what was found, in words. It raises BundleError
-            or ExportError if the check fails.
+            or ExportError if the check fails. Other errors are not caught.
 
     Returns:
-        The value that `look` returned, or None if it raised.
+        The value that `look` returned, or None if the check failed.
     """
     try:
         value, detail = look()
@@ -164,7 +169,8 @@ def _check_variant(
         report: report to add to.
 
     Returns:
-        The runner, or None if the variant cannot be loaded.
+        The runner, also if its results fail a check; None if the variant cannot be loaded, or the names of its outputs
+        are wrong.
     """
     start = perf_counter()
     runner = _attempt(report, f"{variant.name} loads", lambda: _load(bundle, variant))
@@ -204,7 +210,8 @@ def _run_foreign(bundle: Bundle, runner: OnnxRunner) -> tuple[None, str]:
         None, and the result in words.
 
     Raises:
-        ExportError: the outputs differ, or the number of their values is not the number of dimensions or labels.
+        ExportError: the model cannot be run; the outputs of a text differ by more than the limits of the parity check;
+            or an output does not have a value for each dimension or label.
     """
     manifest, interface = bundle.manifest, bundle.foreign
     output = interface.output if interface else ""
@@ -226,7 +233,8 @@ def _run(runner: OnnxRunner, variant: Variant, reference: Reference, batch_size:
         None, and the result in words.
 
     Raises:
-        ExportError: outputs have another shape, or differ by more than the variant's bound.
+        ExportError: the model cannot be run, or outputs have another shape, or miss the variant's bound (without a
+            bound, the limits of the parity check).
     """
     words = []
     for output, expected in (("sentence_embedding", reference.embeddings), ("logits", reference.logits)):
@@ -243,9 +251,10 @@ def _run(runner: OnnxRunner, variant: Variant, reference: Reference, batch_size:
 
 
 def _faults(variant: Variant, parity: Parity, expected: Matrix, got: Matrix) -> list[str]:
-    """Return a message for each limit that a variant's outputs miss.
+    """Return a message for each limit that a variant's outputs miss; an empty list if they meet all limits.
 
-    The limits are those of the variant's bound or, for fp32, which has no bound, those of the parity check.
+    The limits are `cosine_min` and `difference_max` of the variant's bound. A variant without a bound, such as fp32,
+    has the limits of the parity check; `parity` is the result of comparing `expected` and `got`.
     """
     if variant.bound is not None:
         return variant.bound.faults(expected, got)

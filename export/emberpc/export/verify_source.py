@@ -1,4 +1,4 @@
-"""Compare a variant with the PyTorch model that it was exported from."""
+"""Compare a variant of a bundle or foreign folder with a PyTorch model, its source."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _TEXTS = 64
 
 @bounded_threads()
 def compare_with_source(bundle: Bundle, variant: str, runner: OnnxRunner, source: str | Path) -> tuple[None, str]:
-    """Compare a variant with PyTorch on real texts: docstrings of Python's standard library.
+    """Compare a variant with PyTorch on 64 texts without prompt, mostly docstrings of Python's standard library.
 
-    Vectors are compared; for a foreign classifier, logits. If emberpc fine-tuned the encoder of a classifier, give
-    the fine-tuned encoder as the source, not its base.
+    Vectors are compared, also of a classifier in a bundle; of a classifier in a foreign folder, logits. If emberpc
+    fine-tuned the encoder of a classifier, give the fine-tuned encoder as the source, not its base.
 
     Args:
         bundle: the bundle or foreign folder.
@@ -38,8 +38,11 @@ def compare_with_source(bundle: Bundle, variant: str, runner: OnnxRunner, source
         None, and the result in words.
 
     Raises:
-        ExportError: the source cannot be found or run, its limit of tokens or the shape of its outputs differs, or the
-            difference of the outputs exceeds the variant's bound (for fp32, the limits of the parity check).
+        ExportError: the source cannot be found; the source or the variant cannot be run; the source has another limit
+            of tokens than the bundle, and the user did not state the limit; the outputs have another shape; or the
+            outputs miss `cosine_min` or `difference_max` of the variant's bound (without a bound, a limit of the parity
+            check).
+        OSError: the disk is full.
     """
     folder = find_source(source).folder
     texts = sample_texts(_TEXTS)
@@ -72,8 +75,9 @@ def _torch_logits(folder: str, texts: Sequence[str], max_tokens: int, *, stated:
     Args:
         folder: folder of the PyTorch model.
         texts: the texts.
-        max_tokens: longer texts are truncated.
-        stated: whether the user stated `max_tokens`; if not, it must be the limit that transformers reads.
+        max_tokens: number of tokens at which texts are truncated.
+        stated: whether the user stated `max_tokens`. If not, and transformers has a limit for the model, the limit must
+            be `max_tokens`.
 
     Raises:
         ExportError: transformers cannot run the model, or has another limit.

@@ -1,4 +1,4 @@
-"""HTTP server for one WSGI application, on one thread. Slow or silent clients cannot block it for other clients."""
+"""HTTP server for one WSGI application, on one thread. Limits of time and connections protect it from slow clients."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ log = logging.getLogger(__name__)
 #: Most open connections. A further connection closes the oldest connection, which is probably still open because its
 #: client is silent or slow.
 MOST_CONNECTIONS = 64
-#: Seconds in which a client must send its request. The client then has the same time to read the response. A connection
-#: of a slower client is closed.
+#: Seconds in which a client must send the head of its request. The client then has the same time to read the response.
+#: The connection of a slower client is closed.
 _SECONDS = 10.0
 #: Most bytes of a request's head (request line and headers). A connection with a longer head is closed without a
 #: response. The body of a request is not read.
 _HEAD_BYTES = 16 * 2**10
 
-#: Most connections that wait to be accepted. It is small since asyncio tries to accept this number one after the other,
-#: even if no file descriptor is free, and logs each failure.
+#: Length of the queue of connections that wait to be accepted. It is small since asyncio makes this number of attempts
+#: to accept at a time. If no file descriptor is free, all of them fail, and asyncio handles each failure.
 _BACKLOG = 8
-#: Least seconds between two log lines about errors, such as a connection that could not be accepted.
+#: Least seconds between two logged errors, such as a connection that could not be accepted. Errors in between are not
+#: logged.
 _LOG_SECONDS = 60.0
 
 #: Type of a WSGI application.
@@ -32,18 +33,20 @@ App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 class PageServer:
-    """HTTP server that serves a WSGI application, and closes each connection after one response.
+    """HTTP server that serves a WSGI application, and closes each connection after one request.
 
     The constructor starts the server on a daemon thread, which runs until the process ends.
 
     Args:
-        host: the address to listen on.
+        host: name or address to listen on; if a name has several addresses, the first.
         port: the port to listen on; 0: a free port. The attribute `port` has the real number.
         app: the application. It runs on the server's only thread, so it must return quickly. It gets only the method,
-            path, query and headers of a request. If it raises an error, the response is 500.
+            path, query and headers of a request. If it raises an OSError, the connection is closed without a response.
+            For any other error the response is 500.
 
     Raises:
-        OSError: the address is in use, or is not an address of this host.
+        OSError: the host cannot be resolved, or the address cannot be used: for example it is taken, or is not an
+            address of this host.
         UnicodeError: the host is not a valid name.
     """
 
@@ -52,7 +55,7 @@ class PageServer:
         self._socket = socket.create_server(address[:2], family=family)
         self.port: int = self._socket.getsockname()[1]
         self._app = app
-        #: The open connections, the oldest first.
+        #: The open connections, the oldest first: a dict, which keeps the order, without values.
         self._open: dict[asyncio.StreamWriter, None] = {}
         self._last_logged = -_LOG_SECONDS
         threading.Thread(target=asyncio.run, args=(self._serve(),), name="metrics", daemon=True).start()
@@ -68,7 +71,8 @@ class PageServer:
 
         Args:
             loop: the event loop.
-            context: `message` and `exception` of the error, as asyncio passes them to an exception handler.
+            context: `message` and, if there is one, `exception` of the error, as asyncio passes them to an exception
+                handler.
         """
         if loop.time() - self._last_logged >= _LOG_SECONDS:
             self._last_logged = loop.time()
@@ -81,8 +85,8 @@ class PageServer:
             oldest = next(iter(self._open))
             del self._open[oldest]
             oldest.transport.abort()
-        # With a limit of 0, `drain` waits until the whole response has left the buffer. A client that does not read the
-        # response in time is disconnected, and the buffer is freed.
+        # With a limit of 0, `drain` waits until the whole response has left the buffer. So a client that does not read
+        # the response within `_SECONDS` is noticed and disconnected, and the buffer is freed.
         writer.transport.set_write_buffer_limits(0)
         try:
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _SECONDS)
@@ -100,10 +104,10 @@ class PageServer:
             self._open.pop(writer, None)
 
     def _response(self, head: bytes) -> bytes:
-        """Return the bytes of the HTTP response to a request, given the head (request line and headers).
+        """Call the application for a request with the head `head` (request line and headers); return the HTTP response.
 
-        400 Bad Request if the request line does not have three parts. The response to a HEAD request has no body.
-        Errors of the application are raised.
+        If the request line does not have three parts, return 400 Bad Request without a call. The response to a HEAD
+        request has no body. Errors of the application are raised; `_answer` handles them.
         """
         line, *fields = head.decode("latin-1").split("\r\n")
         parts = line.split(" ")

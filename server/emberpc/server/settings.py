@@ -1,8 +1,8 @@
 """The server's settings: declared once, read from flags, environment variables and one TOML file.
 
-The field `drain_seconds` is the flag `--drain-seconds`, the environment variable
-`EMBERPC_DRAIN_SECONDS` and the TOML key `drain_seconds`. Order of precedence: flag,
-environment variable, file, default. Secrets have no flag.
+The field `drain_seconds` has the flag `--drain-seconds`, the environment variable
+`EMBERPC_DRAIN_SECONDS` and the TOML key `drain_seconds`. A flag overrides the variable,
+the variable overrides the file, and the file overrides the default. Secrets have no flag.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INDEX_BACKENDS = ("embedded", "milvus")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 _MILVUS_URI = re.compile(r"https?://[^/@\s]+(/\w*)?")
 _BOOLS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-#: Names of the types of settings, for error messages. All other types are lists of strings.
+#: Names of the types of settings, for error messages. The only other type is a list of strings.
 _KINDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -34,11 +34,11 @@ _KINDS: dict[Any, str] = {
 }
 
 
-#: Largest value of a numeric setting that is not in `_MOST_BY_NAME`: in seconds, about a thousand years. `workers` and
-#: `recall_probe` have further limits.
+#: Largest value of a numeric setting that is not in `_MOST_BY_NAME`: in seconds, about a thousand years. No use needs
+#: more, and infinity is refused. `workers` and `recall_probe` have further limits.
 _MOST = 2**35
-#: Largest values of the settings with a limit below `_MOST`. gRPC stores the first two in 32 bits, the second of them
-#: in milliseconds. The third is limited since a thread cannot wait for `_MOST` seconds.
+#: Largest values of the settings with a limit below `_MOST`. gRPC stores `max_message_bytes` in 32 bits, and
+#: `handshake_seconds` in 32 bits as milliseconds. A thread cannot wait for a `drain_seconds` of `_MOST`.
 _MOST_BY_NAME = {
     "max_message_bytes": 2**31 - 1,
     "handshake_seconds": 2**31 // 1000,
@@ -48,7 +48,7 @@ _MOST_BY_NAME = {
 #: searches took 4 to 25 s.
 _MOST_WORKERS_PER_CORE = 8
 #: Settings whose least value is 1. The least value of all other numeric settings is 0. `handshake_seconds` is at least
-#: 1 s since gRPC closes a connection whose handshake takes longer, and a handshake takes several round trips.
+#: 1 s since gRPC closes a connection whose handshake takes longer than it, and a handshake takes several round trips.
 _LEAST_BY_NAME = dict.fromkeys(
     (
         *("max_queue_tokens", "max_texts", "max_text_bytes", "max_message_bytes", "max_response_bytes"),
@@ -59,7 +59,7 @@ _LEAST_BY_NAME = dict.fromkeys(
 
 
 class SettingsError(ValueError):
-    """A setting is invalid, or the configuration file is: it cannot be read, is not TOML, or has an unknown key.
+    """Settings are invalid or contradict each other; or the TOML file is unreadable, invalid, or has an unknown key.
 
     The message names the setting and what it must be, and for a wrong type the source; or the file and its problem.
     """
@@ -69,7 +69,7 @@ def _setting(default: Any, doc: str, form: str = "", *, secret: bool = False) ->
     """Return the dataclass field of a setting.
 
     Args:
-        default: value of the setting if no source states one.
+        default: value of the setting if flag, environment and file do not have the setting.
         doc: help text, for `--help` and the documentation.
         form: placeholder for the value in `--help`, such as `HOST:PORT`; empty: the default placeholder.
         secret: whether the value is a secret. A secret is not shown in the `repr` of the settings, and has no flag: all
@@ -80,7 +80,7 @@ def _setting(default: Any, doc: str, form: str = "", *, secret: bool = False) ->
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a server; SettingsError if one is invalid. `metadata["help"]` of each field is its help text."""
+    """All settings of a server. `metadata["help"]` of a field is its help text. The constructor checks the settings."""
 
     model: tuple[str, ...] = _setting(
         (),
@@ -158,7 +158,7 @@ class Settings:
     log_level: str = _setting("info", f"Least severity of log lines: {', '.join(LOG_LEVELS)}.")
 
     def __post_init__(self) -> None:
-        """Check every value, and the values that depend on each other; not whether files and folders exist.
+        """Check the settings, alone and against each other; not token, model options, or whether files and hosts exist.
 
         Raises:
             SettingsError: a value is invalid, or two values contradict each other.
@@ -182,7 +182,7 @@ class Settings:
         self.named_options()
 
     def _check_numbers(self) -> None:
-        """Check that each numeric setting is within its limits: `_LEAST_BY_NAME` or 0, and `_MOST_BY_NAME` or `_MOST`.
+        """Check each numeric setting: at least `_LEAST_BY_NAME` (others: 0), at most `_MOST_BY_NAME` (others: `_MOST`).
 
         Raises:
             SettingsError: a number is too small or too large, or NaN.
@@ -200,10 +200,10 @@ class Settings:
                 raise SettingsError(f"{field.name} is {value:g}; it must {bound} (default: {field.default:g})")
 
     def _check_workers(self) -> None:
-        """Check that there are at most 8 workers for each core that this process may use.
+        """Check that the setting `workers` is at most 8 for each core that this process may use.
 
         Raises:
-            SettingsError: there are more workers.
+            SettingsError: the setting is greater.
         """
         if self.workers <= _MOST_WORKERS_PER_CORE:
             return
@@ -220,14 +220,14 @@ class Settings:
         """Check the index backend and the address of Milvus.
 
         Raises:
-            SettingsError: the index backend is unknown; `milvus_uri` is set but the backend is not milvus, or the other
-                way round; or the URI is invalid or contains a user and password.
+            SettingsError: the index backend is unknown; `milvus_uri` is set without the backend milvus, or this backend
+                without `milvus_uri`; or the URI is invalid or contains a user and password.
         """
         if self.index_backend not in INDEX_BACKENDS:
             raise SettingsError(f"index_backend is {self.index_backend!r}; it must be {' or '.join(INDEX_BACKENDS)}")
         if (self.index_backend == "milvus") != bool(self.milvus_uri):
             raise SettingsError("index_backend milvus and milvus_uri go together; give both or neither")
-        # pymilvus also accepts user and password in the URI. That is refused here: the URI is a flag, and is shown.
+        # pymilvus also accepts user and password in the URI. They are refused here: all users of a host can read flags.
         if self.milvus_uri and not _MILVUS_URI.fullmatch(self.milvus_uri):
             raise SettingsError(
                 "milvus_uri must be such as http://milvus:19530 or https://milvus/database, with user and password in "
@@ -235,7 +235,7 @@ class Settings:
             )
 
     def named_models(self) -> dict[str, Path]:
-        """Return the folders of the setting `model` by model name; an entry without a name has the folder's name.
+        """Return the folders of the setting `model` by model name; for DIR alone, that is the resolved folder's name.
 
         Raises:
             SettingsError: a name is not valid (`names.NAME`).
@@ -258,7 +258,7 @@ class Settings:
 
         Raises:
             SettingsError: an entry is not NAME=VARIANT; two entries are for the same model; or the setting `model` has
-                no such name, and there is no models directory in which the model could be.
+                no such name, and `models_dir`, whose bundles are not known yet, is not set either.
         """
         models, variants = self.named_models(), {}
         for entry in self.variant:
@@ -277,12 +277,11 @@ class Settings:
     def named_options(self) -> dict[str, dict[str, str]]:
         """Return the values of the setting `model_option`, by model name and option name; see `emberpc.bundle.Stated`.
 
-        Each model of the setting `model` has an entry, which may be empty. Names and values of options are not checked.
-        Of two values of an option, the last counts.
+        A model of the setting `model` without options has an empty dict. Names and values of options are not checked; a
+        value may be empty. Of two values of an option, the last counts.
 
         Raises:
-            SettingsError: an entry is not NAME.OPTION=VALUE; or the setting `model` has no such name, and there is no
-                models directory in which the model could be.
+            SettingsError: an entry is not NAME.OPTION=VALUE, or neither `model` has the name nor is `models_dir` set.
         """
         models: dict[str, dict[str, str]] = {name: {} for name in self.named_models()}
         for entry in self.model_option:
@@ -301,10 +300,10 @@ class Settings:
 
 
 def _check_address(name: str, value: str) -> None:
-    """Check that `value`, the value of the setting `name`, is HOST:PORT with a port of 0 to 65,535.
+    """Check that `value`, the value of the setting `name`, is HOST:PORT with a port of 0 to 65,535 and any HOST.
 
     Raises:
-        SettingsError: the value has another form, or the port is too large.
+        SettingsError: HOST is empty, there is no port, or the port is not a number or too large.
     """
     host, colon, port = value.rpartition(":")
     if not (host and colon and port.isascii() and port.isdigit()):
@@ -336,8 +335,8 @@ def load_settings(
 
     Args:
         overrides: values of the flags by field name; None for a flag that was not given.
-        config_file: the TOML file; None: the file that the environment variable `EMBERPC_CONFIG` names, or no file.
-        environ: the environment variables.
+        config_file: the TOML file; None: the file that `EMBERPC_CONFIG` names in `environ`; no file if that is not set.
+        environ: the environment variables. An empty one counts as a value; only an empty `EMBERPC_CONFIG` does not.
 
     Returns:
         The settings, and the source of each.
@@ -393,11 +392,12 @@ def _convert(name: str, hint: Any, value: object, source: str) -> Any:
     Args:
         name: name of the setting.
         hint: type of the setting.
-        value: the value: a string, or a value of TOML. A string for a list has commas between the items.
+        value: the value. A string for a list has commas between the items. Empty items are dropped. For a bool: `true`,
+            `yes`, 1, `false`, `no` or 0.
         source: source of the value, for the error.
 
     Raises:
-        SettingsError: the value cannot be converted to that type.
+        SettingsError: the value cannot be converted to that type, for example 1.9 or an empty path.
     """
     if hint in (int, float) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         try:

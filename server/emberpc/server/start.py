@@ -1,4 +1,4 @@
-"""Start the server process. The slow steps run concurrently: imports, loading models, and the check of hnswlib."""
+"""Start the server process. Slow steps run concurrently: most imports, loading models, and the check of hnswlib."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _SWITCH_SECONDS = 0.0005
 #: the disk; with these threads, a few slow calls do not delay other calls.
 _EXTRA_THREADS = 4
 #: Least limit of the address space in MiB: for the process, and in addition for each worker, whose thread has its own
-#: stack and heap. With less, a library ends the process by a signal. Measured with two workers: 600 MB are too little,
-#: 700 MB are enough.
+#: stack and heap. With a lower limit, a library may end the process by a signal. Measured with two workers: 600 MB are
+#: too little, 700 MB are enough.
 _ADDRESS_SPACE, _ADDRESS_SPACE_OF_WORKER = 640, 64
 #: Least limit of the open files of the process. With a limit of 20 the data directory cannot be opened, and each open
 #: collection has at most 11 open files.
@@ -43,17 +43,18 @@ _OPEN_FILES = 64
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then let calls in flight finish.
 
-    At most two seconds after the drain time, this function returns or ends the process: with exit code 0, or with 1 if
-    a library call holds the interpreter lock until then. The function changes the whole process: logging, limits of
-    open files and of heaps, garbage collection, switch interval, signal handlers.
+    The drain time begins at the signal: `drain_seconds`, or 0 s if the server does not serve yet. At most two seconds
+    after the drain time, this function returns or ends the process: with exit code 0, or with 1 if a library call holds
+    the interpreter lock until then. The function changes settings of the whole process: logging, limit of open files,
+    number of glibc's heaps, garbage collection, switch interval, signal handlers.
 
     Raises:
-        StartupError: there is too little address space, the limit of open files is too low, an address is taken, a
-            model cannot be served, the models directory does not exist, the data directory cannot be used, hnswlib does
-            not run on this processor, Milvus cannot be used, or pymilvus is not installed.
+        StartupError: there is too little address space, the limit of open files is too low, an address cannot be used,
+            a model cannot be served, the models directory does not exist, the data directory cannot be used, hnswlib
+            does not run on this processor, Milvus cannot be used, or pymilvus is not installed.
     """
-    # Garbage collection takes an eighth of the time of the start, since imports create many objects but no garbage.
-    # `run` turns it on again when the server serves.
+    # Garbage collection would take an eighth of the time of the start for nothing: imports create many objects, but no
+    # garbage. `run` of `emberpc.server.app` turns it on again when the server serves.
     gc.disable()
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     before, now = descriptors.raise_limit()
@@ -80,13 +81,13 @@ def serve(settings: Settings) -> None:
 
         asyncio.run(run(settings, workers, pool, threads, models, stopping))
     finally:
-        # A `with` block of the pool would wait for its threads without a limit. This waits until the deadline of the
-        # shutdown; only if no signal came, as after a StartupError, there is no deadline.
+        # A `with` block of the pool would always wait for the pool's threads without a limit. `end` waits until the
+        # deadline of the shutdown. There is no deadline if no signal came, as after a StartupError.
         stopping.end(pool)
 
 
 def _check_open_files() -> None:
-    """Check that the process may open at least 64 files: enough for the server, a collection and some connections.
+    """Check that the process may have 64 open files: enough for the server, a collection and some connections.
 
     Raises:
         StartupError: the limit is lower.
@@ -118,16 +119,16 @@ def _check_address_space(workers: int) -> None:
 
 
 def _load_models(settings: Settings, pool: Executor) -> Registry:
-    """Load the models that the settings name one by one; the bundles in the models directory are loaded later.
+    """Load the models of the setting `model`. The bundles in the models directory are loaded later, by `run`.
 
     First make glibc keep freed memory, see `keep_freed_memory`.
 
     Args:
         settings: the settings.
-        pool: runs work of the registry, such as freeing the memory of a model.
+        pool: thread pool in which the registry frees the memory of unloaded models.
 
     Returns:
-        The registry with the models.
+        The registry, which has these models.
 
     Raises:
         StartupError: a model cannot be served, or the models directory does not exist.

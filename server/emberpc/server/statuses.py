@@ -8,14 +8,15 @@ from emberpc.server.errors import Code, ServiceError
 from emberpc.v1 import errors_pb2
 from emberpc.wire import status
 
-# gRPC drops a response whose trailing metadata has more than 8 KiB. An error's message is sent twice: as gRPC's status
-# message, in which a byte may take three, and in the details, which base64 makes longer by a third. So a message of 600
-# bytes and other details of 2,900 bytes take at most 6.7 KiB together.
+# gRPC may drop a response whose trailing metadata has more than 8 KiB. An error's message is sent twice: as gRPC's
+# status message, in which a byte may take three, and in the details, which base64 makes longer by a third. So with the
+# limits below, a message of 600 bytes and about 2,900 bytes of other details take less than 7 KiB.
 #: Limit of the bytes (UTF-8) of an error's message.
 _MAX_MESSAGE = 600
-#: Limit of the bytes of all field violations of an error together.
+#: Limit of the bytes of all field violations of an error together, serialized. The last item, which states how many
+#: violations are left out, is not counted.
 _MAX_VIOLATIONS = 2000
-#: Limit of the bytes (UTF-8) of the path of one field violation, and of its description.
+#: Limit of the bytes (UTF-8) of the path of one field violation, and the same limit of its description.
 _MAX_VIOLATION = 400
 #: Limit of the bytes (UTF-8) of one value of an error's metadata.
 _MAX_VALUE = 200
@@ -51,9 +52,10 @@ def _details(error: ServiceError, request_id: str) -> list[Message]:
 
 
 def _bad_request(error: ServiceError) -> errors_pb2.BadRequest:
-    """Return the field violations of an error: at least the first, and those after it that fit into 2,000 bytes.
+    """Return the first field violations of an error that fit into 2,000 bytes together, and at least one.
 
-    If violations are left out, a last item without a field states their number.
+    Path and description of each are shortened to 400 bytes. If violations are left out, a last item without a field
+    states their number, in addition to the 2,000 bytes.
     """
     bad = errors_pb2.BadRequest()
     for i, violation in enumerate(error.violations):
@@ -69,7 +71,10 @@ def _bad_request(error: ServiceError) -> errors_pb2.BadRequest:
 
 
 def _metadata(error: ServiceError) -> dict[str, str]:
-    """Return the first metadata values of an error, shortened, that fit into 600 bytes with their keys."""
+    """Return the first items of an error's metadata whose keys and values fit into 600 bytes together.
+
+    Each value is shortened to 200 bytes before.
+    """
     fitting, size = {}, 0
     for key, value in error.metadata.items():
         short = _shortened(value, _MAX_VALUE)
@@ -85,8 +90,8 @@ def _shortened(text: str, most: int) -> str:
 
     The end is kept, since the remedy is at the end of a message.
     """
-    # A character has at least one byte, so a text of more than `most` characters is too long. It is not encoded as a
-    # whole, since it may have megabytes.
+    # A character has at least one byte, so a text of more than `most` characters is too long. A longer text is not
+    # encoded as a whole, since it may have megabytes.
     if len(text) <= most and len(text.encode(errors="replace")) <= most:
         return text
     half = (most - len("…".encode())) // 2

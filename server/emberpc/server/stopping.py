@@ -19,34 +19,35 @@ from emberpc.server.deadlines import Deadline
 
 log = logging.getLogger(__name__)
 
-#: Seconds after the drain time in which the shutdown waits for work in progress. Then it closes the stores.
+#: Seconds after the drain time for which the shutdown still waits for work in progress; see `Stopping.deadline`.
 _WAIT_SECONDS = 1.0
 #: Least seconds for which `Stopping.end` waits for threads, even if the deadline has passed.
 _MOMENT_SECONDS = 0.3
-#: Seconds after the drain time until a watching thread ends the process, even if the shutdown is not complete.
+#: Seconds after the drain time until the watching thread ends the process if the shutdown is not complete.
 _END_SECONDS = 1.6
 #: Seconds after the drain time until Python's faulthandler ends the process with exit code 1 and a traceback. Unlike
 #: the watching thread, it needs no interpreter lock, so it ends the process even if a call into a library holds the
 #: lock.
 _HELD_SECONDS = 2.0
-#: Limit of the seconds for writing the last log lines. Without a limit, the process could wait forever: if stderr is a
-#: pipe without a reader, a write may block.
+#: Most seconds to wait until the last log line is written. Without a limit, the process could wait forever: if stderr
+#: is a pipe that nobody reads, a write may block.
 _LOG_SECONDS = 0.2
-#: Prefixes of the names of the daemon threads that call native code. If such a thread runs when the interpreter ends,
-#: the process aborts (SIGABRT), so the shutdown waits for these threads. Helper threads of the graph are not listed:
-#: each works for a listed thread, which waits for its helpers.
+#: Prefixes of the names of the daemon threads that call native code. If one of them runs when the interpreter ends, the
+#: process may abort (SIGABRT), so the shutdown waits for these threads. Helper threads of the graph are not listed: a
+#: helper works only while another thread, for which the shutdown waits, waits for the helper.
 _NATIVE = ("worker-", "express", "widen", "index-")
 
 
 class Stopping:
-    """Handles SIGTERM and SIGINT, and ends the process in time after the first signal.
+    """Handles SIGTERM and SIGINT, and limits the time from the first signal to the end of the process.
 
-    The first signal sets `requested` and `deadline`; later signals are ignored. If the normal shutdown does not end in
-    time, a separate thread ends the process with exit code 0: a call may block the event loop, or a thread may never
-    return from a library. If that thread cannot run either, Python's faulthandler ends the process with exit code 1.
+    The first signal sets the event `requested` and the `deadline`; later signals are ignored. If the shutdown is not
+    complete 1.6 s after the drain time, a separate thread ends the process with exit code 0. For example, a call blocks
+    the event loop, or a thread does not return from a library. If that thread cannot run either, Python's faulthandler
+    ends the process with exit code 1, 2 s after the drain time.
 
     Args:
-        drain_seconds: seconds that calls in flight get to finish after the signal; see `serving`.
+        drain_seconds: the drain time: seconds after the signal that calls in flight get to finish. See `serving`.
     """
 
     def __init__(self, drain_seconds: float) -> None:
@@ -54,12 +55,13 @@ class Stopping:
         self._serving = False
         self._begun = False
         self._ended = threading.Event()
-        # A signal handler may interrupt any code, even itself. Of the ways to wake a thread, only SimpleQueue is safe
-        # there.
+        # A signal handler may interrupt any code, even itself. Of the standard ways to wake a thread, only
+        # `SimpleQueue.put` is safe in a signal handler.
         self._signals: SimpleQueue[float] = SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self.requested = asyncio.Event()
-        #: The moment until which the shutdown waits for work in progress. Infinite before the first signal.
+        #: The moment until which the shutdown waits for work in progress: 1 s after the drain time. Infinite before the
+        #: first signal. That signal replaces this object.
         self.deadline = Deadline()
 
     @property
@@ -78,13 +80,13 @@ class Stopping:
             signal.signal(number, self._handle)
 
     def serving(self) -> None:
-        """Set that a signal gives calls in flight the drain time from now on. Before this call, the drain time is 0."""
+        """Set that a signal from now on gives calls in flight `drain_seconds` to end; an earlier signal gives 0 s."""
         self._serving = True
 
     async def finish(self, work: Awaitable[object]) -> None:
-        """Wait until `work`, a step of the shutdown, ends, or until the deadline. Before a signal there is no deadline.
+        """Wait until `work`, a step of the shutdown, ends, or until the deadline.
 
-        A step that takes longer continues, but nothing waits for it.
+        If no signal has come before this call, there is no deadline. At the deadline, return and let the step go on.
 
         Raises:
             Exception: the error of the step, if it failed before the deadline.
@@ -95,11 +97,12 @@ class Stopping:
             each.result()
 
     def end(self, pool: ThreadPoolExecutor) -> None:
-        """Stop the pool, drop its waiting work, and wait for all other threads except daemons without native code.
+        """Stop the pool, drop its waiting work, and wait for the threads that `_counts` names, also those of the pool.
 
-        If a thread still runs at the deadline, but at least 0.3 s after this call, end the process with exit code 0:
-        this method does not return then. No acknowledged write is lost, since a write is on disk before it is
-        acknowledged. Without a signal there is no deadline. If all threads end, the process is no longer watched.
+        If one of them still runs at the deadline, but at least 0.3 s after this call, end the process with exit code 0.
+        This method then does not return. The embedded index loses no acknowledged write, since a write is on disk
+        before it is acknowledged. Without a signal there is no deadline. If all these threads end, return, and stop
+        watching the process.
         """
         pool.shutdown(wait=False, cancel_futures=True)
         # Even idle threads need a short time to end.
@@ -132,8 +135,8 @@ class Stopping:
 def _counts(thread: threading.Thread) -> bool:
     """Return whether `Stopping.end` must wait for a thread.
 
-    It waits for all threads except the main thread, the current thread, and daemons whose name does not begin with one
-    of `_NATIVE`.
+    `end` waits for all threads except the main thread, the current thread, and daemons whose name does not begin with
+    one of `_NATIVE`.
     """
     if thread is threading.main_thread() or thread is threading.current_thread():
         return False
@@ -141,7 +144,10 @@ def _counts(thread: threading.Thread) -> bool:
 
 
 def _exit(reason: str) -> NoReturn:
-    """Log the reason, for at most 0.2 s, and end the process with exit code 0; a normal exit would wait for threads."""
+    """Log the reason, and end the process with exit code 0, after at most 0.2 s even if the log line is not written.
+
+    A normal exit would wait for threads.
+    """
 
     def write() -> None:
         log.warning("stopping: %s", reason)

@@ -15,11 +15,11 @@ from emberpc.cli.maps.layout import Places
 #: Side of the squares in which the points of a group are counted to find where they are dense. In map units: the map is
 #: 2 units wide.
 _SQUARE = 0.08
-#: Least share of a group's points that are in its densest square or the 8 squares around, for the group's name to be
+#: Least share of a group's points in its densest region (a square and the 8 squares around), for the group's name to be
 #: drawn. A group with a smaller share is scattered, so no place is right for the name.
 _LEAST_SHARE = 0.15
-#: Hues, in degrees of OKLCH, and tones of groups without an order. Up to 12 groups have only tone 0, the stronger one;
-#: more groups have both tones. The page chooses lightness and chroma, for light and dark mode.
+#: Hues, in degrees of OKLCH, and tones of groups without an order. Up to 12 groups that are not grey have only tone 0,
+#: the stronger one; more groups have both tones. The page chooses lightness and chroma, for light and dark mode.
 _HUES = tuple(range(15, 375, 30))
 _TONES = (0, 1)
 #: Hues of the first and the last of ordered groups, in degrees of OKLCH: from blue over green to red.
@@ -44,11 +44,11 @@ class Look:
 
 
 def looks(grouping: Grouping, places: Places) -> list[Look]:
-    """Return the look of each group: its colour, and where its name is drawn.
+    """Return the look of each group, in the order of the groups: its colour, and where its name is drawn.
 
-    Ordered groups get colours from cold to hot. Of other groups, those that are near each other get the most different
-    colours. A group with `rest` is grey and its name is not drawn. Nor is the name of a scattered group or of the only
-    group.
+    A group with `rest` is grey. Other groups get colours from cold to hot if they are ordered; otherwise the colours
+    are chosen so that groups near each other differ. The name of a group with `rest`, of a scattered group and of an
+    only group is not drawn.
     """
     centres = [_densest(places[list(group.members)]) for group in grouping.groups]
     coloured = [i for i, group in enumerate(grouping.groups) if not group.rest]
@@ -67,9 +67,10 @@ def looks(grouping: Grouping, places: Places) -> list[Look]:
 
 
 def _densest(places: Places) -> tuple[float, float, float]:
-    """Return x and y of the centre of the densest region of points, and the share of all points in this region.
+    """Return x and y of the centre of the region with the most points, and the share of `places` in this region.
 
-    A region is a square and the 8 squares around. The centre is the median of its points.
+    A region is a square of the side `_SQUARE` and the 8 squares around. Its centre is the median of x and of y of its
+    points. There must be at least one place.
     """
     squares = np.floor(places / _SQUARE).astype(int)
     counts = Counter((x, y) for x, y in squares.tolist())
@@ -85,8 +86,8 @@ def _densest(places: Places) -> tuple[float, float, float]:
 def _apart(centres: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
     """Return a colour, (hue in degrees, tone), for each place (x, y), in the order of the places.
 
-    Each place gets the colour that differs most from those of earlier places nearby. No colour is used twice before all
-    are used; the weaker tone is used only if there are more than 12 places.
+    Of the colours that were used least often, each place gets the one that differs most from the colours of earlier
+    places; near places count more than distant ones. Up to 12 places get only the stronger tone.
     """
     palette = [(hue, tone) for tone in _TONES for hue in _HUES]
     if len(centres) <= len(_HUES):
@@ -108,6 +109,6 @@ def _apart(centres: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
 
 
 def _colour_similarity(one: tuple[int, int], other: tuple[int, int]) -> float:
-    """Return the similarity, from 0 to 1, of two colours (hue in degrees, tone); 1: they are equal."""
+    """Return the similarity of two colours (hue in degrees, tone), from 0 to 1; 1: equal; other tones: at most 0.5."""
     turn = abs(one[0] - other[0]) % 360
     return math.exp(-((min(turn, 360 - turn) / 40) ** 2)) * (1.0 if one[1] == other[1] else 0.5)

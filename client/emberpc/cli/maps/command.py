@@ -23,7 +23,7 @@ from emberpc.cli.progress import Stages, stages
 from emberpc.client import Client
 from emberpc.client.types import Record
 
-#: Default of --limit: most records on a map. The layout of this many takes at most 30 seconds on two cores.
+#: Default of --limit: most records on a map. The time of the layout grows with the number of records.
 _LIMIT = 10_000
 #: Most records that one request reads.
 _PAGE = 500
@@ -105,14 +105,14 @@ class _Sample:
 def _read_sample(client: Client, collection: str, where: str | None, limit: int, stages: Stages) -> _Sample:
     """Read records with their vectors: all, or a sample if there are more than `limit`.
 
-    The sample depends on the ids only. So it is the same each time, and adding or deleting records changes only a part
-    of the sample.
+    The choice depends only on the ids, so the sample of an unchanged collection is the same each time. If a few records
+    are added or deleted, most of the sample stays.
 
     Args:
         client: client of the server.
         collection: name of the collection.
         where: only records that match this filter; None: all records.
-        limit: most records; 0: all.
+        limit: most records; 0: all. There may be fewer if records are deleted meanwhile.
         stages: called with the progress.
 
     Raises:

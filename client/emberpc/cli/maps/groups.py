@@ -16,18 +16,19 @@ from emberpc.cli.errors import CliError
 from emberpc.cli.maps.layout import Places
 from emberpc.client.types import Record
 
-#: Most values that get a group of their own, the most frequent ones. The records with other values share one group.
+#: Most labels, or values of a field, that get a group of their own: the most frequent ones. Records with others share
+#: one group.
 _MOST_GROUPS = 200
-#: If a field has more than 12 different numbers, the numbers are divided into at most 7 ranges with about equal numbers
-#: of records.
+#: If all values of a field are numbers, and more than 12 of them differ, they are divided into at most 7 ranges with
+#: about equal numbers of records.
 _MOST_NUMBERS, _RANGES = 12, 7
 #: The default number of clusters is the rounded square root of (number of records / 10): 10 for 1,000 records, and at
 #: most 24, from 5,523 records on.
 _RECORDS_PER_CLUSTER, _MOST_CLUSTERS = 10, 24
 #: Most characters of a group's name; a longer name is truncated.
 _LONGEST_NAME = 60
-#: Matches a word that may become part of a group's name, if it has at least `_LEAST_LETTERS` characters. A word starts
-#: with a letter: numbers are no useful names.
+#: Matches a word that may become part of a group's name: a letter, then letters and digits, and at most one
+#: apostrophe. It starts with a letter, since numbers are no useful names: `3days` gives `days`.
 _WORD = re.compile(r"[^\W\d_][^\W_]*(?:['’][^\W_]+)?")
 #: Fewest characters of a word that may become part of a group's name, and of the common start by which two words count
 #: as forms of one word.
@@ -44,7 +45,7 @@ class Group:
     Attributes:
         name: name in the legend.
         members: indexes of the points.
-        rest: whether the group has the points that belong to no other group, such as those without a label.
+        rest: whether the group collects points with rare values, or without a value. The group is then grey.
     """
 
     name: str
@@ -59,7 +60,8 @@ class Grouping:
     Attributes:
         title: what the points are grouped by, such as `label`.
         groups: the groups; each point is in exactly one group.
-        ordered: whether the groups have an order, as ranges of numbers have.
+        ordered: whether the colours shall show an order: that of numbers, or of ranges of numbers. Groups with `rest`
+            have no place in this order.
     """
 
     title: str
@@ -88,7 +90,7 @@ def require_field(records: Sequence[Record], field: str) -> None:
     """Check that at least one of the records has a value for `field`, the metadata field of --color-by.
 
     Raises:
-        CliError: no record has the field, or all have null; the message lists the fields that there are.
+        CliError: no record has the field, or all have null; the message lists the top-level fields of the records.
     """
     if all(_value(record.metadata, field) is None for record in records):
         fields = sorted({key for record in records for key in record.metadata})
@@ -97,7 +99,7 @@ def require_field(records: Sequence[Record], field: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """Return a value of metadata as text: a str unchanged, any other value as JSON."""
+    """Return a value of metadata as text: a str unchanged, any other value as JSON with sorted keys."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
@@ -116,7 +118,7 @@ def _by_field(records: Sequence[Record], field: str) -> Grouping:
 def _value(metadata: Mapping[str, Any], field: str) -> Any:
     """Return the value of a field, nested keys joined by dots; None if the field is missing or null.
 
-    A key that is equal to `field`, dots included, comes before nested keys.
+    If there is a key that is equal to `field`, dots included, its value is returned, and nested keys are not read.
     """
     if field in metadata:
         return metadata[field]
@@ -128,12 +130,13 @@ def _value(metadata: Mapping[str, Any], field: str) -> Any:
 def _by_value(
     values: Sequence[Any], missing: str, key: Callable[[tuple[Any, int]], Any] = lambda item: (-item[1], item[0])
 ) -> list[Group]:
-    """Return a group for each of the 200 most frequent values, then one for other values and one for None.
+    """Return a group for each of the 200 most frequent values; then one for other values and one for None, if any.
 
     Args:
-        values: the value of each point; None: the point has no value.
+        values: the value of each point, hashable; None: the point has no value.
         missing: name of the group of the points without a value.
-        key: sort key of the groups, from (value, number of points); default: the most frequent value first.
+        key: sort key of the groups of one value, from (value, number of points). Default: the most frequent value
+            first, equally frequent ones by value.
     """
     members: dict[Any, list[int]] = defaultdict(list)
     for i, value in enumerate(values):
@@ -150,7 +153,7 @@ def _by_value(
 
 
 def _by_range(values: Sequence[float | None], missing: str) -> list[Group]:
-    """Return a group for each range of numbers, lowest first, and last a group named `missing` for None."""
+    """Return a group for each range of numbers, lowest first; last a group named `missing` for None, if any."""
     numbers = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
     edges = np.unique(np.nanquantile(numbers, np.linspace(0, 1, _RANGES + 1)[1:-1]))
     bins = np.searchsorted(edges, numbers, side="left")
@@ -166,11 +169,11 @@ def _by_range(values: Sequence[float | None], missing: str) -> list[Group]:
 
 
 def _by_place(records: Sequence[Record], places: Places, clusters: int) -> list[Group]:
-    """Return clusters of nearby points, largest first, each named by words that distinguish its texts from the others.
+    """Return clusters of nearby points, largest first, named by words that distinguish their texts from other clusters.
 
-    `clusters` is the number of clusters, at most that of records; 0: a number that depends on the number of records.
-    There are fewer if points have equal places. A cluster without distinguishing words is named by its number. If the
-    number of clusters is below 2, there is one group.
+    `clusters` is the wanted number of clusters; 0: a number that depends on the number of records. There are fewer if
+    there are fewer different places. A cluster without distinguishing words is named by its number, from 1. If the
+    number is below 2, there is one group, `all records`.
     """
     suggested = min(round(math.sqrt(len(records) / _RECORDS_PER_CLUSTER)), _MOST_CLUSTERS)
     count = min(clusters or suggested, len(records))
@@ -198,7 +201,7 @@ def _number(value: float) -> str:
 
 
 def distinguishing_words(groups: Sequence[Sequence[str]], count: int = 3) -> list[list[str]]:
-    """Return at most `count` words for each group of texts: those that best distinguish it from the other groups.
+    """Return at most `count` words, case-folded, for each group: those that best distinguish its texts from the others.
 
     The score of a word is s * log(s / t), where s is the share of the group's texts that have the word, and t is the
     share of all texts that have the word. The word with the best score comes first. A word that is equally frequent in
@@ -217,7 +220,7 @@ def distinguishing_words(groups: Sequence[Sequence[str]], count: int = 3) -> lis
 
 
 def _words_of(text: str) -> set[str]:
-    """Return the different words of a text, in lower case, that start with a letter and have at least 3 characters."""
+    """Return the different matches of `_WORD` in a text, case-folded, that have at least 3 characters."""
     return {word for word in _WORD.findall(text.casefold()) if len(word) >= _LEAST_LETTERS}
 
 
@@ -245,9 +248,9 @@ def _best_words(scores: dict[str, float], count: int) -> list[str]:
 
 
 def _same_stem(one: str, other: str) -> bool:
-    """Return whether two words start alike: only the last two letters of the shorter word, or what follows, differ.
+    """Return whether two words of at least 3 characters have the same start.
 
-    At least the first three letters must be equal.
+    The start is the shorter word without its last two characters, but has at least 3 characters.
     """
     common = max(_LEAST_LETTERS, min(len(one), len(other)) - 2)
     return one[:common] == other[:common]

@@ -19,7 +19,7 @@ Places = npt.NDArray[np.float64]
 _FEW = 12
 #: Perplexity of t-SNE, about the number of neighbours that count for a point; less if there are fewer than 91 points.
 _PERPLEXITY = 30.0
-#: Distance, in map units, to which points are spread that would cover each other.
+#: Least distance, in map units, of points on the spiral to which `_spread` moves points with the same place.
 _SPACING = 0.004
 
 
@@ -32,10 +32,9 @@ class Layout:
 
 
 def lay_out(vectors: Matrix, distance: str) -> Layout:
-    """Project vectors to a plane, by t-SNE, or to principal components if they are fewer than 12 or all equal.
+    """Project vectors to a plane by t-SNE. Fewer than 12 vectors, or equal ones, get their principal components.
 
-    With the distances `cosine` and `dot_product`, vectors of the same direction are equal here. The result is the same
-    for the same vectors.
+    With the distances `cosine` and `dot_product`, only the directions of the vectors count. The random seed is fixed.
 
     Args:
         vectors: finite, float32 (points, dimensions), at least one point.
@@ -53,7 +52,7 @@ def lay_out(vectors: Matrix, distance: str) -> Layout:
 
 
 def _scaled(vectors: Matrix, metric: str) -> Matrix:
-    """Scale vectors so that the squares of their components fit into float32.
+    """Return a scaled copy of vectors, float32, so that the squares of the components do not overflow.
 
     `metric` is `euclidean`, or `cosine`, which is also used for the distance `dot_product`. For `cosine` each vector
     gets the length 1, unless its length is 0. For `euclidean` all vectors are divided by the same number, so the
@@ -66,7 +65,7 @@ def _scaled(vectors: Matrix, metric: str) -> Matrix:
         rows /= np.where(length == 0, 1, length)
     else:
         rows = vectors / (np.abs(vectors).max() or 1)
-    # Principal components and t-SNE need at least two columns.
+    # t-SNE starts from two principal components, so it needs at least two columns.
     return np.pad(rows, ((0, 0), (0, max(0, 2 - rows.shape[1])))).astype(np.float32)
 
 
@@ -91,7 +90,11 @@ def _fitted(places: npt.ArrayLike) -> Places:
 
 
 def _spread(places: Places) -> Places:
-    """Return the places, with points that would cover each other moved to a spiral around their common place."""
+    """Return the places, with points in the same square of the side `_SPACING / 2` moved apart.
+
+    The first point of a square stays. The others are moved to a spiral around it. If a point is then beyond [-1, 1],
+    all places are fitted again.
+    """
     spread = places.copy()
     shared: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, (x, y) in enumerate(np.round(places / (_SPACING / 2)).astype(int).tolist()):

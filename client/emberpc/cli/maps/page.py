@@ -19,9 +19,10 @@ from emberpc.client.types import Record
 _PARTS = ("page.css", "drawing.js", "panels.js")
 #: Most characters of a text and of a metadata value in the page; longer values are truncated.
 _TEXT, _VALUE = 2000, 300
-#: In the page, coordinates are whole numbers from -10,000 to 10,000.
+#: In the page, coordinates are whole numbers from -10,000 to 10,000, which take less space than decimals.
 _SCALE = 10_000
-#: Characters that could end or start a script element, or that old JavaScript treats as line ends.
+#: JSON escapes, by character code, of characters with a meaning in HTML, and of line ends in old JavaScript. Without
+#: them, a text could end the script element that holds the data.
 _ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
@@ -33,11 +34,11 @@ class Drawing:
         collection: name of the collection.
         where: the filter that the records match; empty: no filter.
         total: number of all records that match; `records` may be a sample of these.
-        made: date on which the map was made, such as 2026-01-31.
+        made: date (UTC) on which the map was made, such as 2026-01-31.
         records: records on the map.
-        layout: places of the records.
-        grouping: groups of the records.
-        looks: colour and name position of each group.
+        layout: places of `records`, in their order.
+        grouping: groups of indexes of `records`.
+        looks: colour and name position of each group, in the order of the groups.
     """
 
     collection: str
@@ -64,7 +65,7 @@ def render(drawing: Drawing) -> str:
 
 
 def _content(drawing: Drawing) -> dict[str, Any]:
-    """Return the data of a map, in types that JSON can represent, for the scripts of the page."""
+    """Return the data of a map, in types that JSON can represent, for the scripts of the page; long texts truncated."""
     group_of = {i: number for number, group in enumerate(drawing.grouping.groups) for i in group.members}
     places = (drawing.layout.places * _SCALE).round().astype(int)
     return {

@@ -24,30 +24,33 @@ class AsyncBackupMethods:
     async def backup_collection(
         self, name: str, path: Path | str, *, progress: ByteProgress | None = None, timeout: float | None = None
     ) -> int:
-        """Write a consistent backup of a collection to one file. The collection may be read and written meanwhile.
+        """Write a backup of a collection, as it is at one moment, to one file.
+
+        Meanwhile the collection may be read and written.
 
         Args:
             name: name of the collection.
             path: the file. An existing file is replaced when the backup is complete, checked and on disk. If `path` is
                 a link, the file behind the link is written. A device or a pipe, such as `/dev/stdout`, receives the
-                bytes as they arrive.
-            progress: called repeatedly with the bytes received so far and the bytes of the whole backup.
+                bytes as they arrive, and keeps them if the call fails.
+            progress: called repeatedly with the bytes received so far and the bytes of the whole backup; None: no
+                calls.
             timeout: seconds that the whole backup may take; None: an hour.
 
         Returns:
             The size of the backup in bytes.
 
         Raises:
-            InputError: the path is a folder, a disk or a socket.
+            InputError: the path is a folder, a block device or a socket, or another argument is wrong.
             NotFound: there is no collection of this name.
             DataLoss: a record is damaged on the server's disk.
             ResourceExhausted: the server's disk has no room for the copy that the server makes first, or too many
                 backups wait.
-            DeadlineExceeded: the timeout passed, or the server could send nothing for a minute, because `progress` or
-                the reader of a pipe was slow; for 15 seconds while other backups wait.
+            DeadlineExceeded: the timeout passed; or the server could send nothing for a minute (15 seconds while other
+                backups wait), because `progress` or the reader of a pipe was slow.
             Unimplemented: the server's index backend has no backups.
-            Internal: the bytes that arrived are not those that the server sent. No file is written, but a device or a
-                pipe has received the bytes.
+            Internal: the bytes that arrived are not those that the server sent, and no file was replaced; or the
+                server failed.
             OSError: the file cannot be written.
             EmberpcError: the call failed otherwise.
         """
@@ -65,12 +68,14 @@ class AsyncBackupMethods:
     ) -> Collection:
         """Create a collection from the file of a backup. Atomic: either the whole collection is created, or nothing.
 
+        After DeadlineExceeded, Unavailable or Cancelled, the collection may have been created.
+
         Args:
             name: name of the new collection, which may differ from the name in the backup.
-            path: the file; not a pipe, since its size is sent first.
-            progress: called repeatedly with the bytes sent so far and the bytes of the whole backup.
+            path: the file; not a pipe, since the size of the file is sent first.
+            progress: called repeatedly with the bytes sent so far and the bytes of the whole backup; None: no calls.
                 It is called in the thread of the event loop.
-                An exception that it raises ends the call, and is raised.
+                An exception that it raises ends the call, and is raised; after the last request it is ignored.
             timeout: seconds that the whole call may take; None: an hour.
 
         Returns:
@@ -81,10 +86,10 @@ class AsyncBackupMethods:
             AlreadyExists: a collection of this name exists.
             InvalidArgument: the name is invalid, the file is not a backup, or the backup is damaged.
             FailedPrecondition: a newer version of emberpc wrote the file.
-            ResourceExhausted: the server's disk has no room for the collection, the server has its limit of
-                collections, or too many restores wait.
-            DeadlineExceeded: the timeout passed, or nothing was sent for a minute, because `progress` or the disk was
-                slow; for 15 seconds while other restores wait.
+            ResourceExhausted: the server's disk has no room for the collection, the server has as many collections as
+                its limit allows, or too many restores wait.
+            DeadlineExceeded: the timeout passed; or nothing was sent for a minute (15 seconds while other restores
+                wait), because `progress` or the disk was slow.
             Unimplemented: the server's index backend has no backups.
             OSError: the file cannot be read.
             EmberpcError: the call failed otherwise.
@@ -103,8 +108,8 @@ class AsyncBackupMethods:
 async def _requests(file: BackupReader) -> AsyncIterator[pb.RestoreCollectionRequest]:
     """Yield the requests that send a file, and report the progress after each.
 
-    An error of reading the file or of the progress function ends the iteration, and is kept as `file.error`, since gRPC
-    would replace it.
+    An error of reading the file or of the progress function ends the iteration. This function keeps the error as
+    `file.error`, since gRPC, which reads the requests, would raise another error in its place.
     """
     requests = file.requests()
     try:

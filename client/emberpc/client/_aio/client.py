@@ -31,28 +31,31 @@ class AsyncClient(
     first call in another loop opens a new connection. While it is open, a call in another loop raises
     FailedPrecondition.
 
-    Retries: a request that fails with UNAVAILABLE, because no server accepted it or the server is stopping, is repeated
-    up to four times within the timeout, with growing pauses. A request that failed after more than 5 seconds is not
-    repeated, since the server would start its work from the beginning: the call raises Unavailable.
-    `backup_collection`, `verify_collection`, `load_model` and `reload_model` are repeated only before their first
-    response, and `restore_collection` never. The two streams open a broken connection again by themselves.
+    Retries: a request that fails with UNAVAILABLE, for example because no server accepted it or the server is stopping,
+    is repeated up to four times within the timeout. The pauses grow, unless the server states a pause. A request that
+    failed after more than 5 seconds is not repeated, since the server would start its work from the beginning: the call
+    raises Unavailable. `backup_collection`, `verify_collection`, `load_model` and `reload_model` are repeated only
+    before their first response, and `restore_collection` never. The two streams open a broken connection again by
+    themselves.
 
-    A repeated write leaves the records as a single one does, unless another caller wrote them in between. If the
-    response to the first try was lost, the second try finds what the first try did. So `create_collection` may raise
-    AlreadyExists, and `delete_collection` may raise NotFound, although the call itself created or deleted the
-    collection. `upsert` may count inserted records as updated, and `delete` may count fewer records than it deleted.
+    A repeated write leaves the records as a single one does, apart from their revisions and times, unless another
+    caller wrote them in between. If the response to the first try was lost, the second try finds what the first try
+    did. For example, `create_collection` may raise AlreadyExists, and `delete_collection` may raise NotFound, although
+    the call itself created or deleted the collection. `upsert` may count inserted records as updated, and `delete` may
+    count fewer records than it deleted.
 
     Methods that send requests have an argument `timeout`: the seconds that one request may take, with all its tries.
     None: the `timeout` of the constructor, but an hour for a backup or a restore. `embed_stream` and `upsert_stream`
     may run for days; there the timeout limits the time without any result. After `close()` every call raises Cancelled.
 
-    A list is sent in several requests if it has more than `batch_size` items (100 queries, 1000 ids) or 8 MiB, a
-    character counted as 4 bytes; `similarity` sends one request. The server refuses a request of more texts or records
-    than its limit `max_texts`, 4096 by default. Results keep the order of the list, and an error names an item by its
-    index in the whole list. `progress` is called with the number of items of the list that are done. `details` is
-    called with the `ResponseDetails` of each response. Arguments are checked before anything is sent; records of
-    `upsert`, and items of streams, are checked when they are read. A filter that matches no record and is probably a
-    mistake issues a `FilterWarning`.
+    A list is sent in several requests if necessary. A request has at most `batch_size` items (100 queries, 1000 ids)
+    and 8 MiB, or a single larger item; in a list of texts or ids, a character counts as 4 bytes. `similarity` sends one
+    request. The server refuses a request of more texts or records than its limit `max_texts`, 4096 by default. Results
+    keep the order of the list, except those of `embed_stream`. An error names an item by its index in the whole list.
+    For a list, `progress` is called with the number of items that are done. `details` is called with the
+    `ResponseDetails` of each response. A wrong argument raises InputError or InputTypeError; most are checked before
+    anything is sent. Records of `upsert`, and items of streams, are checked when they are read. For a filter that
+    matches no record and is probably a mistake, a `FilterWarning` is issued.
 
     Args:
         target: HOST:PORT, HOST for port 50051, or any target that gRPC knows. Calls are spread over all addresses of
@@ -62,11 +65,12 @@ class AsyncClient(
         token: sent with each call as `authorization: Bearer TOKEN`; None: no token. Without `tls` a token is refused,
             unless the target is on this host, or `channel` is given.
         in_flight: most requests that one method call keeps in flight, 1 to 1000; `upsert` and `delete` send one after
-            the other. A greater number helps if the target has several servers.
+            the other. A request that is divided, because its response would be too large, counts once. A greater number
+            helps if the target has several servers.
         channel: an open channel to use, such as a channel to a server in a test; None: the client opens one. The client
-            neither closes the caller's channel nor changes its settings, so `tls` has no effect, and gRPC's default
-            limit of a response, 4 MiB, applies. Over this channel it retries no requests; only the two streams open a
-            broken connection again.
+            neither closes the caller's channel nor changes its settings, so `tls` has no effect, and a response may
+            have at most 4 MiB, gRPC's default, unless the channel has another limit. Over this channel the client
+            retries no requests; only the two streams open a broken connection again.
 
     Raises:
         InputError: an argument is wrong.

@@ -28,7 +28,8 @@ Item = TypeVar("Item")
 class _Pending:
     """A call that waits for its response.
 
-    `request` is the request, or an iterator of requests. `started` is gRPC's object for the present try.
+    `request` is what gRPC sends: the request, or an iterator of requests. `started` is gRPC's object for the latest
+    try.
     """
 
     call: Call[Any, Any]
@@ -42,14 +43,16 @@ class AsyncRunner:
 
     `timeout` of the methods is the seconds that one call may take, with all its tries; of `stream`, it is the most
     seconds without a result. None is the timeout of `connection`. A wrong timeout raises InputError or InputTypeError.
-    A failed call raises EmberpcError. Over the caller's channel, calls other than streams are not retried.
+    A failed call raises EmberpcError. Calls are retried as `Retries` describes, but not over the caller's channel;
+    `stream` opens a broken stream again over any channel.
 
     Args:
         connection: target and settings of the client.
         channel: the caller's channel; None: open a channel.
 
     Raises:
-        InputTypeError: `channel` is not a channel of the kind that this client needs, of grpc or of grpc.aio.
+        InputTypeError: `channel` is one for the other client: of grpc.aio for the sync client, of grpc for the async
+            client.
     """
 
     def __init__(self, connection: Connection, channel: grpc.aio.Channel | None) -> None:
@@ -57,20 +60,25 @@ class AsyncRunner:
         self._transport = AsyncTransport(connection, channel)
 
     async def close(self) -> None:
-        """Refuse further calls, and close the channel unless the caller gave the channel."""
+        """Let further calls raise Cancelled, and close the channel, which cancels the calls in flight.
+
+        A channel that the caller gave stays open, and the calls in flight over it go on.
+        """
         await self._transport.close()
 
     async def run(self, job: Job[Any, Result], timeout: float | None) -> Result:
         """Run the calls of a job and return the joined result.
 
         At most `in_flight` calls (a setting of the connection) run at a time; 1 if the job is ordered. A call whose
-        response would be too large is divided into two, which may then run beside the others. If a call fails, the
-        calls in flight are cancelled. `timeout` is the seconds of each call.
+        response would be too large is replaced, if it can be divided, by two calls with half of the items each. Both
+        start at once, so more than `in_flight` calls may run then. If a call fails, the calls in flight are cancelled.
+        `timeout` is the seconds of each call with all its tries; None: the timeout of the connection.
 
         Raises:
-            EmberpcError: a call failed; `done` is the number of items that earlier calls wrote, 0 for calls that read.
-            InputError: an item is wrong.
-            InputTypeError: an item has the wrong type.
+            EmberpcError: a call failed; `done` is the number of items that earlier calls wrote or deleted, 0 for calls
+                that only read.
+            InputError: an item is wrong, found when its call is built; or `timeout` is out of range.
+            InputTypeError: an item has the wrong type, or `timeout` is not a number.
         """
         pending: deque[_Pending] = deque()
         width = 1 if job.ordered else self._connection.in_flight
@@ -101,7 +109,7 @@ class AsyncRunner:
         """Run one call whose responses report steps, and return the result in the last step.
 
         `progress` is called with the stage of each step; None: no calls. `timeout` is the seconds of all tries
-        together; None: the timeout of the connection. Raises EmberpcError if the call fails.
+        together; None: the timeout of the connection. Raises EmberpcError if the call fails or has no response.
         """
         steps = Steps(call, progress)
         async with aclosing(self.responses(call, timeout)) as responses:
@@ -112,7 +120,7 @@ class AsyncRunner:
     async def responses(self, call: Call[Any, Item], timeout: float | None) -> AsyncGenerator[Item, None]:
         """Run one call with several responses, and yield the result of each when it arrives.
 
-        Closing the generator ends the call. The call is retried only if it fails before the first response. `timeout`
+        Closing the generator cancels the call. The call is not retried if it fails after the first response. `timeout`
         is the seconds of all tries together; None: the timeout of the connection. Raises EmberpcError if the call fails
         and is not retried.
         """
@@ -128,7 +136,7 @@ class AsyncRunner:
             except grpc.RpcError as error:
                 retries.end(number)
                 ours = self._connection.error(error, call, timeout, late=retries.late)
-                # A retry would yield the responses from the start, and those yielded already cannot be taken back.
+                # A retry would yield all responses again, also those that were yielded already.
                 if answered or (pause := retries.pause(ours)) is None:
                     raise ours from error
             else:
@@ -152,24 +160,25 @@ class AsyncRunner:
         return result
 
     def pages(self, page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None) -> AsyncIterator[Item]:
-        """Iterate over the items of all pages, and request each page when it is needed.
+        """Return an iterator over the items of all pages, which requests each page when its first item is taken.
 
         Args:
             page_call: returns the call for a page token; the token of the first page is empty.
-            timeout: seconds of each call; None: the timeout of the connection.
+            timeout: seconds of each call with all its tries; None: the timeout of the connection.
 
         Raises:
             EmberpcError: a call failed; raised when the next item is taken, as is the error for a wrong timeout. An
-                error of `page_call("")` is raised at once.
+                error of `page_call("")`, for wrong arguments of the caller, is raised by `pages` itself.
         """
-        # A generator would build the first call only when the first item is taken. Here wrong arguments raise at once.
+        # The first call is built here, so that wrong arguments raise now: a generator would build the call only when
+        # the first item is taken.
         return self._walk(page_call(""), page_call, timeout)
 
     async def all_items(self, page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None) -> list[Item]:
-        """Return the items of all pages; raise EmberpcError if a call fails.
+        """Request all pages and return their items as a list; raise EmberpcError if a call fails.
 
         `page_call` returns the call for a page token, which is empty for the first page. `timeout` is the seconds of
-        each call; None: the timeout of the connection.
+        each call with all its tries; None: the timeout of the connection.
         """
         items: list[Item] = []
         async for item in self.pages(page_call, timeout):
@@ -179,15 +188,15 @@ class AsyncRunner:
     def stream(
         self, job: StreamJob[Item, Any, Any, Result], items: Iterable[Item] | AsyncIterable[Item], timeout: float | None
     ) -> AsyncIterator[Result]:
-        """Run a stream of items, and yield the results as they arrive.
+        """Return an iterator that runs a stream of items, and yields the results as they arrive.
 
         Args:
             job: state of the stream.
-            items: the caller's items; read when the stream has room for them.
+            items: the caller's items; read when the window of `job` has room for them.
             timeout: most seconds without a result; None: the timeout of the connection.
 
         Raises:
-            InputTypeError: `timeout` is not a number.
+            InputTypeError: `timeout` is not a number; or, when the next result is taken, an item has the wrong type.
             InputError: `timeout` is out of range.
             EmberpcError: the stream failed; raised when the next result is taken.
         """
@@ -206,7 +215,7 @@ class AsyncRunner:
                 yield each
 
     async def _take_oldest(self, job: Job[Any, Any], pending: deque[_Pending], timeout: float | None) -> None:
-        # The call stays in `pending` until its response is there: if Ctrl-C interrupts the wait, `run` cancels all
+        # The call stays in `pending` while its response is awaited: if Ctrl-C interrupts the wait, `run` cancels all
         # calls in `pending`.
         try:
             part = await self._response(pending[0], timeout)
@@ -217,14 +226,21 @@ class AsyncRunner:
         job.take(pending.popleft().call, part)
 
     def _start(self, call: Call[Any, Any], timeout: float | None) -> _Pending:
-        """Start the first try of a call. Retries are allowed only over a channel that the client opened itself."""
+        """Start the first try of a call with one request and one response.
+
+        Retries are allowed only over a channel that the client opened itself. `timeout` is the seconds of all tries
+        together.
+        """
         retries = Retries(self._connection.deadline(timeout), allowed=self._transport.owns_channel)
         pending = _Pending(call, retries, call.request)
         self._try(pending)
         return pending
 
     def _try(self, pending: _Pending, kind: str = "unary_unary") -> None:
-        """Start the next try of a call, and record when it ends; `kind` is gRPC's name for the kind of method."""
+        """Start the next try of a call; its end will be recorded in `pending.retries`.
+
+        `kind` is gRPC's name for the kind of method.
+        """
         number = pending.retries.begin()
         pending.started = self._transport.start(kind, pending.call, pending.request, timeout=pending.retries.left)
         # The response may arrive long before `_response` waits for it, and `retries` must know how long the try ran.
@@ -232,6 +248,8 @@ class AsyncRunner:
 
     async def _response(self, pending: _Pending, timeout: float | None) -> Any:
         """Wait for the response of a started call, and return its result; retry the call if it may be retried.
+
+        `timeout` is the timeout of the call, which error messages state.
 
         Raises:
             EmberpcError: the call failed and is not retried.

@@ -1,8 +1,8 @@
 # Generated from ../_sync/streams.py by tools/generate_async_client.py. Edit that file and run the script.
 """Run a stream of items, and open the stream again if its connection breaks.
 
-The caller's items are read when the caller takes the next result. The window of the job limits the requests and
-responses that wait in memory.
+The caller's items are read only while the caller takes a result, never in the background. The window of the job limits
+the items that are read and not answered, and so the requests and responses that wait in memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ async def run_stream(
     """Yield the results of a stream as they arrive; cancel the stream when the generator is closed.
 
     Args:
-        job: state of the stream: the items that are read and not answered, and the requests to send.
+        job: state of the stream: the items that are read and not answered. It makes the requests to send.
         items: the caller's items.
         transport: the channel.
         connection: target and settings of the client.
@@ -37,8 +37,8 @@ async def run_stream(
 
     Raises:
         EmberpcError: the stream failed, and opening it again did not help or was not possible; or no result came within
-            the timeout; or the server ended the stream early.
-        InputTypeError: an item has the wrong type, or `timeout` is not a number.
+            the timeout; or the server ended the stream before it had answered all items.
+        InputTypeError: an item of a stream of texts has the wrong type, or `timeout` is not a number.
         InputError: `timeout` is out of range.
     """
     patience = Patience(connection.deadline(timeout))
@@ -83,9 +83,9 @@ async def run_stream(
 
 
 async def _await_end(stream: AsyncStreamConnection, patience: Patience) -> None:
-    """Wait for the end of a stream whose items are all answered, at most until the timeout.
+    """Wait for the server to end a stream whose items are all answered, so that the stream need not be cancelled.
 
-    An error is ignored, since the caller has all results.
+    Waits at most until the timeout. A timeout or an error is ignored, since the caller has all results.
     """
     with suppress(TimeoutError, Cancelled):
         while isinstance(await stream.next_event(patience.left), Message):

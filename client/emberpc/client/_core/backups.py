@@ -25,30 +25,34 @@ RESTORE_COLLECTION = Method(_SERVICE + "RestoreCollection", pb.RestoreCollection
 
 #: Default timeout of a backup or a restore, in seconds: an hour, since a backup may have many gigabytes.
 TIMEOUT = 3600.0
-#: Bytes of the file in one request of a restore.
+#: Most bytes of the file in one request of a restore.
 _CHUNK_BYTES = 2**20
 
 
 def backup_collection(name: str) -> Call[pb.BackupCollectionResponse, pb.BackupCollectionResponse]:
-    """Return the call of `Client.backup_collection`. A name that cannot be sent raises InputError or InputTypeError."""
+    """Return the call of `Client.backup_collection`; `checks.text` validates the name.
+
+    The result of each response is the response itself.
+    """
     request = pb.BackupCollectionRequest(name=checks.text(name, "name"))
     return Call(BACKUP_COLLECTION, request, lambda message: message)
 
 
 def restore_collection(name: str) -> Call[pb.RestoreCollectionResponse, Collection]:
-    """Return the call of `Client.restore_collection`. A name that cannot be sent raises InputError or InputTypeError.
+    """Return the call of `Client.restore_collection`; `checks.text` validates the name.
 
-    The requests that are sent come from `BackupReader.requests`.
+    The request of the call is not sent. `BackupReader.requests` yields the requests to send.
     """
     request = pb.RestoreCollectionRequest(name=checks.text(name, "name"))
     return Call(RESTORE_COLLECTION, request, lambda response: read_collection(response.collection))
 
 
 class BackupWriter:
-    """Writes a backup to a temporary file in the same folder; `finish` syncs it to disk and renames it.
+    """Writes a backup to a temporary file in the same folder; `finish` syncs it to disk and renames it to `path`.
 
     A context manager, which removes the temporary file if it was not renamed. If `path` is a link, the file behind the
-    link is written. A device or a pipe, such as `/dev/stdout`, is not replaced: it receives the bytes as they arrive.
+    link is replaced. A device, a pipe or the path of an open file, such as `/dev/stdout`, is not replaced: it receives
+    the bytes as they arrive. Only the owner may read and write the new file (mode 0600).
 
     Args:
         path: the file.
@@ -56,7 +60,7 @@ class BackupWriter:
 
     Raises:
         InputError: the path is a folder, a disk or a socket.
-        OSError: the file cannot be written.
+        OSError: the temporary file cannot be created.
     """
 
     def __init__(self, path: Path | str, progress: ByteProgress | None) -> None:
@@ -80,14 +84,14 @@ class BackupWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._file is not None:
-            # Closing a pipe may fail. That error must not replace the error that ended the block.
+            # Closing a pipe may raise OSError, which must not replace the error that ended the block, if there is one.
             with suppress(OSError) if kind is not None else nullcontext():
                 self._file.close()
         if self._temporary is not None:
             self._temporary.unlink(missing_ok=True)
 
     def write(self, message: pb.BackupCollectionResponse) -> None:
-        """Write the bytes of the next response; raise OSError if the file cannot be written."""
+        """Write the bytes of the next response, and count them for `report`; raise OSError if the write fails."""
         self._opened().write(message.chunk)
         self._digest.update(message.chunk)
         self._done += len(message.chunk)
@@ -95,7 +99,10 @@ class BackupWriter:
         self._stated = message.sha256
 
     def report(self) -> None:
-        """Call `progress`, if there is one, with the bytes received so far and the bytes of the whole backup."""
+        """Call `progress`, if there is one, with the bytes that `write` received and the bytes of the whole backup.
+
+        The latter are 0 before the first response.
+        """
         if self._progress is not None:
             self._progress(self._done, self._total)
 
@@ -105,7 +112,8 @@ class BackupWriter:
         A device or a pipe is neither synced nor renamed, and keeps the bytes if the check fails.
 
         Raises:
-            Internal: the bytes that arrived differ from those that the server sent.
+            Internal: the bytes do not have the SHA-256 that the last response stated, or it stated none. An existing
+                file is unchanged.
             OSError: the file cannot be written.
         """
         whole = self._stated == self._digest.hexdigest()
@@ -132,8 +140,8 @@ class BackupWriter:
     def _opened(self) -> BinaryIO:
         """Return the open file; open a device or a pipe at the first call.
 
-        Opening a pipe blocks until another process reads the pipe. `AsyncClient` calls `write` in another thread, so
-        this does not block the event loop.
+        Opening a pipe blocks until another process opens it for reading. `AsyncClient` calls `write` and `finish` in
+        another thread, so that does not block the event loop.
         """
         if self._file is None:
             self._file = self._target.path.open("wb")
@@ -141,7 +149,7 @@ class BackupWriter:
 
 
 class BackupReader:
-    """Reads a backup from a file; a context manager.
+    """Reads a backup from a file. A context manager: the constructor opens the file, the end of the block closes it.
 
     Args:
         path: the file, not a pipe: its size is read at the start, and sent first.
@@ -158,8 +166,8 @@ class BackupReader:
         self._total = os.fstat(self._file.fileno()).st_size
         self._progress = progress
         self._done = 0
-        #: The error that ended the iteration over `requests`, such as an OSError. The iterating function sets it, since
-        #: gRPC, which reads the requests, raises another error in its place.
+        #: The error that ended the iteration over `requests`: of reading the file, or of `progress`; None: no error.
+        #: The function that iterates sets it, since gRPC, which reads the requests, raises another error in its place.
         self.error: Exception | None = None
 
     def __enter__(self) -> BackupReader:
@@ -171,7 +179,9 @@ class BackupReader:
         self._file.close()
 
     def requests(self) -> Iterator[pb.RestoreCollectionRequest]:
-        """Yield the requests that send the file: first name and size, then chunks of 1 MiB, at the end the SHA-256.
+        """Yield the requests that send the file: first name and size, then chunks of at most 1 MiB, last the SHA-256.
+
+        Call this once: it reads the file to its end.
 
         Raises:
             OSError: the file cannot be read.
@@ -184,7 +194,7 @@ class BackupReader:
         yield pb.RestoreCollectionRequest(sha256=digest.hexdigest())
 
     def report(self, message: pb.RestoreCollectionRequest) -> None:
-        """Count the bytes of `message`, a request that was sent, and call `progress` with the new numbers of bytes."""
+        """Count the bytes of the file in `message`, a request that was sent, and call `progress` if there is one."""
         self._done += len(message.chunk)
         if self._progress is not None:
             self._progress(self._done, self._total)

@@ -39,11 +39,12 @@ class Call(Generic[Response, Result]):
         request: the request. For a call with several requests, which are passed separately: a message that states the
             type of the requests.
         decode: returns the result for a response.
-        items: the repeated field of the request that has one part of the caller's list; empty: there is no list.
-        first: the caller's index of the first item of this part.
-        count: number of items of this part.
-        halves: returns two calls for the same items, whose joined results are the result of this call; None: the call
-            cannot be divided.
+        items: name of the repeated field of the request that has one part of the caller's list; empty: there is no
+            list.
+        first: index, in the caller's list, of the first item of this part; 0 without a list.
+        count: number of items of this part; 1 without a list.
+        halves: returns two calls for the same items, whose joined results are the result of this call. The call
+            must have at least two items. None: the call cannot be divided.
     """
 
     method: Method[Response]
@@ -55,20 +56,23 @@ class Call(Generic[Response, Result]):
     halves: Callable[[], Sequence[Call[Response, Result]]] | None = None
 
     def smaller(self, error: EmberpcError) -> Sequence[Call[Response, Result]]:
-        """Return the smaller calls that replace this call, which failed with `error`.
+        """Return the smaller calls that replace this call, which failed with `error`: those of `halves`.
 
         Raises:
-            EmberpcError: `error` itself, unless the response would be too large and the call can be divided.
+            EmberpcError: `error` itself, unless its reason is RESPONSE_TOO_LARGE, the call has at least two items, and
+                `halves` is not None.
         """
         if error.reason != "RESPONSE_TOO_LARGE" or self.count < 2 or self.halves is None:
             raise error
         return self.halves()
 
     def read(self, response: Response) -> Result:
-        """Return the result for a response.
+        """Return the result of `decode` for a response.
 
         Raises:
-            Internal: the response contradicts itself, or has another number of items than the request.
+            Internal: the vectors in the response contradict their description, or the response has another number of
+                items than the request.
+            Exception: another error of `decode`, for example of a function that the caller gave.
         """
         try:
             return self.decode(response)
@@ -78,7 +82,7 @@ class Call(Generic[Response, Result]):
 
 @dataclass(frozen=True)
 class Page(Generic[Item]):
-    """One page of a list: items, and the token to request the next page with; empty: this is the last page."""
+    """One page of a list: its items, and the token that requests the next page; empty token: this is the last page."""
 
     items: Sequence[Item]
     next_token: str
@@ -86,14 +90,14 @@ class Page(Generic[Item]):
 
 @dataclass(frozen=True)
 class Step(Generic[Item]):
-    """One response of a call that reports progress: name of the present stage, and the result so far."""
+    """One decoded response of a call that reports progress: name of the present stage, and the result so far."""
 
     stage: str
     so_far: Item
 
 
 class Steps(Generic[Item]):
-    """Collects the steps of a call. The last step contains the result.
+    """Takes the steps of one call, and keeps the last one, which contains the result.
 
     Args:
         call: the call; errors name its method.
@@ -125,24 +129,24 @@ class Steps(Generic[Item]):
 
 
 class Collector(Protocol[Part_contra, Result_co]):
-    """Joins the results of several calls."""
+    """Joins the results of the calls of a `Job` to one result."""
 
     def add(self, part: Part_contra) -> None:
-        """Add the result of the next call; results must be added in the order of the calls."""
+        """Add `part`, the result of the next call. Results must be added in the order of the calls."""
 
     def result(self) -> Result_co:
-        """Return the joined result."""
+        """Return the joined result of all calls whose results were added."""
 
 
 class Job(Generic[Part, Result]):
-    """Calls whose joined results are one result.
+    """Calls whose joined results are one result. A job can be run once.
 
     Args:
-        calls: the calls; built as they are needed.
+        calls: the calls; each may be built when it is needed.
         collector: joins the results, in the order of the calls.
-        progress: called after each call with the number of items that are done.
-        ordered: whether a call may start only after the response to the one before, as for writes. Otherwise a few
-            calls are in flight at a time.
+        progress: called after each call with the number of items that all calls so far have done; None: no calls.
+        ordered: whether a call may start only after the response to the call before, as for writes. Otherwise the
+            `in_flight` of the client limits the calls at a time.
         partly_done: text that is added to the message of an error if earlier calls wrote items; `{}` in the text is
             replaced by the number of these items. Empty: errors are not changed.
 
@@ -168,7 +172,7 @@ class Job(Generic[Part, Result]):
         self._done = 0
 
     def take(self, call: Call[Response, Part], part: Part) -> None:
-        """Add `part`, the result of the next call, and report the number of items done so far to `progress`."""
+        """Add `part`, the result of `call`, which is the next call, and report the items done so far to `progress`."""
         self._collector.add(part)
         self._done += call.count
         if self._progress is not None:
@@ -178,8 +182,8 @@ class Job(Generic[Part, Result]):
     def errors(self) -> Iterator[None]:
         """Context manager that adds to an error of its block the number of items that earlier calls wrote.
 
-        It changes EmberpcError, InputError and InputTypeError (see `add_done`), and raises them again. Nothing is
-        changed if no call is done, or if `partly_done` is empty.
+        It changes an EmberpcError, InputError or InputTypeError in place (see `add_done`), and raises it again. Errors
+        are not changed if no item is done, or if `partly_done` is empty.
         """
         try:
             yield
@@ -189,22 +193,22 @@ class Job(Generic[Part, Result]):
             raise
 
     def result(self) -> Result:
-        """Return the joined result."""
+        """Return the joined result of the calls whose results `take` added."""
         return self._collector.result()
 
 
 class ListCollector(Generic[Item]):
-    """Joins the lists that several calls return to one list."""
+    """Joins the lists that several calls return to one list, in the order of the calls."""
 
     def __init__(self) -> None:
         self._items: list[Item] = []
 
     def add(self, part: Sequence[Item]) -> None:
-        """Append the items that the next call returned."""
+        """Append `part`, the items that the next call returned."""
         self._items.extend(part)
 
     def result(self) -> list[Item]:
-        """Return the items of all calls, in the order of the calls."""
+        """Return the items that were added, in this order."""
         return self._items
 
 
@@ -214,21 +218,22 @@ def divisible(
     """Return a function, for `Call.halves`, that divides the call for one part of a list into two calls.
 
     Args:
-        make: builds the call for a part, from the caller's index of its first item, and the part.
-        first: the caller's index of the first item of this part.
-        part: this part.
+        make: builds the call for a part. Its arguments are the caller's index of the first item, and the part.
+        first: the caller's index of the first item of `part`.
+        part: the part to divide, of at least two items.
     """
     middle = len(part) // 2
     return lambda: [make(first, part[:middle]), make(first + middle, part[middle:])]
 
 
 def check_count(got: int, wanted: int, what: str) -> None:
-    """Raise Internal unless a response has `got` = `wanted` items; `what` names the items in the message."""
+    """Raise Internal if a response has `got` items and not `wanted` items; `what` names the items in the message."""
     if got != wanted:
         raise Internal(f"the server answered with {got} {what} for {wanted}; it is another version, or broken")
 
 
-#: Most bytes of the items in one request, unless it is a single item: half of a server's default limit, 16 MiB.
+#: Most bytes of the items in one request, unless the request has a single item. Half of a server's default limit
+#: (`max_message_bytes`, 16 MiB), since the rest of the request needs room too.
 _MAX_CHUNK_BYTES = 8 * 2**20
 
 
@@ -237,8 +242,8 @@ def chunks(items: Iterable[Item], size: int, weigh: Callable[[Item], int]) -> It
 
     Args:
         items: the items; read as needed.
-        size: most items of a list.
-        weigh: returns the bytes of an item.
+        size: most items of a list, at least 1.
+        weigh: returns the bytes of an item, exactly or as an upper limit.
 
     Yields:
         The index of the list's first item among all items, and the list.
@@ -251,8 +256,8 @@ def chunks(items: Iterable[Item], size: int, weigh: Callable[[Item], int]) -> It
             first, chunk, weight = first + len(chunk), [], 0
         chunk.append(item)
         weight += bytes_of_item
-        # A list of `size` items is yielded before the next item is read: if that item is wrong, the list is sent all
-        # the same.
+        # A list of `size` items is yielded before the next item is read. So the list is sent even if reading the next
+        # item raises an error.
         if len(chunk) == size:
             yield first, chunk
             first, chunk, weight = first + len(chunk), [], 0

@@ -17,7 +17,7 @@ from emberpc.client.types import Matrix, Vector
 
 
 def text(value: object, name: str) -> str:
-    """Validate a text, which may be empty, and return it as a plain str; errors call it `name`.
+    """Validate a text, which may be empty, and return it as a plain str; errors call the text `name`.
 
     Raises:
         InputTypeError: `value` is not a str.
@@ -65,7 +65,7 @@ def texts(values: Iterable[str], name: str, least: int = 1) -> list[str]:
 
 
 def function(value: object, name: str) -> None:
-    """Validate an argument that the client calls later; None is valid. Errors call the argument `name`.
+    """Validate a function that the caller gave; None, for no function, is valid. Errors call the argument `name`.
 
     Raises:
         InputTypeError: `value` cannot be called, for example because it is a list.
@@ -88,7 +88,7 @@ def count(value: int, name: str, least: int = 0, bits: int = 31) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be an int")
     if not least <= value < 2**bits:
-        # Python raises an error for the text of an int with thousands of digits.
+        # By default, `str` raises ValueError for an int of more than 4,300 digits.
         shown = str(value) if -(2**64) < value < 2**64 else "beyond 2**64"
         raise InputError(f"{name} is {shown}; it must be at least {least} and below 2**{bits}")
     return int(value)
@@ -108,11 +108,11 @@ def flag(value: bool, name: str) -> bool:
 def number(value: float, name: str) -> float:
     """Validate a number and return it as a float; errors call the argument `name`.
 
-    NaN and infinity are valid here; the server checks the range.
+    NaN and infinity are valid here: the range is checked elsewhere, in most cases by the server.
 
     Raises:
-        InputTypeError: `value` is not a real number, or is a bool.
-        InputError: `value` is beyond the range of a float.
+        InputTypeError: `value` is not a real number, or is a bool or a Decimal.
+        InputError: `value` is an int or a Fraction beyond the range of a float.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be a number")
@@ -123,10 +123,12 @@ def number(value: float, name: str) -> float:
 
 
 def vector(value: npt.ArrayLike, name: str) -> Vector:
-    """Validate a vector and return it as float32, shape (dimensions,); errors call it `name`.
+    """Validate a vector and return it as float32, shape (dimensions,); errors call the vector `name`.
+
+    The result may share its memory with `value`.
 
     Raises:
-        InputTypeError: the elements are not real numbers.
+        InputTypeError: the elements are not real numbers, or an int has more than 64 bits.
         InputError: `value` is empty or has another shape, or contains NaN, infinity or a number beyond float32.
     """
     array = _numbers(value, name)
@@ -139,12 +141,13 @@ def vector(value: npt.ArrayLike, name: str) -> Vector:
 def matrix(values: npt.ArrayLike, name: str, rows: int) -> Matrix:
     """Validate vectors and return them as float32, shape (`rows`, dimensions); errors call the argument `name`.
 
-    `rows` must be at least 1.
+    `rows` must be at least 1. The result may share its memory with `values`.
 
     Raises:
-        InputTypeError: an item is not a vector, or the elements are not real numbers.
-        InputError: the vectors have different lengths, the shape is another one, or a vector contains NaN, infinity or
-            a number beyond float32.
+        InputTypeError: an item of a sequence is neither a sequence nor a numpy array, the elements are not real
+            numbers, or an int has more than 64 bits.
+        InputError: the vectors have different lengths or are empty, there are not `rows` vectors, `values` has not two
+            dimensions, or a vector contains NaN, infinity or a number beyond float32.
     """
     if isinstance(values, Sequence):
         _same_length(values, name)
@@ -167,9 +170,11 @@ def _numbers(value: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
 
 
 def _same_length(values: Sequence[Any], name: str) -> None:
-    """Raise InputError for the first vector that has another length than vector 0; errors call the list `name`.
+    """Check that all vectors of a list have the length of vector 0; errors call the list `name`.
 
-    Raises InputTypeError for an item that is not a vector.
+    Raises:
+        InputTypeError: an item is neither a sequence nor a numpy array.
+        InputError: a vector has another length. Of several wrong items, the first is named.
     """
     lengths = [len(item) if isinstance(item, (Sequence, np.ndarray)) else None for item in values]
     for i, length in enumerate(lengths):
@@ -180,8 +185,13 @@ def _same_length(values: Sequence[Any], name: str) -> None:
 
 
 def _finite(array: npt.NDArray[Any], name_of: Callable[[int], str]) -> Matrix:
-    """Return the rows as float32; raise InputError, naming `name_of(i)`, for the first row `i` that is not finite."""
-    # A double beyond the range of float32 becomes infinity, which the next check finds.
+    """Return `array`, shape (rows, dimensions), as float32, without a copy if possible.
+
+    Raises:
+        InputError: a row contains NaN, infinity or a number beyond float32. The error calls the first such row `i`
+            `name_of(i)`.
+    """
+    # A number beyond the range of float32 becomes infinity, which the next check finds.
     with np.errstate(over="ignore"):
         rows = np.ascontiguousarray(array, dtype=np.float32)
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))

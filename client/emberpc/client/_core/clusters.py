@@ -18,7 +18,8 @@ def find_duplicates(
 ) -> Call[pb.FindDuplicatesResponse, Page[DuplicatePair]]:
     """Return the call for one page of `Client.duplicates`; the token of the first page is empty.
 
-    A wrong argument raises InputError or InputTypeError.
+    An argument of the wrong type raises InputTypeError. One that cannot be sent, or a `page_size` below 0, raises
+    InputError. The server checks the limits, also of `min_score`.
     """
     request = pb.FindDuplicatesRequest(
         collection=checks.text(collection, "collection"),
@@ -37,7 +38,11 @@ def find_duplicates(
 
 
 def cluster_records(collection: str, count: int, *, examples: int) -> Call[pb.ClusterRecordsResponse, list[Cluster]]:
-    """Return the call of `Client.clusters`. A wrong argument raises InputError or InputTypeError."""
+    """Return the call of `Client.clusters`; `count` is the number of clusters.
+
+    An argument of the wrong type raises InputTypeError. One that cannot be sent, or an integer below 0, raises
+    InputError. The server checks the limits.
+    """
     request = pb.ClusterRecordsRequest(
         collection=checks.text(collection, "collection"),
         cluster_count=checks.count(count, "count"),

@@ -40,7 +40,11 @@ def create_collection(
     ef_construction: int,
     indexed_fields: Iterable[str],
 ) -> Call[pb.CreateCollectionResponse, Collection]:
-    """Return the call of `Client.create_collection`. A wrong argument raises InputError or InputTypeError."""
+    """Return the call of `Client.create_collection`.
+
+    An argument of the wrong type raises InputTypeError. An unknown word, an integer outside int32 or below 0, or a text
+    with a lone surrogate raises InputError. The server checks names and limits.
+    """
     fields = checks.texts(indexed_fields, "indexed_fields", least=0)
     collection = pb.Collection(
         name=checks.text(name, "name"),
@@ -60,8 +64,8 @@ def create_collection(
 def check_alike(found: Collection, request: Message, error: AlreadyExists) -> Collection:
     """Return the existing collection if it has the settings that `create_collection(exist_ok=True)` asked for.
 
-    The compared settings are the model and the distance, and those of `dimensions`, `m` and `ef_construction` that the
-    request sets. Truncation and indexed fields may differ.
+    The compared settings are the model and the distance, and those of `dimensions`, `m` and `ef_construction` that are
+    not 0 in the request. Truncation and indexed fields may differ.
 
     Args:
         found: the existing collection.
@@ -69,7 +73,7 @@ def check_alike(found: Collection, request: Message, error: AlreadyExists) -> Co
         error: the server's error for `request`, which becomes the cause of the raised error.
 
     Raises:
-        AlreadyExists: a setting differs; the message names the setting.
+        AlreadyExists: a setting differs. The message names the first that differs.
     """
     wanted = cast(pb.CreateCollectionRequest, request).collection
     asked = {
@@ -92,7 +96,7 @@ def check_alike(found: Collection, request: Message, error: AlreadyExists) -> Co
 
 
 def get_collection(name: str) -> Call[pb.GetCollectionResponse, Collection]:
-    """Return the call of `Client.get_collection`. A name that cannot be sent raises InputError or InputTypeError."""
+    """Return the call of `Client.get_collection`; `checks.text` validates the name."""
     request = pb.GetCollectionRequest(name=checks.text(name, "name"))
     return Call(GET_COLLECTION, request, lambda response: read_collection(response.collection))
 
@@ -100,7 +104,7 @@ def get_collection(name: str) -> Call[pb.GetCollectionResponse, Collection]:
 def list_collections(page_token: str, page_size: int) -> Call[pb.ListCollectionsResponse, Page[Collection]]:
     """Return the call for one page of `Client.collections`; the token of the first page is empty.
 
-    A wrong `page_size` raises InputError or InputTypeError.
+    A `page_size` that is not an int raises InputTypeError; one outside int32 or below 0 raises InputError.
     """
     return Call(
         LIST_COLLECTIONS,
@@ -110,7 +114,10 @@ def list_collections(page_token: str, page_size: int) -> Call[pb.ListCollections
 
 
 def update_collection(name: str, truncation: Truncation) -> Call[pb.UpdateCollectionResponse, Collection]:
-    """Return the call of `Client.update_collection`. A wrong argument raises InputError or InputTypeError."""
+    """Return the call of `Client.update_collection`, which changes only the truncation.
+
+    A wrong type raises InputTypeError; an unknown truncation, or a name with a lone surrogate, raises InputError.
+    """
     request = pb.UpdateCollectionRequest(
         collection=pb.Collection(
             name=checks.text(name, "name"), truncation=value_of("truncation", truncation, TRUNCATIONS)
@@ -121,13 +128,17 @@ def update_collection(name: str, truncation: Truncation) -> Call[pb.UpdateCollec
 
 
 def delete_collection(name: str) -> Call[pb.DeleteCollectionResponse, None]:
-    """Return the call of `Client.delete_collection`. A name that cannot be sent raises InputError or InputTypeError."""
+    """Return the call of `Client.delete_collection`; `checks.text` validates the name."""
     request = pb.DeleteCollectionRequest(name=checks.text(name, "name"))
     return Call(DELETE_COLLECTION, request, lambda _: None)
 
 
 def reembed(name: str, model: str, dimensions: int) -> Call[pb.ReembedCollectionResponse, Collection]:
-    """Return the call of `Client.reembed_collection`. A wrong argument raises InputError or InputTypeError."""
+    """Return the call of `Client.reembed_collection`.
+
+    A wrong type raises InputTypeError. `dimensions` outside int32 or below 0, or a text with a lone surrogate, raises
+    InputError. The server checks the rest.
+    """
     request = pb.ReembedCollectionRequest(
         name=checks.text(name, "name"),
         model=checks.text(model, "model"),
@@ -137,10 +148,7 @@ def reembed(name: str, model: str, dimensions: int) -> Call[pb.ReembedCollection
 
 
 def cancel_reembedding(name: str) -> Call[pb.CancelReembeddingResponse, Collection]:
-    """Return the call of `Client.cancel_reembedding`.
-
-    A name that cannot be sent raises InputError or InputTypeError.
-    """
+    """Return the call of `Client.cancel_reembedding`; `checks.text` validates the name."""
     request = pb.CancelReembeddingRequest(name=checks.text(name, "name"))
     return Call(CANCEL_REEMBEDDING, request, lambda response: read_collection(response.collection))
 
@@ -148,11 +156,12 @@ def cancel_reembedding(name: str) -> Call[pb.CancelReembeddingResponse, Collecti
 def verify_collection(
     name: str, progress: Callable[[int, int], None] | None, full: bool
 ) -> Call[pb.VerifyCollectionResponse, Step[Verification]]:
-    """Return the call of `Client.verify_collection`. A wrong argument raises InputError or InputTypeError.
+    """Return the call of `Client.verify_collection`, which yields a step for each response.
 
-    Decoding a response also calls `progress`, which is not validated here and may be None, with the numbers of checked
-    records and all records.
-    The call collects the problems of all responses, so it can be run once only.
+    Each step has the problems of all responses so far, so the call can be run once only. Decoding a response also calls
+    `progress`, unless it is None, with the numbers of checked records and of all records.
+    A `name` or `full` of the wrong type raises InputTypeError, a name with a lone surrogate InputError. `progress` is
+    not validated.
     """
     problems: list[RecordProblem] = []
 
@@ -169,7 +178,7 @@ def verify_collection(
 
 
 def read_collection(message: pb.Collection) -> Collection:
-    """Convert the message of a collection in a response to the client's type."""
+    """Convert a collection in a response, a protobuf message, to the client's type `Collection`."""
     return Collection(
         name=message.name,
         model=message.model,

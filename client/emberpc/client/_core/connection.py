@@ -24,7 +24,7 @@ from emberpc.client.exceptions import (
     no_answer,
 )
 
-#: The port of `emberpc serve` unless its settings name another.
+#: The default port of `emberpc serve`, and of a target that is a host alone.
 DEFAULT_PORT = 50051
 
 #: Message of the exception Cancelled for a call after `close()` of the client.
@@ -36,33 +36,33 @@ CALL_CANCELLED = "the call was cancelled before its answer came"
 
 ChannelOptions = list[tuple[str, "str | int"]]
 
-#: Longest timeout of a call, in seconds: a hundred years. A much longer timeout overflows gRPC's clock, and the call
-#: fails at once.
+#: Longest timeout of a call, in seconds: a hundred years. A much longer timeout would overflow gRPC's clock, and the
+#: call would fail at once.
 _MAX_TIMEOUT = 100 * 365 * 24 * 3600
-#: The characters of a bearer token (RFC 6750).
+#: Pattern that a whole bearer token must match (RFC 6750).
 _TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
 
-#: Settings of pings, which find a connection that broke without notice: one every 30 seconds while a call waits, but
-#: after two pings without data between them gRPC sends only one a minute; none between calls. A ping without an answer
-#: for 10 seconds means that the connection is broken. The server must accept a ping every 30 seconds, or else it closes
-#: the connection; see `_KEEPALIVE` of `emberpc.server.app`.
+#: Settings of pings, which find a connection that broke without notice. While a call is in flight, gRPC sends a ping
+#: every 30 seconds; after two pings without data between them, one a minute. Between calls it sends none. A connection
+#: whose ping has no answer for 10 seconds counts as broken. The server must accept a ping every 30 seconds, or else it
+#: closes the connection; see `_KEEPALIVE` of `emberpc.server.app`.
 _KEEPALIVE: ChannelOptions = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
 
 #: gRPC's service config: calls are spread over all addresses of the target. It has no retry policy, since the client
-#: retries by itself; the module `retries` says why. Even without a policy, gRPC repeats calls that never reached a
-#: server.
+#: retries by itself; the module `retries` says why. Even without a policy, gRPC repeats calls that no server has
+#: begun to handle.
 _SERVICE_CONFIG: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
 
 
 @dataclass(frozen=True)
 class TLS:
-    """Encryption and certificates of a connection, as PEM.
+    """Settings of an encrypted connection. Key and certificates are PEM, whose contents are not checked here.
 
     Attributes:
-        root_certificates: certificates that may sign the server's certificate; None: those of gRPC.
+        root_certificates: certificates of the authorities that may sign the server's certificate; None: those of gRPC.
         private_key: the client's key, if the server requires client certificates (mTLS).
-        certificate_chain: the certificate of `private_key`.
-        server_name: name in the server's certificate; empty: the host of the target.
+        certificate_chain: the certificate of `private_key`, and any intermediate certificates.
+        server_name: name that the server's certificate must have; empty: the host of the target.
 
     Raises:
         InputTypeError: a certificate or the key is not bytes.
@@ -93,7 +93,9 @@ class TLS:
         certificate_chain: Path | str | None = None,
         server_name: str = "",
     ) -> TLS:
-        """Read PEM files, and return their contents as a TLS; the parameters are the attributes of the class.
+        """Return the settings with the contents of PEM files.
+
+        The parameters are named like the attributes. All but `server_name` are paths of files; None: no file.
 
         Raises:
             OSError: a file cannot be read.
@@ -104,7 +106,7 @@ class TLS:
         return cls(roots, key, chain, server_name)
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Return the credentials that gRPC opens an encrypted channel with."""
+        """Return the credentials with which gRPC opens an encrypted channel: certificates and key, no `server_name`."""
         return grpc.ssl_channel_credentials(self.root_certificates, self.private_key, self.certificate_chain)
 
 
@@ -113,13 +115,13 @@ class Connection:
     """The checked arguments of a client's constructor.
 
     Attributes:
-        target: gRPC's name of the server, such as `localhost:50051` or `dns:///embeddings:50051`. A host without a port
-            gets port 50051.
+        target: gRPC's name of the server, such as `localhost:50051` or `dns:///embeddings:50051`. A host alone gets
+            port 50051.
         timeout: seconds that a call may take unless the call states another timeout.
-        tls: None: plain text.
-        token: sent with every call.
-        in_flight: requests that one method call of the client keeps in flight.
-        own_channel: whether the caller passed a channel, and is responsible for its security.
+        tls: settings of the encryption; None: plain text.
+        token: bearer token that is sent with every call; None: no token.
+        in_flight: most requests that one method call of the client keeps in flight.
+        own_channel: whether the caller passed a channel of its own. The caller is then responsible for its security.
     """
 
     target: str
@@ -130,13 +132,13 @@ class Connection:
     own_channel: bool
 
     def __post_init__(self) -> None:
-        """Validate the arguments, and add the default port to a target without a port.
+        """Validate the arguments, and add the default port to a target that is a host alone.
 
         Raises:
             InputTypeError: an argument has the wrong type.
-            InputError: the target is empty or a URL, an argument is out of range, the token is empty or has other
-                characters than those of bearer tokens, or would travel in plain text to another host over a channel
-                that the client opens.
+            InputError: the target is empty or an HTTP URL, an argument is out of range, the token does not have the
+                form of a bearer token, or the client's own channel would send the token in plain text to a target that
+                is not local (`is_local`).
         """
         if not isinstance(self.target, str):
             raise InputTypeError(f"target is of type {type(self.target).__name__}; it must be a str, HOST:PORT")
@@ -164,7 +166,7 @@ class Connection:
             )
 
     def deadline(self, timeout: float | None) -> float:
-        """Validate a timeout and return it in seconds; None: the timeout of the constructor.
+        """Validate a timeout in seconds and return it as a float; None: the timeout of the constructor.
 
         Raises:
             InputTypeError: the timeout is not a number.
@@ -186,12 +188,13 @@ class Connection:
             failure: the error of gRPC.
             call: the call.
             timeout: timeout of the call in seconds; None: that of the constructor.
-            late: whether the last try of the call ran for more than 5 seconds; such a try is not repeated.
+            late: whether the last try of the call ran for more than 5 seconds. Such a call is not retried, and the
+                message for UNAVAILABLE says so.
         """
         return from_rpc(failure, self._circumstances(call, timeout, late=late))
 
     def silence(self, call: Call[Any, Any], timeout: float | None) -> EmberpcError:
-        """Return the exception for a stream that received nothing within `timeout` seconds; None: the constructor's."""
+        """Return DeadlineExceeded for a stream without a result within `timeout` seconds; None: the constructor's."""
         return no_answer(self._circumstances(call, timeout))
 
     def _circumstances(self, call: Call[Any, Any], timeout: float | None, *, late: bool = False) -> Circumstances:
@@ -200,27 +203,27 @@ class Connection:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Metadata to send with every call: the token, if there is one."""
+        """Metadata to send with every call: `authorization` with the bearer token; empty without a token."""
         return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
 
     @property
     def options(self) -> ChannelOptions:
-        """Options of gRPC for the channel to the target, as (name, value)."""
+        """Options of gRPC, as (name, value), for a channel that the client opens to the target."""
         options: ChannelOptions = [
             ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
             ("grpc.max_receive_message_length", -1),
             ("grpc.max_send_message_length", -1),
             *_KEEPALIVE,
-            # Milliseconds between attempts to connect: a restarted server is found soon. gRPC's own pauses grow to two
-            # minutes.
+            # Milliseconds of the first and the longest pause between attempts to connect, so that a restarted server is
+            # found soon. By default the pauses grow to two minutes.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 1000),
-            # By default, channels of a process to the same server share connections, and with them the pause after a
-            # failed attempt. With this option the channel has connections of its own.
+            # By default, channels of a process to the same server share connections, and so also the pause after a
+            # failed attempt to connect. With this option the channel has connections of its own.
             ("grpc.use_local_subchannel_pool", 1),
         ]
         if is_local(self.target):
-            # Calls to this host do not use a proxy, which could read the token.
+            # Connections to this host do not use a proxy of the environment, which could read the token.
             options.append(("grpc.enable_http_proxy", 0))
         if self.tls is not None and self.tls.server_name:
             options.append(("grpc.ssl_target_name_override", self.tls.server_name))
@@ -228,7 +231,7 @@ class Connection:
 
 
 def _with_port(target: str) -> str:
-    """Return a target unchanged, or with port 50051 if it is a host alone: a name, an IPv4 or an IPv6 address."""
+    """Return a target with port 50051 if it is a host alone (a name, an IPv4 or an IPv6 address), else unchanged."""
     host = target.removeprefix("[").removesuffix("]")
     if ":" in host:
         try:
@@ -240,20 +243,21 @@ def _with_port(target: str) -> str:
 
 
 def is_url(target: str) -> bool:
-    """Return whether a target is an HTTP URL, which gRPC does not accept."""
+    """Return whether a target begins with `http:` or `https:`, in any case of letters. gRPC does not accept URLs."""
     return target.lower().startswith(("http:", "https:"))
 
 
 def is_local(target: str) -> bool:
-    """Return whether all addresses of a target are on this host: loopback or a Unix socket.
+    """Return whether calls to a target certainly stay on this host: a Unix socket, `localhost` or loopback addresses.
 
-    Host names are not resolved: `localhost` is local, every other name is not.
+    Host names are not resolved: every other name counts as not local, and so do other addresses of this host.
     """
     scheme, colon, rest = target.partition(":")
     if colon and scheme in ("unix", "unix-abstract"):
         return True
     if colon and scheme == "dns":
-        # dns://AUTHORITY/HOST:PORT; the authority is a DNS server, which can return any address.
+        # Only `dns:HOST` and `dns:///HOST` can be local. In `dns://AUTHORITY/HOST` the authority is a DNS server, which
+        # can return any address.
         rest = rest.removeprefix("///")
         return not rest.startswith("/") and _is_loopback(unquote(rest))
     if colon and scheme in ("ipv4", "ipv6"):
@@ -262,7 +266,7 @@ def is_local(target: str) -> bool:
 
 
 def _is_loopback(address: str) -> bool:
-    """Return whether HOST, HOST:PORT, [IPV6] or [IPV6]:PORT is `localhost` or a loopback address."""
+    """Return whether the host in HOST, HOST:PORT, [IPV6] or [IPV6]:PORT is `localhost` or a loopback address."""
     host = address[1:].partition("]")[0] if address.startswith("[") else address
     if host == address and host.count(":") == 1:
         host = host.partition(":")[0]

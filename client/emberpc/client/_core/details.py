@@ -1,4 +1,4 @@
-"""Report the model, the times, the tokens and the write receipt of a response to the caller's `details` function."""
+"""Call the caller's `details` function with a `ResponseDetails`: what a response states beside its result."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from emberpc.v1 import types_pb2
 
 
 def report(details: Details | None, response: Message, first: int = 0, count: int = 1) -> None:
-    """Call `details` with the `ResponseDetails` of a response: model, times, tokens, missing ids, write receipt.
+    """Call `details` with the `ResponseDetails` of a response.
 
     Args:
         details: the caller's function; None: do nothing.
-        response: the response. Details for which its type has no field keep their defaults.
+        response: the response. A value of `ResponseDetails` that the response does not state keeps its default.
         first: index of the request's first item in the caller's list.
-        count: number of items of the request.
+        count: number of items of the request; 1 for `similarity` and for `delete` with a filter.
     """
     if details is None:
         return
@@ -42,10 +42,11 @@ def report(details: Details | None, response: Message, first: int = 0, count: in
 
 
 def _usages(response: Message) -> Iterator[TokenUsage]:
-    """Yield the token usage of each text of a response; a query that is no text has 0 tokens.
+    """Yield the token usages that a response states, in the order of the texts in the request.
 
     Responses of `Search` and `Classify` state the usage in each result, others in a field `usages`. Nothing is yielded
-    for a `Search` whose queries are all no texts, or if the response has none of these fields.
+    for a response without these fields. For a `Search`, one usage is yielded for each query, with 0 tokens for a query
+    that was not embedded; nothing is yielded if no query was embedded.
     """
     fields = response.DESCRIPTOR.fields_by_name
     name = next((name for name in ("usages", "results", "classifications") if name in fields), "")

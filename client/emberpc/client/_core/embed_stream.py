@@ -17,24 +17,25 @@ from emberpc.wire import vectors
 
 EMBED_STREAM = Method("/emberpc.v1.EmbeddingService/EmbedStream", pb.EmbedStreamResponse)
 
-#: Stop reading texts while this many characters are read and not yet answered, so that memory stays bounded.
+#: Stop reading texts while this many characters or more are read and not yet answered, so that memory stays bounded.
 _WINDOW_CHARACTERS = 2**24
 
 
 class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamResponse, StreamedEmbedding]):
     """The texts of one stream that are read and not yet answered, and the requests that send them.
 
-    On the wire the id of a text is its number, so that the caller's ids may have any form and occur twice.
+    On the wire the id of a text is its index in the stream, so that the caller's ids may have any form and occur twice.
 
     Args:
-        items: the caller's texts, each alone or with an id. Only their type is checked here; `add` takes each item.
+        items: the caller's texts, each alone or with an id. The constructor only checks that this is an iterable, and
+            reads no item; `add` takes each item.
         options: options of the stream.
-        batch_size: texts per request.
+        batch_size: most texts of a request.
         window: most texts that are read and not yet answered.
 
     Raises:
-        InputTypeError: `items` is not an iterable of items, or an option has the wrong type.
-        InputError: an option is wrong.
+        InputTypeError: `items` is no iterable, or is a str, bytes or a mapping; or another argument has the wrong type.
+        InputError: an option is wrong, or `batch_size` or `window` is out of range.
     """
 
     def __init__(
@@ -61,21 +62,26 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
 
     @property
     def waiting(self) -> int:
-        """Number of texts that are read and not answered."""
+        """Number of texts that are read and not answered, without those that cannot be sent."""
         return len(self._unanswered)
 
     @property
     def full(self) -> bool:
-        """Whether the texts that are read and not answered have reached their limit of characters."""
+        """Whether the texts that are read and not answered have 2**24 characters or more together."""
         return self._characters >= _WINDOW_CHARACTERS
 
     @property
     def unsent(self) -> int:
-        """Number of texts that are read and not sent; texts that cannot be sent count until `refused` returns them."""
+        """Number of texts that are read and not sent over the present connection.
+
+        Texts that cannot be sent count until `refused` returns them.
+        """
         return len(self._unsent) + len(self._refused)
 
     def add(self, item: StreamItem) -> None:
-        """Add an item of the caller. A text that cannot be sent becomes a result with an error.
+        """Add an item of the caller.
+
+        A text with a lone surrogate cannot be sent. It becomes a result with an error, which `refused` returns.
 
         Raises:
             InputTypeError: the item is neither a str nor a tuple (id, text) of two str.
@@ -98,12 +104,15 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
         self._characters += len(text)
 
     def refused(self) -> list[StreamedEmbedding]:
-        """Return the results, each with an error, of the texts added since the last call that cannot be sent."""
+        """Return a result with an error for each text that cannot be sent.
+
+        Only texts that were added since the last call of this method count.
+        """
         refused, self._refused = self._refused, []
         return refused
 
     def first_message(self) -> pb.EmbedStreamRequest:
-        """Return the request with the config, the first of a connection, and mark all unanswered texts as not sent."""
+        """Return the first request of a connection, which has the config, and mark all unanswered texts as not sent."""
         self._unsent = list(self._unanswered)
         return self._config
 
@@ -114,7 +123,7 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
         """
         keys, self._unsent = self._unsent, []
         items = (pb.EmbedStreamItem(id=key, text=self._unanswered[key][1]) for key in keys)
-        # In UTF-8 a character has at most four bytes. Counting the exact bytes is not worth the time.
+        # A character counts as 4 bytes, the most that it has in UTF-8: counting the exact bytes would take more time.
         for _, part in chunks(items, self.batch_size, lambda item: 4 * len(item.text)):
             yield pb.EmbedStreamRequest(items=part)
 
@@ -124,7 +133,8 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
         matrix = vectors.decode(response.embeddings)
         check_count(len(matrix), len(response.ids), "vectors")
         check_count(len(response.usages), len(response.ids), "usages")
-        # A row of `matrix` would keep the whole response in memory for as long as the caller keeps the row. So copy it.
+        # A row of `matrix` is a view, so a caller that keeps one row would keep the vectors of the whole response in
+        # memory. So each row is copied.
         results = [
             StreamedEmbedding(
                 self._answered(key), row.copy(), tokens=usage.tokens, truncated=usage.truncated, model=self._model

@@ -45,7 +45,7 @@ class EmbedOptions:
 
         Raises:
             InputTypeError: an option has the wrong type.
-            InputError: an option is out of range, or not a known word.
+            InputError: `dimensions` is out of range, an option is not a known word, or `model` has a lone surrogate.
         """
         return {
             "model": checks.text(self.model, "model"),
@@ -59,7 +59,13 @@ class EmbedOptions:
 
 
 class _Rows:
-    """Collects vectors in one array of `rows` rows; the array is allocated when the first vectors arrive."""
+    """Collects the vectors of several responses in one array.
+
+    The array is allocated when the first vectors are added, since their dimensions are not known before.
+
+    Args:
+        rows: number of all vectors.
+    """
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
@@ -83,7 +89,7 @@ class _Rows:
         self._filled += len(part)
 
     def result(self) -> Matrix:
-        """Return all vectors, when all were added: float32, shape (rows, dimensions)."""
+        """Return the array: float32, shape (rows, dimensions). Call this only when all vectors were added."""
         return self._matrix
 
 
@@ -196,7 +202,7 @@ def classify(
 
 
 def _text_chunks(texts: list[str], batch_size: int) -> list[tuple[int, list[str]]]:
-    # In UTF-8 a character has at most four bytes. Counting the exact bytes is not worth the time.
+    # A character counts as 4 bytes, the most that it has in UTF-8: counting the exact bytes would take more time.
     return list(chunks(texts, checks.count(batch_size, "batch_size", 1), lambda text: 4 * len(text)))
 
 

@@ -42,8 +42,8 @@ CLASSIFIER_KINDS = {
     "fine_tuned": classification_pb2.CLASSIFIER_KIND_FINE_TUNED,
     "examples": classification_pb2.CLASSIFIER_KIND_EXAMPLES,
 }
-#: Strategies of a classifier that is made from examples. The empty word: the response states none, as for a fine-tuned
-#: classifier.
+#: Strategies of a classifier that is made from examples. The word is empty if the response states no strategy, as for a
+#: fine-tuned classifier.
 EXAMPLE_STRATEGIES = {
     "": classification_pb2.EXAMPLE_STRATEGY_UNSPECIFIED,
     "zero_shot": classification_pb2.EXAMPLE_STRATEGY_ZERO_SHOT,
@@ -77,7 +77,10 @@ def value_of(name: str, word: str, table: Mapping[str, Value]) -> Value:
 
 
 def word_of(value: Value, table: Mapping[str, Value]) -> str:
-    """Return the word for an enum value; `unknown` if `table` lacks it: UNSPECIFIED, or a value of a newer server."""
+    """Return the word for an enum value; `unknown` if the value is not in `table`.
+
+    For example, a value that only a newer server knows is not in `table`. UNSPECIFIED is not in most tables.
+    """
     for word, known in table.items():
         if known == value:
             return word

@@ -1,4 +1,4 @@
-"""Resolve the path of a file to write: links are followed, devices and pipes are not replaced."""
+"""Resolve the path of a file to write, and decide whether the file is replaced, or written into like a device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 from emberpc.client.exceptions import InputError
 
-#: Folders below which paths such as `/proc/self/fd/1` name files that a process has open, for example pipes.
+#: Folders whose paths, such as `/proc/self/fd/1`, name files that a process has open, for example pipes. Such a file is
+#: written into and not replaced, even if it is a regular file. On macOS the folder is `/dev/fd`.
 _OPEN_FILES = (Path("/proc"), Path("/dev/fd"))
 
 
@@ -19,8 +20,8 @@ class Target:
 
     Attributes:
         path: the file. If `is_stream` is false, all links in the path are resolved.
-        is_stream: whether `path` is a device, a pipe or an open file, such as `/dev/stdout`. The bytes are then written
-            into `path`. Any other file is replaced when the new file is complete.
+        is_stream: whether `path` is a device, a pipe, or names a file that a process has open, such as `/dev/stdout`.
+            The user of this class must then write into `path`. If false, it must replace `path` by the complete file.
     """
 
     path: Path
@@ -31,18 +32,18 @@ def target_of(path: Path | str, name: str) -> Target:
     """Return the destination for a path that a caller gave.
 
     Args:
-        path: the path. The file need not exist.
+        path: the path. The file and its folder need not exist.
         name: name of the argument in errors.
 
     Raises:
-        InputError: the path is a folder, a disk or a socket.
+        InputError: the path is a folder, a block device or a socket.
         OSError: the path cannot be resolved, for example because of a loop of links.
     """
     given = Path(path)
     try:
         mode = given.stat().st_mode
     except FileNotFoundError:
-        # A link to a missing file names the file to create.
+        # If the path is a link to a missing file, this missing file is created, and the link stays.
         return Target(Path(os.path.realpath(given)), is_stream=False)
     if stat.S_ISDIR(mode):
         raise InputError(f"{name} is {str(path)!r}, a folder; give the name of a file")
@@ -55,7 +56,11 @@ def target_of(path: Path | str, name: str) -> Target:
 
 
 def _is_open_file(path: Path) -> bool:
-    """Return whether a path, or a path that it links to, is in one of `_OPEN_FILES`, as is that of `/dev/stdout`."""
+    """Return whether a path is below a folder of `_OPEN_FILES`, or is a link that leads to such a path.
+
+    For example, `/dev/stdout` is a link to `/proc/self/fd/1`. A link may lead there over further links. Links in the
+    names of folders are resolved too. The links must not form a loop.
+    """
     while True:
         folder = Path(os.path.realpath(path.parent))
         if any(folder.is_relative_to(known) for known in _OPEN_FILES):

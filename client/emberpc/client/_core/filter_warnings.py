@@ -1,4 +1,4 @@
-"""Issue the server's warnings about filters that are probably mistakes as warnings of Python."""
+"""Issue Python warnings for the server's warnings about filters that are probably mistakes."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from collections.abc import Iterable
 
 from emberpc.client.exceptions import FilterWarning
 
-#: Prefix of the names of all modules of the client.
+#: Prefix of the name of every module of the client, with a dot appended to the name. It tells the client's frames from
+#: those of the caller.
 _CLIENT = "emberpc.client."
 
 
 def warn(sentences: Iterable[str]) -> None:
-    """Issue a FilterWarning for each sentence; its place is the line of the caller's code that called the client.
+    """Issue a FilterWarning for each of the server's sentences.
 
-    For a coroutine of `AsyncClient` that runs as a task of its own, it is a line of asyncio.
+    Each warning names the line of the caller's code that called the client, or that took the next item of an iterator
+    of the client. If a coroutine of `AsyncClient` is a task by itself, the warning names a line of asyncio.
     """
     for sentence in sentences:
         warnings.warn(sentence, FilterWarning, stacklevel=_callers_level())
 
 
 def _callers_level() -> int:
-    """Return the `stacklevel` with which `warn` names the line of the caller's code that called the client."""
+    """Return the `stacklevel` with which `warn`, the caller of this function, names the line outside of the client."""
     level = 2
     frame = sys._getframe(2)
     while frame.f_back is not None and f"{frame.f_globals.get('__name__')}.".startswith(_CLIENT):

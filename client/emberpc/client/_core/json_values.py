@@ -1,4 +1,4 @@
-"""Convert between Python values and protobuf's Struct, Value and Timestamp."""
+"""Convert metadata to protobuf's Struct and back, and a Timestamp to a datetime."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from emberpc.client._core import checks
 from emberpc.client.exceptions import InputError, InputTypeError
 
-#: Greatest integer of metadata, either sign. Numbers are doubles on the wire, and doubles represent every integer up to
+#: Greatest magnitude of an int in metadata. Numbers are doubles on the wire, and doubles represent every integer up to
 #: and including this one.
 _MAX_WHOLE = 2**53
-#: Most levels of nested metadata. A level is three nested protobuf messages, and parsers accept a hundred of them.
+#: Most levels of dicts and lists in metadata, the outermost dict included. A level takes up to three nested messages,
+#: and parsers of protobuf accept 100 levels of messages.
 _MAX_DEPTH = 30
 
 
 def to_datetime(timestamp: Timestamp) -> datetime:
-    """Return a timestamp as a datetime in UTC, to the microsecond."""
+    """Return a timestamp as a datetime in UTC, rounded down to microseconds."""
     return timestamp.ToDatetime(tzinfo=timezone.utc)
 
 
 def mapping(struct: Struct) -> dict[str, Any]:
-    """Return metadata as a dict. A number without a fraction becomes an int, unless it is beyond 2**53."""
+    """Return metadata as a dict.
+
+    A number without a fraction becomes an int if its magnitude is at most 2**53. Any other number becomes a float.
+    """
     return {key: _plain(value) for key, value in struct.fields.items()}
 
 
@@ -37,8 +41,8 @@ def struct(values: Mapping[str, Any], name: str) -> Struct:
 
     Raises:
         InputTypeError: `values` is not a mapping, JSON has no type for a value, or a key is not a str.
-        InputError: a number is not finite, an integer is beyond 2**53, a str contains a lone surrogate, or the values
-            are nested more than 30 levels deep.
+        InputError: a number is not finite, the magnitude of an int is above 2**53, a key or a str contains a lone
+            surrogate, or dicts and lists are nested more than 30 levels deep, `values` included.
     """
     if not isinstance(values, Mapping):
         raise InputTypeError(f"{name} is of type {type(values).__name__}; it must be a dict")
@@ -90,7 +94,8 @@ def _plain(value: Value) -> Any:
     kind = value.WhichOneof("kind")
     if kind == "number_value":
         number = value.number_value
-        # `struct` refuses an int beyond 2**53, but not a float. So metadata that was read can be written again.
+        # A greater number stays a float, since `struct` refuses an int beyond 2**53, but not a float. So metadata that
+        # was read can be written again.
         return int(number) if number.is_integer() and abs(number) <= _MAX_WHOLE else number
     if kind == "struct_value":
         return mapping(value.struct_value)

@@ -91,7 +91,7 @@ def unload_model(name: str) -> Call[model_pb2.UnloadModelResponse, None]:
 
 
 def health(service: str) -> Call[Int32Value, Health]:
-    """Return the call of `Client.health`. A status that the client does not know becomes `Health.UNKNOWN`.
+    """Return the call of `Client.health`. A status that is not in `Health` becomes `Health.UNKNOWN`.
 
     A wrong `service` raises InputError or InputTypeError.
     """

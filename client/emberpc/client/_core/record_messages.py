@@ -25,7 +25,7 @@ _KEYS = ("id", "text", "metadata", "label", "vector", "time_to_live")
 
 @dataclass(frozen=True)
 class NewRecord:
-    """A validated record: the message to send, and the vector, which is sent apart from the message.
+    """A validated record: the message to send, and the vector, which becomes a row of the request's field `vectors`.
 
     `vector` is float32, shape (dimensions,); None: the server embeds the text.
     """
@@ -35,25 +35,26 @@ class NewRecord:
 
     @property
     def size(self) -> int:
-        """Bytes of the record and its vector on the wire."""
+        """Bytes of the serialized message and of the vector as float32."""
         return self.message.ByteSize() + (0 if self.vector is None else self.vector.nbytes)
 
 
 def new_records(
     records: Iterable[Record | Mapping[str, Any]], matrix: npt.ArrayLike | None = None
 ) -> Iterable[NewRecord]:
-    """Return an iterable that validates each record when it is read.
+    """Return an iterator that validates each record when the record is read from it.
 
     Args:
-        records: the records, or dicts with their fields. With `matrix`, all records are read at once.
+        records: the records, or dicts with their fields. With `matrix`, this function reads all records, without
+            validating them.
         matrix: shape (records, dimensions): vectors of the records; ignored if there are no records. None: vectors, if
             any, are in the records.
 
     Raises:
-        InputTypeError: `records` is not an iterable of records, or `matrix` has an element that is no real number; when
-            a record is read: the record or one of its fields has the wrong type.
-        InputError: `matrix` has another shape, or a vector is not finite; when a record is read: a field is missing,
-            unknown or cannot be sent, or the record and `matrix` both have a vector.
+        InputTypeError: `records` is no iterable, or is a str, bytes, a mapping or one Record; an item of `matrix` is no
+            vector, or an element is no real number. When a record is read: as `new_record` raises.
+        InputError: `matrix` has another shape, or a vector is not finite. When a record is read: as `new_record`
+            raises, for example if the record and `matrix` both have a vector.
     """
     if isinstance(records, (str, bytes, Mapping, Record)) or not isinstance(records, Iterable):
         raise InputTypeError(f"records is of type {type(records).__name__}; it must be a list of records")
@@ -72,7 +73,7 @@ def block(records: Sequence[NewRecord], first: int) -> types_pb2.Vectors | None:
         first: index of the first record in the caller's list, for errors.
 
     Raises:
-        InputError: only some records have a vector, or the dimensions differ.
+        InputError: only some records have a vector, or two vectors have different dimensions.
     """
     lead = records[0].vector
     for i, record in enumerate(records, first):
@@ -96,16 +97,16 @@ def read_records(messages: Sequence[index_pb2.Record], vectors_of: types_pb2.Vec
 
     Args:
         messages: the records.
-        vectors_of: row i is the vector of record i; without rows, the records have no vectors.
+        vectors_of: row i is the vector of record i. Without rows, `vector` of all records is None.
 
     Raises:
         Internal: the numbers of vectors and records differ.
-        VectorFormatError: the vectors contradict themselves; `Call.read` converts this error to Internal.
+        VectorFormatError: `vectors_of` is malformed; `Call.read` converts this error to Internal.
     """
     if not vectors_of.rows:
         return [read_record(message, None) for message in messages]
     check_count(vectors_of.rows, len(messages), "vectors")
-    # The rows that `decode` returns are read-only, and keep the whole response in memory. So they are copied.
+    # The array that `decode` returns may be read-only. It is copied, so that the caller can change the vectors.
     matrix: Matrix = vectors.decode(vectors_of).copy()
     return [read_record(message, row) for message, row in zip(messages, matrix, strict=True)]
 
@@ -126,16 +127,19 @@ def read_record(message: index_pb2.Record, vector: Vector | None) -> Record:
 
 
 def new_record(record: Record | Mapping[str, Any], name: str, vector: Vector | None = None) -> NewRecord:
-    """Validate one record, and return the message to send.
+    """Validate one record, and return the message to send, with the vector.
 
     Args:
         record: the record, or a dict with its fields; `id` is required.
         name: name of the record in errors, such as `records[3]`.
-        vector: vector of the record, validated float32 (dimensions,); None: the vector, if any, is in `record`.
+        vector: vector of the record, already validated: float32, shape (dimensions,). None: the vector, if any, is in
+            `record`.
 
     Raises:
         InputTypeError: the record or one of its fields has the wrong type.
-        InputError: a field is unknown, missing or cannot be sent, or there are two vectors.
+        InputError: a field is unknown or cannot be sent, `id` is missing, the time to live is out of range, the caller
+            set a field that only the server sets, or `record` and `vector` both have a vector. The server checks
+            lengths, and whether `id` is empty.
     """
     if isinstance(record, Mapping):
         for key in record:
@@ -169,10 +173,10 @@ def new_record(record: Record | Mapping[str, Any], name: str, vector: Vector | N
 
 
 def _refuse_hand_made_output(record: Record, name: str) -> None:
-    """Raise InputError if the caller set `revision`, `create_time` or `update_time`, which only the server sets.
+    """Raise InputError if `revision`, `create_time` or `update_time` is set, but not both times.
 
-    A record of a response has both times. It is accepted, so that it can be written again unchanged; the write ignores
-    the three fields.
+    Only the server sets these fields. If both times are set, the record counts as one of a response, which may be
+    written again; the write ignores the three fields.
     """
     if record.update_time is not None and record.create_time is not None:
         return

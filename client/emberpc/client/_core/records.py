@@ -27,7 +27,7 @@ DELETE_RECORDS = Method(_SERVICE + "DeleteRecords", pb.DeleteRecordsResponse)
 LIST_RECORDS = Method(_SERVICE + "ListRecords", pb.ListRecordsResponse)
 COUNT_RECORDS = Method(_SERVICE + "CountRecords", pb.CountRecordsResponse)
 
-#: Most ids in one request of `get` or `delete`. The API accepts 10,000.
+#: Most ids in one request of `get` or `delete`. The API accepts 10,000, but smaller requests take less of the timeout.
 _IDS = 1000
 
 
@@ -60,8 +60,9 @@ def upsert(
 ) -> Job[UpsertResult, UpsertResult]:
     """Return the job of `Client.upsert`. A wrong argument raises InputError or InputTypeError.
 
-    Records and `truncation` are validated when the calls of the job are read, which then raises for a wrong one. With
-    `expected_revisions` all records are read and validated at once; with `matrix` all are read at once.
+    This function validates all arguments but `records` and `truncation`. These two are validated when the calls of the
+    job are read, and reading then raises the error. With `matrix` or `expected_revisions`, this function reads all
+    records; with `expected_revisions` it also validates each record.
     """
     checks.function(details, "details")
     collection = checks.text(collection, "collection")
@@ -96,8 +97,8 @@ def upsert(
 def _revisions(values: Iterable[int], records: int) -> list[int]:
     """Validate the expected revisions of a write and return them as a list.
 
-    `records` is the number of records to write. A wrong type raises InputTypeError; a number of revisions other than
-    `records`, or a revision out of range, raises InputError.
+    `records` is the number of records to write. A wrong type raises InputTypeError. A number of revisions other than
+    `records`, or a revision below 0 or not below 2**63, raises InputError.
     """
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise InputTypeError(f"expected_revisions is of type {type(values).__name__}; it must be a list of int")
@@ -110,7 +111,10 @@ def _revisions(values: Iterable[int], records: int) -> list[int]:
 def get(
     collection: str, ids: Iterable[str], *, with_vectors: bool, details: Details | None
 ) -> Job[list[Record], list[Record]]:
-    """Return the job of `Client.get`. A wrong argument raises InputError or InputTypeError."""
+    """Return the job of `Client.get`. A wrong argument raises InputError or InputTypeError.
+
+    For a wrong `with_vectors`, the error is raised when the calls of the job are read.
+    """
     checks.function(details, "details")
     collection = checks.text(collection, "collection")
 
@@ -152,8 +156,8 @@ class _Sum:
 def delete(collection: str, ids: Iterable[str] | None, where: Where | None, details: Details | None) -> Job[int, int]:
     """Return the job of `Client.delete`. A wrong argument raises InputError or InputTypeError.
 
-    With `where` the job is one call, otherwise one for each 1000 ids or 8 MiB of ids. Exactly one of `ids` and `where`
-    must be given.
+    With `where` the job is one call. Otherwise each call has at most 1000 ids and 8 MiB of ids, a character counted as
+    4 bytes. Exactly one of `ids` and `where` must be given, or else InputError.
     """
     checks.function(details, "details")
 

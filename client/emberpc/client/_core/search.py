@@ -31,7 +31,7 @@ from emberpc.wire import vectors
 
 SEARCH = Method("/emberpc.v1.IndexService/Search", pb.SearchResponse)
 
-#: Most queries in one request. The API accepts 1000.
+#: Most queries in one request. The API accepts 1000, but smaller requests have smaller responses.
 _QUERIES = 100
 
 
@@ -39,8 +39,7 @@ _QUERIES = 100
 class SearchOptions:
     """The options that `search` and `search_batch` share, as the caller gave them; `request` validates them.
 
-    They are number of hits, ef, least recall, filter, mode, weight and kind of fusion, truncation, whether to return
-    vectors, and priority, with the meanings that `Client.search` documents.
+    `Client.search` documents their meanings.
     """
 
     top_k: int
@@ -59,7 +58,8 @@ class SearchOptions:
 
         Raises:
             InputTypeError: an option has the wrong type.
-            InputError: an option is out of range, not a known word, or not a valid filter.
+            InputError: `top_k` is below 1, `ef` is negative, one of them is not below 2**31, an option is not a known
+                word or not a valid filter, or a str has a lone surrogate. The server checks the other ranges.
         """
         return pb.SearchRequest(
             collection=checks.text(collection, "collection"),
@@ -84,13 +84,15 @@ def search(
     details: Details | None,
     name: str = "queries[{}]",
 ) -> Job[list[SearchResult], list[SearchResult]]:
-    """Return the job of `Client.search_batch`: one call for each 100 queries or 8 MiB of queries, none without queries.
+    """Return the job of `Client.search` and `Client.search_batch`; it has no calls if there are no queries.
+
+    Each call has at most 100 queries and 8 MiB of queries, or a single larger query.
 
     Args:
         collection: name of the collection.
         queries: the queries.
         options: the options of all queries.
-        details: called with the details of each response.
+        details: called with the details of each response; None: no calls.
         name: name of a query in error messages; `{}` is replaced by the index of the query.
 
     Raises:

@@ -13,8 +13,8 @@ from emberpc.client._core import checks
 from emberpc.client._core.calls import Call
 from emberpc.client.exceptions import REQUEST_TOO_LARGE, EmberpcError, Internal, ResourceExhausted, Unavailable
 
-#: Pauses before a broken stream is opened again, in seconds: the first pause, and the longest. Each pause is twice the
-#: one before.
+#: Pauses before a broken stream is opened again, in seconds: the first pause, and the longest. A pause is twice the one
+#: before, up to the longest.
 _PAUSES = (0.1, 2.0)
 #: Most connections that a stream opens until a server accepts one, as many as the tries of any other call.
 _OPENINGS = 5
@@ -29,13 +29,13 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
     """The items of one stream that are read and not yet answered, and the requests that send them.
 
     Args:
-        batch_size: items per request.
+        batch_size: most items of a request.
         window: most items that are read and not yet answered.
 
     Attributes:
-        call: the RPC, and how to decode its responses.
-        batch_size: items per request, at most `window`.
-        exhausted: whether the caller has no more items.
+        call: the RPC, and how to decode its responses; set by the subclass.
+        batch_size: most items of a request; `window` if that is less.
+        exhausted: whether the caller has no more items; set by `read_items`.
         greeted: whether the server has answered the first request of the present connection.
         accepted: whether a server has answered the first request of any connection of this stream.
 
@@ -57,7 +57,7 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
     @property
     @abstractmethod
     def waiting(self) -> int:
-        """Number of items that are read and not answered."""
+        """Number of items that are read and not answered, without those that cannot be sent."""
 
     @property
     @abstractmethod
@@ -67,11 +67,17 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
     @property
     @abstractmethod
     def unsent(self) -> int:
-        """Number of items that are read and not sent; items that cannot be sent count until `refused` returns them."""
+        """Number of items that are read and not yet sent.
+
+        Items that cannot be sent count until `refused` returns them. It depends on the subclass whether items count
+        that must be sent again over a new connection.
+        """
 
     @abstractmethod
     def add(self, item: Item) -> None:
-        """Add an item of the caller. An item that cannot be sent becomes a result with an error.
+        """Add an item of the caller.
+
+        An item that cannot be sent becomes a result with an error, which `refused` returns.
 
         Raises:
             InputTypeError: the item of a stream of texts is neither a text nor (id, text).
@@ -79,7 +85,10 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
 
     @abstractmethod
     def refused(self) -> list[Result]:
-        """Return the results, each with an error, of the items added since the last call that cannot be sent."""
+        """Return the results, with errors, of the items that cannot be sent.
+
+        Only items that were added since the last call of this method count.
+        """
 
     @abstractmethod
     def first_message(self) -> Request:
@@ -96,35 +105,35 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
     def may_read(self) -> bool:
         """Whether to read items of the caller now.
 
-        The server has answered the first request of the connection, the caller may have more items, and the window and
-        the limit of bytes or characters leave room for another request.
+        True if the server has answered the first request of the connection, the caller may have more items, the window
+        has room for `batch_size` items, and `full` is false.
         """
         room = self.greeted and self._window - self.waiting >= self.batch_size and not self.full
         return room and not self.exhausted
 
     @property
     def read_enough(self) -> bool:
-        """Whether reading stops: a request is full, the caller has no more items, or `full` is true."""
+        """Whether reading stops: `unsent` is at least `batch_size`, the caller has no more items, or `full` is true."""
         return self.exhausted or self.unsent >= self.batch_size or self.full
 
     @property
     def sent(self) -> bool:
-        """Whether no further request follows, if the iterator of `requests` was read before.
+        """Whether no further request follows on this connection. Call this after `requests` was read to its end.
 
-        The caller has no more items, and the server has answered the first request of the connection.
+        True if the caller has no more items, and the server has answered the first request of the connection.
         """
         return self.exhausted and self.greeted
 
     @property
     def done(self) -> bool:
-        """Whether the caller has no more items, and every item is answered."""
+        """Whether the caller has no more items, and no item waits for an answer (see `waiting`)."""
         return self.exhausted and not self.waiting
 
     def opening(self) -> list[Request]:
         """Return the first request of a new connection, and count the connection.
 
-        Items follow only when the server has answered the first request. Until then the server may refuse the stream.
-        If further requests were on their way then, grpc.aio might report that they could not be sent, instead of the
+        Items follow only when the server has answered the first request, since the server may refuse the stream. If
+        further requests were on their way at a refusal, grpc.aio might report that they could not be sent, and not the
         server's reason (grpc/grpc#36066).
         """
         self.greeted = False
@@ -132,15 +141,19 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
         return [self.first_message()]
 
     def requests(self) -> Iterator[Request]:
-        """Return the requests with the items that are not sent yet; none before the first request is answered."""
+        """Return the iterator of `further_messages`.
+
+        It is empty before the server has answered the first request of the connection.
+        """
         return self.further_messages() if self.greeted else iter(())
 
     def may_go_on(self, error: EmberpcError) -> bool:
         """Return whether to open another connection after `error`.
 
-        It may succeed if the server was not reachable or out of resources, but not if a request has more bytes than the
-        server allows. Once a server has accepted the stream, it may also succeed after an INTERNAL of gRPC itself.
-        Until then 5 connections are tried; after that their number has no limit.
+        True for Unavailable, and for ResourceExhausted unless a request has more bytes than the server allows. After a
+        server has accepted the stream (`accepted`), also true for an Internal without a reason, which does not come
+        from an emberpc server but from gRPC itself. Before, at most 5 connections are opened; after that, their number
+        has no limit.
         """
         # A request that is larger than the server's limit would be refused by every connection.
         passing = isinstance(error, (Unavailable, ResourceExhausted)) and error.reason != REQUEST_TOO_LARGE
@@ -149,11 +162,13 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
         return passing or (isinstance(error, Internal) and not error.reason)
 
     def take(self, response: Any) -> Sequence[Result]:
-        """Return the results in a response, the next one of the present connection.
+        """Return the results in `response`, the next response of the present connection, and mark items as answered.
+
+        The response to the first request has no results.
 
         Raises:
-            Internal: the response contradicts itself, or answers an item that was not sent.
-            FailedPrecondition: the server replaced the model, and the stream cannot continue.
+            Internal: the response contradicts itself, or answers an item that does not wait for an answer.
+            FailedPrecondition: the model is another one than when the stream began, so the stream cannot continue.
         """
         return self.call.read(response)
 
@@ -161,13 +176,14 @@ class StreamJob(ABC, Generic[Item, Request, Response, Result]):
 class Patience:
     """The timeout of a stream, and the pauses before the stream is opened again.
 
-    Each result restarts the timeout, and so does each reading of items, so that a slow caller does not let it pass.
+    `restart` must be called after each response with results, when the caller has taken them, and after each reading of
+    items. So the time that the caller takes does not count.
 
     Args:
         seconds: most seconds that may pass without a result.
 
     Attributes:
-        reason: why the last connection broke; None if no connection broke since the last restart.
+        reason: why a connection broke since the last restart, see `pause`; None if none broke.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -175,7 +191,7 @@ class Patience:
         self.restart()
 
     def restart(self) -> None:
-        """Restart the timeout and the growth of the pauses, and clear `reason`: after a result, or reading items."""
+        """Start the timeout anew, let the pauses begin with the shortest again, and set `reason` to None."""
         self.reason: EmberpcError | None = None
         self._until = monotonic() + self._seconds
         self._pause = _PAUSES[0]
@@ -188,8 +204,10 @@ class Patience:
     def pause(self, error: EmberpcError) -> float | None:
         """Return the seconds to wait before the next connection; None if the timeout would pass before.
 
-        `error` is why the present connection broke. It is kept as `reason`, unless it is Internal and there is an
-        earlier reason. The pause is at least `error.retry_after`.
+        Call this once for each broken connection, since the next pause is then twice as long, up to the limit of
+        `_PAUSES`. A pause is never shorter than `error.retry_after`.
+
+        `error` is why the connection broke. It becomes `reason`, unless it is Internal and there is a reason already.
         """
         # After a connection broke, grpc.aio may report only that a request could not be sent, as INTERNAL
         # (grpc/grpc#36066). That must not replace an earlier reason.

@@ -1,4 +1,4 @@
-"""State of one call of `Client.upsert_stream`: which records are read, sent and on disk. Nothing here does I/O."""
+"""State of one call of `Client.upsert_stream`: which records are read, sent and acknowledged. Nothing here does I/O."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UPSERT_RECORDS_STREAM = Method("/emberpc.v1.IndexService/UpsertRecordsStream", p
 
 RecordItem: TypeAlias = "Record | Mapping[str, Any]"
 
-#: Stop reading records while this many bytes are read and not yet acknowledged, so that memory stays bounded.
+#: Stop reading records while this many bytes or more are read and not yet acknowledged, so that memory stays bounded.
 _WINDOW_BYTES = 2**25
 
 
@@ -29,7 +29,7 @@ _WINDOW_BYTES = 2**25
 class _Batch:
     """Records of one request, each with its index among all records of the stream.
 
-    `number` is the number of the request that sent them last; 0: they were not sent.
+    `number` is the batch number of the latest request with these records; 0: they were not sent.
     """
 
     records: list[tuple[int, NewRecord]]
@@ -40,14 +40,16 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
     """The records of one stream that are read and not yet acknowledged, and the requests that send them.
 
     Args:
-        records: the caller's records. Only their type is checked here; `add` takes each record.
+        records: the caller's records. The constructor only checks that this is an iterable, and reads no record; `add`
+            takes each record.
         collection: name of the collection.
         truncation: how texts with too many tokens are truncated; None: the setting of the collection.
-        batch_size: records per request.
+        batch_size: most records of a request.
         window: most records that are read and not yet acknowledged.
 
     Raises:
-        InputTypeError: `records` is not an iterable of records, or another argument has the wrong type.
+        InputTypeError: `records` is no iterable, or is a str, bytes, a mapping or one Record; or another argument has
+            the wrong type.
         InputError: an argument is wrong.
     """
 
@@ -82,24 +84,25 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
 
     @property
     def waiting(self) -> int:
-        """Number of records that are read and not acknowledged."""
+        """Number of records that are read and not acknowledged, without those that cannot be sent."""
         return len(self._unsent) + sum(len(batch.records) for batch in self._batches)
 
     @property
     def full(self) -> bool:
-        """Whether the records that are read and not acknowledged have reached their limit of bytes."""
+        """Whether the records that are read and not acknowledged have 32 MiB or more together."""
         return self._bytes >= _WINDOW_BYTES
 
     @property
     def unsent(self) -> int:
         """Number of records that are read and not yet divided into batches.
 
-        Records that cannot be sent count until `refused` returns them.
+        Records that cannot be sent count until `refused` returns them. Batches that must be sent again over a new
+        connection do not count.
         """
         return len(self._unsent) + len(self._refused)
 
     def add(self, item: RecordItem) -> None:
-        """Add a record of the caller. A record that cannot be sent becomes a failure."""
+        """Add a record of the caller. A record that cannot be sent becomes a failure, which `refused` returns."""
         place = self._count
         self._count += 1
         try:
@@ -112,20 +115,24 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
             self._bytes += record.size
 
     def refused(self) -> list[UpsertCheckpoint]:
-        """Return a checkpoint with the records added since the last call that cannot be sent; [] if there are none."""
+        """Return a list of one checkpoint, whose failures are the records that cannot be sent; [] if there are none.
+
+        Only records that were added since the last call of this method count.
+        """
         refused, self._refused = self._refused, []
         return [UpsertCheckpoint(self._done, tuple(refused))] if refused else []
 
     def first_message(self) -> pb.UpsertRecordsStreamRequest:
-        """Return a request without records, and mark all unacknowledged records as not sent."""
+        """Return the first request of a connection, without records; mark all unacknowledged records as not sent."""
         self._sent = 0
         self._number += 1
         return pb.UpsertRecordsStreamRequest(collection=self._collection, batch_number=self._number)
 
     def further_messages(self) -> Iterator[pb.UpsertRecordsStreamRequest]:
-        """Divide the records added since the last call into batches; yield the requests of all batches not sent yet.
+        """Yield the requests of all batches that are not sent over the present connection.
 
-        The division is made, and each batch is marked as sent, only when its request is read.
+        When the first request is read, the records that are not in a batch yet are divided into batches. A batch is
+        marked as sent when its request is read.
         """
         self._cut()
         for batch in list(self._batches)[self._sent :]:
@@ -141,9 +148,10 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
             )
 
     def _cut(self) -> None:
-        """Divide the unsent records into batches of at most `batch_size` records and 8 MiB; a larger record is alone.
+        """Divide the records that are not in a batch yet, in their order, into batches.
 
-        All records of a batch have vectors of the same length, or none has a vector.
+        A batch has at most `batch_size` records and 8 MiB, or is a single larger record. All its records have vectors
+        of the same length, or none has a vector, since a request has one block of vectors for all its records.
         """
         alike: list[list[tuple[int, NewRecord]]] = []
         for item in self._unsent:
@@ -160,8 +168,8 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
             self._check_model(response.model_fingerprint)
             self.greeted = self.accepted = True
             return []
-        # The server names a failed record by its id. If two records of a request have the same id, the later one fails,
-        # so the dict keeps the index of the later one.
+        # The server names a failed record by its id. Of two valid records of a request with the same id, the later one
+        # fails. So the dict keeps the index of the last record with an id.
         places: dict[str, int] = {}
         while self._batches and self._sent and self._batches[0].number <= response.batch_number:
             batch = self._batches.popleft()
@@ -187,11 +195,13 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
         ]
 
     def _check_model(self, fingerprint: str) -> None:
-        """Keep the fingerprint of the collection's model that the first response states, and compare later ones.
+        """Keep the fingerprint of the first connection of the stream, and compare that of a later connection with it.
+
+        `fingerprint` is that of the collection's model, as the first response of a connection states it.
 
         Raises:
-            FailedPrecondition: the fingerprint changed, and the caller's records have vectors, which no longer belong
-                to the collection.
+            FailedPrecondition: the fingerprints differ, and a record that was read has a vector: it is of the old
+                model, and does not belong to the collection any more.
         """
         if self._fingerprint is None:
             self._fingerprint = fingerprint
@@ -205,7 +215,7 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
 
     @property
     def _done(self) -> int:
-        """Number of records, from the start of the stream, that are all on disk or have failed."""
+        """Number of records, counted from the start of the stream, that are all acknowledged or have failed."""
         if self._batches:
             return self._batches[0].records[0][0]
         return self._unsent[0][0] if self._unsent else self._count

@@ -1,1 +1,1 @@
-"""The client for threads. The modules of `_aio` are generated from these modules, except `transport.py`."""
+"""The client for threads. The modules of `_aio` are generated from these, except `__init__.py` and `transport.py`."""

@@ -1,4 +1,4 @@
-"""Methods about the server: models, classifiers, health, limits."""
+"""Methods about models, classifiers, and the server itself: version, limits, health."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from emberpc.client.types import Classifier, Health, Model, ServerInfo, Stages
 
 
 class ModelMethods:
-    """Methods of `Client` about models and the server itself."""
+    """Methods of `Client` about models, classifiers and the server itself."""
 
     _runner: Runner
 
     def models(self, *, page_size: int = 0, timeout: float | None = None) -> list[Model]:
-        """Return the models that the server serves, in the order of their names; several requests if there are many.
+        """Return the models that the server serves, sorted by name. For many models, several requests are sent.
 
         Args:
-            page_size: models per request, at most 1000; 0: the server's default.
+            page_size: most models of one response, at most 1000; 0: the server's default.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
+
+        Raises:
+            EmberpcError: a request failed, for example with InvalidArgument for a `page_size` above 1000.
         """
         return self._runner.all_items(lambda token: models.list_models(token, page_size), timeout)
 
     def get_model(self, name: str, *, timeout: float | None = None) -> Model:
-        """Return a model: its task, state, dimensions, limits and quality.
+        """Return a model: its task, state, dimensions, most tokens of a text, and quality.
 
         Args:
             name: name of the model; empty: the only model of the server.
@@ -36,10 +39,10 @@ class ModelMethods:
         return self._runner.run_one(models.get_model(name), timeout)
 
     def classifiers(self, *, page_size: int = 0, timeout: float | None = None) -> list[Classifier]:
-        """Return the classifiers that the server serves, in the order of their names.
+        """Return the classifiers that the server serves, sorted by name. For many of them, several requests are sent.
 
         Args:
-            page_size: classifiers per request, at most 1000; 0: the server's default.
+            page_size: most classifiers of one response, at most 1000; 0: the server's default.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
@@ -56,7 +59,7 @@ class ModelMethods:
 
         Raises:
             NotFound: the server serves no model of this name.
-            FailedPrecondition: the model is not a classifier, or the server has no classifier.
+            FailedPrecondition: the model is not a classifier; or the name is empty, and the server has no classifier.
             InvalidArgument: the name is empty, and the server has several classifiers.
             Unimplemented: the server's version of emberpc is older than this method.
         """
@@ -71,16 +74,17 @@ class ModelMethods:
         progress: Stages | None = None,
         timeout: float | None = None,
     ) -> Model:
-        """Load a bundle on the server and serve it under a new name.
+        """Load a bundle or a foreign folder on the server, and serve the model under a new name.
 
-        If the call times out, the server goes on loading. `get_model` then shows whether the server serves the model.
+        If the call times out, the server may still load the model: `get_model` shows later whether the model is served.
 
         Args:
             name: name of the model: 1 to 128 letters, digits, `.`, `_` and `-`, starting with a letter or digit.
-            path: folder of the bundle, relative to the server's models directory.
-            variant: variant to serve; empty: the variant that the server's settings name for this model, or if they
-                name none, the first variant, fp32.
-            progress: called with the name of each step, such as "warming up".
+            path: the bundle or foreign folder, relative to the server's models directory.
+            variant: variant to serve; empty: the variant that the server's settings name for this model; if they name
+                none, the first variant, which is `fp32` in a bundle that an export made.
+            progress: called with the name of each step as it begins, such as "warming up", and with "ready" at the end;
+                None: no calls.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
@@ -88,9 +92,10 @@ class ModelMethods:
 
         Raises:
             AlreadyExists: the name is taken, perhaps by a try of this call whose response was lost.
-            InvalidArgument: the name is invalid, or the path names no folder in the models directory, or has a link or
-                a part that starts with a dot.
-            FailedPrecondition: the bundle is invalid or has no such variant, or the server has no models directory.
+            InvalidArgument: the name is invalid; or the path names no folder in the models directory, leads over a
+                symbolic link, or has a part that starts with a dot.
+            FailedPrecondition: the server cannot serve the folder, the folder has no such variant, or the server has no
+                models directory.
             PermissionDenied: the server does not allow changes of its models.
             EmberpcError: the call failed otherwise.
         """
@@ -105,16 +110,18 @@ class ModelMethods:
         progress: Stages | None = None,
         timeout: float | None = None,
     ) -> Model:
-        """Replace a served model by the bundle that is now in the model's folder, or by another bundle.
+        """Replace a served model by the model that is now in its folder, or by the model in another folder.
 
-        Calls in flight finish on the old model. If the new bundle is invalid, the old model stays.
+        Calls in flight finish on the old model. If the server cannot serve the new model, the old model stays. If the
+        call times out, the server may still replace the model.
 
         Args:
             name: name of the model.
-            path: folder of another bundle, relative to the server's models directory; empty: the folder that the model
-                was loaded from.
-            variant: variant to serve; empty: the variant that is served now.
-            progress: called with the name of each step, such as "warming up".
+            path: another bundle or foreign folder, relative to the server's models directory; empty: the folder that
+                the model was loaded from.
+            variant: variant to serve; empty: the variant that is served now, which the new model must have too.
+            progress: called with the name of each step as it begins, such as "warming up", and with "ready" at the end;
+                None: no calls.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
@@ -122,33 +129,34 @@ class ModelMethods:
 
         Raises:
             NotFound: the server serves no model of this name.
-            InvalidArgument: the path names no folder in the models directory, or has a link or a part that starts with
-                a dot.
-            FailedPrecondition: the bundle is invalid or has no such variant, or a path is given and the server has no
-                models directory.
+            InvalidArgument: the path names no folder in the models directory, leads over a symbolic link, or has a part
+                that starts with a dot.
+            FailedPrecondition: the server cannot serve the folder, the folder has no such variant, or a path is given
+                and the server has no models directory.
             PermissionDenied: the server does not allow changes of its models.
             EmberpcError: the call failed otherwise.
         """
         return self._runner.run_steps(models.reload_model(name, path, variant), progress, timeout)
 
     def unload_model(self, name: str, *, timeout: float | None = None) -> None:
-        """Stop serving a model. Returns when the model's calls in flight have finished.
+        """Stop serving a model. Returns when the calls in flight that use the model have finished.
 
-        If the call times out, the model is no longer served, unless the call still waited for another change of models.
+        If the call times out, the model may be served or not: `models` shows which.
 
         Args:
             name: name of the model.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
-            NotFound: the server serves no model of this name.
+            NotFound: the server serves no model of this name, perhaps since a try of this call whose response was lost
+                has unloaded the model.
             PermissionDenied: the server does not allow changes of its models.
             EmberpcError: the call failed otherwise.
         """
         return self._runner.run_one(models.unload_model(name), timeout)
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:
-        """Return the server's version, limits and features.
+        """Return the server's version, its limits of requests and responses, and its optional features.
 
         Args:
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
@@ -159,7 +167,7 @@ class ModelMethods:
         return self._runner.run_one(models.server_info(), timeout)
 
     def health(self, service: str = "", *, timeout: float | None = None) -> Health:
-        """Return whether the server accepts calls, by the standard protocol grpc.health.v1.
+        """Return whether the server, or one of its services, accepts calls, by the standard protocol grpc.health.v1.
 
         Args:
             service: full name of a gRPC service, such as `emberpc.v1.IndexService`; empty: the server as a whole.

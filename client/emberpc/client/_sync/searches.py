@@ -53,13 +53,14 @@ class SearchMethods:
         Args:
             collection: name of the collection.
             query: a text that is not empty or only white space, which the collection's model embeds unless `mode` is
-                `lexical`; a vector, shape (dimensions,), with `cosine` not all zeros; or `RecordId(id)`, which searches
-                for the neighbours of that record.
+                `lexical`; a vector, shape (dimensions,), in a `cosine` collection not all zeros; or `RecordId(id)`,
+                which searches for the records nearest to that record, without itself.
             top_k: the most hits, 1 to 10,000.
-            ef: candidates that a search of the graph keeps. A greater number is slower and has a higher recall; 0: the
-                server chooses. Not allowed together with `min_recall`.
-            min_recall: least recall, in (0, 1]: share of the true nearest records to find. With 1 the query is compared
-                with every vector. 0: no least recall.
+            ef: candidates that a search of the graph keeps, at most 1,000,000. A greater number is slower and has a
+                higher recall. 0: the server chooses. Refused together with `min_recall`, and with the mode `lexical`.
+            min_recall: least mean share, in (0, 1], of the true nearest records that a search finds; one search may
+                find fewer. With 1 the query is compared with the vector of every record that matches `where`. 0: no
+                least share. Refused with the mode `lexical`.
             where: only records that match this filter, such as `lang = "en" and year >= 2020`; see
                 `emberpc.client.filters`. None: all records.
             mode: `dense`: search by vectors; `lexical`: by words; `hybrid`: both, with joined rankings. `lexical` and
@@ -70,24 +71,25 @@ class SearchMethods:
                 by scores.
             truncation: how a query text with too many tokens is truncated.
             with_vectors: whether to return the vectors of the hits too.
-            priority: urgency of the call; the server may delay `bulk` calls in favour of `interactive` calls.
+            priority: urgency of embedding the query; the server may delay texts of `bulk` calls in favour of texts of
+                `interactive` calls.
             details: called with the `ResponseDetails` of the response: the model that embedded the query, tokens,
                 times.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
-            Hits, nearest first. `search_batch` also returns the plan of the search, and whether the query was
+            Hits, greatest score first. `search_batch` also returns the plan of the search, and whether the query was
             truncated.
 
         Raises:
-            NotFound: there is no collection of this name, or no record with the id of a `RecordId`; or the server does
-                not serve the collection's model.
-            FailedPrecondition: the query is a text, the mode is not `lexical`, and the collection has no model, or
-                vectors of another model; or the query is a vector, and the collection's model was replaced during the
-                call.
+            NotFound: there is no collection of this name, or no record with the id of a `RecordId`; or a text must be
+                embedded, and the server does not serve the collection's model.
+            FailedPrecondition: a text must be embedded, and the collection has no model, or the server serves another
+                model under its name; or the query is a vector, and the collection's model was replaced during the call.
             DataLoss: the word index, or the record of a `RecordId`, is damaged.
-            Unimplemented: the index backend is Milvus, which has no `min_recall`, `lexical` and `hybrid`.
-            InputError: an argument is wrong; nothing was sent.
+            Unimplemented: the index backend is Milvus, and `min_recall` is given or the mode is not `dense`.
+            InvalidArgument: the server refuses an argument, such as a `top_k` above 10,000.
+            InputError: the client refuses an argument; nothing was sent.
             InputTypeError: an argument has the wrong type; nothing was sent.
             EmberpcError: the call failed otherwise.
         """
@@ -117,23 +119,23 @@ class SearchMethods:
     ) -> list[SearchResult]:
         """Search for the records nearest to each query.
 
-        At most 100 queries are sent in one request, and fewer if the response would be too large. `search` describes
-        the arguments in more detail.
+        At most 100 queries are sent in one request, and fewer if the response would be too large. The server refuses a
+        request whose queries ask for more than 100,000 hits together. `search` describes the arguments in more detail.
 
         Args:
             collection: name of the collection.
-            queries: texts, vectors, `RecordId`, or `SearchQuery` with a filter, `top_k` and `ef` of its own. Nothing
-                is sent if there are none.
+            queries: texts, vectors, `RecordId`, or `SearchQuery` with a filter, `top_k` and `ef` of its own. Without
+                queries, nothing is sent.
             top_k: the most hits of a query, 1 to 10,000.
             ef: candidates that a search of the graph keeps; 0: the server chooses.
-            min_recall: least recall, in (0, 1]; 0: no least recall.
+            min_recall: least mean share, in (0, 1], of the true nearest records that a search finds; 0: no least share.
             where: only records that match this filter; None: all records.
             mode: `dense`: search by vectors; `lexical`: by words; `hybrid`: both.
             dense_weight: for `hybrid`: weight of the dense ranking, 0 to 1; None: 0.5.
             fusion: for `hybrid`: how the two rankings are joined; None: by `scores`.
             truncation: how query texts with too many tokens are truncated.
             with_vectors: whether to return the vectors of the hits too.
-            priority: urgency of the call.
+            priority: urgency of embedding the queries.
             details: called with the `ResponseDetails` of each response.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
@@ -141,14 +143,9 @@ class SearchMethods:
             Item i is the result for query i: hits, plan of the search, tokens of the query.
 
         Raises:
-            NotFound: there is no collection of this name, or no record with the id of a `RecordId`; or the server does
-                not serve the collection's model.
-            FailedPrecondition: a query is a text, the mode is not `lexical`, and the collection has no model, or
-                vectors of another model; or a query is a vector, and the collection's model was replaced during the
-                call.
-            InputError: an argument or a query is wrong; nothing was sent.
+            EmberpcError: a request failed; the errors and their causes are those of `search`.
+            InputError: the client refuses an argument or a query; nothing was sent.
             InputTypeError: an argument or a query has the wrong type; nothing was sent.
-            EmberpcError: a request failed otherwise.
         """
         options = SearchOptions(
             top_k, ef, min_recall, where, mode, dense_weight, fusion, truncation, with_vectors, priority
@@ -158,26 +155,29 @@ class SearchMethods:
     def duplicates(
         self, collection: str, *, min_score: float = 0.95, page_size: int = 0, timeout: float | None = None
     ) -> Iterator[DuplicatePair]:
-        """Iterate over pairs of records with similar vectors, highest score first, at most 100,000 pairs.
+        """Iterate over pairs of records with similar vectors, greatest score first, at most 100,000 pairs.
 
-        A vector of zeros is in no pair.
+        A damaged record, or a record with a vector of zeros, is in no pair.
 
-        In a collection of more than 20,000 records with the distance `cosine`, the server searches the graph for each
-        record, and finds at most 20 other records. In any other collection it compares every record with every other.
-        Give a large collection a long timeout.
+        In a collection of more than 20,000 records with the distance `cosine`, the server searches the graph for the 20
+        nearest neighbours of each record, so pairs may be missing. In any other collection it compares every record
+        with every other. Give a large collection a long timeout.
 
         Args:
             collection: name of the collection.
-            min_score: least cosine similarity of the two vectors, above 0 and at most 1; 0: 0.95.
-            page_size: pairs per request, at most 1000; 0: the server's default.
+            min_score: least cosine similarity of the two vectors, above 0 and at most 1, whatever the distance of the
+                collection is; 0: 0.95.
+            page_size: most pairs of one response, at most 1000; 0: the server's default.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
-            NotFound: there is no collection of this name; raised, like every EmberpcError, when the next pair is taken.
-                A wrong argument raises InputError or InputTypeError at once, but a wrong `timeout` when the next pair
-                is taken.
+            NotFound: there is no collection of this name.
+            InvalidArgument: the server refuses `min_score` or `page_size`.
             Unimplemented: the server's index backend does not find duplicates.
-            EmberpcError: a request failed otherwise.
+            EmberpcError: a request failed otherwise; raised, like the three errors above, when the next pair is taken.
+            InputError: the client refuses an argument; raised by the call itself, but for `timeout` when the first pair
+                is taken.
+            InputTypeError: an argument has the wrong type; raised like InputError.
         """
 
         def page(token: str) -> Call[Any, Page[DuplicatePair]]:
@@ -190,19 +190,22 @@ class SearchMethods:
     ) -> list[Cluster]:
         """Group the records of a collection into clusters of similar vectors, with k-means.
 
-        Give a large collection a long timeout.
+        A record with a damaged vector is in no cluster. Give a large collection a long timeout.
 
         Args:
             collection: name of the collection.
-            count: number of clusters, 2 to 1000. Fewer are returned if clusters stay empty, as with equal vectors.
+            count: number of clusters, 2 to 1000. Fewer are returned if clusters stay empty, as with equal vectors; none
+                if there are no records.
             examples: most example records of each cluster, at most 100; 0: the server's default.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
-            The clusters, largest first, each with the records nearest to its centre.
+            The clusters, largest first, each with the number of its records, and the records nearest to its centre as
+            examples.
 
         Raises:
             NotFound: there is no collection of this name.
+            InvalidArgument: the server refuses `count` or `examples`.
             Unimplemented: the server's index backend does not cluster records.
             EmberpcError: the call failed otherwise.
         """

@@ -50,27 +50,29 @@ class TextMethods:
                 refused: write `[text]`.
             model: name of the embedding model; empty: the only embedding model of the server.
             input_kind: purpose of the texts; decides which prompt of the model the server puts before each text.
-            dimensions: number of first dimensions to return (Matryoshka), one of those that the model lists; 0: all.
+            dimensions: number of first dimensions to return (Matryoshka), one of the model's `matryoshka_dimensions`,
+                or all its dimensions; 0: all.
             truncation: how texts with too many tokens are truncated.
-            dtype: element type of the response: `float16` halves the bytes of `float32`, `int8` quarters them, `binary`
-                has only the sign of each number, 1 bit. The result is float32 in any case; for `binary` -1 and 1.
-            normalize: whether to scale the vectors to length 1; None: the setting of the model's export. A model whose
-                vectors have length 1 anyway refuses False.
+            dtype: element type of the vectors in the response: `float32`, 4 bytes for each number; `float16`, 2 bytes;
+                `int8`, 1 byte; or `binary`, 1 bit, the sign. The client converts all of them to float32; `binary` gives
+                -1 and 1.
+            normalize: whether to scale the vectors to length 1; None: as `normalized` of the model states. The server
+                refuses False if `normalized` is true.
             priority: urgency of the call; the server may delay `bulk` calls in favour of `interactive` calls.
             batch_size: most texts of one request.
+            progress: called after each response with the number of texts embedded so far; None: no calls.
             details: called with the `ResponseDetails` of each response: the model that answered, times, tokens of the
                 texts.
-            progress: called with the number of items done so far; None: no calls.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
             float32, shape (texts, dimensions); row i is the vector of `texts[i]`.
 
         Raises:
-            InputError: an argument is wrong; nothing was sent.
+            InputError: the client refuses an argument; nothing was sent.
             InputTypeError: an argument has the wrong type; nothing was sent.
-            EmberpcError: a request failed, for example with NotFound for an unknown model; see
-                `emberpc.client.exceptions`.
+            EmberpcError: a request failed, for example with NotFound for an unknown model, or with InvalidArgument for
+                a text that is empty or has too many tokens; see `emberpc.client.exceptions`.
         """
         options = EmbedOptions(model, input_kind, dimensions, truncation, dtype, normalize, priority)
         job = embedding.embed(texts, options, batch_size=batch_size, progress=progress, details=details)
@@ -93,24 +95,25 @@ class TextMethods:
     ) -> Iterator[StreamedEmbedding]:
         """Embed any number of texts. `embed` describes the options in more detail.
 
-        Results arrive as soon as they are ready, in any order, each text exactly once. An invalid text fails alone: its
-        result has an error instead of a vector. If the connection breaks or the server is restarted, the texts that
-        were not answered are sent again.
+        Results arrive as soon as they are ready, in any order. Each text has one result. A text that cannot be embedded
+        fails alone: its result has an error instead of a vector. If the connection breaks or the server is restarted,
+        the texts without a result are sent again over a new connection.
 
         Args:
-            items: texts, or tuples (id, text).
+            items: texts, or tuples (id, text). The result has the id; without an id, the number of the text in the
+                stream, from "0".
                 The iterable is read as needed, in the thread that takes the results.
             model: name of the embedding model; empty: the only embedding model of the server.
             input_kind: purpose of the texts; decides which prompt of the model the server puts before each text.
             dimensions: number of first dimensions to return (Matryoshka); 0: all.
-            truncation: how texts with too many tokens are truncated; `refuse` fails only these texts.
-            dtype: element type of the responses; the results are float32 in any case.
-            normalize: whether to scale the vectors to length 1; None: the setting of the model's export.
+            truncation: how texts with too many tokens are truncated. With `refuse`, only these texts fail.
+            dtype: element type of the vectors in the responses; the client converts all of them to float32.
+            normalize: whether to scale the vectors to length 1; None: as `normalized` of the model states.
             priority: urgency of the call; the server may delay `bulk` calls in favour of `interactive` calls.
-            batch_size: texts per request. A request is sent when this many texts are read, so choose a smaller number
-                if the texts arrive slowly.
-            window: the most texts that are read and not yet answered; fewer if they have more than 2**24 characters. It
-                also limits `batch_size`.
+            batch_size: most texts of one request; `window` if that is less. A request is sent when this many texts are
+                read, or no further text can be read, so choose a smaller number if the texts arrive slowly.
+            window: most texts that are read and have no result yet. Reading also stops while these texts have 2**24
+                characters or more.
             timeout: most seconds without a result, attempts to connect again included, but not the time of reading
                 `items`; None: the `timeout` of the constructor.
 
@@ -120,9 +123,10 @@ class TextMethods:
 
         Raises:
             InputError: an argument is wrong; nothing was sent.
-            InputTypeError: an argument has the wrong type; or, when the next result is taken, an item.
-            EmberpcError: the stream as a whole failed; raised when the next result is taken. FailedPrecondition: the
-                server replaced the model since the stream began.
+            InputTypeError: an argument has the wrong type, and nothing was sent; or, when the next result is taken, an
+                item is neither a text nor a tuple (id, text), which ends the stream.
+            EmberpcError: the stream as a whole failed; raised when the next result is taken. For example
+                FailedPrecondition: the stream had to connect again, and the server then had another model.
         """
         options = EmbedOptions(model, input_kind, dimensions, truncation, dtype, normalize, priority)
         return self._runner.stream(EmbedJob(items, options, batch_size=batch_size, window=window), items, timeout)
@@ -137,12 +141,12 @@ class TextMethods:
         details: Details | None = None,
         timeout: float | None = None,
     ) -> list[int]:
-        """Count the tokens of texts, prompt and special tokens included.
+        """Count the tokens of texts, prompt and special tokens included. The model does not run.
 
-        Errors are those of `embed`.
+        Errors are those of `embed`, but a text may be empty.
 
         Args:
-            texts: a list or another iterable of texts, at least one; a text may be empty.
+            texts: a list or another iterable of texts, at least one.
             model: name of the embedding model or classifier; empty: the only embedding model of the server, or the only
                 model if no model embeds texts.
             input_kind: purpose of the texts; decides which prompt of the model the server puts before each text.
@@ -175,16 +179,16 @@ class TextMethods:
 
         Args:
             sources: texts, at least one, none empty or only white space.
-            targets: texts to compare the sources with, under the same conditions.
-            source_kind: purpose of the sources; decides which prompt the server puts before each.
-            target_kind: purpose of the targets.
+            targets: texts to compare the sources with; at least one, none empty or only white space.
+            source_kind: purpose of the sources; decides which prompt of the model the server puts before each source.
+            target_kind: purpose of the targets; decides which prompt of the model the server puts before each target.
             model: name of the embedding model; empty: the only embedding model of the server.
             truncation: how texts with too many tokens are truncated.
             details: called with the `ResponseDetails` of the response.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
-            float32, shape (sources, targets): cosine similarities in [-1, 1].
+            float32, shape (sources, targets): cosine similarities in [-1, 1]; 0 for a vector of zeros.
         """
         call = embedding.similarity(
             sources,
@@ -215,12 +219,13 @@ class TextMethods:
         Args:
             texts: a list or another iterable of texts; at least one, none empty or only white space.
             classifier: name of the classifier; empty: the only classifier of the server.
-            top_k: the most labels with probabilities to return for each text, the most probable first; 0: all.
+            top_k: most labels to return with their probabilities for each text, the most probable first; 0: all. The
+                predicted labels are not limited.
             truncation: how texts with too many tokens are truncated.
             priority: urgency of the call; the server may delay `bulk` calls in favour of `interactive` calls.
-            details: called with the `ResponseDetails` of each response.
             batch_size: most texts of one request.
-            progress: called with the number of items done so far; None: no calls.
+            progress: called after each response with the number of texts classified so far; None: no calls.
+            details: called with the `ResponseDetails` of each response.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:

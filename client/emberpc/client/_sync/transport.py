@@ -1,7 +1,7 @@
 """The gRPC calls of `Client`, with threads: start calls, wait for responses.
 
-`_aio/transport.py` has the same classes and functions for asyncio. Both files are written by hand. The other modules of
-`_sync` use this file; `tools/generate_async_client.py` generates the other modules of `_aio` from them.
+`_aio/transport.py` has the counterparts of these classes and functions for asyncio. Both files are written by hand.
+`tools/generate_async_client.py` generates the other modules of `_aio`, except `__init__.py`, from those of `_sync`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from emberpc.client._core.connection import CALL_CANCELLED, CHANNEL_CLOSED, CLIE
 from emberpc.client._core.streams import Item, StreamJob
 from emberpc.client.exceptions import Cancelled, InputTypeError
 
-#: Most seconds to wait until gRPC has closed a channel. Closing takes milliseconds, unless it hangs.
+#: Most seconds that `Transport.close` waits for gRPC to close a channel. Closing takes milliseconds, unless it hangs.
 _CLOSE_SECONDS = 2.0
 
 Arguments = ParamSpec("Arguments")
@@ -37,8 +37,8 @@ class Transport:
         channel: the caller's channel; None: open a channel.
 
     Attributes:
-        owns_channel: whether the client opened the channel itself. Only then it retries calls (streams are opened again
-            in any case), and closes the channel.
+        owns_channel: whether the client opened the channel itself. Only such a channel is closed by `close`, and only
+            over such a channel the client retries calls. Streams are opened again over any channel.
 
     Raises:
         InputTypeError: `channel` is a channel of grpc.aio.
@@ -53,7 +53,10 @@ class Transport:
         self._channel = channel or _open(connection)
 
     def close(self) -> None:
-        """Refuse further calls, and close the channel unless the caller gave it. May be called several times."""
+        """Refuse further calls, and close the channel unless the caller gave it. May be called several times.
+
+        Closing the channel cancels the calls in flight.
+        """
         self._closed.set()
         if not self.owns_channel:
             return
@@ -96,8 +99,8 @@ class Transport:
         """Wait for the response of a started call with one response, and return it.
 
         Raises:
-            grpc.RpcError: the call failed.
-            Cancelled: the call was cancelled, for example because the client was closed.
+            grpc.RpcError: the call failed, or the channel was closed.
+            Cancelled: `cancel` of `started` was called.
         """
         try:
             return started.result()
@@ -108,17 +111,17 @@ class Transport:
         """Wait for the next response of a started call with several responses, and return it; None: the call ended.
 
         Raises:
-            grpc.RpcError: the call failed, or the client was closed.
+            grpc.RpcError: the call failed or was cancelled, or the channel was closed.
         """
         return next(started, None)
 
     def sleep(self, seconds: float) -> None:
-        """Wait for `seconds`, or until the client is closed."""
+        """Wait for `seconds`, or until the client is closed if that is earlier."""
         self._closed.wait(seconds)
 
 
 class StreamConnection:
-    """One connection of a stream, with requests and responses at the same time. The constructor opens it.
+    """One gRPC call with a stream of requests and a stream of responses. The constructor starts the call.
 
     A thread of the client receives the responses, and a thread of gRPC sends the requests.
 
@@ -139,11 +142,14 @@ class StreamConnection:
 
     @property
     def silent(self) -> bool:
-        """Whether no response or error waits: `next_event` has returned everything that arrived."""
+        """Whether no response, error or end waits: `next_event` has returned everything that arrived."""
         return self._inbox.empty()
 
     def enqueue(self, requests: Iterable[Message]) -> None:
-        """Queue requests; gRPC sends them in this order, each when the server accepts more data. Does not wait."""
+        """Queue requests; gRPC sends them in this order, each when the server accepts more data. Does not wait.
+
+        Requests that are queued after `finish` are not sent.
+        """
         for request in requests:
             self._outbox.put(request)
 
@@ -157,7 +163,7 @@ class StreamConnection:
         """Wait for the next response and return it; return the error that ended the stream, or None at a normal end.
 
         Raises:
-            TimeoutError: nothing arrived within `timeout` seconds.
+            TimeoutError: nothing arrived within `timeout` seconds, or the end was returned before.
         """
         try:
             return self._inbox.get(timeout=timeout)
@@ -165,7 +171,7 @@ class StreamConnection:
             raise TimeoutError from None
 
     def close(self) -> None:
-        """Cancel the stream unless it has ended."""
+        """Cancel the stream unless it has ended. May be called several times."""
         self._call.cancel()
         self.finish()
 
@@ -185,9 +191,10 @@ def item_iterator(items: Iterable[Item]) -> ItemIterator[Item]:
 
 
 def read_items(job: StreamJob[Item, Any, Any, Any], items: ItemIterator[Item]) -> None:
-    """Read items of the caller and add them to `job`, until they fill a request, reach a limit or there are no more.
+    """Read items of the caller and add them to `job`, until `read_enough` of the job is true.
 
-    The limit is `full` of the job. Raises what the iterator raises, and InputTypeError for an item of the wrong type.
+    At the end of the items, `exhausted` of the job is set. Raises what the iterator raises; and InputTypeError if an
+    item of a stream of texts has the wrong type.
     """
     while not job.read_enough:
         try:
@@ -199,9 +206,10 @@ def read_items(job: StreamJob[Item, Any, Any, Any], items: ItemIterator[Item]) -
 
 
 def run_blocking(function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-    """Call a function that may wait for a disk, and return its result. Here the caller's own thread may wait.
+    """Call a function that may wait for a disk, and return its result; raise what the function raises.
 
-    `AsyncClient` has this function as a coroutine, which calls `function` in another thread.
+    Here the function runs in the caller's own thread. `AsyncClient` has a coroutine of the same name, which calls the
+    function in another thread, so that the event loop does not wait.
     """
     return function(*args, **kwargs)
 

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from emberpc.export.errors import ExportError
 from emberpc.export.source.encoder import Dense
 
-#: Prefix of the names of the nodes that an export adds to a converted graph. It tells these nodes from those of the
-#: encoder when a variant is made.
+#: Prefix of the names of the nodes that an export adds to a converted graph. By the prefix, the code that makes a
+#: variant leaves these nodes out: it optimizes and quantizes only the nodes of the encoder.
 ADDED = "emberpc_"
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 #: Least divisor of a mean over tokens, so that an empty mask does not divide by 0; sentence-transformers uses the same
@@ -22,7 +22,7 @@ _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 _MIN_TOKENS = 1e-9
 #: Least length that a vector is divided by, so that a zero vector does not divide by 0; torch uses the same value.
 _MIN_NORM = 1e-12
-#: The most bytes of a graph that is written as one file: protobuf allows 2 GiB, and 16 MiB are a reserve.
+#: The most bytes of a graph that is written as one file: protobuf allows less than 2 GiB, and 16 MiB are a reserve.
 _MOST_BYTES = 2**31 - 2**24
 
 
@@ -30,10 +30,10 @@ Matrix = npt.NDArray[np.float32]
 
 
 class GraphEditor:
-    """Changes an ONNX graph in memory; `save` writes it.
+    """Loads an ONNX graph and changes it in memory; the file does not change. `save` writes the changed graph.
 
     Args:
-        path: ONNX file of a converted encoder, which must have the output `last_hidden_state`.
+        path: ONNX file of a converted encoder. The graph must have the output `last_hidden_state`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,10 +43,10 @@ class GraphEditor:
         self._constant("axis_last", np.array([-1], dtype=np.int64))
 
     def take_tokens_alone(self, name: str) -> None:
-        """Reduce the graph's inputs to token ids, mask and token types.
+        """Remove the input `position_ids`, and check that no inputs remain but token ids, mask and token types.
 
-        If the graph has the input `position_ids`, as graphs of decoders have, nodes compute the positions from the mask
-        instead: the number of tokens before each token.
+        Graphs of decoders have the input `position_ids`. New nodes compute the positions from the mask in its place: a
+        token's position is the number of tokens before it.
 
         Args:
             name: name of the model, for errors.
@@ -63,7 +63,8 @@ class GraphEditor:
             counted = self._node("CumSum", ["attention_mask", "axis_1_scalar"])
             places = self._node("Max", [self._node("Sub", [counted, "one"]), "zero"])
             self.model.graph.node.append(helper.make_node("Identity", [places], [given.name], name=f"{ADDED}positions"))
-            # Move the new nodes to the front: ONNX requires that nodes are listed in the order of computation.
+            # Move the new nodes to the front: the encoder's nodes read the positions, and ONNX requires that nodes are
+            # listed in the order of computation.
             nodes = list(self.model.graph.node)
             del self.model.graph.node[:]
             self.model.graph.node.extend(nodes[before:] + nodes[:before])
@@ -85,13 +86,15 @@ class GraphEditor:
     def pool(self, pooling: str, dense: Sequence[Dense], *, normalize: bool) -> int:
         """Add the output `sentence_embedding`, float32 (texts, dimensions), as sentence-transformers computes it.
 
+        Call this method once.
+
         Args:
             pooling: `mean`, `cls`, `max` or `lasttoken`.
-            dense: layers behind the pooling, in their order.
-            normalize: whether to scale vectors to length 1 at the end.
+            dense: layers behind the pooling, in the order of computation.
+            normalize: whether to scale vectors to length 1 at the end; zero vectors stay zero.
 
         Returns:
-            The dimensions of the output.
+            The number of dimensions of the output.
         """
         poolings = {"mean": self._mean, "cls": self._cls, "max": self._max, "lasttoken": self._last}
         pooled = poolings[pooling]()
@@ -108,10 +111,11 @@ class GraphEditor:
         return dimensions
 
     def classify(self, weights: Matrix, bias: Matrix, temperature: float, *, multi_label: bool) -> None:
-        """Add a linear head, which reads the vectors of `sentence_embedding`, scaled to length 1.
+        """Add a linear head. New nodes scale the vectors of `sentence_embedding` to length 1 before the head.
 
-        Call `pool` first. The graph's outputs are then `logits`, float32 (texts, labels), `sentence_embedding`, float32
-        (texts, dimensions), and `probabilities`, float32 (texts, labels).
+        Call `pool` before, and this method once. Afterwards, the graph's outputs are, in this order, `logits`, float32
+        (texts, labels), `sentence_embedding`, float32 (texts, dimensions) and not changed, and `probabilities`, float32
+        (texts, labels). The output `last_hidden_state` is removed.
 
         Args:
             weights: float32 (dimensions, labels).
@@ -134,11 +138,11 @@ class GraphEditor:
         self.model.graph.output.extend(outputs[name] for name in ("logits", "sentence_embedding", "probabilities"))
 
     def save(self, path: Path) -> None:
-        """Write the graph to an ONNX file and check it; a graph beyond 2 GiB gets a second file for its weights.
+        """Write the graph to an ONNX file, and check the file; see `save_model`.
 
         Raises:
             OSError: a file cannot be written.
-            onnx.checker.ValidationError: the graph is not valid; the file stays.
+            onnx.checker.ValidationError: the graph is not valid; the written file is not deleted.
         """
         save_model(self.model, path)
 
@@ -173,7 +177,10 @@ class GraphEditor:
         return self._node("ReduceSum", [chosen, "axis_1"], keepdims=0)
 
     def _unit(self, vectors: str) -> str:
-        """Add nodes that scale the vectors of the output `vectors` to length 1; return the name of the last output."""
+        """Add nodes that scale vectors to length 1, and return the name of the result; zero vectors stay zero.
+
+        `vectors` is the name of a value in the graph, float32 (texts, dimensions).
+        """
         squares = self._node("Mul", [vectors, vectors])
         norm = self._node("Sqrt", [self._node("ReduceSum", [squares, "axis_1"], keepdims=1)])
         return self._node("Div", [vectors, self._at_least(norm, _MIN_NORM)])
@@ -187,7 +194,7 @@ class GraphEditor:
         self.model.graph.initializer.append(numpy_helper.from_array(value, name))
 
     def _node(self, operator: str, inputs: list[str], **attributes: int) -> str:
-        """Add a node with one output at the end of the graph; return the output's name."""
+        """Append a node with one output to the graph's list of nodes, and return the name of the output."""
         name = f"{ADDED}{operator.lower()}_{len(self.model.graph.node)}"
         self.model.graph.node.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
         return name
@@ -201,7 +208,8 @@ class GraphEditor:
 def save_model(model: onnx.ModelProto, path: Path) -> None:
     """Write a graph to an ONNX file, and check the file.
 
-    If the graph does not fit into one file of 2 GiB, its weights go to the file `<name>_data` beside the ONNX file.
+    If the graph is larger than `_MOST_BYTES`, its large weights go to a second file beside the ONNX file, with `_data`
+    appended to its name.
 
     Args:
         model: the graph; it does not change.
@@ -209,7 +217,7 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
 
     Raises:
         OSError: a file cannot be written.
-        onnx.checker.ValidationError: the graph is not valid; the file stays.
+        onnx.checker.ValidationError: the graph is not valid; the written file is not deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = path.with_name(f"{path.name}_data")
@@ -224,6 +232,6 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
 
 
 def check_size(model: onnx.ModelProto) -> None:
-    """Raise ExportError for a graph beyond the 2 GiB of one file: the quantizer and the optimizer do not support it."""
+    """Raise ExportError for a graph larger than `_MOST_BYTES`, which the quantizer and the optimizer do not support."""
     if model.ByteSize() > _MOST_BYTES:
         raise ExportError("the model is larger than 2 GiB; variants of such models are not supported yet")

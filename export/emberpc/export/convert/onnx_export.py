@@ -1,4 +1,4 @@
-"""Convert encoders from PyTorch to ONNX. This is the only module that uses optimum."""
+"""Convert encoders from PyTorch to ONNX. This is the only module that imports optimum."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ def convert(folder: Path, target: Path) -> Path:
 
     Args:
         folder: the encoder, in Hugging Face's format.
-        target: folder for the ONNX file, the configuration and the tokenizer.
+        target: folder to which optimum writes the ONNX file, the configuration and the tokenizer.
 
     Returns:
         The path of the ONNX file.
 
     Raises:
-        ExportError: the encoder cannot be converted, or its tokenizer or weights are incomplete.
+        ExportError: the encoder cannot be converted, weights are missing, or the tokenizer is not supported (see
+            `_check_tokenizer`).
+        BundleError: config.json holds no JSON object.
         OSError: the disk is full.
     """
     _check_tokenizer(folder)
@@ -49,7 +51,11 @@ def convert(folder: Path, target: Path) -> Path:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Raise ExportError if the folder has no fast tokenizer that its tokenizer.json alone describes."""
+    """Raise ExportError unless a tokenizer.json alone can describe the folder's tokenizer.
+
+    The tokenizer must be a fast one, or one that transformers can convert to a fast one, and must not split special
+    tokens.
+    """
     with calling_libraries(
         f"{folder} has no tokenizer that can be read", "get the model again, with its tokenizer.json"
     ):
@@ -69,7 +75,11 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    """Raise ExportError if weights are missing: transformers would use random weights in their place and only warn."""
+    """Raise ExportError if weights are missing: transformers would use random weights in their place and only warn.
+
+    Weights of a pooler may be missing. Call this function in a block of `calling_libraries`, since the errors of
+    transformers pass through.
+    """
     from transformers import AutoModel
 
     _, info = AutoModel.from_pretrained(

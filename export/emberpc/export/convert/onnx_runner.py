@@ -1,4 +1,4 @@
-"""Run the ONNX file of a bundle or a foreign folder on texts, with ONNX Runtime and tokenizers only."""
+"""Run the ONNX file of a bundle or a foreign folder on texts, with ONNX Runtime and tokenizers and without PyTorch."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.threads import Check, run_in_threads, session_options, usable_threads
 
-#: Number of texts of a batch. Small batches of texts of similar length are the fastest on a CPU.
+#: Default number of texts of a batch. Small batches of texts of similar length are the fastest on a CPU.
 _BATCH = 16
-#: Most batches that run at a time, since each needs memory. On two cores, two batches on one thread each took 5 to 20 %
-#: less CPU time than two threads for each batch (docs/decisions/0023).
+#: Most batches that run at a time, since each needs memory. Each batch runs on one thread: on two cores, two batches at
+#: a time took 5 to 20 % less CPU time than one batch at a time on two threads (docs/decisions/0023).
 _MOST_AT_ONCE = 16
 
 Matrix = npt.NDArray[np.float32]
@@ -35,14 +35,16 @@ class OnnxRunner:
     Args:
         model: the ONNX file.
         tokenizer: `tokenizer.json` of the model.
-        max_tokens: number of tokens after which a text is truncated.
+        max_tokens: the most tokens of a text, special tokens included; longer texts are truncated at their end.
         pad_token_id: token id that fills up the shorter texts of a batch.
-        threads: number of batches that run at a time, each on one thread; at most 16; 0: as many as threads are usable.
-        interface: how to call the graph of a foreign folder, and how to turn its output into a vector for each text.
-            None: the graph is that of a bundle, which does this itself.
+        threads: the most batches that `run` runs at a time, each on one thread, but at most 16 and at most as many as
+            threads are usable; 0: no further limit.
+        interface: how to call the graph of a foreign folder, and how to turn its output into a vector, or logits, for
+            each text. None: the graph is that of a bundle, whose outputs need no change.
 
     Raises:
-        ExportError: a file cannot be loaded, or the graph has inputs other than those of a text encoder.
+        ExportError: a file cannot be loaded; or without `interface`, the graph has inputs other than those of a text
+            encoder.
     """
 
     def __init__(
@@ -84,14 +86,15 @@ class OnnxRunner:
         Args:
             texts: at least one text, with its prompt if it needs one.
             output: name of the output, such as `sentence_embedding` or `logits`.
-            batch_size: number of texts of a batch; a batch has texts of similar length.
-            progress: called with the number of texts done.
+            batch_size: the most texts of a batch; a batch has texts of similar numbers of characters.
+            progress: called after each batch and every 0.1 s, with the step `embedding` and the number of texts done.
+                An exception that it raises stops the run, and is raised.
 
         Returns:
             float32 (texts, dimensions or labels), in the order of `texts`.
 
         Raises:
-            ExportError: the model cannot be run.
+            ExportError: the model cannot be run, or its output cannot be used.
         """
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -111,7 +114,10 @@ class OnnxRunner:
         return rows
 
     def prepare(self, texts: Sequence[str]) -> list[Feeds]:
-        """Tokenize texts and return them as inputs for `infer`: batches of 16 texts, the shortest texts first."""
+        """Tokenize texts, and return inputs for `infer`: batches of at most 16 texts, not in the order of `texts`.
+
+        The texts are sorted by their numbers of characters, the shortest first.
+        """
         ordered = sorted(texts, key=len)
         return [self._feeds(ordered[start : start + _BATCH]) for start in range(0, len(ordered), _BATCH)]
 
@@ -132,7 +138,7 @@ class OnnxRunner:
             output: name of the output, such as `sentence_embedding` or `logits`.
 
         Raises:
-            ExportError: the model cannot be run.
+            ExportError: the model cannot be run, or its output cannot be used.
         """
         try:
             (found,) = self._session.run([output], feeds)

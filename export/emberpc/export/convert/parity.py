@@ -16,16 +16,16 @@ from emberpc.export.errors import ExportError
 #: Least cosine between a text's outputs by an fp32 ONNX file and by PyTorch. The two compute the same operations in
 #: another order, so only rounding may differ.
 MIN_COSINE = 0.9999
-#: Greatest absolute difference of an output value between an fp32 ONNX file and PyTorch. The limit grows with outputs
-#: whose largest magnitude is above 1.
+#: Greatest absolute difference of an output value between an fp32 ONNX file and PyTorch. If the largest magnitude of
+#: PyTorch's outputs is above 1, the limit is multiplied by this magnitude.
 MAX_ABS_DIFF = 1e-4
-#: Logits that differ by at most this much count as equal when best labels are compared: a head that learned nothing has
-#: such logits.
+#: Logits of a text that differ by at most this much count as equal when best labels are compared. A head that learned
+#: nothing gives all labels nearly equal logits, and then rounding decides which is the best.
 _TIE = 1e-6
 
 
 def compare(expected: Matrix, got: Matrix, *, labels: bool = False) -> Parity:
-    """Compare outputs of PyTorch and of ONNX Runtime for the same texts.
+    """Compare outputs of PyTorch and of ONNX Runtime for the same texts, at least one.
 
     Args:
         expected: outputs of PyTorch, float32 (texts, dimensions or labels).
@@ -33,8 +33,9 @@ def compare(expected: Matrix, got: Matrix, *, labels: bool = False) -> Parity:
         labels: whether the outputs are logits, so that the best label of each text is compared, too.
 
     Returns:
-        The greatest absolute difference, the least cosine, and the share of texts with the same best label (1.0 unless
-        `labels`).
+        The number of texts, the greatest absolute difference of a value, the least cosine of a text's outputs, and the
+        share of texts with the same best label (1.0 unless `labels`). If several labels are the best up to `_TIE` in
+        `got`, any of them counts as the best.
 
     Raises:
         ExportError: the outputs have different shapes.
@@ -62,7 +63,7 @@ def faults(parity: Parity, scale: float = 1.0) -> list[str]:
 
     Args:
         parity: result of `compare`.
-        scale: factor of the limit of the difference: the largest magnitude of the outputs, at least 1.
+        scale: factor of `MAX_ABS_DIFF`: give the largest magnitude of the expected outputs, or 1 if that is less.
     """
     found = []
     if not parity.cosine_min >= MIN_COSINE:
@@ -95,12 +96,13 @@ def torch_embeddings(folder: str, texts: Sequence[str], max_tokens: int, *, stat
     Args:
         folder: folder of the model.
         texts: the texts.
-        max_tokens: number of tokens at which texts are truncated: the limit of the ONNX model in the comparison.
-        stated: whether the user stated `max_tokens`. Otherwise it must be the limit of the model in
+        max_tokens: number of tokens to which texts are truncated: the limit of the ONNX model in the comparison.
+        stated: whether the user stated `max_tokens`. If not, `require_limit` compares it with the limit of the model in
             sentence-transformers.
 
     Raises:
-        ExportError: sentence-transformers cannot load or run the model, or truncates texts at another limit.
+        ExportError: sentence-transformers cannot load or run the model; or without `stated`, it truncates texts to
+            another number of tokens.
     """
     from emberpc.export.libraries import calling_libraries
 
@@ -111,8 +113,8 @@ def torch_embeddings(folder: str, texts: Sequence[str], max_tokens: int, *, stat
         model = SentenceTransformer(folder, device="cpu", local_files_only=True)
         if not stated:
             require_limit(folder, model.max_seq_length, max_tokens, "sentence-transformers")
-        # If the user did not state the limit, the model has the same limit already, or one beyond its positions, with
-        # which it would fail.
+        # If the user did not state the limit, the model has the same limit already, no limit, or one beyond its
+        # positions. With the last, PyTorch would fail on a text with more tokens than positions.
         model.max_seq_length = max_tokens
         with torch.inference_mode():
             found = model.encode(list(texts), prompt="", convert_to_numpy=True, show_progress_bar=False)
@@ -120,15 +122,17 @@ def torch_embeddings(folder: str, texts: Sequence[str], max_tokens: int, *, stat
 
 
 def source_limit(folder: Path, own: float | None) -> int | None:
-    """Return the number of tokens at which a model's own library truncates texts.
+    """Return the number of tokens to which a model's own library truncates texts, or can truncate them.
 
     Args:
         folder: folder of the model.
         own: limit in tokens of the model as the library loaded it; None or above `MAX_TOKENS`: no limit.
 
     Returns:
-        The smaller of `own` and the number of positions of the model, without those above `MAX_TOKENS`; None if none is
-        left.
+        The smaller of `own` and the model's number of positions (see `read_positions`); None if there is neither.
+
+    Raises:
+        BundleError: config.json or modules.json is damaged.
     """
     positions = read_positions(read_json(transformer_folder(folder) / "config.json"))
     limits = [int(limit) for limit in (own, positions) if limit is not None and limit <= MAX_TOKENS]
@@ -136,14 +140,14 @@ def source_limit(folder: Path, own: float | None) -> int | None:
 
 
 def require_limit(folder: str, own: float | None, max_tokens: int, library: str) -> None:
-    """Raise ExportError if a model's own library truncates texts at another number of tokens than the ONNX model.
+    """Raise ExportError if a model's own library truncates texts to another number of tokens than the ONNX model.
 
-    A model without a limit in its library passes.
+    The number is that of `source_limit`, which may raise BundleError. A model without a limit passes.
 
     Args:
         folder: folder of the model.
         own: limit in tokens of the model as the library loaded it; None or above `MAX_TOKENS`: no limit.
-        max_tokens: number of tokens at which the ONNX model truncates texts.
+        max_tokens: number of tokens to which the ONNX model truncates texts.
         library: name of the library, for the error.
     """
     limit = source_limit(Path(folder), own)

@@ -1,4 +1,4 @@
-"""Read texts, with or without labels, from CSV, TSV, JSONL or Parquet files; errors name the row."""
+"""Read texts, with or without labels, from CSV, TSV, JSONL or Parquet files; the error of a row names the row."""
 
 from __future__ import annotations
 
@@ -21,22 +21,25 @@ _LOGGER = logging.getLogger(__name__)
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _FORMATS = ".csv, .tsv, .jsonl, .ndjson or .parquet"
 #: Code points of invisible characters that other programs leave at the ends of a cell and that `str.strip` does not
-#: remove: soft hyphen, zero width spaces and joiners, bidirectional marks. The server's lexical search ignores the same
-#: characters. Variation selectors and tags are not among them, since they are part of an emoji, nor are Hangul fillers,
-#: which are letters.
+#: remove, such as the soft hyphen, zero width spaces and joiners, and bidirectional marks. The server's lexical search
+#: ignores them, too. It also ignores characters that are not listed here, such as the variation selectors and tags
+#: that are part of an emoji, and Hangul fillers, which are letters.
 _INVISIBLE = (
     *(0xAD, 0x34F, 0x61C, 0x17B4, 0x17B5, 0xFEFF),
     *(*range(0x180B, 0x1810), *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070)),
     *(*range(0xFFF0, 0xFFF9), *range(0x1BCA0, 0x1BCA4), *range(0x1D173, 0x1D17B)),
 )
-#: White space and invisible characters, which are removed at both ends of a label.
+#: White space (U+3000 is the last) and the characters of `_INVISIBLE`, which are removed at both ends of a label.
 _AROUND = "".join([*filter(str.isspace, map(chr, range(0x3001))), *map(chr, _INVISIBLE)])
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts of a file in their order, with the labels of each text, and its place in the file, such as `line 17`."""
+    """Texts of a file in their order, with the labels of each text, and its place in the file, such as `line 17`.
+
+    `texts`, `labels` and `places` have the same length. The labels of a text are distinct and sorted.
+    """
 
     path: Path
     texts: list[str]
@@ -44,10 +47,10 @@ class LabelledTexts:
     places: list[str]
 
     def conflicts(self) -> dict[str, list[str]]:
-        """Return the texts that occur with different labels.
+        """Return the texts that occur with two or more different sets of labels.
 
         Returns:
-            For each such text, the first place of each of its sets of labels, such as `line 17: cancel`.
+            By text, the first place of each of its sets of labels, with the labels, such as `line 17: cancel`.
         """
         seen: dict[str, dict[tuple[str, ...], str]] = {}
         for text, labels, place in zip(self.texts, self.labels, self.places, strict=True):
@@ -65,19 +68,21 @@ def read_labelled(
     """Read a file of labelled texts.
 
     Args:
-        path: CSV or TSV with a header, JSONL, or Parquet (needs the extra `parquet`); UTF-8.
+        path: CSV or TSV with a header, JSONL, or Parquet (needs the extra `parquet`); UTF-8. See `read_rows`.
         text_column: name of the column with the texts.
         label_column: name of the column with the labels. White space and invisible characters around a label are
             removed, and the label is normalized to NFC.
         separator: separator between the labels of a text, which may have any number of labels. In JSONL and Parquet,
-            the labels of a text may also be a list, missing, or null. Default: every text has one label.
+            the labels of a text may also be a list or null; in JSONL, they may be missing. None: every text has one
+            label.
 
     Returns:
         The texts in the order of the file.
 
     Raises:
-        ExportError: the file cannot be read, or has no rows or no such column; a row has no text or (without separator)
-            no label; a text or label is of another type than text or whole number; or the separator is empty.
+        ExportError: the file cannot be read (see `read_rows`) or lacks a column; a row has no text or (without
+            separator) no label; a text or label is of another type than text or whole number, or has a NUL character or
+            a lone surrogate; or the separator is empty.
     """
     path = Path(path)
     if separator == "":
@@ -86,7 +91,8 @@ def read_labelled(
     labels: list[tuple[str, ...]] = []
     places: list[str] = []
     rows = read_rows(path)
-    # Labels may be missing in some rows, but a column that no row has is a mistake in its name.
+    # With a separator, a row of JSONL may lack the label column. If all rows lack it, its name is wrong, and the first
+    # row is an error.
     may_be_missing = separator is not None and any(label_column in row for _, row in rows)
     for place, row in rows:
         texts.append(text_of(path, place, row, text_column))
@@ -101,25 +107,26 @@ def read_labelled(
 
 
 def read_texts(path: Path | str, *, text_column: str = "text") -> list[str]:
-    """Return the texts of a CSV, TSV, JSONL or Parquet file, in their order; labels in the file are ignored.
+    """Return the texts of a CSV, TSV, JSONL or Parquet file, in their order; other columns are ignored.
 
     Args:
         path: the file, in UTF-8; CSV and TSV need a header.
         text_column: name of the column with the texts.
 
     Raises:
-        ExportError: the file cannot be read, or has no rows or no such column; or a row's text is missing, or is
-            neither text nor a whole number.
+        ExportError: the file cannot be read (see `read_rows`), or `text_of` refuses the text of a row.
     """
     path = Path(path)
     return [text_of(path, place, row, text_column) for place, row in read_rows(path)]
 
 
 def check_columns(path: Path, columns: Sequence[str]) -> None:
-    """Check that a file can be read, and that its first row has all of `columns`; a Parquet file is read as a whole.
+    """Check that the first row of a file can be read and has all of `columns`.
+
+    Errors in later rows may not be found. A Parquet file is read as a whole.
 
     Raises:
-        ExportError: the file cannot be read, has no rows, or lacks a column.
+        ExportError: the file cannot be read (see `read_rows`), or the row lacks a column.
     """
     ((place, row),) = read_rows(path, most=1)
     for column in columns:
@@ -127,18 +134,19 @@ def check_columns(path: Path, columns: Sequence[str]) -> None:
 
 
 def read_rows(path: Path, most: int | None = None) -> list[tuple[str, dict[str, Any]]]:
-    """Return the rows of a CSV, TSV, JSONL or Parquet file.
+    """Return the rows of a CSV, TSV, JSONL or Parquet file; empty lines are not rows.
 
     Args:
-        path: the file; its suffix says the format.
+        path: the file; its suffix, in any case, says the format: `.csv`, `.tsv`, `.jsonl` or `.ndjson`, `.parquet`.
         most: the most rows to return; None: all.
 
     Returns:
         For each row, its place in the file, and its cells by column. The place is the row's last line, such as
-        `line 17`, or in Parquet its number, such as `row 17`.
+        `line 17`, or in Parquet the row's number, such as `row 17`; both count from 1.
 
     Raises:
-        ExportError: the file cannot be read, has another suffix, is malformed, or has no rows.
+        ExportError: the file cannot be read, has another suffix, is malformed or not UTF-8, or has no rows; or it is
+            Parquet, and pyarrow is not installed.
     """
     readers = {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".parquet": _parquet}
     suffix = path.suffix.lower()
@@ -165,8 +173,8 @@ def text_of(path: Path, place: str, row: dict[str, Any], column: str) -> str:
         column: name of the column.
 
     Raises:
-        ExportError: there is no such column; or the cell is empty or white space only, is of another type, or holds a
-            NUL character or a lone surrogate.
+        ExportError: there is no such column; or the cell is empty or white space only, is neither text nor a whole
+            number, or holds a NUL character or a lone surrogate.
     """
     return _filled(path, place, column, _text(path, place, column, _cell(path, place, row, column)))
 
@@ -175,7 +183,8 @@ def _text(path: Path, place: str, column: str, value: Any) -> str:
     """Return the text of a cell; an empty text for None. An int becomes text.
 
     Raises:
-        ExportError: the cell holds another type (also a float such as 3.0), a NUL character or a lone surrogate.
+        ExportError: the cell holds another type (a bool and a float such as 3.0, too), a NUL character or a lone
+            surrogate.
     """
     if value is None:
         return ""
@@ -210,7 +219,7 @@ def label_of(path: Path, place: str, row: dict[str, Any], column: str) -> str:
         column: name of the column.
 
     Raises:
-        ExportError: there is no such column, `text_of` refuses the cell, or no character of it is visible.
+        ExportError: there is no such column, `text_of` refuses the cell, or nothing of it is left.
     """
     return _filled(path, place, column, _plain_label(text_of(path, place, row, column)))
 
@@ -221,7 +230,7 @@ def _plain_label(text: str) -> str:
 
 
 def report_alike(path: Path, labels: Iterable[str]) -> None:
-    """Log a warning for labels that differ only in case, space, invisible characters or how a number is written.
+    """Log a warning if labels have the same form by `_comparable`, so that they hardly differ.
 
     These labels count as different, which may be unintended. `path` is the file, for the warning.
     """
@@ -242,8 +251,9 @@ def report_alike(path: Path, labels: Iterable[str]) -> None:
 def _comparable(label: str) -> str:
     """Return a form of a label that is equal for labels that hardly differ.
 
-    Case, amount of space, invisible characters, Unicode forms of compatibility (such as full-width letters), and how a
-    number is written (`1` or `1.0`) make no difference.
+    Case, the amount of space, characters of the Unicode category Cf (most are invisible), compatibility forms (such as
+    full-width letters), and how a number is written (`1`, `+1` or `1.0`) make no difference. Of a number, 28 digits
+    count.
     """
     visible = "".join(" " if each.isspace() else each for each in label if unicodedata.category(each) != "Cf")
     form = " ".join(unicodedata.normalize("NFKC", visible).casefold().split())
@@ -251,7 +261,10 @@ def _comparable(label: str) -> str:
 
 
 def _undecodable(path: Path) -> str:
-    """Return the place of the first bytes of a file that are not UTF-8, such as `line 3, byte 7`; counted from 1."""
+    """Return the place of the first bytes of a file that are not UTF-8, such as `line 3, byte 7`.
+
+    Lines, and the bytes of a line, are counted from 1. If all lines are UTF-8, the result is `its end`.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -262,10 +275,11 @@ def _undecodable(path: Path) -> str:
 
 
 def _several(path: Path, place: str, row: dict[str, Any], column: str, separator: str) -> tuple[str, ...]:
-    """Return the distinct labels in a cell, which may be none, in alphabetical order.
+    """Return the distinct labels in a cell, which may be none, in the order of their code points.
 
-    The labels are a list, or a text with `separator` between them; empty ones are dropped. Raises ExportError if there
-    is no such column, or a label is neither a text nor a whole number.
+    The cell is a list of labels, or a text with `separator` between labels; None has no labels. Each label is cleaned
+    as by `label_of`, and empty labels are dropped. Raises ExportError if there is no such column; or a label is neither
+    a text nor a whole number, or has a NUL character or a lone surrogate.
     """
     value = _cell(path, place, row, column)
     parts = value if isinstance(value, list) else _text(path, place, column, value).split(separator)
@@ -276,7 +290,7 @@ def _several(path: Path, place: str, row: dict[str, Any], column: str, separator
 
 def _cell(path: Path, place: str, row: dict[str, Any], column: str) -> Any:
     if column not in row:
-        # In a table, the header is wrong, and not the first row that is read.
+        # In CSV, TSV and Parquet, all rows have the same columns, so the error names no row.
         where = f"{path}, {place}" if path.suffix.lower() in (".jsonl", ".ndjson") else path
         raise ExportError(
             f"{where}: there is no column {column!r}; there are: {', '.join(row)}; rename one, or choose another column"
@@ -307,7 +321,7 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[str, dict[str, Any]
 
 
 def _check_header(path: Path, names: Sequence[str], delimiter: str) -> None:
-    """Raise ExportError if a header repeats a name, or is a single cell with another delimiter in it."""
+    """Raise ExportError if a header repeats a name, or is a single cell that has another of `_DELIMITERS` in it."""
     if len(names) == 1 and (
         other := next((sign for sign in _DELIMITERS if sign != delimiter and sign in names[0]), "")
     ):

@@ -24,7 +24,11 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def evenly(count: int, most: int) -> Rows:
-    """Return at most `most` of the indexes from 0 to `count` - 1, at equal distances and ascending, int64."""
+    """Return `most` of the indexes from 0 to `count` - 1, at nearly equal distances and ascending, int64.
+
+    All indexes are returned if `count` is at most `most`. If only one is returned, it is 0; otherwise the first and the
+    last index are among them.
+    """
     return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
 
 
@@ -32,8 +36,9 @@ def evenly(count: int, most: int) -> Rows:
 class Examples:
     """Texts with their labels, and descriptions of the labels.
 
-    `targets` is bool (texts, labels), with one True in each row unless `multi_label`. `descriptions` has a text for
-    each label, in the order of the labels, or is empty.
+    `targets` says which labels each text has, bool (texts, labels), with exactly one True in each row unless
+    `multi_label`. `labels` has the labels' names. `descriptions` has a text for each label, in the order of `labels`,
+    or is empty.
     """
 
     texts: tuple[str, ...]
@@ -49,17 +54,20 @@ class Examples:
 
     @property
     def per_label(self) -> float:
-        """Mean number of texts of a label."""
+        """Mean number of texts of a label; a text counts for each of its labels."""
         return float(self.targets.sum() / len(self.labels))
 
     def take(self, rows: Rows | Sequence[int]) -> Examples:
-        """Return examples with only the texts of the given indexes, in that order, and all labels."""
+        """Return examples with only the texts of the given indexes, in the order of `rows`, and with all labels.
+
+        An empty list is not allowed, but an empty int array is.
+        """
         return replace(self, texts=tuple(self.texts[row] for row in rows), targets=self.targets[np.asarray(rows)])
 
     def described(self) -> Examples:
-        """Return the examples with each label's description added at the end as one more text of the label.
+        """Return examples with the label descriptions appended to the texts, each as a text of its label.
 
-        Examples without descriptions are returned as they are.
+        Without descriptions, the object itself is returned.
         """
         if not self.descriptions:
             return self
@@ -73,7 +81,8 @@ class Examples:
 def label_names(labels: Sequence[str]) -> tuple[str, ...]:
     """Return each label as lower-case words: `card_arrival` and `cardArrival` become `card arrival`.
 
-    A label that consists of separators only, such as `_`, is returned unchanged.
+    Words are separated by white space or any of `_-./`, or by a capital letter (A to Z) after a small one (a to z). A
+    label of separators only, such as `_`, is returned unchanged.
     """
     return tuple(
         re.sub(r"[\s_\-./]+", " ", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label)).strip().lower() or label
@@ -92,8 +101,8 @@ def read_descriptions(path: Path | str, labels: Sequence[str]) -> tuple[str, ...
         The descriptions, in the order of `labels`.
 
     Raises:
-        ExportError: the file cannot be read or lacks a column, a row has no label or no description, a label has no
-            row, or a row's label is unknown or repeated.
+        ExportError: `read_labelled` cannot read the file, a label has no row, or a row's label is not in `labels` or
+            occurs in an earlier row.
     """
     data = read_labelled(path, text_column="description", label_column="label")
     found: dict[str, str] = {}
@@ -112,13 +121,13 @@ def read_descriptions(path: Path | str, labels: Sequence[str]) -> tuple[str, ...
 
 
 def training_examples(data: LabelledTexts, *, multi_label: bool = False, min_examples: int = 2) -> Examples:
-    """Return training examples made from the texts of a file; labels are numbered in alphabetical order.
+    """Return training examples made from the texts of a file; labels are sorted by their code points.
 
-    Logs a warning for labels that hardly differ, and for texts with conflicting labels.
+    Logs a warning for labels that hardly differ (see `report_alike`), and for texts with conflicting labels.
 
     Args:
         data: the texts of the file.
-        multi_label: whether a text may have any number of labels.
+        multi_label: whether a text may have any number of labels; otherwise each must have one.
         min_examples: fewest texts that each label must have.
 
     Raises:
@@ -146,9 +155,10 @@ def training_examples(data: LabelledTexts, *, multi_label: bool = False, min_exa
 
 
 def held_out_examples(data: LabelledTexts, like: Examples) -> Examples:
-    """Return examples to measure on, made from the texts of a file, with the labels of the training texts.
+    """Return examples to measure on, made from the texts of a file.
 
-    Logs a warning for texts with conflicting labels, and for texts that are training texts, too.
+    `labels`, `multi_label` and `descriptions` are those of the training examples. Logs a warning for texts with
+    conflicting labels, and for texts that are training texts, too.
 
     Args:
         data: the texts of the file.
@@ -194,9 +204,9 @@ def targets_of(data: LabelledTexts, labels: Sequence[str]) -> Targets:
 
 
 def report_conflicts(data: LabelledTexts, *, multi_label: bool = False) -> None:
-    """Log a warning for texts that occur with different labels: no classifier can be right at all of their places.
+    """Log a warning if texts occur with different sets of labels.
 
-    With `multi_label`, the warning leaves this reason out.
+    Unless `multi_label`, the warning adds that the classifier cannot get all of their places right.
     """
     conflicts = data.conflicts()
     if conflicts:

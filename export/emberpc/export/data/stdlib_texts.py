@@ -1,7 +1,7 @@
 """Read real texts that every host has: the docstrings of the standard library of its Python.
 
-Modules written in Python are parsed and never imported, so none of their code runs. A few modules are written in C
-and have no source to parse. These are imported, which has no side effects.
+Source files are parsed, which does not run their code. Functions and classes written in C have no source in Python.
+To read some of these, the modules in `_IN_C` are imported, which has no side effects.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-#: Modules and folders that are not read, since their docstrings do not describe a public API. Functions and classes
-#: with one of these names are left out, too.
+#: Names of modules and folders that are not read, since their docstrings do not describe a public API. Functions,
+#: methods and classes with one of these names are left out, too.
 _SKIPPED = frozenset(
     {
         "test",
@@ -35,6 +35,7 @@ _SKIPPED = frozenset(
         "pydoc_data",
     }
 )
+#: Modules that are imported for the docstrings of functions and classes written in C. Some have source files, too.
 _IN_C = (
     "builtins",
     "itertools",
@@ -56,8 +57,8 @@ _IN_C = (
 class StdlibDoc:
     """A docstring of the standard library.
 
-    `name` is qualified (`itertools.chain.from_iterable`), `module` is the top-level module, `kind` is `function`,
-    `method` or `class`, and `text` is the docstring without its indentation.
+    `name` is the full dotted name (`itertools.chain.from_iterable`), and `module` its first part. `kind` is `function`,
+    `method` or `class`. `text` is the docstring without its indentation and without white space around it.
     """
 
     name: str
@@ -69,8 +70,9 @@ class StdlibDoc:
 def read_stdlib() -> list[StdlibDoc]:
     """Return the docstrings of public functions, methods and classes of the standard library, sorted by name.
 
-    They come from all public modules written in Python and from some written in C. Each name occurs once. The
-    docstrings are read once in each process, which takes seconds.
+    They come from the modules written in Python, except those in `_SKIPPED`, and from the modules in `_IN_C`. A name
+    that is defined several times occurs once, with its first docstring. The first call in a process takes seconds;
+    later calls use its docstrings again.
     """
     return list(_read_once())
 
@@ -85,13 +87,13 @@ def _read_once() -> tuple[StdlibDoc, ...]:
 
 
 def sample_texts(count: int) -> list[str]:
-    """Return texts of mixed length: edge cases, two long concatenations of docstrings, and single docstrings.
+    """Return texts of mixed length: five edge cases, two long concatenations of docstrings, and single docstrings.
 
-    The edge cases are a single letter, a word, other scripts, whitespace and code. The texts are the same at each call
-    with the same version of Python.
+    The edge cases are a single letter, a word, other scripts, white space and code. The texts are the same at each call
+    with the same standard library.
 
     Args:
-        count: number of texts, at least 8.
+        count: number of texts, at least 8; fewer are returned if there are too few docstrings (there are about 5,400).
     """
     docs = [doc.text for doc in read_stdlib()]
     edges = [
@@ -107,7 +109,10 @@ def sample_texts(count: int) -> list[str]:
 
 
 def _from_source() -> Iterator[StdlibDoc]:
-    """Yield the docstrings of functions, methods and classes of modules written in Python, which are only parsed."""
+    """Yield the docstrings of public functions, methods and classes in the source files of the standard library.
+
+    The files are parsed and not imported. Definitions inside a function, an `if` or a `try` are left out.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     for path in _sources(root):
         parts = path.relative_to(root).with_suffix("").parts
@@ -122,7 +127,8 @@ def _from_source() -> Iterator[StdlibDoc]:
 def _sources(root: Path) -> Iterator[Path]:
     """Yield the source files of public modules below `root`, the folder of the standard library.
 
-    Folders of other modules, such as site-packages, are not entered.
+    Left out are names with a leading underscore, names in `_SKIPPED`, and files and folders of `root` that are no
+    module of the standard library, such as site-packages.
     """
     for folder, folders, files in os.walk(root):
         if folder == str(root):
@@ -148,7 +154,10 @@ def _walk(node: ast.Module | ast.ClassDef, prefix: str, module: str, *, inside_c
 
 
 def _from_c() -> Iterator[StdlibDoc]:
-    """Yield the docstrings of members of some modules written in C, which are imported."""
+    """Import the modules in `_IN_C`, and yield the docstrings of their public functions, classes and methods.
+
+    Docstrings that `_from_source` yields, too, are among them.
+    """
     for module_name in _IN_C:
         module = importlib.import_module(module_name)
         for name, member in sorted(vars(module).items()):

@@ -1,4 +1,4 @@
-"""Embed texts with an encoder in training; the hidden states of its frozen lower layers are cached."""
+"""Embed texts with an encoder in training; hidden states after its frozen lower layers are cached."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from emberpc.export.convert.onnx_runner import Matrix
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.tuning.backbone import Backbone, States, TokenIds
 
-#: Default limit of the cached states in bytes: enough for 13,000 passages of 200 tokens with a hidden size of 384.
+#: Default limit of the cached states in bytes: enough for 13,000 passages of 200 tokens with a hidden size of 384, in
+#: float16.
 ROOM = 2 * 1024**3
-#: Number of texts whose states are computed before the remaining room for states is checked again. Their states may
-#: exceed the room.
+#: Number of texts whose states are computed between two checks of the remaining room. So the cached states may exceed
+#: the room by less than the states of this number of texts.
 _CHUNK = 256
 
 
 class Embedder:
     """Embeds texts with the current weights of an encoder in PyTorch. Texts must include their prompts.
 
-    `keep` caches the hidden states of texts after the frozen lower layers, as far as `room` allows. Texts without
-    cached states run through all layers, which takes longer and gives the same vectors.
+    `keep` caches the hidden states of texts after the frozen lower layers, until `room` is used up. Texts without
+    cached states run through all layers, which takes longer. Their vectors may differ slightly, since cached states are
+    float16.
 
     Args:
-        backbone: the encoder in PyTorch; call `keep` before a training starts.
+        backbone: the encoder in PyTorch. Call `keep`, if at all, before `train_top` of the backbone.
         top: number of upper layers that will be trained.
-        room: limit of the cached states in bytes.
+        room: limit of the cached states in bytes; the last states cached may exceed it.
         progress: called with the number of texts done.
     """
 
@@ -43,10 +45,11 @@ class Embedder:
     def keep(self, texts: Sequence[str]) -> None:
         """Cache the token ids of texts, and their states after the frozen lower layers until the room is used up.
 
-        This restores the original weights of the encoder, so call it only before a training.
+        This may restore the original weights of the encoder and undo `train_top`, so call it only before a training.
+        If all layers will be trained, only token ids are cached.
 
         Args:
-            texts: the texts, those first whose states are needed most.
+            texts: the texts, in the order in which their states are cached: those first whose states are needed most.
         """
         new = list(dict.fromkeys(texts))
         self.tokens(new)
@@ -72,7 +75,10 @@ class Embedder:
         return [self._tokens[text] for text in texts]
 
     def forward(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return the vectors of a batch of texts, float32 (texts, dimensions), with gradients for training."""
+        """Return the vectors of a batch of texts, float32 (texts, dimensions), with gradients for training.
+
+        If one of the texts has no cached states, all layers run for the whole batch.
+        """
         tokens = self.tokens(texts)
         if all(text in self._states for text in texts):
             return self._backbone.forward(tokens, [self._states[text] for text in texts])
@@ -80,7 +86,7 @@ class Embedder:
             return self._backbone.forward(tokens)
 
     def embed(self, texts: Sequence[str], name: str = "") -> Matrix:
-        """Return the vectors of texts, float32 (texts, dimensions), without gradients.
+        """Return the vectors of texts, float32 (texts, dimensions), in the order of `texts`, without gradients.
 
         Args:
             texts: at least one text.

@@ -8,9 +8,10 @@ from emberpc.bundle import unit
 from emberpc.export.convert.onnx_runner import Matrix
 from emberpc.export.retrieval.queries import Queries
 
-#: Name of the figure by which weights, epochs and models are chosen.
+#: Name of the figure by which a training chooses epoch and weights, and which shows whether the training helped. An
+#: export checks variants by it, too.
 DECIDING = "ndcg_at_10"
-#: Number of queries whose scores, one for each passage, are in memory at the same time.
+#: Number of queries whose scores, one for each candidate, are in memory at the same time.
 _BLOCK = 256
 
 
@@ -23,8 +24,9 @@ def measure(
         query_vectors: float32 (queries, dimensions), of any length.
         passage_vectors: vectors of the candidates, float32 (candidates, dimensions), of any length.
         queries: at least one query, each with at least one relevant passage.
-        candidates: index of the passage of each candidate, int (candidates,); default: all passages in their order. A
-            query's own passage is left out of its ranking. Relevant passages that are no candidates count as not found.
+        candidates: for each row of `passage_vectors`, the index of its passage, int (candidates,), each passage once;
+            default: row i is passage i. A query's own passage is left out of its ranking. Relevant passages that are no
+            candidates count as not found.
 
     Returns:
         `ndcg_at_10`, with a gain of 1 for each relevant passage (Järvelin and Kekäläinen, "Cumulated gain-based
@@ -41,7 +43,7 @@ def measure(
         for row, known in zip(scores, range(start, start + len(scores)), strict=True):
             if (own := column.get(queries.own[known])) is not None:
                 row[own] = -np.inf
-            # A stable sort keeps passages with equal scores in their order, so the figures are the same on every host.
+            # A stable sort keeps passages with equal scores in their order, so that the order of ties is defined.
             best = names[np.argsort(-row, kind="stable")[:100]]
             relevant = queries.relevant[known]
             hits = np.array([int(name) in relevant for name in best])

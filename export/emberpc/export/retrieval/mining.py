@@ -12,17 +12,19 @@ from emberpc.export.convert.onnx_runner import Matrix
 from emberpc.export.errors import ExportError
 from emberpc.export.retrieval.queries import Queries
 
-#: Parameters of the HNSW graph, the usual ones of hnswlib. The graph serves one pass over the queries only.
+#: Parameters of the HNSW graph, hnswlib's defaults. A graph serves one pass over the queries, so tuning these would not
+#: pay.
 _M, _EF_CONSTRUCTION = 16, 200
-#: Number of passages nearest to a query from which its negatives are picked.
+#: Number of passages nearest to a query from which its negatives are picked. `mine` searches for more, since it skips
+#: known answers.
 _NEAREST = 50
-#: Greatest cosine of a negative to the query, as a share of the cosine of the nearest known answer (Moreira et al.,
+#: A negative's cosine to the query must be below this share of the nearest known answer's (Moreira et al.,
 #: "NV-Retriever", 2024, found 0.95 to be the best). A passage that is nearer may be an unmarked answer.
 _MARGIN = 0.95
 
 
 class Neighbours:
-    """An HNSW graph of passages, to be searched by cosine. All input is checked, since hnswlib crashes on bad input.
+    """An HNSW graph of passages, to be searched by cosine. Vectors are checked, since hnswlib crashes on bad ones.
 
     Args:
         vectors: vectors of the passages, float32 (passages, dimensions), of any length.
@@ -35,13 +37,13 @@ class Neighbours:
         self._units = _checked(vectors)
         self._index = hnswlib.Index(space="ip", dim=self._units.shape[1])
         self._index.init_index(len(self._units), M=_M, ef_construction=_EF_CONSTRUCTION, random_seed=0)
-        # With several threads, hnswlib would build another graph from the same vectors at each run.
+        # Use one thread: with several, hnswlib would build different graphs from the same vectors at different runs.
         self._index.add_items(self._units, np.arange(len(self._units)), num_threads=1)
 
     def nearest(self, queries: Matrix, count: int) -> tuple[np.ndarray, Matrix]:
-        """Return the nearest passages of each query, the nearest first.
+        """Return the passages nearest to each query, the nearest first.
 
-        The search is approximate, or exact if `count` is more than half of the passages.
+        The search is exact if `count` is more than half of the number of passages, and approximate otherwise.
 
         Args:
             queries: float32 (queries, dimensions), of any length.
@@ -60,7 +62,7 @@ class Neighbours:
             raise ValueError(f"queries of shape {units.shape}, count {count}, passages of shape {self._units.shape}")
         if 2 * count > len(self._units):
             # Search exactly if more than half of the passages are wanted: hnswlib raises and leaks memory if the links
-            # of the graph reach too few passages.
+            # of the graph reach fewer passages than wanted.
             scores = units @ self._units.T
             best = np.argsort(-scores, axis=1, kind="stable")[:, :count]
             return best, np.take_along_axis(scores, best, axis=1)
@@ -74,15 +76,15 @@ def mine(
 ) -> list[list[int]]:
     """Return hard negatives of each query: passages near it that are not known to answer it, the nearest first.
 
-    Passages whose cosine is at least 0.95 of the nearest known answer's are left out: they may be answers, too.
+    Passages whose cosine is at least the nearest known answer's less 5 % are left out: they may be answers, too.
 
     Args:
         query_vectors: float32 (queries, dimensions), of any length.
         passage_vectors: float32 (passages, dimensions), of any length.
         queries: the queries, each with at least one relevant passage. A query's relevant passages and its own passage
             are never returned for it.
-        count: the most negatives for each query; fewer are returned if fewer of the nearest passages are suitable. 0:
-            none.
+        count: the most negatives for each query; fewer are returned if fewer of the nearest 50 to 100 passages are
+            suitable. 0: none.
         minable: indexes of the passages to choose from; default: all passages.
 
     Returns:
@@ -94,8 +96,8 @@ def mine(
     """
     if not count:
         return [[] for _ in range(len(queries))]
-    # The relevant passages of a query are mostly near the query, and are skipped below. So search for as many passages
-    # more as a query has relevant ones, but for at most twice `_NEAREST`.
+    # A query's relevant passages and its own passage are mostly near the query, and are skipped below. So search for
+    # `_NEAREST` passages and as many more as are skipped for a query at most, but for no more than twice `_NEAREST`.
     most = max(len(known) for known in queries.relevant) + 1
     rows = np.arange(len(passage_vectors)) if minable is None else np.array(minable, dtype=np.int64)
     best, scores = Neighbours(passage_vectors[rows]).nearest(
@@ -115,7 +117,10 @@ def mine(
 
 
 def _checked(vectors: Matrix) -> Matrix:
-    """Return vectors scaled to length 1; raise ExportError if there are no vectors or a vector is not finite."""
+    """Return vectors scaled to length 1; raise ExportError if there are no vectors or a vector is not finite.
+
+    `vectors` does not change.
+    """
     if vectors.ndim != 2 or not vectors.size:
         raise ExportError("there are no vectors to search; give at least one passage")
     if not np.isfinite(vectors).all():

@@ -30,8 +30,9 @@ class Files:
     """Paths of the data files for a fine-tuning, as CSV, TSV, JSONL or Parquet.
 
     `train` has pairs (columns query, passage), triplets (also a column negative) or labelled texts (text, label). Texts
-    with the same label count as answers to each other. `validation` and `test` have the same format. `corpus` (text,
-    and optionally title) has more passages, to search in and to mine negatives from.
+    with the same label count as answers to each other. `validation` and `test` have one of these three kinds, too; None
+    as `validation`: some training queries are held out. `corpus` (text, and optionally title) has more passages, to
+    search in and to mine negatives from.
     """
 
     train: Path | str
@@ -44,8 +45,9 @@ class Files:
 class Queries:
     """Queries with the indexes of the passages that are known to answer each (`relevant`) or not to (`negatives`).
 
-    A passage in neither set may or may not answer the query. `own` has the index of the passage that is the query
-    itself, which a search for the query must leave out; the index is -1 unless the data are labelled texts.
+    A passage in neither set may or may not answer the query. `texts` are without prompts. A labelled text is a query
+    and a passage: `own` has the index of this passage, which a search for the query must leave out. The index is -1 if
+    the query comes from pairs or triplets, or its passage is not among the passages.
     """
 
     texts: tuple[str, ...]
@@ -57,7 +59,7 @@ class Queries:
         return len(self.texts)
 
     def take(self, rows: Iterable[int]) -> Queries:
-        """Return the queries of the given rows, in that order."""
+        """Return the queries at the given indexes, in the order of the indexes."""
         rows = list(rows)
         return Queries(
             tuple(self.texts[row] for row in rows),
@@ -69,7 +71,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class RetrievalData:
-    """Data for a fine-tuning: all distinct passages, and the queries to train on, to choose by and to test on.
+    """Data for a fine-tuning: the distinct passages of all files, and queries to train on, to choose by and to test on.
 
     `held_out` are the queries that epochs and weights are chosen by. `test` is None if there is no test file.
     """
@@ -79,14 +81,17 @@ class RetrievalData:
     held_out: Queries
     test: Queries | None
     #: Ascending indexes of the passages that may become hard negatives: those of the training queries and of the
-    #: corpus. Passages of held-out queries may not: a labelled text that is held out answers the training queries of
-    #: its label, but is not among their relevant passages.
+    #: corpus. Passages that only held-out or test queries have may not: a labelled text that is held out answers the
+    #: training queries of its label, but is not among their relevant passages.
     minable: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Queries with their known answers, and the passages in which to search for the answers."""
+    """Queries with their known answers, and the passages in which to search for the answers.
+
+    The indexes in `queries` refer to `passages`.
+    """
 
     passages: tuple[str, ...]
     queries: Queries
@@ -94,17 +99,18 @@ class Judged:
     def few(self, most_queries: int, most_passages: int) -> Judged:
         """Return a sample of the queries, and a sample of the passages to search.
 
-        Queries are taken at equal distances. Their answers come first among the passages; then other passages are taken
-        at equal distances. A query is left out if none of its answers is among the passages taken.
+        Queries are taken at equal distances. Passages are taken in this order: answers of these queries, then others at
+        equal distances. Then queries without any answer among the passages taken are left out. The indexes in the
+        result refer to its own passages.
 
         Args:
-            most_queries: the most queries to return.
+            most_queries: the most queries to return, at least 1; there must be a query.
             most_passages: the most passages to return.
         """
         rows = evenly(len(self.queries), most_queries)
         taken = self.queries.take(rows)
         answers = [sorted(known) for known in taken.relevant]
-        # Take one answer of every query, then a second answer of every query and so on. Labelled texts have so many
+        # Take one answer of every query, then a second answer of every query and so on. Labelled texts may have so many
         # answers that those of the first queries alone would fill the sample.
         by_turn = [known[turn] for turn in range(max(map(len, answers))) for known in answers if len(known) > turn]
         chosen = list(dict.fromkeys(by_turn))[:most_passages]
@@ -133,7 +139,8 @@ def read_judged(path: Path | str, corpus: Path | str | None = None) -> Judged:
         corpus: file with more passages to search in (columns text, and optionally title); None: no more.
 
     Raises:
-        ExportError: a file cannot be read, or contradicts itself; the error names the row and the remedy.
+        ExportError: a file cannot be read, lacks columns or contradicts itself, a cell is empty, or a label has a
+            single text.
     """
     passages: dict[str, int] = {}
     read = _read(Path(path), passages, defaultdict(set))
@@ -145,30 +152,31 @@ def has_queries(path: Path | str) -> bool:
     """Return whether a file has pairs or triplets: whether its first row has the columns query and passage.
 
     Raises:
-        ExportError: the file cannot be read or has no rows.
+        ExportError: the file cannot be read, is malformed or has no rows.
     """
     return read_rows(Path(path))[0][1].keys() >= _PAIR
 
 
 def read_data(files: Files, seed: int) -> RetrievalData:
-    """Read the data files. Without a validation file, a fifth of the queries is held out, at most 500.
+    """Read the data files. Without a validation file, a fifth of the training queries is held out, at most 500.
 
-    A query may be in one file only. A labelled text that is held out does not count as an answer of a training query,
-    since the training would move the text's vector towards those of its label.
+    A labelled text that is held out, or comes from the validation or test file, does not count as an answer of a
+    training query, since the training would move the text's vector towards those of its label. A training query
+    without any other answer is left out.
 
     Args:
         files: paths of the files.
         seed: seed of the draw of held-out queries.
 
     Raises:
-        ExportError: a file cannot be read, the data contradicts itself, or there are too few queries; the error names
-            the row and the remedy.
+        ExportError: a file cannot be read, lacks columns or contradicts itself, a cell is empty, a label has a single
+            text, a query is in two files, or there are fewer than 10 training queries and no validation file.
     """
     passages: dict[str, int] = {}
     members: dict[str, set[int]] = defaultdict(set)
     train = _read(Path(files.train), passages, members)
-    # Build the training queries before the validation and test files are read: texts of these files must not become
-    # answers of training queries.
+    # Build the training queries before the validation and test files are read, which adds their texts to `members`:
+    # these texts must not become answers of training queries.
     known = train.queries()
     validation, test = (
         None if path is None else _read(Path(path), passages, members) for path in (files.validation, files.test)
@@ -185,9 +193,13 @@ def read_data(files: Files, seed: int) -> RetrievalData:
 
 
 def _add_corpus(path: Path | str | None, passages: dict[str, int]) -> set[int]:
-    """Add the passages of a corpus to `passages`, which maps each passage to its index; return their indexes.
+    """Add the passages of a corpus to `passages`, which maps each passage to its index.
 
-    Without a corpus, nothing is added. Raises ExportError if the file cannot be read.
+    Returns:
+        The indexes of all passages of the corpus, those included that `passages` had before; empty without a corpus.
+
+    Raises:
+        ExportError: the file cannot be read, or a row has no text.
     """
     if path is None:
         return set()
@@ -203,8 +215,10 @@ def _minable(learnt: Queries, corpus: set[int]) -> tuple[int, ...]:
 class _Read:
     """A file that was read.
 
-    `places` has the place of each query's first row, such as `line 17`, by the query's text. `queries` returns the
-    file's queries. The answers of a labelled text are all other texts of its labels in all files read before the call.
+    `places` has the place of each query's first row, such as `line 17`, by the query's text. The function `queries`
+    returns the file's queries. At the time of its call, it reads the argument `members` of `_read`: the answers of a
+    labelled text are the other texts of its labels in this file and in all files read before the call. The function
+    raises ExportError if there are none for one of these labels.
     """
 
     path: Path
@@ -215,6 +229,8 @@ class _Read:
 def _read(path: Path, passages: dict[str, int], members: dict[str, set[int]]) -> _Read:
     """Read a training, validation or test file: pairs, triplets or labelled texts. Other columns are ignored.
 
+    The columns of the first row decide which of the three the file has.
+
     Args:
         path: the file.
         passages: index of each passage by its text; passages of the file are added.
@@ -222,7 +238,7 @@ def _read(path: Path, passages: dict[str, int], members: dict[str, set[int]]) ->
 
     Raises:
         ExportError: the file cannot be read, contradicts itself or lacks the columns (query and passage, or text and
-            label), or one of their cells is empty.
+            label), or a cell of its columns is empty or of a wrong type.
     """
     rows = read_rows(path)
     columns = rows[0][1]
@@ -234,11 +250,13 @@ def _read(path: Path, passages: dict[str, int], members: dict[str, set[int]]) ->
 
 
 def _read_pairs(path: Path, rows: Sequence[tuple[str, dict[str, Any]]], passages: dict[str, int]) -> _Read:
-    """Read pairs or triplets, and add their passages to `passages`; rows with the same query become one query.
+    """Read pairs or triplets, and add their passages and negatives to `passages`.
+
+    Rows with the same query become one query. The rows are triplets if the first row has the column negative.
 
     Raises:
-        ExportError: a cell is empty or no text, a query is its own passage, or a negative is also a passage of its
-            query.
+        ExportError: a cell is missing, empty or no text, a query is its own passage, or a negative is also a passage of
+            its query.
     """
     triplets = "negative" in rows[0][1]
     places: dict[str, str] = {}
@@ -272,11 +290,11 @@ def _read_labelled(
 ) -> _Read:
     """Read labelled texts, and add them to `passages` and `members`.
 
-    Each text is a query, and all other texts of its labels in all files read so far are its answers. The function
-    `queries` of the result raises ExportError if a label has a single text.
+    Each distinct text is a query, with the labels of all its rows. Its answers are determined when the function
+    `queries` of the result is called; see `_Read`. Logs a warning for labels that hardly differ.
 
     Raises:
-        ExportError: a cell is empty or no text.
+        ExportError: a cell is missing, empty or no text.
     """
     places: dict[str, str] = {}
     labels: dict[str, set[str]] = defaultdict(set)
@@ -304,7 +322,11 @@ def _read_labelled(
 
 
 def _passage(path: Path, place: str, row: dict[str, Any]) -> str:
-    """Return the passage in a row of a corpus: the title, if there is one, then a space and the text."""
+    """Return the passage in a row of a corpus: the title and a space, if there is a title, and then the text.
+
+    Raises:
+        ExportError: the text is missing, empty or no text.
+    """
     text = text_of(path, place, row, "text")
     title = row.get("title")
     return f"{title} {text}" if isinstance(title, str) and title.strip() else text
@@ -327,8 +349,9 @@ def _require_apart(one: _Read, other: _Read) -> None:
 def _split(queries: Queries, path: Path, seed: int) -> tuple[Queries, Queries]:
     """Hold out a fifth of the queries at random, at most 500; return the training queries and the held-out queries.
 
-    Held-out labelled texts are no answers of training queries, and a training query without any other answer is left
-    out. Raises ExportError if there are fewer than 10 queries.
+    Held-out labelled texts are removed from the answers of training queries, and a training query without any other
+    answer is left out. Both results keep the order of `queries`. Raises ExportError, which names `path`, if there are
+    fewer than 10 queries.
     """
     if len(queries) < _FEWEST_QUERIES:
         raise ExportError(

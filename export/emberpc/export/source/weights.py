@@ -1,4 +1,4 @@
-"""Find the safetensors files with the weights of an encoder, and check that they are complete and undamaged."""
+"""Find the safetensors files with the weights of an encoder, and check that none is missing or cut off."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ _INDEX = "model.safetensors.index.json"
 
 
 def find_weights(folder: Path) -> list[Path]:
-    """Return the files with an encoder's weights, sorted by name.
+    """Return all safetensors files in an encoder's folder, sorted by name.
 
     Raises:
-        ExportError: there are no safetensors files, a file that the index names is missing, or a file is damaged.
-        BundleError: the index is not a JSON object.
+        ExportError: there are no safetensors files, a file that model.safetensors.index.json names is missing, or a
+            file's header is damaged or states another length.
+        BundleError: model.safetensors.index.json cannot be read or is not a JSON object.
     """
     files = sorted(folder.glob("*.safetensors"))
     shards = read_json(folder / _INDEX).get("weight_map")
@@ -40,6 +41,7 @@ def sha256_of_all(files: Sequence[Path]) -> str:
 
     Raises:
         ExportError: a file is missing.
+        OSError: a file cannot be read.
     """
     digest = hashlib.sha256()
     for path in files:
@@ -52,7 +54,7 @@ def sha256_of_all(files: Sequence[Path]) -> str:
 
 
 def _check(path: Path) -> None:
-    """Raise ExportError for a file whose header cannot be read or whose length differs from the header's."""
+    """Raise ExportError for a file whose header cannot be read, or whose length is not that which the header states."""
     from safetensors import SafetensorError, safe_open
 
     try:

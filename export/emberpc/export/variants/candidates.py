@@ -1,4 +1,4 @@
-"""The variants that an export can make, each with its file name and its accuracy bound."""
+"""The variants besides fp32 that an export can make, each with its path in the bundle and its accuracy bound."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from emberpc.export.convert.onnx_runner import Feeds
 from emberpc.export.variants import surgery
 from emberpc.export.variants.outliers import find_outliers
 
-#: Bound for a graph that computes the same float32 operations as fp32 in another order.
+#: Bound for `optimized`, which computes the same functions as fp32 in float32, so that only rounding differs.
 _SAME = Bound(
     cosine_min=0.9999,
     difference_max=0.001,
@@ -22,8 +22,8 @@ _SAME = Bound(
     accuracy_share=0.995,
     ndcg_share=0.995,
 )
-#: Bound for fp16: weights keep eleven significant bits, so rounding changes a weight by at most 1 in 2,048, or by more
-#: if the weight's magnitude is below 0.00006.
+#: Bound for `fp16`. Weights keep eleven significant bits, so rounding changes a weight by at most 1/2,048 of its value.
+#: Weights with a magnitude below 0.00006 keep fewer bits.
 _FP16 = Bound(
     cosine_min=0.999,
     difference_max=0.02,
@@ -33,9 +33,8 @@ _FP16 = Bound(
     accuracy_share=0.99,
     ndcg_share=0.99,
 )
-#: Bound for int8, from measurements on all-MiniLM-L6-v2; docs/variants.md explains each figure. The least cosine and
-#: the greatest difference must hold for any text on any host, so they leave room. With a neighbour agreement below 0.9,
-#: a search returns noticeably other hits.
+#: Bound for `int8`, from measurements on all-MiniLM-L6-v2 (docs/variants.md). `verify` and the server check
+#: `cosine_min` and `difference_max` on other hosts, so these two figures leave a margin.
 _INT8 = Bound(
     cosine_min=0.96,
     difference_max=0.3,
@@ -45,8 +44,8 @@ _INT8 = Bound(
     accuracy_share=0.99,
     ndcg_share=0.99,
 )
-#: Bound for int8 without split outliers. Its `cosine_mean` refuses a graph whose weights have one scale for a whole
-#: matrix instead of one for each column: such a graph had a mean cosine of 0.963.
+#: Bound for `int8-fast`, which has no split outliers and is less accurate than `int8`. `cosine_mean` refuses a graph
+#: whose weights have one scale for each matrix instead of one for each column: that graph had a mean cosine of 0.963.
 _INT8_FAST = Bound(
     cosine_min=0.95,
     difference_max=0.4,
@@ -63,9 +62,9 @@ class Material:
     """Input of `Candidate.make`, which makes a variant.
 
     Args:
-        model: the fp32 graph; making the variant may change it in place.
-        model_type: `model_type` of the encoder's config.json.
-        texts: inputs of some texts, each as a batch of its own; running the graph on them shows the activations.
+        model: the fp32 graph; `make` may change it in place.
+        model_type: `model_type` of the encoder's config.json; only `optimized` uses it.
+        texts: inputs of the graph for some texts, each a batch of one text; `int8` finds outlier columns with them.
     """
 
     model: onnx.ModelProto
@@ -77,11 +76,12 @@ class Material:
 class Candidate:
     """A variant that an export can make.
 
-    `make` returns the variant's graph. It raises ExportError if the variant cannot be made from the given model.
+    `make` returns the variant's graph, which may be `Material.model`, changed in place. It raises ExportError if the
+    variant cannot be made from the model, and OSError if the disk is full.
     """
 
     name: str
-    #: Path of the variant's ONNX file in the bundle. If sentence-transformers and optimum have a name for files of this
+    #: Path of the variant's ONNX file in the bundle. If sentence-transformers or optimum has a name for files of this
     #: kind, the file has that name.
     path: str
     bound: Bound
@@ -108,7 +108,7 @@ def _fp16(material: Material) -> onnx.ModelProto:
     return material.model
 
 
-#: All candidates, in the order in which an export tries and writes them.
+#: All candidates. An export makes them in this order, and `auto` compares each with those that it kept before.
 CANDIDATES = (
     Candidate("optimized", "onnx/model_O2.onnx", _SAME, _optimized),
     Candidate("int8", "onnx/model_qint8_avx2.onnx", _INT8, _int8),

@@ -1,4 +1,4 @@
-"""Measure a variant: its agreement with fp32 on real texts, its speed and its size."""
+"""Measure a variant on real texts: agreement with fp32, accuracy or nDCG@10, speed and size; check it by a bound."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from emberpc.export.retrieval.metrics import DECIDING
 from emberpc.export.retrieval.metrics import measure as measure_search
 from emberpc.export.retrieval.queries import Queries
 
-#: Number of timing rounds. In each round, fp32 and a variant run one after the other. The median of the rounds ignores
-#: rounds that other load on the host disturbed.
+#: Number of timing rounds. In each round, fp32 and a variant run one after the other. The figures are medians of the
+#: rounds, since other load on the host may disturb some of them.
 ROUNDS = 5
-#: The most texts to measure on; more would cost time, since every candidate runs each text. With this number, mean
-#: cosine and agreement are within 0.01 of those of more texts.
+#: The most texts to measure variants on if retrieval is not measured. More would cost time, since fp32 and each
+#: candidate run every text.
 MOST_TEXTS = 512
-#: Least number of texts to time, if there are as many; they are taken at equal distances.
+#: Least number of texts to time, if there are as many. Also the most texts to measure on if only fp32 is measured: its
+#: accuracy needs no more texts, since fp32 has no bound.
 TIMED_TEXTS = 64
-#: The most queries to measure retrieval with.
+#: The most queries to measure retrieval with; more would cost time.
 MOST_QUERIES = 256
-#: The most passages to search for the answers of the queries.
+#: The most passages in which the answers of the queries are searched for; more would cost time.
 MOST_PASSAGES = 1024
 NEIGHBOURS = 10
 
@@ -41,11 +42,12 @@ class Trial:
     """Texts to measure variants on, and the fp32 model to compare them with.
 
     Args:
-        folder: the bundle so far.
+        folder: the bundle so far, with fp32, tokenizer and reference.
         manifest: the bundle's manifest so far.
-        texts: at least 2 texts; the passages if there are queries.
+        texts: at least 2 texts, without prompt; the passages if there are queries.
         targets: right labels of each text for a classifier, bool (texts, labels); None if the texts have no labels.
-        queries: queries of an embedding model with their relevant texts; None: retrieval is not measured.
+        queries: queries of an embedding model with the indexes of their relevant texts; None: retrieval is not
+            measured.
     """
 
     folder: Path
@@ -55,7 +57,7 @@ class Trial:
     queries: Queries | None = None
 
     def runner(self, path: str) -> OnnxRunner:
-        """Load the ONNX file at `path` in the bundle, to be run with one thread.
+        """Load the ONNX file at `path` in the bundle; return its runner, with one thread. Each call loads the file.
 
         Raises:
             ExportError: the file cannot be loaded.
@@ -72,17 +74,17 @@ class Trial:
 
     @property
     def fp32_path(self) -> str:
-        """Path of the fp32 ONNX file in the bundle."""
+        """Path of fp32's ONNX file, relative to `folder`."""
         return self.manifest.variant().path
 
     @cached_property
     def reference(self) -> Reference:
-        """Outputs of the PyTorch model for the bundle's reference texts."""
+        """The bundle's reference texts with their outputs by PyTorch; read at the first access only."""
         return Reference.read(self.folder)
 
     @cached_property
     def fp32(self) -> OnnxRunner:
-        """Runner of the fp32 ONNX file, with one thread; it is loaded once."""
+        """Runner of the fp32 ONNX file, with one thread; loaded at the first access only."""
         return self.runner(self.fp32_path)
 
     @cached_property
@@ -97,22 +99,22 @@ class Trial:
 
     @cached_property
     def singles(self) -> list[Feeds]:
-        """Inputs of the graph for the texts to time, each text as a batch of its own."""
+        """Inputs of the graph for the texts to time, each a batch of one text; also used to find outlier columns."""
         return [batch for text in self.timed for batch in self.fp32.prepare([text])]
 
     @cached_property
     def expected(self) -> Matrix:
-        """Outputs of fp32 for the texts, float32 (texts, dimensions or labels); they are computed once."""
+        """Outputs of fp32 for the texts, float32 (texts, dimensions or labels); computed at the first access only."""
         return self.fp32.run(self.prompted, self.output)
 
     @cached_property
     def fp32_accuracy(self) -> float | None:
-        """Accuracy of fp32 on the texts, in [0, 1]; None without `targets`."""
+        """Share of the texts to which fp32 gives exactly the right labels, in [0, 1]; None without `targets`."""
         return self._accuracy(self.expected)
 
     @cached_property
     def fp32_ndcg(self) -> float | None:
-        """nDCG@10 of fp32 over the queries, in [0, 1]; None without queries."""
+        """Mean nDCG@10 of fp32 over the queries, in [0, 1]; None without queries."""
         return self._ndcg(self.fp32, self.expected)
 
     def measure(self, path: str, bound: Bound | None = None) -> tuple[Measured, list[str]]:
@@ -123,8 +125,9 @@ class Trial:
             bound: the bound; None: nothing is checked.
 
         Returns:
-            The figures, and a message for each figure of the bound that the file misses. A share may miss its bound by
-            one text or query.
+            The figures, and a message for each figure of the bound that was measured and is missed. Agreement of
+            neighbours or labels, and accuracy and nDCG@10 as shares of fp32's, may each miss their bound by one text or
+            query.
 
         Raises:
             ExportError: the file cannot be loaded or run.
@@ -184,7 +187,9 @@ class Trial:
         return measure_search(asked, found, self.queries)[DECIDING]
 
     def _speed(self, runner: OnnxRunner, *, alone: bool) -> tuple[float, float]:
-        """Return the texts per CPU-second of a model, and their ratio to fp32's, on one thread without tokenizing.
+        """Return the texts per CPU-second of a model, and their ratio to fp32's: medians of the rounds.
+
+        The model runs on one thread, and the time of tokenizing does not count.
 
         Args:
             runner: runner of the model.
@@ -210,11 +215,11 @@ def neighbour_agreement(expected: Matrix, got: Matrix) -> float:
     """Return the mean share, in [0, 1], of a row's 10 nearest rows by cosine that are the same in both matrices.
 
     A row does not count among its own nearest rows. With fewer than 20 rows, half as many nearest rows as rows are
-    compared.
+    compared, rounded down.
 
     Args:
-        expected: vectors of fp32, float32 (texts, dimensions); at least 2 rows.
-        got: vectors of the variant, of the same shape.
+        expected: outputs to compare with, by fp32 or PyTorch, float32 (texts, dimensions or labels); at least 2 rows.
+        got: outputs of the variant for the same texts, of the same shape.
     """
     count = min(NEIGHBOURS, len(expected) // 2)
     pairs = zip(_nearest(expected, count), _nearest(got, count), strict=True)
@@ -228,7 +233,7 @@ def _nearest(vectors: Matrix, count: int) -> npt.NDArray[np.int64]:
 
 
 def _rounded(cosine: float) -> float:
-    """Return a cosine as float, at most 1.0: rounding in float32 can make it greater."""
+    """Return a cosine as a Python float, reduced to 1.0 if rounding in float32 made it greater."""
     return min(1.0, float(cosine))
 
 

@@ -14,8 +14,8 @@ from emberpc.export.errors import ExportError
 from emberpc.export.threads import session_options, usable_threads
 from emberpc.export.variants.surgery import Columns, Weights, products
 
-#: Number of columns that are split from an input of a matrix product. On all-MiniLM-L6-v2, 4 or 8 columns of an input
-#: hold nearly all outliers.
+#: Number of columns that are split from an input of a matrix product. On all-MiniLM-L6-v2, nearly all outliers of an
+#: input are in at most 8 columns.
 COLUMNS = 8
 #: Columns are split from an input only if the range of its other columns is smaller by at least this factor, since the
 #: split takes time at each run.
@@ -23,10 +23,11 @@ _NARROWER = 3.0
 
 
 def find_outliers(model: onnx.ModelProto, texts: Sequence[Feeds]) -> dict[str, Columns]:
-    """Find the inputs of matrix products whose range is at least 3 times smaller without their 8 largest columns.
+    """Find the inputs of matrix products whose greatest magnitude falls to a third or less without outlier columns.
 
-    In int8, the activations of a batch have a single scale. If one column reaches 28 and all others stay below 4, the
-    other columns use only a seventh of the int8 steps.
+    The outlier columns of an input are the 8 columns with the greatest magnitudes in all texts. In int8, the
+    activations of a batch have a single scale. If one column has values from -28 to 28, and all others have values from
+    -4 to 4, the other columns use only a seventh of the int8 steps.
 
     Args:
         model: a bundle's graph.
@@ -34,8 +35,8 @@ def find_outliers(model: onnx.ModelProto, texts: Sequence[Feeds]) -> dict[str, C
             memory.
 
     Returns:
-        For each input to split, which has more than 32 columns, by name: the indexes of its outlier columns, int64
-        (`COLUMNS`,), ascending.
+        By the name of the input: the indexes of its outlier columns, int64 (`COLUMNS`,), ascending. Inputs with at most
+        32 columns are left out.
 
     Raises:
         ExportError: the graph cannot be run.
@@ -49,7 +50,7 @@ def find_outliers(model: onnx.ModelProto, texts: Sequence[Feeds]) -> dict[str, C
 
 
 def _peaks(model: onnx.ModelProto, texts: Sequence[Feeds]) -> dict[str, Weights]:
-    """Return the largest magnitude of each column of the inputs of matrix products, over all texts.
+    """Return the largest magnitude of each column of the inputs of the encoder's matrix products, over all texts.
 
     Returns:
         float32 (columns,), by the name of the input.

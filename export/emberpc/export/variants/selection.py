@@ -1,4 +1,4 @@
-"""Make and measure the variants of a bundle: those that the caller names, or all that are worth their space."""
+"""Make and measure the variants of a bundle: those that the caller names, or with `auto` all worth their space."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from emberpc.export.variants.measurement import (
 
 #: Name of the variant that every bundle has. It is the first variant, and the one that a server uses by default.
 FP32 = "fp32"
-#: Name with which a caller asks for all candidates that are worth their space.
+#: Name with which a caller asks for all candidates that meet their bounds and are worth their space.
 AUTO = "auto"
 
-#: Least speed, in texts per CPU-second as a multiple of fp32's, at which `auto` keeps a variant of any size. A smaller
-#: gain is within the noise of two runs.
+#: Least speed, in texts per CPU-second as a multiple of fp32's, that counts as a gain for `auto`. A smaller difference
+#: may be noise.
 _FASTER = 1.1
-#: Greatest size, in bytes as a share of fp32's, at which `auto` keeps a variant of any speed. A smaller saving does not
-#: justify a second file.
+#: Greatest size, in bytes as a share of fp32's, that counts as a gain for `auto`. A smaller saving does not justify a
+#: second file.
 _SMALLER = 0.75
 
 
@@ -65,26 +65,30 @@ def add_variants(
     measured_on: str,
     progress: Progress = no_progress,
 ) -> Manifest:
-    """Measure a bundle's fp32, then make, measure and add the requested variants that meet their bounds.
+    """Measure a bundle's fp32, then make, measure and add the requested variants.
 
     Args:
         folder: the bundle, with fp32, tokenizer and reference; variants are written to it.
         manifest: the bundle's manifest so far.
-        names: names of candidates, or `auto` alone; fp32 is always included.
-        model_type: `model_type` of the encoder's config.json.
-        texts: texts to measure an embedding model on; default: docstrings of Python's standard library.
-        examples: labelled texts to measure a classifier on; default: as for `texts`.
-        judged: queries and passages to measure an embedding model's retrieval on; used instead of `texts`. If only fp32
+        names: names of candidates, or `auto`: all candidates that meet their bounds and are worth their space. fp32 may
+            be named, and is always included.
+        model_type: `model_type` of the encoder's config.json; needed for `optimized`.
+        texts: texts to measure an embedding model on; none: mostly docstrings of Python's standard library.
+        examples: labelled texts to measure a classifier on, used instead of `texts`.
+        judged: queries and passages to measure an embedding model's retrieval on, used instead of `texts`. If only fp32
             is measured, `judged` is ignored.
         measured_on: description of the texts that are measured on, for the manifest.
-        progress: called before each variant.
+        progress: called before each variant is made and measured, fp32 included.
 
     Returns:
-        The manifest with all measurements; `dropped` has the reason for each variant that `auto` left out.
+        The manifest with all measurements; `dropped` has the reason for each candidate that `auto` left out, whose file
+        is deleted.
 
     Raises:
-        ExportError: a name is invalid, there are fewer than 2 texts to measure on, or a variant requested by name
-            cannot be made or misses its bound; then the error has the figure and the bound.
+        ExportError: a name is invalid, there are fewer than 2 texts to measure on, fp32 cannot be run, or a variant
+            requested by name cannot be made or run or misses its bound (the error has the figure and the bound). The
+            files of variants stay.
+        OSError: the disk is full.
     """
     check_names(names)
     chosen = [candidate for candidate in CANDIDATES if AUTO in names or candidate.name in names]
@@ -119,9 +123,9 @@ def _trial(
 ) -> Trial:
     """Return a trial on a sample of texts. Raises ExportError if the sample has fewer than 2 texts.
 
-    With `judged`, the sample is that of `Judged.few`: at most `MOST_QUERIES` queries, and `MOST_PASSAGES` passages.
-    Otherwise the sample has at most `most` texts, taken at equal distances: texts of `examples`; without them, of
-    `texts`; and without these, docstrings of Python's standard library.
+    With `judged`, the sample is that of `Judged.few`: at most `MOST_QUERIES` queries and `MOST_PASSAGES` passages.
+    Otherwise the sample has at most `most` texts, taken at equal distances: texts of `examples`; without `examples`,
+    distinct texts of `texts`; if `texts` is empty, too, mostly docstrings of Python's standard library.
     """
     if judged is not None:
         few = judged.few(MOST_QUERIES, MOST_PASSAGES)
@@ -140,7 +144,9 @@ def _make(trial: Trial, candidate: Candidate, model_type: str) -> Variant:
     """Make a candidate, write its ONNX file, measure it, and return the variant.
 
     Raises:
-        ExportError: the candidate cannot be made from this model, or misses its bound; its file stays then.
+        ExportError: the candidate cannot be made from this model or cannot be run, or misses its bound. If its file was
+            written, the file stays.
+        OSError: the disk is full.
     """
     path = trial.folder / candidate.path
     model = onnx.load(str(trial.folder / trial.fp32_path))
@@ -154,15 +160,15 @@ def _make(trial: Trial, candidate: Candidate, model_type: str) -> Variant:
 
 
 def _parity(trial: Trial, candidate: Candidate) -> Parity:
-    """Check a candidate's bound on the reference texts, as `emberpc verify` will, and compare it with PyTorch.
+    """Compare a candidate with PyTorch's reference outputs, and check `cosine_min` and `difference_max` of its bound.
 
-    Each output is checked with the texts one by one and all in one batch.
+    `emberpc verify` makes the same check. Each output is checked with the texts one by one and all in one batch.
 
     Returns:
-        The parity of the logits, or of the vectors of an embedding model, in one batch.
+        The agreement with PyTorch in one batch: of the logits, or of the vectors of an embedding model.
 
     Raises:
-        ExportError: an output misses the bound.
+        ExportError: an output misses the bound, or the candidate cannot be run.
     """
     reference, runner = trial.reference, trial.runner(candidate.path)
     outputs = {"sentence_embedding": reference.embeddings}
@@ -180,12 +186,12 @@ def _parity(trial: Trial, candidate: Candidate) -> Parity:
 def _require_gain(variant: Variant, kept: Sequence[Variant]) -> None:
     """Raise ExportError if a variant is not worth its space.
 
-    A variant is worth its space if it is clearly faster or smaller than fp32, and no variant kept before is at least as
-    good in speed, size and mean cosine to fp32.
+    A variant is worth its space if it has at least 1.1 times the speed or at most 75 % of the size of fp32, and no
+    other variant in `kept`, apart from fp32, is at least as good in speed, size and mean cosine to fp32.
 
     Args:
-        variant: the variant.
-        kept: the variants kept before; fp32 is the first.
+        variant: the variant; it must have been measured.
+        kept: the variants kept before, all measured; fp32 is the first.
     """
     own, fp32 = _measured(variant), _measured(kept[0])
     if own.speedup < _FASTER and own.size_bytes > _SMALLER * fp32.size_bytes:

@@ -1,4 +1,4 @@
-"""Change a bundle's graph to make a variant: fused nodes, int8 products, fp16 storage."""
+"""Make a variant's graph from that of fp32: fused nodes, split outliers, int8 products and tables, fp16 storage."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from emberpc.export.convert.graph import ADDED
 from emberpc.export.errors import ExportError
 from emberpc.export.libraries import calling_libraries
 
-#: Least number of values of a table or matrix that is stored in fewer bits; smaller ones save hardly any bytes.
+#: Least number of values of a tensor that `quantize_tables` and `store_as_fp16` store in fewer bits; smaller tensors
+#: save hardly any bytes.
 _WORTH_IT = 4096
 _INT8_MAX = 127
 _FP16_MAX = float(np.finfo(np.float16).max)
-#: Architectures whose attention ONNX Runtime's optimizer can fuse if it is called with the model type `bert`.
+#: Values of `model_type` that `fuse` accepts. For all of them, ONNX Runtime's optimizer is called with the model type
+#: `bert`.
 _LIKE_BERT = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet")
 
-#: Prefix of the names of nodes that compute outliers separately.
+#: Prefix of the names of nodes that compute outliers separately; `products` leaves these nodes out.
 _OUTLIERS = "outliers_"
 
 Weights = npt.NDArray[np.float32]
@@ -43,7 +45,8 @@ def fuse(model: onnx.ModelProto, model_type: str) -> onnx.ModelProto:
         The fused graph.
 
     Raises:
-        ExportError: the optimizer does not support the architecture, or finds no attention in it.
+        ExportError: the optimizer does not support the architecture, fails, or finds no attention in the graph.
+        OSError: the disk is full.
     """
     if model_type not in _LIKE_BERT:
         raise ExportError(f"ONNX Runtime's optimizer does not support {model_type or 'this architecture'}")
@@ -70,9 +73,9 @@ def fuse(model: onnx.ModelProto, model_type: str) -> onnx.ModelProto:
 
 
 def products(model: onnx.ModelProto) -> list[NodeProto]:
-    """Return the nodes of the encoder that are matrix products with constant weights, but not those of split outliers.
+    """Return the encoder's MatMul nodes with a constant matrix as the second input, but not those of split outliers.
 
-    A forward pass spends most of its time in these products.
+    Changes of a returned node change the graph.
     """
     matrices = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
     return [
@@ -86,12 +89,13 @@ def split_outliers(model: onnx.ModelProto, columns: Mapping[str, Columns]) -> No
     """Change a graph in place so that it computes outlier columns of the inputs of matrix products separately in fp32.
 
     With outlier columns C, x @ W becomes (x with the columns C set to 0) @ W + (columns C of x) @ (rows C of W), which
-    is equal in exact arithmetic. This follows LLM.int8() (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339),
+    is equal in exact arithmetic. The split follows LLM.int8() (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339),
     except that the columns are chosen once and not for each x.
 
     Args:
         model: a bundle's graph.
-        columns: indexes of the outlier columns, int64 (columns,), by the name of a product's input.
+        columns: indexes of the outlier columns, int64 (columns,), by the name of a product's input. Inputs that are not
+            named are not split.
     """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     wanted: dict[str, list[NodeProto]] = {}
@@ -129,18 +133,19 @@ def split_outliers(model: onnx.ModelProto, columns: Mapping[str, Columns]) -> No
 
 
 def quantize(model: onnx.ModelProto) -> None:
-    """Change a graph in place so that the encoder's matrix products are computed in int8.
+    """Change a graph in place so that the encoder's products with constant weights are computed in int8.
 
-    Weights are quantized now, with one scale for each column. Activations are quantized at run time. Weights are signed
-    and have 7 bits. With 8 bits, processors without VNNI add two products in 16 bits and saturate, so vectors would
-    depend on the processor (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "U8S8").
-    Pooling, the layers behind the pooling, the head and split outliers stay fp32.
+    Everything else stays fp32, also the products of split outliers. Weights are quantized now, with one scale for each
+    column. Activations are quantized at run time. Weights are signed and have 7 bits. With 8 bits, processors without
+    VNNI add two products in 16 bits, which may be too few, so vectors would depend on the processor
+    (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "U8S8").
 
     Args:
         model: a bundle's graph.
 
     Raises:
-        ExportError: the graph has no matrix products with constant weights, or ONNX Runtime cannot quantize them.
+        ExportError: the encoder has no products with constant weights, or ONNX Runtime cannot quantize the graph.
+        OSError: the disk is full.
     """
     names = [node.name for node in products(model)]
     if not names:
@@ -167,8 +172,8 @@ def quantize(model: onnx.ModelProto) -> None:
 def quantize_tables(model: onnx.ModelProto) -> None:
     """Change a graph in place so that embedding tables are stored as int8 with one fp32 scale for each row.
 
-    A lookup converts the rows that it reads to fp32. Tables with fewer than 4,096 values do not change, nor do
-    tables that another node uses, too.
+    A lookup converts the rows that it reads to fp32. A table does not change if it has fewer than 4,096 values, or if
+    more than one node uses it.
     """
 
     def stored(name: str, table: Weights) -> tuple[list[TensorProto], Callable[[NodeProto], list[NodeProto]]]:
@@ -195,9 +200,9 @@ def quantize_tables(model: onnx.ModelProto) -> None:
 def store_as_fp16(model: onnx.ModelProto) -> None:
     """Change a graph in place so that weights are stored as fp16; all computation stays in fp32.
 
-    Matrices are converted to fp32 when ONNX Runtime loads the graph, since it folds a Cast of a constant. A lookup in
-    an embedding table converts the rows that it reads. Tensors with fewer than 4,096 values do not change, nor do
-    matrices with a value beyond fp16's range. Embedding tables are not checked for that range.
+    In an embedding table that only one node uses, a lookup converts the rows that it reads to fp32; values beyond
+    fp16's range become infinite. Other tensors are converted when ONNX Runtime loads the graph, since it folds a Cast
+    of a constant; they do not change if a value is beyond fp16's range. No tensor with fewer than 4,096 values changes.
     """
 
     def stored(name: str, table: Weights) -> tuple[list[TensorProto], Callable[[NodeProto], list[NodeProto]]]:
@@ -225,7 +230,10 @@ def store_as_fp16(model: onnx.ModelProto) -> None:
 
 
 def _split(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[NodeProto]]:
-    """Return a graph of the encoder alone, and the nodes that an export added to it: pooling, normalization, head."""
+    """Return a graph of the encoder alone, and the nodes that an export added, such as those of pooling and head.
+
+    The encoder's graph is a copy whose only output is `last_hidden_state`. The added nodes are those of `model`.
+    """
     added = [node for node in model.graph.node if node.name.startswith(ADDED)]
     encoder = onnx.ModelProto()
     encoder.CopyFrom(model)
@@ -243,12 +251,14 @@ def _replace_tables(
     model: onnx.ModelProto,
     store: Callable[[str, Weights], tuple[list[TensorProto], Callable[[NodeProto], list[NodeProto]]]],
 ) -> None:
-    """Change a graph in place: replace each large table that only a single lookup of rows uses, and the lookup.
+    """Change a graph in place: replace each table that only a single lookup of rows uses, and the lookup's node.
+
+    A table is a float32 matrix with at least 4,096 values.
 
     Args:
         model: a bundle's graph.
-        store: function of a table's name and values. It returns the tensors to store instead, and a function that
-            returns the nodes to put in the place of the lookup's node.
+        store: function of a table's name and values. It returns the tensors to store instead of the table, and a
+            function of the lookup's node that returns the nodes to put in its place.
     """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = []
@@ -275,7 +285,7 @@ def _replace_tables(
 
 
 def _set_nodes(model: onnx.ModelProto, nodes: Sequence[NodeProto]) -> None:
-    # Copy the nodes first: deleting them from the graph empties the originals.
+    # Copy the nodes first: deleting nodes of the graph would empty those in `nodes`.
     copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del model.graph.node[:]
     model.graph.node.extend(copies)
