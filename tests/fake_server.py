@@ -184,6 +184,9 @@ class _Classification(_Service, classification_pb2_grpc.ClassificationServiceSer
         ],
         temperature=1.5,
         max_tokens=128,
+        rejects=True,
+        rejection_threshold=0.25,
+        rejection_score=classification_pb2.REJECTION_SCORE_NEAREST_PROTOTYPE,
     )
 
     def ListClassifiers(self, request: Any, context: Any) -> Any:
@@ -201,6 +204,7 @@ class _Classification(_Service, classification_pb2_grpc.ClassificationServiceSer
         for text in request.texts:
             names = ["question", "statement"] if text.endswith("?") else ["statement", "question"]
             item = response.classifications.add(rejected=text == "outside")
+            item.rejection_score = 0.125 if item.rejected else 0.75
             item.labels.extend([] if item.rejected else names[:1])
             for name, score in list(zip(names, (0.75, 0.25), strict=True))[: request.top_k or None]:
                 item.scores.add(label=name, score=score)

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from emberpc.bundle import DecisionRule, Manifest, Task, best_labels, probabilities, scope_scores
+from emberpc.bundle import (
+    DecisionRule,
+    Manifest,
+    RejectionScore,
+    Task,
+    best_labels,
+    probabilities,
+    rejection_scores,
+)
 from emberpc.bundle.decision import ranking
 
 SHAPE = (4, 3)
@@ -27,7 +35,7 @@ RULES = st.builds(
     DecisionRule,
     temperature=st.floats(1e-6, 1e6),
     thresholds=THRESHOLDS,
-    rejection_logit=st.none() | st.floats(-1e4, 1e4),
+    rejection_threshold=st.none() | st.floats(-1e4, 1e4),
     multi_label=st.booleans(),
 )
 
@@ -41,7 +49,7 @@ def classifier(manifest: Manifest, rule: DecisionRule) -> Manifest:
         multi_label=rule.multi_label,
         thresholds=rule.thresholds,
         temperature=rule.temperature,
-        rejection_logit=rule.rejection_logit,
+        rejection_logit=rule.rejection_threshold,
     )
 
 
@@ -66,7 +74,7 @@ def test_the_server_decides_by_the_manifest_as_the_export_by_its_rule(
         assert np.array_equal(getattr(served, name), getattr(exported, name))
     # The export measures with the single steps.
     assert np.array_equal(served.probabilities, rule.probabilities(logits))
-    assert np.array_equal(served.labels, rule.labels(logits) & ~rule.rejected(logits)[:, None])
+    assert np.array_equal(served.labels, rule.labels(logits) & ~exported.rejected[:, None])
 
 
 @given(logits=LOGITS | EXTREME, rule=RULES)
@@ -154,15 +162,15 @@ def test_a_threshold_is_compared_in_float64() -> None:
 
 
 def test_a_text_of_a_multi_label_classifier_may_have_no_label_and_is_not_rejected() -> None:
-    found = DecisionRule(multi_label=True, rejection_logit=-5.0).decide(np.array([[-1.0, -2.0, -3.0]]))
+    found = DecisionRule(multi_label=True, rejection_threshold=-5.0).decide(np.array([[-1.0, -2.0, -3.0]]))
     assert not found.labels.any()
     assert not found.rejected.any()
 
 
 def test_a_text_whose_best_logit_is_below_the_rejection_logit_is_rejected() -> None:
     logits = np.array([[1.0, 4.0, 1.0], [1.0, 3.0, -9.0], [3.5, 0.0, 0.0]], dtype=np.float32)
-    rule = DecisionRule(temperature=0.5, rejection_logit=3.5)
+    rule = DecisionRule(temperature=0.5, rejection_threshold=3.5)
     assert rule.decide(logits).rejected.tolist() == [False, True, False]
     assert rule.decide(logits).labels.any(axis=1).tolist() == [True, False, True]
     assert not DecisionRule().decide(logits).rejected.any()
-    assert scope_scores(logits).tolist() == [4.0, 3.0, 3.5]
+    assert rejection_scores(RejectionScore.MAX_LOGIT, logits).tolist() == [4.0, 3.0, 3.5]

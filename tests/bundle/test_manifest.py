@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberpc.bundle import Bound, BundleError, FileEntry, Manifest, Measured, Parity, Prompts, Task, Variant
+from emberpc.bundle import (
+    Bound,
+    BundleError,
+    DecisionRule,
+    FileEntry,
+    Manifest,
+    Measured,
+    Parity,
+    Prompts,
+    RejectionScore,
+    Task,
+    Variant,
+)
+from emberpc.bundle import manifest as manifest_module
 
 TEXT = st.text(max_size=20)
 SHARE = st.floats(0, 1)
@@ -138,7 +152,16 @@ def test_any_json_as_the_whole_is_refused_in_words(value: object) -> None:
         ({"quality": {"accuracy": "good"}}, "quality.*not of type float"),
         ({"base_model": "half a pair: \ud800"}, "not of type str"),
         ({"files": {"a": {"sha256": "0", "size": "1"}}}, "size"),
-        ({"format_version": 2}, "export the model again"),
+        ({"format_version": 3}, "format_version is 3, this emberpc reads 1 and 2; export the model again"),
+        ({"format_version": True}, "export the model again"),
+        ({"rejection_score": "entropy"}, "rejection_score is 'entropy'"),
+        ({"rejection_threshold": 0.5}, "set rejection_logit for max_logit, not rejection_threshold"),
+        ({"rejection_score": "energy", "format_version": 2}, "energy; it needs rejection_threshold"),
+        (
+            {"rejection_score": "energy", "rejection_threshold": 1, "rejection_logit": 1, "format_version": 2},
+            "rejection_logit must be null",
+        ),
+        ({"rejection_score": "class_cosine", "rejection_threshold": 0.5}, "it needs the format_version 2"),
         ({"format_version": None}, "export the model again"),
     ],
 )
@@ -152,6 +175,39 @@ def test_an_error_names_the_problem(change: dict[str, Any], words: str) -> None:
 def test_an_invalid_manifest_is_refused(text: str) -> None:
     with pytest.raises(BundleError, match=r"emberpc\.json"):
         Manifest.from_json(text)
+
+
+@pytest.mark.parametrize("score", RejectionScore)
+def test_a_decision_rule_is_stored_in_the_lowest_format_that_can_say_it(score: RejectionScore) -> None:
+    rule = DecisionRule(2.0, (), 0.25, rejection_score=score)
+    manifest = dataclasses.replace(_manifest(), **rule.manifest_fields())
+    stored = json.loads(manifest.to_json())
+    assert stored["format_version"] == (1 if score is RejectionScore.MAX_LOGIT else 2)
+    assert stored["rejection_score"] == score.value
+    assert Manifest.from_json(json.dumps(stored)).decision_rule == rule
+
+
+@pytest.mark.parametrize("score", RejectionScore)
+def test_a_reader_of_the_first_format_refuses_every_score_that_it_does_not_know(
+    score: RejectionScore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = dataclasses.replace(_manifest(), **DecisionRule(1.0, (), 0.25, rejection_score=score).manifest_fields())
+    monkeypatch.setattr(manifest_module, "FORMAT_VERSIONS", (1,))
+    if score is RejectionScore.MAX_LOGIT:
+        assert Manifest.from_json(text.to_json()) == text
+    else:
+        with pytest.raises(BundleError, match="format_version is 2, this emberpc reads 1; export the model again, or"):
+            Manifest.from_json(text.to_json())
+
+
+def test_a_manifest_of_the_first_format_rejects_by_the_best_logit() -> None:
+    """`format-1.json` was written by the last version that had no other scores."""
+    path = Path(__file__).parent.parent / "data" / "manifests" / "format-1.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert data["format_version"] == 1
+    assert "rejection_score" not in data
+    rule = Manifest.from_json(json.dumps(data)).decision_rule
+    assert (rule.rejection_score, rule.rejection_threshold) == (RejectionScore.MAX_LOGIT, data["rejection_logit"])
 
 
 def test_unknown_fields_of_a_newer_writer_are_ignored() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emberpc.bundle import BundleError, FileEntry, Manifest, Reference, read_bundle
+from emberpc.bundle import BundleError, DecisionRule, FileEntry, Manifest, Reference, RejectionScore, read_bundle
 from emberpc.bundle.reading import MAX_MANIFEST_BYTES
 
 
@@ -80,6 +80,12 @@ def forget_the_tokenizer(folder: Path) -> None:
     (folder / "emberpc.json").write_text(json.dumps(data))
 
 
+def reject_without_vectors(folder: Path) -> None:
+    rule = DecisionRule(rejection_threshold=0.5, rejection_score=RejectionScore.CLASS_COSINE)
+    data = json.loads((folder / "emberpc.json").read_text())
+    (folder / "emberpc.json").write_text(json.dumps(data | rule.manifest_fields()))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -94,6 +100,7 @@ def forget_the_tokenizer(folder: Path) -> None:
         (spoil_the_encoding, "cannot be read as UTF-8"),
         (make_manifest_huge, "a manifest has at most"),
         (forget_the_tokenizer, "tokenizer.json is not among its files"),
+        (reject_without_vectors, "head.npz is not among its files"),
     ],
 )
 def test_damage_is_named(folder: Path, damage: Callable[[Path], None], words: str) -> None:

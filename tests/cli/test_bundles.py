@@ -85,6 +85,32 @@ def test_both_kinds_are_exported_and_pass(emberpc: Emberpc, tmp_path: Path) -> N
     assert emberpc("verify", tmp_path / "classifier").code == 0
 
 
+def test_an_export_prints_both_error_rates_and_on_which_texts_they_were_measured(
+    emberpc: Emberpc, tiny_source: Path, tmp_path: Path
+) -> None:
+    train, outside = tmp_path / "train.csv", tmp_path / "outside.csv"
+    rows = [
+        f"{text * (i % 3 + 1)}{'abcpq'[i % 5]},{label}"
+        for i in range(24)
+        for text, label in (("a b ", "x"), ("p q ", "y"))
+    ]
+    train.write_text("\n".join(["text,label", *rows]))
+    outside.write_text("\n".join(["text", *("u v w x y z"[: i % 11 + 1] for i in range(44))]))
+    outcome = emberpc(
+        *("export", "classifier", "--train", train, "--base", tiny_source, "-o", tmp_path / "bundle"),
+        *("--out-of-scope", outside, "--max-false-rejections", 0.1),
+    )
+    assert outcome.code == 0
+    fields = {row[0]: row[1] for row in outcome.rows if len(row) == 2}
+    assert float(fields["max_false_rejections"]) == 0.1
+    assert 0 <= float(fields["false_rejection_rate"]) <= 1
+    assert 0 <= float(fields["false_acceptance_rate"]) <= 1
+    assert fields["rejection score"] in ("max_logit", "energy", "class_cosine", "nearest_prototype")
+    assert float(fields["rejection threshold"]) < 100
+    assert (fields["rejection_texts"], fields["rejection_out_of_scope_texts"]) == ("24", "22")
+    assert "measured on held-out texts and out-of-scope texts that chose neither the rejection score" in outcome.err
+
+
 def test_an_export_prints_its_variants_and_what_was_not_kept(
     emberpc: Emberpc, tiny_source: Path, tmp_path: Path
 ) -> None:

@@ -102,7 +102,12 @@ def test_classify(emberpc: Emberpc, fake: FakeServer) -> None:
         ["question", "question 0.75", "what?"],
         ["(rejected)", "statement 0.75", "outside"],
     ]
+    assert emberpc("classify", "outside", "-k", 1, "--details").rows == [
+        ["label", "probabilities", "rejection score", "text"],
+        ["(rejected)", "statement 0.75", "0.1250", "outside"],
+    ]
     (found,) = emberpc("classify", "what?", "--json").objects
+    assert found["classification"]["rejection_score"] == 0.75
     assert found["classification"]["labels"] == ["question"]
     assert found["classification"]["scores"][1] == {"label": "statement", "score": 0.25}
 

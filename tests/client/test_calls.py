@@ -25,7 +25,9 @@ from emberpc.client import (
     ResponseDetails,
     UpsertResult,
 )
-from emberpc.v1 import index_pb2, types_pb2
+from emberpc.client._core.embedding import _classification
+from emberpc.client._core.models import _classifier
+from emberpc.v1 import classification_pb2, index_pb2, types_pb2
 from fake_server import DIMENSIONS, FakeServer, Fault, vector_of
 
 TEXTS = [f"text number {i}" for i in range(1000)]
@@ -123,6 +125,15 @@ def test_classify_gives_labels_scores_and_rejections(shell: Shell) -> None:
     assert second.tokens == 4
     assert third.rejected
     assert third.label is None
+    assert [each.rejection_score for each in (first, third)] == [0.75, 0.125]
+    described = shell("get_classifier", "kinds")
+    assert (described.rejection_score, described.rejection_threshold) == ("nearest_prototype", 0.25)
+
+
+def test_an_older_server_states_no_rejection_score() -> None:
+    older = classification_pb2.Classifier(rejects=True, rejection_threshold=3.5)
+    assert (_classifier(older).rejection_score, _classifier(older).rejection_threshold) == (None, 3.5)
+    assert _classification(classification_pb2.Classification()).rejection_score is None
 
 
 def test_collections_are_made_listed_over_pages_and_deleted(fake: FakeServer, shell: Shell) -> None:

@@ -17,7 +17,16 @@ import onnx
 import pytest
 from onnx import helper
 
-from emberpc.bundle import Bundle, FileEntry, Head, Manifest, finish_bundle, read_bundle
+from emberpc.bundle import (
+    Bundle,
+    FileEntry,
+    Head,
+    Manifest,
+    RejectionScore,
+    ScopeVectors,
+    finish_bundle,
+    read_bundle,
+)
 from emberpc.bundle.contents import Contents
 from emberpc.bundle.reading import sha256_of
 from emberpc.server.engine import Model, ModelLoadError, Registry
@@ -26,6 +35,8 @@ from emberpc.server.engine.sessions import shared_tables
 from emberpc.server.engine.sessions.onnx_runtime import OnnxSession, SessionError
 
 MODEL = Path("onnx") / "model.onnx"
+#: Of the committed classifier, with "e" as the fingerprint of its encoder.
+FINGERPRINT = "106d0dd06de45b29112feee626e2569401af12a0c116b8a75be78d31be734bc0"
 
 
 @pytest.fixture
@@ -340,7 +351,23 @@ def test_all_that_decides_a_label_is_in_the_fingerprint_of_a_classifier(tiny_cla
         replace(bundle, manifest=replace(manifest, **changes)).classifier_fingerprint(encoder, with_head)
         for encoder, with_head, changes in cases
     ]
+    cosine: dict[str, Any] = {
+        "rejection_score": RejectionScore.CLASS_COSINE,
+        "rejection_threshold": 0.5,
+        "format_version": 2,
+    }
+    for changes in (
+        cosine,
+        {**cosine, "rejection_threshold": 0.25},
+        {**cosine, "rejection_score": RejectionScore.NEAREST_PROTOTYPE},
+    ):
+        changed = replace(bundle, manifest=replace(manifest, rejection_logit=None, **changes))
+        for row in range(2):
+            scope = ScopeVectors(np.eye(manifest.dimensions, dtype=np.float32)[row : row + 1])
+            found.append(changed.classifier_fingerprint("e", head, scope))
     assert len(set(found)) == len(found)
+    # A bundle without these fields keeps the fingerprint that servers before these fields returned.
+    assert found[0] == FINGERPRINT
     renamed = replace(bundle, manifest=replace(manifest, base_model="x", quality={}, created=""))
     assert renamed.classifier_fingerprint("e", head) == found[0]
 

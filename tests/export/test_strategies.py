@@ -267,6 +267,7 @@ def test_descriptions_of_other_labels_are_refused(tiny_source: Path, tmp_path: P
     [
         ({"strategy": "nearest"}, "no strategy 'nearest' to export; there are: zero-shot, centroids, linear"),
         ({"rejection_rate": 1.0}, "the rejection rate is 1.0"),
+        ({"max_false_rejections": -0.1}, "the share of false rejections is -0.1"),
         ({"strategy": "zero-shot", "label_texts": False}, "needs label texts"),
     ],
 )
@@ -288,10 +289,17 @@ def test_out_of_scope_texts_set_the_threshold(tiny_source: Path, tmp_path: Path)
     data = ClassifierData(train, outside=tmp_path / "outside.csv")
     manifest = export_classifier(data, tiny_source, tmp_path / "bundle")
     assert manifest.quality["out_of_scope_auroc"] > 0.9
-    assert manifest.quality["rejected_out_of_scope"] > 0.8
-    assert manifest.quality["rejected_in_scope"] < 0.2
-    assert manifest.rejection_logit is not None
+    quality, rule = manifest.quality, manifest.decision_rule
+    assert quality["false_acceptance_rate"] < 0.2
+    assert quality["false_rejection_rate"] <= quality["max_false_rejections"] == 0.05
+    assert quality["out_of_scope_auroc"] == quality[f"auroc_{rule.rejection_score.value}"]
+    assert rule.rejection_threshold is not None
+    assert "rejection_rate" not in quality
+    # 48 texts are held out, but there are only 15 others.
+    assert manifest.rejection_measured_on.startswith("the texts that chose")
     assert read_bundle(tmp_path / "bundle").manifest == manifest
+    assert rule.rejection_score.value in (tmp_path / "bundle" / "README.md").read_text(encoding="utf-8")
+    assert verify_bundle(tmp_path / "bundle").ok
 
 
 def test_label_names_become_words() -> None:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -147,6 +148,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare classification strategies, from embeddings to full fine-tuning, on your own data; recommend one."""
+    start = perf_counter()  # loading PyTorch takes seconds, which count for the time limit, too
     left = f"all measurements are kept in {output}; run the same command to resume"
     if output.exists() and not output.is_dir():
         raise CliError(f"--output: {output} is not a folder; choose another place")
@@ -191,7 +193,9 @@ def compare(
         )
         if export_winner is not None:
             comparison.check_winner(settings, export_winner, overwrite=overwrite)
-        found = comparison.compare(settings, output, tolerance=tolerance / 100, cost=cost.value, progress=progress)
+        found = comparison.compare(
+            settings, output, tolerance=tolerance / 100, cost=cost.value, progress=progress, start=start
+        )
         if export_winner is not None:
             comparison.export_winner(found, settings, export_winner, overwrite=overwrite, progress=progress)
     _show(found, output, as_json, train, exported=export_winner is not None)

@@ -147,11 +147,15 @@ def classifier(
     ] = None,
     out_of_scope: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Texts that have none of the labels, to fit the rejection threshold to."),
+        typer.Option(metavar="FILE", help="Texts that have none of the labels, to choose what is rejected."),
     ] = None,
     rejection_rate: Annotated[
         float, typer.Option(help="Without --out-of-scope: the share of texts with labels that may be rejected.")
     ] = 0.01,
+    max_false_rejections: Annotated[
+        float,
+        typer.Option(help="With --out-of-scope: the greatest share of texts with labels that may be rejected."),
+    ] = 0.05,
     descriptions: Descriptions = None,
     label_texts: LabelTexts = True,
     label_separator: LabelSeparator = None,
@@ -200,6 +204,7 @@ def classifier(
             balanced=balanced,
             epochs=epochs,
             rejection_rate=rejection_rate,
+            max_false_rejections=max_false_rejections,
             checkpoints=checkpoints,
             variants=variant_names(variants),
             overwrite=overwrite,
@@ -326,14 +331,25 @@ def show_bundle(manifest: Manifest, folder: Path, as_json: bool) -> None:
             "max tokens": manifest.max_tokens,
             **({"labels": manifest.labels} if manifest.labels else {}),
             **({"strategy": manifest.strategy} if manifest.strategy else {}),
+            **_rejection(manifest),
             **{_HELD_OUT.get(name, name): f"{value:.4g}" for name, value in manifest.quality.items()},
         }
     )
     print_blank_line()
+    if manifest.rejection_measured_on:
+        note(f"false_rejection_rate and false_acceptance_rate were measured on {manifest.rejection_measured_on}")
     _show_variants(manifest)
     name = folder.resolve().name
     ask = f"emberpc classify TEXT --classifier {name}" if manifest.labels else f"emberpc embed TEXT --model {name}"
     note(f"next: `emberpc serve --model {shlex.quote(f'{name}={folder}')}`, and in another terminal `{ask}`")
+
+
+def _rejection(manifest: Manifest) -> dict[str, str]:
+    """Return the lines about the rejection score of a classifier, by title; empty if it rejects no text."""
+    rule = manifest.decision_rule
+    if rule.rejection_threshold is None:
+        return {}
+    return {"rejection score": rule.rejection_score.value, "rejection threshold": f"{rule.rejection_threshold:.4g}"}
 
 
 def _show_variants(manifest: Manifest) -> None:

@@ -20,7 +20,8 @@ from emberpc.cli.output import Column, details_printer, note, print_json, print_
 from emberpc.cli.output_files import check_output_path
 from emberpc.cli.progress import progress
 from emberpc.client import Client
-from emberpc.client.types import Classification, InputKind, Matrix, Progress, StreamedEmbedding, Truncation
+from emberpc.client.classification import Classification
+from emberpc.client.types import InputKind, Matrix, Progress, StreamedEmbedding, Truncation
 
 Texts = Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="The texts.")]
 TextFile = Annotated[str | None, typer.Option("--file", metavar="FILE", help="One text a line; - is stdin.")]
@@ -192,8 +193,17 @@ def classify(
     if as_json:
         print_json({"text": text, "classification": item} for text, item in zip(listed, found, strict=True))
     else:
-        columns = [Column("label"), Column("probabilities"), Column("text", wide=True)]
-        rows = [(_label(item), _scores(item), text) for text, item in zip(listed, found, strict=True)]
+        scored = with_details and any(item.rejection_score is not None for item in found)
+        columns = [
+            Column("label"),
+            Column("probabilities"),
+            *([Column("rejection score", "right")] if scored else []),
+            Column("text", wide=True),
+        ]
+        rows = [
+            (_label(item), _scores(item), *([_rejection_score(item)] if scored else []), text)
+            for text, item in zip(listed, found, strict=True)
+        ]
         print_table(columns, rows)
         if to_terminal() and any(item.rejected for item in found):
             note(f"{_REJECTED}: no label fits; the probabilities only state which label is the least unlikely")
@@ -275,6 +285,10 @@ def _write_stream(source: LineFile, results: Iterator[StreamedEmbedding], output
         note(f"wrote {array.rows} × {array.dimensions} float32 to {output}")
     if failed:
         raise CliError(f"{failed} of {total} lines have no vector; see above", code)
+
+
+def _rejection_score(item: Classification) -> str:
+    return "" if item.rejection_score is None else f"{item.rejection_score:.4f}"
 
 
 def _label(item: Classification) -> str:

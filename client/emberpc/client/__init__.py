@@ -14,6 +14,7 @@ where `Client` returns iterators. `emberpc.client.exceptions` lists the exceptio
 from emberpc.client._aio.client import AsyncClient
 from emberpc.client._core.connection import TLS
 from emberpc.client._sync.client import Client
+from emberpc.client.classification import Classification, Classifier, ClassifierLabel, LabelScore
 from emberpc.client.details import ModelVersion, ResponseDetails, Timings, TokenUsage
 from emberpc.client.exceptions import (
     Aborted,
@@ -37,16 +38,12 @@ from emberpc.client.exceptions import (
     Violation,
 )
 from emberpc.client.types import (
-    Classification,
-    Classifier,
-    ClassifierLabel,
     Cluster,
     Collection,
     DuplicatePair,
     FailedRecord,
     Health,
     Hit,
-    LabelScore,
     Model,
     Record,
     RecordId,

@@ -5,7 +5,7 @@ other. This package needs the standard library and numpy only. It reads foreign 
 """
 
 from emberpc.bundle.bounds import Bound, cosines
-from emberpc.bundle.decision import DecisionRule, LabelDecisions, best_labels, probabilities, scope_scores
+from emberpc.bundle.decision import DecisionRule, LabelDecisions, best_labels, probabilities
 from emberpc.bundle.errors import BundleError, UnstatedError
 from emberpc.bundle.foreign import PROBES, Stated, open_bundle
 from emberpc.bundle.head import Head, unit
@@ -13,6 +13,7 @@ from emberpc.bundle.interface import Graph, Interface, Tensor, find_inputs
 from emberpc.bundle.manifest import FileEntry, Manifest, Measured, Parity, Prompts, Task, Variant
 from emberpc.bundle.reading import Bundle, read_bundle
 from emberpc.bundle.reference import Reference
+from emberpc.bundle.scope import RejectionScore, ScopeVectors, rejection_scores
 from emberpc.bundle.writing import check_target, finish_bundle, staged_folder
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "Parity",
     "Prompts",
     "Reference",
+    "RejectionScore",
+    "ScopeVectors",
     "Stated",
     "Task",
     "Tensor",
@@ -44,7 +47,7 @@ __all__ = [
     "open_bundle",
     "probabilities",
     "read_bundle",
-    "scope_scores",
+    "rejection_scores",
     "staged_folder",
     "unit",
 ]

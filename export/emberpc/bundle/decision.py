@@ -10,13 +10,15 @@ with NaN has only NaN as probabilities, or if multi-label, NaN for the labels wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from emberpc.bundle.scope import RejectionScore, ScopeVectors, Vectors, float64_logits, rejection_scores
+
 #: Threshold of each label's probability, in a multi-label classifier without thresholds of its own.
 DEFAULT_THRESHOLD = 0.5
-_MAX_LOGIT = float(np.finfo(np.float32).max)
 
 Scores = npt.NDArray[np.floating]
 Flags = npt.NDArray[np.bool_]
@@ -34,7 +36,7 @@ def probabilities(logits: Scores, temperature: float = 1.0, *, multi_label: bool
     Returns:
         float64 (texts, labels), in [0, 1]. Unless multi-label, each row adds up to 1 but for rounding.
     """
-    exact = _float64(logits)
+    exact = float64_logits(logits)
     # With a tiny temperature the quotient overflows to infinity. That needs no warning, since tanh and exp then give
     # their limits, which are the right results.
     with np.errstate(over="ignore"):
@@ -47,26 +49,12 @@ def probabilities(logits: Scores, temperature: float = 1.0, *, multi_label: bool
 
 def ranking(logits: Scores) -> Indexes:
     """Return the indexes of the labels by falling logit, int64 (texts, labels); equal logits keep the label order."""
-    return np.asarray(np.argsort(-_float64(logits), axis=1, kind="stable"))
+    return np.asarray(np.argsort(-float64_logits(logits), axis=1, kind="stable"))
 
 
 def best_labels(logits: Scores) -> Indexes:
     """Return the index of the label with the greatest logit, int64 (texts,); of equal logits, the first label's."""
-    return np.asarray(_float64(logits).argmax(axis=1))
-
-
-def scope_scores(logits: Scores) -> npt.NDArray[np.float64]:
-    """Return the best logit of each text, float64 (texts,): the greater, the more likely the text has any label.
-
-    The best logit separates texts with none of the labels better than the best probability does: softmax gives a high
-    probability to any label that is clearly ahead of the others, even if all logits are low (Hendrycks et al., "Scaling
-    Out-of-Distribution Detection for Real-World Settings", ICML 2022).
-    """
-    return np.asarray(_float64(logits).max(axis=1))
-
-
-def _float64(logits: Scores) -> npt.NDArray[np.float64]:
-    return np.clip(np.asarray(logits, dtype=np.float64), -_MAX_LOGIT, _MAX_LOGIT)
+    return np.asarray(float64_logits(logits).argmax(axis=1))
 
 
 @dataclass(frozen=True)
@@ -75,13 +63,15 @@ class LabelDecisions:
 
     `probabilities` is float64 (texts, labels), also of a rejected text. `ranking` has the indexes of the labels of each
     text, best first, int64 (texts, labels). `labels` is bool (texts, labels) and all false for a rejected text.
-    `rejected` is bool (texts,).
+    `rejected` is bool (texts,). `rejection_scores` is float64 (texts,); a text below the rejection threshold is
+    rejected. None: no text is.
     """
 
     probabilities: npt.NDArray[np.float64]
     ranking: Indexes
     labels: Flags
     rejected: Flags
+    rejection_scores: npt.NDArray[np.float64] | None
 
 
 @dataclass(frozen=True)
@@ -90,14 +80,15 @@ class DecisionRule:
 
     `temperature`, above 0, divides the logits before they become probabilities. `multi_label`: whether a text may have
     several labels. `thresholds` has, for each label of a multi-label classifier, the least probability from which a
-    text has the label; empty: 0.5 for each. Other classifiers ignore `thresholds`. A text whose best logit, not divided
-    by the temperature, is below `rejection_logit` is rejected; None: no text is rejected.
+    text has the label; empty: 0.5 for each. Other classifiers ignore `thresholds`. A text whose `rejection_score` is
+    below `rejection_threshold` is rejected; None: no text is rejected.
     """
 
     temperature: float = 1.0
     thresholds: tuple[float, ...] = ()
-    rejection_logit: float | None = None
+    rejection_threshold: float | None = None
     multi_label: bool = False
+    rejection_score: RejectionScore = RejectionScore.MAX_LOGIT
 
     def probabilities(self, logits: Scores) -> npt.NDArray[np.float64]:
         """Return the probabilities, float64 (texts, labels), of logits, float (texts, labels).
@@ -126,17 +117,43 @@ class DecisionRule:
             return np.asarray(self.probabilities(logits) >= np.array(self.label_thresholds(width), dtype=np.float64))
         return np.asarray(np.arange(width) == best_labels(logits)[:, None])
 
-    def rejected(self, logits: Scores) -> Flags:
-        """Return whether each text is rejected, bool (texts,): its best logit is below `rejection_logit`.
+    def rejection_scores(
+        self, logits: Scores, vectors: Vectors | None = None, scope: ScopeVectors | None = None
+    ) -> npt.NDArray[np.float64] | None:
+        """Return the rejection score of each text, float64 (texts,); None if the rule has no rejection threshold.
 
-        All are False if `rejection_logit` is None. `logits` are float (texts, labels).
+        Args:
+            logits: float (texts, labels).
+            vectors: vectors that the classifier's head takes, float32 (texts, dimensions); needed by some scores only.
+            scope: stored vectors of the classifier; needed by the same scores.
+
+        Raises:
+            ValueError: the score needs `vectors` and `scope`, and one of them is None.
         """
-        if self.rejection_logit is None:
-            return np.zeros(len(logits), dtype=bool)
-        return np.asarray(scope_scores(logits) < self.rejection_logit)
+        if self.rejection_threshold is None:
+            return None
+        return rejection_scores(self.rejection_score, logits, vectors, scope)
 
-    def decide(self, logits: Scores) -> LabelDecisions:
-        """Return all decisions on texts, given their logits, float (texts, labels). A rejected text gets no label."""
-        rejected = self.rejected(logits)
+    def decide(
+        self, logits: Scores, vectors: Vectors | None = None, scope: ScopeVectors | None = None
+    ) -> LabelDecisions:
+        """Return the decisions on texts; the arguments and errors are those of `rejection_scores`."""
+        scores, threshold = self.rejection_scores(logits, vectors, scope), self.rejection_threshold
+        rejected = np.zeros(len(logits), dtype=bool)
+        if scores is not None and threshold is not None:
+            rejected = np.asarray(scores < threshold)
         labels = self.labels(logits) & ~rejected[:, None]
-        return LabelDecisions(self.probabilities(logits), ranking(logits), labels, rejected)
+        return LabelDecisions(self.probabilities(logits), ranking(logits), labels, rejected, scores)
+
+    def manifest_fields(self) -> dict[str, Any]:
+        """Return the fields of the manifest that store this rule, with the lowest format version that can store it."""
+        simple = self.rejection_score is RejectionScore.MAX_LOGIT
+        return {
+            "temperature": self.temperature,
+            "thresholds": self.thresholds,
+            "multi_label": self.multi_label,
+            "rejection_score": self.rejection_score,
+            "rejection_logit": self.rejection_threshold if simple else None,
+            "rejection_threshold": None if simple else self.rejection_threshold,
+            "format_version": 1 if simple else 2,
+        }

@@ -32,11 +32,13 @@ from emberpc.bundle.limits import (
     is_unicode,
     whole_number,
 )
+from emberpc.bundle.scope import RejectionScore
 
 MANIFEST_NAME = "emberpc.json"
-#: Version of the manifest's format. It grows when an older reader could misunderstand a newer bundle; a reader refuses
-#: manifests of any other version.
-FORMAT_VERSION = 1
+#: Versions of the manifest's format that this reader understands. The version grows when an older reader could
+#: misunderstand a newer bundle; a reader refuses manifests of any other version. A bundle has the lowest version whose
+#: readers understand it. Version 2: the classifier has another rejection score than the best logit.
+FORMAT_VERSIONS = (1, 2)
 
 T = TypeVar("T")
 
@@ -158,8 +160,15 @@ class Manifest:
     thresholds: tuple[float, ...] = ()
     #: Number above 0 that divides the logits of a classifier before they become probabilities.
     temperature: float = 1.0
-    #: Rejection threshold: a text whose best logit, before the temperature, is below it is rejected; None: no text is.
+    #: Rejection threshold of the score `max_logit`: a text whose best logit, before the temperature, is below it is
+    #: rejected. None: no text is, or the score is another one.
     rejection_logit: float | None = None
+    #: Score that decides which texts are rejected. Any other score than `max_logit` needs format version 2.
+    rejection_score: RejectionScore = RejectionScore.MAX_LOGIT
+    #: Rejection threshold of any other score: a text whose score is below it is rejected. None if it is `max_logit`.
+    rejection_threshold: float | None = None
+    #: Description of the texts that the error rates of the rejection were measured on; empty if they were not.
+    rejection_measured_on: str = ""
     #: Strategy by which the model was fine-tuned, such as `linear`; empty if it was not.
     strategy: str = ""
     #: Figures of the fine-tuning and of its result, by name, such as `train_texts` and `accuracy`; empty if the model
@@ -177,7 +186,7 @@ class Manifest:
     created: str = ""
     #: All files of the bundle except the manifest, by path; of a foreign folder, tokenizer, ONNX file and weight files.
     files: dict[str, FileEntry] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    format_version: int = 1
 
     def __post_init__(self) -> None:
         """Validate limits, variants' names, Matryoshka dimensions, temperature, labels and the number of thresholds.
@@ -206,6 +215,29 @@ class Manifest:
             raise BundleError(f"{MANIFEST_NAME}: labels holds the same label twice")
         if self.thresholds and len(self.thresholds) != len(self.labels):
             raise BundleError(f"{MANIFEST_NAME}: {len(self.thresholds)} thresholds for {len(self.labels)} labels")
+        self._check_rejection()
+
+    def _check_rejection(self) -> None:
+        """Validate that rejection score, thresholds and format version fit together.
+
+        Raises:
+            BundleError: one of them contradicts another.
+        """
+        score = self.rejection_score
+        if score is RejectionScore.MAX_LOGIT:
+            if self.rejection_threshold is not None:
+                raise BundleError(f"{MANIFEST_NAME}: set rejection_logit for max_logit, not rejection_threshold")
+            return
+        if self.rejection_threshold is None or self.rejection_logit is not None:
+            raise BundleError(
+                f"{MANIFEST_NAME}: rejection_score is {score.value}; it needs rejection_threshold, and rejection_logit "
+                "must be null"
+            )
+        if self.format_version < 2:
+            raise BundleError(
+                f"{MANIFEST_NAME}: rejection_score is {score.value}; it needs the format_version 2, so that a server "
+                "that does not know this score refuses the bundle"
+            )
 
     def _check_limits(self) -> None:
         """Validate numbers, texts, lists and the keys of tables against `emberpc.bundle.limits`.
@@ -233,7 +265,8 @@ class Manifest:
             check_count(len(getattr(self, name)), f"{MANIFEST_NAME}: {name}", most)
         for name in ("base_model", "revision", "weights_sha256", "pooling", "strategy", "created"):
             check_length(getattr(self, name), f"{MANIFEST_NAME}: {name}")
-        for name, text in (*vars(self.prompts).items(), ("measured_on", self.measured_on)):
+        measured = (("measured_on", self.measured_on), ("rejection_measured_on", self.rejection_measured_on))
+        for name, text in (*vars(self.prompts).items(), *measured):
             check_length(text, f"{MANIFEST_NAME}: {name}", MAX_TEXT_LENGTH)
         for variant in self.variants:
             for text in (variant.name, variant.path):
@@ -257,7 +290,9 @@ class Manifest:
     @property
     def decision_rule(self) -> DecisionRule:
         """The rule by which the classifier decides on labels; without meaning for an embedding model."""
-        return DecisionRule(self.temperature, self.thresholds, self.rejection_logit, self.multi_label)
+        known = self.rejection_score is RejectionScore.MAX_LOGIT
+        threshold = self.rejection_logit if known else self.rejection_threshold
+        return DecisionRule(self.temperature, self.thresholds, threshold, self.multi_label, self.rejection_score)
 
     def legacy_fingerprint(self, variant: str = "") -> str:
         """Return a variant's fingerprint (hex) of the old scheme, which collections from before the new scheme store.
@@ -309,9 +344,10 @@ class Manifest:
         if not isinstance(data, dict):
             raise BundleError(f"{MANIFEST_NAME} holds no JSON object")
         version = data.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version not in FORMAT_VERSIONS:
             raise BundleError(
-                f"{MANIFEST_NAME}: format_version is {reprlib.repr(version)}, this emberpc reads {FORMAT_VERSION}; "
+                f"{MANIFEST_NAME}: format_version is {reprlib.repr(version)}, this emberpc reads "
+                f"{' and '.join(map(str, FORMAT_VERSIONS))}; "
                 "export the model again, or install the emberpc that wrote it"
             )
         return _read(cls, data, "")

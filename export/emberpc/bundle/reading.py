@@ -18,6 +18,7 @@ from emberpc.bundle.interface import Graph, Interface, find_inputs
 from emberpc.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, Task, Variant
 from emberpc.bundle.onnx_file import external_files, output_digest
 from emberpc.bundle.reference import Reference
+from emberpc.bundle.scope import SCOPE_NAME, RejectionScore, ScopeVectors
 
 TOKENIZER_NAME = "tokenizer.json"
 #: Limit of a manifest in bytes: a larger file is refused before it is read into memory. Most manifests have some
@@ -141,17 +142,20 @@ class Bundle:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def classifier_fingerprint(self, fingerprint: str, head: Head | None) -> str:
+    def classifier_fingerprint(
+        self, fingerprint: str, head: Head | None, scope_vectors: ScopeVectors | None = None
+    ) -> str:
         """Return a SHA-256 (hex) of everything that decides a classifier's labels; empty if the model is no classifier.
 
         Two classifiers with head files on the same encoder have equal results of `Bundle.fingerprint` with `headless`,
         since their vectors are equal. The result of this method also covers the head, the labels with their order, the
-        decision rule and `max_tokens`.
+        decision rule with the vectors of its rejection score, and `max_tokens`.
 
         Args:
             fingerprint: the result of `Bundle.fingerprint`, with `headless` if there is a head file. Without a head
                 file, `fingerprint` covers the weights of the head, which are in the graph.
             head: the head; None if the bundle has no head file.
+            scope_vectors: the vectors of the rejection score; None if it needs none.
         """
         manifest = self.manifest
         if manifest.task is not Task.CLASSIFICATION:
@@ -160,11 +164,12 @@ class Bundle:
             "scheme": 1,
             "encoder": fingerprint,
             "labels": manifest.labels,
-            "decision_rule": dataclasses.asdict(manifest.decision_rule),
+            "decision_rule": _rule_parts(manifest),
             "max_tokens": manifest.max_tokens,
         }
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
-        for array in () if head is None else (head.weights, head.bias):
+        arrays = [] if head is None else [head.weights, head.bias]
+        for array in arrays if scope_vectors is None else [*arrays, scope_vectors.vectors]:
             digest.update(np.ascontiguousarray(array, dtype="<f4").data)
         return digest.hexdigest()
 
@@ -190,6 +195,16 @@ class Bundle:
         if self.foreign is not None or HEAD_NAME not in self.manifest.files:
             return None
         return Head.read(self.folder, self.manifest.dimensions, len(self.manifest.labels))
+
+    def scope_vectors(self) -> ScopeVectors | None:
+        """Read the vectors that the rejection score needs from their file; return None if it needs none.
+
+        Raises:
+            BundleError: the file is missing or damaged, or does not fit the manifest's dimensions.
+        """
+        if not self.manifest.rejection_score.needs_vectors:
+            return None
+        return ScopeVectors.read(self.folder, self.manifest.dimensions)
 
     def reference(self) -> Reference:
         """Read the texts and outputs of `reference.npz`. Call it for a bundle only: a foreign folder has no such file.
@@ -227,6 +242,22 @@ class Bundle:
                 raise BundleError(f"{path} was written while it was loaded; load it again")
 
 
+def _rule_parts(manifest: Manifest) -> dict[str, object]:
+    """Return the parts of a classifier's fingerprint that are its decision rule.
+
+    The fingerprint of a classifier with the score `max_logit` must stay the same, so its parts keep their names.
+    """
+    parts: dict[str, object] = {
+        "temperature": manifest.temperature,
+        "thresholds": manifest.thresholds,
+        "rejection_logit": manifest.rejection_logit,
+        "multi_label": manifest.multi_label,
+    }
+    if manifest.rejection_score is not RejectionScore.MAX_LOGIT:
+        parts |= {"score": manifest.rejection_score.value, "rejection_threshold": manifest.rejection_threshold}
+    return parts
+
+
 def read_bundle(folder: Path | str, *, check_hashes: bool = True) -> Bundle:
     """Read the manifest of a bundle, and check that each file that the manifest lists is there.
 
@@ -253,8 +284,8 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         BundleError: the folder or the manifest is missing; or the manifest is a symbolic link, is larger than
-            `MAX_MANIFEST_BYTES`, cannot be read, is invalid, or lacks the tokenizer or the ONNX file of a variant in
-            its list of files.
+            `MAX_MANIFEST_BYTES`, cannot be read, is invalid, or lacks the tokenizer, the ONNX file of a variant or a
+            file of the rejection score in its list of files.
     """
     if not folder.is_dir():
         raise BundleError(f"{folder}: there is no such folder")
@@ -273,7 +304,8 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} cannot be read as UTF-8; {_REEXPORT}") from error
     manifest = Manifest.from_json(text)
-    for needed in (TOKENIZER_NAME, *(variant.path for variant in manifest.variants)):
+    scope = (HEAD_NAME, SCOPE_NAME) if manifest.rejection_score.needs_vectors else ()
+    for needed in (TOKENIZER_NAME, *(variant.path for variant in manifest.variants), *scope):
         if needed not in manifest.files:
             raise BundleError(f"{path}: {needed} is not among its files; {_REEXPORT}")
     return manifest

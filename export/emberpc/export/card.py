@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from emberpc.bundle import Manifest, Task
-from emberpc.export.classify.calibration import weakness
+from emberpc.bundle.calibration import weakness
 
 
 def model_card(manifest: Manifest) -> str:
@@ -27,8 +27,12 @@ def model_card(manifest: Manifest) -> str:
         facts["Temperature"] = f"{manifest.temperature:.4g}"
         if few := weakness(int(manifest.quality.get("held_out_texts", 0))):
             facts["Calibration"] = f"rough: {few}"
-        if manifest.rejection_logit is not None:
-            facts["Out of scope"] = f"texts whose best logit is below {manifest.rejection_logit:.4g}"
+        rule = manifest.decision_rule
+        if rule.rejection_threshold is not None:
+            score = rule.rejection_score.value
+            facts["Out of scope"] = f"texts whose rejection score {score} is below {rule.rejection_threshold:.4g}"
+        if manifest.rejection_measured_on:
+            facts["Error rates of the rejection"] = f"measured on {manifest.rejection_measured_on}"
     lines = [
         f"---\npipeline_tag: {tag}\nlibrary_name: emberpc\ntags:\n- onnx\n- emberpc\n---\n",
         f"# {manifest.base_model}, exported for emberpc\n",

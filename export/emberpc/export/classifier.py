@@ -7,18 +7,19 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
 from emberpc.bundle import DecisionRule, Head, Manifest, Reference, Task, Variant, finish_bundle, staged_folder
+from emberpc.bundle.calibration import FEW_TEXTS, weakness
+from emberpc.bundle.evaluation import HeldOut, calibrate, measure
+from emberpc.bundle.rejection import MAX_FALSE_REJECTIONS
 from emberpc.export.card import model_card
 from emberpc.export.classify.cached_encoder import CachedEncoder
-from emberpc.export.classify.calibration import FEW_TEXTS, weakness
-from emberpc.export.classify.evaluation import HeldOut, calibrate, measure, measure_scope
 from emberpc.export.classify.label_descriptions import described_examples
-from emberpc.export.classify.linear import Matrix
+from emberpc.export.classify.rejection import reject_outside
 from emberpc.export.classify.strategies import EXPORTABLE, STRATEGIES, Fitted, Options
 from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.convert.parity import compare, require, torch_embeddings
@@ -78,6 +79,7 @@ def export_classifier(
     balanced: bool = False,
     epochs: int | None = None,
     rejection_rate: float = 0.01,
+    max_false_rejections: float = MAX_FALSE_REJECTIONS,
     checkpoints: Path | None = None,
     variants: Sequence[str] = (FP32,),
     overwrite: bool = False,
@@ -106,6 +108,8 @@ def export_classifier(
             texts of each label.
         rejection_rate: share of held-out texts to reject as out of scope, in [0, 1); 0: no text is rejected. It is not
             used if `data` has texts outside all labels, which set the rejection threshold then.
+        max_false_rejections: greatest share of held-out texts that may be rejected as out of scope, in [0, 1), if
+            `data` has texts outside all labels. These texts then choose the rejection score, too.
         checkpoints: folder for checkpoints, from which a later call with the same arguments continues an interrupted
             training of the encoder. The files are deleted after the bundle is written. None: no checkpoints.
         variants: variants to write in addition to fp32: names, or `auto`; see `emberpc.export.variants`. They are
@@ -131,6 +135,10 @@ def export_classifier(
         raise ExportError(f"there is no strategy {strategy!r} to export; there are: {', '.join(EXPORTABLE)}")
     if not 0 <= rejection_rate < 1:
         raise ExportError(f"the rejection rate is {rejection_rate}; it must be at least 0 and less than 1")
+    if not 0 <= max_false_rejections < 1:
+        raise ExportError(
+            f"the share of false rejections is {max_false_rejections}; it must be at least 0 and less than 1"
+        )
     check_names(variants)
     examples, validation, outside = read_data(data)
     encoder = read_encoder(base, max_tokens=max_tokens, progress=progress)
@@ -147,22 +155,29 @@ def export_classifier(
         with Cost() as cost:
             fitted = STRATEGIES[strategy].fit(examples, cached_encoder, options)
         _warn_of_few(len(fitted.held_out), data.train)
-        beyond = fitted.classify(outside) if outside else None
-        rule = calibrate(
-            fitted.held_out, multi_label=examples.multi_label, outside=beyond, rejection_rate=rejection_rate
-        )
+        rate = 0.0 if outside else rejection_rate
+        rule = calibrate(fitted.held_out, multi_label=examples.multi_label, rejection_rate=rate)
+        rejection = None
+        if outside and len(fitted.held_out):
+            progress("fitting the rejection", 0, 1)
+            rejection, scope = reject_outside(fitted, examples, validation, outside, max_false_rejections, seed)
+            rule = replace(rule, rejection_threshold=rejection.threshold, rejection_score=rejection.score)
+            if scope is not None:
+                scope.write(folder)
         quality = {
             "train_texts": float(len(examples.texts)),
             "labels": float(len(examples.labels)),
             "label_texts": float(len(examples.descriptions)),
             "conflicting_texts": float(_conflicts(examples)),
-            **({} if outside else {"rejection_rate": rejection_rate}),
+            **({"max_false_rejections": max_false_rejections} if outside else {"rejection_rate": rejection_rate}),
             "fit_seconds": kept.spent.seconds + cost.seconds,
             "fit_cpu_seconds": kept.spent.cpu_seconds + cost.cpu_seconds,
             **fitted.figures,
-            **_measured(fitted, rule, beyond),
+            **_measured(fitted, rule),
+            **(rejection.figures if rejection is not None else {}),
         }
         manifest = _write(folder, encoder, converted, fitted, examples, rule, quality, strategy, progress)
+        manifest = replace(manifest, rejection_measured_on=rejection.measured_on if rejection else "")
         manifest = add_variants(
             folder,
             manifest,
@@ -259,19 +274,11 @@ def _conflicts(examples: Examples) -> int:
     return sum(len(different) > 1 for different in given.values())
 
 
-def _measured(fitted: Fitted, rule: DecisionRule, beyond: Matrix | None) -> dict[str, float]:
-    """Return figures of a classifier on its held-out texts, and their number; an empty dict if there are none.
-
-    `beyond` are logits of texts outside all labels, float32 (texts, labels). None: the figures of `measure_scope`, on
-    how well those texts are told from the held-out texts, are left out.
-    """
+def _measured(fitted: Fitted, rule: DecisionRule) -> dict[str, float]:
+    """Return figures of a classifier on its held-out texts, and their number; empty if there are none."""
     held_out = fitted.held_out
-    if not len(held_out):
-        return {}
-    found = {"held_out_texts": float(len(held_out)), **measure(held_out.logits, held_out.targets, rule)}
-    if beyond is not None:
-        found |= measure_scope(held_out.logits, beyond, rule)
-    return found
+    figures = measure(held_out.logits, held_out.targets, rule) if len(held_out) else {}
+    return {"held_out_texts": float(len(held_out)), **figures} if figures else {}
 
 
 def _write(
@@ -316,12 +323,9 @@ def _write(
         task=Task.CLASSIFICATION,
         variants=(variant,),
         labels=examples.labels,
-        multi_label=examples.multi_label,
-        thresholds=rule.thresholds,
-        temperature=rule.temperature,
-        rejection_logit=rule.rejection_logit,
         strategy=strategy,
         quality=quality,
+        **rule.manifest_fields(),
         **{**common_fields(encoder, converted), "weights_sha256": source.weights_sha256},
     )
 

@@ -17,6 +17,7 @@ from emberpc.bundle import (
     BundleError,
     Parity,
     Reference,
+    ScopeVectors,
     Task,
     UnstatedError,
     Variant,
@@ -92,6 +93,8 @@ def verify_bundle(
     reference = None if bundle.foreign else _attempt(report, "reference", lambda: _reference(bundle))
     if tokenizer is None or (reference is None and not bundle.foreign):
         return report
+    if bundle.manifest.rejection_score.needs_vectors:
+        _attempt(report, "rejection score", lambda: _rejection_score(bundle))
     runners = {variant.name: _check_variant(bundle, variant, reference, report) for variant in bundle.manifest.variants}
     if against is not None:
         from emberpc.export.verify_source import compare_with_source
@@ -155,6 +158,12 @@ def _reference(bundle: Bundle) -> tuple[Reference, str]:
     if widths != expected:
         raise ExportError(f"the reference has outputs of {widths} values, not {expected}; export the model again")
     return reference, f"{len(reference.texts)} texts"
+
+
+def _rejection_score(bundle: Bundle) -> tuple[ScopeVectors | None, str]:
+    scope = bundle.scope_vectors()
+    count = 0 if scope is None else len(scope.vectors)
+    return scope, f"{bundle.manifest.rejection_score.value}, {count} vectors"
 
 
 def _check_variant(

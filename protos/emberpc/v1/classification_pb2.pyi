@@ -95,6 +95,52 @@ EXAMPLE_STRATEGY_LINEAR: ExampleStrategy.ValueType  # 4
 """By logistic regression on the vectors of the examples."""
 Global___ExampleStrategy: _TypeAlias = ExampleStrategy  # noqa: Y015
 
+class _RejectionScore:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RejectionScoreEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RejectionScore.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REJECTION_SCORE_UNSPECIFIED: _RejectionScore.ValueType  # 0
+    """The classifier rejects no text."""
+    REJECTION_SCORE_MAX_LOGIT: _RejectionScore.ValueType  # 1
+    """The best logit, before the division by the temperature."""
+    REJECTION_SCORE_ENERGY: _RejectionScore.ValueType  # 2
+    """Natural logarithm of the sum of the exponentials of all logits, before the
+    division by the temperature.
+    """
+    REJECTION_SCORE_CLASS_COSINE: _RejectionScore.ValueType  # 3
+    """Cosine of the text's vector and the nearest mean vector of a label's
+    training texts, in [-1, 1].
+    """
+    REJECTION_SCORE_NEAREST_PROTOTYPE: _RejectionScore.ValueType  # 4
+    """Cosine of the text's vector and the nearest prototype, in [-1, 1]. A label
+    has a few prototypes; each is the mean vector of similar training texts.
+    """
+
+class RejectionScore(_RejectionScore, metaclass=_RejectionScoreEnumTypeWrapper):
+    """Score of texts that decides which texts a classifier rejects. For every score,
+    higher means that the text is more likely to have one of the labels.
+    """
+
+REJECTION_SCORE_UNSPECIFIED: RejectionScore.ValueType  # 0
+"""The classifier rejects no text."""
+REJECTION_SCORE_MAX_LOGIT: RejectionScore.ValueType  # 1
+"""The best logit, before the division by the temperature."""
+REJECTION_SCORE_ENERGY: RejectionScore.ValueType  # 2
+"""Natural logarithm of the sum of the exponentials of all logits, before the
+division by the temperature.
+"""
+REJECTION_SCORE_CLASS_COSINE: RejectionScore.ValueType  # 3
+"""Cosine of the text's vector and the nearest mean vector of a label's
+training texts, in [-1, 1].
+"""
+REJECTION_SCORE_NEAREST_PROTOTYPE: RejectionScore.ValueType  # 4
+"""Cosine of the text's vector and the nearest prototype, in [-1, 1]. A label
+has a few prototypes; each is the mean vector of similar training texts.
+"""
+Global___RejectionScore: _TypeAlias = RejectionScore  # noqa: Y015
+
 @_typing.final
 class Label(_message.Message):
     """A label of a classifier, and the description of the label."""
@@ -169,6 +215,7 @@ class Classifier(_message.Message):
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     FINE_TUNING_STRATEGY_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    REJECTION_SCORE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name under which the server serves the classifier: 1 to 128 ASCII letters,
     digits, `.`, `_` and `-`, the first a letter or digit.
@@ -196,8 +243,8 @@ class Classifier(_message.Message):
     probabilities. 1: the logits stay as they are.
     """
     rejection_threshold: _builtins.float
-    """If `rejects`: a text is rejected if its greatest logit, before the division
-    by `temperature`, is below this number. If not `rejects`: 0, not used.
+    """Used only if `rejects`: a text is rejected if its `rejection_score` is below
+    this number. 0 if not `rejects`.
     """
     rejects: _builtins.bool
     """Whether the classifier rejects texts that seem to have none of the labels;
@@ -216,6 +263,8 @@ class Classifier(_message.Message):
     """The most tokens of a text that the model reads, special tokens and prompt
     included.
     """
+    rejection_score: Global___RejectionScore.ValueType
+    """Score that decides which texts are rejected. Unspecified if not `rejects`."""
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
         """FINE_TUNED: name, revision and fingerprints of the classifier itself.
@@ -269,10 +318,11 @@ class Classifier(_message.Message):
         base_model: _builtins.str = ...,
         fine_tuning_strategy: _builtins.str = ...,
         max_tokens: _builtins.int = ...,
+        rejection_score: Global___RejectionScore.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fit_time", b"fit_time", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "collection", b"collection", "example_count", b"example_count", "fine_tuning_strategy", b"fine_tuning_strategy", "fit_time", b"fit_time", "kind", b"kind", "labels", b"labels", "max_tokens", b"max_tokens", "model", b"model", "multi_label", b"multi_label", "name", b"name", "quality", b"quality", "rejection_threshold", b"rejection_threshold", "rejects", b"rejects", "strategy", b"strategy", "temperature", b"temperature", "thresholds", b"thresholds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "collection", b"collection", "example_count", b"example_count", "fine_tuning_strategy", b"fine_tuning_strategy", "fit_time", b"fit_time", "kind", b"kind", "labels", b"labels", "max_tokens", b"max_tokens", "model", b"model", "multi_label", b"multi_label", "name", b"name", "quality", b"quality", "rejection_score", b"rejection_score", "rejection_threshold", b"rejection_threshold", "rejects", b"rejects", "strategy", b"strategy", "temperature", b"temperature", "thresholds", b"thresholds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -412,10 +462,16 @@ class Classification(_message.Message):
     REJECTED_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     NEAREST_EXAMPLES_FIELD_NUMBER: _builtins.int
+    REJECTION_SCORE_FIELD_NUMBER: _builtins.int
     rejected: _builtins.bool
-    """Whether the text seems to have none of the labels: its greatest logit is
-    below `Classifier.rejection_threshold`. Always false if
-    `Classifier.rejects` is false.
+    """Whether the text seems to have none of the labels: its `rejection_score` is
+    below the rejection threshold of the classifier. Always false if the
+    classifier does not reject.
+    """
+    rejection_score: _builtins.float
+    """The score that decides on the rejection, of the kind that
+    `Classifier.rejection_score` states. A client may compare it with a
+    threshold of its own. Unset if the classifier does not reject.
     """
     @_builtins.property
     def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___LabelScore]:
@@ -452,12 +508,15 @@ class Classification(_message.Message):
         rejected: _builtins.bool = ...,
         usage: _types_pb2.TokenUsage | None = ...,
         nearest_examples: _abc.Iterable[Global___NearestExample] | None = ...,
+        rejection_score: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rejection_score", b"_rejection_score", "rejection_score", b"rejection_score", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "nearest_examples", b"nearest_examples", "rejected", b"rejected", "scores", b"scores", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rejection_score", b"_rejection_score", "labels", b"labels", "nearest_examples", b"nearest_examples", "rejected", b"rejected", "rejection_score", b"rejection_score", "scores", b"scores", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__rejection_score: _TypeAlias = _typing.Literal["rejection_score"]  # noqa: Y015
+    _WhichOneofArgType__rejection_score: _TypeAlias = _typing.Literal["_rejection_score", b"_rejection_score"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rejection_score) -> _WhichOneofReturnType__rejection_score | None: ...
 
 Global___Classification: _TypeAlias = Classification  # noqa: Y015
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from emberpc.client._aio.runner import AsyncRunner
 from emberpc.client._core import models
-from emberpc.client.types import Classifier, Health, Model, ServerInfo, Stages
+from emberpc.client.classification import Classifier
+from emberpc.client.types import Health, Model, ServerInfo, Stages
 
 
 class AsyncModelMethods:

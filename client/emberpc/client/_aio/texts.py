@@ -9,18 +9,9 @@ from emberpc.client._aio.runner import AsyncRunner
 from emberpc.client._core import embedding
 from emberpc.client._core.embed_stream import EmbedJob
 from emberpc.client._core.embedding import EmbedOptions
+from emberpc.client.classification import Classification
 from emberpc.client.details import Details
-from emberpc.client.types import (
-    Classification,
-    DType,
-    InputKind,
-    Matrix,
-    Priority,
-    Progress,
-    StreamedEmbedding,
-    StreamItem,
-    Truncation,
-)
+from emberpc.client.types import DType, InputKind, Matrix, Priority, Progress, StreamedEmbedding, StreamItem, Truncation
 
 
 class AsyncTextMethods:

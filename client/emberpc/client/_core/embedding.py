@@ -12,9 +12,10 @@ from emberpc.client._core import checks
 from emberpc.client._core.calls import Call, Job, ListCollector, Method, check_count, chunks, divisible
 from emberpc.client._core.details import report
 from emberpc.client._core.enums import DTYPES, INPUT_KINDS, PRIORITIES, TRUNCATIONS, value_of
+from emberpc.client.classification import Classification, LabelScore
 from emberpc.client.details import Details
 from emberpc.client.exceptions import Internal
-from emberpc.client.types import Classification, DType, InputKind, LabelScore, Matrix, Priority, Progress, Truncation
+from emberpc.client.types import DType, InputKind, Matrix, Priority, Progress, Truncation
 from emberpc.v1 import classification_pb2, embedding_pb2
 from emberpc.wire import vectors
 
@@ -213,4 +214,5 @@ def _classification(message: classification_pb2.Classification) -> Classificatio
         rejected=message.rejected,
         tokens=message.usage.tokens,
         truncated=message.usage.truncated,
+        rejection_score=message.rejection_score if message.HasField("rejection_score") else None,
     )

@@ -51,6 +51,12 @@ EXAMPLE_STRATEGIES = {
     "centroids": classification_pb2.EXAMPLE_STRATEGY_CENTROIDS,
     "linear": classification_pb2.EXAMPLE_STRATEGY_LINEAR,
 }
+REJECTION_SCORES = {
+    "max_logit": classification_pb2.REJECTION_SCORE_MAX_LOGIT,
+    "energy": classification_pb2.REJECTION_SCORE_ENERGY,
+    "class_cosine": classification_pb2.REJECTION_SCORE_CLASS_COSINE,
+    "nearest_prototype": classification_pb2.REJECTION_SCORE_NEAREST_PROTOTYPE,
+}
 TASKS = {"embedding": model_pb2.MODEL_TASK_EMBEDDING, "classification": model_pb2.MODEL_TASK_CLASSIFICATION}
 STATES = {
     "loading": model_pb2.MODEL_STATE_LOADING,

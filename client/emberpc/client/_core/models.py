@@ -7,9 +7,10 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 from emberpc.client._core import checks
 from emberpc.client._core.calls import Call, Method, Page, Step
 from emberpc.client._core.details import model_version
-from emberpc.client._core.enums import CLASSIFIER_KINDS, EXAMPLE_STRATEGIES, STATES, TASKS, word_of
+from emberpc.client._core.enums import CLASSIFIER_KINDS, EXAMPLE_STRATEGIES, REJECTION_SCORES, STATES, TASKS, word_of
 from emberpc.client._core.json_values import to_datetime
-from emberpc.client.types import Classifier, ClassifierLabel, Health, Model, ServerInfo
+from emberpc.client.classification import Classifier, ClassifierLabel
+from emberpc.client.types import Health, Model, ServerInfo
 from emberpc.v1 import classification_pb2, model_pb2, server_pb2
 
 LIST_MODELS = Method("/emberpc.v1.ModelService/ListModels", model_pb2.ListModelsResponse)
@@ -132,6 +133,7 @@ def _classifier(message: classification_pb2.Classifier) -> Classifier:
         example_count=message.example_count,
         fit_time=to_datetime(message.fit_time) if message.HasField("fit_time") else None,
         quality=dict(sorted(message.quality.items())),
+        rejection_score=word_of(message.rejection_score, REJECTION_SCORES) if message.rejection_score else None,
     )
 
 

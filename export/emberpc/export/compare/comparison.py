@@ -25,6 +25,7 @@ def compare(
     tolerance: float = 0.01,
     cost: str = "training",
     progress: Progress = no_progress,
+    start: float | None = None,
 ) -> Recommendation:
     """Compare strategies, and write a report.
 
@@ -38,6 +39,7 @@ def compare(
         tolerance: how much worse than the best strategy, in [0, 1], the recommended one may be if it costs less.
         cost: the cost to save, `training` or `serving`.
         progress: called with the current step.
+        start: time, in seconds of `time.perf_counter`, from which the time limit counts; default: now.
 
     Returns:
         The recommendation, with the summary; `report.html`, `report.json` and PNG files are in the folder.
@@ -51,7 +53,7 @@ def compare(
         raise ExportError(f"there is no cost {cost!r}; there are: {', '.join(COSTS)}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    result = run(settings, folder, progress)
+    result = run(settings, folder, progress, start)
     if not result.outcomes:
         if failed := [skipped for skipped in result.skipped if not skipped.for_time]:
             raise ExportError(f"nothing could be measured; {failed[0].cell.strategy}: {failed[0].reason}")

@@ -13,8 +13,19 @@ from pathlib import Path
 from emberpc.export.compare.base_encoders import Base
 from emberpc.export.data.examples import Examples
 
-#: Files and folders of `emberpc.export` whose code determines an outcome. Other modules plan, report and export.
-_MAKES_OUTCOMES = ("classify", "tuning", "data/examples.py", "threads.py", "timing.py", "compare/outcomes.py")
+#: Files and folders of the package `emberpc` whose code determines an outcome. Other modules plan, report and export.
+_MAKES_OUTCOMES = (
+    "bundle/calibration.py",
+    "bundle/decision.py",
+    "bundle/evaluation.py",
+    "export/classify",
+    "export/compare/measured_outcome.py",
+    "export/compare/outcomes.py",
+    "export/data/examples.py",
+    "export/threads.py",
+    "export/timing.py",
+    "export/tuning",
+)
 _TOOLS = ("torch", "transformers", "sentence-transformers", "onnxruntime", "tokenizers")
 
 
@@ -65,7 +76,7 @@ def code_version() -> str:
 
     The package's version would not suffice: it may stay the same while the code changes.
     """
-    room = Path(str(files("emberpc.export")))
+    room = Path(str(files("emberpc.export"))).parent
     digest = hashlib.sha256()
     for name in _MAKES_OUTCOMES:
         path = room / name

@@ -92,13 +92,16 @@ class _OutOfTimeError(Exception):
 
 
 @bounded_threads()
-def run(settings: ComparisonSettings, folder: Path, progress: Progress = no_progress) -> ComparisonResult:
+def run(
+    settings: ComparisonSettings, folder: Path, progress: Progress = no_progress, start: float | None = None
+) -> ComparisonResult:
     """Fit and measure all cells of a comparison that its time limit allows.
 
     Args:
         settings: settings of the comparison.
         folder: folder for outcomes and checkpoints. Outcomes that it has already are read and not computed again.
         progress: called with the current step.
+        start: time, in seconds of `time.perf_counter`, from which the time limit counts; default: now.
 
     Returns:
         The outcomes, also those of earlier calls, and the skipped cells with reasons. A cell whose fit failed counts as
@@ -109,7 +112,7 @@ def run(settings: ComparisonSettings, folder: Path, progress: Progress = no_prog
         NoRoomError: a checkpoint cannot be written.
         OSError: another file of the folder cannot be written.
     """
-    start = perf_counter()
+    start = perf_counter() if start is None else start
     _check(settings)
     train, _, outside = read_data(settings.data)
     test = held_out_examples(

@@ -26,6 +26,8 @@ _CONFIDENCES = (0.7, 0.9, 0.97)
 #: Share of wrong labels that is expected among confident disagreements, and its weight as a number of texts. With
 #: wrong labels put into four data sets, the probabilities that result are about right (docs/decisions/0024).
 _PRIOR_SHARE, _PRIOR_TEXTS = 0.2, 10.0
+#: Least difference of the rates at which the words agree with right and with wrong suggestions.
+_LEAST_CONTRAST = 0.2
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,10 @@ def _probability(group: Sequence[_Vote], doubtful: Sequence[_Vote]) -> float:
     The words agree with a right suggestion as often as they do where the label is the suggested one, and with a wrong
     suggestion as often as they do where the encoder disagrees with the label at a low confidence: these are mostly
     errors of the encoder. The rate at which they agree with the suggestions of `group` shows the share of right ones
-    among these (a mixture of two rates). With few texts this share is uncertain, so the rate is taken one standard
-    error lower, and the share is drawn towards 0.2 with the weight of 10 texts: the probability is rather too low. Then
-    Bayes' rule gives the probability for texts on which the words agree.
+    among these (a mixture of two rates). With few texts this share is uncertain, so two of the rates are taken one
+    standard error less favourable, and the share is drawn towards 0.2 with the weight of 10 texts: the probability is
+    rather too low. Then Bayes' rule gives the probability for texts on which the words agree. It is 0 if the rates with
+    right and wrong suggestions differ by less than 0.2: the words then say little.
 
     Args:
         group: votes of similar confidence.
@@ -158,11 +161,11 @@ def _probability(group: Sequence[_Vote], doubtful: Sequence[_Vote]) -> float:
     errors = [vote.words_agree for vote in doubtful if vote.disagrees]
     if not (disagreeing and agreeing and errors):
         return 0.0
-    if_right, if_wrong = (sum(each) / len(each) for each in (agreeing, errors))
-    if if_right <= if_wrong:
-        return 0.0
-    rate = sum(disagreeing) / len(disagreeing)
+    if_right, if_wrong, rate = (sum(each) / len(each) for each in (agreeing, errors, disagreeing))
+    if_wrong += sqrt(if_wrong * (1 - if_wrong) / len(errors))
     rate -= sqrt(rate * (1 - rate) / len(disagreeing))
+    if if_right - if_wrong < _LEAST_CONTRAST:
+        return 0.0
     share = max(0.0, min(1.0, (rate - if_wrong) / (if_right - if_wrong)))
     share = (share * len(disagreeing) + _PRIOR_SHARE * _PRIOR_TEXTS) / (len(disagreeing) + _PRIOR_TEXTS)
     return share * if_right / (share * if_right + (1 - share) * if_wrong)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from emberpc.bundle import DecisionRule
-from emberpc.export.classify.calibration import reliability
-from emberpc.export.classify.evaluation import calibrate, measure, measure_scope
+from emberpc.bundle.calibration import reliability
+from emberpc.bundle.evaluation import calibrate, measure, measure_scope
 from emberpc.export.classify.linear import Matrix
 from emberpc.export.classify.strategies import Fitted
 from emberpc.export.compare.outcomes import ALL, Cell, Decisions, Outcome

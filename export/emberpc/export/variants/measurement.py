@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from emberpc.bundle import Bound, Manifest, Measured, Reference, Task, best_labels, unit
-from emberpc.export.classify.evaluation import measure
+from emberpc.bundle.evaluation import measure
 from emberpc.export.convert.onnx_runner import Feeds, Matrix, OnnxRunner
 from emberpc.export.data.examples import Targets
 from emberpc.export.errors import ExportError

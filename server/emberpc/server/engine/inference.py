@@ -64,6 +64,8 @@ class Inference:
 
     Attributes:
         output: float32 (texts, width): vectors or logits, one row for each text.
+        encoded: the output before `Model.finish`, float32: if the model has a head, the vectors that the head takes;
+            otherwise the same array as `output`.
         tokens: the number of tokens of each text, with prompt and special tokens, after truncation.
         truncated: whether each text was truncated.
         tokenize_seconds: wall time of tokenizing, with the wait for a turn and a thread.
@@ -73,6 +75,7 @@ class Inference:
     """
 
     output: Output
+    encoded: Output
     tokens: list[int]
     truncated: list[bool]
     tokenize_seconds: float
@@ -132,8 +135,10 @@ class Inferrer:
         if places:
             entries |= await self._compute(request, places, times)
         found = [entries[key] for key in keys]
+        encoded = np.stack([entry.row for entry in found])
         return Inference(
-            output=request.model.finish(np.stack([entry.row for entry in found])),
+            output=request.model.finish(encoded),
+            encoded=encoded,
             tokens=[entry.tokens for entry in found],
             truncated=[entry.truncated for entry in found],
             tokenize_seconds=times.tokenize,

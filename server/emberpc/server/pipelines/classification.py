@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from emberpc.bundle import LabelDecisions, Task
@@ -13,6 +15,9 @@ from emberpc.server.pipelines.limits import Limits
 
 #: Estimated bytes that a label with its score takes in the response, without the characters of the label.
 _SCORE_BYTES = 10
+#: Most products of a call's texts and the numbers of a rejection score's vectors that are computed on the event loop.
+#: More would hold up other calls for over about 10 ms, so a thread computes them.
+_LOOP_PRODUCTS = 2**26
 
 
 @dataclass(frozen=True)
@@ -95,4 +100,7 @@ class TextClassifier:
         inference = await self._engine.inferrer.infer(
             InferenceRequest(model, texts, manifest.prompts.passage, request.truncation, items_of("texts"), caller)
         )
-        return ClassifiedTexts(model, inference, manifest.decision_rule.decide(inference.output))
+        decide = partial(manifest.decision_rule.decide, inference.output, inference.encoded, model.scope_vectors)
+        stored = 0 if model.scope_vectors is None else model.scope_vectors.vectors.size
+        many = len(texts) * stored > _LOOP_PRODUCTS
+        return ClassifiedTexts(model, inference, await asyncio.to_thread(decide) if many else decide())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from datetime import datetime
 
-from emberpc.bundle import LabelDecisions, Manifest, Task
+from emberpc.bundle import LabelDecisions, Manifest, RejectionScore, Task
 from emberpc.server.engine import Engine, Model
 from emberpc.server.paging import decode_token
 from emberpc.server.pipelines.classification import ClassificationRequest, TextClassifier
@@ -17,6 +17,14 @@ from emberpc.v1 import classification_pb2_grpc
 #: Bytes of a response that are reserved for the rest beside its classifiers. Most of them are for the page token, which
 #: encodes a name of at most 128 characters.
 _REPLY_BYTES = 1024
+
+
+_REJECTION_SCORES = {
+    RejectionScore.MAX_LOGIT: pb.REJECTION_SCORE_MAX_LOGIT,
+    RejectionScore.ENERGY: pb.REJECTION_SCORE_ENERGY,
+    RejectionScore.CLASS_COSINE: pb.REJECTION_SCORE_CLASS_COSINE,
+    RejectionScore.NEAREST_PROTOTYPE: pb.REJECTION_SCORE_NEAREST_PROTOTYPE,
+}
 
 
 class ClassificationService(classification_pb2_grpc.ClassificationServiceServicer):
@@ -106,6 +114,7 @@ def classify_row(decisions: LabelDecisions, row: int, manifest: Manifest, top_k:
         scores=[pb.LabelScore(label=manifest.labels[i], score=float(scores[i])) for i in ranking[: top_k or None]],
         labels=[manifest.labels[i] for i in ranking if given[i]],
         rejected=bool(decisions.rejected[row]),
+        rejection_score=None if decisions.rejection_scores is None else float(decisions.rejection_scores[row]),
     )
 
 
@@ -124,13 +133,15 @@ def describe(model: Model) -> pb.Classifier:
         multi_label=rule.multi_label,
         thresholds=rule.label_thresholds(len(manifest.labels)),
         temperature=rule.temperature,
-        rejects=rule.rejection_logit is not None,
-        rejection_threshold=rule.rejection_logit or 0.0,
+        rejects=rule.rejection_threshold is not None,
+        rejection_threshold=rule.rejection_threshold or 0.0,
         quality=manifest.quality,
         base_model=manifest.base_model,
         fine_tuning_strategy=manifest.strategy,
         max_tokens=manifest.max_tokens,
     )
+    if rule.rejection_threshold is not None:
+        description.rejection_score = _REJECTION_SCORES[rule.rejection_score]
     # The manifest states the time as text. A bundle that another tool wrote may have a text that is no ISO time.
     with suppress(ValueError, OverflowError):
         description.fit_time.FromDatetime(datetime.fromisoformat(manifest.created))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from emberpc.bundle import Head
+from emberpc.bundle.evaluation import HeldOut
 from emberpc.export.classify.cached_encoder import CachedEncoder
-from emberpc.export.classify.evaluation import HeldOut
 from emberpc.export.classify.linear import Matrix, right, stratify
 from emberpc.export.data.examples import Examples, Rows
 from emberpc.export.progress import Progress, no_progress
@@ -89,13 +89,17 @@ class Fitted:
     `classify` returns the logits of texts, float32 (texts, labels). `held_out` has logits of texts by classifiers that
     were not trained on them: by this classifier, or by others fitted in the same way; `held_out` may be empty. `head`
     is the linear head on the encoder's vectors that gives the same logits as `classify`, or None if no linear head can.
-    `tuned` has the trained weights of the encoder, or None if the encoder was not trained.
+    `tuned` has the trained weights of the encoder, or None if the encoder was not trained. `embed` returns the vectors
+    of texts that the head takes, float32 (texts, dimensions); None if there is no head. `held_out_by` is the classifier
+    that the logits of `held_out` are from; None: this one, or several, fitted to other texts each.
     """
 
     classify: Callable[[Sequence[str]], Matrix]
     held_out: HeldOut
     head: Head | None = None
     tuned: Tuned | None = None
+    embed: Callable[[Sequence[str]], Matrix] | None = None
+    held_out_by: Fitted | None = None
     #: Figures of the fit by name, such as the chosen number of epochs or strength of regularization.
     figures: dict[str, float] = field(default_factory=dict)
 
@@ -145,6 +149,26 @@ class Strategy(Protocol):
         Raises:
             ExportError: the classifier cannot be fitted, for example because label descriptions are missing.
         """
+
+
+def with_head(
+    head: Head,
+    embed: Callable[[Sequence[str]], Matrix],
+    held_out: HeldOut,
+    *,
+    tuned: Tuned | None = None,
+    figures: dict[str, float] | None = None,
+) -> Fitted:
+    """Return the result of a strategy whose classifier is a linear head on vectors.
+
+    Args:
+        head: the head.
+        embed: returns the vectors of texts, float32 (texts, dimensions).
+        held_out: logits of held-out texts.
+        tuned: the trained weights of the encoder; None if it was not trained.
+        figures: figures of the fit by name.
+    """
+    return Fitted(lambda texts: head.logits(embed(texts)), held_out, head, tuned, embed, figures=figures or {})
 
 
 def accuracy(logits: Matrix, examples: Examples) -> float:
@@ -261,4 +285,5 @@ def _with_held_out(fitted: Fitted, by: Fitted, held_out: Examples, rows: Rows) -
     `rows` has the indexes of the held-out texts among the training texts; it is empty for texts of a validation file.
     """
     logits = by.classify(held_out.texts)
-    return replace(fitted, held_out=HeldOut(logits, held_out.targets, rows, unseen=by is fitted))
+    found = HeldOut(logits, held_out.targets, rows, unseen=by is fitted)
+    return replace(fitted, held_out=found, held_out_by=None if by is fitted else by)

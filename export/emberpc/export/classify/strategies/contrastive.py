@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from emberpc.bundle import Head
+from emberpc.bundle.prototypes import class_means
 from emberpc.export.classify.cached_encoder import CachedEncoder
 from emberpc.export.classify.linear import balanced_weights, fit_head
 from emberpc.export.classify.strategies.base import (
@@ -21,9 +22,10 @@ from emberpc.export.classify.strategies.base import (
     no_texts,
     passes_of,
     standard_error,
+    with_head,
 )
-from emberpc.export.classify.strategies.frozen import class_means, prototypes
-from emberpc.export.classify.strategies.layers import by_tuned, checkpoint_of
+from emberpc.export.classify.strategies.frozen import label_head
+from emberpc.export.classify.strategies.layers import checkpoint_of, embed_by
 from emberpc.export.data.examples import Examples
 from emberpc.export.threads import Check, bounded_threads, run_in_threads
 from emberpc.export.tuning.loop import Recipe, train
@@ -94,9 +96,9 @@ class Contrastive:
         def score() -> float:
             if held_out is None:
                 return 0.0
-            means = class_means(backbone.embed(tokens, states), examples)
+            means = class_means(backbone.embed(tokens, states), examples.targets)
             found = backbone.embed(cached_encoder.tokens(held_out.texts), cached_encoder.states(held_out.texts, top))
-            return accuracy(prototypes(means).logits(found), held_out)
+            return accuracy(label_head(means).logits(found), held_out)
 
         log = train(
             parameters,
@@ -122,7 +124,8 @@ class Contrastive:
             (head,) = run_in_threads([fit], lambda done: options.progress("fitting the head", done, 1))
         tuned = Tuned(backbone.weights(), top, backbone)
         figures = {"epochs": float(log.best_epoch), "layers_tuned": float(top)}
-        return Fitted(by_tuned(head, tuned, cached_encoder), no_texts(examples), head, tuned, figures), log.best_epoch
+        embed = embed_by(tuned, cached_encoder)
+        return with_head(head, embed, no_texts(examples), tuned=tuned, figures=figures), log.best_epoch
 
 
 def supervised_contrastive(vectors: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from emberpc.bundle import Head, unit
+from emberpc.bundle.evaluation import HeldOut
+from emberpc.bundle.prototypes import class_means
 from emberpc.export.classify.cached_encoder import CachedEncoder
-from emberpc.export.classify.evaluation import HeldOut
 from emberpc.export.classify.linear import Matrix, balanced_weights, cross_validate, stratify
-from emberpc.export.classify.strategies.base import Fitted, Options, no_texts
+from emberpc.export.classify.strategies.base import Fitted, Options, no_texts, with_head
 from emberpc.export.data.examples import Examples
 from emberpc.export.errors import ExportError
 
@@ -47,13 +48,13 @@ class ZeroShot(_Frozen):
         """
         if not examples.descriptions:
             raise ExportError("the strategy zero-shot needs label descriptions, and there are none; give them")
-        head = prototypes(cached_encoder.vectors(examples.descriptions))
+        head = label_head(cached_encoder.vectors(examples.descriptions))
         held_out = options.validation or examples  # the strategy learns from no text, so all texts are held out
         if not held_out.texts:
-            return Fitted(_classify_by(head, cached_encoder), no_texts(examples), head)
+            return with_head(head, cached_encoder.vectors, no_texts(examples))
         logits = head.logits(cached_encoder.vectors(held_out.texts))
         rows = np.arange(0 if options.validation else len(examples.texts))
-        return Fitted(_classify_by(head, cached_encoder), HeldOut(logits, held_out.targets, rows, unseen=True), head)
+        return with_head(head, cached_encoder.vectors, HeldOut(logits, held_out.targets, rows, unseen=True))
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,14 @@ class Centroids(_Frozen):
         """
 
         def fit_head(known: Examples) -> Head:
-            return prototypes(class_means(cached_encoder.vectors(known.texts), known))
+            return label_head(class_means(cached_encoder.vectors(known.texts), known.targets))
 
         head = fit_head(examples.described())
 
         def classify(known: Examples, texts: Sequence[str]) -> Matrix:
             return fit_head(known.described()).logits(cached_encoder.vectors(texts))
 
-        return Fitted(_classify_by(head, cached_encoder), _hold_out(classify, examples, options), head)
+        return with_head(head, cached_encoder.vectors, _hold_out(classify, examples, options))
 
 
 @dataclass(frozen=True)
@@ -143,33 +144,16 @@ class Linear(_Frozen):
         if options.validation is not None:
             logits = found.head.logits(cached_encoder.vectors(options.validation.texts))
             held_out = HeldOut(logits, options.validation.targets)
-        return Fitted(
-            _classify_by(found.head, cached_encoder), held_out, found.head, figures={"regularisation_c": found.c}
-        )
+        return with_head(found.head, cached_encoder.vectors, held_out, figures={"regularisation_c": found.c})
 
 
-def class_means(vectors: Matrix, examples: Examples) -> Matrix:
-    """Return the mean of the normalized vectors of each label's texts, itself normalized, float32 (labels, dimensions).
-
-    Args:
-        vectors: vectors of the examples, float32 (texts, dimensions), of any length.
-        examples: the examples; a label without texts gets zeros.
-    """
-    counts = np.maximum(examples.targets.sum(axis=0), 1)[:, None]
-    return unit(np.asarray(examples.targets.T.astype(np.float32) @ unit(vectors) / counts, dtype=np.float32))
-
-
-def prototypes(vectors: Matrix) -> Head:
+def label_head(vectors: Matrix) -> Head:
     """Return the head whose logit for a label is `COSINE_SCALE` times the cosine of the text's and the label's vector.
 
     Args:
         vectors: one vector for each label, float32 (labels, dimensions), of any length.
     """
     return Head(np.ascontiguousarray(COSINE_SCALE * unit(vectors).T), np.zeros(len(vectors), dtype=np.float32))
-
-
-def _classify_by(head: Head, cached_encoder: CachedEncoder) -> Callable[[Sequence[str]], Matrix]:
-    return lambda texts: head.logits(cached_encoder.vectors(texts))
 
 
 def _hold_out(classify: Callable[[Examples, Sequence[str]], Matrix], examples: Examples, options: Options) -> HeldOut:

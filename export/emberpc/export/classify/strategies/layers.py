@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from emberpc.bundle import Head
+from emberpc.bundle.prototypes import class_means
 from emberpc.export.classify.cached_encoder import CachedEncoder
 from emberpc.export.classify.linear import Matrix, balanced_weights
 from emberpc.export.classify.strategies.base import (
@@ -23,8 +24,9 @@ from emberpc.export.classify.strategies.base import (
     no_texts,
     passes_of,
     standard_error,
+    with_head,
 )
-from emberpc.export.classify.strategies.frozen import COSINE_SCALE, class_means
+from emberpc.export.classify.strategies.frozen import COSINE_SCALE
 from emberpc.export.data.examples import Examples
 from emberpc.export.tuning.checkpoint import Checkpoint
 from emberpc.export.tuning.loop import Recipe, shuffled, train
@@ -121,7 +123,7 @@ class _Layers:
             cached_encoder.states(held_out.texts, top)
         parameters = backbone.train_top(top)
         original = backbone.weights()
-        means = class_means(cached_encoder.vectors(examples.texts), examples)
+        means = class_means(cached_encoder.vectors(examples.texts), examples.targets)
         head = _CosineHead(means, multi_label=examples.multi_label)
         recipe = Recipe(epochs or default_epochs(examples.per_label), self.encoder_rate)
         loss = loss_by_targets(examples, balanced=options.balanced)
@@ -154,9 +156,8 @@ class _Layers:
         backbone.load({name: weights.lerp(trained[name], _TUNED_SHARE) for name, weights in original.items()})
         tuned, linear = Tuned(backbone.weights(), top, backbone), head.linear()
         figures = {"epochs": float(log.best_epoch), "layers_tuned": float(top)}
-        return Fitted(
-            by_tuned(linear, tuned, cached_encoder), no_texts(examples), linear, tuned, figures
-        ), log.best_epoch
+        embed = embed_by(tuned, cached_encoder)
+        return with_head(linear, embed, no_texts(examples), tuned=tuned, figures=figures), log.best_epoch
 
 
 class TopLayers(_Layers):
@@ -187,20 +188,20 @@ class FullTuning(_Layers):
         return layers
 
 
-def by_tuned(head: Head, tuned: Tuned, cached_encoder: CachedEncoder) -> Callable[[Sequence[str]], Matrix]:
-    """Return a function that returns the logits of texts by a tuned encoder and its head, float32 (texts, labels).
+def embed_by(tuned: Tuned, cached_encoder: CachedEncoder) -> Callable[[Sequence[str]], Matrix]:
+    """Return a function that returns the vectors of texts by a tuned encoder, float32 (texts, dimensions).
 
     The function loads the tuned weights into the PyTorch encoder at each call, since another training may have changed
     the encoder's weights meanwhile.
     """
 
-    def classify(texts: Sequence[str]) -> Matrix:
+    def embed(texts: Sequence[str]) -> Matrix:
         tokens, states = cached_encoder.tokens(texts), cached_encoder.states(texts, tuned.top)
         cached_encoder.backbone.train_top(tuned.top)
         cached_encoder.backbone.load(tuned.weights)
-        return head.logits(cached_encoder.backbone.embed(tokens, states, cached_encoder.progress))
+        return cached_encoder.backbone.embed(tokens, states, cached_encoder.progress)
 
-    return classify
+    return embed
 
 
 def checkpoint_of(

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from emberpc.bundle.evaluation import HeldOut
 from emberpc.export.classify.cached_encoder import CachedEncoder
-from emberpc.export.classify.evaluation import HeldOut
 from emberpc.export.classify.linear import Matrix, balanced_weights, stratify
 from emberpc.export.classify.strategies.base import Fitted, Options, no_texts, split
 from emberpc.export.data.examples import Examples, Rows

@@ -17,6 +17,7 @@ from emberpc.bundle import (
     BundleError,
     Head,
     Manifest,
+    ScopeVectors,
     Task,
     UnstatedError,
     Variant,
@@ -58,6 +59,8 @@ class Model:
         tokenizer: tokenizer of the model.
         encoder: encoder of the model, which other models may share.
         head: head of a classifier if the encoder does not compute the logits itself, else None.
+        scope_vectors: vectors that the classifier's rejection score compares a text's vector with; None if the score
+            needs none.
         size_bytes: bytes of the ONNX file, without external weight files.
         loaded: when the model was loaded, in UTC.
         fingerprint: SHA-256 (hex) of all bytes that determine the model's vectors, except the length limit.
@@ -73,6 +76,7 @@ class Model:
     tokenizer: TextTokenizer
     encoder: Encoder
     head: Head | None
+    scope_vectors: ScopeVectors | None
     size_bytes: int
     loaded: datetime
     fingerprint: str
@@ -187,7 +191,7 @@ class Model:
         """
         manifest = bundle.manifest
         variant = manifest.variant(variant_name)
-        head = bundle.head()
+        head, scope_vectors = bundle.head(), bundle.scope_vectors()
 
         path = bundle.model_path(variant)
         entry = manifest.files[variant.path]
@@ -226,10 +230,11 @@ class Model:
             tokenizer=_tokenizer(bundle, loading.contents),
             encoder=encoder,
             head=head,
+            scope_vectors=scope_vectors,
             size_bytes=entry.size,
             loaded=datetime.now(timezone.utc),
             fingerprint=fingerprint,
-            classifier_fingerprint=bundle.classifier_fingerprint(fingerprint, head),
+            classifier_fingerprint=bundle.classifier_fingerprint(fingerprint, head, scope_vectors),
             legacy_fingerprint=bundle.legacy_fingerprint(variant.name),
         )
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
-from emberpc.bundle import DecisionRule, probabilities, scope_scores
-from emberpc.export.classify.calibration import (
+from emberpc.bundle.calibration import (
     expected_calibration_error,
-    fit_rejection,
     fit_temperature,
     fit_thresholds,
-    out_of_scope_auroc,
 )
-from emberpc.export.classify.linear import Matrix
-from emberpc.export.data.examples import Rows, Targets
+from emberpc.bundle.decision import DecisionRule, Flags, Indexes, probabilities
+from emberpc.bundle.rejection import auroc, quantile_threshold
+from emberpc.bundle.scope import RejectionScore, rejection_scores
+
+Matrix = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -29,24 +30,23 @@ class HeldOut:
     """
 
     logits: Matrix
-    targets: Targets
-    rows: Rows = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    targets: Flags
+    rows: Indexes = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     unseen: bool = False
 
     def __len__(self) -> int:
         return len(self.logits)
 
 
-def calibrate(
-    held_out: HeldOut, *, multi_label: bool = False, outside: Matrix | None = None, rejection_rate: float = 0.01
-) -> DecisionRule:
-    """Fit a decision rule to held-out texts: temperature, thresholds and rejection threshold.
+def calibrate(held_out: HeldOut, *, multi_label: bool = False, rejection_rate: float = 0.01) -> DecisionRule:
+    """Fit a decision rule to held-out texts: temperature, thresholds, and a rejection threshold of the best logit.
+
+    Texts outside all labels are not needed. If there are some, `emberpc.bundle.rejection` fits a better rejection.
 
     Args:
         held_out: logits of texts that the classifier was not trained on; may be empty.
         multi_label: whether a text may have several labels.
-        outside: logits of texts without any of the labels, float32 (texts, labels); None if there are no such texts.
-        rejection_rate: used if `outside` is None: the share of held-out texts to reject, in [0, 1]; 0: none.
+        rejection_rate: the share of held-out texts to reject, in [0, 1]; 0: none.
 
     Returns:
         The rule. Only a multi-label rule has thresholds. Without held-out texts, the temperature is 1, and the rule has
@@ -58,13 +58,12 @@ def calibrate(
         found = probabilities(held_out.logits, temperature, multi_label=True)
         thresholds = fit_thresholds(found, held_out.targets)
     rejection = None
-    if len(held_out) and (outside is not None or rejection_rate):
-        beyond = None if outside is None else scope_scores(outside)
-        rejection = fit_rejection(scope_scores(held_out.logits), beyond, rejection_rate)
+    if len(held_out) and rejection_rate:
+        rejection = quantile_threshold(rejection_scores(RejectionScore.MAX_LOGIT, held_out.logits), rejection_rate)
     return DecisionRule(temperature, thresholds, rejection, multi_label)
 
 
-def measure(logits: Matrix, targets: Targets, rule: DecisionRule) -> dict[str, float]:
+def measure(logits: Matrix, targets: Flags, rule: DecisionRule) -> dict[str, float]:
     """Return figures of a classifier on labelled texts, each in [0, 1].
 
     Args:
@@ -77,38 +76,48 @@ def measure(logits: Matrix, targets: Targets, rule: DecisionRule) -> dict[str, f
         is given), `micro_f1`, and the expected calibration error of the probabilities with the rule's temperature
         (`ece`) and with temperature 1 (`ece_uncalibrated`).
     """
-    from sklearn.metrics import f1_score
-
     multi_label = rule.multi_label
     decided = rule.labels(logits)
     # Leave out labels that no text has and no text is given: macro F1 would count their F1 as 0.
     seen = targets.any(axis=0) | decided.any(axis=0)
+    hits, wanted, given = (flags.sum(axis=0) for flags in (targets & decided, targets, decided))
     raw = probabilities(logits, multi_label=multi_label)
     return {
         "accuracy": float((decided == targets).all(axis=1).mean()),
-        "macro_f1": float(f1_score(targets[:, seen], decided[:, seen], average="macro", zero_division=0)),
-        "micro_f1": float(f1_score(targets, decided, average="micro", zero_division=0)),
+        "macro_f1": float(_f1(hits[seen], wanted[seen], given[seen]).mean()) if seen.any() else 0.0,
+        "micro_f1": float(_f1(hits.sum(), wanted.sum(), given.sum())),
         "ece_uncalibrated": expected_calibration_error(raw, targets, multi_label=multi_label),
         "ece": expected_calibration_error(rule.probabilities(logits), targets, multi_label=multi_label),
     }
 
 
+def _f1(hits: Indexes, wanted: Indexes, given: Indexes) -> npt.NDArray[np.float64]:
+    """Return F1 scores, float64 of the shape of the arguments; 0 if no text has or is given the label.
+
+    Args:
+        hits: numbers of texts that have a label and are given it.
+        wanted: numbers of texts that have the label.
+        given: numbers of texts that are given the label.
+    """
+    return np.asarray(2 * hits / np.maximum(wanted + given, 1))
+
+
 def measure_scope(inside: Matrix, outside: Matrix, rule: DecisionRule) -> dict[str, float]:
-    """Return figures of how well texts outside all labels are separated from texts with labels.
+    """Return figures of how well the best logit separates texts outside all labels from texts with labels.
 
     Args:
         inside: logits of texts with labels, float32 (texts, labels); at least one text.
         outside: logits of texts outside all labels, float32 (texts, labels); at least one text.
-        rule: decides which texts are rejected, if it has a rejection threshold.
+        rule: a rule whose rejection score is the best logit.
 
     Returns:
         `out_of_scope_auroc`: the probability that an inside text has a higher best logit than an outside text. If
-        `rule` has a rejection threshold, also the shares of rejected texts: `rejected_in_scope` of the inside texts and
-        `rejected_out_of_scope` of the outside texts.
+        `rule` has a rejection threshold, also the error rates: `false_rejection_rate` (the share of inside texts that
+        are rejected) and `false_acceptance_rate` (the share of outside texts that are not).
     """
-    within, beyond = scope_scores(inside), scope_scores(outside)
-    found = {"out_of_scope_auroc": out_of_scope_auroc(within, beyond)}
-    if rule.rejection_logit is not None:
-        found["rejected_in_scope"] = float(rule.rejected(inside).mean())
-        found["rejected_out_of_scope"] = float(rule.rejected(outside).mean())
+    within, beyond = (rejection_scores(RejectionScore.MAX_LOGIT, logits) for logits in (inside, outside))
+    found = {"out_of_scope_auroc": auroc(within, beyond)}
+    if rule.rejection_threshold is not None:
+        found["false_rejection_rate"] = float((within < rule.rejection_threshold).mean())
+        found["false_acceptance_rate"] = float((beyond >= rule.rejection_threshold).mean())
     return found

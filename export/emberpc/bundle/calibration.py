@@ -1,15 +1,15 @@
-"""Fit the temperature, the thresholds and the rejection threshold of a classifier, and measure its calibration."""
+"""Fit the temperature and the thresholds of a classifier, and measure its calibration."""
 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from emberpc.bundle import best_labels
-from emberpc.bundle.decision import DEFAULT_THRESHOLD
-from emberpc.export.data.examples import Targets
+from emberpc.bundle.decision import DEFAULT_THRESHOLD, Flags, Scores, best_labels
 
 _BINS = 15
+#: Bounds of a fitted temperature. Some strategies use 10 times a cosine as logit, and some encoders give any two texts
+#: a cosine from 0.7 to 0.9. Then a logit that is 0.3 ahead is clearly ahead; a temperature of 0.05 makes it 6 ahead.
+TEMPERATURES = (0.05, 20.0)
 #: Fewest held-out texts of a label that gets a threshold of its own. All labels with fewer texts share one threshold,
 #: since a threshold fitted to few texts is mostly chance.
 _OWN_THRESHOLD_TEXTS = 20
@@ -17,19 +17,19 @@ _OWN_THRESHOLD_TEXTS = 20
 #: is wrong: if all answers to N texts are right, the share of errors is below 3 / N with 95 % confidence (Hanley and
 #: Lippman-Hand, "If Nothing Goes Wrong, Is Everything All Right?", JAMA 1983).
 FEW_TEXTS = 100
-Scores = npt.NDArray[np.floating]
 
 
-def fit_temperature(logits: Scores, targets: Targets, *, multi_label: bool = False) -> float:
+def fit_temperature(logits: Scores, targets: Flags, *, multi_label: bool = False) -> float:
     """Return the temperature that makes the right labels most probable.
 
     This follows Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. A golden-section search over the
-    natural logarithm of the temperature, in [-4, 4], finds it.
+    logarithm of the temperature finds it within the bounds `TEMPERATURES`.
 
     The right labels count as slightly uncertain (Platt, "Probabilistic Outputs for Support Vector Machines", 1999):
     with N texts, the right label of each has the target probability (N + 1) / (N + 2). If right labels counted as
     certain, there would be no best temperature for logits that are right in all texts, which is common with few and
-    easy texts: a lower temperature would always be better.
+    easy texts: a lower temperature would always be better. With N texts that are all right, the mean probability of
+    their right labels is at most (N + 1) / (N + 2).
 
     Args:
         logits: float (texts, labels), of texts that the model was not fitted to.
@@ -37,7 +37,7 @@ def fit_temperature(logits: Scores, targets: Targets, *, multi_label: bool = Fal
         multi_label: whether a text may have several labels.
 
     Returns:
-        The temperature, from exp(-4) to exp(4); 1.0 if there are no texts.
+        The temperature, from 0.05 to 20; 1.0 if there are no texts.
     """
     if not len(logits):
         return 1.0
@@ -52,7 +52,7 @@ def fit_temperature(logits: Scores, targets: Targets, *, multi_label: bool = Fal
         whole = np.logaddexp(0, scaled) if multi_label else np.log(np.exp(scaled).sum(axis=1))
         return float((whole.sum() - (wanted * scaled).sum()) / len(logits))
 
-    low, high, ratio = -4.0, 4.0, (5**0.5 - 1) / 2
+    (low, high), ratio = np.log(TEMPERATURES), (5**0.5 - 1) / 2
     while high - low > 1e-4:
         left, right = high - ratio * (high - low), low + ratio * (high - low)
         if loss(left) < loss(right):
@@ -62,7 +62,7 @@ def fit_temperature(logits: Scores, targets: Targets, *, multi_label: bool = Fal
     return float(np.exp((low + high) / 2))
 
 
-def _smoothed(targets: Targets, *, multi_label: bool) -> Scores:
+def _smoothed(targets: Flags, *, multi_label: bool) -> Scores:
     """Return target probabilities in place of certain labels, float64 (texts, labels), by Platt's rule.
 
     Single-label, with N texts: a text's right label gets (N + 1) / (N + 2), and its other labels share the rest.
@@ -92,7 +92,7 @@ def weakness(held_out: int) -> str:
     return f"{held_out} held-out texts cannot show whether errors are rarer than one in {max(1, held_out // 3)}"
 
 
-def reliability(found: Scores, targets: Targets, *, multi_label: bool = False) -> list[tuple[float, float, int]]:
+def reliability(found: Scores, targets: Flags, *, multi_label: bool = False) -> list[tuple[float, float, int]]:
     """Sort decisions into 15 equal bins of confidence.
 
     A decision is a text's best label; if multi-label, each label of each text. Its confidence is the label's
@@ -119,7 +119,7 @@ def reliability(found: Scores, targets: Targets, *, multi_label: bool = False) -
     ]
 
 
-def expected_calibration_error(found: Scores, targets: Targets, *, multi_label: bool = False) -> float:
+def expected_calibration_error(found: Scores, targets: Flags, *, multi_label: bool = False) -> float:
     """Return the expected calibration error (ECE) on at least one text, in [0, 1].
 
     This error is the mean gap between confidence and accuracy over 15 equal bins of confidence, each bin weighted by
@@ -134,7 +134,7 @@ def expected_calibration_error(found: Scores, targets: Targets, *, multi_label: 
     return sum(abs(confidence - right) * count for confidence, right, count in bins) / sum(bin_[2] for bin_ in bins)
 
 
-def fit_thresholds(found: Scores, targets: Targets) -> tuple[float, ...]:
+def fit_thresholds(found: Scores, targets: Flags) -> tuple[float, ...]:
     """Return the threshold of each label of a multi-label classifier: the probability with the best F1.
 
     Labels with fewer than 20 texts share one threshold, which is fitted to the decisions on all labels together.
@@ -154,7 +154,7 @@ def fit_thresholds(found: Scores, targets: Targets) -> tuple[float, ...]:
     return tuple([_best_f1(found[:, i], targets[:, i]) if own[i] else shared for i in every])
 
 
-def _best_f1(scores: Scores, wanted: npt.NDArray[np.bool_]) -> float:
+def _best_f1(scores: Scores, wanted: Flags) -> float:
     """Return the threshold with the best F1: the middle between two adjacent scores.
 
     If the F1 is best when all scores are above the threshold, it is half of the lowest score. `scores` is float
@@ -169,43 +169,3 @@ def _best_f1(scores: Scores, wanted: npt.NDArray[np.bool_]) -> float:
     cut = int(f1.argmax())
     below = ranked[cut + 1] if cut + 1 < len(ranked) else 0.0
     return float((ranked[cut] + below) / 2)
-
-
-def out_of_scope_auroc(inside: Scores, outside: Scores) -> float:
-    """Return the AUROC: the probability that an inside text has a higher scope score than an outside text.
-
-    The scope score of a text is its best logit. Equal scores count half.
-
-    Args:
-        inside: scope scores of texts that have a label, float (texts,); at least one.
-        outside: scope scores of texts that have none of the labels, float (texts,); at least one.
-    """
-    from sklearn.metrics import roc_auc_score
-
-    known = np.concatenate([np.ones(len(inside)), np.zeros(len(outside))])
-    return float(roc_auc_score(known, np.concatenate([inside, outside])))
-
-
-def fit_rejection(inside: Scores, outside: Scores | None, rate: float) -> float | None:
-    """Return the rejection threshold: the scope score (best logit) below which a text is rejected.
-
-    With outside texts, the threshold maximizes the share of inside texts that are kept plus the share of outside texts
-    that are rejected (Youden's J). Without them, it is the quantile `rate` of the inside scores.
-
-    Args:
-        inside: scope scores of held-out texts that have a label, float (texts,).
-        outside: scope scores of texts that have none of the labels, float (texts,); None or empty if there are none.
-        rate: the share of inside texts to reject if there are no outside texts, 0 to 1.
-
-    Returns:
-        The threshold; None if `inside` is empty.
-    """
-    if not len(inside):
-        return None
-    if outside is None or not len(outside):
-        return float(np.quantile(inside, rate))
-    scores = np.sort(np.concatenate([inside, outside]))
-    cuts = np.unique((scores[:-1] + scores[1:]) / 2) if len(scores) > 1 else scores
-    kept = 1 - np.searchsorted(np.sort(inside), cuts) / len(inside)
-    refused = np.searchsorted(np.sort(outside), cuts) / len(outside)
-    return float(cuts[(kept + refused).argmax()])

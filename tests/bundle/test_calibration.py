@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from emberpc.bundle import probabilities
-from emberpc.export.classify.calibration import (
+from emberpc.bundle.calibration import (
+    TEMPERATURES,
     expected_calibration_error,
-    fit_rejection,
     fit_temperature,
     fit_thresholds,
-    out_of_scope_auroc,
 )
 
 
@@ -47,13 +46,54 @@ def test_texts_that_are_all_right_claim_no_more_than_they_are(texts: int, multi_
     assert found.max() < 1 - 0.2 / (texts + 2)
 
 
+@pytest.mark.parametrize("labels", [2, 50])
+@pytest.mark.parametrize("texts", [20, 200, 2000])
+def test_the_mean_confidence_of_texts_that_are_all_right_is_bounded_by_their_number(texts: int, labels: int) -> None:
+    """The margins of real texts differ: some are far from the boundary between labels, and others are near."""
+    random = np.random.default_rng(texts)
+    targets = np.eye(labels, dtype=bool)[np.arange(texts) % labels]
+    logits = random.normal(size=targets.shape)
+    logits[targets] = logits.max(axis=1) + random.exponential(2, texts)
+    temperature = fit_temperature(logits, targets)
+    low, high = TEMPERATURES
+    assert low < temperature < high
+    confidence = probabilities(logits, temperature).max(axis=1)
+    assert 0.8 < confidence.mean() <= (texts + 1) / (texts + 2)
+    # Texts that belong to no label, with logits of the same noise, get a lower confidence.
+    noise = random.normal(size=(500, labels))
+    assert probabilities(noise, temperature).max(axis=1).mean() < confidence.mean()
+
+
+@pytest.mark.parametrize("texts", [100, 500, 5000])
+@pytest.mark.parametrize("scale", [0.5, 3.0])
+def test_smoothing_does_not_worsen_the_calibration_of_texts_with_errors(texts: int, scale: float) -> None:
+    """The error on new texts, against that of the temperature without smoothing, and of the true temperature."""
+    random = np.random.default_rng(texts)
+
+    def drawn(count: int) -> tuple[np.ndarray, np.ndarray]:
+        true = random.normal(size=(count, 5)) * 2
+        chosen = (probabilities(true).cumsum(axis=1) > random.random((count, 1))).argmax(axis=1)
+        return true * scale, np.eye(5, dtype=bool)[chosen]
+
+    logits, targets = drawn(texts)
+    new, expected = drawn(20_000)
+    grid = np.exp(np.linspace(-3, 3, 601))
+    likelihood = [np.log(probabilities(logits, temperature)[targets]).sum() for temperature in grid]
+    errors = [
+        expected_calibration_error(probabilities(new, temperature), expected)
+        for temperature in (fit_temperature(logits, targets), grid[int(np.argmax(likelihood))], scale)
+    ]
+    assert errors[0] <= errors[1] + 0.01
+    assert errors[0] <= errors[2] + 1 / texts**0.5
+
+
 def test_logits_without_bound_have_a_temperature() -> None:
     targets = np.eye(2, dtype=bool)[[0, 1, 0, 1]]
     for scale in (1e-6, 1.0, 1e4):
         for multi_label in (False, True):
             for wanted in (targets, ~targets):
                 temperature = fit_temperature(np.where(targets, scale, -scale), wanted, multi_label=multi_label)
-                assert np.exp(-4.001) < temperature < np.exp(4.001)
+                assert 0.0499 < temperature < 20.01
 
 
 def test_an_overconfident_model_has_a_calibration_error_and_a_calibrated_one_has_none() -> None:
@@ -90,17 +130,3 @@ def test_thresholds_maximize_f1_and_rare_labels_share_one() -> None:
     rare = fit_thresholds(found, few)[1]
     assert rare != pytest.approx(0.945, abs=0.006)
     assert 0 < rare < 0.945
-
-
-def test_out_of_scope_texts_say_from_where_on_to_reject() -> None:
-    inside, outside = np.array([5.0, 6, 7, 8]), np.array([1.0, 2, 3, 5.5])
-    assert out_of_scope_auroc(inside, outside) == pytest.approx(15 / 16)
-    assert fit_rejection(inside, outside, 0.0) == pytest.approx(4)
-
-
-def test_without_them_the_stated_rate_does() -> None:
-    inside = np.arange(1000.0)
-    threshold = fit_rejection(inside, None, 0.05)
-    assert threshold is not None
-    assert (inside < threshold).mean() == pytest.approx(0.05)
-    assert fit_rejection(np.zeros(0), None, 0.05) is None
