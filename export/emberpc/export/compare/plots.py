@@ -88,8 +88,13 @@ def _learning_curves(axes: Axes, summary: Summary) -> None:
         axes.plot(x, y, markersize=4, linewidth=1.6, **style)  # type: ignore[arg-type]
         low, high = [point.score.low for point in curve], [point.score.high for point in curve]
         axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        quick = [(summary.per_label(point.budget), point.score.value) for point in curve if point.quick]
+        if quick:
+            axes.plot(*zip(*quick, strict=True), linestyle="", marker=style["marker"], markersize=4, zorder=3,
+                      markerfacecolor="white", markeredgecolor=style["color"])  # fmt: skip
+        _estimate(axes, summary, way, style["color"])
     scores = [point.score.value for point in summary.points]
-    axes.set_ylim(min(scores) - 0.05, min(1.0, max(scores) + 0.05))
+    axes.set_ylim(min(scores) - 0.05, min(1.0, max(scores) + 0.1))
     budgets = sorted(summary.result.per_label, key=summary.per_label)
     axes.set_xscale("log", base=2)
     axes.set_xticks([summary.per_label(budget) for budget in budgets])
@@ -97,8 +102,20 @@ def _learning_curves(axes: Axes, summary: Summary) -> None:
     axes.minorticks_off()
     axes.set_xlabel("training texts of each label")
     axes.set_ylabel(f"{metric_name(summary.metric)} on the test texts")
-    axes.set_title("Learning curves; bands: 95 % intervals over test texts and seeds", fontsize=10)
+    title = "Learning curves; bands and bars: 95 % intervals; hollow: a quick training; dotted: an estimate"
+    axes.set_title(title, fontsize=9)
     axes.legend(fontsize=8, loc="lower right")
+
+
+def _estimate(axes: Axes, summary: Summary, way: Way, colour: str) -> None:
+    """Draw the estimate of a strategy at the largest budget, if it was not measured there, with its interval."""
+    point, found = summary.last(way), summary.estimate(way)
+    if point is None or found is None or found.measured or not way.served:
+        return
+    x = [summary.per_label(point.budget), summary.per_label(summary.largest)]
+    axes.plot(x, [point.score.value, found.value], linestyle=":", linewidth=1.2, color=colour)
+    bar = [[found.value - found.low], [found.high - found.value]]
+    axes.errorbar([x[1]], [found.value], yerr=bar, fmt="none", ecolor=colour, elinewidth=1, capsize=3)
 
 
 def _accuracy_cost(axes: Axes, summary: Summary) -> None:
