@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,30 @@ def test_tokens_of_the_tokenizers_own_are_not_missed(lowercase: bool, normalized
     found = WordCache.of(made)
     assert found is not None
     assert found.ids(text) in (None, made.encode(text).ids)
+
+
+@pytest.mark.parametrize("single_word", [True, False])
+@given(text=TEXTS, characters=st.integers(1, 9))
+def test_pieces_of_texts_with_added_tokens_have_the_ids_of_the_text(
+    single_word: bool, text: str, characters: int
+) -> None:
+    made = wordpiece(normalizers.BertNormalizer(lowercase=True))
+    tokens = [("[sep]", False), ("<", False), ("<<b>", single_word)]
+    made.add_tokens([AddedToken(name, normalized=False, single_word=single) for name, single in tokens])
+    found = WordCache.of(made)
+    assert found is not None
+    whole = text + "[sep],a,<<b>,b." + text
+    pieces = found.pieces(whole, characters)
+    assert "".join(pieces) == whole
+    ids = [made.encode(piece, add_special_tokens=False).ids for piece in pieces]
+    assert list(chain.from_iterable(ids)) == made.encode(whole, add_special_tokens=False).ids
+
+
+def test_a_text_with_an_added_token_is_cut_at_punctuation(minilm: Tokenizer, remembered: WordCache) -> None:
+    pieces = remembered.pieces("[CLS]" + "a," * 1000, 100)
+    assert max(map(len, pieces)) <= 110
+    # Where added tokens are everywhere, there is no place to cut.
+    assert len(remembered.pieces("[CLS]" * 1000, 100)) == 1
 
 
 def test_plain_texts_in_any_language_are_told_by_their_words(minilm: Tokenizer, remembered: WordCache) -> None:

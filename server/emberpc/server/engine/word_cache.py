@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -25,8 +25,8 @@ _PUNCTUATION = r"!-/:-@\[-`{-~"
 _WORD = re.compile(rf"[{_PUNCTUATION}]{{1,32}}|[^ \t\n\r{_PUNCTUATION}]+")
 #: Where a long text may be cut, to be tokenized piece by piece with less memory: at the end of a match.
 #: The ids of the pieces, one after the other, are the ids of the text. Every text may be cut after white space
-#: (`_BLANK`), since no added token contains white space. A text without added tokens may also be cut after punctuation
-#: (`_SIGN`), and, if the normalizer separates ideographs, between two of them (`_SIGN_OR_IDEOGRAPH`).
+#: (`_BLANK`), since no added token contains white space. Where a text has no added token near, it may also be cut after
+#: punctuation (`_SIGN`), and, if the normalizer separates ideographs, between two of them (`_SIGN_OR_IDEOGRAPH`).
 _BLANK = re.compile(r"[ \t\n\r]")
 _SIGN = re.compile(rf"[ \t\n\r{_PUNCTUATION}]")
 _SIGN_OR_IDEOGRAPH = re.compile(rf"[ \t\n\r{_PUNCTUATION}]|[\u4e00-\u9fff](?=[\u4e00-\u9fff])")
@@ -34,6 +34,8 @@ _SIGN_OR_IDEOGRAPH = re.compile(rf"[ \t\n\r{_PUNCTUATION}]|[\u4e00-\u9fff](?=[\u
 #: tokens. A call holds the interpreter lock, so one call for a long text would make other threads wait. The parts begin
 #: this many characters apart.
 _SEARCHED = 2**16
+#: Most signs that are examined to find a place to cut a text that may hold added tokens.
+_MOST_SIGNS = 100
 #: Most characters of a cached word. Longer words are not cached, since most of them occur only once.
 _MAX_CHARACTERS = 32
 #: Number of words at which a generation of the cache is full; the text that fills it may add more. Two generations of
@@ -140,13 +142,35 @@ class WordCache:
         Args:
             text: the text.
             characters: least number of characters of each piece except the last, which may be empty. A piece ends at
-                the first place from there on where the text may be cut; without such a place, the rest is one piece.
+                the first of the next places where the text may be cut; without such a place, the rest is one piece.
         """
-        cut, start, pieces = (self._cut_plain if self._is_plain(text) else _BLANK), 0, []
-        while len(text) - start > characters and (found := cut.search(text, start + characters - 1)):
-            pieces.append(text[start : found.end()])
-            start = found.end()
+        plain, start, pieces = self._is_plain(text), 0, []
+        while len(text) - start > characters:
+            end = self._cut_place(text, start + characters - 1, plain)
+            if end is None:
+                break
+            pieces.append(text[start:end])
+            start = end
         return [*pieces, text[start:]]
+
+    def _cut_place(self, text: str, start: int, plain: bool) -> int | None:
+        """Return the first known index after `start` where a text may be cut; None if none is known.
+
+        A text that is not `plain` may be cut after a sign that has no possible added token within the length of the
+        longest added token. The next 100 signs are examined. Without such a sign, the text is cut at white space. It is
+        also cut at white space if an added token has several spellings, since a spelling may be longer than the token.
+        """
+        if plain:
+            found = self._cut_plain.search(text, start)
+            return None if found is None else found.end()
+        if self._special is not None and not self._ascii_only:
+            reach = self._longest + 1
+            for sign in islice(_SIGN.finditer(text, start), _MOST_SIGNS):
+                near = self._special.search(text, max(0, sign.end() - reach), sign.end() + reach)
+                if near is None or sign.group().isspace():
+                    return sign.end()
+        found = _BLANK.search(text, start)
+        return None if found is None else found.end()
 
     def _is_plain(self, text: str) -> bool:
         """Return whether a text has surely no added token; False if it may have one."""
