@@ -204,6 +204,15 @@ def test_a_record_whose_id_is_damaged_is_deleted_by_the_name_that_it_is_given(
         assert [record.id for record in collection.page(100, "")[0]] == [each for each in TRUTH if each != LOST]
 
 
+@pytest.mark.parametrize("name", ["b'it's'", "b'\\x4'", 'b"\\x61"', "b'a''b'"])
+def test_an_id_that_only_looks_like_a_damaged_id_is_deleted(tmp_path: Path, name: str) -> None:
+    with closing(Index(tmp_path)) as index:
+        collection = index.create(CollectionSpec("c", WIDTH))
+        collection.upsert([NewRecord(name, "text")], np.ones((1, WIDTH), dtype=np.float32))
+        assert collection.delete([name]).deleted == 1
+        assert collection.count() == 0
+
+
 @pytest.mark.parametrize("older", [False, True], ids=["", "older"])
 def test_reembedding_does_not_make_a_damaged_record_look_whole(tmp_path: Path, older: bool) -> None:
     with (

@@ -305,8 +305,14 @@ def printable_id(record_id: object) -> str:
 
 
 def bytes_of_printable_id(name: str) -> bytes | None:
-    """Return the bytes that `name` denotes if it is a Python bytes literal, as `printable_id` returns; else None."""
-    return bytes(ast.literal_eval(name)) if _PRINTABLE_BYTES.fullmatch(name) else None
+    """Return the bytes for which `printable_id` returns `name`; None if there are none."""
+    if not _PRINTABLE_BYTES.fullmatch(name):
+        return None
+    try:
+        found = ast.literal_eval(name)
+    except (SyntaxError, ValueError):  # an ordinary id, such as b'it's'
+        return None
+    return found if isinstance(found, bytes) and printable_id(found) == name else None
 
 
 def damaged(record_id: object) -> ServiceError:
