@@ -7,13 +7,15 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from emberpc.server.collections import CollectionBackend, CollectionSpec, Distance, NewRecord
+from emberpc.server.collections import CollectionBackend, CollectionSpec, Distance, NewRecord, StoredRecord
 from emberpc.server.engine import Caller, Engine, Lane, Registry
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Index
@@ -220,3 +222,65 @@ async def test_a_waiting_reembedding_keeps_what_is_updated_meanwhile(steered: St
     await asyncio.wait_for(steered.until_reembedded(), 300)
     await steered.jobs.close()
     assert steered.index.get("c").spec.truncation == "end"
+
+
+class OneRecord:
+    """A reembedding of one record, which is read again after `rewind` until it has a new vector."""
+
+    spec = CollectionSpec("c", 1, model="m")
+    record = StoredRecord("r", "text", "{}", "", 1, *[datetime.now(timezone.utc)] * 2)
+
+    def __init__(self) -> None:
+        self.unread = [self.record]
+        self.taken: list[StoredRecord] = []
+
+    def next(self, _: int) -> list[StoredRecord]:
+        read, self.unread = self.unread, []
+        return read
+
+    def rewind(self) -> None:
+        self.unread = [] if self.taken else [self.record]
+
+    def take(self, records: list[StoredRecord], _: object) -> None:
+        self.taken += records
+
+    def source_revisions(self, ids: list[str]) -> dict[str, int]:
+        return dict.fromkeys(ids, 1)
+
+
+@pytest.mark.parametrize("rewound", [False, True])
+async def test_a_record_that_failed_once_does_not_prevent_the_switch(
+    monkeypatch: pytest.MonkeyPatch, rewound: bool
+) -> None:
+    """It is tried again after some pauses, and also when another failure makes the job read all records again."""
+    monkeypatch.setattr(reembedding, "_PAUSE", 0.0)
+    monkeypatch.setattr(reembedding, "_WAITS", 10**9 if rewound else 3)
+    failures = [ServiceError(Code.INTERNAL, "for once")]
+    parts = [([0], SimpleNamespace(output=np.ones((1, 1), dtype=np.float32)))]
+    way, problems = OneRecord(), []
+
+    class Embedder:
+        model = SimpleNamespace(manifest=SimpleNamespace(normalize=False))
+
+        async def embed(self, _: list[str]) -> Any:
+            if failures:
+                return SimpleNamespace(parts=[], failures={0: failures.pop()})
+            return SimpleNamespace(parts=parts, failures={})
+
+    def switch(_: object) -> bool:
+        problems.append(job.problem)
+        return True
+
+    def source_revisions(ids: list[str]) -> dict[str, int]:
+        if rewound:
+            way.rewind()
+        return dict.fromkeys(ids, 1)
+
+    monkeypatch.setattr(reembedding._Job, "_embedder", lambda _: Embedder())
+    monkeypatch.setattr(way, "source_revisions", source_revisions)
+    with ThreadPoolExecutor(1) as threads:
+        pool = IndexPool(threads, 1)
+        job = reembedding._Job(None, SimpleNamespace(switch=switch), pool, None, way)  # type: ignore[arg-type]
+        await asyncio.wait_for(job.task, 300)
+    assert way.taken == [way.record]
+    assert problems == [""]

@@ -4,8 +4,8 @@ A collection that is reembedded has a job. The job reads the records in the orde
 their texts with the new model, and stores the vectors in the index. Records that are written meanwhile are embedded
 too. When all records have new vectors, the index switches to the new vectors. If a new record prevents the switch,
 further writes wait while the job embeds this record and tries again, so that the job can end in a busy collection. If a
-record cannot be embedded, the job continues with the other records, but the collection keeps its old model until the
-record is changed or deleted; a restart of the server tries the record again.
+record cannot be embedded, the job continues with the other records, and tries the record again about once a minute.
+The collection keeps its old model until the record is embedded, changed or deleted.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ _PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 #: After each further this many failed switches, the job reads all records again, in case it has missed one, and lets
 #: writes through.
 _SWITCH_TRIES = 10
+#: Number of pauses of `_PAUSE` seconds for records that cannot be embedded, after which the job tries them again.
+_WAITS = 60
 
 Result = TypeVar("Result")
 
@@ -214,6 +216,7 @@ class _Job:
         #: The records that could not be embedded: revision and error message of each, by id.
         self._failed: dict[str, tuple[int, str]] = {}
         self._switch_tries = 0
+        self._waits = 0
         self.task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
@@ -245,9 +248,9 @@ class _Job:
     async def _step(self) -> bool:
         """Do the next step of the job: embed and store up to 256 records or, if none remains, try to switch.
 
-        If some records cannot be embedded, the step waits a second and does not switch. After a failed switch, writes
-        wait until a step reads 256 records, the job has a problem or ends, or the number of failed switches is a
-        multiple of ten.
+        If some records cannot be embedded, the step waits a second and does not switch. After each 60 of these steps,
+        the job reads all records again, and so tries the failed records again. After a failed switch, writes wait until
+        a step reads 256 records, the job has a problem or ends, or the number of failed switches is a multiple of ten.
 
         Returns:
             Whether the collection has switched, so that the job is done.
@@ -266,6 +269,9 @@ class _Job:
         if self._failed:
             self.writable.set()
             await asyncio.sleep(_PAUSE)
+            self._waits += 1
+            if self._waits % _WAITS == 0:
+                self.reembedding.rewind()  # the cause of the failures may have passed
             return False
         if await self._in_pool(self._index.switch, self.reembedding):
             return True
@@ -281,8 +287,8 @@ class _Job:
     async def _embed_and_store(self, records: Sequence[StoredRecord]) -> None:
         """Embed the texts of records, and store the records with their new vectors.
 
-        A record that cannot be embedded is noted in `self._failed` instead. If no record failed before this call, the
-        problem of the job is cleared, since the model works.
+        A record that cannot be embedded is noted in `self._failed` instead. If no record failed before this call, or
+        none does after it, the problem of the job is cleared, since the model works.
 
         Raises:
             ServiceError: NOT_FOUND if no model with the name of the new model is served; FAILED_PRECONDITION if the
@@ -302,9 +308,14 @@ class _Job:
         for group, embedded in zip(groups, embedded_groups, strict=True):
             for indexes, inference in embedded.parts:
                 matrix = shape(inference.output, dimensions, unit=unit)
-                await self._in_pool(self.reembedding.take, [group[i] for i in indexes], matrix)
+                stored = [group[i] for i in indexes]
+                await self._in_pool(self.reembedding.take, stored, matrix)
+                for record in stored:
+                    self._failed.pop(record.id, None)  # it may have failed before a rewind
             for i, failure in embedded.failures.items():
                 self._failed[group[i].id] = (group[i].revision, failure.message)
+        if not self._failed:
+            self._set_problem("")
 
     def _set_problem(self, problem: str) -> None:
         if problem and problem != self.problem:
