@@ -57,6 +57,9 @@ TOO_LARGE = {
     "many records": lambda stub: stub.BatchGetRecords(
         pb.BatchGetRecordsRequest(collection="long", ids=[f"r{i:02}" for i in range(COUNT)])
     ),
+    "unknown ids": lambda stub: stub.BatchGetRecords(
+        pb.BatchGetRecordsRequest(collection="long", ids=[f"{i:0500}" for i in range(RESPONSE // 500 + 1)])
+    ),
     "many hits": lambda stub: stub.Search(pb.SearchRequest(collection="long", queries=query(1), top_k=COUNT)),
     "one hit of many queries": lambda stub: stub.Search(
         pb.SearchRequest(collection="long", queries=query(300), top_k=1)
@@ -80,6 +83,17 @@ def test_a_response_that_would_be_too_large_is_refused(stub: index_pb2_grpc.Inde
     with pytest.raises(grpc.RpcError, match=f"more than {RESPONSE} bytes") as refused:
         TOO_LARGE[kind](stub)
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_records_and_their_vectors_are_limited_together(stub: index_pb2_grpc.IndexServiceStub) -> None:
+    def get(count: int) -> Any:
+        parts = [pb.RECORD_PART_VECTOR]
+        return stub.BatchGetRecords(pb.BatchGetRecordsRequest(collection="long", ids=["r00"] * count, parts=parts))
+
+    of_one = get(1).records[0].ByteSize()
+    assert len(get(RESPONSE // (of_one + 8 + 4)).records)
+    with pytest.raises(grpc.RpcError, match=f"more than {RESPONSE} bytes"):
+        get(RESPONSE // of_one)  # of records alone, as many fit
 
 
 def test_a_page_ends_where_its_records_are_too_large(stub: index_pb2_grpc.IndexServiceStub) -> None:

@@ -140,17 +140,20 @@ def _with_records(
         rest: the response without records. If `parts` names vectors, this function adds them to `rest`.
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if the records, without vectors, have more bytes than a response may have.
+        ServiceError: RESOURCE_EXHAUSTED if records, vectors and `rest` together have more bytes than a response may
+            have; a few bytes for each record are not counted.
     """
     pieces: list[bytes] = []
-    size = 0
+    vectors = record_vectors(records, parts)
+    if vectors is not None:
+        rest.vectors.CopyFrom(vectors)
+    serialized_rest = rest.SerializeToString()
+    size = len(serialized_rest)
+    limits.check_response(size, _REMEDY)
     for record in records:
         serialized = record_bytes(record, parts)
         pieces += (FIRST, varint(len(serialized)), serialized)
         size += len(serialized)
         limits.check_response(size, _REMEDY)
-    vectors = record_vectors(records, parts)
-    if vectors is not None:
-        rest.vectors.CopyFrom(vectors)
-    pieces.append(rest.SerializeToString())
+    pieces.append(serialized_rest)
     return b"".join(pieces)
