@@ -74,6 +74,9 @@ def test_too_many_elements_are_refused(message: Any, one: bytes, field: str) -> 
             index_pb2.UpsertRecordsRequest,
             within(2, within(3, within(1, within(2, within(6, b"\x0a\x00" * 1000))))) * 2000,
         ),
+        # Empty packed lists: 131,072 of the request itself, and of a message within it.
+        (index_pb2.BatchGetRecordsRequest, b"\x1a\x00" * (SIZE // 2)),
+        (index_pb2.SearchRequest, within(2, within(2, b"\x2a\x00" * (SIZE // 2)))),
         # Fields of many numbers that no message has.
         (index_pb2.GetCollectionRequest, b"".join(UNKNOWN_NUMBERS)),
     ],

@@ -216,7 +216,8 @@ def _scan(
         if delimited:
             if item_size is not None:
                 packed = data[start:place]
-                count = len(packed) // item_size if item_size else len(packed.translate(None, _CONTINUED))
+                items = len(packed) // item_size if item_size else len(packed.translate(None, _CONTINUED))
+                count = max(1, items)  # an empty list takes time, too: 16 MiB of them took 5 s to scan
             elif message is not None and start < place:
                 inner = _type_of(message)
                 if not (
