@@ -46,9 +46,9 @@ class Failing(server_pb2_grpc.ServerServiceServicer):
 
 
 @asynccontextmanager
-async def served(servicer: Any) -> AsyncIterator[grpc.aio.Channel]:
+async def served(servicer: Any, **options: Any) -> AsyncIterator[grpc.aio.Channel]:
     server = grpc.aio.server()
-    Handlers(server).add(server_pb2_grpc.add_ServerServiceServicer_to_server, servicer)
+    Handlers(server, **options).add(server_pb2_grpc.add_ServerServiceServicer_to_server, servicer)
     async with channel_to(server) as channel:
         yield channel
 
@@ -92,6 +92,18 @@ async def test_other_calls_go_on_while_a_request_is_counted(monkeypatch: pytest.
         counted = asyncio.ensure_future(call(b"\xf8\x07\x01"))
         await call(b"")
         await counted
+
+
+async def test_a_large_request_and_its_large_response_need_not_fit_together() -> None:
+    class Answering(server_pb2_grpc.ServerServiceServicer):
+        async def GetServerInfo(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+            return server_pb2.GetServerInfoResponse(version="x" * LARGE)
+
+    # Three quarters of the limit each. An unknown field makes the request large.
+    async with served(Answering(), max_in_flight_bytes=LARGE * 4 // 3) as channel:
+        call: Any = channel.unary_unary(METHOD)
+        for _ in range(2):
+            assert len(await call(b"\xfa\x07\x80\x80\x04" + bytes(LARGE))) > LARGE
 
 
 @pytest.mark.parametrize("rounds", range(10))

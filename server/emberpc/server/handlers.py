@@ -123,7 +123,7 @@ class Handlers:
         serialize = handler.response_serializer or (lambda response: response)
 
         async def answer(request: Any, context: Context) -> bytes:
-            return self._counted(serialize(await inner(request, context)), context)
+            return serialize(await inner(request, context))
 
         make = (
             grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
@@ -148,6 +148,9 @@ class Handlers:
                 decoded = await read(request, call.held)
                 del request  # the bytes are not kept beside the message
                 response = await inner(decoded, context)
+                del decoded  # a large request and its large response need not fit together
+                call.held.release()
+                self._count(response, context)
             except BaseException as error:
                 await call.fail(error)
                 raise
@@ -178,20 +181,14 @@ class Handlers:
     def _begin(self, method: str, context: Context) -> _Call:
         return _Call(method, context, Held(self._in_flight, self._streams), self._observe)
 
-    def _counted(self, response: bytes, context: Context) -> bytes:
-        """Return a serialized response. If it has 64 KiB or more, count it until the caller has read it or left.
+    def _count(self, response: bytes | None, context: Context) -> None:
+        """Count a serialized response of 64 KiB or more until the caller has read it or left.
 
-        Raises:
-            ServiceError: RESOURCE_EXHAUSTED if too many bytes are in flight; the request of the same call counts too.
+        RESOURCE_EXHAUSTED if too many bytes are in flight. `response` is None if the method has sent a stream itself.
         """
-        if len(response) >= LARGE:
-            self._in_flight.add(len(response))
-
-            def ended(_: Any) -> None:
-                self._in_flight.remove(len(response))
-
-            context.add_done_callback(ended)  # type: ignore[arg-type]
-        return response
+        if response is not None and (size := len(response)) >= LARGE:
+            self._in_flight.add(size)
+            context.add_done_callback(lambda _: self._in_flight.remove(size))  # type: ignore[arg-type]
 
 
 class _Call:
