@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,6 +100,24 @@ def test_every_change_that_affects_the_output_changes_its_digest(tmp_path: Path,
     model = graph()
     change(model)
     assert digest(saved(tmp_path / "changed", model)) != digest(saved(tmp_path / "as it was", graph()))
+
+
+def test_numbers_that_are_not_packed_count(tmp_path: Path) -> None:
+    found = set()
+    for i, last in enumerate((1.0, 2.0)):
+        model = graph()
+        weight = model.graph.initializer[1]
+        weight.ClearField("raw_data")
+        fields = b"".join(b"\x25" + struct.pack("<f", number) for number in (1.0, 1.0, 1.0, last))
+        weight.doc_string = "x" * (len(fields) - 2)
+        placeholder = b"\x62" + bytes([len(weight.doc_string)]) + weight.doc_string.encode()
+        data = model.SerializeToString()
+        assert data.count(placeholder) == 1
+        folder = saved(tmp_path / str(i), model)
+        (folder / MODEL).write_bytes(data.replace(placeholder, fields))
+        assert list(onnx.load(folder / MODEL).graph.initializer[1].float_data) == [1.0, 1.0, 1.0, last]
+        found.add(digest(folder))
+    assert len(found) == 2
 
 
 def a_head(model: onnx.ModelProto) -> None:

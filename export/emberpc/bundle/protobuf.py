@@ -12,7 +12,10 @@ VARINT, EIGHT_BYTES, DELIMITED, FOUR_BYTES = 0, 1, 2, 5
 
 @dataclass(frozen=True)
 class Message:
-    """A message, string or packed list in protobuf's wire format: the bytes of `data` from `start` to before `end`."""
+    """A message, string, packed list or number of a fixed size in protobuf's wire format.
+
+    Its bytes are those of `data` from `start` to before `end`.
+    """
 
     data: bytes | mmap.mmap
     start: int
@@ -21,8 +24,8 @@ class Message:
     def fields(self) -> Iterator[tuple[int, int | Message]]:
         """Yield the number and value of each field, in the order of the bytes; a number may occur several times.
 
-        The value is an int for a varint (see `read_varint`), and a `Message` for a message, string or packed list.
-        Fields with a number of a fixed size (4 or 8 bytes) are skipped.
+        The value is an int for a varint (see `read_varint`), and a `Message` for a message, string, packed list or
+        number of a fixed size (4 or 8 bytes).
 
         Raises:
             ValueError: the bytes are not in the wire format, or a field is a group.
@@ -32,11 +35,11 @@ class Message:
             number, kind, start, place = read_field(self.data, place, self.end)
             if kind == VARINT:
                 yield number, read_varint(self.data, start, place)[0]
-            elif kind == DELIMITED:
+            else:
                 yield number, Message(self.data, start, place)
 
     def messages(self, wanted: int) -> Iterator[Message]:
-        """Yield the value of each field with the number `wanted`, but not of varints and numbers of a fixed size.
+        """Yield the value of each field with the number `wanted`, but not of varints.
 
         Raises:
             ValueError: the bytes are not in the wire format, or a field is a group.
