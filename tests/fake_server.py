@@ -31,6 +31,7 @@ from emberpc.v1 import (
     index_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
+    types_pb2,
 )
 from emberpc.wire import status, vectors
 from fake_fault import Fault as Fault  # noqa: PLC0414 - tests import it from here
@@ -132,7 +133,8 @@ class _Embedding(_Service, embedding_pb2_grpc.EmbeddingServiceServicer):
         matrix = np.stack([vector_of(text) for text in request.texts])
         if request.dimensions:
             matrix = matrix[:, : request.dimensions]
-        return embedding_pb2.EmbedResponse(embeddings=vectors.encode(matrix, request.dtype))
+        model = types_pb2.ModelVersion(name="canned", fingerprint=self.server.fingerprint)
+        return embedding_pb2.EmbedResponse(embeddings=vectors.encode(matrix, request.dtype), model=model)
 
     def EmbedStream(self, requests: Any, context: Any) -> Any:
         """Answer each message with its texts in reverse; one that is `bad` fails. Each message counts as asked."""

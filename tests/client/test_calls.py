@@ -321,6 +321,16 @@ def test_servers_of_different_dimensions_behind_one_target_are_found_out(fake: F
         shell("embed", ["a", "b"], batch_size=1)
 
 
+def test_vectors_of_two_models_are_refused(fake: FakeServer, shell: Shell) -> None:
+    def change(_: Any) -> None:
+        fake.fingerprint = str(len(fake.asked["Embed"]))
+
+    fake.hooks["Embed"] = change
+    assert len(shell("embed", TEXTS[:3], batch_size=3)) == 3
+    with pytest.raises(Internal, match="vectors of two models, which cannot be compared"):
+        shell("embed", TEXTS[:6], batch_size=2)
+
+
 def test_changing_models_tells_the_stages_and_gives_the_model(shell: Shell, fake: FakeServer) -> None:
     stages: list[str] = []
     model = shell("load_model", "m", "folder", variant="int8", progress=stages.append)

@@ -59,6 +59,10 @@ class EmbedOptions:
         }
 
 
+_CHANGED = "its model was changed meanwhile, or the servers behind the target serve different ones"
+_TWO_MODELS = f"the server answered with vectors of two models, which cannot be compared; {_CHANGED}"
+
+
 class _Rows:
     """Collects the vectors of several responses in one array.
 
@@ -84,7 +88,7 @@ class _Rows:
         if part.shape[1] != self._matrix.shape[1]:
             raise Internal(
                 f"the server answered with vectors of {self._matrix.shape[1]} dimensions, then of {part.shape[1]}; "
-                "its model was changed meanwhile, or the servers behind the target serve different ones"
+                f"{_CHANGED}"
             )
         self._matrix[self._filled : self._filled + len(part)] = part
         self._filled += len(part)
@@ -101,10 +105,14 @@ def embed(
     checks.function(details, "details")
     checked = checks.texts(texts, "texts")
     template = embedding_pb2.EmbedRequest(**options.fields())
+    fingerprints: set[str] = set()
 
     def call(first: int, part: list[str]) -> Call[embedding_pb2.EmbedResponse, Matrix]:
         def decode(response: embedding_pb2.EmbedResponse) -> Matrix:
             check_count(response.embeddings.rows, len(part), "vectors")
+            fingerprints.add(response.model.fingerprint)
+            if len(fingerprints) > 1:
+                raise Internal(_TWO_MODELS)
             matrix = vectors.decode(response.embeddings)
             report(details, response, first, len(part))
             return matrix
