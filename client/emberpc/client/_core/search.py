@@ -33,6 +33,8 @@ SEARCH = Method("/emberpc.v1.IndexService/Search", pb.SearchResponse)
 
 #: Most queries in one request. The API accepts 1000, but smaller requests have smaller responses.
 _QUERIES = 100
+#: Most hits of all queries of one request together, as the API limits them.
+_HITS = 100_000
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def search(
 ) -> Job[list[SearchResult], list[SearchResult]]:
     """Return the job of `Client.search` and `Client.search_batch`; it has no calls if there are no queries.
 
-    Each call has at most 100 queries and 8 MiB of queries, or a single larger query.
+    Each call has at most 100 queries, 8 MiB of queries and 100,000 hits, or a single query with more.
 
     Args:
         collection: name of the collection.
@@ -116,7 +118,9 @@ def search(
         request.MergeFrom(template)
         return Call(SEARCH, request, decode, "queries", first, len(part), divisible(call, first, part))
 
-    parts = chunks(messages, _QUERIES, lambda message: message.ByteSize())
+    most_hits = max((message.top_k for message in messages), default=0)
+    queries_at_once = max(1, min(_QUERIES, _HITS // max(1, template.top_k, most_hits)))
+    parts = chunks(messages, queries_at_once, lambda message: message.ByteSize())
     return Job((call(*part) for part in parts), ListCollector[SearchResult]())
 
 
