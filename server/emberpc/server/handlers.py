@@ -123,7 +123,8 @@ class Handlers:
         serialize = handler.response_serializer or (lambda response: response)
 
         async def answer(request: Any, context: Context) -> bytes:
-            return serialize(await inner(request, context))
+            serialized: bytes = serialize(await inner(request, context))
+            return serialized
 
         make = (
             grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
