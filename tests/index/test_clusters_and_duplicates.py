@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -129,6 +130,31 @@ def test_nothing_and_equal_vectors_are_no_trouble(collection: Collection) -> Non
     collection.upsert(numbered(10), np.ones((10, DIMENSIONS), dtype=np.float32))
     assert len(collection.duplicates(1.0, never)) == 45
     assert [cluster.record_count for cluster in collection.clusters(3, 5, never)] == [10]
+
+
+@pytest.mark.parametrize("distance", [Distance.COSINE, Distance.DOT_PRODUCT])
+def test_directions_do_not_depend_on_the_length(tmp_path: Path, distance: Distance) -> None:
+    """The squares of numbers below 1e-23 are 0 in float32."""
+    matrix = np.zeros((40, DIMENSIONS), dtype=np.float32)
+    matrix[:20, 0] = matrix[20:, 1] = 1
+    matrix += vectors(40) * np.float32(0.01)
+    shortest = np.float32(1e-30 if distance is Distance.COSINE else 1e-15)
+    lengths = np.where(np.arange(40) % 3, np.float32(1), shortest)[:, None]
+    with closing(Index(tmp_path)) as index:
+        collection = index.create(CollectionSpec("c", DIMENSIONS, distance=distance))
+        collection.upsert(numbered(40), matrix * lengths)
+        assert [cluster.record_count for cluster in collection.clusters(2, 1, never)] == [20, 20]
+        assert len(collection.duplicates(0.9, never)) == 2 * (20 * 19 // 2)
+
+
+def test_damaged_vectors_are_in_no_cluster(collection: Collection) -> None:
+    collection.upsert(numbered(10), vectors(10))
+    with closing(sqlite3.connect(collection._folder / "records.db", isolation_level=None)) as database:
+        database.execute("UPDATE records SET vector = zeroblob(7) WHERE id != 'r00003'")
+        assert [cluster.record_count for cluster in collection.clusters(2, 1, never)] == [1]
+        database.execute("UPDATE records SET vector = zeroblob(7)")
+    assert collection.clusters(2, 1, never) == []
+    assert collection.duplicates(-1, never) == []
 
 
 def test_a_collection_that_is_deleted_ends_what_looks_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,10 +73,16 @@ def prepare(matrix: Matrix, distance: Distance) -> Matrix:
     `check_vectors` or `are_fit` must accept them.
     """
     if distance is Distance.COSINE:
-        matrix = (matrix / _lengths(matrix)[:, None]).astype(np.float32)
+        matrix = normalized(matrix)
     elif distance is Distance.DOT_PRODUCT:
         matrix = matrix * _DOT_SCALE
     return np.ascontiguousarray(matrix, dtype=np.float32)
+
+
+def normalized(matrix: Matrix) -> Matrix:
+    """Scale each vector of `matrix`, float32 (vectors, dimensions), to length 1; a vector of zeros stays zero."""
+    lengths = _lengths(matrix)[:, None]
+    return (matrix / np.where(lengths > 0, lengths, 1)).astype(np.float32)
 
 
 def prepare_queries(matrix: Matrix, dimensions: int, distance: Distance, path: FieldPath) -> Matrix:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from emberpc.server.collections.metric import prepare
+from emberpc.server.collections.metric import normalized, prepare
 from emberpc.server.collections.types import Cluster, CollectionSpec, Distance, Labels, Matrix
 from emberpc.server.index.storage.store import Store
 
@@ -40,7 +40,7 @@ def cluster_records(
         stop: whether to stop; called by `k_means`, and before each batch of vectors.
 
     Returns:
-        The clusters, largest first; none if stopped, or if there are no records.
+        The clusters, largest first; none if stopped, or if the sample has no undamaged vector.
 
     Raises:
         ServiceError: the store cannot be read, or the examples have too many bytes for the response.
@@ -48,12 +48,9 @@ def cluster_records(
     directions = spec.distance is not Distance.EUCLIDEAN
 
     def ready(matrix: Matrix) -> Matrix:
-        if not directions:
-            return prepare(matrix, Distance.EUCLIDEAN)
-        # A zero vector has no direction. The division by a tiny number leaves the vector zero. Its product with each
-        # centre is 0, so it joins the first cluster.
-        lengths = np.maximum(np.linalg.norm(matrix, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-        return np.asarray(matrix / lengths, dtype=np.float32)
+        # A zero vector has no direction, and stays zero. Its product with each centre is 0, so it joins the first
+        # cluster.
+        return normalized(matrix) if directions else prepare(matrix, Distance.EUCLIDEAN)
 
     with store.snapshot():
         labels = store.labels()
@@ -61,7 +58,10 @@ def cluster_records(
             return []
         most = min(len(labels), max(_SAMPLE, _SAMPLE_PER_CLUSTER * count))
         chosen = np.sort(np.random.default_rng(_SEED).choice(labels, most, replace=False))
-        centres = k_means(ready(store.vectors(chosen.tolist())[1]), count, directions=directions, stop=stop)
+        sample = store.vectors(chosen.tolist())[1]
+        if not len(sample):  # all are damaged
+            return []
+        centres = k_means(ready(sample), count, directions=directions, stop=stop)
         if stop():
             return []
         sizes = np.zeros(len(centres), dtype=np.int64)

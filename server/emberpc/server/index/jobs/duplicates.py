@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from emberpc.server.collections.metric import prepare
+from emberpc.server.collections.metric import normalized, prepare
 from emberpc.server.collections.types import CollectionSpec, Distance, DuplicatePair, Labels, Matrix
 from emberpc.server.index.graph.neighbours import Neighbours
 from emberpc.server.index.storage.store import Store
@@ -106,9 +106,9 @@ def _directions(store: Store) -> tuple[Labels, Matrix]:
     labels, vectors = [np.empty(0, dtype=np.int64)], []
     with store.snapshot():
         for batch, matrix in store.scan(_READ_BATCH):
-            kept = np.linalg.norm(matrix, axis=1) > 0
+            kept = matrix.any(axis=1)
             labels.append(batch[kept])
-            vectors.append(prepare(matrix[kept], Distance.COSINE))
+            vectors.append(normalized(matrix[kept]))
     return np.concatenate(labels), np.vstack(vectors) if vectors else np.empty((0, 1), dtype=np.float32)
 
 
