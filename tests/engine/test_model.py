@@ -176,6 +176,23 @@ def test_several_threads_are_used_only_where_they_are_faster(bundle: Path, monke
     assert not widened(encoder, [np.array([2, 7, 3])]).wide
 
 
+def test_a_session_that_fails_on_several_threads_is_not_used(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = Model.load("m", bundle).encoder
+    run = encoder._run_on
+
+    def fail(session: OnnxSession, batch: list[TokenIds]) -> object:
+        if session is not encoder._session:
+            raise RuntimeError("no memory is left")
+        return run(session, batch)
+
+    monkeypatch.setattr(encoder, "_run_on", fail)
+    assert not widened(encoder, [np.array([2, 7, 3])]).wide
+    assert "fails on 2 threads; single texts run on one core" in caplog.text
+    assert encoder.run([np.array([2, 7, 3])], threads=2).shape[0] == 1
+
+
 def test_a_file_that_was_written_anew_is_not_loaded_beside_the_old_one(bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(bundle, tmp_path / "copy")
     encoder = Model.load("m", tmp_path / "copy").encoder

@@ -113,16 +113,19 @@ class Encoder:
     def _widen(self, threads: int) -> None:
         """Load a session with several threads, and keep it if it is faster than the session with one thread.
 
-        Called on a thread of its own. If the session is not kept or cannot be loaded, all runs stay on one thread. That
-        is logged, unless the encoder was closed.
+        Called on a thread of its own. If the session is not kept, cannot be loaded or fails, all runs stay on one
+        thread. That is logged, unless the encoder was closed.
         """
         try:
             wide = self._session.with_threads(threads, self._closing)
+            faster = self._is_faster(wide)
         except SessionError as error:  # the session with one thread goes on
             if not self._closing.cancelled:
                 log.warning("%s; single texts run on one core", error)
             return
-        faster = self._is_faster(wide)
+        except Exception:  # ONNX Runtime's exceptions share no base class of their own
+            log.exception("%s fails on %d threads; single texts run on one core", self._session.path, threads)
+            return
         if faster:
             self._wide = wide
         elif not self._closing.cancelled:
