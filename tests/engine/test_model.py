@@ -25,7 +25,8 @@ from emberpc.server.engine.models import calibration
 from emberpc.server.engine.models.calibration import Calibration, calibrated_batch_tokens, choose
 from emberpc.server.engine.models.encoders import Encoder, Encoders
 from emberpc.server.engine.sessions.onnx_runtime import LoadCancellation, OnnxSession, Output, SessionError
-from emberpc.server.engine.tokenizing import TokenIds
+from emberpc.server.engine.tokenizing import TextTokenizer, TokenIds
+from emberpc.server.errors import invalid
 
 
 @pytest.fixture
@@ -191,6 +192,15 @@ def test_a_session_that_fails_on_several_threads_is_not_used(
     assert not widened(encoder, [np.array([2, 7, 3])]).wide
     assert "fails on 2 threads; single texts run on one core" in caplog.text
     assert encoder.run([np.array([2, 7, 3])], threads=2).shape[0] == 1
+
+
+def test_a_tokenizer_that_fails_refuses_the_model(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise invalid("texts[0]", "has no token that the model knows; give it some text")
+
+    monkeypatch.setattr(TextTokenizer, "tokenize", fail)
+    with pytest.raises(ModelLoadError, match="loads but does not run"):
+        Model.load("m", bundle)
 
 
 def test_a_file_that_was_written_anew_is_not_loaded_beside_the_old_one(bundle: Path, tmp_path: Path) -> None:

@@ -250,8 +250,8 @@ class Model:
         """
         reference = None if bundle.foreign else bundle.reference()
         texts = PROBES if reference is None else reference.texts[:_REFERENCE_TEXTS]
-        tokens = [text.ids for text in self.tokenizer.tokenize(texts, "", Truncation.END, items_of("texts"))]
         try:
+            tokens = [text.ids for text in self.tokenizer.tokenize(texts, "", Truncation.END, items_of("texts"))]
             got = self.finish(self.encoder.run(tokens))
             if reference is None:
                 expected = np.concatenate([self.encoder.run([ids]) for ids in tokens])
@@ -259,7 +259,7 @@ class Model:
                 expected = reference.embeddings if reference.logits is None else reference.logits
         except BundleError:
             raise
-        except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
+        except Exception as error:  # the exceptions of ONNX Runtime, and of the tokenizer, share no base class
             raise ModelLoadError(f"model {self.name!r}: {bundle.folder} loads but does not run") from error
         width = len(self.manifest.labels) or self.manifest.dimensions
         if got.shape[1] != width:
