@@ -222,6 +222,13 @@ def test_settings_that_a_collection_cannot_have_are_refused(
     assert caught.value.reason == "BACKUP_DAMAGED"
 
 
+@pytest.mark.parametrize("created", ["1e17", "1e300", "-1e17"])
+def test_a_time_that_cannot_be_is_refused(index: Index, whole: bytes, tmp_path: Path, created: str) -> None:
+    with refused(Code.INVALID_ARGUMENT, "what it says of the collection") as caught:
+        restored(index, "d", changed(whole, tmp_path / "changed.db", f"UPDATE backup SET created = {created}"))
+    assert caught.value.reason == "BACKUP_DAMAGED"
+
+
 def test_a_service_may_refuse_a_collection_that_it_cannot_serve(index: Index, whole: bytes) -> None:
     def refuse(spec: CollectionSpec) -> None:
         raise ValueError(spec.name)

@@ -147,7 +147,7 @@ def read_description(described: dict[str, Any]) -> tuple[CollectionSpec, datetim
     try:
         about = json.loads(text)
         return CollectionSpec.from_json(about["spec"]), datetime.fromtimestamp(about["created"], timezone.utc)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):  # the last two: a time that cannot be
         return None
 
 

@@ -172,7 +172,9 @@ def _spec(theirs: sqlite3.Connection, accept: Callable[[CollectionSpec], None]) 
         spec.check()
         accept(spec)
         return spec, datetime.fromtimestamp(created, timezone.utc)
-    except (ServiceError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+    except (
+        ServiceError, ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, RecursionError
+    ) as error:  # fmt: skip  # OverflowError and OSError: a time that the system cannot represent
         raise damaged("what it says of the collection cannot be") from error
 
 
