@@ -53,15 +53,14 @@ class MaintenanceThread(BackgroundThread[Maintained]):
     def wake_at_rest(self, collection: Maintained, seconds: float) -> None:
         """Request the maintenance of a collection `seconds` from now; a new request replaces the time of the last one.
 
-        So a collection that requests this at each write is maintained when its writes have stopped. If the new time is
-        earlier than the last one, the maintenance may still wait until the last one.
+        So a collection that requests this at each write is maintained when its writes have stopped.
         """
         with self._changed:
-            known = collection in self._at_rest
-            self._at_rest[collection] = time.monotonic() + seconds
-            # For a collection that waits already, the thread wakes up at the old time, and reads the new, mostly later
-            # time then. So writes in quick succession do not wake it.
-            if not self._closed and not known:
+            before = self._at_rest.get(collection)
+            self._at_rest[collection] = now = time.monotonic() + seconds
+            # If the new time is later than that of the last request, the thread wakes up at the earlier time, and reads
+            # the new time then. So writes in quick succession do not wake it.
+            if not self._closed and (before is None or now < before):
                 self._notify()
 
     def _take(self) -> Maintained | float | None:
