@@ -14,6 +14,7 @@ import pytest
 from emberpc.server.collections import CollectionSpec, Distance, NewRecord
 from emberpc.server.errors import Code
 from emberpc.server.index import Collection, Index
+from emberpc.server.index.graph.neighbours import Candidates
 from emberpc.server.index.jobs import verify
 from emberpc.server.index.storage import word_index
 from index.support import copy_made, gaussian, make_checksums_right, numbered, refused
@@ -253,6 +254,26 @@ def test_a_node_that_no_link_leads_to_is_named(index: Index, monkeypatch: pytest
     assert problems(collection) == []
     found = [problem.id for step in collection.verify(full=True) for problem in step.problems]
     assert found == ["r00007"]
+
+
+@pytest.mark.parametrize("count", [11, 12])
+def test_a_node_of_a_small_graph_that_no_link_leads_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    with closing(Index(tmp_path, buffer_limit=1)) as index:
+        collection = index.create(CollectionSpec("c", WIDTH))
+        collection.upsert(numbered(count), gaussian(count, WIDTH))
+        collection.maintain()
+        assert collection._neighbours.graph_size == count
+        lost, search = label_of(collection, "r00007"), collection._neighbours.search
+
+        def blind(queries: np.ndarray, k: int, ef: int) -> list[Candidates]:
+            found = search(queries, k, ef)
+            assert all(found)
+            return [each._replace(labels=[label for label in each.labels if label != lost]) for each in found if each]
+
+        monkeypatch.setattr(collection._neighbours, "search", blind)
+        assert problems(collection) == [("r00007", "UNREACHABLE")]
 
 
 def test_a_damaged_database_is_found(tmp_path: Path) -> None:

@@ -174,9 +174,9 @@ class Verifier:
         """
         suspects = list(range(len(rows)))
         for ef, turn in _TRIES:
-            # The graph answers only for fewer hits than half of its labels. At exactly half, as for an even number of
-            # labels up to 20, the records do not count as missed.
-            k = min(_HITS, max(1, self.neighbours.graph_size // 2))
+            # The graph answers only for fewer hits than half of its labels. With one or two labels it does not answer,
+            # and searches do not use it either.
+            k = min(_HITS, max(1, (self.neighbours.graph_size - 1) // 2))
             found: list[Candidates | None] = []
             for start in range(0, len(suspects), turn):
                 found += self.neighbours.search(vectors[suspects[start : start + turn]], k, ef)
