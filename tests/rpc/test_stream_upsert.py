@@ -96,12 +96,23 @@ def test_bad_records_fail_alone_in_both_clients(tiny_server: ServerProcess, clie
         failures = {failure.index: failure for checkpoint in outcome for failure in checkpoint.failures}
         assert sorted(failures) == [1, 2, 3, 4, 5, 6]
         assert {record.id: record.text for record in client.records(name)} == {"twice": "a", "last": "c"}
-        words = {1: "at most 32", 2: "id: is empty", 3: "text: is empty", 4: "metadata: has", 5: "id: is 'twice'"}
+        words = {1: "at most 32", 2: "id: is empty", 3: "text: is empty", 4: "metadata: has"}
         for index, part in words.items():
             error = failures[index].error
             assert isinstance(error, InvalidArgument)
             assert part in error.message
+        assert isinstance(failures[5].error, InputError)
+        assert "records[5].id is 'twice'" in str(failures[5].error)
         assert isinstance(failures[6].error, InputError)
+
+
+def test_failures_of_records_with_one_id_have_their_own_indexes(client: Client) -> None:
+    client.create_collection("same", model="tiny")
+    given = [{"id": "a", "text": LONG}, {"id": "a", "text": "a"}, {"id": "b", "text": "b"}, {"id": "b", "text": LONG}]
+    for batch_size, wrong in ((1, [0, 3]), (4, [0, 1, 3])):
+        checkpoints = list(client.upsert_stream("same", given, batch_size=batch_size))
+        assert sorted(failure.index for each in checkpoints for failure in each.failures) == wrong
+        assert checkpoints[-1].done == 4
 
 
 def test_vectors_may_be_given_and_bad_ones_fail_alone(client: Client) -> None:

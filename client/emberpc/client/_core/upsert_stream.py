@@ -29,11 +29,28 @@ _WINDOW_BYTES = 2**25
 class _Batch:
     """Records of one request, each with its index among all records of the stream.
 
-    `number` is the batch number of the latest request with these records; 0: they were not sent.
+    Attributes:
+        records: the records, each with another id.
+        repeated: records with the id of an earlier record of the batch. They fail, and are not sent: the server names a
+            failed record by its id only.
+        number: batch number of the latest request with these records; 0: they were not sent.
     """
 
     records: list[tuple[int, NewRecord]]
+    repeated: list[tuple[int, NewRecord]]
     number: int = 0
+
+    @classmethod
+    def of(cls, items: Sequence[tuple[int, NewRecord]]) -> _Batch:
+        """Return a batch of `items`, records with their indexes in ascending order, at least one."""
+        first = {record.message.id: place for place, record in reversed(items)}
+        batch = cls([], [])
+        for place, record in items:
+            (batch.records if first[record.message.id] == place else batch.repeated).append((place, record))
+        return batch
+
+    def __len__(self) -> int:
+        return len(self.records) + len(self.repeated)
 
 
 class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRecordsStreamResponse, UpsertCheckpoint]):
@@ -85,7 +102,7 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
     @property
     def waiting(self) -> int:
         """Number of records that are read and not acknowledged, without those that cannot be sent."""
-        return len(self._unsent) + sum(len(batch.records) for batch in self._batches)
+        return len(self._unsent) + sum(map(len, self._batches))
 
     @property
     def full(self) -> bool:
@@ -160,7 +177,8 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
             alike[-1].append(item)
         self._unsent = []
         for run in alike:
-            self._batches.extend(_Batch(part) for _, part in chunks(run, self.batch_size, lambda item: item[1].size))
+            parts = chunks(run, self.batch_size, lambda item: item[1].size)
+            self._batches.extend(_Batch.of(part) for _, part in parts)
 
     def _checkpoints(self, response: pb.UpsertRecordsStreamResponse) -> Sequence[UpsertCheckpoint]:
         if not self.greeted:
@@ -168,25 +186,32 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
             self._check_model(response.model_fingerprint)
             self.greeted = self.accepted = True
             return []
-        # The server names a failed record by its id. Of two valid records of a request with the same id, the later one
-        # fails. So the dict keeps the index of the last record with an id.
+        #: Index of each sent record, by id.
         places: dict[str, int] = {}
+        repeated: list[FailedRecord] = []
         while self._batches and self._sent and self._batches[0].number <= response.batch_number:
             batch = self._batches.popleft()
             self._sent -= 1
             for place, record in batch.records:
                 places[record.message.id] = place
                 self._bytes -= record.size
+            for place, record in batch.repeated:
+                error = InputError(
+                    f"records[{place}].id is {record.message.id!r}, the id of an earlier record of the same request; "
+                    "give each record its own id"
+                )
+                repeated.append(FailedRecord(place, record.message.id, error))
+                self._bytes -= record.size
         for failure in response.failures:
             if failure.id not in places:
                 raise Internal(f"the server refused a record {failure.id!r} that it was not sent; it is broken")
-        failures = tuple(
+        failures = [
             FailedRecord(places[failure.id], failure.id, from_status(failure.error)) for failure in response.failures
-        )
+        ]
         return [
             UpsertCheckpoint(
                 self._done,
-                failures,
+                (*failures, *repeated),
                 response.inserted_count,
                 response.updated_count,
                 response.receipt.sequence,
