@@ -236,6 +236,17 @@ def test_completion_is_installed_for_the_shell_that_is_named(
     assert sorted(path.name for path in tmp_path.iterdir()) == [".zfunc", ".zshrc"]
 
 
+def test_a_completion_that_cannot_be_installed_is_an_error_in_words(
+    emberpc: Emberpc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").write_text("a file")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    outcome = emberpc("--install-completion", "zsh")
+    assert outcome.code == 2
+    assert "the completion cannot be installed: " in outcome.err
+    assert "home" in outcome.err
+
+
 def test_completion_is_shown_for_the_shell_that_is_named(emberpc: Emberpc) -> None:
     assert "complete --command emberpc" in emberpc("--show-completion", "fish").out
     outcome = emberpc("--show-completion", "csh")

@@ -122,10 +122,10 @@ def run(arguments: Sequence[str]) -> int:
     Errors of `_completion` are raised.
     """
     arguments = _debug_first(arguments)
-    if (completion := _completion(arguments)) is not None:
-        return completion
     _debug.set(arguments[:1] == ["--debug"])  # the callback also reads EMBERPC_DEBUG, but runs after --help
     try:
+        if (completion := _completion(arguments)) is not None:
+            return completion
         # In standalone mode, Typer would print errors and exit. `run` prints errors in its own form, and returns.
         code = int(_app_for(arguments)(arguments, prog_name=_PROGRAM, standalone_mode=False) or 0)
         return code or _flush() or ExitCode.OK
@@ -189,7 +189,15 @@ def _completion(arguments: Sequence[str]) -> int | None:
     if option == "--show-completion":
         output.print_script(get_completion_script(prog_name=_PROGRAM, complete_var=_COMPLETE, shell=shell))
     else:
-        _, path = install(shell, _PROGRAM, _COMPLETE)
+        try:
+            _, path = install(shell, _PROGRAM, _COMPLETE)
+        except OSError as error:
+            reason = f"{error.strerror} ({error.filename})"
+            return _failed(
+                f"the completion cannot be installed: {reason}; write the output of --show-completion "
+                "to a file of your shell instead",
+                ExitCode.INPUT,
+            )
         output.print_lines([f"{shell} completion installed in {path}; it works after you open a new terminal"])
     return _flush() or ExitCode.OK
 
