@@ -407,6 +407,11 @@ def test_a_record_from_an_answer_can_be_written_again(fake: FakeServer, shell: S
     [
         ("duplicates", ("c",), {"min_score": "0.9"}, "min_score is of type str"),
         ("verify_collection", ("c",), {"full": "yes"}, "full is of type str"),
+        ("verify_collection", ("c",), {"progress": 3}, "progress is of type int"),
+        ("backup_collection", ("c", "/dev/null"), {"progress": 3}, "progress is of type int"),
+        ("restore_collection", ("c", "/dev/null"), {"progress": 3}, "progress is of type int"),
+        ("load_model", ("m", "path"), {"progress": 3}, "progress is of type int"),
+        ("create_collection", ("c",), {"exist_ok": "yes"}, "exist_ok is of type str"),
         ("embed", (["a"],), {"normalize": "no"}, "normalize is of type str"),
         ("embed_stream", (["a"],), {"normalize": 1}, "normalize is of type int"),
         ("get", ("c", ["a"]), {"with_vectors": "no"}, "with_vectors is of type str"),

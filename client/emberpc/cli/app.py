@@ -119,7 +119,6 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command that `arguments`, without the program name, state, and return the exit code.
 
     Errors are printed to stderr, but not an exception with KeyboardInterrupt among its causes: its exit code is 130.
-    Errors of `_completion` are raised.
     """
     arguments = _debug_first(arguments)
     _debug.set(arguments[:1] == ["--debug"])  # the callback also reads EMBERPC_DEBUG, but runs after --help

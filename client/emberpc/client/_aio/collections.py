@@ -60,6 +60,7 @@ class AsyncCollectionMethods:
             FailedPrecondition: the model does not embed texts.
             EmberpcError: the call failed otherwise.
         """
+        checks.flag(exist_ok, "exist_ok")
         call = collections.create_collection(
             name,
             model=model,
@@ -73,7 +74,7 @@ class AsyncCollectionMethods:
         try:
             return await self._runner.run_one(call, timeout)
         except AlreadyExists as error:
-            if not checks.flag(exist_ok, "exist_ok"):
+            if not exist_ok:
                 raise
             existing = await self._runner.run_one(collections.get_collection(name), timeout)
             return collections.check_alike(existing, call.request, error)

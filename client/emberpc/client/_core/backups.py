@@ -59,11 +59,13 @@ class BackupWriter:
         progress: called by `report` with the bytes received so far and the bytes of the whole backup; None: no calls.
 
     Raises:
+        InputTypeError: `progress` is not a function.
         InputError: the path is a folder, a disk or a socket.
         OSError: the temporary file cannot be created.
     """
 
     def __init__(self, path: Path | str, progress: ByteProgress | None) -> None:
+        checks.function(progress, "progress")
         self._target = target_of(path, "path")
         self._progress = progress
         self._temporary: Path | None = None
@@ -157,10 +159,12 @@ class BackupReader:
         progress: called by `report` with the bytes sent so far and the bytes of the whole backup; None: no calls.
 
     Raises:
+        InputTypeError: `progress` is not a function.
         OSError: the file cannot be read.
     """
 
     def __init__(self, path: Path | str, name: str, progress: ByteProgress | None) -> None:
+        checks.function(progress, "progress")
         self._file = Path(path).open("rb")  # noqa: SIM115 - this is the context manager
         self._name = name
         self._total = os.fstat(self._file.fileno()).st_size

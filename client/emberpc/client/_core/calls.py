@@ -102,9 +102,13 @@ class Steps(Generic[Item]):
     Args:
         call: the call; errors name its method.
         progress: called with the name of the stage of each step; None: no calls.
+
+    Raises:
+        InputTypeError: `progress` is not a function.
     """
 
     def __init__(self, call: Call[Response, Step[Item]], progress: Callable[[str], None] | None) -> None:
+        checks.function(progress, "progress")
         self._call = call
         self._progress = progress
         self._last: Step[Item] | None = None

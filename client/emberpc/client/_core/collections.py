@@ -160,9 +160,9 @@ def verify_collection(
 
     Each step has the problems of all responses so far, so the call can be run once only. Decoding a response also calls
     `progress`, unless it is None, with the numbers of checked records and of all records.
-    A `name` or `full` of the wrong type raises InputTypeError, a name with a lone surrogate InputError. `progress` is
-    not validated.
+    A `name`, `full` or `progress` of the wrong type raises InputTypeError, a name with a lone surrogate InputError.
     """
+    checks.function(progress, "progress")
     problems: list[RecordProblem] = []
 
     def read(message: pb.VerifyCollectionResponse) -> Step[Verification]:

@@ -59,6 +59,7 @@ class CollectionMethods:
             FailedPrecondition: the model does not embed texts.
             EmberpcError: the call failed otherwise.
         """
+        checks.flag(exist_ok, "exist_ok")
         call = collections.create_collection(
             name,
             model=model,
@@ -72,7 +73,7 @@ class CollectionMethods:
         try:
             return self._runner.run_one(call, timeout)
         except AlreadyExists as error:
-            if not checks.flag(exist_ok, "exist_ok"):
+            if not exist_ok:
                 raise
             existing = self._runner.run_one(collections.get_collection(name), timeout)
             return collections.check_alike(existing, call.request, error)
