@@ -213,6 +213,13 @@ def test_an_id_that_only_looks_like_a_damaged_id_is_deleted(tmp_path: Path, name
         assert collection.count() == 0
 
 
+def test_the_reason_for_few_fused_hits_counts_those_with_damaged_vectors(tmp_path: Path) -> None:
+    with damaged(tmp_path, "vector = zeroblob(7)") as collection:
+        (outcome,) = collection.search_both(VECTORS[:1], ["text"], [100], dense_weight=0.5)
+        assert len(outcome.hits) == COUNT
+        assert outcome.plan.shortfall_reason.startswith(f"{COUNT} records have an undamaged vector or a word")
+
+
 @pytest.mark.parametrize("older", [False, True], ids=["", "older"])
 def test_reembedding_does_not_make_a_damaged_record_look_whole(tmp_path: Path, older: bool) -> None:
     with (

@@ -115,20 +115,14 @@ class HybridSearcher:
     ) -> list[SearchOutcome]:
         dense = self._searcher.search(request, settled=settled)
         words = self.by_words(LexicalRequest(texts, request.top_k, request.conditions, request.with_vectors))
-        return [
-            SearchOutcome(
-                fused(by_vector.hits, by_words.hits, dense_weight, fusion, all_lexical=len(by_words.hits) < depth)[:k],
-                replace(
-                    by_vector.plan,
-                    lexical_count=len(by_words.hits),
-                    # If the dense ranking has k hits or more, the fused ranking has k hits. If the dense ranking has
-                    # fewer, it has every record (that meets the filter), so its reason applies to the fused ranking.
-                    # A record with a damaged vector is an exception: only the lexical ranking has it.
-                    shortfall_reason=by_vector.plan.shortfall_reason if len(by_vector.hits) < k else "",
-                ),
-            )
-            for by_vector, by_words, depth, k in zip(dense, words, request.top_k, top_k, strict=True)
-        ]
+        outcomes = []
+        for by_vector, by_words, depth, k in zip(dense, words, request.top_k, top_k, strict=True):
+            all_lexical = len(by_words.hits) < depth
+            hits = fused(by_vector.hits, by_words.hits, dense_weight, fusion, all_lexical=all_lexical)[:k]
+            reason = "" if len(hits) >= k else _shortfall_reason(len(hits), by_vector)
+            plan = replace(by_vector.plan, lexical_count=len(by_words.hits), shortfall_reason=reason)
+            outcomes.append(SearchOutcome(hits, plan))
+        return outcomes
 
     def _by_words(self, text: str, k: int, condition: Clause, *, with_vectors: bool) -> SearchOutcome:
         cancellation.check()
@@ -187,6 +181,17 @@ def expression(words: Sequence[str]) -> str:
     """
     # Quotes keep FTS5 from reading a word as an operator.
     return " OR ".join(f'"{word}"' for word in words)
+
+
+def _shortfall_reason(count: int, dense: SearchOutcome) -> str:
+    """Return why a fused ranking has only `count` hits, fewer than its top_k.
+
+    The dense ranking then has every record that meets the filter, so its reason applies. A record with a damaged vector
+    is an exception: only the lexical ranking has it.
+    """
+    if count <= len(dense.hits):
+        return dense.plan.shortfall_reason
+    return f"{count} records have an undamaged vector or a word of the query, and match the filter if there is one"
 
 
 def fused(
