@@ -220,6 +220,28 @@ def test_the_reason_for_few_fused_hits_counts_those_with_damaged_vectors(tmp_pat
         assert outcome.plan.shortfall_reason.startswith(f"{COUNT} records have an undamaged vector or a word")
 
 
+def test_missing_texts_and_metadata_prevent_nothing(tmp_path: Path) -> None:
+    """No statement writes NULL there, but damage may."""
+    with damaged(tmp_path, "revision = revision"):
+        pass
+    (path,) = tmp_path.rglob("records.db")
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        (sql,) = database.execute("SELECT sql FROM sqlite_master WHERE name = 'records'").fetchone()
+        database.execute("PRAGMA writable_schema = ON")
+        for change, write in ((sql.replace("TEXT NOT NULL,", "TEXT,"), True), (sql, False)):
+            database.execute("UPDATE sqlite_master SET sql = ? WHERE name = 'records'", (change,))
+            database.execute(f"PRAGMA schema_version = {7 + write}")
+            if write:
+                with closing(sqlite3.connect(path, isolation_level=None)) as writer:
+                    writer.execute("UPDATE records SET metadata = NULL, text = NULL WHERE id = ?", (LOST,))
+        schema._add_functions(database)
+        database.execute(schema._SEARCH_TEXTS)
+    with closing(Index(tmp_path)) as index:
+        collection = index.get("c")
+        assert len(list(collection._store.metadata(COUNT))) == COUNT - 1
+        assert LOST in [problem.id for step in collection.verify() for problem in step.problems]
+
+
 @pytest.mark.parametrize("older", [False, True], ids=["", "older"])
 def test_reembedding_does_not_make_a_damaged_record_look_whole(tmp_path: Path, older: bool) -> None:
     with (

@@ -315,6 +315,6 @@ def _checksum_of_bytes(*texts: bytes) -> int | None:
     return None if None in texts else checksum_of_bytes(texts)
 
 
-def _search_text_of(data: bytes) -> str | None:
-    # A text that is not UTF-8, as after damage, must not prevent the collection from being opened.
-    return search_text(data.decode(errors="replace"))
+def _search_text_of(data: bytes | None) -> str | None:
+    # A text that is not UTF-8 or is NULL, as after damage, must not prevent the collection from being opened.
+    return search_text((data or b"").decode(errors="replace"))

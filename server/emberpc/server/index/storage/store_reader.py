@@ -200,7 +200,7 @@ class StoreReader:
                 "SELECT CAST(metadata AS BLOB) FROM records ORDER BY label LIMIT ?", (count,)
             )
             for (document,) in rows:
-                size += len(document)
+                size += len(document or b"")
                 if size > _MOST_METADATA:
                     return
                 with suppress(*DAMAGE_ERRORS):
