@@ -16,6 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from emberpc.server import descriptors
 from emberpc.server.collections import CollectionSpec, Distance
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, Index
@@ -156,6 +157,69 @@ def test_a_catalogue_that_a_failed_start_left_half_made_is_completed(tmp_path: P
         assert index.reembeddings() == []
     with closing(Index(tmp_path)) as index:
         assert index.get("c").count() == 0
+
+
+def test_a_reembedding_that_lacks_a_descriptor_waits_for_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(index: Index) -> None:
+        index.reembed(index.get("c"), model="new", fingerprint="f", dimensions=DIMENSIONS)
+
+    with closing(Index(tmp_path)) as index:
+        index.create(CollectionSpec("c", DIMENSIONS, model="old"))
+        begin(index)
+    for delete in (False, True):
+        with closing(Index(tmp_path)) as index, monkeypatch.context() as patch:
+            index.get("c")
+            patch.setattr(index, "_collection", Mock(side_effect=descriptors.shortage()))
+            assert index.reembeddings() == []
+            patch.undo()
+            if delete:
+                index.delete("c")
+                index.create(CollectionSpec("c", DIMENSIONS, model="old"))
+        with closing(Index(tmp_path)) as index:
+            assert [each.spec.model for each in index.reembeddings()] == ([] if delete else ["new"])
+            if delete:
+                begin(index)
+
+
+def test_a_reembedding_replaces_one_that_could_not_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(Index(tmp_path)) as index:
+        index.create(CollectionSpec("c", DIMENSIONS, model="old"))
+        index.reembed(index.get("c"), model="new", fingerprint="f", dimensions=DIMENSIONS)
+    with closing(Index(tmp_path)) as index:
+        source = index.get("c")
+        with monkeypatch.context() as patch:
+            patch.setattr(index, "_collection", Mock(side_effect=descriptors.shortage()))
+            assert index.reembeddings() == []
+        index.reembed(source, model="newer", fingerprint="f", dimensions=DIMENSIONS)
+    with closing(Index(tmp_path)) as index:
+        assert [each.spec.model for each in index.reembeddings()] == ["newer"]
+
+
+@pytest.mark.parametrize("change", ["update", "rebind"])
+def test_a_change_of_a_collection_that_is_replaced_meanwhile_can_be_tried_again(
+    index: Index, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    source = index.create(CollectionSpec("c", DIMENSIONS, model="old", model_fingerprint="f"))
+    way = index.reembed(source, model="new", fingerprint="f", dimensions=DIMENSIONS)
+
+    def apply() -> object:
+        return index.update("c", "end") if change == "update" else index.rebind("c", "f", "g")
+
+    def replace(_: str) -> Collection:
+        assert index.switch(way)
+        return source
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "get", replace)
+        with refused(Code.UNAVAILABLE, "try again"):
+            apply()
+    assert index.get("c").spec == index.page(10, "")[0][0]
+    apply()
+    assert index.get("c").spec == index.page(10, "")[0][0]
+    assert index.get("c").spec.model == "new"
+    assert "end" in index.get("c").spec.truncation or index.get("c").spec.model_fingerprint == "g"
 
 
 def damage_catalogue(data_dir: Path, statement: str, *parameters: object) -> None:

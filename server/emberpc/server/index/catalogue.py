@@ -177,10 +177,11 @@ class Index:
 
         Raises:
             ServiceError: NOT_FOUND if no collection has the name, INVALID_ARGUMENT if the truncation is invalid,
-                RESOURCE_EXHAUSTED if the disk is full.
+                UNAVAILABLE if the collection is replaced meanwhile, RESOURCE_EXHAUSTED if the disk is full.
         """
         collection = self.get(name)
         with self._use(), translated_os_errors("the collection stays as it was"):
+            unreplaced(self._open, collection)
             spec = replace(self._existing(name).spec, truncation=truncation)
             spec.check()
             self._directory.update(spec)
@@ -197,16 +198,17 @@ class Index:
             fingerprint: the new fingerprint.
 
         Raises:
-            ServiceError: NOT_FOUND if no collection has the name, RESOURCE_EXHAUSTED if the disk is full.
+            ServiceError: NOT_FOUND if no collection has the name, UNAVAILABLE if the collection is replaced meanwhile,
+                RESOURCE_EXHAUSTED if the disk is full.
         """
         collection = self.get(name)
         with self._use(), translated_os_errors("the collection stays bound as it was"):
-            entry = self._existing(name)
-            if entry.spec.model_fingerprint == legacy:
-                spec = replace(entry.spec, model_fingerprint=fingerprint)
+            unreplaced(self._open, collection)
+            spec = self._existing(name).spec
+            if spec.model_fingerprint == legacy:
+                spec = replace(spec, model_fingerprint=fingerprint)
                 self._directory.update(spec)
-                if collection is self._at_hand.get(name):
-                    collection.spec = spec
+                collection.spec = spec
                 log.info("collection %s: bound to the bytes of model %s", name, spec.model)
         return collection
 
@@ -260,7 +262,9 @@ class Index:
             return self._reembeddings[name]
 
     def reembeddings(self) -> list[Reembedding]:
-        """Open and return the unfinished reembeddings; cancel those that fail to open. Call this once, at the start."""
+        """Open and return the unfinished reembeddings; cancel those that fail to open. Call this once, at the start.
+        One that lacks a file descriptor or disk space is not cancelled: the next start opens it.
+        """
         with self._use():
             for entry in self._directory.reembeddings():
                 name = entry.spec.name
@@ -268,7 +272,8 @@ class Index:
                     found = Reembedding(self.get(name), self._collection(entry), entry.since)
                 except ServiceError as error:
                     log.warning("collection %s stays under its model: %s", name, error.message)
-                    self._directory.delete_reembedding(name)
+                    if error.code is not Code.RESOURCE_EXHAUSTED:
+                        self._directory.delete_reembedding(name)
                 else:
                     self._reembeddings[name] = found
             return list(self._reembeddings.values())
@@ -303,8 +308,7 @@ class Index:
         """Drop the reembedding of a collection, with its files; do nothing if there is none."""
         with self._use():
             reembedding = self._reembeddings.pop(name, None)
-            if reembedding is not None:
-                self._directory.delete_reembedding(name)
+            self._directory.delete_reembedding(name)
         if reembedding is not None:
             reembedding.target.drop()
 
@@ -343,12 +347,8 @@ class Index:
             stack.callback(lambda: closed.append(self._expiry_thread.close(deadline)))
             stack.callback(lambda: closed.append(self._open_collections.close(deadline)))
             for collection in collections:
-                stack.callback(self._close_one, collection, deadline, closed)
+                stack.callback(lambda each: closed.append(each.close(deadline)), collection)
         return all(closed)
-
-    @staticmethod
-    def _close_one(collection: Collection, deadline: Deadline, closed: list[bool]) -> None:
-        closed.append(collection.close(deadline))
 
     def _give_up_directory(self, closed: list[bool]) -> None:
         if all(closed):  # otherwise the next server would use it while this one still writes

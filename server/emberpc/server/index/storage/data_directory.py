@@ -176,7 +176,7 @@ class DataDirectory:
             ServiceError: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the catalogue fails.
             OSError: the folder cannot be synchronised to disk.
         """
-        self._insert("collections", entry)
+        self._insert("INTO collections", entry)
 
     def update(self, spec: CollectionSpec) -> None:
         """Replace the spec of the collection with the name `spec.name`; do nothing if there is none.
@@ -226,13 +226,13 @@ class DataDirectory:
     def add_reembedding(self, entry: Entry) -> None:
         """Insert the entry of a reembedding: of the new collection that will replace the collection of the same name.
 
-        There must be no such entry. The folder must exist; folder and entry are on disk when this returns.
+        An entry that could not be opened is replaced. The folder must exist; folder and entry are on disk afterwards.
 
         Raises:
             ServiceError: RESOURCE_EXHAUSTED if the disk is full, INTERNAL if the catalogue fails.
             OSError: the folder cannot be synchronised to disk.
         """
-        self._insert("reembeddings", entry)
+        self._insert("OR REPLACE INTO reembeddings", entry)
 
     def delete_reembedding(self, name: str) -> None:
         """Delete the entry of a collection's reembedding, if there is one, not its folder; may use the reserve.
@@ -265,14 +265,14 @@ class DataDirectory:
 
         self.reserve.run(delete)
 
-    def _insert(self, table: str, entry: Entry) -> None:
+    def _insert(self, into: str, entry: Entry) -> None:
         self.reserve.check("no collection was made")
         # The folder must be on disk before the row that names it: a power cut must not leave a row without a folder.
         for path in (entry.folder, self.collections, self._path):
             sync_to_disk(path)
         with translated(_SUBJECT), transaction(self._database):
             self._database.execute(
-                f"INSERT INTO {table} VALUES (?, ?, ?, ?)",  # noqa: S608 - our own tables
+                f"INSERT {into} VALUES (?, ?, ?, ?)",  # noqa: S608 - our own tables
                 (entry.spec.name, entry.folder.name, entry.spec.to_json(), entry.since.timestamp()),
             )
 
