@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import sqlite3
 import subprocess
@@ -18,10 +20,11 @@ import pytest
 
 from emberpc.server import descriptors
 from emberpc.server.collections import CollectionSpec, Distance
-from emberpc.server.errors import Code, ServiceError
+from emberpc.server.errors import Code, ServiceError, StartupError
 from emberpc.server.index import Collection, Index
 from emberpc.server.index.graph import snapshots
 from emberpc.server.index.graph.persistent_graph import PersistentGraph
+from emberpc.server.index.storage import data_directory
 from index.support import refused
 from index_helpers import DIMENSIONS, records, vectors
 
@@ -220,6 +223,30 @@ def test_a_change_of_a_collection_that_is_replaced_meanwhile_can_be_tried_again(
     assert index.get("c").spec == index.page(10, "")[0][0]
     assert index.get("c").spec.model == "new"
     assert "end" in index.get("c").spec.truncation or index.get("c").spec.model_fingerprint == "g"
+
+
+def test_a_directory_that_cannot_be_locked_or_examined_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))))
+        with refused(Code.FAILED_PRECONDITION, "cannot be locked (No locks available)"):
+            Index(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
+        with refused(Code.FAILED_PRECONDITION, "cannot be written to (Permission denied)"):
+            Index(tmp_path)
+    Index(tmp_path).close()
+
+
+def test_a_disk_error_at_the_start_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emberpc.server import app
+
+    failing = Mock(side_effect=OSError(errno.EIO, "Input/output error"))
+    monkeypatch.setattr(data_directory, "_collection_folders", failing)
+    settings = Mock(data_dir=tmp_path, max_open_collections=1, close_idle_seconds=0)
+    with pytest.raises(StartupError, match=r"the data directory .* cannot be used \(Input/output error\)"):
+        app._embedded_index(settings)
 
 
 def damage_catalogue(data_dir: Path, statement: str, *parameters: object) -> None:

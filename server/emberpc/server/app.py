@@ -311,6 +311,9 @@ def _embedded_index(settings: Settings) -> IndexBackend:
         )
     except ServiceError as error:
         raise StartupError(error.message) from error
+    except OSError as error:
+        what = f"the data directory {settings.data_dir} cannot be used ({error.strerror or type(error).__name__})"
+        raise StartupError(f"{what}; see to its disk and permissions, or choose another --data-dir") from error
 
 
 def _milvus_index(settings: Settings) -> IndexBackend:

@@ -361,12 +361,11 @@ def _lock(data_dir: Path) -> IO[bytes]:
 
     Raises:
         ServiceError: FAILED_PRECONDITION if the path is no directory or cannot be written to, no file descriptor is
-            free, another server has locked the directory, or the file system has no locks.
-        OSError: the path cannot be examined, since a folder above it may not be read.
+            free, another server has locked the directory, or it cannot be locked.
     """
-    if data_dir.exists() and not data_dir.is_dir():
-        raise _unusable(data_dir, "is not a directory; choose another --data-dir")
     try:
+        if data_dir.exists() and not data_dir.is_dir():
+            raise _unusable(data_dir, "is not a directory; choose another --data-dir")
         data_dir.mkdir(parents=True, exist_ok=True)
         file = (data_dir / "lock").open("wb")
     except OSError as error:
@@ -377,7 +376,9 @@ def _lock(data_dir: Path) -> IO[bytes]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
-        raise _unusable(data_dir, "is in use by another server; stop it, or choose another --data-dir") from error
+        if isinstance(error, BlockingIOError):
+            raise _unusable(data_dir, "is in use by another server; stop it, or choose another --data-dir") from error
+        raise _unusable(data_dir, f"cannot be locked ({error.strerror}); choose another --data-dir") from error
     return file
 
 
