@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberpc.server.engine import Caller, Engine, Lane, Registry, Truncation
-from emberpc.server.engine.cache import Cache, Entry, Flights, Key
+from emberpc.server.engine.cache import Cache, Entry, Flight, Flights, Key
 from emberpc.server.engine.inference import Inference, InferenceRequest
 from emberpc.server.engine.models.encoders import Encoder
 from emberpc.server.engine.sessions.onnx_runtime import Output
@@ -177,3 +178,28 @@ async def test_interactive_work_does_not_wait_for_the_same_text_in_bulk(
     assert not bulk.done()
     gate.open.set()
     await bulk
+
+
+async def test_texts_that_are_left_of_a_large_call_are_shared_as_a_short_one(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flights, lanes, led = serving.engine.inferrer.flights, dict[str, Lane](), asyncio.Event()
+    lead = flights.lead
+
+    def watched(keys: Iterable[Key], lane: Lane) -> AbstractContextManager[Flight]:
+        lanes.update(dict.fromkeys((key.text for key in keys), lane))
+        if "the rest" in lanes:
+            led.set()
+        return lead(keys, lane)
+
+    monkeypatch.setattr(flights, "lead", watched)
+    gate = Gate(monkeypatch)
+    many = [f"text {i} of many words" for i in range(100)]
+    large = asyncio.create_task(serving.embed(*many))
+    await asyncio.to_thread(gate.entered.wait, 300)
+    rest = asyncio.create_task(serving.embed(*many, "the rest"))
+    await asyncio.wait_for(led.wait(), 300)
+    gate.open.set()
+    await asyncio.gather(large, rest)
+    assert lanes[many[0]] is Lane.BULK
+    assert lanes["the rest"] is Lane.INTERACTIVE

@@ -78,7 +78,8 @@ class Job:
         rows: the output of each text, float32 (width,); None as long as the text was not run.
         remaining: number of texts without an output.
         submitted: when the job was submitted, in seconds of `time.perf_counter`.
-        started: start of the batch that was the first to succeed, in the same seconds; 0 until that batch has ended.
+        started: earliest start of the batches that succeeded, in the same seconds; 0 until one has ended.
+        lane: the lane in which the texts wait or waited; `Backlog.add` sets it.
     """
 
     runner: BatchRunner
@@ -91,6 +92,7 @@ class Job:
     remaining: int = field(init=False)
     submitted: float = field(default_factory=perf_counter)
     started: float = 0.0
+    lane: Lane = Lane.INTERACTIVE
 
     def __post_init__(self) -> None:
         self.tokens = sum(len(ids) for ids in self.texts)
@@ -354,10 +356,10 @@ class Backlog:
 
     def add(self, job: Job) -> None:
         """Add the texts of a job to the lane that `lane` returns for it."""
-        lane = self.lane(job.tokens, job.caller)
-        if lane is Lane.BULK and not self._queues[lane]:
+        job.lane = self.lane(job.tokens, job.caller)
+        if job.lane is Lane.BULK and not self._queues[job.lane]:
             self._bulk_turn = perf_counter()
-        self._queues[lane].add(job)
+        self._queues[job.lane].add(job)
 
     def next_lane(self) -> Lane:
         """Return the lane of the next micro-batch. At least one text must wait.
@@ -381,9 +383,7 @@ class Backlog:
 
     def discard(self, job: Job) -> None:
         """Remove the waiting texts of a job from the lane that it waits in; do nothing if none waits."""
-        # The limit of a micro-batch, and with it the lane of a call of this size, may have changed since `add`.
-        for queue in self._queues.values():
-            queue.discard(job)
+        self._queues[job.lane].discard(job)
 
     def drain(self) -> set[Job]:
         """Remove all waiting texts of all lanes; return their jobs."""

@@ -226,11 +226,10 @@ class Inferrer:
         missing = await self._tokenize(request, places, times)
         found: dict[Key, Entry] = {}
         while missing:
-            lane = self._scheduler.lane(sum(len(text.ids) for text in missing.values()), caller)
-            flights = self.flights.find(missing, lane)
+            flights = self.flights.find(missing, self._lane(missing, caller))
             own = {key: text for key, text in missing.items() if key not in flights}
             if own:
-                with self.flights.lead(own, lane) as flight:
+                with self.flights.lead(own, self._lane(own, caller)) as flight:
                     flight.entries = await self._run(request, own, times)
                 self.cache.add(flight.entries)
                 found |= flight.entries
@@ -244,6 +243,9 @@ class Inferrer:
             times.queue += perf_counter() - start
             missing = {key: text for key, text in missing.items() if key not in found}
         return found
+
+    def _lane(self, texts: Mapping[Key, TokenizedText], caller: Caller) -> Lane:
+        return self._scheduler.lane(sum(len(text.ids) for text in texts.values()), caller)
 
     async def _tokenize(
         self, request: InferenceRequest, places: Mapping[Key, Sequence[int]], times: _Times

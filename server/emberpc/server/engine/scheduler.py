@@ -329,7 +329,7 @@ class Scheduler:
         return [item for item in batch if not item.job.over]
 
     def _run_batch(self, batch: list[Item]) -> None:
-        bulk = self.lane(batch[0].job.tokens, batch[0].job.caller) is Lane.BULK
+        bulk = batch[0].job.lane is Lane.BULK
         with self._lock:
             self._busy += 1
             self._at_bulk += bulk
@@ -381,7 +381,7 @@ class Scheduler:
             self.counts.padding += max(item.length for item in batch) * len(batch) - tokens
             for item, row in zip(batch, rows, strict=True):
                 job = item.job
-                job.started = job.started or start
+                job.started = min(job.started or start, start)  # an earlier batch of the job may end later
                 job.rows[item.row] = row
                 job.remaining -= 1
                 if not job.remaining:
