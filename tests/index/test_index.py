@@ -207,8 +207,11 @@ def test_a_change_of_a_collection_that_is_replaced_meanwhile_can_be_tried_again(
     source = index.create(CollectionSpec("c", DIMENSIONS, model="old", model_fingerprint="f"))
     way = index.reembed(source, model="new", fingerprint="f", dimensions=DIMENSIONS)
 
-    def apply() -> object:
-        return index.update("c", "end") if change == "update" else index.rebind("c", "f", "g")
+    def apply() -> None:
+        if change == "update":
+            index.update("c", "end")
+        else:
+            index.rebind("c", "f", "g")
 
     def replace(_: str) -> Collection:
         assert index.switch(way)

@@ -228,7 +228,8 @@ class OneRecord:
     """A reembedding of one record, which is read again after `rewind` until it has a new vector."""
 
     spec = CollectionSpec("c", 1, model="m")
-    record = StoredRecord("r", "text", "{}", "", 1, *[datetime.now(timezone.utc)] * 2)
+    now = datetime.now(timezone.utc)
+    record = StoredRecord("r", "text", "{}", "", 1, now, now)
 
     def __init__(self) -> None:
         self.unread = [self.record]
