@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -15,7 +16,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from bundle_cache import PARITY_TEXTS
-from emberpc.bundle import Manifest, Reference, Task, probabilities, read_bundle
+from emberpc.bundle import BundleError, Manifest, Reference, Task, probabilities, read_bundle
 from emberpc.export import classifier
 from emberpc.export.classifier import ClassifierData, export_classifier
 from emberpc.export.data.stdlib_texts import read_stdlib, sample_texts
@@ -256,3 +257,22 @@ def test_data_is_a_deprecated_name_of_classifier_data() -> None:
     with pytest.warns(DeprecationWarning, match="ClassifierData"):
         former = classifier.Data
     assert former is ClassifierData
+
+
+def test_labels_beyond_the_limits_are_refused_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classifier, "read_encoder", Mock(side_effect=AssertionError("the model is read")))
+    rows = [(f"text {i}", label) for i in range(20) for label in ("x" * 1025, "short")]
+    data = ClassifierData(write_csv(tmp_path / "train.csv", [(f"{text} {label[:2]}", label) for text, label in rows]))
+    with pytest.raises(BundleError, match=r"train.csv: the labels\[\d\] has 1025 characters"):
+        export_classifier(data, "base", tmp_path / "bundle")
+
+
+def test_the_warning_of_few_texts_names_the_file_that_has_too_few(caplog: pytest.LogCaptureFixture) -> None:
+    for validation, file, remedy in ((None, "train.csv", True), (Path("valid.csv"), "valid.csv", False)):
+        for count in (0, 3):
+            caplog.clear()
+            classifier._warn_of_few(count, ClassifierData(Path("train.csv"), validation=validation))
+            assert caplog.messages[0].startswith(f"{file}: ")
+            assert caplog.messages[0].endswith("or a validation file") == remedy

@@ -15,6 +15,7 @@ from typing import TypedDict
 from emberpc.bundle import DecisionRule, Head, Manifest, Reference, Task, Variant, finish_bundle, staged_folder
 from emberpc.bundle.calibration import FEW_TEXTS, weakness
 from emberpc.bundle.evaluation import HeldOut, calibrate, measure
+from emberpc.bundle.limits import check_labels
 from emberpc.bundle.rejection import MAX_FALSE_REJECTIONS
 from emberpc.export.card import model_card
 from emberpc.export.classify.cached_encoder import CachedEncoder
@@ -141,6 +142,7 @@ def export_classifier(
         )
     check_names(variants)
     examples, validation, outside = read_data(data)
+    check_labels(examples.labels, f"{data.train}: the labels")
     encoder = read_encoder(base, max_tokens=max_tokens, progress=progress)
     kept = Checkpoints(checkpoints)
     with staged_folder(target, overwrite=overwrite) as folder:
@@ -154,7 +156,7 @@ def export_classifier(
         options = Options(seed, balanced, validation, epochs, kept, progress)
         with Cost() as cost:
             fitted = STRATEGIES[strategy].fit(examples, cached_encoder, options)
-        _warn_of_few(len(fitted.held_out), data.train)
+        _warn_of_few(len(fitted.held_out), data)
         rate = 0.0 if outside else rejection_rate
         rule = calibrate(fitted.held_out, multi_label=examples.multi_label, rejection_rate=rate)
         rejection = None
@@ -192,25 +194,29 @@ def export_classifier(
     return manifest
 
 
-def _warn_of_few(held_out: int, source: Path | str) -> None:
+def _warn_of_few(held_out: int, data: ClassifierData) -> None:
     """Log a warning if there are no held-out texts, or fewer than `FEW_TEXTS`.
 
     Args:
-        held_out: number of held-out texts, of the validation file or of the training file.
-        source: the training file, for the warning.
+        held_out: number of held-out texts.
+        data: the files, for the warning: it names the validation file if there is one, else the training texts.
     """
+    source = data.train if data.validation is None else data.validation
+    remedy = ", or a validation file" if data.validation is None else ""
     if not held_out:
         _LOGGER.warning(
             "%s: there are too few texts to hold any out, so no temperature could be fitted: the probabilities are "
-            "not calibrated; give more texts, or a validation file",
+            "not calibrated; give more texts%s",
             source,
+            remedy,
         )
     elif few := weakness(held_out):
         _LOGGER.warning(
-            "%s: the calibration of probabilities is rough: %s; give at least %d texts, or a validation file",
+            "%s: the calibration of probabilities is rough: %s; give at least %d texts%s",
             source,
             few,
             FEW_TEXTS,
+            remedy,
         )
 
 
