@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from emberpc.bundle import BundleError, Manifest, finish_bundle, read_bundle, staged_folder
+from emberpc.bundle.writing import check_target
 
 
 def entries(folder: Path) -> set[str]:
@@ -172,3 +173,8 @@ def test_files_that_another_process_is_writing_are_kept(tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-c", code, str(tmp_path / "bundle")], check=True)
         assert (first / "file").read_text() == "first"
     assert entries(tmp_path) == {"bundle"}
+
+
+def test_a_target_whose_name_is_too_long_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"cannot be used \(File name too long\); choose another place"):
+        check_target(tmp_path / ("x" * 300))

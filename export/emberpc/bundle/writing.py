@@ -78,10 +78,16 @@ def check_target(target: Path | str, *, overwrite: bool = False) -> Path:
 
     Raises:
         BundleError: `target` is a bundle and `overwrite` is False; or it is a folder with other content, is not a
-            folder, or is a symbolic link.
-        OSError: `target` cannot be examined, for example because its name is too long.
+            folder, is a symbolic link, or cannot be examined, for example because its name is too long.
     """
     target = Path(target).absolute()
+    try:
+        return _checked_target(target, overwrite=overwrite)
+    except OSError as error:
+        raise BundleError(f"{target} cannot be used ({error.strerror}); choose another place") from error
+
+
+def _checked_target(target: Path, *, overwrite: bool) -> Path:
     remove_abandoned(target)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise BundleError(f"{target} exists and is not a folder; choose another place")
