@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from emberpc.bundle import Bundle, BundleError, Graph, Manifest, Stated, Tensor, open_bundle
+from emberpc.bundle.paths import is_inside
 
 BIG = 10**12
 
@@ -102,6 +103,19 @@ def test_prompts_and_poolings_of_any_form_are_refused_in_words(tmp_path: Path) -
     ]
     with pytest.raises(BundleError, match="the pooling 7 is not supported"):
         foreign(tmp_path, {"config.json": CONFIG | {"pooling_mode": 7}, "modules.json": modules})
+
+
+@pytest.mark.parametrize("name", [["query"], {"a": 1}, 7])
+def test_a_default_prompt_name_of_another_type_is_no_prompt(tmp_path: Path, name: object) -> None:
+    prompts = {"prompts": {"other": "p"}, "default_prompt_name": name}
+    bundle = foreign(tmp_path, {"config.json": CONFIG, "config_sentence_transformers.json": prompts})
+    assert bundle.manifest.prompts.query == ""
+
+
+def test_a_name_with_a_nul_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="has a NUL character"):
+        foreign(tmp_path, {"config.json": CONFIG}, {"file": "a\0.onnx"})
+    assert not is_inside(tmp_path, "a\0")
 
 
 def test_a_folder_with_a_name_that_is_no_utf8_is_read(tmp_path: Path) -> None:
@@ -314,6 +328,9 @@ def templated(first: str, last: str) -> dict[str, Any]:
         ({}, {"additional_special_tokens": ["cat"]}, "additional_special_tokens has 'cat'"),
         ({}, {"extra_special_tokens": {"image": {"content": "<i>"}}}, "extra_special_tokens has '<i>'"),
         ({}, {"added_tokens_decoder": {"7": SPECIAL}}, "tokenizer.json does not list in added_tokens"),
+        ({}, {"added_tokens_decoder": {"7": "[X]"}}, "tokenizer.json does not list in added_tokens"),
+        ({}, {"additional_special_tokens": "[X]"}, r"has '\[X\]', and the added_tokens"),
+        ({}, {"additional_special_tokens": 7}, "has '7', and the added_tokens"),
         (
             {"added_tokens": [SPECIAL]},
             {"added_tokens_decoder": {"7": SPECIAL | {"lstrip": True}}},
@@ -340,6 +357,7 @@ def test_settings_that_change_the_tokenizer_are_refused(
         ({"post_processor": templated("S", "S")}, {"tokenizer_class": "GemmaTokenizer", "add_eos_token": True}),
         ({"post_processor": templated("S", "")}, {"tokenizer_class": "BertTokenizer", "add_eos_token": True}),
         ({"added_tokens": [SPECIAL]}, {"cls_token": SPECIAL, "added_tokens_decoder": {"7": SPECIAL}}),
+        ({"added_tokens": [SPECIAL]}, {"added_tokens_decoder": {"7": SPECIAL["content"]}}),
         ({"truncation": {"direction": "Left"}}, {"truncation_side": "right"}),
     ],
 )

@@ -307,9 +307,11 @@ def _model_file(folder: Path, stated: str) -> str:
 
 
 def _plain(folder: Path, name: str) -> None:
-    """Raise BundleError if the path `name` is absolute, or leads out of the folder when symbolic links are followed."""
+    """Raise BundleError if the path `name` is absolute, has a NUL, or leads out of the folder when links are followed."""
     if Path(name).is_absolute():
         raise BundleError(f"the file {name} is an absolute path; give its path in the folder {folder}")
+    if "\0" in name:
+        raise BundleError(f"{folder}: the name {name!r} has a NUL character, which no file has; correct it")
     if not is_inside(folder, name):
         raise BundleError(f"{folder / name} leads out of the model's folder; copy the files there (cp -rL)")
 

@@ -18,9 +18,7 @@ def real_path(path: Path) -> Path:
 def is_inside(folder: Path, name: str | PurePath) -> bool:
     """Return whether `name`, a path relative to a folder, leads into the folder or to the folder itself.
 
-    Symbolic links are followed. The file or folder `name` need not exist.
-
-    Raises:
-        ValueError: a path has a NUL.
+    Symbolic links are followed. The file or folder `name` need not exist. False for a name with a NUL, which no file
+    has.
     """
-    return real_path(folder / name).is_relative_to(real_path(folder))
+    return "\0" not in str(name) and real_path(folder / name).is_relative_to(real_path(folder))

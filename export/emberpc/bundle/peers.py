@@ -332,7 +332,8 @@ def read_prompts(settings: dict[str, Any]) -> Prompts:
     prompts = settings.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(text, str) or text is None for text in prompts.values()):
         raise BundleError("config_sentence_transformers.json: prompts must be texts by name; get the model again")
-    default = prompts.get(settings.get("default_prompt_name")) or ""
+    name = settings.get("default_prompt_name")
+    default = (prompts.get(name) if isinstance(name, str) else None) or ""
 
     def first(names: tuple[str, ...]) -> str:
         stated = [text for name in names if (text := prompts.get(name)) is not None]

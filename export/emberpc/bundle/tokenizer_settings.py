@@ -255,9 +255,9 @@ def _check_added_tokens(tokenizer: _Tokenizer, place: Path, settings: _Settings)
                     f"{path}: {key} has {content!r}, and the added_tokens of {TOKENIZER_NAME} do not; {_SAVE_AGAIN}"
                 )
     for token in decoder.values() if isinstance(decoder, dict) else ():
-        own = tokenizer.added_tokens.get(_content(token))
+        own, stated = tokenizer.added_tokens.get(_content(token)), token if isinstance(token, dict) else {}
         flags = ("lstrip", "rstrip", "single_word", "normalized")
-        if own is None or any(own.get(flag) != token.get(flag, own.get(flag)) for flag in flags):
+        if own is None or any(own.get(flag) != stated.get(flag, own.get(flag)) for flag in flags):
             raise BundleError(
                 f"{config}: added_tokens_decoder has {_content(token)!r}, which {TOKENIZER_NAME} "
                 f"{'does not list' if own is None else 'lists with other flags'} in added_tokens; {_SAVE_AGAIN}"
@@ -270,8 +270,10 @@ def _special_tokens(settings: _Settings) -> Iterator[tuple[str, str]]:
         if settings.get(key):
             yield key, _content(settings[key])
     for key in ("additional_special_tokens", "extra_special_tokens"):
-        listed = settings.get(key) or ()
-        for token in listed.values() if isinstance(listed, dict) else listed:
+        listed = settings.get(key) or []
+        if isinstance(listed, dict):
+            listed = list(listed.values())
+        for token in listed if isinstance(listed, list) else [listed]:
             yield key, _content(token)
 
 
