@@ -14,6 +14,7 @@ from emberpc.bundle import Task
 from emberpc.server.engine import Caller, Engine, Inference, InferenceRequest, Model, Truncation
 from emberpc.server.errors import invalid, items_of
 from emberpc.server.pipelines.limits import Limits
+from emberpc.server.pipelines.stream_tasks import cancel_tasks
 
 Matrix = npt.NDArray[np.float32]
 
@@ -169,10 +170,13 @@ class TextEmbedder:
         def inference_request(texts: Sequence[str], kind: InputKind, field: str) -> InferenceRequest:
             return InferenceRequest(model, texts, prompt(model, kind), request.truncation, items_of(field), caller)
 
-        source_inference, target_inference = await asyncio.gather(
-            self._engine.inferrer.infer(inference_request(sources, request.source_kind, "sources")),
-            self._engine.inferrer.infer(inference_request(targets, request.target_kind, "targets")),
-        )
+        sides = [(sources, request.source_kind, "sources"), (targets, request.target_kind, "targets")]
+        infer = self._engine.inferrer.infer
+        tasks = [asyncio.create_task(infer(inference_request(*side))) for side in sides]
+        try:
+            source_inference, target_inference = await asyncio.gather(*tasks)
+        finally:
+            await cancel_tasks(tasks)  # if one side failed, the other is not needed
         source_vectors = shape(source_inference.output, 0, unit=True)
         scores = source_vectors @ shape(target_inference.output, 0, unit=True).T
         return Similarities(model, np.clip(scores, -1, 1), source_inference, target_inference)
