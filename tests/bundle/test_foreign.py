@@ -112,6 +112,12 @@ def test_a_default_prompt_name_of_another_type_is_no_prompt(tmp_path: Path, name
     assert bundle.manifest.prompts.query == ""
 
 
+def test_only_a_classifier_is_multi_label(tmp_path: Path) -> None:
+    config = CONFIG | {"problem_type": "multi_label_classification", "id2label": {"0": "a", "1": "b"}}
+    assert not foreign(tmp_path / "embeds", {"config.json": config}).manifest.multi_label
+    assert foreign(tmp_path / "classifies", {"config.json": config}, width=2, output="logits").manifest.multi_label
+
+
 def test_a_name_with_a_nul_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="has a NUL character"):
         foreign(tmp_path, {"config.json": CONFIG}, {"file": "a\0.onnx"})

@@ -195,7 +195,7 @@ def read_foreign(
         variants=(Variant(VARIANT, model, Parity(0, 0.0, 1.0)),),
         prompts=_prompts(settings, stated),
         labels=_checked_labels(read_labels(config), output, folder) if task is Task.CLASSIFICATION else (),
-        multi_label=config.get("problem_type") == "multi_label_classification",
+        multi_label=task is Task.CLASSIFICATION and config.get("problem_type") == "multi_label_classification",
         files=entries,
     )
     # The old scheme covered no external weight files with other names. When the scheme was in use, inputs for positions
