@@ -245,10 +245,10 @@ class Settings:
             name, equals, folder = entry.partition("=")
             if not equals:
                 name, folder = Path(entry).resolve().name, entry
-            if not NAME.fullmatch(name):
+            if not (folder and NAME.fullmatch(name)):
                 raise SettingsError(
-                    f"model: {name!r} of {entry!r} is no name: 1 to 128 letters, digits, '.', '_' and '-'; "
-                    "give one as NAME=DIR"
+                    f"model: {entry!r} has no folder, or {name!r} is no name: 1 to 128 letters, digits, '.', '_' and "
+                    "'-'; give both as NAME=DIR"
                 )
             models[name] = Path(folder)
         return models
@@ -306,9 +306,9 @@ def _check_address(name: str, value: str) -> None:
         SettingsError: HOST is empty, there is no port, or the port is not a number or too large.
     """
     host, colon, port = value.rpartition(":")
-    if not (host and colon and port.isascii() and port.isdigit()):
-        raise SettingsError(f"{name} is {value!r}; it must be HOST:PORT, such as 127.0.0.1:50051")
-    if int(port) >= 2**16:
+    if not (host and colon and port.isascii() and port.isdigit()) or (":" in host and not host.startswith("[")):
+        raise SettingsError(f"{name} is {value!r}; it must be HOST:PORT, such as 127.0.0.1:50051 or [::1]:50051")
+    if len(port) > 100 or int(port) >= 2**16:  # Python refuses to read thousands of digits
         raise SettingsError(f"{name} is {value!r}; the port must be 0 to {2**16 - 1}")
 
 
