@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 import threading
 from os import mkfifo
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from emberpc.cli import output_files
 from fake_server import FakeServer
 
 Emberpc = Any
@@ -72,3 +75,16 @@ def test_records_and_backups_go_into_a_pipe(emberpc: Emberpc, fake: FakeServer, 
     assert "wrote 1 records to" in outcome.err if command == "export" else "wrote 8 bytes to" in outcome.err
     assert found[0].startswith(b'{"id": "a"' if command == "export" else fake.backup)
     assert stat.S_ISFIFO(pipe.lstat().st_mode)
+
+
+def test_a_folder_that_cannot_be_read_may_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Any, flags: int, *rest: Any) -> int:
+        if path == tmp_path and not flags & os.O_WRONLY:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, flags, *rest)
+
+    opened = os.open
+    monkeypatch.setattr(os, "open", refuse)
+    with output_files.atomic_file(tmp_path / "file") as file:
+        file.write(b"x")
+    assert (tmp_path / "file").read_bytes() == b"x"

@@ -122,9 +122,12 @@ def _opened(part: Path) -> tuple[BinaryIO, bool]:
 def _synchronise(folder: Path) -> None:
     """Sync the entries of a folder to disk, so that a renamed file keeps its new name after a crash of the host.
 
-    Raises OSError if the folder cannot be opened or synced.
+    A folder that may be written but not read cannot be synced. The file is there all the same.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(descriptor)
     finally:

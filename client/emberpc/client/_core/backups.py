@@ -132,7 +132,10 @@ class BackupWriter:
             return self._done
         os.fsync(file.fileno())
         self._temporary.replace(path)
-        folder = os.open(path.absolute().parent, os.O_RDONLY)
+        try:
+            folder = os.open(path.absolute().parent, os.O_RDONLY)
+        except PermissionError:  # a folder that may be written but not read cannot be synced
+            return self._done
         try:
             os.fsync(folder)
         finally:
