@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -260,3 +262,20 @@ def test_a_corrected_label_keeps_the_id(tmp_path: Path) -> None:
     (new,), _ = read(tmp_path / "new.tsv")
     assert old["id"] == new["id"]
     assert (old["label"], new["label"]) == ("x", "y")
+
+
+def test_the_lines_of_a_pipe_are_not_counted(tmp_path: Path) -> None:
+    """To count them would read them."""
+    pipe = tmp_path / "records.jsonl"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=('{"id": "a"}\n',))
+    writer.start()
+    source = LineFile(str(pipe))
+    counted = source.count()
+    assert list(source.records()) == [{"id": "a"}]
+    writer.join(300)
+    assert counted is None
+    with pytest.raises(CliError, match="cannot be read: Is a directory"):
+        LineFile(str(tmp_path)).count()
+
+

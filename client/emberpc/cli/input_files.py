@@ -102,18 +102,18 @@ class LineFile:
                 yield str(number), self._decoded(number, line).rstrip("\r\n")
 
     def count(self) -> int | None:
-        """Return the number of lines, header and empty lines included; None for `-`, which can be read only once.
+        """Return the number of lines, header and empty lines included; None for a pipe, which can be read only once.
 
-        This reads a file from start to end. A pipe with a name has no lines left afterwards.
+        This reads a file from start to end.
 
         Raises:
             CliError: the file cannot be opened.
             OSError: the file cannot be read further.
         """
-        if self._path == "-":
+        if self._path == "-" or Path(self._path).is_fifo() or Path(self._path).is_char_device():
             return None
         with self._opened() as file:
-            return sum(1 for _ in file)
+            return sum(1 for _ in self._lines(file))
 
     def records(self, refused: OnRejected = raise_error) -> Iterator[dict[str, Any]]:
         """Yield records as dicts, read lazily.
