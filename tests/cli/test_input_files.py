@@ -279,3 +279,9 @@ def test_the_lines_of_a_pipe_are_not_counted(tmp_path: Path) -> None:
         LineFile(str(tmp_path)).count()
 
 
+def test_rows_with_the_same_metadata_in_another_order_are_one_record(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    with path.open("w", newline="") as file:
+        rows = (("text", "metadata"), ("a", '{"b": 1, "c": 2}'), ("a", '{"c": 2, "b": 1}'))
+        csv.writer(file).writerows(rows)
+    assert len(list(LineFile(str(path)).records())) == 1

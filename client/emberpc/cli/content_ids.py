@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -43,7 +44,8 @@ class ContentIds:
         text = record["text"]
         if not text.strip():
             refuse("the text is empty, and without a column id the id is made of it; give it a text")
-        record_id, content = id_of_text(text), hash(repr(record))
+        # The order of the fields of metadata makes no other record.
+        record_id, content = id_of_text(text), hash(json.dumps(record, sort_keys=True))
         line, earlier = self._rows.setdefault(record_id, (number, content))
         if line == number:
             return {"id": record_id, **record}
