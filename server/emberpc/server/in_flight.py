@@ -23,8 +23,8 @@ class BytesInFlight:
     limit, 100 calls with responses of 30 MB took 8.7 GB. Use an object from one event loop only.
 
     Args:
-        limit: most bytes of all messages together. A message may have more if nothing else is counted, not even a
-            request of the same call.
+        limit: most bytes of all messages together. A message may have more if nothing else is counted. A response is
+            counted when the request of its call no longer is.
     """
 
     def __init__(self, limit: int) -> None:
