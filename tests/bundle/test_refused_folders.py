@@ -10,6 +10,7 @@ import pytest
 from emberpc.bundle import BundleError
 from emberpc.bundle.foreign import Stated, read_foreign
 from emberpc.bundle.interface import Graph, Tensor
+from emberpc.bundle.paths import is_inside
 
 INPUTS = tuple(Tensor(name, "tensor(int64)", ("batch", "tokens")) for name in ("input_ids", "attention_mask"))
 
@@ -36,3 +37,9 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(BundleError, match="is an adapter .* and no whole model; merge it with its base model"):
         read_foreign(tmp_path, Stated(), lambda _: Graph((), ()))
+
+
+def test_a_name_with_a_nul_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="has a NUL character"):
+        read_foreign(tmp_path, Stated(file="a\0.onnx"), lambda _: Graph((), ()))
+    assert not is_inside(tmp_path, "a\0")

@@ -23,7 +23,6 @@ from emberpc.client import (
     Record,
     RecordId,
     ResponseDetails,
-    SearchQuery,
     UpsertResult,
 )
 from emberpc.client._core.embedding import _classification
@@ -245,17 +244,6 @@ def test_a_batch_of_queries_keeps_its_order_and_tells_the_plan(fake: FakeServer,
     assert results[0].plan.shortfall_reason == "the collection has 3 records"
     assert shell("search_batch", "c", np.stack([vector_of("b")]))[0].hits[0].record.id == "b"
     assert shell("search_batch", "c", []) == []
-
-
-@pytest.mark.parametrize("of_each", [False, True])
-def test_queries_of_many_hits_are_sent_in_requests_that_a_server_takes(
-    fake: FakeServer, shell: Shell, of_each: bool
-) -> None:
-    shell("create_collection", "c")
-    queries = [SearchQuery(text, top_k=2000) if of_each else text for text in TEXTS[:120]]
-    assert len(shell("search_batch", "c", queries, **({} if of_each else {"top_k": 2000}))) == 120
-    assert [len(asked.request.queries) for asked in fake.asked["Search"]] == [50, 50, 20]
-    shell("search", "c", "one", top_k=10_000)
 
 
 def test_models_are_described(shell: Shell) -> None:

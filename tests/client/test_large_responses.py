@@ -70,3 +70,13 @@ def test_progress_counts_the_items_of_divided_requests(fake: FakeServer, shell: 
     done: list[int] = []
     shell("embed", TEXTS, progress=done.append)
     assert done == [2, 5]
+
+
+@pytest.mark.parametrize("of_each", [False, True])
+def test_queries_of_many_hits_are_sent_in_requests_that_a_server_takes(
+    fake: FakeServer, shell: Shell, of_each: bool
+) -> None:
+    queries = [SearchQuery(text, top_k=2000) if of_each else text for text in map(str, range(120))]
+    assert len(shell("search_batch", "c", queries, **({} if of_each else {"top_k": 2000}))) == 120
+    assert sorted(len(asked.request.queries) for asked in fake.asked["Search"]) == [20, 50, 50]
+    shell("search", "c", "one", top_k=10_000)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberpc.server.deadlines import Deadline
-from emberpc.server.engine.batching import Backlog, Item, Job, JobResult, Queue
+from emberpc.server.engine.batching import Item, JobResult, Queue
 from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.rates import Rates
 from emberpc.server.engine.scheduler import Scheduler
@@ -408,32 +408,6 @@ async def test_what_a_caller_who_left_still_wanted_holds_up_nobody(scheduler: Ma
     await asyncio.gather(running, stayed)
     assert sorted(gate.seen) == [50, 60, 61]
     assert busy.waiting_tokens == 0
-
-
-async def test_a_call_has_waited_until_the_earliest_of_its_batches(scheduler: Make) -> None:
-    made = scheduler()
-    job = Job(Lengths(), texts(3, 4), Caller(), asyncio.get_running_loop().create_future())
-    first, second = (Item(length, 0, job, row) for row, length in enumerate((3, 4)))
-    at = job.submitted
-    made._finish([second], np.zeros((1, 1), dtype=np.float32), at + 2, at + 3, 1)
-    made._finish([first], np.zeros((1, 1), dtype=np.float32), at + 1, at + 4, 1)
-    result = await asyncio.wait_for(job.future, 300)
-    assert result.queue_seconds == pytest.approx(1)
-    assert result.infer_seconds == pytest.approx(3)
-
-
-async def test_the_lane_of_a_batch_is_the_one_in_which_it_waited(scheduler: Make) -> None:
-    """The limit of a batch may have changed since. While a bulk batch runs, the express worker serves short calls."""
-    made, gate = scheduler(workers=1, batch_tokens=1000), Gate()
-    backlog = Backlog(8, 0.25)
-    backlog.add(Job(gate, texts(8, 8, 8), Caller(), asyncio.get_running_loop().create_future()))
-    batch = backlog.take(Lane.BULK)
-    running = asyncio.create_task(asyncio.to_thread(made._run_batch, batch))
-    await asyncio.to_thread(gate.entered.wait, 300)
-    at_bulk = made._at_bulk
-    gate.open.set()
-    await running
-    assert at_bulk == 1
 
 
 async def test_several_threads_at_once_do_not_tell_what_one_does(scheduler: Make) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import sqlite3
 import subprocess
@@ -18,13 +16,11 @@ from unittest.mock import Mock
 
 import pytest
 
-from emberpc.server import descriptors
 from emberpc.server.collections import CollectionSpec, Distance
-from emberpc.server.errors import Code, ServiceError, StartupError
+from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, Index
 from emberpc.server.index.graph import snapshots
 from emberpc.server.index.graph.persistent_graph import PersistentGraph
-from emberpc.server.index.storage import data_directory
 from index.support import refused
 from index_helpers import DIMENSIONS, records, vectors
 
@@ -160,96 +156,6 @@ def test_a_catalogue_that_a_failed_start_left_half_made_is_completed(tmp_path: P
         assert index.reembeddings() == []
     with closing(Index(tmp_path)) as index:
         assert index.get("c").count() == 0
-
-
-def test_a_reembedding_that_lacks_a_descriptor_waits_for_the_next_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def begin(index: Index) -> None:
-        index.reembed(index.get("c"), model="new", fingerprint="f", dimensions=DIMENSIONS)
-
-    with closing(Index(tmp_path)) as index:
-        index.create(CollectionSpec("c", DIMENSIONS, model="old"))
-        begin(index)
-    for delete in (False, True):
-        with closing(Index(tmp_path)) as index, monkeypatch.context() as patch:
-            index.get("c")
-            patch.setattr(index, "_collection", Mock(side_effect=descriptors.shortage()))
-            assert index.reembeddings() == []
-            patch.undo()
-            if delete:
-                index.delete("c")
-                index.create(CollectionSpec("c", DIMENSIONS, model="old"))
-        with closing(Index(tmp_path)) as index:
-            assert [each.spec.model for each in index.reembeddings()] == ([] if delete else ["new"])
-            if delete:
-                begin(index)
-
-
-def test_a_reembedding_replaces_one_that_could_not_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with closing(Index(tmp_path)) as index:
-        index.create(CollectionSpec("c", DIMENSIONS, model="old"))
-        index.reembed(index.get("c"), model="new", fingerprint="f", dimensions=DIMENSIONS)
-    with closing(Index(tmp_path)) as index:
-        source = index.get("c")
-        with monkeypatch.context() as patch:
-            patch.setattr(index, "_collection", Mock(side_effect=descriptors.shortage()))
-            assert index.reembeddings() == []
-        index.reembed(source, model="newer", fingerprint="f", dimensions=DIMENSIONS)
-    with closing(Index(tmp_path)) as index:
-        assert [each.spec.model for each in index.reembeddings()] == ["newer"]
-
-
-@pytest.mark.parametrize("change", ["update", "rebind"])
-def test_a_change_of_a_collection_that_is_replaced_meanwhile_can_be_tried_again(
-    index: Index, monkeypatch: pytest.MonkeyPatch, change: str
-) -> None:
-    source = index.create(CollectionSpec("c", DIMENSIONS, model="old", model_fingerprint="f"))
-    way = index.reembed(source, model="new", fingerprint="f", dimensions=DIMENSIONS)
-
-    def apply() -> None:
-        if change == "update":
-            index.update("c", "end")
-        else:
-            index.rebind("c", "f", "g")
-
-    def replace(_: str) -> Collection:
-        assert index.switch(way)
-        return source
-
-    with monkeypatch.context() as patch:
-        patch.setattr(index, "get", replace)
-        with refused(Code.UNAVAILABLE, "try again"):
-            apply()
-    assert index.get("c").spec == index.page(10, "")[0][0]
-    apply()
-    assert index.get("c").spec == index.page(10, "")[0][0]
-    assert index.get("c").spec.model == "new"
-    assert "end" in index.get("c").spec.truncation or index.get("c").spec.model_fingerprint == "g"
-
-
-def test_a_directory_that_cannot_be_locked_or_examined_is_refused_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))))
-        with refused(Code.FAILED_PRECONDITION, "cannot be locked (No locks available)"):
-            Index(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "exists", Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
-        with refused(Code.FAILED_PRECONDITION, "cannot be written to (Permission denied)"):
-            Index(tmp_path)
-    Index(tmp_path).close()
-
-
-def test_a_disk_error_at_the_start_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from emberpc.server import app
-
-    failing = Mock(side_effect=OSError(errno.EIO, "Input/output error"))
-    monkeypatch.setattr(data_directory, "_collection_folders", failing)
-    settings = Mock(data_dir=tmp_path, max_open_collections=1, close_idle_seconds=0)
-    with pytest.raises(StartupError, match=r"the data directory .* cannot be used \(Input/output error\)"):
-        app._embedded_index(settings)
 
 
 def damage_catalogue(data_dir: Path, statement: str, *parameters: object) -> None:

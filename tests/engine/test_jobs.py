@@ -1,0 +1,74 @@
+"""What a job keeps of its batches: their lane, and the earliest start."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+
+from emberpc.server.engine.batching import Backlog, Item, Job
+from emberpc.server.engine.caller import Caller, Lane
+from emberpc.server.engine.scheduler import Scheduler
+from emberpc.server.engine.sessions.onnx_runtime import Output
+from emberpc.server.engine.tokenizing import TokenIds
+
+Make = Callable[[int], Scheduler]
+
+
+def texts(*lengths: int) -> list[TokenIds]:
+    return [np.full(length, length, dtype=np.int64) for length in lengths]
+
+
+class Gate:
+    """Blocks in each batch until it is opened."""
+
+    def __init__(self) -> None:
+        self.entered, self.open = threading.Event(), threading.Event()
+
+    def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
+        self.entered.set()
+        assert self.open.wait(300)
+        return np.zeros((len(batch), 1), dtype=np.float32)
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    """Makes a scheduler with one worker; the argument is the most tokens of a batch."""
+    with ExitStack() as made:
+
+        def new(batch_tokens: int) -> Scheduler:
+            scheduler = Scheduler(1, batch_tokens, 100_000)
+            made.callback(scheduler.close)
+            return scheduler
+
+        yield new
+
+
+async def test_a_call_has_waited_until_the_earliest_of_its_batches(make: Make) -> None:
+    made = make(64)
+    job = Job(Gate(), texts(3, 4), Caller(), asyncio.get_running_loop().create_future())
+    first, second = (Item(length, 0, job, row) for row, length in enumerate((3, 4)))
+    at = job.submitted
+    made._finish([second], np.zeros((1, 1), dtype=np.float32), at + 2, at + 3, 1)
+    made._finish([first], np.zeros((1, 1), dtype=np.float32), at + 1, at + 4, 1)
+    result = await asyncio.wait_for(job.future, 300)
+    assert result.queue_seconds == pytest.approx(1)
+    assert result.infer_seconds == pytest.approx(3)
+
+
+async def test_the_lane_of_a_batch_is_the_one_in_which_it_waited(make: Make) -> None:
+    """The limit of a batch may have changed since. While a bulk batch runs, the express worker serves short calls."""
+    made, gate = make(1000), Gate()
+    backlog = Backlog(8, 0.25)
+    backlog.add(Job(gate, texts(8, 8, 8), Caller(), asyncio.get_running_loop().create_future()))
+    batch = backlog.take(Lane.BULK)
+    running = asyncio.create_task(asyncio.to_thread(made._run_batch, batch))
+    await asyncio.to_thread(gate.entered.wait, 300)
+    at_bulk = made._at_bulk
+    gate.open.set()
+    await running
+    assert at_bulk == 1
