@@ -1,6 +1,7 @@
 """Run the fast tests, and print their coverage of server and client, also that by child processes.
 
-Arguments are passed to pytest. The exit code is 0 only if the tests pass and the total coverage is at least 90 %.
+Arguments are passed to pytest. The exit code is 0 only if the tests pass and the total coverage, rounded to a whole
+number, is at least 90 %.
 """
 
 from __future__ import annotations

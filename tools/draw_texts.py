@@ -36,8 +36,9 @@ ROOMS = {
     "tools": ("tools", "examples"),
     "docs": ("docs", "README.md", "CONTRIBUTING.md"),
 }
-#: Paths that are left out: generated files, whose texts are copies of texts in other files, and the hand-written files
-#: of `_aio`, whose texts are nearly those of `_sync`.
+#: Paths that are left out, since their texts are copies, or nearly copies, of texts in other files: generated files,
+#: and the folder `_aio`. Most files of `_aio` are generated from `_sync`; the texts of the others are nearly those of
+#: `_sync`.
 _GENERATED = re.compile(r"_pb2(_grpc)?\.py|/_aio/|^docs/reports/|\.pyi$")
 #: Fewest words of a text that can be drawn, with its signature or line of code. Shorter texts are mostly titles.
 _LEAST_WORDS = 4

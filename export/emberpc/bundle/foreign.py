@@ -307,7 +307,7 @@ def _model_file(folder: Path, stated: str) -> str:
 
 
 def _plain(folder: Path, name: str) -> None:
-    """Raise BundleError if the path `name` is absolute, has a NUL, or leads out of the folder when links are followed."""
+    """Raise BundleError if the path `name` is absolute, has a NUL, or leads out of the folder, also by links."""
     if Path(name).is_absolute():
         raise BundleError(f"the file {name} is an absolute path; give its path in the folder {folder}")
     if "\0" in name:

@@ -25,7 +25,7 @@ from emberpc.export.classify.strategies import EXPORTABLE, STRATEGIES, Fitted, O
 from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.convert.parity import compare, require, torch_embeddings
 from emberpc.export.data.datasets import read_labelled, read_texts
-from emberpc.export.data.examples import Examples, held_out_examples, training_examples
+from emberpc.export.data.examples import Examples, conflicting_texts, held_out_examples, training_examples
 from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.embedding import (
     MODEL_PATH,
@@ -170,7 +170,7 @@ def export_classifier(
             "train_texts": float(len(examples.texts)),
             "labels": float(len(examples.labels)),
             "label_texts": float(len(examples.descriptions)),
-            "conflicting_texts": float(_conflicts(examples)),
+            "conflicting_texts": float(conflicting_texts(examples)),
             **({"max_false_rejections": max_false_rejections} if outside else {"rejection_rate": rejection_rate}),
             "fit_seconds": kept.spent.seconds + cost.seconds,
             "fit_cpu_seconds": kept.spent.cpu_seconds + cost.cpu_seconds,
@@ -270,14 +270,6 @@ def _to_measure_on(examples: Examples, validation: Examples | None, held_out: He
         "training texts that the classifier was fitted to: the accuracy is too high, fp32's as much as a variant's"
     )
     return {"examples": examples, "measured_on": fitted_to}
-
-
-def _conflicts(examples: Examples) -> int:
-    """Return the number of distinct texts that occur with two or more different sets of labels."""
-    given: dict[str, set[bytes]] = {}
-    for text, targets in zip(examples.texts, examples.targets, strict=True):
-        given.setdefault(text, set()).add(targets.tobytes())
-    return sum(len(different) > 1 for different in given.values())
 
 
 def _measured(fitted: Fitted, rule: DecisionRule) -> dict[str, float]:

@@ -1910,8 +1910,8 @@ class RestoreCollectionRequest(_message.Message):
     chunk: _builtins.bytes
     """The next bytes of the backup."""
     sha256: _builtins.str
-    """In the last message: SHA-256 (hex) of the whole backup. Empty in all other
-    messages.
+    """Required in the last message: SHA-256 (hex) of the whole backup. Empty in
+    all other messages.
     """
     total_bytes: _builtins.int
     """In the first message: bytes of the whole backup. By this number the server

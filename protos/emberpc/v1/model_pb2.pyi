@@ -154,8 +154,9 @@ class Model(_message.Message):
     weights. A fine-tuned model has the revision from before the fine-tuning.
     """
     fingerprint: _builtins.str
-    """Fingerprint (hex) of what decides the model's vectors; see
-    ModelVersion.fingerprint.
+    """Fingerprint (hex) of what decides the model's vectors, except
+    `max_tokens`. Models with equal fingerprints give equal vectors of texts
+    that neither truncates. Classifiers: see ModelVersion.fingerprint.
     """
     dimensions: _builtins.int
     """Number of dimensions of the model's vectors. CLASSIFICATION: of the

@@ -115,7 +115,7 @@ class Handlers:
         return wrapped
 
     def _unary(self, handler: Any, method: str, read: _Read) -> Any:
-        """Return gRPC's handler of a method with a single response, with the behaviour that `Handlers` describes."""
+        """Wrap `handler`, gRPC's handler from the generated code, of a method with one response; see `Handlers`."""
         inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
         if not inspect.iscoroutinefunction(inner):
             inner = _as_coroutine(inner)
@@ -132,7 +132,7 @@ class Handlers:
         return make(self._awaited(answer, method, read), None, None)
 
     def _stream(self, handler: Any, method: str, read: _Read) -> Any:
-        """Return gRPC's handler of a method with a response stream, with the behaviour that `Handlers` describes."""
+        """Wrap `handler`, gRPC's handler from the generated code, of a method with a stream; see `Handlers`."""
         inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
         wrap = self._awaited if inspect.iscoroutinefunction(inner) else self._iterated
         make = (

@@ -87,7 +87,7 @@ def _apart(centres: Sequence[tuple[float, float]]) -> list[tuple[int, int]]:
     """Return a colour, (hue in degrees, tone), for each place (x, y), in the order of the places.
 
     Of the colours that were used least often, each place gets the one that differs most from the colours of earlier
-    places; near places count more than distant ones. Up to 12 places get only the stronger tone.
+    places; near places count more than distant ones. If there are at most 12 places, all get the stronger tone.
     """
     palette = [(hue, tone) for tone in _TONES for hue in _HUES]
     if len(centres) <= len(_HUES):

@@ -198,7 +198,10 @@ def _unknown(each: Unknown, found: Recommendation) -> str:
 
 
 def _rival(found: Recommendation) -> Candidate | None:
-    """Return the best candidate of the other kind, with or without training of the encoder; else the next best."""
+    """Return the candidate with the best estimate beside the recommended one; None if there is no other.
+
+    If there are candidates of the other kind, with or without training of the encoder, it is the best of these.
+    """
     others = [candidate for candidate in found.candidates if candidate is not found.taken]
     of_other_kind = [candidate for candidate in others if candidate.way.tunes != found.taken.way.tunes]
     return next(iter(of_other_kind or others), None)

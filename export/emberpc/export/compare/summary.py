@@ -108,7 +108,7 @@ class Summary:
         return [point for point in self.points if point.way == way]
 
     def last(self, way: Way) -> Point | None:
-        """Return the point of a strategy at its largest measured budget; None if the strategy was not measured."""
+        """Return the point of a strategy on one base at the largest budget measured there; None if there is none."""
         return max(self.curve(way), key=lambda point: self.per_label(point.budget), default=None)
 
     @cached_property

@@ -219,3 +219,11 @@ def report_conflicts(data: LabelledTexts, *, multi_label: bool = False) -> None:
             ", ".join(places),
             "" if multi_label else "; the classifier cannot get them all right",
         )
+
+
+def conflicting_texts(examples: Examples) -> int:
+    """Return the number of distinct texts that occur with two or more different sets of labels."""
+    given: dict[str, set[bytes]] = {}
+    for text, targets in zip(examples.texts, examples.targets, strict=True):
+        given.setdefault(text, set()).add(targets.tobytes())
+    return sum(len(different) > 1 for different in given.values())

@@ -235,10 +235,11 @@ class Queue:
         self._tokens.clear()
 
     def _next_anchor(self) -> Item:
-        """Return the first waiting text of the caller whose turn it is; move that caller to the end of the turns.
+        """Return the oldest waiting text of the caller whose turn it is; move that caller to the end of the turns.
 
-        The text that arrived first is returned. The iterator of its call passes the text, but the text stays in its
-        pool: `take` removes it. A caller without waiting texts is removed from the turns. At least one text must wait.
+        The iterator of the text's call moves past the text, but the text stays among the waiting texts of its model
+        (`_pools`): `take` removes it there. A caller without waiting texts is removed from the turns. At least one text
+        must wait.
         """
         while True:
             name = self._turns.popleft()

@@ -229,7 +229,7 @@ def fields(*, with_vectors: bool) -> list[str]:
 
 
 def stored(found: dict[str, Any]) -> StoredRecord:
-    """Convert a row of Milvus, with the fields that `fields` returns, to a record. It may be without a vector."""
+    """Convert a row of Milvus with the fields of `fields` to a record; `vector` is None if the row has no vector."""
     return StoredRecord(
         id=found[ID],
         text=found["text"],

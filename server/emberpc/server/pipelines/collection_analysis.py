@@ -162,7 +162,8 @@ def _read_token(token: str) -> tuple[float, str, str] | None:
         The negative score and the two ids; None for an empty token, which means the first page.
 
     Raises:
-        ServiceError: INVALID_ARGUMENT if `find_duplicates` cannot have returned the token.
+        ServiceError: INVALID_ARGUMENT if the token does not encode a finite number and two strings. Whether there is
+            a pair with this key is not checked.
     """
     if not token:
         return None

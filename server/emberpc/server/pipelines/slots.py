@@ -15,7 +15,8 @@ class Slots:
 
     Args:
         count: number of slots, which is the most tasks that hold one at a time.
-        max_waiting: number of waiting tasks at which the queue is full, so that a further task is refused.
+        max_waiting: number of waiting tasks at which the queue is full, so that a further task is refused, unless it
+            calls `take` with `refuse=False`.
         holders: name of the tasks for the error message, in the plural, such as `backups`.
         retry_seconds: seconds after which a refused caller may retry, for the error.
     """

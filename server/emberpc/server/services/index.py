@@ -91,7 +91,8 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     ) -> pb.GetCollectionResponse:
         """Return settings and state of the collection `request.name`.
 
-        NOT_FOUND if there is no such collection; INTERNAL if the collection is damaged and cannot be opened.
+        Errors are those of `CollectionManagement.get`, such as NOT_FOUND, INTERNAL if the collection is damaged, and
+        RESOURCE_EXHAUSTED if the collection cannot be opened now, as on a full disk.
         """
         return pb.GetCollectionResponse(collection=collection_message(await self._management.get(request.name)))
 

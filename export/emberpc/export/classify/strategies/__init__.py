@@ -8,7 +8,8 @@ from emberpc.export.classify.strategies.frozen import Centroids, Linear, Nearest
 from emberpc.export.classify.strategies.layers import FullTuning, TopLayers
 from emberpc.export.classify.strategies.lexical import TfIdf
 
-#: All strategies by name, from the cheapest training to the most expensive.
+#: All strategies by name: the baseline on words, the strategies on frozen vectors, and those that tune the encoder; in
+#: the last two groups roughly from the cheapest training to the most expensive.
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
     for strategy in (

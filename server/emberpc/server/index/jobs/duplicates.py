@@ -116,8 +116,8 @@ def _compare_all(labels: Labels, vectors: Matrix, min_score: float, stop: Callab
     """Compare each normalized vector with all later ones; yield the pairs with at least `min_score`, until stopped.
 
     Yields:
-        After each step some pairs, maybe none: three arrays with the label of the first record of each pair, the label
-        of the second record, and the cosine.
+        After each step some pairs, maybe none: three arrays with the label (number in the database) of the first record
+        of each pair, int64 (pairs,), that of the second record, and the cosine, float32 (pairs,).
     """
     step = max(1, _BLOCK // max(1, len(labels)))
     for start in range(0, len(labels), step):

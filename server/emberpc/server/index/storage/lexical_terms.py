@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 _WORD = re.compile(r"[^\W_]+")
-#: Most words of a query that are searched for; further words are ignored.
+#: Most distinct words of a query that are searched for; further ones are ignored. In scripts without spaces, each pair
+#: of adjacent characters counts as a word.
 _MAX_WORDS = 256
 #: Most characters of a query that are read; later characters are ignored, since a long query takes long: the
 #: preparation of 2 MB of Chinese took 0.8 s.

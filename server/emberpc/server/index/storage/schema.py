@@ -81,8 +81,9 @@ _SEARCH_TEXTS = (
 #: out.
 _INDEX_WORDS = "INSERT INTO words (rowid, text) SELECT label, coalesce(search_text, text) FROM records WHERE text <> ''"
 
-#: Option that chooses FTS5's tokenizer for texts prepared by `lexical_terms.search_text`. Words consist of letters,
-#: marks, numbers and private-use characters (the categories); `porter` stems English words.
+#: Option that chooses FTS5's tokenizer for texts prepared by `lexical_terms.search_text`. Words consist of the
+#: characters that `lexical_terms` keeps in words (the categories): letters, marks, numbers, and private-use characters,
+#: which some texts use for letters of their own. `porter` stems English words.
 TOKENIZER = "tokenize=\"porter unicode61 remove_diacritics 0 categories 'L* M* N* Co'\""
 
 # Statements that empty the word index, even if its content is damaged. FTS5 opens a table, even to empty it, only if it
