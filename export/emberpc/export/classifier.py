@@ -105,7 +105,7 @@ def export_classifier(
             descriptions is not read. The strategy zero-shot requires True.
         balanced: whether every label has the same total weight in the loss, whatever its number of texts; only for
             strategies that minimize a loss.
-        epochs: the most passes over the texts, if the strategy trains the encoder; default: 5 to 12, fewer for more
+        epochs: the most passes over the texts, if the strategy trains the encoder; default: 2 to 8, fewer for more
             texts of each label.
         rejection_rate: share of held-out texts to reject as out of scope, in [0, 1); 0: no text is rejected. It is not
             used if `data` has texts outside all labels, which set the rejection threshold then.

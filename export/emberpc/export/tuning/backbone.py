@@ -102,18 +102,23 @@ class Backbone:
         )["input_ids"]
         return found
 
-    def train_top(self, top: int) -> dict[str, nn.Parameter]:
+    def train_top(self, top: int, *, embeddings: bool = True) -> dict[str, nn.Parameter]:
         """Restore the original weights, and make the upper `top` layers and all modules behind them trainable.
 
         Runs of the model need cached states of the lower layers from then on. Exception: if `top` is the number of
-        layers, no states are needed, and all parameters are trainable, those of the token embeddings included.
+        layers, no states are needed.
+
+        Args:
+            top: number of upper layers to train.
+            embeddings: whether all other parameters, such as the token embeddings, are trainable too if `top` is the
+                number of layers.
 
         Returns:
             The trainable parameters, by name, without BERT's pooler.
         """
         self.reset()
         upper = self._layers[self.layers - top :]
-        modules = [self.model] if top == self.layers else [*upper, *list(self.model)[1:]]
+        modules = [self.model] if embeddings and top == self.layers else [*upper, *list(self.model)[1:]]
         for module in modules:
             module.requires_grad_(True)
         self._trained = {
@@ -125,6 +130,19 @@ class Backbone:
         self._original = self.weights()
         self._freeze(top)
         return self._trained
+
+    def use(self, weights: Mapping[str, torch.Tensor], top: int) -> None:
+        """Restore the original weights, then replace those that were trained, to embed texts with them.
+
+        Args:
+            weights: trained weights by name, as the method `weights` returned them after a training.
+            top: number of upper layers that were trained. Cached states take the place of the other layers.
+        """
+        self.reset()
+        self._trained = {name: parameter for name, parameter in self.model.named_parameters() if name in weights}
+        self._original = self.weights()
+        self.load(weights)
+        self._freeze(top)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return copies of the parameters that `train_top` made trainable, by name."""
@@ -261,8 +279,7 @@ class Backbone:
             ExportError: the folder cannot be written.
             OSError: the disk is full.
         """
-        self.train_top(top)
-        self.load(weights)
+        self.use(weights, top)
         self._freeze(self.layers)
         with calling_libraries(f"the tuned {self.encoder.name} cannot be written", "is there room on the disk?"):
             self.model.save_pretrained(str(folder), create_model_card=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import log2
+from math import ceil, log2
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,13 +26,22 @@ if TYPE_CHECKING:
 #: Without a validation file, one of this many folds of the training texts is held out for early stopping and
 #: calibration.
 _HELD_OUT_FOLDS = 5
+#: Number of training texts from which on the model is not trained a second time on all texts. Fewer texts are held out
+#: then, one of `_FEW_HELD_OUT_FOLDS` folds: a second training costs as much as the first, and a tenth more texts would
+#: gain a quarter of a point (docs/decisions/0026).
+_REFIT_BELOW = 2000
+_FEW_HELD_OUT_FOLDS = 10
 #: Most training texts that are held out.
 _MOST_HELD_OUT = 500
-#: Number of training texts from which on the model is not trained a second time on all texts: the held-out texts are
-#: then at most a tenth of them, too few to be worth it.
-_REFIT_BELOW = 5000
-#: Most epochs of a training.
-_MOST_EPOCHS = 12
+#: Fewest held-out texts that may stop a training early. Fewer texts would stop it by chance: of 6 texts, a single one
+#: changes the accuracy by more than its standard error.
+_FEWEST_TO_STOP = 50
+#: Fewest epochs of a training.
+_FEWEST_EPOCHS = 2
+#: A training of few texts learns from at least this many texts, repetitions included (50 steps of 16 texts), but has no
+#: more epochs for that than `_FEW_TEXTS_EPOCHS`.
+_FEWEST_TRAINED = 800
+_FEW_TEXTS_EPOCHS = 8
 #: Number of texts, repetitions included, that a quick training learns from: 100 steps of 16 texts.
 _QUICK_TEXTS = 1600
 #: Cost of training on a text, as a multiple of a pass forward: the pass backward costs about two passes forward.
@@ -48,7 +57,7 @@ class Options:
     balanced: bool = False
     #: Texts for early stopping and calibration; default: some of the training texts are held out.
     validation: Examples | None = None
-    #: The most passes over the texts of a strategy that trains the encoder; None: 5 to 12, fewer for more texts.
+    #: The most passes over the texts of a strategy that trains the encoder; None: 2 to 8, fewer for many texts.
     epochs: int | None = None
     #: Where trainings store their checkpoints; default: nowhere. The caller removes the checkpoints once the result of
     #: the fit is stored.
@@ -189,30 +198,44 @@ def no_texts(examples: Examples) -> HeldOut:
     return HeldOut(np.zeros((0, len(examples.labels)), dtype=np.float32), examples.targets[:0])
 
 
+def _held_out_folds(texts: int) -> int:
+    """Return the number of folds of a number of training texts. One fold is held out."""
+    return _HELD_OUT_FOLDS if texts < _REFIT_BELOW else _FEW_HELD_OUT_FOLDS
+
+
 def split(examples: Examples, seed: int) -> tuple[Rows, Rows]:
     """Return the indexes of the texts to train on and of those to hold out.
 
-    About a fifth of each label's texts is held out, at most 500 texts in all. Of a label with fewer than 5 texts,
-    sometimes none is held out. A label's only text is never held out, so the second array may be empty.
+    About a fifth of each label's texts is held out, from 2,000 texts on a tenth, at most 500 texts in all. Of a label
+    with fewer texts than there are folds, sometimes none is held out. A label's only text is never held out, so the
+    second array may be empty.
     """
-    folds = stratify(examples.targets, seed, _HELD_OUT_FOLDS)
+    folds = stratify(examples.targets, seed, _held_out_folds(len(examples.texts)))
     unseen = np.flatnonzero(folds == 0)
     if len(unseen) > _MOST_HELD_OUT:
         unseen = np.sort(np.random.default_rng(seed).permutation(unseen)[:_MOST_HELD_OUT])
     return np.setdiff1d(np.arange(len(examples.texts)), unseen), unseen
 
 
-def quick_epochs(texts: int) -> int:
-    """Return the number of epochs of a quick training on a number of texts: enough for 1,600 texts, at most 12."""
-    return max(1, min(_MOST_EPOCHS, -(-_QUICK_TEXTS // max(1, texts))))
+def default_epochs(examples: Examples) -> int:
+    """Return the default number of epochs: 7 for a mean of 4 texts a label, 6 for 16, 5 for 64, 3 for 1,000.
 
-
-def default_epochs(per_label: float) -> int:
-    """Return the default number of epochs for a mean of `per_label` texts of a label: 10 for 4, 8 for 16, 6 for 64.
-
-    The number is at least 5 and at most 12.
+    The number is at least 2, and with up to 100 texts in all it is 8. Labels with many texts each are learned in few
+    epochs: more epochs cost time and gain nothing (docs/decisions/0026).
     """
-    return max(5, min(_MOST_EPOCHS, round(12 - log2(max(per_label, 1)))))
+    by_label = round(8.5 - 0.55 * log2(max(examples.per_label, 1)))
+    by_texts = min(_FEW_TEXTS_EPOCHS, _epochs_for(_FEWEST_TRAINED, examples))
+    return max(_FEWEST_EPOCHS, by_label, by_texts)
+
+
+def quick_epochs(examples: Examples) -> int:
+    """Return the number of epochs of a quick training: enough for 1,600 texts, at most the default number."""
+    return min(default_epochs(examples), _epochs_for(_QUICK_TEXTS, examples))
+
+
+def _epochs_for(texts: int, examples: Examples) -> int:
+    """Return the number of epochs in which a training learns from at least `texts` texts, repetitions included."""
+    return ceil(texts / max(1, len(examples.texts)))
 
 
 def passes_of(examples: Examples, share: float, scored: int, *, quick: bool) -> float:
@@ -225,13 +248,14 @@ def passes_of(examples: Examples, share: float, scored: int, *, quick: bool) -> 
         quick: whether `Options.quick` is set.
     """
     texts = len(examples.texts)
-    held_out = min(texts // _HELD_OUT_FOLDS, _MOST_HELD_OUT)
+    held_out = min(texts // _held_out_folds(texts), _MOST_HELD_OUT)
     if quick:
-        trained = quick_epochs(texts) * (texts - held_out)
+        trained = quick_epochs(examples) * (texts - held_out)
         return texts * (1 - share) + share * (_TRAINED_PASSES * trained + held_out)
-    epochs = default_epochs(examples.per_label)
+    epochs = default_epochs(examples)
     trained = epochs * (texts - held_out + (texts if texts < _REFIT_BELOW else 0))
-    return texts * (1 - share) + share * (_TRAINED_PASSES * trained + epochs * (held_out + scored))
+    embedded = epochs * (held_out + scored) if held_out >= _FEWEST_TO_STOP else held_out
+    return texts * (1 - share) + share * (_TRAINED_PASSES * trained + embedded)
 
 
 def fit_and_hold_out(
@@ -242,9 +266,10 @@ def fit_and_hold_out(
     """Fit a classifier, and compute logits of held-out texts with a classifier that was not trained on them.
 
     The texts of `options.validation` are the held-out texts, and a single training makes the result. Without them, some
-    training texts are held out, and a training on the other texts finds the best epoch. With fewer than 5,000 training
-    texts, a second training on all texts makes the result; otherwise the first one does. If no text can be held out,
-    since no label has two texts, a single training on all texts makes the result.
+    training texts are held out, and a training on the other texts finds the best epoch. With fewer than 2,000 training
+    texts, a second training on all texts makes the result; otherwise the first one does. Fewer than 50 held-out texts
+    stop no training: both trainings have the most epochs. If no text can be held out, since no label has two texts, a
+    single training on all texts makes the result.
 
     With `options.quick`, the texts that are not held out are trained on once, for `quick_epochs` epochs and without
     early stopping.
@@ -268,11 +293,13 @@ def fit_and_hold_out(
         return fitted
     held_out = examples.take(unseen)
     if options.quick:
-        quick, _ = fit(examples.take(seen), None, quick_epochs(len(examples.texts)), "quick training")
+        quick, _ = fit(examples.take(seen), None, quick_epochs(examples), "quick training")
         return _with_held_out(quick, quick, held_out, unseen)
     refit = len(examples.texts) < _REFIT_BELOW
-    stage = "training to find the best epoch" if refit else "training"
-    first, epochs = fit(examples.take(seen), held_out, options.epochs, stage)
+    stops = len(unseen) >= _FEWEST_TO_STOP
+    search = "training to find the best epoch" if stops else "training without the held-out texts"
+    stage = search if refit else "training"
+    first, epochs = fit(examples.take(seen), held_out if stops else None, options.epochs, stage)
     if not refit:
         return _with_held_out(first, first, held_out, unseen)
     fitted, _ = fit(examples, None, epochs, "training on all texts")

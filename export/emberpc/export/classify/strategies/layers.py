@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,8 +35,6 @@ from emberpc.export.tuning.loop import Recipe, shuffled, train
 #: (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022). The mean is more accurate than the trained weights
 #: and than the original weights (docs/decisions/0010).
 _TUNED_SHARE = 0.8
-#: Mean number of texts of a label from which on the strategy top-layers trains half of the layers instead of a third.
-_HALF_FROM = 64
 
 
 class _CosineHead(nn.Module):
@@ -66,29 +64,27 @@ class _CosineHead(nn.Module):
 
 @dataclass(frozen=True)
 class _Layers:
-    """Strategy that trains layers and head together. `encoder_rate` is the peak learning rate of the layers.
+    """Strategy that trains layers and head together. The token embeddings are not trained.
 
-    Subclasses choose the layers with `top`.
+    The embeddings of MiniLM have more parameters than its layers, so training them doubles the CPU time of a step, and
+    the accuracy is the same (docs/decisions/0026). `encoder_rate` is the peak learning rate of the layers, and `batch`
+    a number of texts. Subclasses choose the layers with `top`.
     """
 
     name: str
     encoder_rate: float
+    batch: int = 16
     exportable: bool = True
     tunes: bool = True
     served: bool = True
 
-    def top(self, layers: int, per_label: float) -> int:
-        """Return the number of upper layers to train.
-
-        Args:
-            layers: number of layers of the encoder.
-            per_label: mean number of texts of a label.
-        """
+    def top(self, layers: int) -> int:
+        """Return the number of upper layers to train, of the number of layers of the encoder."""
         raise NotImplementedError
 
     def passes(self, examples: Examples, layers: int, *, quick: bool = False) -> float:
         """Return an estimate of the work of the training, in passes of one text through all layers."""
-        return passes_of(examples, self.top(layers, examples.per_label) / layers, 0, quick=quick)
+        return passes_of(examples, self.top(layers) / layers, 0, quick=quick)
 
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Train layers and head; return the tuned encoder and the head.
@@ -115,17 +111,17 @@ class _Layers:
         options: Options,
     ) -> tuple[Fitted, int]:
         backbone = cached_encoder.backbone
-        top = self.top(backbone.layers, examples.per_label)
+        top = self.top(backbone.layers)
         tokens, states = cached_encoder.tokens(examples.texts), cached_encoder.states(examples.texts, top)
         if held_out is not None:
             # Cache these states before the training: computing them later would restore the original weights, which
             # undoes the training.
             cached_encoder.states(held_out.texts, top)
-        parameters = backbone.train_top(top)
+        parameters = backbone.train_top(top, embeddings=False)
         original = backbone.weights()
         means = class_means(cached_encoder.vectors(examples.texts), examples.targets)
         head = _CosineHead(means, multi_label=examples.multi_label)
-        recipe = Recipe(epochs or default_epochs(examples.per_label), self.encoder_rate)
+        recipe = Recipe(epochs or default_epochs(examples), self.encoder_rate, batch=self.batch)
         loss = loss_by_targets(examples, balanced=options.balanced)
         lengths = [len(ids) for ids in tokens]
 
@@ -148,7 +144,7 @@ class _Layers:
             recipe,
             score=score if held_out is not None else None,
             tolerance=standard_error(held_out),
-            checkpoint=checkpoint_of(self.name, examples, held_out, recipe, cached_encoder, options),
+            checkpoint=checkpoint_of(self.name, examples, held_out, recipe, cached_encoder, options, parameters),
             stage=stage,
             progress=options.progress,
         )
@@ -161,7 +157,7 @@ class _Layers:
 
 
 class TopLayers(_Layers):
-    """Trains the upper third of the layers, or the upper half from a mean of 64 texts of a label on.
+    """Trains the upper half of the layers.
 
     The states of the lower layers are computed once for each text, so an epoch runs the upper layers only.
     """
@@ -169,12 +165,9 @@ class TopLayers(_Layers):
     def __init__(self) -> None:
         super().__init__("top-layers", 2e-4)
 
-    def top(self, layers: int, per_label: float) -> int:
-        """Return a third of `layers`, or half of them from a mean of 64 texts of a label on.
-
-        The number is rounded down, and at least 1.
-        """
-        return max(1, layers // (2 if per_label >= _HALF_FROM else 3))
+    def top(self, layers: int) -> int:
+        """Return half of `layers`, rounded down, and at least 1."""
+        return max(1, layers // 2)
 
 
 class FullTuning(_Layers):
@@ -183,7 +176,7 @@ class FullTuning(_Layers):
     def __init__(self) -> None:
         super().__init__("full", 1e-4)
 
-    def top(self, layers: int, per_label: float) -> int:
+    def top(self, layers: int) -> int:
         """Return `layers`, the number of layers of the encoder: all of them are trained."""
         return layers
 
@@ -197,8 +190,7 @@ def embed_by(tuned: Tuned, cached_encoder: CachedEncoder) -> Callable[[Sequence[
 
     def embed(texts: Sequence[str]) -> Matrix:
         tokens, states = cached_encoder.tokens(texts), cached_encoder.states(texts, tuned.top)
-        cached_encoder.backbone.train_top(tuned.top)
-        cached_encoder.backbone.load(tuned.weights)
+        cached_encoder.backbone.use(tuned.weights, tuned.top)
         return cached_encoder.backbone.embed(tokens, states, cached_encoder.progress)
 
     return embed
@@ -211,8 +203,12 @@ def checkpoint_of(
     recipe: Recipe,
     cached_encoder: CachedEncoder,
     options: Options,
+    trained: Iterable[str] = (),
 ) -> Checkpoint:
-    """Return the checkpoint of one training. The file's name is a hash of everything that the training depends on."""
+    """Return the checkpoint of one training. The file's name is a hash of everything that the training depends on.
+
+    `trained` has the names of the trained parameters.
+    """
     encoder = cached_encoder.encoder
     return options.checkpoints.of(
         strategy=strategy,
@@ -225,6 +221,7 @@ def checkpoint_of(
         recipe=repr(recipe),
         seed=options.seed,
         balanced=options.balanced,
+        trained=sorted(trained),
     )
 
 
