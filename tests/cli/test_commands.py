@@ -331,7 +331,7 @@ def test_a_wrong_setting_is_an_input_error(emberpc: Emberpc, command: str) -> No
     outcome = emberpc(command, "--listen", "nowhere")
     assert (outcome.code, outcome.err) == (
         2,
-        "error: listen is 'nowhere'; it must be HOST:PORT, such as 127.0.0.1:50051\n",
+        "error: listen is 'nowhere'; it must be HOST:PORT, such as 127.0.0.1:50051 or [::1]:50051\n",
     )
 
 

@@ -19,6 +19,7 @@ def test_no_result_has_more_bytes_than_estimated(length: int, top_k: int, multi_
         labels=labels if multi_label else labels[:1],
         rejected=True,
         usage=types_pb2.TokenUsage(tokens=8192, truncated=True),
+        rejection_score=0.5,
     )
     response = classification_pb2.ClassifyResponse(classifications=[result] * 1000)
     estimate = 1000 * most_bytes_of_text(labels, top_k, multi_label=multi_label)
