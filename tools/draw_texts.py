@@ -1,7 +1,7 @@
 """Draw texts at random for a reading test: docstrings with signatures, comment blocks and paragraphs of documents.
 
 A reader who sees only a drawn text says what goes in, what comes out and what can fail. Half of the draw is divided
-equally among the rooms of the repository, the other half in proportion to their numbers of texts.
+equally among the rooms (parts of the repository, see `ROOMS`), the other half in proportion to their numbers of texts.
 
     python tools/draw_texts.py --seed 1 --count 60
 """

@@ -94,6 +94,20 @@ def test_a_forecast_never_falls_with_more_texts_and_stays_a_share() -> None:
     assert 0 <= found.low <= found.value <= found.high <= 1
 
 
+def test_budgets_that_draw_the_same_number_of_texts_can_be_compared() -> None:
+    figures = {
+        (LINEAR, 16, False): Measured(0.8, 0.01),
+        (LINEAR, ALL, False): Measured(0.8, 0.01),
+        (TOP, 16, False): Measured(0.9, 0.01),
+    }
+    forecast = Forecast(figures, {1: 1.0, 16: 9.5, ALL: 9.5})
+    found, known = forecast.at(TOP, ALL), forecast.at(LINEAR, ALL)
+    assert found is not None
+    assert known is not None
+    assert found.value == pytest.approx(0.9)
+    assert known.measured
+
+
 def test_a_quick_profile_gives_an_estimate_of_the_full_one() -> None:
     found = Forecast({(TOP, ALL, True): Measured(0.87, 0.01)}, PER_LABEL).at(TOP, ALL)
     assert found is not None
@@ -193,6 +207,13 @@ def test_what_fits_and_can_change_the_answer_is_measured_whatever_the_limit() ->
         # What is left does not suffice for the full profile that decides, with the reserve.
         decides = Cell("base", "top-layers", ALL, 0)
         assert decides in order or (limit - spent) < 1.25 * 0.01 * host.work(decides).passes
+
+
+def test_a_quick_training_does_not_take_the_time_of_the_only_full_one() -> None:
+    for ratio in (1.05, 1.3, 1.6, 2.0):
+        host = Host(("top-layers", "linear"), lambda cell: (growing(cell), 0.01))
+        decides = Cell("base", "top-layers", ALL, 0)
+        assert decides in host.run(1.25 * ratio * 0.01 * host.work(decides).passes + 1)
 
 
 def test_without_a_limit_no_quick_profile_is_fitted_and_nothing_is_left_out() -> None:

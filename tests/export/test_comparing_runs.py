@@ -196,6 +196,11 @@ def test_a_later_run_with_fewer_strategies_and_budgets_keeps_what_was_measured(
     }  # fmt: skip
 
 
+def test_two_bases_of_one_name_are_refused_at_once(settings: ComparisonSettings, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="two bases have the name 'tiny-bert'"):
+        run(replace(settings, bases=settings.bases * 2), tmp_path / "report")
+
+
 def test_a_folder_of_outcomes_by_other_code_is_refused(
     settings: ComparisonSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from comparison_helpers import TEXTS, outcome, summary
 from emberpc.export.compare.data_problems import confusions, suspects
 from emberpc.export.compare.outcomes import Decisions, Outcome
+from emberpc.export.compare.plots import draw_plots
+from emberpc.export.compare.recommendation import Recommendation
 from emberpc.export.compare.summary import Summary
 
 
@@ -26,6 +29,14 @@ def test_confusions_name_the_texts_that_cause_them() -> None:
     assert first.count == 2
     assert first.share == pytest.approx(2 / (TEXTS / 2))
     assert set(first.texts) | set(second.texts) == {f"text {row}" for row in range(4)}
+
+
+def test_labels_with_signs_of_formulas_are_drawn(tmp_path: Path) -> None:
+    found = summary([outcome("linear", 4, 0.9)]).result
+    test = replace(found.test, labels=("price_$10", "price_$20"))
+    recommended = Recommendation(Summary(replace(found, test=test)))
+    plots = draw_plots(recommended, confusions(recommended.summary, recommended.taken.point), tmp_path)
+    assert plots["confusions"].stat().st_size > 1000
 
 
 def voting(strategy: str, given_labels: Iterable[int], confidence: Iterable[float]) -> Outcome:

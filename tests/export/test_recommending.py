@@ -123,13 +123,41 @@ def test_nearest_examples_and_baselines_are_recommended_only_where_nothing_else_
     )
 
 
+def test_the_cost_of_a_full_training_is_estimated_from_a_quick_one() -> None:
+    quick = outcome("top-layers", 16, 0.87, quick=True, cpu_seconds=35)
+    found = Recommendation(summary([outcome("linear", 16, 0.85, cpu_seconds=40), quick]))
+    assert found.taken.way.strategy == "top-layers"
+    assert found.taken.cpu_seconds > 50
+
+
+def test_a_strategy_that_failed_is_not_offered_more_time() -> None:
+    found = summary([outcome("linear", 16, 0.8), outcome("full", 4, 0.9)])
+    failed = (Skipped(Cell("base", "full", 16, 0), "it failed: the loss is nan"),)
+    first, *_ = recommendation(Recommendation(Summary(replace(found.result, skipped=failed))))
+    assert first.endswith("It failed; the report has the reason.")
+
+
+def test_with_serving_as_the_cost_the_milliseconds_are_stated() -> None:
+    outcomes = [outcome("linear", 16, 0.9), outcome("top-layers", 16, 0.905)]
+    assert "beside its vector, a text takes 3.0 ms against 0.0 ms" in " ".join(
+        recommendation(Recommendation(summary(outcomes), cost="serving"))
+    )
+
+
 def test_the_crossover_is_the_budget_from_which_fine_tuning_stays_ahead() -> None:
     linear = [outcome("linear", budget, 0.8) for budget in (1, 4, 16)]
     tuned = [outcome("full", budget, a) for budget, a in ((1, 0.7), (4, 0.9), (16, 0.95))]
     found = summary([*linear, *tuned])
-    assert found.crossover == 4
-    assert "from 4 a label on" in crossover(found)
-    assert summary([*linear, outcome("full", 4, 0.9), outcome("full", 16, 0.8)]).crossover is None
+    assert found.ahead == {1: False, 4: True, 16: True}
+    assert "from 4 a label on; below that, it may be behind" in crossover(found)
+    assert crossover(summary([*linear, outcome("full", 4, 0.9), outcome("full", 16, 0.8)])).endswith(
+        "only at 4 a label."
+    )
+    assert crossover(summary([*linear, *tuned[1:]])).endswith("at every compared budget (4 a label, 16 a label).")
+    assert crossover(summary([*linear, tuned[0]])).endswith("at no compared budget (1 a label).")
+    nothing = "Full fine-tuning and frozen vectors were not both measured with any number of texts."
+    assert crossover(summary(tuned)) == nothing
+    assert crossover(summary([*linear, outcome("full", 16, 0.9, quick=True)])) == nothing
     assert crossover(summary(linear)) == "No fine-tuning was measured."
 
 
@@ -210,6 +238,14 @@ def test_the_bootstrap_gives_the_figures_that_are_reported() -> None:
     bootstrap = Bootstrap(targets)
     for metric, value in expected.items():
         assert bootstrap.samples(metric, [decisions]).mean() == pytest.approx(value, abs=0.01)
+
+
+def test_a_label_that_a_sample_of_the_bootstrap_lacks_does_not_lower_its_macro_f1() -> None:
+    targets = np.eye(50, dtype=bool)
+    right = Decisions(list(range(50)), [[i] for i in range(50)], [0.9] * 50, [0.9] * 50)
+    assert Bootstrap(targets).samples("macro_f1", [right]).min() == 1
+    empty = Decisions(list(range(50)), [[]] * 50, [0.9] * 50, [0.9] * 50)
+    assert Bootstrap(np.zeros((50, 3), dtype=bool)).samples("macro_f1", [empty]).max() == 0
 
 
 def test_the_spread_over_seeds_is_pooled_over_strategies() -> None:

@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from enum import Enum
+from math import isfinite
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
@@ -161,6 +162,8 @@ def compare(
         out_of_scope: (text_column,),
         descriptions: ("label", "description"),
     }
+    if not isfinite(tolerance):
+        raise CliError(f"--tolerance is {tolerance}; give a number of percentage points, such as 1")
     if worth is not None:
         note("--worth is deprecated: use --tolerance")
         tolerance = worth
@@ -265,17 +268,19 @@ def _show(found: Recommendation, folder: Path, as_json: bool, train: Path, *, ex
         note(f"not measured: {len(skipped) - _SKIPPED} more, which the report lists")
     note(f"the report is in {folder / 'report.html'}")
     if not exported and found.taken.way.exportable:
-        command = ["emberpc", "export", "classifier", "--train", str(train), "--base", found.taken.way.base]
-        note(f"next: `{shlex.join([*command, '--strategy', found.taken.way.strategy, '-o', 'DIR'])}`")
+        source = summary.result.sources[found.taken.way.base]
+        command = ["emberpc", "export", "classifier", "--train", str(train), "--base", source]
+        command += ["--strategy", found.taken.way.strategy, "-o", "DIR"]
+        note(f"next: `{shlex.join(command)}`, with the same options for columns, labels and tokens")
 
 
 def _figures(summary: Summary) -> tuple[list[str], tuple[list[Column], list[list[str]]]]:
     """Return the headings of the budgets, and the table of all strategies as columns and rows."""
     from emberpc.export.compare.outcomes import ALL, NO_TEXTS
 
-    budgets = sorted({point.budget for point in summary.points} - {NO_TEXTS}, key=summary.per_label)
+    budgets = sorted({p.budget for p in summary.points} - {NO_TEXTS}, key=summary.per_label) or [NO_TEXTS]
     several = len(summary.result.sources) > 1
-    headings = ["all" if budget == ALL else str(budget) for budget in budgets]
+    headings = [{ALL: "all", NO_TEXTS: "none"}.get(budget, str(budget)) for budget in budgets]
     columns = [
         Column("strategy"),
         *([Column("base")] if several else []),

@@ -165,7 +165,7 @@ def _place(folder: Path, model: str, location: str) -> str:
 
 
 def _locations(model: Message) -> Iterator[str]:
-    """Yield the location, empty if none is stated, of each external tensor in a model's graphs and functions."""
+    """Yield the location, or an empty text, of each external tensor of a model. ValueError if the file is damaged."""
     for graph in model.messages(_MODEL_GRAPH):
         yield from _graph_locations(graph, 0)
     for training in model.messages(_MODEL_TRAINING):

@@ -1762,7 +1762,9 @@ class CancelReembeddingResponse(_message.Message):
     COLLECTION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def collection(self) -> Global___Collection:
-        """The collection after the cancellation."""
+        """The collection after its reembedding was cancelled; unchanged if there was
+        none.
+        """
 
     def __init__(
         self,

@@ -37,8 +37,8 @@ _KINDS: dict[Any, str] = {
 #: Largest value of a numeric setting that is not in `_MOST_BY_NAME`: in seconds, about a thousand years. No use needs
 #: more, and infinity is refused. `workers` and `recall_probe` have further limits.
 _MOST = 2**35
-#: Largest values of the settings with a limit below `_MOST`. gRPC stores `max_message_bytes` in 32 bits, and
-#: `handshake_seconds` in 32 bits as milliseconds. A thread cannot wait for a `drain_seconds` of `_MOST`.
+#: Largest values of the settings for which `_MOST` is too much for technical reasons. gRPC stores `max_message_bytes`
+#: in 32 bits, and `handshake_seconds` in 32 bits as milliseconds. A thread cannot wait `_MOST` seconds to drain.
 _MOST_BY_NAME = {
     "max_message_bytes": 2**31 - 1,
     "handshake_seconds": 2**31 // 1000,

@@ -134,8 +134,9 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
     def refused(self) -> list[UpsertCheckpoint]:
         """Return a list of one checkpoint, whose failures are the records that cannot be sent; [] if there are none.
 
-        These are the records that `new_record` refuses, for example since a field has the wrong type; their size does
-        not count. Only records that were added since the last call of this method count.
+        These are the records that `new_record` refuses, for example since a field has the wrong type. A record is not
+        refused for its size; the server checks that. Only records that were added since the last call of this method
+        count.
         """
         refused, self._refused = self._refused, []
         return [UpsertCheckpoint(self._done, tuple(refused))] if refused else []

@@ -169,8 +169,8 @@ class Runner:
             EmberpcError: a call failed; raised when the next item is taken, as is the error for a wrong timeout. An
                 error of `page_call("")`, for wrong arguments of the caller, is raised by `pages` itself.
         """
-        # The first call is built here, so that wrong arguments raise now: a generator would build the call only when
-        # the first item is taken.
+        # The first call is built here, though it is sent only when the first item is taken, so that wrong arguments
+        # raise now: in the generator, they would raise only then.
         return self._walk(page_call(""), page_call, timeout)
 
     def all_items(self, page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None) -> list[Item]:

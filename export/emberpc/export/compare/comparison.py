@@ -11,6 +11,7 @@ from emberpc.bundle import Manifest, check_target
 from emberpc.export.classifier import export_classifier
 from emberpc.export.classify.strategies import EXPORTABLE
 from emberpc.export.compare.comparison_run import ComparisonSettings, run
+from emberpc.export.compare.outcomes import ALL
 from emberpc.export.compare.recommendation import COSTS, Recommendation
 from emberpc.export.compare.report import write_report
 from emberpc.export.compare.summary import Summary
@@ -55,7 +56,8 @@ def compare(
     folder.mkdir(parents=True, exist_ok=True)
     result = run(settings, folder, progress, start)
     if not result.outcomes:
-        if failed := [skipped for skipped in result.skipped if not skipped.for_time]:
+        failed = [skipped for skipped in result.skipped if not skipped.for_time]
+        if failed and not result.needed_seconds:
             raise ExportError(f"nothing could be measured; {failed[0].cell.strategy}: {failed[0].reason}")
         raise ExportError(
             f"the time limit of {settings.time_limit:.0f} s left no time for any measurement; the first one needs a "
@@ -119,8 +121,7 @@ def export_winner(
         BundleError: `target` exists and may not be replaced.
     """
     summary, way, point = found.summary, found.taken.way, found.taken.point
-    share = len(summary.result.train.texts) / max(1, point.texts)
-    seconds = point.means["wall_seconds"] * (share if point.texts else 1)
+    seconds = point.means["wall_seconds"] * summary.growth(point, ALL)
     progress(f"exporting the winner, {way.strategy}: about {seconds:.0f} s to fit it to all texts", 0, 1)
     return export_classifier(
         replace(settings.data, outside=None),  # the comparison measured on these texts only, so they set no rejection

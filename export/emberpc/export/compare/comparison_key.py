@@ -18,7 +18,12 @@ _MAKES_OUTCOMES = (
     "bundle/calibration.py",
     "bundle/decision.py",
     "bundle/evaluation.py",
+    "bundle/head.py",
+    "bundle/prototypes.py",
+    "bundle/rejection.py",
+    "bundle/scope.py",
     "export/classify",
+    "export/compare/comparison_run.py",
     "export/compare/measured_outcome.py",
     "export/compare/outcomes.py",
     "export/data/examples.py",
@@ -26,7 +31,7 @@ _MAKES_OUTCOMES = (
     "export/timing.py",
     "export/tuning",
 )
-_TOOLS = ("torch", "transformers", "sentence-transformers", "onnxruntime", "tokenizers")
+_TOOLS = ("torch", "transformers", "sentence-transformers", "onnxruntime", "tokenizers", "scikit-learn", "numpy")
 
 
 def key_of(
@@ -61,13 +66,21 @@ def key_of(
         "train": [train.texts, train.targets.tolist(), train.labels],
         "test": [test.texts, test.targets.tolist()],
         "outside": list(outside),
-        "bases": {base.encoder.name: [base.encoder.weights_sha256, base.encoder.max_tokens] for base in bases},
+        "bases": {base.encoder.name: _identity(base) for base in bases},
         "options": [label_texts, balanced],
-        "descriptions": Path(descriptions).read_text(encoding="utf-8") if descriptions else "",
+        "descriptions": hashlib.sha256(Path(descriptions).read_bytes()).hexdigest() if descriptions else "",
         "code": code_version(),
         "tools": {tool: version(tool) for tool in _TOOLS},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(base: Base) -> list[object]:
+    """Return what decides the vectors of an encoder, as plain data."""
+    encoder = base.encoder
+    tokenizer = hashlib.sha256((base.folder / "tokenizer.json").read_bytes()).hexdigest()
+    settings = [encoder.max_tokens, encoder.pooling, encoder.normalize, encoder.lower_case, encoder.prompts.passage]
+    return [encoder.weights_sha256, tokenizer, *settings]
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -128,6 +128,10 @@ def run(
         bases = {}
         for number, source in enumerate(settings.bases):
             base = open_base(source, Path(name) / str(number), settings.max_tokens, progress)
+            if base.encoder.name in bases:
+                raise ExportError(
+                    f"two bases have the name {base.encoder.name!r}; give one of them, or rename its folder"
+                )
             bases[base.encoder.name] = base
         key = key_of(
             train,
@@ -196,6 +200,9 @@ class _Comparison:
         self._samples: dict[tuple[int, int], Examples] = {}
         self._stored = store.read()
         budgets = budgets_of(settings.budgets, int(train.targets.sum(axis=0).max()))
+        # Texts with several labels may all be drawn at a budget below that: such budgets are one.
+        whole = len(train.texts)
+        budgets = list(dict.fromkeys(ALL if len(self._sample(each, 0).texts) == whole else each for each in budgets))
         known = {cell.budget for cell in self._stored} - {NO_TEXTS}
         self.per_label = {budget: self._sample(budget, 0).per_label for budget in {*budgets, *known}}
         cells = [
@@ -244,7 +251,7 @@ class _Comparison:
                 self._opened = before + embedding
                 self.needed_seconds = before + embedding + planner.least_seconds(todo, done) + FOR_REPORT
                 reason = "the time limit passed before all texts were embedded"
-                self._note_unknown(planner, done)
+                self._note_unknown(planner, done, set())
                 return done, [*skipped, *(Skipped(cell, reason, for_time=True) for cell in todo if not cell.quick)]
         self._opened = perf_counter() - self._start
         while todo:
@@ -254,7 +261,8 @@ class _Comparison:
             todo.remove(cell)
             kept = Checkpoints(self._checkpoints)
             try:
-                outcome = self._fit(cell, f"{len(done) + 1} of {len(self._cells)}", kept)
+                full = [each for each in self._cells if not each.quick]
+                outcome = self._fit(cell, f"{sum(each in done for each in full) + 1} of {len(full)}", kept)
                 self._store.write(outcome)
             except _OutOfTimeError:
                 reason = "the time limit passed during its training; with more time it continues from there"
@@ -269,19 +277,24 @@ class _Comparison:
             else:
                 done[cell] = outcome
             kept.remove()
-        self._note_unknown(planner, done)
+        self._note_unknown(planner, done, {each.cell for each in skipped if not each.for_time})
         todo = planner.needed(todo, done)
         if rest := [*todo, *(each.cell for each in skipped if each.for_time)]:
             spent = perf_counter() - self._start
             self.needed_seconds = spent + planner.least_seconds(rest, done) + FOR_REPORT
-        return done, [*skipped, *planner.skipped(todo, done, self._seconds_left() or 0.0)]
+        of_full = [each for each in skipped if not each.cell.quick]
+        return done, [*of_full, *planner.skipped(todo, done, self._seconds_left() or 0.0)]
 
-    def _note_unknown(self, planner: Planner, done: Mapping[Cell, Outcome]) -> None:
+    def _note_unknown(self, planner: Planner, done: Mapping[Cell, Outcome], failed: Collection[Cell]) -> None:
         """Store the time limit with which a later run measures the full profile at the largest budget, by way."""
         largest = max(self.per_label, key=lambda budget: self.per_label[budget])
         for cell in self._cells:
-            if cell.budget == largest and cell.seed == 0 and not cell.quick and cell not in done:
-                self.seconds_to_know[cell.way] = self._opened + planner.least_seconds([cell], done) + FOR_REPORT
+            if cell.budget == largest and cell.seed == 0 and not cell.quick and not (cell in done or cell in failed):
+                base = self._bases[cell.base]
+                # A later run loads the encoder for training again.
+                loading = base.seconds * (cell.way.tunes and base.cached_encoder.is_trainable)
+                seconds = loading + planner.least_seconds([cell], done)
+                self.seconds_to_know[cell.way] = self._opened + seconds + FOR_REPORT
 
     def _work(self, cell: Cell) -> Work:
         """Return the work of a cell. A tuned encoder also embeds all texts to measure on."""

@@ -68,7 +68,7 @@ def confusions(summary: Summary, point: Point) -> list[Confusion]:
 
     Args:
         summary: the comparison.
-        point: the strategy, base and budget whose decisions are counted.
+        point: the strategy, base encoder and budget whose decisions are counted.
 
     Returns:
         At most 12 pairs, each with at most 4 texts, the most frequently confused texts first.
@@ -105,7 +105,7 @@ def suspects(summary: Summary) -> list[Suspect]:
     `_probability` estimates how many of these labels are wrong. Strategies on one encoder share their errors, so their
     agreement alone proves nothing. The list is empty if one of the two kinds was not measured with the largest budget.
     """
-    strong = summary.tuned or summary.frozen
+    strong = max(filter(None, (summary.tuned, summary.frozen)), key=lambda point: point.score.value, default=None)
     lexical = summary.best_at(summary.largest, lambda way: way.strategy == "tf-idf", served=False)
     if strong is None or lexical is None:
         return []

@@ -134,7 +134,8 @@ class Store:
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._key_path.exists() and self._key_path.read_text(encoding="utf-8") != key:
             raise ExportError(
-                f"{folder} holds a comparison of other data, bases or options; give another folder, or remove this one"
+                f"{folder} holds a comparison of other data, bases or options, or by other versions of emberpc or its "
+                "libraries; give another folder, or remove this one"
             )
         write_text(self._key_path, key)
 

@@ -110,7 +110,7 @@ class Planner:
         return done[cell].figures["wall_seconds"] / max(1.0, self._work[cell].passes)
 
     def choose(self, cells: Sequence[Cell], done: Mapping[Cell, Outcome], seconds_left: float | None) -> Cell | None:
-        """Return the cell to fit next, or None if the time left, less a reserve of a fifth, suffices for none of them.
+        """Return the cell to fit next; None if for each cell, 1.25 times its estimate is more than the time left.
 
         Args:
             cells: cells that are not fitted yet.
@@ -123,12 +123,35 @@ class Planner:
         else:
             estimates = {cell: self.estimate(cell, done) for cell in self.needed(cells, done)}
             todo = {cell: seconds for cell, seconds in estimates.items() if seconds * _SAFETY <= seconds_left}
+            todo = self._without_needless_trials(todo, estimates, seconds_left)
         trials = self._trials(todo, done, seconds_left)
         outlook = _Outlook(self.forecast(done), {cell.way for cell in (*cells, *done)}, self._largest)
         ranks = {cell: self._rank(cell, seconds, trials, outlook) for cell, seconds in todo.items()}
         # A quick profile serves to find out which full profile to measure, and for nothing else.
         useful = [cell for cell, rank in ranks.items() if not cell.quick or rank[0] <= _TRIAL]
         return min(useful, key=lambda cell: ranks[cell], default=None)
+
+    def _without_needless_trials(
+        self, todo: Mapping[Cell, float], estimates: Mapping[Cell, float], seconds_left: float
+    ) -> dict[Cell, float]:
+        """Return `todo` without quick trainings that would take the time of the only full one that is open.
+
+        If one strategy only is open at the largest budget, there is nothing that a quick training could choose.
+        """
+        whole = {
+            cell.way: seconds
+            for cell, seconds in estimates.items()
+            if cell.way.tunes and cell.budget == self._largest and cell.seed == 0 and not cell.quick
+        }
+        if len(whole) != 1:
+            return dict(todo)
+        ((way, seconds),) = whole.items()
+        spare = seconds_left - seconds * _SAFETY
+        return {
+            cell: each
+            for cell, each in todo.items()
+            if not (cell.quick and cell.way == way and spare >= 0 and each > spare)
+        }
 
     def needed(self, cells: Iterable[Cell], done: Mapping[Cell, Outcome]) -> list[Cell]:
         """Return the cells without those of the quick profile that a measured cell of the strategy makes superfluous.
@@ -149,8 +172,8 @@ class Planner:
     ) -> set[Cell]:
         """Return the cell with which to try each strategy that trains the encoder and has no cell at a large budget.
 
-        The cell is the one at the largest budget whose time leaves as much for each other strategy that was not tried,
-        and for the measurement of one full profile; else the one that takes the least time.
+        The cell is the one at the largest budget that fits an equal share of the time left: a share for each strategy
+        that was not tried, and one more for full profiles. If none fits, it is the one that takes the least time.
 
         Args:
             todo: the cells that fit the time left, with their estimates in seconds.

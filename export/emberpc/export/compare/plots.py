@@ -172,7 +172,8 @@ def _confusions(axes: Axes, confused: Sequence[Confusion]) -> None:
     names = [f"{c.label} → {c.given}" for c in confused]
     places = range(len(names))
     axes.barh(places, [c.count for c in confused], color=_COLOURS[3])
-    axes.set_yticks(places, [name if len(name) <= 64 else f"{name[:63]}…" for name in names], fontsize=7)
+    shown = [name if len(name) <= 64 else f"{name[:63]}…" for name in names]
+    axes.set_yticks(places, shown, fontsize=7, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel("test texts, mean over the seeds")
     axes.set_title("Labels that the recommended strategy confuses most", fontsize=10)

@@ -7,12 +7,12 @@ from functools import cached_property
 from math import ceil
 
 from emberpc.export.compare.forecast import Estimate
-from emberpc.export.compare.outcomes import NO_TEXTS, Way, budget_name
+from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Way, budget_name
 from emberpc.export.compare.planner import Skipped
 from emberpc.export.compare.summary import Point, Summary, difference, strategy_name
 
-#: Costs by which strategies can be compared: CPU-seconds of the training, milliseconds to classify a text beside its
-#: vector, or training texts.
+#: Costs by which strategies can be compared: CPU-seconds of the training, or milliseconds to classify a text beside its
+#: vector.
 COSTS = ("training", "serving")
 #: Costs that differ by less than this factor, or by less than `_SMALL_COSTS`, are about the same: the more accurate
 #: strategy is taken.
@@ -84,8 +84,7 @@ class Recommendation:
         estimate, point = self.summary.estimate(way), self.summary.last(way)
         if estimate is None or point is None:
             return None
-        most = max(known.texts for known in self.summary.points)
-        growth = most / point.texts if point.texts and not estimate.measured else 1.0
+        growth = self.summary.growth(point, self.summary.largest)
         serving = self.summary.serving(way)
         milliseconds = serving.milliseconds_beside if serving else 0.0
         return Candidate(way, estimate, point, point.means["cpu_seconds"] * growth, milliseconds)
@@ -179,7 +178,10 @@ def _unknown(each: Unknown, found: Recommendation) -> str:
     """Return the sentence about a strategy that was not measured with the largest budget."""
     summary, name = found.summary, strategy_name(each.way)
     where = summary.where(summary.largest)
-    to_know = f"To know, run this again with --strategy {each.way.strategy}."
+    largest = "all" if summary.largest == ALL else summary.largest
+    to_know = f"To know, run this again with --strategy {each.way.strategy} --budget {largest}."
+    if any(skipped.cell.way == each.way and not skipped.for_time for skipped in summary.result.skipped):
+        to_know = "It failed; the report has the reason."
     if each.seconds:
         to_know = f"To know, run this again with a time limit of {_duration(each.seconds)} or more."
     point = summary.last(each.way)
@@ -219,30 +221,38 @@ def _versus(rival: Candidate, found: Recommendation) -> str:
     else:
         noise = ", by estimates"
     verb = "adds" if gain >= 0 else "loses"
-    seconds = f"{_seconds(rival.cpu_seconds)} against {_seconds(taken.cpu_seconds)}"
+    costs = f"its training takes {_seconds(rival.cpu_seconds)} against {_seconds(taken.cpu_seconds)} of CPU"
+    if found.cost == "serving":
+        costs = f"beside its vector, a text takes {rival.milliseconds:.1f} ms against {taken.milliseconds:.1f} ms"
     name = _capital(strategy_name(rival.way))
-    return f"{name} {verb} {abs(gain):.1f} points{noise}; its training takes {seconds} of CPU."
+    return f"{name} {verb} {abs(gain):.1f} points{noise}; {costs}."
 
 
 def crossover(summary: Summary) -> str:
-    """Return a sentence that names the budget from which on fine-tuning is significantly ahead of frozen vectors.
+    """Return a sentence that names the budgets at which fine-tuning is significantly ahead of frozen vectors.
 
-    The sentence says so if fine-tuning is ahead at no budget, or if the two were not both measured.
+    The sentence says so if fine-tuning is ahead at no budget, or if the two were not both measured at any.
     """
-    budgets = sorted({p.budget for p in summary.points if p.way.tunes}, key=summary.per_label)
-    if not budgets:
+    if not any(point.way.tunes for point in summary.points):
         return "No fine-tuning was measured."
+    if not summary.ahead:
+        return "Full fine-tuning and frozen vectors were not both measured with any number of texts."
+    leads = [budget for budget, ahead in summary.ahead.items() if ahead]
+    compared = list(summary.ahead)
+    if leads == compared:
+        where = f"at every compared budget ({', '.join(map(budget_name, compared))})."
+    elif not leads:
+        where = f"at no compared budget ({', '.join(map(budget_name, compared))})."
+    elif leads == compared[-len(leads) :]:
+        where = f"from {budget_name(leads[0])} on; below that, it may be behind, or the difference may be chance."
+    else:
+        where = f"only at {', '.join(map(budget_name, leads))}."
     # The sentence says that the test texts chose both strategies: the best of several strategies is partly the luckiest
     # one, and the kind with more strategies profits more from this.
-    sentence = (
+    return (
         "The best fine-tuning was significantly ahead of the best strategy on frozen vectors, "
-        "both chosen by the test texts, {}"
+        f"both chosen by the test texts, {where}"
     )
-    if summary.crossover is None:
-        return sentence.format(f"at no budget up to {budget_name(budgets[-1])}.")
-    if summary.crossover == budgets[0]:
-        return sentence.format(f"at every measured budget from {budget_name(budgets[0])} on.")
-    return sentence.format(f"from {budget_name(summary.crossover)} on; below that, frozen vectors are as good.")
 
 
 def baselines(summary: Summary) -> str:

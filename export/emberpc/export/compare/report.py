@@ -108,6 +108,7 @@ def content(recommended: Recommendation) -> dict[str, Any]:
         "caveats": caveats(summary),
         "metric": summary.metric,
         "tolerance": recommended.tolerance,
+        "cost": recommended.cost,
         "winner": {
             "base": taken.way.base,
             "strategy": taken.way.strategy,

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
 from emberpc.export.classify.strategies import STRATEGIES
 from emberpc.export.compare.comparison_run import ComparisonResult
 from emberpc.export.compare.forecast import Estimate, Forecast, measured_figures
-from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Outcome, Way
+from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Outcome, Way, take_budget
 from emberpc.export.compare.serving_cost import ServingCost
 from emberpc.export.compare.uncertainty import Bootstrap, Interval, Samples, interval, spread_over_seeds, with_seeds
+
+#: Number of layers for which work is compared. The ratio of two works hardly depends on this number.
+_LAYERS = 6
 
 
 @dataclass(frozen=True)
@@ -148,22 +151,33 @@ class Summary:
         """The best point at the largest budget of the strategies that train the encoder, or None."""
         return self.best_at(self.largest, lambda way: way.tunes)
 
-    @cached_property
-    def crossover(self) -> int | None:
-        """The least budget from which on fine-tuning is significantly better than frozen vectors.
+    def growth(self, point: Point, budget: int) -> float:
+        """Return the estimated cost of the full profile of a strategy at a budget, as a multiple of a point's cost.
 
-        The best strategies of both kinds are compared at each budget that has both. None if fine-tuning is not ahead at
-        the largest of these budgets.
+        Args:
+            point: a point of the strategy.
+            budget: the budget.
         """
-        found = None
-        for budget in sorted({point.budget for point in self.points} - {NO_TEXTS}, key=self.per_label, reverse=True):
-            tuned = self.best_at(budget, lambda way: way.tunes)
-            frozen = self.best_at(budget, lambda way: not way.tunes)
-            if tuned is None or frozen is None:
-                continue
-            if difference(tuned, frozen).low <= 0:
-                break
-            found = budget
+        if point.budget == NO_TEXTS or (point.budget == budget and not point.quick):
+            return 1.0
+        more, own = (take_budget(self.result.train, each, 0) for each in (budget, point.budget))
+        if not point.way.tunes:
+            return len(more.texts) / max(1, len(own.texts))
+        passes = STRATEGIES[point.way.strategy].passes
+        return passes(more, _LAYERS) / max(1.0, passes(own, _LAYERS, quick=point.quick))
+
+    @cached_property
+    def ahead(self) -> dict[int, bool]:
+        """Whether fine-tuning is significantly better than frozen vectors, by budget, in ascending order.
+
+        The best strategies of both kinds are compared at each budget at which both were measured, fine-tuning with the
+        full profile.
+        """
+        found = {}
+        for budget in sorted({point.budget for point in self.points} - {NO_TEXTS}, key=self.per_label):
+            tuned, frozen = (self.best_at(budget, partial(_is_of_kind, tunes)) for tunes in (True, False))
+            if tuned is not None and frozen is not None and not tuned.quick:
+                found[budget] = difference(tuned, frozen).low > 0
         return found
 
     def serving(self, way: Way) -> ServingCost | None:
@@ -209,6 +223,10 @@ class Summary:
         samples = with_seeds(samples, of_seeds, f"{way.base} {way.strategy} {budget}")
         score = interval(means[self.metric], samples)
         return Point(way, budget, quick, texts, len(outcomes), means, score, samples, tuple(outcomes))
+
+
+def _is_of_kind(tunes: bool, way: Way) -> bool:
+    return way.tunes == tunes
 
 
 def difference(a: Point, b: Point) -> Interval:

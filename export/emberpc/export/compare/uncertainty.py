@@ -12,10 +12,11 @@ import numpy.typing as npt
 from emberpc.export.compare.outcomes import Decisions
 from emberpc.export.data.examples import Targets
 
-#: Number of samples of the bootstrap. With large test sets fewer samples suffice, and memory stays bounded.
+#: Number of samples of the bootstrap, and the fewest: a large test set gets fewer samples, to save memory.
 _SAMPLES = 1000
 _FEWEST_SAMPLES = 200
-#: Most weights of the bootstrap, samples times texts: 80 MB as float32.
+#: Number of weights of the bootstrap, samples times texts (80 MB as float32), beyond which there are fewer samples than
+#: `_SAMPLES`. With `_FEWEST_SAMPLES` samples there may be more weights: 800 bytes for each text.
 _MOST_WEIGHTS = 20_000_000
 #: Quantiles of a 95 % interval.
 _QUANTILES = (0.025, 0.975)
@@ -70,8 +71,8 @@ class Bootstrap:
         either = self._weights @ decided.astype(np.float32) + self._weights @ self._targets.astype(np.float32)
         if metric == "micro_f1":
             return np.asarray(2 * both.sum(axis=1) / np.maximum(either.sum(axis=1), 1), dtype=np.float64)
-        seen = decided.any(axis=0) | self._targets.any(axis=0)
-        return np.asarray((2 * both / np.maximum(either, 1))[:, seen].mean(axis=1), dtype=np.float64)
+        present = np.maximum((either > 0).sum(axis=1), 1)  # a label that a sample lacks has no F1 in it
+        return np.asarray((2 * both / np.maximum(either, 1)).sum(axis=1) / present, dtype=np.float64)
 
 
 def decided_labels(decisions: Decisions, shape: tuple[int, ...]) -> Targets:

@@ -84,7 +84,7 @@ class Trial:
 
     @cached_property
     def fp32(self) -> OnnxRunner:
-        """Runner of the fp32 ONNX file, with one thread; loaded at the first access only."""
+        """Runner of the fp32 ONNX file, with one thread; loaded at the first access, with ExportError if that fails."""
         return self.runner(self.fp32_path)
 
     @cached_property

@@ -127,7 +127,7 @@ class Engine:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second of one worker: the median of the last 9 measured batches; 2000 before the first."""
+        """Tokens per second of one worker: the median of at most the last 9 measured batches; 2000 before any."""
         return self._scheduler.tokens_per_second
 
     @property

@@ -27,7 +27,7 @@ _MAX_NAME = 255
 #: Key of a property of a Milvus collection. The value has the spec and the creation time as JSON.
 _PROPERTY = "emberpc.collection"
 
-#: Milvus's limit of the bytes (UTF-8) of a string, and so of a record's text and label.
+#: Milvus's limit of the bytes (UTF-8) of a string, and so of a record's text. emberpc's own limit of a label is less.
 MAX_TEXT_BYTES = 65_535
 #: Limit of the bytes (UTF-8) of an id, which is the primary key in Milvus. emberpc's own limit is the same.
 _MAX_ID_BYTES = 512
@@ -243,7 +243,7 @@ def stored(found: dict[str, Any]) -> StoredRecord:
 
 
 def metadata(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the metadata of a row of Milvus as Python objects."""
+    """Return the metadata of a row of Milvus, which has it as JSON or as a mapping, as a dict of Python objects."""
     value = found["metadata"]
     return json.loads(value) if isinstance(value, (str, bytes)) else dict(value)
 

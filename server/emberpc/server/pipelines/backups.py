@@ -24,8 +24,8 @@ _AT_ONCE = 2
 #: Most callers that wait for a slot, of backups and of restores each, and the seconds after which a refused caller may
 #: retry.
 _MAX_WAITING, _RETRY_SECONDS = 8, 5.0
-#: Seconds after which a call is ended if its caller reads or sends nothing: while no other caller waits for a slot of
-#: the same kind, and while another caller waits.
+#: Seconds after which a call is ended if its caller reads or sends nothing; and the interval at which the call is ended
+#: already if another caller waits for a slot of the same kind. Before its first message, a restore has only the former.
 _STALL_SECONDS, _CONTENDED_SECONDS = 60.0, 15.0
 
 Message = TypeVar("Message")

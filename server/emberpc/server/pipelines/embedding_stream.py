@@ -223,7 +223,10 @@ class EmbeddingStream:
 
     @property
     def _has_room(self) -> bool:
-        """Return whether to read another message: fewer than 64 texts with fewer than 65,536 characters wait."""
+        """Return whether to read another message: fewer than 64 texts wait, with fewer than 65,536 characters.
+
+        The characters of the ids count too.
+        """
         return len(self._waiting) < GROUP_TEXTS and self._waiting_characters < GROUP_CHARACTERS
 
     def _take_group(self) -> list[_WaitingText]:

@@ -45,8 +45,9 @@ class Limits:
     def counts(self) -> dict[str, int]:
         """Return the most items of the repeated fields that are directly in requests, by field name.
 
-        Requests of 64 KiB or more are checked against these limits before they are decoded. Repeated fields of messages
-        inside requests, such as filters, are not included.
+        Requests of 64 KiB or more are checked against these limits before they are decoded. Not included are
+        repeated fields of messages inside requests, such as filters, and those of planned RPCs: for them
+        `count_elements` has limits.
         """
         return {
             **dict.fromkeys(("texts", "records", "items", "sources", "targets", "expected_revisions"), self.max_texts),

@@ -55,7 +55,8 @@ class Options:
     seed: int = 0
     #: Whether every label has the same total weight in the loss, whatever its number of texts.
     balanced: bool = False
-    #: Texts for early stopping and calibration; default: some of the training texts are held out.
+    #: Texts for calibration and, if the encoder is trained, for early stopping. None: training texts serve for this,
+    #: some that are held out, or, by cross-validation, almost all.
     validation: Examples | None = None
     #: The most passes over the texts of a strategy that trains the encoder; None: 2 to 8, fewer for many texts.
     epochs: int | None = None

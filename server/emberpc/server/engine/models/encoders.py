@@ -114,7 +114,7 @@ class Encoder:
         """Load a session with several threads, and keep it if it is faster than the session with one thread.
 
         Called on a thread of its own. If the session is not kept, cannot be loaded or fails, all runs stay on one
-        thread. That is logged, unless the encoder was closed.
+        thread. That is logged. If the encoder was closed meanwhile, only a failure of the session is logged.
         """
         try:
             wide = self._session.with_threads(threads, self._closing)

@@ -136,7 +136,7 @@ class Registry:
         return [model for model in found if model is not None]
 
     def get(self, name: str) -> Model:
-        """Return the served model with a name. It is not held for a call.
+        """Return the served model with a name. Unlike `find`, this does not count the task as a user of the version.
 
         Raises:
             ServiceError: NOT_FOUND if no model has that name.

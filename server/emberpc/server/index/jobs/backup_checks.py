@@ -202,7 +202,8 @@ def _check_values(theirs: sqlite3.Connection, ours: sqlite3.Connection) -> None:
 
     Args:
         theirs: the database of the backup.
-        ours: an empty database with the same tables.
+        ours: an empty database with the same tables; its declarations say which columns there are, of which types, and
+            which may be NULL.
 
     Raises:
         ServiceError: INVALID_ARGUMENT if a value or a counter is invalid.

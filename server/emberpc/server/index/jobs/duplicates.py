@@ -99,9 +99,10 @@ class _BestPairs:
 
 
 def _directions(store: Store) -> tuple[Labels, Matrix]:
-    """Return labels, int64 (n,), ascending, and normalized vectors, float32 (n, dimensions), of a store's records.
+    """Return labels and normalized vectors of a store's records.
 
-    Damaged vectors and zero vectors are left out. If there are no records, the vectors have the shape (0, 1).
+    The labels are numbers in the database, int64 (n,), ascending. The vectors are float32 (n, dimensions). Damaged
+    vectors and zero vectors are left out. If there are no records, the vectors have the shape (0, 1).
     """
     labels, vectors = [np.empty(0, dtype=np.int64)], []
     with store.snapshot():

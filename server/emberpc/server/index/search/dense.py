@@ -147,7 +147,8 @@ class DenseSearcher:
             # A query has no outcome: a write came between the search and the reading of records, or damage was found.
             self.catch_up()
         else:
-            # All attempts were disturbed, or `settled`. With writes blocked, memory and store stay consistent.
+            # Writes or damage disturbed all attempts, or the caller holds the write lock (`settled`). With writes
+            # blocked, memory and store stay consistent.
             with nullcontext() if settled else self._write_lock:
                 _fill(outcomes, request, partial(self._answer, condition, settled=True))
         if None in outcomes:
@@ -222,7 +223,7 @@ class DenseSearcher:
     def _search_graph_filtered(
         self, found: list[Candidates | None], queries: Matrix, ef: int, k: int, selection: Selection
     ) -> None:
-        """Search the graph for the `k` nearest labels of a selection; set the candidates of each query in `found`.
+        """Search graph and buffer for the `k` nearest labels of a selection; set each query's candidates in `found`.
 
         Only the queries that have None in `found` are searched for. A query with fewer than `k` candidates in the
         selection, or that the graph cannot answer, is repeated with four times the `ef`, until comparing all vectors of
