@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -144,6 +145,27 @@ def test_records_and_collections_are_deleted_on_a_full_disk(small_disk: Path) ->
         assert [problem for step in collection.verify() for problem in step.problems] == []
     with closing(Index(data)) as index:
         assert [spec.name for spec in index.page(10, "")[0]] == ["d"]
+
+
+def test_a_deletion_empties_a_log_that_a_reader_kept_an_earlier_one_from_emptying(small_disk: Path) -> None:
+    """Maintenance may read the database while a deletion uses the reserve, and then the log keeps the space."""
+    with closing(Index(small_disk / "data")) as index:
+        collection = index.create(CollectionSpec("c", WIDTH))
+        for number in range(60):
+            collection.upsert(*batch(number))
+    with closing(Index(small_disk / "data", buffer_limit=10**6, snapshot_every=10**6)) as index:
+        collection = index.get("c")
+        fill_to_the_last_byte(small_disk / "ballast")
+        (database,) = (small_disk / "data").rglob("records.db")
+        with closing(sqlite3.connect(database, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM records").fetchone()
+            with refused(Code.RESOURCE_EXHAUSTED):
+                while collection.delete([collection.page(1, "")[0][0].id]).deleted:
+                    pass
+        left = collection.count()
+        assert collection.delete([collection.page(1, "")[0][0].id]).deleted == 1
+        assert collection.count() == left - 1
 
 
 def test_a_server_that_starts_on_a_full_disk_can_delete(small_disk: Path) -> None:

@@ -33,6 +33,8 @@ STEPS_BETWEEN_LOOKS = 20_000
 #: Seconds that a statement waits for another connection's lock, before it fails. Only one connection to a database
 #: writes, so statements wait only while a connection is opened, or the write-ahead log is merged into the database.
 _TIMEOUT = 30
+#: Seconds that `empty_log` waits for other connections if the caller needs the space of the log.
+_LOG_WAIT = 2
 
 
 def connect(path: Path, *, create: bool = False) -> sqlite3.Connection:
@@ -96,15 +98,19 @@ def _disk_is_full() -> bool:
         return False
 
 
-def empty_log(connection: sqlite3.Connection) -> None:
+def empty_log(connection: sqlite3.Connection, *, wait: bool = False) -> None:
     """Merge the write-ahead log into the database and empty the log; not to be called in a transaction.
 
-    Does not wait for other connections. If one of them uses the log, or the merge fails, the log is not emptied.
+    If another connection still uses the log after the wait, or the merge fails, the log is not emptied.
+
+    Args:
+        connection: a connection that may write.
+        wait: whether to wait up to two seconds for other connections that use the log.
 
     Raises:
         sqlite3.DatabaseError: the database is damaged.
     """
-    connection.execute("PRAGMA busy_timeout = 0")
+    connection.execute(f"PRAGMA busy_timeout = {1000 * _LOG_WAIT if wait else 0}")
     try:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     except sqlite3.OperationalError:

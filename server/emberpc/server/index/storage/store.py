@@ -31,7 +31,7 @@ from emberpc.server.index.storage.database import connect, empty_log, transactio
 from emberpc.server.index.storage.filter_sql import Clause
 from emberpc.server.index.storage.metadata_indexes import delete_rows, make_indexes
 from emberpc.server.index.storage.record_cache import RecordCache
-from emberpc.server.index.storage.reserve import Reserve
+from emberpc.server.index.storage.reserve import DISK_FULL, Reserve
 from emberpc.server.index.storage.response_bytes import ResponseBytes
 from emberpc.server.index.storage.rows import (
     NUMBER_COLUMNS,
@@ -303,10 +303,17 @@ class Store(StoreReader):
             return connect(self._path, create=create)
 
     def _delete(self, find: Callable[[sqlite3.Connection], set[int]]) -> Change:
-        change = self._reserve.run(lambda: self._delete_at_once(find))
+        try:
+            change = self._reserve.run(lambda: self._delete_at_once(find))
+        except ServiceError as error:
+            if error.reason != DISK_FULL:
+                raise
+            # A reader may have kept an earlier deletion from emptying the log, which then holds the space.
+            with translated(self._subject):
+                empty_log(self._writer, wait=True)
+            change = self._reserve.run(lambda: self._delete_at_once(find))
         if not self._reserve.refill():
-            # The space of the reserve is still used, mostly by the write-ahead log. Merging the log into the database
-            # frees space, since a deletion makes the database itself hardly larger.
+            # The log mostly uses the space of the reserve. A deletion makes the database itself hardly larger.
             with translated(self._subject):
                 empty_log(self._writer)
             self._reserve.refill()
