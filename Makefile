@@ -53,7 +53,7 @@ bench: venv  ## The short form of the server's benchmarks; rewrites docs/benchma
 lint: venv  ## Style, types and import arrows
 	$(BIN)/python tools/lint.py
 
-protos:  ## Generate protos/emberpc/v1/*_pb2* anew
+protos:  ## Regenerate protos/emberpc/v1/*_pb2*
 	$(PYTHON) tools/generate_protos.py
 
 protos-check: venv  ## Is the generated code current, and are the protos in style and compatible?

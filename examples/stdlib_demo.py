@@ -238,7 +238,7 @@ def split(docs: Sequence[StdlibDoc]) -> tuple[list[StdlibDoc], list[StdlibDoc]]:
     """Draw training and test texts from the ten modules with the most distinct docstrings.
 
     Returns:
-        The training texts, at most 50 of a module, and the test texts, 15 of a module if it has so many. No text is in
+        The training texts, at most 50 of a module, and the test texts, at most 15 of a module. No text is in
         both. The draw is random, but the same for the same docstrings in the same order.
     """
     by_module: dict[str, list[StdlibDoc]] = defaultdict(list)

@@ -44,8 +44,8 @@ def test_texts_with_several_labels_or_none_are_drawn_too() -> None:
 
 
 def test_budgets_of_all_texts_are_merged() -> None:
-    assert budgets_of([8, 1, 16, 32, ALL, 8], 16) == [1, 8, ALL]
-    assert budgets_of([8, 1], 16) == [1, 8]
+    assert budgets_of([8, 1, 16, 32, ALL, 8], lambda budget: budget == ALL or budget >= 16) == [1, 8, ALL]
+    assert budgets_of([8, 1], lambda budget: budget >= 16) == [1, 8]
 
 
 def test_all_stored_outcomes_are_read_and_damaged_ones_are_ignored(tmp_path: Path) -> None:

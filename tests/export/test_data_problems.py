@@ -43,7 +43,7 @@ def voting(strategy: str, given_labels: Iterable[int], confidence: Iterable[floa
     """Return an outcome with a label and a confidence for each test text."""
     labels = [[label] for label in given_labels]
     found = outcome(strategy, 4, 0.9)
-    return replace(found, test=Decisions(list(range(len(labels))), labels, list(confidence), [0.5] * len(labels)))
+    return replace(found, test=Decisions(list(range(len(labels))), labels, list(confidence)))
 
 
 def data(wrong: float, shared: float, seed: int = 0, texts: int = 4000) -> tuple[Summary, set[int]]:

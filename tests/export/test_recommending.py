@@ -228,7 +228,7 @@ def test_the_bootstrap_gives_the_figures_that_are_reported() -> None:
     targets = generator.random((300, 3)) < 0.4
     decided = targets ^ (generator.random((300, 3)) < 0.1)
     given_labels = [np.flatnonzero(row).tolist() for row in decided]
-    decisions = Decisions(list(range(300)), given_labels, [0.9] * 300, [0.9] * 300)
+    decisions = Decisions(list(range(300)), given_labels, [0.9] * 300)
     both, either = (decided & targets).sum(axis=0), decided.sum(axis=0) + targets.sum(axis=0)
     expected = {
         "accuracy": (decided == targets).all(axis=1).mean(),
@@ -242,9 +242,9 @@ def test_the_bootstrap_gives_the_figures_that_are_reported() -> None:
 
 def test_a_label_that_a_sample_of_the_bootstrap_lacks_does_not_lower_its_macro_f1() -> None:
     targets = np.eye(50, dtype=bool)
-    right = Decisions(list(range(50)), [[i] for i in range(50)], [0.9] * 50, [0.9] * 50)
+    right = Decisions(list(range(50)), [[i] for i in range(50)], [0.9] * 50)
     assert Bootstrap(targets).samples("macro_f1", [right]).min() == 1
-    empty = Decisions(list(range(50)), [[]] * 50, [0.9] * 50, [0.9] * 50)
+    empty = Decisions(list(range(50)), [[]] * 50, [0.9] * 50)
     assert Bootstrap(np.zeros((50, 3), dtype=bool)).samples("macro_f1", [empty]).max() == 0
 
 

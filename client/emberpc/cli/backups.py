@@ -27,7 +27,7 @@ def backup(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a backup of a collection, as it is at one moment, to one file. Reads and writes continue meanwhile."""
+    """Write a backup of one state of a collection to one file. Reads and writes continue meanwhile."""
     target = check_output_path(output, overwrite)
     with stages() as show:
         try:

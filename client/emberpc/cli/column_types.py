@@ -102,7 +102,7 @@ class ColumnTypes:
     ) -> dict[str, str | int | float | bool]:
         """Return the values of a row's metadata cells by column.
 
-        A text cell stays as it is. A cell of another type is parsed without outer white space, and is left out if
+        A text cell is kept unchanged. A cell of another type is parsed without outer white space, and is left out if
         nothing remains.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -162,11 +163,11 @@ def compare(
         out_of_scope: (text_column,),
         descriptions: ("label", "description"),
     }
-    if not isfinite(tolerance):
-        raise CliError(f"--tolerance is {tolerance}; give a number of percentage points, such as 1")
     if worth is not None:
         note("--worth is deprecated: use --tolerance")
         tolerance = worth
+    if not isfinite(tolerance):
+        raise CliError(f"--tolerance is {tolerance}; give a number of percentage points, such as 1")
     with exporting(files, export_winner, overwrite=overwrite, command="emberpc compare", left=left) as progress:
         from emberpc.export.classifier import ClassifierData
         from emberpc.export.classify.strategies import STRATEGIES
@@ -243,10 +244,9 @@ def _show(found: Recommendation, folder: Path, as_json: bool, train: Path, *, ex
         recommendation,
         skipped_lines,
     )
-    from emberpc.export.compare.report import content
 
     if as_json:
-        print_json([content(found)])
+        print_json([json.loads((folder / "report.json").read_text(encoding="utf-8"))])
         return
     summary = found.summary
     headings, table = _figures(summary)

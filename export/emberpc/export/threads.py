@@ -113,7 +113,7 @@ def run_in_threads(
 
     Raises:
         BaseException: what `report` or the first task that failed raised, KeyboardInterrupt included. Before this is
-            raised, the other tasks are told to stop, and this call waits until they have ended.
+            raised, the other tasks get a request to stop, and this call waits until they have ended.
     """
     results: dict[int, T] = {}
     todo, stop = deque(enumerate(tasks)), Event()

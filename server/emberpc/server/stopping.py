@@ -30,7 +30,7 @@ _END_SECONDS = 1.6
 #: lock.
 _HELD_SECONDS = 2.0
 #: Most seconds to wait until the last log line is written. Without a limit, the process could wait forever: if stderr
-#: is a pipe that nobody reads, a write may block.
+#: is a pipe that no process reads, a write may block.
 _LOG_SECONDS = 0.2
 #: Prefixes of the names of the daemon threads that call native code. If one of them runs when the interpreter ends, the
 #: process may abort (SIGABRT), so the shutdown waits for these threads. Helper threads of the graph are not listed: a

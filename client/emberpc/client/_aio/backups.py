@@ -24,7 +24,7 @@ class AsyncBackupMethods:
     async def backup_collection(
         self, name: str, path: Path | str, *, progress: ByteProgress | None = None, timeout: float | None = None
     ) -> int:
-        """Write a backup of a collection, as it is at one moment, to one file.
+        """Write a backup of one state of a collection to one file.
 
         Meanwhile the collection may be read and written.
 

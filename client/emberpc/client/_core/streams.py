@@ -191,7 +191,7 @@ class Patience:
         self.restart()
 
     def restart(self) -> None:
-        """Start the timeout anew, let the pauses begin with the shortest again, and set `reason` to None."""
+        """Restart the timeout, let the pauses begin with the shortest again, and set `reason` to None."""
         self.reason: EmberpcError | None = None
         self._until = monotonic() + self._seconds
         self._pause = _PAUSES[0]

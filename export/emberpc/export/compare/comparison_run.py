@@ -12,6 +12,7 @@ from emberpc.export.classifier import ClassifierData, read_data
 from emberpc.export.classify.cached_encoder import CachedEncoder
 from emberpc.export.classify.label_descriptions import described_examples
 from emberpc.export.classify.strategies import STRATEGIES, Options
+from emberpc.export.classify.strategies.base import TYPICAL_LAYERS
 from emberpc.export.compare.base_encoders import Base, open_base
 from emberpc.export.compare.comparison_key import key_of
 from emberpc.export.compare.measured_outcome import outcome_of
@@ -31,8 +32,6 @@ from emberpc.export.tuning.checkpoint import Checkpoints
 FOR_REPORT = 15.0
 #: Most texts of an encoder that are embedded after the time limit has passed, to estimate the limit that would suffice.
 _SAMPLED_TEXTS = 32
-#: Number of layers of an encoder whose configuration states none; it serves estimates of times only.
-_LAYERS = 6
 #: Figures by which strategies can be compared.
 METRICS = ("accuracy", "macro_f1", "micro_f1")
 _NO_LABEL_TEXTS = "it uses only the texts of the labels, and these are switched off"
@@ -199,10 +198,7 @@ class _Comparison:
         self.serving = ServingCosts(folder / "serving.json")
         self._samples: dict[tuple[int, int], Examples] = {}
         self._stored = store.read()
-        budgets = budgets_of(settings.budgets, int(train.targets.sum(axis=0).max()))
-        # Texts with several labels may all be drawn at a budget below that: such budgets are one.
-        whole = len(train.texts)
-        budgets = list(dict.fromkeys(ALL if len(self._sample(each, 0).texts) == whole else each for each in budgets))
+        budgets = budgets_of(settings.budgets, lambda budget: len(self._sample(budget, 0).texts) == len(train.texts))
         known = {cell.budget for cell in self._stored} - {NO_TEXTS}
         self.per_label = {budget: self._sample(budget, 0).per_label for budget in {*budgets, *known}}
         cells = [
@@ -240,20 +236,17 @@ class _Comparison:
             self._settings.metric,
             lambda cell: self._shared_seconds(cell, seconds[cell.base]),
         )
-        for name, base in self._bases.items() if todo else ():
-            before = perf_counter() - self._start
-            try:
-                seconds[name] = self._embed(base, self._all_texts, self._timed("embedding all texts"))
-            except _OutOfTimeError:
-                others = {other: self._sampled(self._bases[other]) for other in self._bases if other not in seconds}
-                seconds |= others
-                embedding = sum(others.values()) * len(self._all_texts)
-                self._opened = before + embedding
-                self.needed_seconds = before + embedding + planner.least_seconds(todo, done) + FOR_REPORT
-                reason = "the time limit passed before all texts were embedded"
-                self._note_unknown(planner, done, set())
-                return done, [*skipped, *(Skipped(cell, reason, for_time=True) for cell in todo if not cell.quick)]
-        self._opened = perf_counter() - self._start
+        try:
+            self._embed_all(seconds, self._bases if todo else {})
+        except _OutOfTimeError:
+            others = {name: self._sampled(base) for name, base in self._bases.items() if name not in seconds}
+            seconds |= others
+            self._opened += sum(others.values()) * len(self._all_texts)
+            self.needed_seconds = self._opened + planner.least_seconds(todo, done) + FOR_REPORT
+            self._note_unknown(planner, done, set())
+            reason = "the time limit passed before all texts were embedded"
+            return done, [*skipped, *(Skipped(cell, reason, for_time=True) for cell in todo if not cell.quick)]
+        full = [cell for cell in self._cells if not cell.quick]
         while todo:
             cell = planner.choose(todo, done, self._seconds_left())
             if cell is None:
@@ -261,7 +254,6 @@ class _Comparison:
             todo.remove(cell)
             kept = Checkpoints(self._checkpoints)
             try:
-                full = [each for each in self._cells if not each.quick]
                 outcome = self._fit(cell, f"{sum(each in done for each in full) + 1} of {len(full)}", kept)
                 self._store.write(outcome)
             except _OutOfTimeError:
@@ -287,9 +279,9 @@ class _Comparison:
 
     def _note_unknown(self, planner: Planner, done: Mapping[Cell, Outcome], failed: Collection[Cell]) -> None:
         """Store the time limit with which a later run measures the full profile at the largest budget, by way."""
-        largest = max(self.per_label, key=lambda budget: self.per_label[budget])
         for cell in self._cells:
-            if cell.budget == largest and cell.seed == 0 and not cell.quick and not (cell in done or cell in failed):
+            full = cell.budget == planner.largest and cell.seed == 0 and not cell.quick
+            if full and cell not in done and cell not in failed:
                 base = self._bases[cell.base]
                 # A later run loads the encoder for training again.
                 loading = base.seconds * (cell.way.tunes and base.cached_encoder.is_trainable)
@@ -300,7 +292,7 @@ class _Comparison:
         """Return the work of a cell. A tuned encoder also embeds all texts to measure on."""
         sample = self._sample(cell.budget, cell.seed)
         strategy, config = STRATEGIES[cell.strategy], self._bases[cell.base].encoder.config
-        layers = int(config.get("num_hidden_layers") or config.get("n_layers") or _LAYERS)
+        layers = int(config.get("num_hidden_layers") or config.get("n_layers") or TYPICAL_LAYERS)
         passes = strategy.passes(sample, layers, quick=cell.quick)
         return Work(len(sample.texts), passes and passes + len(self._test.texts) + len(self._outside))
 
@@ -346,6 +338,13 @@ class _Comparison:
         if (budget, seed) not in self._samples:
             self._samples[budget, seed] = take_budget(self._train, budget, seed)
         return self._samples[budget, seed]
+
+    def _embed_all(self, seconds: dict[str, float], bases: Mapping[str, Base]) -> None:
+        """Embed all texts with each base, and set the seconds for one text in `seconds`; raise `_OutOfTimeError`."""
+        for name, base in bases.items():
+            self._opened = perf_counter() - self._start
+            seconds[name] = self._embed(base, self._all_texts, self._timed("embedding all texts"))
+        self._opened = perf_counter() - self._start
 
     def _embed(self, base: Base, texts: Sequence[str], progress: Progress) -> float:
         """Embed texts, so that their vectors are cached; return the mean wall seconds for one text."""

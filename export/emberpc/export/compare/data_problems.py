@@ -106,7 +106,8 @@ def suspects(summary: Summary) -> list[Suspect]:
     agreement alone proves nothing. The list is empty if one of the two kinds was not measured with the largest budget.
     """
     strong = max(filter(None, (summary.tuned, summary.frozen)), key=lambda point: point.score.value, default=None)
-    lexical = summary.best_at(summary.largest, lambda way: way.strategy == "tf-idf", served=False)
+    # The strategy uses no encoder, so its decisions are the same for each base.
+    lexical = next((point for point in summary.at(summary.largest) if point.way.strategy == "tf-idf"), None)
     if strong is None or lexical is None:
         return []
     frozen = summary.frozen or strong

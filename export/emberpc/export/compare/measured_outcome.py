@@ -12,7 +12,7 @@ from emberpc.bundle.evaluation import calibrate, measure, measure_scope
 from emberpc.export.classify.linear import Matrix
 from emberpc.export.classify.strategies import Fitted
 from emberpc.export.compare.outcomes import ALL, Cell, Decisions, Outcome
-from emberpc.export.data.examples import Examples, Rows, Targets
+from emberpc.export.data.examples import Examples, Rows
 
 
 def outcome_of(cell: Cell, texts: int, fitted: Fitted, test: Examples, outside: Sequence[str]) -> Outcome:
@@ -39,25 +39,18 @@ def outcome_of(cell: Cell, texts: int, fitted: Fitted, test: Examples, outside: 
         cell,
         texts,
         figures,
-        _decisions(logits, test.targets, np.arange(len(logits)), rule),
-        _decisions(held_out.logits, held_out.targets, held_out.rows, rule)
-        if cell.budget == ALL
-        else Decisions([], [], [], []),
+        _decisions(logits, np.arange(len(logits)), rule),
+        _decisions(held_out.logits, held_out.rows, rule) if cell.budget == ALL else Decisions([], [], []),
         reliability(rule.probabilities(logits), test.targets, multi_label=multi_label),
     )
 
 
-def _decisions(logits: Matrix, targets: Targets, rows: Rows, rule: DecisionRule) -> Decisions:
+def _decisions(logits: Matrix, rows: Rows, rule: DecisionRule) -> Decisions:
     decided = rule.labels(logits)
     probable = rule.probabilities(logits)
-    if rule.multi_label:
-        confidence = np.where(decided, probable, 1 - probable).min(axis=1, initial=1.0)
-        own = np.where(targets, probable, 1 - probable).min(axis=1, initial=1.0)
-    else:
-        confidence, own = probable.max(axis=1), (probable * targets).max(axis=1)
+    confidence = np.where(decided, probable, 1 - probable).min(axis=1) if rule.multi_label else probable.max(axis=1)
     return Decisions(
         [int(row) for row in rows],
         [[int(label) for label in np.flatnonzero(row)] for row in decided],
         [round(float(value), 4) for value in confidence],
-        [round(float(value), 6) for value in own],
     )

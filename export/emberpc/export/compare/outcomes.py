@@ -88,14 +88,12 @@ class Decisions:
 
     `rows` are the indexes of the texts in their file. `labels` are the indexes of the labels given to each text.
     `confidence` is the probability of each text's best label. If multi-label, it is the least probability, over all
-    labels, of the decision to give the label to the text or not. `own` is the probability of the label that the file
-    states; if multi-label, the least probability of these decisions as the file states them.
+    labels, of the decision to give the label to the text or not.
     """
 
     rows: list[int]
     labels: list[list[int]]
     confidence: list[float]
-    own: list[float]
 
 
 @dataclass(frozen=True)

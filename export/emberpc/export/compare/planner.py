@@ -72,7 +72,8 @@ class Planner:
         self._seconds_per_text = seconds_per_text
         self._metric = metric
         self._once = once
-        self._largest = max(per_label, key=lambda budget: per_label[budget])
+        #: The budget with the most texts.
+        self.largest = max(per_label, key=lambda budget: per_label[budget])
 
     def estimate(self, cell: Cell, done: Mapping[Cell, Outcome]) -> float:
         """Estimate the wall seconds that a cell will take, shared work that is not done yet included.
@@ -125,7 +126,7 @@ class Planner:
             todo = {cell: seconds for cell, seconds in estimates.items() if seconds * _SAFETY <= seconds_left}
             todo = self._without_needless_trials(todo, estimates, seconds_left)
         trials = self._trials(todo, done, seconds_left)
-        outlook = _Outlook(self.forecast(done), {cell.way for cell in (*cells, *done)}, self._largest)
+        outlook = _Outlook(self.forecast(done), {cell.way for cell in (*cells, *done)}, self.largest)
         ranks = {cell: self._rank(cell, seconds, trials, outlook) for cell, seconds in todo.items()}
         # A quick profile serves to find out which full profile to measure, and for nothing else.
         useful = [cell for cell, rank in ranks.items() if not cell.quick or rank[0] <= _TRIAL]
@@ -141,17 +142,15 @@ class Planner:
         whole = {
             cell.way: seconds
             for cell, seconds in estimates.items()
-            if cell.way.tunes and cell.budget == self._largest and cell.seed == 0 and not cell.quick
+            if cell.way.tunes and cell.budget == self.largest and cell.seed == 0 and not cell.quick
         }
         if len(whole) != 1:
             return dict(todo)
         ((way, seconds),) = whole.items()
         spare = seconds_left - seconds * _SAFETY
-        return {
-            cell: each
-            for cell, each in todo.items()
-            if not (cell.quick and cell.way == way and spare >= 0 and each > spare)
-        }
+        if spare < 0:  # the full training does not fit anyway
+            return dict(todo)
+        return {cell: each for cell, each in todo.items() if not (cell.quick and cell.way == way and each > spare)}
 
     def needed(self, cells: Iterable[Cell], done: Mapping[Cell, Outcome]) -> list[Cell]:
         """Return the cells without those of the quick profile that a measured cell of the strategy makes superfluous.
@@ -204,7 +203,7 @@ class Planner:
             return (_FROZEN, 0.0, cost, cell)
         if cell in trials:  # in the order of `STRATEGIES`, from the cheapest training to the most expensive
             return (_TRIAL, 0.0, float(list(STRATEGIES).index(cell.strategy)), cell)
-        largest, promise = cell.budget == self._largest, outlook.promise(cell.way)
+        largest, promise = cell.budget == self.largest, outlook.promise(cell.way)
         if cell.seed == 0 and promise is not None:
             if largest and not cell.quick:
                 return (_DECISION, -promise, cost, cell)
@@ -220,7 +219,7 @@ class Planner:
         The upper end of the interval of such a strategy's estimate is below the best estimate of all strategies.
         """
         ways = {cell.way for cell in done}
-        outlook = _Outlook(self.forecast(done), ways, self._largest)
+        outlook = _Outlook(self.forecast(done), ways, self.largest)
         return {way for way in ways if way.tunes and outlook.promise(way) is None}
 
     def least_seconds(self, cells: Iterable[Cell], done: Mapping[Cell, Outcome]) -> float:
@@ -263,8 +262,8 @@ class _Outlook:
     def __init__(self, forecast: Forecast, ways: Collection[Way], largest: int) -> None:
         estimates = {way: forecast.at(way, largest) for way in ways}
         self._estimates: dict[Way, Estimate] = {way: found for way, found in estimates.items() if found is not None}
-        served = [found.value for way, found in self._estimates.items() if way.exportable]
-        self._best = max(served or [found.value for found in self._estimates.values()], default=0.0)
+        exportable = [found.value for way, found in self._estimates.items() if way.exportable]
+        self._best = max(exportable or [found.value for found in self._estimates.values()], default=0.0)
 
     def promise(self, way: Way) -> float | None:
         """Return the estimate of a strategy in [0, 1]; 0 if it was not measured; None if it can hardly be the best."""
@@ -274,12 +273,12 @@ class _Outlook:
         return found.value if found.high >= self._best else None
 
 
-def budgets_of(wanted: Sequence[int], largest_label: int) -> list[int]:
+def budgets_of(wanted: Sequence[int], draws_all: Callable[[int], bool]) -> list[int]:
     """Return the distinct budgets in ascending order, with `ALL` last.
 
     Args:
         wanted: the budgets that the user gave: numbers of texts of each label, or `ALL`.
-        largest_label: number of texts of the most frequent label. A budget of at least this many becomes `ALL`.
+        draws_all: whether all texts are drawn at a budget, which then becomes `ALL`.
     """
-    found = sorted({ALL if budget >= largest_label else budget for budget in wanted})
+    found = sorted({ALL if draws_all(budget) else budget for budget in wanted})
     return [*(budget for budget in found if budget != ALL), *([ALL] if ALL in found else [])]

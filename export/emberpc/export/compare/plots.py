@@ -73,7 +73,7 @@ def _style(summary: Summary, way: Way) -> dict[str, str]:
         "color": _COLOURS[list(STRATEGIES).index(way.strategy) % len(_COLOURS)],
         "linestyle": _LINES[base % len(_LINES)],
         "marker": _MARKERS[base % len(_MARKERS)],
-        "label": way.strategy if len(summary.result.sources) == 1 else f"{way.strategy} ({way.base})",
+        "label": summary.title(way),
     }
 
 

@@ -48,9 +48,8 @@ class Candidate:
 class Unknown:
     """A strategy that may be better than the recommended one and was not measured with the largest budget.
 
-    `seconds` is an estimate of the least time limit, in seconds, with which another run measures it there; 0 if it was
-    not among the strategies of the run. `estimate` is None if nothing was
-    measured that allows one.
+    `seconds` is an estimate of the least time limit, in seconds, with which another run measures it there; 0 if the run
+    was not to measure it there, or if it failed. `estimate` is None if nothing was measured that allows one.
     """
 
     way: Way
@@ -185,10 +184,9 @@ def _unknown(each: Unknown, found: Recommendation) -> str:
     if each.seconds:
         to_know = f"To know, run this again with a time limit of {_duration(each.seconds)} or more."
     point = summary.last(each.way)
-    rival = point and summary.best_at(point.budget, lambda way: way.tunes != each.way.tunes)
-    lead = ""
     if point is None or each.estimate is None:
         return f"It is not known how good {name} is: it was not measured. {to_know}"
+    rival, lead = summary.best(point.budget, tunes=not each.way.tunes), ""
     if rival is not None and point.budget != summary.largest:
         gap = 100 * (point.score.value - rival.score.value)
         lead = f", where it {'leads' if gap >= 0 else 'is behind'} {rival.name} by {abs(gap):.1f} points"
@@ -300,10 +298,7 @@ def _listed(points: list[Point], summary: Summary) -> str:
     budgets: dict[Way, list[str]] = {}
     for point in points:
         budgets.setdefault(point.way, []).append(budget_name(point.budget))
-    several = len(summary.result.sources) > 1
-    return "; ".join(
-        f"{way.strategy}{f' ({way.base})' if several else ''} at {', '.join(names)}" for way, names in budgets.items()
-    )
+    return "; ".join(f"{summary.title(way)} at {', '.join(names)}" for way, names in budgets.items())
 
 
 def skipped_lines(summary: Summary) -> list[str]:
@@ -311,9 +306,8 @@ def skipped_lines(summary: Summary) -> list[str]:
     groups: dict[tuple[Way, int], list[Skipped]] = {}
     for skipped in summary.result.skipped:
         groups.setdefault((skipped.cell.way, skipped.cell.budget), []).append(skipped)
-    several = len(summary.result.sources) > 1
     return [
-        f"{way.strategy}{f' ({way.base})' if several else ''}, {budget_name(budget)}, "
+        f"{summary.title(way)}, {budget_name(budget)}, "
         f"{len(group)} seed{'s' if len(group) > 1 else ''}: {group[0].reason}"
         for (way, budget), group in sorted(
             groups.items(), key=lambda item: (item[0][0].strategy, summary.per_label(item[0][1]))

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 
 from emberpc.export.classify.strategies import STRATEGIES
+from emberpc.export.classify.strategies.base import TYPICAL_LAYERS
 from emberpc.export.compare.comparison_run import ComparisonResult
 from emberpc.export.compare.forecast import Estimate, Forecast, measured_figures
 from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Outcome, Way, take_budget
 from emberpc.export.compare.serving_cost import ServingCost
 from emberpc.export.compare.uncertainty import Bootstrap, Interval, Samples, interval, spread_over_seeds, with_seeds
-
-#: Number of layers for which work is compared. The ratio of two works hardly depends on this number.
-_LAYERS = 6
 
 
 @dataclass(frozen=True)
@@ -144,12 +142,12 @@ class Summary:
     @cached_property
     def frozen(self) -> Point | None:
         """The best point at the largest budget of the strategies that do not train the encoder, or None."""
-        return self.best_at(self.largest, lambda way: not way.tunes)
+        return self.best(self.largest, tunes=False)
 
     @cached_property
     def tuned(self) -> Point | None:
         """The best point at the largest budget of the strategies that train the encoder, or None."""
-        return self.best_at(self.largest, lambda way: way.tunes)
+        return self.best(self.largest, tunes=True)
 
     def growth(self, point: Point, budget: int) -> float:
         """Return the estimated cost of the full profile of a strategy at a budget, as a multiple of a point's cost.
@@ -164,7 +162,8 @@ class Summary:
         if not point.way.tunes:
             return len(more.texts) / max(1, len(own.texts))
         passes = STRATEGIES[point.way.strategy].passes
-        return passes(more, _LAYERS) / max(1.0, passes(own, _LAYERS, quick=point.quick))
+        # The ratio of two works hardly depends on the number of layers.
+        return passes(more, TYPICAL_LAYERS) / max(1.0, passes(own, TYPICAL_LAYERS, quick=point.quick))
 
     @cached_property
     def ahead(self) -> dict[int, bool]:
@@ -175,7 +174,7 @@ class Summary:
         """
         found = {}
         for budget in sorted({point.budget for point in self.points} - {NO_TEXTS}, key=self.per_label):
-            tuned, frozen = (self.best_at(budget, partial(_is_of_kind, tunes)) for tunes in (True, False))
+            tuned, frozen = self.best(budget, tunes=True), self.best(budget, tunes=False)
             if tuned is not None and frozen is not None and not tuned.quick:
                 found[budget] = difference(tuned, frozen).low > 0
         return found
@@ -190,16 +189,14 @@ class Summary:
             return f"with all {len(self.result.train.texts):,} texts"
         return "without any text" if budget == NO_TEXTS else f"at {budget} of each label"
 
-    def best_at(self, budget: int, suits: Callable[[Way], bool], *, served: bool = True) -> Point | None:
-        """Return the best point at a budget among the strategies that `suits` accepts.
-
-        Args:
-            budget: the budget.
-            suits: whether a strategy is considered.
-            served: whether to consider the strategies that can be served; False: only the others, which are baselines.
-        """
-        suitable = [point for point in self.at(budget) if point.way.served == served and suits(point.way)]
+    def best(self, budget: int, *, tunes: bool) -> Point | None:
+        """Return the best point at a budget of the strategies that can be served and train the encoder, or do not."""
+        suitable = [point for point in self.at(budget) if point.way.served and point.way.tunes == tunes]
         return max(suitable, key=lambda point: point.score.value, default=None)
+
+    def title(self, way: Way) -> str:
+        """Return the name of a strategy for a table or list, with its base if there are several bases."""
+        return f"{way.strategy} ({way.base})" if len(self.result.sources) > 1 else way.strategy
 
     def _deviation(self, way: Way, budget: int, groups: Iterable[Sequence[Outcome]]) -> float:
         """Return the standard deviation over seeds of the strategies of the same kind as `way` at a budget.
@@ -223,10 +220,6 @@ class Summary:
         samples = with_seeds(samples, of_seeds, f"{way.base} {way.strategy} {budget}")
         score = interval(means[self.metric], samples)
         return Point(way, budget, quick, texts, len(outcomes), means, score, samples, tuple(outcomes))
-
-
-def _is_of_kind(tunes: bool, way: Way) -> bool:
-    return way.tunes == tunes
 
 
 def difference(a: Point, b: Point) -> Interval:

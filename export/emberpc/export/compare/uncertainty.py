@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from zlib import crc32
 
 import numpy as np
@@ -63,12 +64,17 @@ class Bootstrap:
         found = [self._of_seed(metric, decided_labels(each, self._targets.shape)) for each in decisions]
         return np.asarray(np.mean(found, axis=0), dtype=np.float64)
 
+    @cached_property
+    def _weighted_targets(self) -> npt.NDArray[np.float32]:
+        """The number of texts of each label in each sample, float32 (samples, labels)."""
+        return np.asarray(self._weights @ self._targets.astype(np.float32), dtype=np.float32)
+
     def _of_seed(self, metric: str, decided: Targets) -> Samples:
         if metric == "accuracy":
             right = (decided == self._targets).all(axis=1).astype(np.float32)
             return np.asarray((self._weights @ right + self._right) / self._total, dtype=np.float64)
         both = self._weights @ (decided & self._targets).astype(np.float32)
-        either = self._weights @ decided.astype(np.float32) + self._weights @ self._targets.astype(np.float32)
+        either = self._weights @ decided.astype(np.float32) + self._weighted_targets
         if metric == "micro_f1":
             return np.asarray(2 * both.sum(axis=1) / np.maximum(either.sum(axis=1), 1), dtype=np.float64)
         present = np.maximum((either > 0).sum(axis=1), 1)  # a label that a sample lacks has no F1 in it

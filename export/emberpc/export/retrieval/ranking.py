@@ -219,7 +219,7 @@ class _Tuning:
         """Return the batches of an epoch, each a list of numbers.
 
         The number for the training query q is `epoch * (number of training queries) + q`, with epochs numbered from 0.
-        The loss finds query and epoch in this number, and draws the query's passages anew in each epoch.
+        The loss finds query and epoch in this number, and draws the query's passages again in each epoch.
         """
         lengths = [len(self._embedder.tokens([self._passages[min(known)]])[0]) for known in self._data.train.relevant]
         batches = shuffled(lengths, self._options.batch, self._options.seed, epoch)

@@ -28,7 +28,7 @@ _MAX_CARD_BYTES = 4 * 2**20
 def read_matryoshka(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
     """Return the dimensions that vectors may be shortened to, in descending order; empty if no file states any.
 
-    An empty list in config.json counts as stated. Whether the vectors have so many dimensions is not checked.
+    An empty list in config.json counts as stated. The number of dimensions of the vectors is not checked.
 
     Args:
         folder: folder of the source, where the model card lies.

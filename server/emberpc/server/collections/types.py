@@ -194,7 +194,7 @@ class StoredRecord(_RecordFields):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The metadata as Python objects, decoded anew at each access, so that they take memory only while in use.
+        """The metadata as Python objects, decoded again at each access, so that they take memory only while in use.
 
         Raises `TypeError`, `ValueError` or `RecursionError` if the stored metadata is damaged.
         """

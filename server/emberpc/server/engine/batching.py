@@ -376,7 +376,7 @@ class Backlog:
     def take(self, lane: Lane) -> list[Item]:
         """Remove and return the next micro-batch of a lane, in which at least one text must wait.
 
-        For the bulk lane, this is a turn: `bulk_seconds` start anew.
+        For the bulk lane, this is a turn: `bulk_seconds` start again.
         """
         if lane is Lane.BULK:
             self._bulk_turn = perf_counter()

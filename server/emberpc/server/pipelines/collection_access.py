@@ -66,8 +66,8 @@ class CollectionAccess:
         opening = self._opening.get(name)
         if opening is None:
             opening = self._opening[name] = asyncio.create_task(self._open(name))
-            # The callback reads the exception of the task: asyncio logs an exception that nobody reads, and all callers
-            # may have left.
+            # The callback reads the exception of the task: asyncio logs an exception that no code reads. All
+            # callers may have left.
             opening.add_done_callback(lambda task: task.cancelled() or task.exception())
         return await asyncio.shield(opening)
 

@@ -44,6 +44,8 @@ _FEWEST_TRAINED = 800
 _FEW_TEXTS_EPOCHS = 8
 #: Number of texts, repetitions included, that a quick training learns from: 100 steps of 16 texts.
 _QUICK_TEXTS = 1600
+#: Number of layers of many small encoders; for estimates of times where the number is not known or hardly counts.
+TYPICAL_LAYERS = 6
 #: Cost of training on a text, as a multiple of a pass forward: the pass backward costs about two passes forward.
 _TRAINED_PASSES = 3.0
 
@@ -197,6 +199,33 @@ def standard_error(held_out: Examples | None) -> float:
 def no_texts(examples: Examples) -> HeldOut:
     """Return a `HeldOut` without texts and with the labels of the examples, for a fit that held out no text."""
     return HeldOut(np.zeros((0, len(examples.labels)), dtype=np.float32), examples.targets[:0])
+
+
+def hold_out(
+    classify: Callable[[Examples, Sequence[str]], Matrix], examples: Examples, options: Options, *, once: bool = False
+) -> HeldOut:
+    """Return logits of held-out texts: of the validation texts, or by cross-validation of the examples.
+
+    Cross-validation never holds out a text that is the only one of its label; it trains on this text in every fold.
+
+    Args:
+        classify: fits a classifier to the examples given, and returns its logits of the texts given.
+        examples: the training texts.
+        options: options of the fit.
+        once: whether to hold out the texts of `split` in place of a cross-validation, to save time.
+    """
+    if options.validation is not None:
+        return HeldOut(classify(examples, options.validation.texts), options.validation.targets)
+    folds = stratify(examples.targets, options.seed)
+    parts = [split(examples, options.seed)[1]] if once else [folds == fold for fold in np.unique(folds[folds >= 0])]
+    rows, logits = [np.zeros(0, dtype=np.int64)], [no_texts(examples).logits]
+    everything = np.arange(len(examples.texts))
+    for part in parts:
+        unseen = everything[part]
+        rows.append(unseen)
+        known = examples.take(np.setdiff1d(everything, unseen))
+        logits.append(classify(known, [examples.texts[row] for row in unseen]))
+    return HeldOut(np.concatenate(logits), examples.targets[np.concatenate(rows)], np.concatenate(rows))
 
 
 def _held_out_folds(texts: int) -> int:

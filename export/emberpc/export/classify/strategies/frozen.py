@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,8 @@ from emberpc.bundle import Head, unit
 from emberpc.bundle.evaluation import HeldOut
 from emberpc.bundle.prototypes import class_means
 from emberpc.export.classify.cached_encoder import CachedEncoder
-from emberpc.export.classify.linear import Matrix, balanced_weights, cross_validate, stratify
-from emberpc.export.classify.strategies.base import Fitted, Options, no_texts, with_head
+from emberpc.export.classify.linear import Matrix, balanced_weights, cross_validate
+from emberpc.export.classify.strategies.base import Fitted, Options, hold_out, no_texts, with_head
 from emberpc.export.data.examples import Examples
 from emberpc.export.errors import ExportError
 
@@ -80,7 +80,7 @@ class Centroids(_Frozen):
         def classify(known: Examples, texts: Sequence[str]) -> Matrix:
             return fit_head(known.described()).logits(cached_encoder.vectors(texts))
 
-        return with_head(head, cached_encoder.vectors, _hold_out(classify, examples, options))
+        return with_head(head, cached_encoder.vectors, hold_out(classify, examples, options))
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Nearest(_Frozen):
         cached_encoder.vectors(described.texts)  # fills the cache
         return Fitted(
             lambda texts: classify(described, texts),
-            _hold_out(lambda known, texts: classify(known.described(), texts), examples, options),
+            hold_out(lambda known, texts: classify(known.described(), texts), examples, options),
         )
 
 
@@ -154,25 +154,3 @@ def label_head(vectors: Matrix) -> Head:
         vectors: one vector for each label, float32 (labels, dimensions), of any length.
     """
     return Head(np.ascontiguousarray(COSINE_SCALE * unit(vectors).T), np.zeros(len(vectors), dtype=np.float32))
-
-
-def _hold_out(classify: Callable[[Examples, Sequence[str]], Matrix], examples: Examples, options: Options) -> HeldOut:
-    """Return logits of held-out texts: of the validation texts, or by cross-validation of the examples.
-
-    Cross-validation never holds out a text that is the only one of its label; it trains on this text in every fold.
-
-    Args:
-        classify: fits a classifier to the examples given, and returns its logits of the texts given.
-        examples: the training texts.
-        options: options of the fit.
-    """
-    if options.validation is not None:
-        return HeldOut(classify(examples, options.validation.texts), options.validation.targets)
-    folds = stratify(examples.targets, options.seed)
-    rows, parts = [np.zeros(0, dtype=np.int64)], [np.zeros((0, len(examples.labels)), dtype=np.float32)]
-    for fold in np.unique(folds[folds >= 0]):
-        unseen = np.flatnonzero(folds == fold)
-        rows.append(unseen)
-        known = examples.take(np.flatnonzero(folds != fold))
-        parts.append(classify(known, [examples.texts[row] for row in unseen]))
-    return HeldOut(np.concatenate(parts), examples.targets[np.concatenate(rows)], np.concatenate(rows))

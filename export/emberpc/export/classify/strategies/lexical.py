@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from emberpc.bundle.evaluation import HeldOut
 from emberpc.export.classify.cached_encoder import CachedEncoder
-from emberpc.export.classify.linear import Matrix, balanced_weights, stratify
-from emberpc.export.classify.strategies.base import Fitted, Options, no_texts, split
-from emberpc.export.data.examples import Examples, Rows
+from emberpc.export.classify.linear import Matrix, balanced_weights
+from emberpc.export.classify.strategies.base import Fitted, Options, hold_out
+from emberpc.export.data.examples import Examples
 
 #: Inverse strength of regularization. TF-IDF vectors have length 1 and many entries, so a weak regularization is best.
 _C = 10.0
@@ -48,27 +47,12 @@ class TfIdf:
         The held-out texts are those of the validation file; without one, `examples` are cross-validated, or a part of
         them is held out if the texts times the labels are more than 200,000.
         """
-        classify = _fit(examples.described(), options)
-        if options.validation is not None:
-            held_out = HeldOut(classify(options.validation.texts), options.validation.targets)
-        else:
-            held_out = _hold_out(examples, options)
-        return Fitted(classify, held_out)
 
+        def classify(known: Examples, texts: Sequence[str]) -> Matrix:
+            return _fit(known.described(), options)(texts)
 
-def _hold_out(examples: Examples, options: Options) -> HeldOut:
-    parts: list[Rows]
-    if len(examples.texts) * len(examples.labels) > _MOST_CROSS_VALIDATED:
-        parts = [split(examples, options.seed)[1]]
-    else:
-        folds = stratify(examples.targets, options.seed)
-        parts = [np.flatnonzero(folds == fold) for fold in np.unique(folds[folds >= 0])]
-    rows, logits = [np.zeros(0, dtype=np.int64)], [no_texts(examples).logits]
-    for unseen in parts:
-        known = examples.take(np.setdiff1d(np.arange(len(examples.texts)), unseen))
-        rows.append(unseen)
-        logits.append(_fit(known.described(), options)([examples.texts[row] for row in unseen]))
-    return HeldOut(np.concatenate(logits), examples.targets[np.concatenate(rows)], np.concatenate(rows))
+        once = len(examples.texts) * len(examples.labels) > _MOST_CROSS_VALIDATED
+        return Fitted(_fit(examples.described(), options), hold_out(classify, examples, options, once=once))
 
 
 def _fit(examples: Examples, options: Options) -> Callable[[Sequence[str]], Matrix]:
