@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,83 @@ def test_ctrl_c_ends_a_command(fake: FakeServer) -> None:
         process.kill()
     assert (process.returncode, out) == (130, b"")
     assert b"Traceback" not in err
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Where the tests run in the background, SIGINT is ignored. This sets Python's default handler during a test."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("fake", "interruptible")
+@pytest.mark.parametrize("in_a_cycle", [False, True])
+def test_ctrl_c_in_a_constructor_prints_no_error_of_the_destructor(
+    emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch, in_a_cycle: bool
+) -> None:
+    from emberpc.client import Client
+
+    destroyed = []
+
+    class Call:
+        def __init__(self) -> None:
+            if in_a_cycle:
+                self.itself = self
+            signal.raise_signal(signal.SIGINT)
+            self.state = "complete"
+
+        def __del__(self) -> None:
+            destroyed.append(True)
+            assert self.state
+
+    monkeypatch.setattr(Client, "models", lambda *_, **__: Call())
+    outcome = emberpc("models")
+    assert (outcome.code, outcome.out, outcome.err.strip()) == (130, "", "")
+    assert destroyed
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("fake", "interruptible")
+def test_ctrl_c_in_a_destructor_ends_the_command(emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emberpc.client import Client
+
+    class Call:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    def models(*_: Any, **__: Any) -> list[Any]:
+        Call()
+        while True:
+            pass
+
+    monkeypatch.setattr(Client, "models", models)
+    outcome = emberpc("models")
+    assert (outcome.code, outcome.out, outcome.err.strip()) == (130, "", "")
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_during_the_imports_ends_the_command(emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main_module, "_run", lambda _: signal.raise_signal(signal.SIGINT))
+    outcome = emberpc("models")
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "")
+
+
+def test_a_failing_destructor_without_ctrl_c_is_reported(
+    emberpc: Emberpc, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from emberpc.client import Client
+
+    reported = []
+
+    class Call:
+        def __del__(self) -> None:
+            raise ValueError
+
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: reported.append(error.exc_type))
+    monkeypatch.setattr(Client, "models", lambda *_, **__: [Call()][1:])
+    assert emberpc("models").code == 0
+    assert reported == [ValueError]
 
 
 @pytest.mark.parametrize("json", [True, False])

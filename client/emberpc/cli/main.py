@@ -26,7 +26,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from emberpc.cli.errors import how_to_install
+from emberpc.cli.errors import ExitCode, how_to_install
+from emberpc.cli.interrupts import handle_interrupts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _open_standard_streams()
     gc.disable()  # imports create many objects and no garbage, so collecting would only cost time
     try:
-        return _run(sys.argv[1:] if arguments is None else arguments)
+        with handle_interrupts():
+            return _run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:  # during the imports, or while an error was printed
+        return ExitCode.INTERRUPTED
     finally:
         gc.enable()
 
