@@ -28,6 +28,9 @@ PACKAGES = (
 #: Numbers of texts that a shared export compares with PyTorch, and that it times and looks for outliers in. With the
 #: export's own numbers, 64 and 64, an export of MiniLM takes 9 CPU-seconds longer.
 PARITY_TEXTS, TIMED_TEXTS = 16, 8
+#: Number of texts with outputs of PyTorch in a shared export: each edge case, two long texts and a docstring. With the
+#: export's own number, 16, each verification of MiniLM takes 2 CPU-seconds longer.
+REFERENCE_TEXTS = 8
 
 
 @cache
@@ -87,6 +90,7 @@ def shared_export(name: str, build: Callable[[Path], object], factory: pytest.Te
                     patch.setattr(f"emberpc.export.variants.{module}.TIMED_TEXTS", TIMED_TEXTS)
                 for module in ("embedding", "classifier"):
                     patch.setattr(f"emberpc.export.{module}.PARITY_TEXTS", PARITY_TEXTS)
+                    patch.setattr(f"emberpc.export.{module}.REFERENCE_TEXTS", REFERENCE_TEXTS)
                 build(unfinished / name)
             unfinished.rename(kept)
         return Path(shutil.copytree(kept / name, factory.mktemp("shared") / name))

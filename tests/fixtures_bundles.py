@@ -8,6 +8,7 @@ them, and a test compares them with what the export writes today.
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.util
 import json
 import shutil
@@ -154,6 +155,16 @@ def write_tiny(folder: Path, seed: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def save_with_external_weights(model: Path, name: str) -> None:
+    """Move the weights of an ONNX file to another file beside it; skip the test if ONNX Runtime is too old for that."""
+    import onnx
+    import onnxruntime as ort
+
+    if not hasattr(ort.SessionOptions, "add_external_initializers_from_files_in_memory"):
+        pytest.skip(f"ONNX Runtime {ort.__version__} cannot take external weights from memory; install a newer one")
+    onnx.save(onnx.load(str(model)), str(model), save_as_external_data=True, location=name)
+
+
 def committed(name: str, factory: pytest.TempPathFactory) -> Path:
     """Return a copy of a committed bundle for this test session."""
     return Path(shutil.copytree(BUNDLES / name, factory.mktemp("committed") / name))
@@ -175,6 +186,59 @@ def other_tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_classifier_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier on the tiny encoder: texts of `a b` have the label `x`, texts of `p q` the label `y`."""
     return committed("tiny-classifier", tmp_path_factory)
+
+
+#: Files of a source that the conversion to ONNX does not read: sentence-transformers reads them, or people.
+_NOT_CONVERTED = ("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "README.md")
+#: The most bytes of weights whose conversion is kept: those of the tiny encoders.
+_SMALL = 2**20
+
+
+@pytest.fixture(scope="session")
+def conversions() -> dict[str, Path]:
+    """The conversions to ONNX that this process made of tiny encoders, by the hash of what was converted."""
+    return {}
+
+
+@pytest.fixture
+def convert_once(
+    conversions: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Convert each tiny encoder to ONNX once in a process: the conversion is half of the CPU time of a tiny export.
+
+    A source with other weights, another configuration or another tokenizer is another encoder. An error is not kept.
+    """
+    from emberpc.export import embedding
+    from emberpc.export.convert.onnx_export import convert
+
+    def kept(folder: Path, target: Path) -> Path:
+        files = [
+            path for path in sorted(folder.iterdir()) if path.is_file() and not any(map(path.match, _NOT_CONVERTED))
+        ]
+        if sum(path.stat().st_size for path in files) > _SMALL:
+            return convert(folder, target)
+        digest = hashlib.sha256()
+        for path in files:
+            digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        key = digest.hexdigest()
+        if key not in conversions:
+            copy = tmp_path_factory.mktemp("converted")
+            convert(folder, copy)
+            conversions[key] = copy
+        shutil.copytree(conversions[key], target, dirs_exist_ok=True)
+        return target / "model.onnx"
+
+    monkeypatch.setattr(embedding, "convert", kept)
+
+
+@pytest.fixture
+def quick_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time few texts once, and draw small plots: no test compares the serving costs that a comparison measures."""
+    from emberpc.export.compare import plots, serving_cost
+
+    monkeypatch.setattr(serving_cost, "_ROUNDS", 1)
+    monkeypatch.setattr(serving_cost, "_TIMED", 4)
+    monkeypatch.setattr(plots, "_DOTS_PER_INCH", 30)
 
 
 class MakeSource(Protocol):

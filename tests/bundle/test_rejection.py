@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from emberpc.bundle import BundleError, DecisionRule, RejectionScore, ScopeVectors, rejection_scores, unit
 from emberpc.bundle.prototypes import MAX_PROTOTYPES, can_store, class_means, make_scope
 from emberpc.bundle.rejection import auroc, capped_threshold, fit_rejection
-from emberpc.bundle.scope import MAX_SCOPE_NUMBERS, SCOPE_NAME
+from emberpc.bundle.scope import SCOPE_NAME
 
 SCORES = arrays(np.float64, st.integers(1, 60), elements=st.integers(-8, 8).map(float))
 
@@ -107,12 +107,13 @@ def test_vectors_without_a_direction_have_no_prototype() -> None:
         assert scope.nearest_cosines(vectors_of(2, 3)).tolist() == [-1, -1]
 
 
-def test_the_stored_numbers_are_bounded() -> None:
-    dimensions = MAX_SCOPE_NUMBERS // 40
+def test_the_stored_numbers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emberpc.bundle.prototypes.MAX_SCOPE_NUMBERS", 4000)
+    dimensions = 100
     vectors, targets = vectors_of(80, dimensions), np.eye(20, dtype=bool)[np.arange(80) % 20]
     scope = make_scope(RejectionScore.NEAREST_PROTOTYPE, vectors, targets)
     assert scope is not None
-    assert scope.vectors.size <= MAX_SCOPE_NUMBERS
+    assert scope.vectors.size <= 4000
     assert can_store(RejectionScore.CLASS_COSINE, 40, dimensions)
     assert not can_store(RejectionScore.CLASS_COSINE, 41, dimensions)
     assert can_store(RejectionScore.ENERGY, 30_000, dimensions)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.export
+pytestmark = [pytest.mark.export, pytest.mark.usefixtures("convert_once")]
 
 Emberpc = Any
 
@@ -114,7 +114,10 @@ def test_an_export_prints_both_error_rates_and_on_which_texts_they_were_measured
 def test_an_export_prints_its_variants_and_what_was_not_kept(
     emberpc: Emberpc, tiny_source: Path, tmp_path: Path
 ) -> None:
-    outcome = emberpc("export", "embedding", tiny_source, "-o", tmp_path / "bundle", "--variants", "auto")
+    texts = tmp_path / "texts.csv"
+    texts.write_text("text\n" + "".join(f"text number {i}\n" for i in range(20)))
+    options = ("--variants", "auto", "--validation", texts)
+    outcome = emberpc("export", "embedding", tiny_source, "-o", tmp_path / "bundle", *options)
     assert outcome.code == 0, outcome.err
     # An embedding model has neither labels nor a strategy, and no row for them.
     assert all(len(row) >= 2 and row[1] for row in outcome.rows if row != [""])

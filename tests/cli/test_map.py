@@ -238,9 +238,16 @@ def test_a_file_that_is_there_stays_unless_told(emberpc: Emberpc, make: Make, tm
 
 
 @pytest.mark.export
-@pytest.mark.parametrize("distance", ["cosine", "dot_product", "euclidean"])
-@pytest.mark.parametrize("dimensions", [1, 2, 50])
-@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize(
+    ("distance", "dimensions", "size"),
+    [
+        # Each pair of values of two parameters is in one fast test.
+        pytest.param(distance, dimensions, size, marks=[] if (i + j + k) % 3 == 0 else [pytest.mark.slow])
+        for i, distance in enumerate(("cosine", "dot_product", "euclidean"))
+        for j, dimensions in enumerate((1, 2, 50))
+        for k, size in enumerate((1e-30, 1.0, 1e30))
+    ],
+)
 def test_any_finite_vectors_have_a_place(distance: str, dimensions: int, size: float) -> None:
     vectors = np.random.default_rng(0).normal(0, size, (14, dimensions)).astype(np.float32)
     vectors[3] = 0

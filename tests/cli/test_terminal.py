@@ -10,45 +10,56 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
+from emberpc.cli.main import main
 from emberpc.client import Client
 from fake_server import FakeServer
 
 
 def on_terminal(*arguments: object, columns: int = 60, typed: str | None = None) -> list[str]:
-    """Run a command on a terminal of its own; return the lines that it wrote.
+    """Run a command in this process on a terminal of its own; return the lines that it wrote.
 
     `typed` is what is typed there; None: stdin is no terminal.
     """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    environment = {**os.environ, "TERM": "xterm"}
-    environment.pop("COLUMNS", None)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "emberpc.cli.main", *map(str, arguments)],
-        stdin=subprocess.DEVNULL if typed is None else theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=environment,
-    )
-    os.close(theirs)
+    written: list[bytes] = []
+
+    def read() -> None:
+        # Linux raises OSError when the other end is closed.
+        with suppress(OSError):
+            while piece := os.read(ours, 65536):
+                written.append(piece)
+
+    reader = threading.Thread(target=read)
+    reader.start()
     if typed is not None:
         os.write(ours, typed.encode())
-    written = b""
-    while True:
-        try:
-            piece = os.read(ours, 65536)
-        except OSError:  # how Linux says that the other end is closed
-            break
-        if not piece:
-            break
-        written += piece
-    os.close(ours)
-    process.wait(300)
-    return written.decode().splitlines()
+    try:
+        with ExitStack() as stack:
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            patch.setenv("TERM", "xterm")
+            patch.delenv("COLUMNS", raising=False)
+            # The size of the terminal is that of the descriptors 0 to 2.
+            for number in range(3):
+                stack.callback(os.close, before := os.dup(number))
+                stack.callback(os.dup2, before, number)
+                os.dup2(theirs, number)
+            stdin = stack.enter_context(open(os.devnull if typed is None else os.dup(theirs)))  # noqa: PTH123
+            patch.setattr(sys, "stdin", stdin)
+            for name in ("stdout", "stderr"):
+                patch.setattr(sys, name, stack.enter_context(open(os.dup(theirs), "w")))  # noqa: PTH123
+            main([str(argument) for argument in arguments])
+    finally:
+        os.close(theirs)
+        reader.join(300)
+        os.close(ours)
+    return b"".join(written).decode().splitlines()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from itertools import chain
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from emberpc.server.engine import word_cache
 from emberpc.server.engine.word_cache import WordCache
+from fixtures_bundles import minilm_source
 
 #: Letters that are dropped, decomposed, cut apart, joined to others, or begin a special token.
 PIECES = st.sampled_from(
@@ -30,8 +30,8 @@ def plain(tokenizer: Tokenizer) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def minilm(minilm_bundle: Path) -> Tokenizer:
-    return plain(Tokenizer.from_file(str(minilm_bundle / "tokenizer.json")))
+def minilm() -> Tokenizer:
+    return plain(Tokenizer.from_file(str(minilm_source() / "tokenizer.json")))
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,23 @@ from pathlib import Path
 
 import pytest
 
+from emberpc.export import classifier, embedding
 from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.variants import measurement, selection
 
 
 @pytest.fixture(autouse=True)
-def quick_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time one round of a few texts: a fifth of a small model's export went into a figure that no test compares."""
+def quick_exports(convert_once: None, quick_comparison: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare, time and draw little, and use the conversions of tiny encoders that earlier tests made.
+
+    A fifth of a small model's export went into a speed that no test compares, and a tenth into texts beyond the edge
+    cases, the two long texts and a few docstrings.
+    """
     monkeypatch.setattr(measurement, "ROUNDS", 1)
-    for module in (measurement, selection):
-        monkeypatch.setattr(module, "TIMED_TEXTS", 16)
+    for timing in (measurement, selection):
+        monkeypatch.setattr(timing, "TIMED_TEXTS", 16)
+    for exporting in (embedding, classifier):
+        monkeypatch.setattr(exporting, "PARITY_TEXTS", 16)
 
 
 @pytest.fixture(scope="session")

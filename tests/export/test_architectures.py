@@ -35,11 +35,11 @@ from emberpc.export.verify import verify_bundle
 from fixtures_bundles import tiny_tokenizer
 
 WORDS = 39
-SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 PADDED: dict[str, Any] = {"vocab_size": WORDS, "pad_token_id": 1, "max_position_embeddings": 34}
 CONFIGS: dict[str, PretrainedConfig] = {
     "distilbert": DistilBertConfig(
-        vocab_size=WORDS, dim=32, n_layers=3, n_heads=2, hidden_dim=64, max_position_embeddings=32
+        vocab_size=WORDS, dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=32
     ),
     "roberta": RobertaConfig(**PADDED, **SIZES, type_vocab_size=1),
     "xlm-roberta": XLMRobertaConfig(**PADDED, **SIZES, type_vocab_size=1),
@@ -60,7 +60,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 @pytest.fixture(params=CONFIGS)
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """An encoder of each architecture, of three small layers."""
+    """An encoder of each architecture, of two small layers: of ModernBERT, one with each kind of attention."""
     config = CONFIGS[request.param]
     torch.manual_seed(0)
     with warnings.catch_warnings():

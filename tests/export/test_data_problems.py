@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comparison_helpers import TEXTS, outcome, summary
+from emberpc.export.compare import uncertainty
 from emberpc.export.compare.data_problems import confusions, suspects
 from emberpc.export.compare.outcomes import Decisions, Outcome
 from emberpc.export.compare.plots import draw_plots
 from emberpc.export.compare.recommendation import Recommendation
 from emberpc.export.compare.summary import Summary
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_samples() -> Iterator[None]:
+    """Draw few samples of the bootstrap: no test of this module looks at an interval."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_SAMPLES", "_FEWEST_SAMPLES"):
+            patch.setattr(uncertainty, name, 20)
+        yield
 
 
 def test_confusions_name_the_texts_that_cause_them() -> None:

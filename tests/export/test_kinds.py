@@ -183,9 +183,9 @@ def without_tokenizer(source: Path) -> None:
 
 
 def with_slow_tokenizer(source: Path) -> None:
-    """A tokenizer of characters, which is code in transformers and nothing else."""
+    """A tokenizer of bytes, which is code in transformers and nothing else."""
     without_tokenizer(source)
-    lay_out(source, {"tokenizer_config.json": {"tokenizer_class": "CanineTokenizer", "model_max_length": 32}})
+    lay_out(source, {"tokenizer_config.json": {"tokenizer_class": "ByT5Tokenizer", "model_max_length": 32}})
 
 
 def with_split_special_tokens(source: Path) -> None:
@@ -198,7 +198,7 @@ def with_split_special_tokens(source: Path) -> None:
     [
         (with_split_special_tokens, "states split_special_tokens, which tokenizer.json cannot; set it to false"),
         (without_tokenizer, r"no tokenizer that can be read .*tokenizer\.json"),
-        (with_slow_tokenizer, r"has no tokenizer\.json, and transformers cannot make one from its CanineTokenizer"),
+        (with_slow_tokenizer, r"has no tokenizer\.json, and transformers cannot make one from its ByT5Tokenizer"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_served_is_refused(

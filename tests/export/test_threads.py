@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from time import thread_time
 
 import numpy as np
@@ -247,18 +248,26 @@ def test_torch_uses_one_thread_if_its_threads_may_spin(
         assert torch.get_num_threads() == 1
 
 
+#: Stands in for torch, which takes a second to load: what `bounded_threads` calls.
+_TORCH = "def get_num_threads(): return 1\ndef set_num_threads(count): pass\n"
+
+
 @pytest.mark.parametrize(
-    ("first", "own", "expected"),
+    ("first", "own", "expected", "real"),
     [
-        ("", None, "PASSIVE None True"),
-        ("", "passive", "passive passive True"),
-        ("", "ACTIVE", "ACTIVE ACTIVE False"),
-        ("import torch", None, "None None False"),
-        ("import torch", "PASSIVE", "PASSIVE PASSIVE True"),
+        ("", None, "PASSIVE None True", True),
+        ("", "passive", "passive passive True", False),
+        ("", "ACTIVE", "ACTIVE ACTIVE False", False),
+        ("import torch", None, "None None False", False),
+        ("import torch", "PASSIVE", "PASSIVE PASSIVE True", False),
     ],
 )
-def test_waiting_threads_sleep_unless_the_user_decided_otherwise(first: str, own: str | None, expected: str) -> None:
+def test_waiting_threads_sleep_unless_the_user_decided_otherwise(
+    first: str, own: str | None, expected: str, real: bool, tmp_path: Path
+) -> None:
     """torch reads the setting when it is loaded: it is there before, and gone afterwards."""
+    if not real:
+        (tmp_path / "torch.py").write_text(_TORCH)
     script = (
         f"import os\n{first}\nfrom emberpc.export import threads\n"
         "def policy(): return os.environ.get('OMP_WAIT_POLICY')\n"
@@ -266,7 +275,10 @@ def test_waiting_threads_sleep_unless_the_user_decided_otherwise(first: str, own
         "with threads.bounded_threads(): print(before, policy(), threads._torch_sleeps)"
     )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), **({} if own is None else {"OMP_WAIT_POLICY": own})}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
+        **({} if own is None else {"OMP_WAIT_POLICY": own}),
+    }
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == expected
 

@@ -29,8 +29,8 @@ def failed(report: VerifyReport) -> list[str]:
     return [check.name for check in report.checks if not check.ok]
 
 
-def test_a_good_bundle_passes_every_check(minilm_bundle: Path) -> None:
-    report = verify_bundle(minilm_bundle)
+def test_a_good_bundle_passes_every_check(tiny_bundle: Path) -> None:
+    report = verify_bundle(tiny_bundle)
     assert report.ok
     assert [check.name for check in report.checks] == [
         "files",
@@ -40,7 +40,7 @@ def test_a_good_bundle_passes_every_check(minilm_bundle: Path) -> None:
         "fp32 one by one",
         "fp32 in one batch",
     ]
-    assert report.figures["fp32.size_bytes"] == (minilm_bundle / "onnx" / "model.onnx").stat().st_size
+    assert report.figures["fp32.size_bytes"] == (tiny_bundle / "onnx" / "model.onnx").stat().st_size
     assert report.figures["fp32.load_seconds"] > 0
     assert report.figures["fp32.texts_per_second"] > 0
 
@@ -174,15 +174,15 @@ def test_verify_finds_a_manifest_that_differs_from_its_model(bundle: Path, chang
     assert check in failed(verify_bundle(bundle))
 
 
-def test_a_classifiers_logits_are_checked_too(classifier_bundle: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(classifier_bundle, tmp_path / "bundle"))
+def test_a_classifiers_logits_are_checked_too(tiny_classifier_bundle: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_classifier_bundle, tmp_path / "bundle"))
     path = folder / "onnx" / "model.onnx"
     model = onnx.load(path)
     gemm = next(node for node in reversed(model.graph.node) if node.op_type == "Gemm")
     bias = next(tensor for tensor in model.graph.initializer if tensor.name == gemm.input[2])
     bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(0.1), bias.name))
     onnx.save(model, path)
-    finish_bundle(folder, read_bundle(classifier_bundle).manifest)
+    finish_bundle(folder, read_bundle(tiny_classifier_bundle).manifest)
     report = verify_bundle(folder)
     assert failed(report) == ["fp32 one by one", "fp32 in one batch"]
     assert "logits" in report.checks[-1].detail

@@ -114,7 +114,7 @@ def test_a_backup_is_one_state_while_writers_and_searches_hammer_it(tmp_path: Pa
 
     with closing(Index(tmp_path, buffer_limit=50)) as index:
         collection = index.create(CollectionSpec("c", DIMENSIONS))
-        collection.upsert(numbered(500), gaussian(500, DIMENSIONS))
+        collection.upsert(numbered(200), gaussian(200, DIMENSIONS))
 
         def write(number: int) -> None:
             pair = [NewRecord(f"{side}{number % 40}", f"number {number}") for side in "ab"]
@@ -137,7 +137,7 @@ def test_a_backup_is_one_state_while_writers_and_searches_hammer_it(tmp_path: Pa
         ]
         try:
             sequences = []
-            for i in range(4):
+            for i in range(3):
                 # However slow the host is, there is a write between two backups.
                 written.clear()
                 assert written.wait(600)

@@ -23,7 +23,7 @@ from emberpc.server.index.storage import database
 from index.support import numbered, refused
 from index_helpers import DIMENSIONS, vectors
 
-COUNT = 600
+COUNT = 300
 MATRIX = vectors(COUNT)
 #: Looks that may follow the one at which a call is to stop: SQLite's handler, our loop, and the error's translation.
 FEW = 10

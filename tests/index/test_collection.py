@@ -220,7 +220,7 @@ def test_readers_and_writers_at_once_see_whole_records_only(collection: Collecti
     errors: list[str] = []
 
     def write() -> None:
-        for version in range(1, 80):
+        for version in range(1, 41):
             collection.upsert([NewRecord(str(i), str(version)) for i in range(20)], numbered(version))
             if version % 10 == 0:
                 collection.delete([str(i) for i in range(5)])
@@ -231,7 +231,7 @@ def test_readers_and_writers_at_once_see_whole_records_only(collection: Collecti
             errors.extend(torn(collection.search(vectors(3, seed=9), [30] * 3, with_vectors=True)))
 
     collection.upsert([NewRecord(str(i), "0") for i in range(20)], numbered(0))
-    threads = [threading.Thread(target=write), *(threading.Thread(target=read) for _ in range(3))]
+    threads = [threading.Thread(target=write), *(threading.Thread(target=read) for _ in range(2))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -243,7 +243,7 @@ def test_readers_and_writers_at_once_see_whole_records_only(collection: Collecti
 @pytest.mark.parametrize(
     ("dimensions", "count"),
     [
-        (64, 6_000),
+        (64, 4_500),
         pytest.param(64, 20_000, marks=pytest.mark.slow),
         pytest.param(384, 20_000, marks=pytest.mark.slow),
     ],
@@ -252,9 +252,9 @@ def test_default_recall_on_clustered_vectors(tmp_path: Path, dimensions: int, co
     index = Index(tmp_path)
     collection = index.create(CollectionSpec("c", dimensions))
     matrix = vectors(count, dimensions=dimensions)
-    for start in range(0, count, 2000):
-        ids = [str(i) for i in range(start, start + 2000)]
-        collection.upsert(records(*ids), matrix[start : start + 2000])
+    for start in range(0, count, 500):
+        ids = [str(i) for i in range(start, start + 500)]
+        collection.upsert(records(*ids), matrix[start : start + 500])
     collection.maintain()
     queries = matrix[:200] + 0.1 * np.random.default_rng(5).normal(size=(200, dimensions)).astype(np.float32)
     found = 0

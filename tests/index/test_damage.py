@@ -16,7 +16,7 @@ from emberpc.server.errors import Code
 from emberpc.server.index import Collection, Index
 from emberpc.server.index.reembedding import Reembedding
 from emberpc.server.index.storage import schema
-from index.damages import COUNT, EVEN, LOST, QUESTIONS, TRUTH, VECTORS, WIDTH, damaged
+from index.damages import COUNT, EVEN, LOST, NEAR, QUESTIONS, TRUTH, VECTORS, WIDTH, check_pages, damaged
 from index.support import gaussian, recall, refused
 
 
@@ -26,29 +26,22 @@ def check_all_but_the_lost(collection: Collection, *, maintained: bool) -> None:
         collection.maintain()
     others = {key: vector for key, vector in TRUTH.items() if key != LOST}
     assert recall(collection, others, VECTORS, 10) == 1
-    for found in (
-        collection.search(VECTORS, 1),
-        collection.search(VECTORS, 1, with_vectors=True),
-        collection.search(VECTORS, 1, min_recall=1),
-        collection.search(VECTORS, 1, conditions=[EVEN if i % 2 == 0 else Not(EVEN) for i in range(COUNT)]),
-        collection.search_words(QUESTIONS, [1] * COUNT),
-        collection.search_both(VECTORS, QUESTIONS, [1] * COUNT, dense_weight=0.5),
+    conditions = [EVEN if i % 2 == 0 else Not(EVEN) for i in range(COUNT)]
+    ones = [1] * len(QUESTIONS[NEAR])
+    for rows, found in (
+        (slice(COUNT), collection.search(VECTORS, 1)),
+        (slice(COUNT), collection.search(VECTORS, 1, with_vectors=True)),
+        (slice(COUNT), collection.search(VECTORS, 1, min_recall=1)),
+        (slice(COUNT), collection.search(VECTORS, 1, conditions=conditions)),
+        (NEAR, collection.search_words(QUESTIONS[NEAR], ones)),
+        (NEAR, collection.search_both(VECTORS[NEAR], QUESTIONS[NEAR], ones, dense_weight=0.5)),
     ):
         hits = [outcome.hits[0][0].id for outcome in found]
-        assert [hit for hit, wanted in zip(hits, TRUTH, strict=True) if wanted != LOST] == list(others)
+        pairs = zip(hits, list(TRUTH)[rows], strict=True)
+        assert all(hit == wanted for hit, wanted in pairs if wanted != LOST)
         assert LOST not in hits
     (most,) = collection.search(VECTORS[:1], 100)
     assert sorted(record.id for record, _ in most.hits) == list(others)
-
-
-def check_pages(collection: Collection, *, with_vectors: bool) -> None:
-    token, found = "", []
-    for _ in range(COUNT):
-        page, token = collection.page(7, token, with_vectors=with_vectors)
-        found += [record.id for record in page]
-        if not token:
-            break
-    assert found == [each for each in TRUTH if each != LOST]
 
 
 METADATA = {

@@ -84,8 +84,9 @@ def test_what_is_to_go_after_a_restart_goes(tmp_path: Path) -> None:
         reopened.close()
 
 
-def test_many_go_in_writes_of_a_thousand(collection: Collection) -> None:
-    ids = [str(i) for i in range(2300)]
+def test_many_go_in_writes_of_a_limited_size(collection: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emberpc.server.index.collection._EXPIRED_AT_ONCE", 100)
+    ids = [str(i) for i in range(230)]
     collection.upsert(short_lived(*ids, seconds=0.5), vectors(len(ids)))
     assert soon(lambda: collection.count() == 0)
     assert collection.info().sequence == 4

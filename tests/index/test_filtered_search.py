@@ -179,7 +179,7 @@ def test_a_record_that_is_always_there_is_always_found(collection: Collection) -
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        for _ in range(100):
+        for _ in range(60):
             (outcome,) = collection.search(data[:1], 1, conditions=[equal("kind", "a")])
             assert outcome.hits[0][0].id == "r0"
     finally:

@@ -17,16 +17,20 @@ from emberpc.server.collections.filters import Comparison, Operator
 from emberpc.server.collections.types import Matrix, StoredRecord
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, Index
+from emberpc.server.index.storage import reserve as reserve_module
 from emberpc.server.index.storage.reserve import Reserve
 from index.support import gaussian, recall, refused
 
 WIDTH, BATCH = 64, 20
 MEGABYTE = 2**20
+#: The size of the product; `conftest.py` gives other tests less.
+RESERVE_SIZE = reserve_module._SIZE
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A file system of 8 MiB."""
+    monkeypatch.setattr(reserve_module, "_SIZE", RESERVE_SIZE)
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(

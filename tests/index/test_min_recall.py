@@ -17,7 +17,7 @@ from emberpc.server.index.search.recall import Point, RecallMap
 from index.support import gaussian, numbered, refused
 from index_helpers import true_scores, vectors
 
-COUNT, WIDTH = 1500, 32
+COUNT, WIDTH = 1000, 32
 
 
 def filled(index: Index, distance: Distance = Distance.COSINE) -> tuple[Collection, np.ndarray]:
@@ -161,12 +161,12 @@ def test_a_graph_that_grew_by_a_half_is_measured_again(index: Index) -> None:
     collection, _ = filled(index)
     first = collection._graph_maintenance.ef_chooser._measured
     assert first is not None
-    collection.upsert(numbered(800, first=COUNT), gaussian(800, WIDTH, seed=3))
+    collection.upsert(numbered(500, first=COUNT), gaussian(500, WIDTH, seed=3))
     collection.maintain()
     second = collection._graph_maintenance.ef_chooser._measured
     assert first.size == COUNT
     assert second is not None
-    assert second.size == COUNT + 800
+    assert second.size == COUNT + 500
 
 
 def test_the_map_keeps_a_reserve_and_grows_with_what_is_wanted() -> None:

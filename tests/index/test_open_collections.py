@@ -178,9 +178,9 @@ def test_calls_and_closing_do_not_disturb_each_other(index: Index) -> None:
 
     def work(number: int) -> Callable[[], None]:
         def run() -> None:
-            vectors = gaussian(25, WIDTH, seed=number)
+            vectors = gaussian(15, WIDTH, seed=number)
             try:
-                for i in range(25):
+                for i in range(15):
                     collection = collections[(number + i) % 5]
                     collection.upsert([NewRecord(f"{number}-{i}", "word")], vectors[i : i + 1])
                     assert collection.search(vectors[i : i + 1], 1)[0].hits[0][0].id == f"{number}-{i}"
@@ -198,7 +198,7 @@ def test_calls_and_closing_do_not_disturb_each_other(index: Index) -> None:
                 each.close_idle()
 
     together(*(work(number) for number in range(4)), close)
-    assert sum(each.count() for each in collections) == 100
+    assert sum(each.count() for each in collections) == 60
 
 
 def test_the_connections_of_a_collection_are_shared(index: Index) -> None:

@@ -52,13 +52,13 @@ def test_a_larger_one_is_searched_in_the_graph_and_the_newest_records_beside_it(
 
 
 def test_ef_is_used_as_given_and_chosen_by_top_k_otherwise(collection: Collection) -> None:
-    filled(collection, 3000)
+    filled(collection, 1200)
     query = gaussian(1, 8, seed=5)
     assert collection.search(query, 10, ef=37)[0].plan.ef == 37
     assert collection.search(query, 10, ef=12)[0].plan.ef == 12
     # No fewer candidates than hits, whatever was asked for.
     assert collection.search(query, 50, ef=12)[0].plan.ef >= 50
-    few, many = collection.search(query, 1)[0].plan.ef, collection.search(query, 1000)[0].plan.ef
+    few, many = collection.search(query, 1)[0].plan.ef, collection.search(query, 500)[0].plan.ef
     assert 1 < few < many
 
 

@@ -99,5 +99,8 @@ class IndexAgainstDict(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
 
-IndexAgainstDict.TestCase.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+#: Half of the examples of other tests: each example writes files and starts processes that write snapshots.
+IndexAgainstDict.TestCase.settings = settings(
+    max_examples=settings().max_examples, stateful_step_count=30, deadline=None
+)
 TestIndexAgainstDict = IndexAgainstDict.TestCase

@@ -19,7 +19,7 @@ from emberpc.server.index.jobs import verify
 from emberpc.server.index.storage import word_index
 from index.support import copy_made, gaussian, make_checksums_right, numbered, refused
 
-COUNT, WIDTH = 160, 16
+COUNT, WIDTH = 60, 16
 
 
 def filled(index: Index, distance: Distance = Distance.COSINE) -> Collection:

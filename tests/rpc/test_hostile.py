@@ -90,7 +90,18 @@ def check_alive(channel: grpc.Channel) -> None:
     assert response_.embeddings.rows == 1
 
 
-@pytest.mark.parametrize("name", CASES)
+#: Kinds of long texts that one call of Embed has in the fast tests, and the other calls only in the slow ones.
+OTHER_KINDS = set(hostile_requests.KINDS) - {"one letter", "only marks", "unsegmented"}
+
+
+def is_slow(name: str) -> bool:
+    call, _, kind = name.rpartition(": ")
+    return kind in OTHER_KINDS and call != "embed, cut at the end"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if is_slow(name) else []) for name in CASES]
+)
 def test_a_hostile_request_is_answered_or_refused(channel: grpc.Channel, name: str) -> None:
     hostile = CASES[name]
     code = send(channel, hostile)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -166,16 +169,26 @@ def test_stopping_lets_a_call_in_flight_finish(minilm_bundle: Path, tmp_path: Pa
     assert "Traceback" not in server.output
 
 
-def test_sigint_stops_it_too(tmp_path: Path) -> None:
-    server = ServerProcess({}, tmp_path)
-    server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(300) == 0
-    server.kill()
+@dataclass
+class Restarted:
+    """A server that runs after another one on the same data directory.
+
+    Attributes:
+        server: the server that runs.
+        client: a client of that server.
+        exit_code: the exit code of the server before, which SIGINT stopped.
+    """
+
+    server: ServerProcess
+    client: Client
+    exit_code: int
 
 
 @pytest.fixture(scope="module")
-def restarted(tiny_bundle: Path, other_tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """Return a client of a server that was restarted with another model `m`, and after damage to a collection."""
+def after_restart(
+    tiny_bundle: Path, other_tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Restarted]:
+    """Return a server that was restarted with another model `m`, and after damage to a collection."""
     data = tmp_path_factory.mktemp("data")
     models = {"tiny": tiny_bundle, "m": other_tiny_bundle}
     with ServerProcess(models, data) as server, Client(server.address) as client:
@@ -185,9 +198,37 @@ def restarted(tiny_bundle: Path, other_tiny_bundle: Path, tmp_path_factory: pyte
         client.upsert("books", [{"id": "a", "text": "a whale hunt", "metadata": {"year": 1851, "tags": ["sea"]}}])
         client.create_collection("plays", model="m")
         client.upsert("plays", [{"id": "a", "text": "a whale hunt"}])
+        assert client.get_collection("plays").truncation == "refuse"
+        client.update_collection("plays", truncation="start")
+        server.process.send_signal(signal.SIGINT)
+        exit_code = server.process.wait(300)
     (damaged / "records.db").write_bytes(b"no database at all" * 1000)
-    with ServerProcess({**models, "m": tiny_bundle}, data) as server, Client(server.address) as client:
-        yield client
+    measuring = ("--batch-tokens", "0")
+    with ServerProcess({**models, "m": tiny_bundle}, data, *measuring) as server, Client(server.address) as client:
+        yield Restarted(server, client, exit_code)
+
+
+@pytest.fixture
+def restarted(after_restart: Restarted) -> Client:
+    """Return a client of that server."""
+    return after_restart.client
+
+
+def test_sigint_stops_it_too(after_restart: Restarted) -> None:
+    assert after_restart.exit_code == 0
+
+
+def test_the_size_of_micro_batches_is_measured_unless_it_is_stated(after_restart: Restarted) -> None:
+    """Other servers of the tests have a stated size."""
+    end = time.monotonic() + 300
+    while not (found := re.search(r"micro-batches of (\d+) tokens; measured", after_restart.server.output)):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert int(found[1]) in (128, 256, 512, 1024)
+
+
+def test_a_change_of_a_collection_outlives_a_restart(restarted: Client) -> None:
+    assert restarted.get_collection("plays").truncation == "start"
 
 
 def test_collections_are_there_again_after_a_restart(restarted: Client) -> None:

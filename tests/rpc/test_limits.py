@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -157,10 +156,14 @@ def test_the_server_states_its_limits(channel: grpc.Channel) -> None:
         assert getattr(info.limits, field.name) > 0
 
 
-def test_a_stated_limit_is_the_one_that_is_checked(tmp_path: Path) -> None:
+def test_a_stated_limit_is_the_one_that_is_checked(tiny_server: ServerProcess) -> None:
     options = [("grpc.max_receive_message_length", -1)]
-    with ServerProcess({}, tmp_path) as process, grpc.insecure_channel(process.address, options) as channel:
-        check_limits(channel)
+    with grpc.insecure_channel(tiny_server.address, options) as channel:
+        try:
+            check_limits(channel)
+        finally:
+            request = pb.DeleteCollectionRequest(name="limits")
+            index_pb2_grpc.IndexServiceStub(channel).DeleteCollection(request)
 
 
 def check_limits(channel: grpc.Channel) -> None:

@@ -46,13 +46,8 @@ def expected(folder: Path) -> tuple[str, np.ndarray]:
     return model.fingerprint, model.encoder.run([encoding.ids])[0]
 
 
-@pytest.fixture
-def models(tiny_bundle: Path, other_tiny_bundle: Path, tmp_path: Path) -> Path:
-    """Return a models directory with the bundles `a` and `b`."""
-    return copied(tiny_bundle, other_tiny_bundle, tmp_path / "models")
-
-
 def copied(tiny_bundle: Path, other_tiny_bundle: Path, folder: Path) -> Path:
+    """Return a models directory with the bundles `a` and `b`."""
     shutil.copytree(tiny_bundle, folder / "a")
     shutil.copytree(other_tiny_bundle, folder / "b")
     return folder
@@ -183,7 +178,7 @@ async def test_the_async_client_does_the_same(admin: ServerProcess) -> None:
 
 
 def test_an_unloaded_model_finishes_its_calls(minilm_bundle: Path, tmp_path: Path) -> None:
-    texts = [f"text number {i} " + "word " * (i % 30) for i in range(150)]
+    texts = [f"text number {i} " + "word " * (i % 30) for i in range(90)]
     with ServerProcess({"m": minilm_bundle}, tmp_path, "--model-admin") as server:
         with grpc.insecure_channel(server.address) as channel:
             stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
@@ -192,7 +187,7 @@ def test_an_unloaded_model_finishes_its_calls(minilm_bundle: Path, tmp_path: Pat
             stub.CountTokens(embedding_pb2.CountTokensRequest(texts=["short"]))
             assert not long.done()
             model_pb2_grpc.ModelServiceStub(channel).UnloadModel(model_pb2.UnloadModelRequest(name="m"))
-            assert long.result(0.2).embeddings.rows == 150
+            assert long.result(0.2).embeddings.rows == 90
         with Client(server.address) as client:
             calls: tuple[Callable[[], object], ...] = (
                 lambda: client.embed(["a"]),
@@ -263,20 +258,39 @@ def test_without_a_models_directory_only_a_models_own_folder_is_read(tiny_bundle
             assert refused.value.reason == "NO_MODELS_DIR"
 
 
-def test_models_stay_as_they_are_unless_the_server_allows_otherwise(models: Path, tmp_path: Path) -> None:
-    with (
-        ServerProcess({}, tmp_path / "data", "--models-dir", str(models)) as server,
-        Client(server.address) as client,
-    ):
+@pytest.fixture(scope="module")
+def watched_models(tiny_bundle: Path, other_tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the models directory of the server `watching`: with the bundle `a`, the hidden `.b`, and a bad one."""
+    folder = copied(tiny_bundle, other_tiny_bundle, tmp_path_factory.mktemp("watched") / "models")
+    shutil.move(folder / "b", folder / ".b")
+    (folder / "bad").mkdir()
+    (folder / "bad" / "emberpc.json").write_text("{")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def watching(
+    watched_models: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    """Return a server that follows its models directory, and whose models callers may not change."""
+    flags = ("--models-dir", str(watched_models), "--watch-models", "0.05")
+    with ServerProcess({"pinned": tiny_bundle}, tmp_path_factory.mktemp("data"), *flags) as process:
+        yield process
+
+
+def test_models_stay_as_they_are_unless_the_server_allows_otherwise(watching: ServerProcess) -> None:
+    with Client(watching.address) as client:
         calls: tuple[Callable[[], object], ...] = (
             lambda: client.load_model("m", "a"),
             lambda: client.reload_model("a"),
             lambda: client.unload_model("a"),
         )
+        before = client.models()
         for call in calls:
             with pytest.raises(PermissionDenied, match="start it with --model-admin"):
                 call()
-        assert [model.name for model in client.models()] == ["a", "b"]
+        assert client.models() == before
+        assert [model.name for model in before] == ["a", "pinned"]
 
 
 def test_a_collection_refuses_another_model_until_its_own_is_back(connected: Client) -> None:
@@ -293,16 +307,10 @@ def test_a_collection_refuses_another_model_until_its_own_is_back(connected: Cli
 
 
 def test_the_watch_loads_reloads_and_unloads(
-    models: Path, tiny_bundle: Path, other_tiny_bundle: Path, tmp_path: Path
+    watching: ServerProcess, watched_models: Path, other_tiny_bundle: Path
 ) -> None:
-    shutil.move(models / "b", models / ".b")
-    (models / "bad").mkdir()
-    (models / "bad" / "emberpc.json").write_text("{")
-    flags = ("--models-dir", str(models), "--watch-models", "0.05")
-    with (
-        ServerProcess({"pinned": tiny_bundle}, tmp_path / "data", *flags) as server,
-        Client(server.address) as client,
-    ):
+    models = watched_models
+    with Client(watching.address) as client:
 
         def fingerprints() -> dict[str, str]:
             return {model.name: model.fingerprint for model in client.models()}
@@ -321,12 +329,12 @@ def test_the_watch_loads_reloads_and_unloads(
         shutil.rmtree(models / "b")
         until(lambda: "b" not in fingerprints())
         assert sorted(fingerprints()) == ["a", "pinned"]
-        assert server.output.count(f"{models / 'bad'} is not served") == 1
+        assert watching.output.count(f"{models / 'bad'} is not served") == 1
 
 
 def test_a_models_directory_that_is_not_there_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="there is no folder"):
-        ServerProcess({}, tmp_path / "data", "--models-dir", str(tmp_path / "none"))
+        ServerProcess({}, tmp_path, "--models-dir", str(tmp_path / "none"))
 
 
 def resident_bytes(process_id: int) -> int:

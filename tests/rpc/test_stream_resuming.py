@@ -16,29 +16,45 @@ from emberpc.client.types import DType
 from examples.server_process import ServerProcess
 from stream_helpers import LETTERS, texts_of
 
-Serve = Callable[..., ServerProcess]
+#: The stream that is still open when the server is stopped has this time to end.
+FLAGS = ("--drain-seconds", "0.2")
 
 
-@pytest.fixture
-def serve(tiny_bundle: Path, tmp_path: Path) -> Iterator[Serve]:
-    """Starts servers of the tiny model; all are ended with the test."""
-    started: list[ServerProcess] = []
+class Restartable:
+    """A server of the tiny model that can be ended and started again at the same address."""
 
-    def start(*flags: str, listen: str = "127.0.0.1:0", name: str = "tiny") -> ServerProcess:
-        started.append(ServerProcess({name: tiny_bundle}, tmp_path / "data", *flags, listen=listen))
-        return started[-1]
+    def __init__(self, bundle: Path, data_dir: Path) -> None:
+        self._bundle, self._data_dir = bundle, data_dir
+        self.process = ServerProcess({"tiny": bundle}, data_dir, *FLAGS)
+        self.address = self.process.address
 
-    yield start
-    for server in started:
-        if server.process.returncode is None:
-            server.kill()
+    @property
+    def ended(self) -> bool:
+        return self.process.process.poll() is not None
+
+    def start(self) -> None:
+        self.process = ServerProcess({"tiny": self._bundle}, self._data_dir, *FLAGS, listen=self.address)
 
 
 @pytest.fixture(scope="module")
-def address(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Return the address of a server that no test ends."""
-    with ServerProcess({"tiny": tiny_bundle}, tmp_path_factory.mktemp("data")) as server:
-        yield server.address
+def of_module(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Restartable]:
+    server = Restartable(tiny_bundle, tmp_path_factory.mktemp("data"))
+    yield server
+    if not server.ended:
+        server.process.kill()
+
+
+@pytest.fixture
+def server(of_module: Restartable) -> Restartable:
+    """Return a server that runs, which the test may end."""
+    if of_module.ended:
+        of_module.start()
+    return of_module
+
+
+@pytest.fixture
+def address(server: Restartable) -> str:
+    return server.address
 
 
 def test_a_corpus_of_20000_is_read_no_further_than_the_window(address: str) -> None:
@@ -96,28 +112,27 @@ def test_other_element_types_are_those_of_embed(address: str, dtype: DType) -> N
             assert near.mean() > (0.9 if dtype == "binary" else 0.999)
 
 
-def interrupted(serve: Serve, end: Callable[[ServerProcess], int], *flags: str) -> tuple[list[StreamedEmbedding], int]:
+def interrupted(server: Restartable, end: Callable[[ServerProcess], int]) -> tuple[list[StreamedEmbedding], int]:
     """Run a stream whose server is ended and started again on the way; return the results, and how many came before."""
-    first = serve(*flags)
-    again: list[ServerProcess] = []
+    first = server.process.process
     before = 0
     results: list[StreamedEmbedding] = []
 
     def restart() -> None:
-        end(first)
-        again.append(serve(*flags, listen=first.address))
+        end(server.process)
+        server.start()
 
     thread = threading.Thread(target=restart)
-    with Client(first.address) as client:
+    with Client(server.address) as client:
         for result in client.embed_stream(iter_forever(thread)):
             results.append(result)
             if len(results) == 1000:
                 thread.start()
-            if first.process.poll() is None:
+            if first.poll() is None:
                 before = len(results)
         thread.join()
         assert client.health().name == "SERVING"
-    assert again
+    assert server.process.process is not first
     return results, before
 
 
@@ -131,30 +146,29 @@ def iter_forever(thread: threading.Thread) -> Iterator[tuple[str, str]]:
         number += 1
 
 
-def test_every_text_is_answered_once_though_the_server_was_killed(serve: Serve) -> None:
-    results, before = interrupted(serve, ServerProcess.kill)
+def test_every_text_is_answered_once_though_the_server_was_killed(server: Restartable) -> None:
+    results, before = interrupted(server, ServerProcess.kill)
     assert 1000 <= before < len(results)
     assert Counter(result.id for result in results) == Counter({f"text-{i}": 1 for i in range(len(results))})
     assert all(result.error is None and result.vector is not None for result in results)
 
 
-def test_every_text_is_answered_once_though_the_server_was_stopped(serve: Serve) -> None:
+def test_every_text_is_answered_once_though_the_server_was_stopped(server: Restartable) -> None:
     """A stream that is still open when the time to drain is over goes on with the next server."""
-    results, before = interrupted(serve, ServerProcess.stop, "--drain-seconds", "0.2")
+    results, before = interrupted(server, ServerProcess.stop)
     assert 1000 <= before < len(results)
     assert Counter(result.id for result in results) == Counter({f"text-{i}": 1 for i in range(len(results))})
     assert all(result.error is None and result.vector is not None for result in results)
 
 
-async def test_the_asynchronous_client_goes_on_after_a_kill_too(serve: Serve) -> None:
-    server = await asyncio.to_thread(serve)
+async def test_the_asynchronous_client_goes_on_after_a_kill_too(server: Restartable) -> None:
     texts = texts_of(50)
     seen: Counter[str] = Counter()
-    restarting: asyncio.Task[ServerProcess] | None = None
+    restarting: asyncio.Task[None] | None = None
 
-    def restart() -> ServerProcess:
-        server.kill()
-        return serve(listen=server.address)
+    def restart() -> None:
+        server.process.kill()
+        server.start()
 
     def corpus() -> Iterator[tuple[str, str]]:
         number = 0
@@ -172,30 +186,29 @@ async def test_the_asynchronous_client_goes_on_after_a_kill_too(serve: Serve) ->
                 await asyncio.sleep(0)
     assert seen == Counter({f"text-{i}": 1 for i in range(len(seen))})
     assert len(seen) > 500
+    assert not server.ended
 
 
-def test_a_server_that_stays_away_is_not_waited_for_for_ever(serve: Serve) -> None:
-    server = serve()
+def test_a_server_that_stays_away_is_not_waited_for_for_ever(server: Restartable) -> None:
     with Client(server.address) as client:
         results = client.embed_stream(
             ("a b" for _ in range(10**9)), timeout=5
         )  # time for the first answer on a slow host
         next(results)
-        server.kill()
+        server.process.kill()
         with pytest.raises(Unavailable, match="no emberpc server answers"):
             list(results)
 
 
 def test_another_model_under_the_name_is_not_taken_for_the_first(
-    serve: Serve, other_tiny_bundle: Path, tmp_path: Path
+    server: Restartable, other_tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    server = serve()
     with Client(server.address) as client:
         results = client.embed_stream(("a b" for _ in range(10**9)), model="tiny")
         next(results)
-        server.kill()
+        server.process.kill()
         with (
-            ServerProcess({"tiny": other_tiny_bundle}, tmp_path / "other", listen=server.address),
+            ServerProcess({"tiny": other_tiny_bundle}, tmp_path, listen=server.address),
             pytest.raises(FailedPrecondition, match="another model 'tiny'"),
         ):
             list(results)

@@ -200,7 +200,7 @@ def serve(tiny_bundle: Path, tmp_path: Path) -> Iterator[Serve]:
     started: list[ServerProcess] = []
 
     def start(listen: str = "127.0.0.1:0") -> ServerProcess:
-        started.append(ServerProcess({"tiny": tiny_bundle}, tmp_path / "data", listen=listen))
+        started.append(ServerProcess({"tiny": tiny_bundle}, tmp_path, listen=listen))
         return started[-1]
 
     yield start

@@ -124,17 +124,6 @@ def test_a_wrong_change_is_refused_by_its_field(
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_a_change_outlives_a_restart(tmp_path: Path) -> None:
-    with ServerProcess({}, tmp_path) as process, grpc.insecure_channel(process.address) as channel:
-        stub = index_pb2_grpc.IndexServiceStub(channel)
-        stub.CreateCollection(pb.CreateCollectionRequest(collection=pb.Collection(name="cut", dimensions=2)))
-        update(stub, types_pb2.TRUNCATION_START)
-    with ServerProcess({}, tmp_path) as process, grpc.insecure_channel(process.address) as channel:
-        stub = index_pb2_grpc.IndexServiceStub(channel)
-        found = stub.GetCollection(pb.GetCollectionRequest(name="cut")).collection
-    assert found.truncation == types_pb2.TRUNCATION_START
-
-
 @pytest.mark.usefixtures("stub")
 async def test_both_clients_truncate(server: ServerProcess, client: Client) -> None:
     records = [Record("long", LONG)]
