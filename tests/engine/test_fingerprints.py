@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import helper
 
@@ -33,6 +34,7 @@ from emberpc.server.engine import Model, ModelLoadError, Registry
 from emberpc.server.engine.models import model
 from emberpc.server.engine.sessions import shared_tables
 from emberpc.server.engine.sessions.onnx_runtime import OnnxSession, SessionError
+from fixtures_bundles import save_with_external_weights
 
 MODEL = Path("onnx") / "model.onnx"
 #: Of the committed classifier, with "e" as the fingerprint of its encoder.
@@ -106,7 +108,7 @@ def test_a_model_that_cannot_be_loaded_is_refused_whatever_is_served(
 
 
 def test_weights_that_the_manifest_does_not_list_are_refused(copy: Path) -> None:
-    onnx.save(onnx.load(str(copy / MODEL)), str(copy / MODEL), save_as_external_data=True, location="w")
+    save_with_external_weights(copy / MODEL, "w")
     manifest = Manifest.from_json((copy / "emberpc.json").read_text(encoding="utf-8"))
     finish_bundle(copy, manifest)
     assert Model.load("m", copy).fingerprint
@@ -123,8 +125,7 @@ def foreign(tiny_bundle: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "foreign"
     shutil.copytree(tiny_bundle, folder)
     (folder / "emberpc.json").unlink()
-    model = onnx.load(str(folder / MODEL))
-    onnx.save(model, str(folder / MODEL), save_as_external_data=True, location="model.onnx.data")
+    save_with_external_weights(folder / MODEL, "model.onnx.data")
     return folder
 
 
@@ -149,6 +150,14 @@ def test_foreign_folders_with_one_graph_and_different_data_files_are_two_models(
     tokens = [np.array([2, 7, 8, 9, 3])]
     assert not np.allclose(one.encoder.run(tokens), other.encoder.run(tokens), atol=1e-3)
     assert not one.legacy_fingerprint  # it did not cover model.onnx.data, so it binds nothing
+
+
+def test_external_weights_are_refused_where_onnx_runtime_cannot_take_them_from_memory(
+    foreign: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "SessionOptions", object)
+    with pytest.raises(SessionError, match="upgrade onnxruntime, or save the model as one ONNX file"):
+        OnnxSession(foreign / MODEL)
 
 
 def test_a_session_is_not_widened_with_other_weights(foreign: Path) -> None:
@@ -223,7 +232,7 @@ def test_what_is_hashed_is_what_is_served(file: str, foreign: Path, monkeypatch:
 
 
 def test_a_bundle_that_changes_while_it_is_loaded_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    onnx.save(onnx.load(str(copy / MODEL)), str(copy / MODEL), save_as_external_data=True, location="w")
+    save_with_external_weights(copy / MODEL, "w")
     finish_bundle(copy, Manifest.from_json((copy / "emberpc.json").read_text(encoding="utf-8")))
     check = Bundle.check_hashes
 
@@ -299,7 +308,7 @@ def test_no_session_is_made_if_one_in_use_can_be_shared(
 
 def test_weights_outside_the_folder_are_not_loaded(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loading = Loading(monkeypatch)
-    onnx.save(onnx.load(str(copy / MODEL)), str(copy / MODEL), save_as_external_data=True, location="w")
+    save_with_external_weights(copy / MODEL, "w")
     (copy / "onnx" / "w").rename(copy.parent / "w")
     (copy / "onnx" / "w").symlink_to(copy.parent / "w")
     manifest = Manifest.from_json((copy / "emberpc.json").read_text(encoding="utf-8"))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import onnx
 import pytest
 
 from emberpc.server.collections import CollectionSpec, NewRecord
@@ -23,6 +22,7 @@ from emberpc.server.pipelines.model_binding import collection_model
 from emberpc.server.pipelines.reembedding import ReembeddingJobs
 from emberpc.server.services.index import IndexService
 from emberpc.v1 import index_pb2 as pb
+from fixtures_bundles import save_with_external_weights
 from index.support import refused
 
 
@@ -92,8 +92,7 @@ def foreign(tiny_bundle: Path, folder: Path, location: str) -> Path:
     """Write the tiny encoder without a manifest, its weights in a file of this name."""
     shutil.copytree(tiny_bundle, folder)
     (folder / "emberpc.json").unlink()
-    path = folder / "onnx" / "model.onnx"
-    onnx.save(onnx.load(str(path)), str(path), save_as_external_data=True, location=location)
+    save_with_external_weights(folder / "onnx" / "model.onnx", location)
     return folder
 
 
