@@ -35,6 +35,8 @@ _EXTRA_THREADS = 4
 #: stack and heap. With a lower limit, a library may end the process by a signal. Measured with two workers: 600 MB are
 #: too little, 700 MB are enough.
 _ADDRESS_SPACE, _ADDRESS_SPACE_OF_WORKER = 640, 64
+#: Name of the logger of gRPC's event loop.
+_GRPC_LOGGER = "grpc._cython.cygrpc"
 #: Least limit of the open files of the process. With a limit of 20 the data directory cannot be opened, and each open
 #: collection has at most 11 open files.
 _OPEN_FILES = 64
@@ -56,7 +58,7 @@ def serve(settings: Settings) -> None:
     # Garbage collection would take an eighth of the time of the start for nothing: imports create many objects, but no
     # garbage. `run` of `emberpc.server.app` turns it on again when the server serves.
     gc.disable()
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up_logging(settings.log_level)
     before, now = descriptors.raise_limit()
     if now > before:
         log.info("raised the limit of file descriptors from %d to %d", before, now)
@@ -84,6 +86,26 @@ def serve(settings: Settings) -> None:
         # A `with` block of the pool would always wait for the pool's threads without a limit. `end` waits until the
         # deadline of the shutdown. There is no deadline if no signal came, as after a StartupError.
         stopping.end(pool)
+
+
+def set_up_logging(level: str) -> None:
+    """Log to stderr, and log a response that cannot be sent because its caller has left as one line at level DEBUG.
+
+    If the caller leaves at the moment when gRPC sends the response or the status, gRPC logs an error with a traceback.
+
+    Args:
+        level: least level of the messages that are logged, such as `info`.
+    """
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger(_GRPC_LOGGER).addFilter(_is_no_unsent_response)
+
+
+def _is_no_unsent_response(record: logging.LogRecord) -> bool:
+    """Return False for gRPC's error about a response that cannot be sent, and log that at level DEBUG."""
+    if not str(record.msg).startswith("ExecuteBatchError raised in core"):
+        return True
+    log.debug("a response was not sent, since its caller has left: %s", record.getMessage())
+    return False
 
 
 def _check_open_files() -> None:
