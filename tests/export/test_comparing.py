@@ -59,6 +59,15 @@ def test_all_stored_outcomes_are_read_and_damaged_ones_are_ignored(tmp_path: Pat
     assert Store(tmp_path, "key").read() == {kept.cell: kept, quick.cell: quick}
 
 
+def test_outcomes_of_bases_with_similar_names_are_stored_apart(tmp_path: Path) -> None:
+    store = Store(tmp_path, "key")
+    plain = outcome("linear", 4, 0.9)
+    each = [replace(plain, cell=replace(plain.cell, base=base)) for base in ("a/b", "a-b", "a b", "-a-b", "äöü", "üöä")]
+    for found in each:
+        store.write(found)
+    assert store.read() == {found.cell: found for found in each}
+
+
 def test_a_folder_of_other_data_is_refused(tmp_path: Path) -> None:
     Store(tmp_path, "key")
     with pytest.raises(ExportError, match="another comparison|other data"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from emberpc.export.compare import comparison_key, comparison_run
 from emberpc.export.compare.comparison_run import FOR_REPORT, ComparisonSettings, run
 from emberpc.export.compare.outcomes import ALL
 from emberpc.export.compare.planner import Planner
+from emberpc.export.compare.recommendation import recommendation
 from emberpc.export.embedding import convert_encoder
 from emberpc.export.errors import ExportError
 from emberpc.export.tuning.backbone import Backbone
@@ -194,6 +196,20 @@ def test_a_later_run_with_fewer_strategies_and_budgets_keeps_what_was_measured(
     assert {(point.way.strategy, point.budget) for point in summary.points} == {
         ("centroids", 2), ("centroids", ALL), ("linear", 2), ("linear", 4), ("linear", ALL),
     }  # fmt: skip
+
+
+def test_with_two_bases_sentences_name_the_base_and_tf_idf_is_fitted_once(
+    settings: ComparisonSettings, tiny_source: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(tiny_source, tmp_path / "other-bert")
+    several = replace(settings, bases=(*settings.bases, str(other)), strategies=("tf-idf", "centroids"))
+    found = room.compare(several, tmp_path / "report")
+    assert [(point.way.base, point.way.strategy) for point in found.summary.points] == [
+        ("other-bert", "centroids"), ("tiny-bert", "tf-idf"), ("tiny-bert", "centroids"),
+    ]  # fmt: skip
+    said = " ".join(recommendation(found))
+    assert "centroids on frozen vectors of tiny-bert" in said.lower()
+    assert "centroids on frozen vectors of other-bert" in said.lower()
 
 
 def test_two_bases_of_one_name_are_refused_at_once(settings: ComparisonSettings, tmp_path: Path) -> None:

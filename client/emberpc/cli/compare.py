@@ -321,7 +321,8 @@ def _show_labels(found: Recommendation) -> None:
     for each in confusions(summary, point):
         instead.setdefault(each.label, f"{each.given} ({100 * each.share:.0f} %)")
     figures = class_figures(summary.result.test, point.outcomes)
-    note(f"labels with the lowest F1 by {point.name} {summary.where(point.budget)}, of {len(figures)}:")
+    name, where = summary.name(point.way, quick=point.quick), summary.where(point.budget)
+    note(f"labels with the lowest F1 by {name} {where}, of {len(figures)}:")
     print_table(
         [Column("label"), *(Column(name, "right") for name in ("precision", "recall", "F1")), Column("confused with")],
         [

@@ -9,7 +9,7 @@ from math import ceil
 from emberpc.export.compare.forecast import Estimate
 from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Way, budget_name
 from emberpc.export.compare.planner import Skipped
-from emberpc.export.compare.summary import Point, Summary, difference, strategy_name
+from emberpc.export.compare.summary import Point, Summary, difference
 
 #: Costs by which strategies can be compared: CPU-seconds of the training, or milliseconds to classify a text beside its
 #: vector.
@@ -158,7 +158,7 @@ def recommendation(found: Recommendation) -> list[str]:
         )
     if (fewer := found.fewer) is not None:
         sentences.append(
-            f"Fewer texts do as well: {fewer.name} reaches {_score(fewer, found)} "
+            f"Fewer texts do as well: {found.summary.name(fewer.way)} reaches {_score(fewer, found)} "
             f"{found.summary.where(fewer.budget)} ({fewer.texts:,} texts)."
         )
     return sentences
@@ -166,16 +166,15 @@ def recommendation(found: Recommendation) -> list[str]:
 
 def _take(found: Recommendation) -> str:
     summary, taken = found.summary, found.taken
-    base = f" ({taken.way.base})" if len(summary.result.sources) > 1 else ""
     where = summary.where(NO_TEXTS if taken.point.budget == NO_TEXTS else summary.largest)
     value = _range(taken.estimate)
     kind = "" if taken.estimate.measured else "an estimated "
-    return f"Take {strategy_name(taken.way)}{base}: {kind}{_metric(found)} {value} {where}."
+    return f"Take {summary.name(taken.way)}: {kind}{_metric(found)} {value} {where}."
 
 
 def _unknown(each: Unknown, found: Recommendation) -> str:
     """Return the sentence about a strategy that was not measured with the largest budget."""
-    summary, name = found.summary, strategy_name(each.way)
+    summary, name = found.summary, found.summary.name(each.way)
     where = summary.where(summary.largest)
     largest = "all" if summary.largest == ALL else summary.largest
     to_know = f"To know, run this again with --strategy {each.way.strategy} --budget {largest}."
@@ -189,7 +188,8 @@ def _unknown(each: Unknown, found: Recommendation) -> str:
     rival, lead = summary.best(point.budget, tunes=not each.way.tunes), ""
     if rival is not None and point.budget != summary.largest:
         gap = 100 * (point.score.value - rival.score.value)
-        lead = f", where it {'leads' if gap >= 0 else 'is behind'} {rival.name} by {abs(gap):.1f} points"
+        other = summary.name(rival.way, quick=rival.quick)
+        lead = f", where it {'leads' if gap >= 0 else 'is behind'} {other} by {abs(gap):.1f} points"
     return (
         f"How good {name} is {where} is not known: it is estimated at {_range(each.estimate)}, from "
         f"{point.score.value:.3f} {summary.where(point.budget)}{' by a quick training' * point.quick}{lead}. "
@@ -222,7 +222,7 @@ def _versus(rival: Candidate, found: Recommendation) -> str:
     costs = f"its training takes {_seconds(rival.cpu_seconds)} against {_seconds(taken.cpu_seconds)} of CPU"
     if found.cost == "serving":
         costs = f"beside its vector, a text takes {rival.milliseconds:.1f} ms against {taken.milliseconds:.1f} ms"
-    name = _capital(strategy_name(rival.way))
+    name = _capital(found.summary.name(rival.way))
     return f"{name} {verb} {abs(gain):.1f} points{noise}; {costs}."
 
 

@@ -24,7 +24,7 @@ from emberpc.export.compare.recommendation import (
     recommendation,
     skipped_lines,
 )
-from emberpc.export.compare.summary import Point, strategy_name
+from emberpc.export.compare.summary import Point
 from emberpc.export.files import write_text
 
 _BYTES_PER_MB = 1e6
@@ -56,7 +56,7 @@ def write_report(recommended: Recommendation, folder: Path) -> Path:
         Environment(autoescape=True, trim_blocks=True)
         .from_string(template)
         .render(
-            **{**found, "winner": strategy_name(point.way), "where": summary.where(point.budget)},
+            **{**found, "winner": summary.name(point.way), "where": summary.where(point.budget)},
             metric_name=metric_name(summary.metric),
             largest=f"At the largest budget: {budget_name(summary.largest)}",
             table=[table_row(recommended, each) for each in summary.at(summary.largest)],

@@ -41,20 +41,6 @@ class Point:
         """Share of the test texts whose labels are exactly right, in [0, 1]."""
         return self.means["accuracy"]
 
-    @property
-    def name(self) -> str:
-        """Name of the strategy for a sentence, such as `linear on frozen vectors`."""
-        return f"{strategy_name(self.way)}{' (quick)' * self.quick}"
-
-
-def strategy_name(way: Way) -> str:
-    """Return the name of a strategy for a sentence, such as `linear on frozen vectors`."""
-    if way.strategy == "zero-shot":
-        return "zero-shot (label names alone)"
-    if way.strategy == "tf-idf":
-        return "TF-IDF with logistic regression"
-    return way.strategy if way.tunes else f"{way.strategy} on frozen vectors"
-
 
 class Summary:
     """Means, estimates and baselines of a comparison's outcomes.
@@ -194,9 +180,25 @@ class Summary:
         suitable = [point for point in self.at(budget) if point.way.served and point.way.tunes == tunes]
         return max(suitable, key=lambda point: point.score.value, default=None)
 
+    def name(self, way: Way, *, quick: bool = False) -> str:
+        """Return the name of a strategy for a sentence, such as `linear on frozen vectors`.
+
+        If there are several bases, the name includes the base, unless the strategy uses none.
+
+        Args:
+            way: the strategy on its base.
+            quick: whether its profile is the quick one.
+        """
+        if way.strategy == "tf-idf":
+            return "TF-IDF with logistic regression"
+        name = way.strategy if way.tunes else f"{way.strategy} on frozen vectors"
+        name = "zero-shot (label names alone)" if way.strategy == "zero-shot" else name
+        base = f" of {way.base}" if len(self.result.sources) > 1 else ""
+        return f"{name}{' (quick)' * quick}{base}"
+
     def title(self, way: Way) -> str:
         """Return the name of a strategy for a table or list, with its base if there are several bases."""
-        return f"{way.strategy} ({way.base})" if len(self.result.sources) > 1 else way.strategy
+        return f"{way.strategy} ({way.base})" if way.served and len(self.result.sources) > 1 else way.strategy
 
     def _deviation(self, way: Way, budget: int, groups: Iterable[Sequence[Outcome]]) -> float:
         """Return the standard deviation over seeds of the strategies of the same kind as `way` at a budget.
