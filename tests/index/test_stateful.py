@@ -99,8 +99,5 @@ class IndexAgainstDict(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
 
-#: Half of the examples of other tests: each example writes files and starts processes that write snapshots.
-IndexAgainstDict.TestCase.settings = settings(
-    max_examples=settings().max_examples, stateful_step_count=30, deadline=None
-)
+IndexAgainstDict.TestCase.settings = settings(stateful_step_count=30, deadline=None)
 TestIndexAgainstDict = IndexAgainstDict.TestCase
