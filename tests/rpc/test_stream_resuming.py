@@ -25,15 +25,15 @@ class Restartable:
 
     def __init__(self, bundle: Path, data_dir: Path) -> None:
         self._bundle, self._data_dir = bundle, data_dir
-        self.process = ServerProcess({"tiny": bundle}, data_dir, *FLAGS)
-        self.address = self.process.address
+        self.start("127.0.0.1:0")
 
     @property
     def ended(self) -> bool:
         return self.process.process.poll() is not None
 
-    def start(self) -> None:
-        self.process = ServerProcess({"tiny": self._bundle}, self._data_dir, *FLAGS, listen=self.address)
+    def start(self, listen: str) -> None:
+        self.process = ServerProcess({"tiny": self._bundle}, self._data_dir, *FLAGS, listen=listen)
+        self.address = self.process.address
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def of_module(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 def server(of_module: Restartable) -> Restartable:
     """Return a server that runs, which the test may end."""
     if of_module.ended:
-        of_module.start()
+        of_module.start("127.0.0.1:0")  # another process may have the former port by now
     return of_module
 
 
@@ -120,7 +120,7 @@ def interrupted(server: Restartable, end: Callable[[ServerProcess], int]) -> tup
 
     def restart() -> None:
         end(server.process)
-        server.start()
+        server.start(server.address)
 
     thread = threading.Thread(target=restart)
     with Client(server.address) as client:
@@ -168,7 +168,7 @@ async def test_the_asynchronous_client_goes_on_after_a_kill_too(server: Restarta
 
     def restart() -> None:
         server.process.kill()
-        server.start()
+        server.start(server.address)
 
     def corpus() -> Iterator[tuple[str, str]]:
         number = 0
