@@ -91,14 +91,13 @@ def training_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def classifier_bundle(training_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier of docstrings by module."""
-    source = minilm_source()
+def classifier_bundle(short_minilm_source: Path, training_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier of docstrings by module, on the first two layers of all-MiniLM-L6-v2."""
 
     def build(folder: Path) -> None:
         from emberpc.export.classifier import ClassifierData, export_classifier
 
-        export_classifier(ClassifierData(training_file), str(source), folder)
+        export_classifier(ClassifierData(training_file), str(short_minilm_source), folder)
 
     return shared_export("modules", build, tmp_path_factory, training_file.read_bytes())
 

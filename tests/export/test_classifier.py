@@ -22,7 +22,7 @@ from emberpc.export.classifier import ClassifierData, export_classifier
 from emberpc.export.data.stdlib_texts import read_stdlib, sample_texts
 from emberpc.export.errors import ExportError
 from emberpc.export.verify import verify_bundle
-from fixtures_bundles import MODULES, MakeSource, minilm_source
+from fixtures_bundles import MODULES, MakeSource
 
 
 def write_csv(path: Path, rows: Iterable[tuple[str, str]]) -> Path:
@@ -103,11 +103,13 @@ def test_optimum_loads_it_and_gives_the_same_logits(classifier_bundle: Path) -> 
     assert model.config.architectures == ["BertForSequenceClassification"]
 
 
-def test_the_logits_are_pytorchs_embeddings_times_the_head_in_the_graph(classifier_bundle: Path) -> None:
+def test_the_logits_are_pytorchs_embeddings_times_the_head_in_the_graph(
+    classifier_bundle: Path, short_minilm_source: Path
+) -> None:
     from sentence_transformers import SentenceTransformer
 
     texts = few_texts()
-    encoder = SentenceTransformer(str(minilm_source()), device="cpu", local_files_only=True)
+    encoder = SentenceTransformer(str(short_minilm_source), device="cpu", local_files_only=True)
     embeddings = encoder.encode(texts, show_progress_bar=False)
     graph = onnx.load(classifier_bundle / "onnx" / "model.onnx").graph
     gemm = next(node for node in reversed(graph.node) if node.op_type == "Gemm")

@@ -12,6 +12,7 @@ import pytest
 from emberpc.bundle import Reference, probabilities, read_bundle
 from emberpc.client import Client
 from emberpc.server.services.classification import classify_row
+from examples.server_process import ServerProcess
 
 
 def test_texts_get_their_labels(client: Client, training_file: Path) -> None:
@@ -48,8 +49,15 @@ def test_the_models_describe_themselves(client: Client) -> None:
     assert (embedder.name, embedder.task, embedder.dimensions) == ("minilm", "embedding", 384)
     assert (classifier.name, classifier.task) == ("modules", "classification")
     assert "logging" in classifier.labels
-    # One encoder, so one fingerprint: their vectors may stand in one index.
-    assert embedder.fingerprint == classifier.fingerprint
+    assert embedder.fingerprint != classifier.fingerprint
+
+
+def test_a_classifier_on_the_encoder_of_another_model_has_its_fingerprint(tiny_server: ServerProcess) -> None:
+    """So their vectors may be in one collection."""
+    with Client(tiny_server.address) as client:
+        fingerprints = {model.name: model.fingerprint for model in client.models()}
+    assert fingerprints["letters"] == fingerprints["tiny"]
+    assert fingerprints["other"] != fingerprints["tiny"]
 
 
 def test_the_served_labels_and_probabilities_are_those_of_the_export(client: Client, classifier_bundle: Path) -> None:
