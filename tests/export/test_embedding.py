@@ -186,10 +186,8 @@ def test_distilbert_with_another_size_key_and_two_inputs_is_exported(make_source
     assert verify_bundle(tmp_path / "bundle").ok
 
 
-def test_options_go_into_the_manifest_and_the_folder(
-    tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.undo()  # as many texts as users' exports compare
+@pytest.mark.whole_exports
+def test_options_go_into_the_manifest_and_the_folder(tiny_source: Path, tmp_path: Path) -> None:
     prompts = Prompts(query="query: ", passage="passage: ")
     target = tmp_path / "bundle"
     manifest = export_embedding(str(tiny_source), target, name="me/mine", max_tokens=12, prompts=prompts)
@@ -328,13 +326,13 @@ def test_damaged_weights_are_refused(make_source: MakeSource, tmp_path: Path, ke
     assert leftovers(tmp_path) == set()
 
 
+@pytest.mark.whole_exports
 def test_a_local_folder_never_touches_the_network(
     tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the network was touched")
 
-    monkeypatch.undo()  # the conversion is none of an earlier test
     for owner, name in ((socket.socket, "connect"), (socket, "create_connection"), (socket, "getaddrinfo")):
         monkeypatch.setattr(owner, name, refuse)
     export_embedding(str(tiny_source), tmp_path / "bundle")

@@ -14,7 +14,7 @@ from index.support import copy_made, gaussian, make_older
 
 COUNT, WIDTH = 30, 8
 LOST = "r00007"
-#: Rows round the lost record. A search by words reads every record, so fewer questions than records are enough.
+#: Rows around the lost record. Each search by words reads every record, so these tests ask few questions.
 NEAR = slice(5, 10)
 EVEN = Comparison("even", Operator.EQUAL, True)
 QUESTIONS = [f"text of r{i:05}" for i in range(COUNT)]

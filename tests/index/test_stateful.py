@@ -99,5 +99,7 @@ class IndexAgainstDict(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
 
-IndexAgainstDict.TestCase.settings = settings(stateful_step_count=30, deadline=None)
+IndexAgainstDict.TestCase.settings = settings(
+    max_examples=min(settings().max_examples, 100), stateful_step_count=30, deadline=None
+)
 TestIndexAgainstDict = IndexAgainstDict.TestCase

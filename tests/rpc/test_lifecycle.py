@@ -219,7 +219,7 @@ def test_sigint_stops_it_too(after_restart: Restarted) -> None:
 
 
 def test_the_size_of_micro_batches_is_measured_unless_it_is_stated(after_restart: Restarted) -> None:
-    """Other servers of the tests have a stated size."""
+    """`tests/conftest.py` states a size for most servers of the tests."""
     end = time.monotonic() + 300
     while not (found := re.search(r"micro-batches of (\d+) tokens; measured", after_restart.server.output)):
         assert time.monotonic() < end

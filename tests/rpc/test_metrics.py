@@ -11,18 +11,12 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
 
 from emberpc.client import Client, InvalidArgument, Record, SearchQuery
-from emberpc.server import app
-from emberpc.server.collections import IndexBackend
-from emberpc.server.engine import Engine
-from emberpc.server.errors import StartupError
 from emberpc.server.scraping import MOST_CONNECTIONS, PageServer
-from emberpc.server.settings import Settings
 from examples.server_process import ServerProcess
 
 
@@ -111,10 +105,9 @@ def test_a_wrong_request_for_figures_is_refused(measured: ServerProcess, request
     assert figures(measured)["emberpc_models"] == 1
 
 
-def test_a_host_that_is_no_valid_name_is_refused() -> None:
-    settings = Settings(metrics_listen=f"{'x' * 64}:0")
-    with pytest.raises(StartupError, match="cannot listen on xxxx.* choose another --metrics-listen"):
-        app._serve_metrics(settings, cast("Engine", None), cast("IndexBackend", None))
+def test_a_host_that_is_no_valid_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="cannot listen on xxxx.* choose another --metrics-listen"):
+        ServerProcess({}, tmp_path, "--metrics-listen", f"{'x' * 64}:0")
 
 
 def test_an_address_that_is_taken_is_told(measured: ServerProcess, tmp_path: Path) -> None:

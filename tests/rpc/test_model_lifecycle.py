@@ -178,7 +178,7 @@ async def test_the_async_client_does_the_same(admin: ServerProcess) -> None:
 
 
 def test_an_unloaded_model_finishes_its_calls(minilm_bundle: Path, tmp_path: Path) -> None:
-    texts = [f"text number {i} " + "word " * (i % 30) for i in range(90)]
+    texts = [f"text number {i} " + "word " * (i % 30) for i in range(150)]
     with ServerProcess({"m": minilm_bundle}, tmp_path, "--model-admin") as server:
         with grpc.insecure_channel(server.address) as channel:
             stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
@@ -187,7 +187,7 @@ def test_an_unloaded_model_finishes_its_calls(minilm_bundle: Path, tmp_path: Pat
             stub.CountTokens(embedding_pb2.CountTokensRequest(texts=["short"]))
             assert not long.done()
             model_pb2_grpc.ModelServiceStub(channel).UnloadModel(model_pb2.UnloadModelRequest(name="m"))
-            assert long.result(0.2).embeddings.rows == 90
+            assert long.result(300).embeddings.rows == 150
         with Client(server.address) as client:
             calls: tuple[Callable[[], object], ...] = (
                 lambda: client.embed(["a"]),

@@ -6,7 +6,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ import pytest
 
 from emberpc.cli.main import main
 from emberpc.client import Client, FailedPrecondition, NotFound, Record
-from emberpc.server.index import Index
 from examples.server_process import ServerProcess
 
 WORDS = "a cab is here the dog runs over green hills and sings of rain at night".split()  # noqa: SIM905 - plainer
@@ -144,7 +142,7 @@ def test_calls_go_on_and_none_is_lost_while_a_collection_changes_models(
     assert len(list((data_dir / "collections").iterdir())) == 1
 
 
-@pytest.mark.parametrize("count", [2000, pytest.param(6000, id="with a graph", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3000, pytest.param(6000, id="with a graph", marks=pytest.mark.slow)])
 def test_a_killed_server_goes_on_where_it_was(models: dict[str, Path], tmp_path: Path, count: int) -> None:
     crashed = ServerProcess(models, tmp_path)
     with Client(crashed.address) as client:
@@ -158,16 +156,11 @@ def test_a_killed_server_goes_on_where_it_was(models: dict[str, Path], tmp_path:
         until(begun)
         assert under(client, "a")
         crashed.kill()
-    with ServerProcess(models, tmp_path) as server, Client(server.address) as client:
-        until(lambda: under(client, "b"))
-        check(client, "b", expected)
-    assert "Traceback" not in server.output
-    # What the next server finds.
-    with closing(Index(tmp_path)) as index:
-        assert index.reembeddings() == []
-        collection = index.get("c")
-        assert collection.spec.model == "b"
-        assert {record.id: record.text for record in collection.get(list(expected))} == expected
+    for _ in range(2):
+        with ServerProcess(models, tmp_path) as server, Client(server.address) as client:
+            until(lambda: under(client, "b"))
+            check(client, "b", expected)
+        assert "Traceback" not in server.output
 
 
 def test_a_collection_can_stay_under_its_model_after_all(client: Client, data_dir: Path) -> None:

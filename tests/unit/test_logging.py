@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 
+from aio_server import channel_to
 from emberpc.server.start import _GRPC_LOGGER, set_up_logging
 
 
@@ -20,23 +24,30 @@ def grpc_logger() -> Iterator[logging.Logger]:
     logger.filters[:] = before
 
 
-def log_failure(logger: logging.Logger, message: str) -> None:
-    logger.error(message, "/emberpc.v1.EmbeddingService/Embed", exc_info=RuntimeError("Failed grpc_call_start_batch"))
-
-
-def test_a_caller_who_leaves_before_the_response_is_no_error(
+async def test_a_response_that_cannot_be_sent_is_a_warning_without_traceback(
     grpc_logger: logging.Logger, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.DEBUG):
-        # `test_requests_whose_callers_leave_hold_up_nobody` fails if gRPC changes this message.
-        log_failure(grpc_logger, "ExecuteBatchError raised in core by servicer method [%s]")
-    (record,) = caplog.records
-    assert (record.levelno, record.exc_info) == (logging.DEBUG, None)
-    assert "/emberpc.v1.EmbeddingService/Embed" in record.getMessage()
+    async def answer(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+        context.set_trailing_metadata((("no valid key", ""),))
+        return b""
+
+    server = grpc.aio.server()
+    method: Any = grpc.unary_unary_rpc_method_handler(answer)
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("Service", {"Method": method})])
+    async with channel_to(server) as channel:
+        with pytest.raises(grpc.aio.AioRpcError):
+            call: Any = channel.unary_unary("/Service/Method")
+            await call(b"")
+    (record,) = [record for record in caplog.records if record.name == grpc_logger.name]
+    assert (record.levelno, record.exc_info) == (logging.WARNING, None)
+    assert "could not be sent" in record.getMessage()
+    assert "/Service/Method" in record.getMessage()
 
 
-def test_other_errors_of_grpc_are_logged(grpc_logger: logging.Logger, caplog: pytest.LogCaptureFixture) -> None:
-    log_failure(grpc_logger, "Unexpected [RuntimeError] raised by servicer method [%s]")
+def test_other_errors_of_grpc_are_logged_as_they_are(
+    grpc_logger: logging.Logger, caplog: pytest.LogCaptureFixture
+) -> None:
+    grpc_logger.error("Unexpected [%s] raised by servicer method", "ValueError", exc_info=ValueError("x"))
     (record,) = caplog.records
     assert record.levelno == logging.ERROR
     assert record.exc_info

@@ -89,23 +89,26 @@ def serve(settings: Settings) -> None:
 
 
 def set_up_logging(level: str) -> None:
-    """Log to stderr, and log a response that cannot be sent because its caller has left as one line at level DEBUG.
+    """Log to stderr.
 
-    If the caller leaves at the moment when gRPC sends the response or the status, gRPC logs an error with a traceback.
+    gRPC logs an error with a traceback if it cannot send a response or a status. The usual reason is that the caller
+    left at that moment. Such an error is logged as a warning without the traceback, which has frames of gRPC only.
 
     Args:
         level: least level of the messages that are logged, such as `info`.
     """
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger(_GRPC_LOGGER).addFilter(_is_no_unsent_response)
+    logging.getLogger(_GRPC_LOGGER).addFilter(_shorten)
 
 
-def _is_no_unsent_response(record: logging.LogRecord) -> bool:
-    """Return False for gRPC's error about a response that cannot be sent, and log that at level DEBUG."""
-    if not str(record.msg).startswith("ExecuteBatchError raised in core"):
-        return True
-    log.debug("a response was not sent, since its caller has left: %s", record.getMessage())
-    return False
+def _shorten(record: logging.LogRecord) -> bool:
+    """Change gRPC's error about a response that it cannot send to a warning; return True, which keeps the record."""
+    if str(record.msg).startswith("ExecuteBatchError raised in core"):
+        record.msg = f"a response or a status could not be sent; the caller may have left: {record.getMessage()}"
+        record.args = None
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+        record.exc_info = record.exc_text = None
+    return True
 
 
 def _check_open_files() -> None:
