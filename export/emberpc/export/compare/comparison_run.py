@@ -201,13 +201,12 @@ class _Comparison:
         budgets = budgets_of(settings.budgets, lambda budget: len(self._sample(budget, 0).texts) == len(train.texts))
         known = {cell.budget for cell in self._stored} - {NO_TEXTS}
         self.per_label = {budget: self._sample(budget, 0).per_label for budget in {*budgets, *known}}
-        first, *_ = bases
         cells = [
             cell
             for base in bases
             for strategy in settings.strategies
-            # A baseline that uses no encoder has the same outcome with each base.
-            if base == first or STRATEGIES[strategy].served
+            # Without an encoder, the outcome is the same with each base.
+            if STRATEGIES[strategy].uses_encoder or base == min(bases)
             for cell in self._grid(base, strategy, budgets)
         ]
         self._left_out = [cell for cell in cells if cell.strategy == "zero-shot" and not settings.label_texts]

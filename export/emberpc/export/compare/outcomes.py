@@ -74,8 +74,8 @@ class Cell:
     def file_name(self) -> str:
         """Name of the file that stores the cell's outcome; different cells have different names."""
         base = re.sub(r"[^A-Za-z0-9.]+", "-", self.base).strip("-.")
-        if base != self.base:  # else `a/b` and `a-b` would have the same name
-            base += "-" + hashlib.sha256(self.base.encode()).hexdigest()[:8]
+        # The hash tells `a/b` from `a-b`, and `A` from `a` where the case of file names is ignored.
+        base += "-" + hashlib.sha256(self.base.encode()).hexdigest()[:8]
         budget = budget_name(self.budget).replace(" ", "-")
         return f"{base}_{self.strategy}_{budget}_{self.seed}{'_quick' * self.quick}.json"
 

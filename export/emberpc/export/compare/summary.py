@@ -198,7 +198,8 @@ class Summary:
 
     def title(self, way: Way) -> str:
         """Return the name of a strategy for a table or list, with its base if there are several bases."""
-        return f"{way.strategy} ({way.base})" if way.served and len(self.result.sources) > 1 else way.strategy
+        several = len(self.result.sources) > 1 and STRATEGIES[way.strategy].uses_encoder
+        return f"{way.strategy} ({way.base})" if several else way.strategy
 
     def _deviation(self, way: Way, budget: int, groups: Iterable[Sequence[Outcome]]) -> float:
         """Return the standard deviation over seeds of the strategies of the same kind as `way` at a budget.

@@ -135,6 +135,10 @@ class Strategy(Protocol):
     def served(self) -> bool:
         """Whether the strategy can be served, as a bundle or from a collection; the others are baselines."""
 
+    @property
+    def uses_encoder(self) -> bool:
+        """Whether the strategy uses the encoder. If not, its outcomes are the same with each encoder."""
+
     def passes(self, examples: Examples, layers: int, *, quick: bool = False) -> float:
         """Return an estimate of the work that training the encoder takes; 0 if the encoder is not trained.
 

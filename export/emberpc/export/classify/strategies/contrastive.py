@@ -57,6 +57,7 @@ class Contrastive:
     exportable: bool = True
     tunes: bool = True
     served: bool = True
+    uses_encoder: bool = True
 
     def passes(self, examples: Examples, layers: int, *, quick: bool = False) -> float:
         """Return an estimate of the work of the training, in passes of one text through all layers."""

@@ -37,6 +37,7 @@ class ZeroShot(_Frozen):
     exportable: bool = True
     tunes: bool = False
     served: bool = True
+    uses_encoder: bool = True
 
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Return a classifier whose head is made of the vectors of the label descriptions.
@@ -65,6 +66,7 @@ class Centroids(_Frozen):
     exportable: bool = True
     tunes: bool = False
     served: bool = True
+    uses_encoder: bool = True
 
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Return a classifier whose head is made of the mean vector of each label's texts and description.
@@ -91,6 +93,7 @@ class Nearest(_Frozen):
     exportable: bool = False
     tunes: bool = False
     served: bool = True
+    uses_encoder: bool = True
 
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Return a classifier that compares texts with all examples; compute and cache the examples' vectors now.
@@ -124,6 +127,7 @@ class Linear(_Frozen):
     exportable: bool = True
     tunes: bool = False
     served: bool = True
+    uses_encoder: bool = True
 
     def fit(self, examples: Examples, cached_encoder: CachedEncoder, options: Options) -> Fitted:
         """Return a classifier whose head is fitted to the texts and label descriptions by logistic regression.

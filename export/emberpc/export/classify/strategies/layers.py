@@ -77,6 +77,7 @@ class _Layers:
     exportable: bool = True
     tunes: bool = True
     served: bool = True
+    uses_encoder: bool = True
 
     def top(self, layers: int) -> int:
         """Return the number of upper layers to train, of the number of layers of the encoder."""

@@ -36,6 +36,7 @@ class TfIdf:
     exportable: bool = False
     tunes: bool = False
     served: bool = False
+    uses_encoder: bool = False
 
     def passes(self, examples: Examples, layers: int, *, quick: bool = False) -> float:
         """Return 0: no encoder is used."""
