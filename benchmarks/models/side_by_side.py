@@ -1,7 +1,7 @@
 """Compare what `emberpc compare` recommends with SetFit and AutoIntent, within the same CPU time.
 
 Each DATA is a folder with `train.csv` and `test.csv` (columns text and label). For each data set, budget and seed, all
-programs get the same training texts, the same encoder and one thread. Half of the test texts are those of `compare`,
+programs get the same training texts, the same encoder and one core. Half of the test texts are those of `compare`,
 which chooses its recommendation by them. All accuracies are those of the other half, which chose nothing.
 
 SetFit and AutoIntent run in environments of their own: give the Python of each with `--python`. `peer_classifier.py`
@@ -24,8 +24,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -40,6 +41,7 @@ from emberpc.export.compare.comparison_run import FOR_REPORT, ComparisonResult, 
 from emberpc.export.compare.outcomes import ALL, Decisions, Outcome, take_budget
 from emberpc.export.compare.recommendation import Recommendation
 from emberpc.export.compare.summary import Summary
+from emberpc.export.compare.uncertainty import decided_labels
 from emberpc.export.data.datasets import read_labelled
 from emberpc.export.data.examples import Examples, held_out_examples
 from emberpc.export.source.find_source import find_source
@@ -53,17 +55,10 @@ Row = dict[str, Any]
 class Task:
     """Training and test texts of one data set, budget and seed, as files."""
 
-    data: str
-    budget: str
-    seed: int
     train: Path
     #: The test texts that choose the recommendation, and those that are measured.
     choosing: Path
     measured: Path
-
-    @property
-    def key(self) -> Row:
-        return {"data": self.data, "budget": self.budget, "seed": self.seed}
 
 
 def write(path: Path, examples: Examples, rows: Sequence[int]) -> Path:
@@ -83,9 +78,6 @@ def task(folder: Path, budget: str, seed: int, most_test: int, place: Path) -> T
     order = np.random.default_rng(0).permutation(len(test.texts))[: 2 * most_test]
     place.mkdir()
     return Task(
-        folder.name,
-        budget,
-        seed,
         write(place / "train.csv", sample, range(len(sample.texts))),
         write(place / "choosing.csv", test, np.sort(order[::2]).tolist()),
         write(place / "measured.csv", test, np.sort(order[1::2]).tolist()),
@@ -127,7 +119,8 @@ def outcome_on(outcome: Outcome, test: Examples, rows: Sequence[int]) -> Outcome
     """Return an outcome as if it had been measured on some of the test texts only."""
     labels = [outcome.test.labels[row] for row in rows]
     decisions = Decisions(list(range(len(rows))), labels, [outcome.test.confidence[row] for row in rows])
-    accuracy = mean(own == np.flatnonzero(test.targets[row]).tolist() for own, row in zip(labels, rows, strict=True))
+    targets = test.targets[np.array(rows)]
+    accuracy = float((decided_labels(decisions, targets.shape) == targets).all(axis=1).mean())
     return replace(outcome, test=decisions, figures={**outcome.figures, "accuracy": accuracy})
 
 
@@ -139,7 +132,7 @@ def run_emberpc(given: Task, encoder: str, folder: Path, limit: float) -> Row:
     both = folder.with_suffix(".csv")
     chosen, others = (path.read_text(encoding="utf-8") for path in (given.choosing, given.measured))
     both.write_text(chosen + others.partition("\n")[2], encoding="utf-8")
-    # One thread: wall and CPU time are about the same. No report is written.
+    # On one core of an idle host, wall and CPU time are about the same. No report is written.
     settings = ComparisonSettings(
         ClassifierData(given.train, min_examples=1), both, (encoder,), time_limit=limit + FOR_REPORT
     )
@@ -151,7 +144,7 @@ def run_emberpc(given: Task, encoder: str, folder: Path, limit: float) -> Row:
         return {"failed": reason, "cpu_seconds": cost.cpu_seconds}
     first, others_count = (len(read_labelled(path).texts) for path in (given.choosing, given.measured))
     if len(result.test.texts) != first + others_count:
-        raise SystemExit(f"texts of {given.data} are in both halves of the test texts; remove the duplicates")
+        raise SystemExit("some texts are in both halves of the test texts; remove the duplicates")
     found = Recommendation(Summary(part(result, range(first))))
     measured = part(result, range(first, len(result.test.texts)))
     point = found.taken.point
@@ -168,6 +161,19 @@ def run_emberpc(given: Task, encoder: str, folder: Path, limit: float) -> Row:
         "quick": point.quick,
         "sure": not found.unknown,
     }
+
+
+def run_task(given: Task, pythons: Mapping[str, str], encoder: str, limit: float, scratch: Path) -> Iterator[Row]:
+    """Run the peers, and emberpc within the CPU time of each; yield a row for each peer, the fastest first."""
+    peers = {name: run_peer(name, python, given, encoder, limit) for name, python in pythons.items()}
+    spent = 0.0
+    for name in sorted(peers, key=lambda name: peers[name].get("cpu_seconds", 0.0)):
+        own: Row = {}
+        if "failed" not in peers[name]:
+            own = run_emberpc(given, encoder, scratch / "comparison", peers[name]["cpu_seconds"] - spent)
+            spent += own["cpu_seconds"]
+            own["cpu_seconds"] = spent
+        yield {"peer": name, "peer_run": peers[name], "emberpc_run": own}
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -207,31 +213,19 @@ def main() -> int:
     encoder = str(find_source(arguments.base).folder)
     rows = [json.loads(line) for line in arguments.output.read_text().splitlines()] if arguments.output.exists() else []
     known = {(row["data"], row["budget"], row["seed"], row["peer"]) for row in rows}
-    for folder in arguments.data:
-        for budget in arguments.budget:
-            for seed in arguments.seeds:
-                todo = [name for name in pythons if (folder.name, budget, seed, name) not in known]
-                if not todo:
-                    continue
-                with tempfile.TemporaryDirectory() as scratch:
-                    given = task(folder, budget, seed, arguments.most_test, Path(scratch) / "task")
-                    peers = {
-                        name: run_peer(name, pythons[name], given, encoder, 60 * arguments.minutes) for name in todo
-                    }
-                    spent = 0.0
-                    for name in sorted(peers, key=lambda name: peers[name].get("cpu_seconds", 0.0)):
-                        row = {**given.key, "peer": name, "peer_run": peers[name], "host": host()}
-                        if "failed" not in peers[name]:
-                            left = peers[name]["cpu_seconds"] - spent
-                            own = run_emberpc(given, encoder, Path(scratch) / "comparison", left)
-                            spent += own.get("cpu_seconds", 0.0)
-                            row["emberpc_run"] = {**own, "cpu_seconds": spent}
-                        else:
-                            row["emberpc_run"] = {}
-                        rows.append(row)
-                        print(json.dumps(row), file=sys.stderr, flush=True)
-                        with arguments.output.open("a", encoding="utf-8") as file:
-                            file.write(json.dumps(row) + "\n")
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # also for the processes of the peers
+    for folder, budget, seed in product(arguments.data, arguments.budget, arguments.seeds):
+        todo = {name: python for name, python in pythons.items() if (folder.name, budget, seed, name) not in known}
+        if not todo:
+            continue
+        with tempfile.TemporaryDirectory() as raw:
+            given = task(folder, budget, seed, arguments.most_test, Path(raw) / "task")
+            for found in run_task(given, todo, encoder, 60 * arguments.minutes, Path(raw)):
+                row = {"data": folder.name, "budget": budget, "seed": seed, **found, "host": host()}
+                rows.append(row)
+                print(json.dumps(row), file=sys.stderr, flush=True)
+                with arguments.output.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
     Console().print(table(rows))
     return 0
 
