@@ -122,7 +122,7 @@ def start_servers_faster() -> Iterator[None]:
 def server(
     minilm_bundle: Path, classifier_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
-    """A server with an embedding model `minilm` and a classifier `modules`. It computes each result anew."""
+    """A server with an embedding model `minilm` and a classifier `modules`, and without a cache of results."""
     models = {"minilm": minilm_bundle, "modules": classifier_bundle}
     process = ServerProcess(models, tmp_path_factory.mktemp("data"), "--cache-bytes", "0")
     yield process

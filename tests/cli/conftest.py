@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -58,6 +59,14 @@ def emberpc(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Where the tests run in the background, SIGINT is ignored. This sets Python's default handler during a test."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -205,6 +205,7 @@ def test_a_base_that_cannot_be_exported(
     refused(outcome, out, str(source), *words)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_in_a_training(
     emberpc: Emberpc, tiny_source: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,8 +226,6 @@ def test_ctrl_c_in_a_training(
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     monkeypatch.setattr(progress, "note", note)
-    # Where the tests run in the background, SIGINT is ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=interrupt)
     thread.start()
     try:
@@ -238,7 +237,6 @@ def test_ctrl_c_in_a_training(
         over.set()
         training.set()
         thread.join()
-        signal.signal(signal.SIGINT, before)
     assert outcome.code == 130, outcome.err
     assert len(left) == 1  # there was something to clean up
     assert "Traceback" not in outcome.err

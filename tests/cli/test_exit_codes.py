@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,14 +163,6 @@ def test_ctrl_c_ends_a_command(fake: FakeServer) -> None:
         process.kill()
     assert (process.returncode, out) == (130, b"")
     assert b"Traceback" not in err
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Where the tests run in the background, SIGINT is ignored. This sets Python's default handler during a test."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("fake", "interruptible")

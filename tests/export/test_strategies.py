@@ -64,7 +64,7 @@ def tiny_encoder(tiny_source: Path, tiny_bundle: Path) -> CachedEncoder:
 
 
 def of_modules(training_file: Path, per_label: int) -> tuple[Examples, Examples]:
-    """Return docstrings to learn from, so many of each module, and the rest to measure on.
+    """Return docstrings to learn from, `per_label` of each module, and the rest to measure on.
 
     Long docstrings are left out: they teach no more about a strategy, and cost several times as much.
     """

@@ -201,7 +201,7 @@ class Model:
             interface = bundle.interface(session.graph, headless=head is not None)
             return Encoder(session, interface, manifest.pad_token_id, entry.sha256)
 
-        # An encoder that gives logits is loaded again here. `Registry.put` may share it later.
+        # An encoder that gives logits is always loaded here. `Registry.put` may share it later.
         vectors = head is not None or manifest.task is Task.EMBEDDING
         shared = encoders if encoders is not None and vectors else Encoders()
         fresh = fresh and head is None
