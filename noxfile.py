@@ -32,7 +32,7 @@ TESTS = {
     ),
 }
 #: Extras whose lower bounds are tested.
-RUNTIME = ("cli", "server", "parquet")
+RUNTIME = ("cli", "server-base", "server", "parquet")
 
 nox.options.error_on_missing_interpreters = False
 nox.options.default_venv_backend = "venv"

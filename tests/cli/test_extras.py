@@ -56,6 +56,18 @@ def test_serve_says_how_to_get_the_server(emberpc: Emberpc, monkeypatch: pytest.
 
 
 @pytest.mark.server
+def test_serve_with_milvus_needs_pymilvus_and_not_hnswlib(emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("hnswlib", "pymilvus"):
+        monkeypatch.setitem(sys.modules, package, None)
+    outcome = emberpc("serve", "--index-backend", "milvus", "--milvus-uri", "http://127.0.0.1:1")
+    assert (outcome.code, outcome.err) == (
+        2,
+        "error: `emberpc serve` needs pymilvus, which is not installed; run, "
+        "in a checkout: pip install '.[milvus]'; or, once it is published: pip install 'emberpc[milvus]'\n",
+    )
+
+
+@pytest.mark.server
 def test_serve_imports_none_of_these_packages_before_it_looks_for_them(tmp_path: Path) -> None:
     outcome = run(SERVER, "serve")
     assert (outcome.returncode, outcome.stderr) == (2, without_server(SERVER[0]))

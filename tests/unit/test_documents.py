@@ -98,13 +98,28 @@ def test_the_matrix_runs_the_tests_of_the_make_targets() -> None:
     assert sorted(targets) == ["client", "server"]
 
 
-@pytest.mark.parametrize("extra", ["server", "export"])
-def test_the_extras_are_as_promised(extra: str) -> None:
+def packages_of(extra: str) -> set[str]:
+    """Return the names of the packages that an extra installs, those of the extras that it includes too."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    found: set[str] = set()
+    for requirement in extras[extra]:
+        if included := re.fullmatch(r"emberpc\[(.*)\]", requirement):
+            found.update(*map(packages_of, included[1].split(",")))
+        else:
+            found.add(re.split(r"[\[><=;]", requirement)[0])
+    return found
+
+
+def test_base_install_is_the_client() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert {re.split(r"[><=]", each)[0] for each in project["dependencies"]} == {"grpcio", "protobuf", "numpy"}
-    needs = " ".join(project["optional-dependencies"][extra])
-    assert ("torch" in needs) is (extra == "export")
-    assert ("hnswlib" in needs) is (extra in ("server", "export"))
+
+
+@pytest.mark.parametrize("extra", ["cli", "server", "milvus", "export"])
+def test_only_the_export_needs_torch_and_only_the_embedded_index_needs_hnswlib(extra: str) -> None:
+    packages = packages_of(extra)
+    assert ("torch" in packages) is (extra == "export")
+    assert ("hnswlib" in packages) is (extra in ("server", "export"))
 
 
 def test_every_command_and_exit_code_is_documented() -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from emberpc.client import Client
+from examples.server_process import ServerProcess
+
 TRAINING = ("torch", "transformers", "optimum", "sentence_transformers", "sklearn", "onnx")
 
 
@@ -77,27 +80,45 @@ sys.exit(main(["serve", "--listen", "127.0.0.1:0", "--data-dir", sys.argv[1]]))
     assert (run.returncode, run.stdout) == (0, "True\n"), run.stderr
 
 
-def test_a_server_on_milvus_needs_neither_hnswlib_nor_the_embedded_index(tmp_path: Path) -> None:
-    """The start fails over pymilvus where that is not installed, else because nothing listens at the address."""
-    code = """
-import sys
-from pathlib import Path
-sys.modules["hnswlib"] = None  # an import of it fails, as if it were not installed
-import emberpc.server.app
-from emberpc.server.errors import StartupError
-from emberpc.server.settings import Settings
-from emberpc.server.start import serve
-settings = Settings(
-    data_dir=Path(sys.argv[1]), index_backend="milvus", milvus_uri="http://127.0.0.1:1", listen="127.0.0.1:0"
-)
-try:
-    serve(settings)
-except StartupError as error:
-    print(error)
-print([name for name in sys.modules if name.startswith("emberpc.server.index")])
+#: The calls of pymilvus that a server makes at its start and to list its collections.
+FAKE_PYMILVUS = """
+from enum import Enum
+
+class MilvusException(Exception):
+    pass
+
+class DataType(Enum):
+    VARCHAR, FLOAT_VECTOR, JSON, INT64, FLOAT = range(5)
+
+class MilvusClient:
+    def __init__(self, **options):
+        pass
+
+    def list_collections(self, **options):
+        return []
+
+    def close(self):
+        pass
 """
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
-    message, loaded = run.stdout.splitlines()
-    assert "needs pymilvus, which is not installed" in message or "Milvus cannot be reached" in message
-    assert "hnswlib" not in message
-    assert loaded == "[]"
+#: Runs `emberpc` where an import of hnswlib fails, and prints the modules of the embedded index at the end.
+WITHOUT_HNSWLIB = """
+import sys
+sys.path.insert(0, {folder!r})
+sys.modules["hnswlib"] = None
+from emberpc.cli.main import main
+code = main(sys.argv[1:])
+print("loaded:", [name for name in sys.modules if name.startswith("emberpc.server.index")], file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def test_server_on_milvus_needs_neither_hnswlib_nor_the_embedded_index(tmp_path: Path) -> None:
+    (tmp_path / "pymilvus.py").write_text(FAKE_PYMILVUS)
+    program = ("-c", WITHOUT_HNSWLIB.format(folder=str(tmp_path)))
+    flags = ("--index-backend", "milvus", "--milvus-uri", "http://127.0.0.1:1")
+    process = ServerProcess({}, tmp_path / "data", *flags, program=program)
+    with Client(process.address) as client:
+        assert list(client.collections()) == []
+        assert "index_backend:milvus" in client.server_info().features
+    assert process.stop() == 0, process.output
+    assert "loaded: []" in process.output

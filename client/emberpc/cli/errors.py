@@ -29,8 +29,10 @@ class CliError(Exception):
         self.code = code
 
 
-#: Import names of the packages that `serve` needs with any settings, beside the base install and the extra [cli].
-SERVER_PACKAGES = ("onnxruntime", "tokenizers", "hnswlib", "threadpoolctl", "grpc_health", "grpc_reflection")
+_SERVER = ("onnxruntime", "tokenizers", "threadpoolctl", "grpc_health", "grpc_reflection")
+#: Import names of the packages that `serve` needs beside the base install and the extra [cli], by index backend, after
+#: the extra that installs them.
+SERVER_PACKAGES = {"embedded": ("server", (*_SERVER, "hnswlib")), "milvus": ("milvus", (*_SERVER, "pymilvus"))}
 #: Import names of the packages that `verify` needs; with --against it needs EXPORT_PACKAGES too.
 VERIFY_PACKAGES = ("onnxruntime", "tokenizers")
 #: Import names of the packages that `collection map` needs.

@@ -85,7 +85,8 @@ def serve(loaded: LoadedSettings) -> None:
     A flag overrides the environment, and the environment overrides the file of
     --config. `emberpc config` shows which settings that gives.
     """
-    require(SERVER_PACKAGES, "server", "emberpc serve")
+    extra, packages = SERVER_PACKAGES[loaded.settings.index_backend]
+    require(packages, extra, "emberpc serve")
     from emberpc.server.errors import StartupError
     from emberpc.server.start import serve
 

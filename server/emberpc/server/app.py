@@ -113,8 +113,7 @@ async def run(
 
     Raises:
         StartupError: the address of the server or of the metrics cannot be bound, a model of `models` cannot be served,
-            the models directory does not exist, the data directory cannot be used, Milvus cannot be used, or pymilvus
-            is not installed.
+            the models directory does not exist, the data directory cannot be used, or Milvus cannot be used.
         RuntimeError: the system gives no thread for any worker.
     """
     loop = asyncio.get_running_loop()
@@ -317,13 +316,8 @@ def _embedded_index(settings: Settings) -> IndexBackend:
 
 
 def _milvus_index(settings: Settings) -> IndexBackend:
-    try:
-        from emberpc.server.milvus import MilvusIndex  # noqa: PLC0415 - needs an extra that few servers install
-    except ModuleNotFoundError as error:
-        raise StartupError(
-            f"--index-backend milvus needs {error.name}, which is not installed; run, in a checkout: "
-            "pip install '.[milvus]'; or, once it is published: pip install 'emberpc[milvus]'"
-        ) from error
+    from emberpc.server.milvus import MilvusIndex  # noqa: PLC0415 - needs an extra that few servers install
+
     try:
         return MilvusIndex(settings.milvus_uri, settings.milvus_token)
     except ServiceError as error:

@@ -53,7 +53,7 @@ def serve(settings: Settings) -> None:
     Raises:
         StartupError: there is too little address space, the limit of open files is too low, an address cannot be used,
             a model cannot be served, the models directory does not exist, the data directory cannot be used, hnswlib
-            does not run on this processor, Milvus cannot be used, or pymilvus is not installed.
+            does not run on this processor, or Milvus cannot be used.
     """
     # Garbage collection would take an eighth of the time of the start for nothing: imports create many objects, but no
     # garbage. `run` of `emberpc.server.app` turns it on again when the server serves.
