@@ -72,6 +72,18 @@ def test_every_link_between_documents_leads_somewhere() -> None:
     assert broken == []
 
 
+#: Files of the decision records, without their appendices.
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+
+
+@pytest.mark.parametrize("record", DECISIONS, ids=[record.stem for record in DECISIONS])
+def test_a_decision_record_has_four_parts_on_one_page(record: Path) -> None:
+    text = record.read_text(encoding="utf-8")
+    parts = re.findall(r"^(?:\*\*|#{2,} )([^.*\n]+)", text, flags=re.MULTILINE)
+    assert parts == ["Context", "Decision", "Consequences", "Alternatives considered"]
+    assert len(text.split()) <= 600, "Move measurements and details to an appendix in docs/decisions/measurements/"
+
+
 #: Folders that the paths in documents start from: the repository, and the rooms.
 ROOTS = (".", "protos/emberpc", "client/emberpc", "client/emberpc/client", "server/emberpc/server", "export/emberpc")
 

@@ -24,7 +24,8 @@ _LEAST_PROBABILITY = 0.5
 #: own.
 _CONFIDENCES = (0.7, 0.9, 0.97)
 #: Share of wrong labels that is expected among confident disagreements, and its weight as a number of texts. With
-#: wrong labels put into four data sets, the probabilities that result are about right (docs/decisions/0024).
+#: wrong labels put into four data sets, the probabilities that result are about right
+#: (docs/decisions/measurements/0024).
 _PRIOR_SHARE, _PRIOR_TEXTS = 0.2, 10.0
 #: Least difference of the rates at which the words agree with right and with wrong suggestions.
 _LEAST_CONTRAST = 0.2

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _HELD_OUT_FOLDS = 5
 #: Number of training texts from which on the model is not trained a second time on all texts. Fewer texts are held out
 #: then, one of `_FEW_HELD_OUT_FOLDS` folds: a second training costs as much as the first, and a tenth more texts would
-#: gain a quarter of a point (docs/decisions/0026).
+#: gain a quarter of a point (docs/decisions/measurements/0026).
 _REFIT_BELOW = 2000
 _FEW_HELD_OUT_FOLDS = 10
 #: Most training texts that are held out.
@@ -255,7 +255,7 @@ def default_epochs(examples: Examples) -> int:
     """Return the default number of epochs: 7 for a mean of 4 texts a label, 6 for 16, 5 for 64, 3 for 1,000.
 
     The number is at least 2, and with up to 100 texts in all it is 8. Labels with many texts each are learned in few
-    epochs: more epochs cost time and gain nothing (docs/decisions/0026).
+    epochs: more epochs cost time and gain nothing (docs/decisions/measurements/0026).
     """
     by_label = round(8.5 - 0.55 * log2(max(examples.per_label, 1)))
     by_texts = min(_FEW_TEXTS_EPOCHS, _epochs_for(_FEWEST_TRAINED, examples))
