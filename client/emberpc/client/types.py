@@ -163,11 +163,12 @@ Query: TypeAlias = "str | RecordId | npt.NDArray[Any] | Sequence[float]"
 
 @dataclass(frozen=True, eq=False)
 class SearchQuery:
-    """A query of `search_batch` with options of its own. `where` None, `top_k` 0, `ef` 0: the value of that call."""
+    """A query of `search_batch` with options of its own. `where` and `top_k` None, `ef` 0: the value of that call."""
 
     query: Query
     where: str | pb.Filter | None = None
-    top_k: int = 0
+    #: The most hits of this query, at least 1.
+    top_k: int | None = None
     ef: int = 0
 
 

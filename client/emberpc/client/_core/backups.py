@@ -59,7 +59,7 @@ class BackupWriter:
         progress: called by `report` with the bytes received so far and the bytes of the whole backup; None: no calls.
 
     Raises:
-        InputTypeError: `progress` is not a function.
+        InputTypeError: `progress` is not a function, or the path is neither a str nor a path object.
         InputError: the path is a folder, a disk or a socket.
         OSError: the temporary file cannot be created.
     """
@@ -162,13 +162,13 @@ class BackupReader:
         progress: called by `report` with the bytes sent so far and the bytes of the whole backup; None: no calls.
 
     Raises:
-        InputTypeError: `progress` is not a function.
+        InputTypeError: `progress` is not a function, or the path is neither a str nor a path object.
         OSError: the file cannot be read.
     """
 
     def __init__(self, path: Path | str, name: str, progress: ByteProgress | None) -> None:
         checks.function(progress, "progress")
-        self._file = Path(path).open("rb")  # noqa: SIM115 - this is the context manager
+        self._file = checks.path(path, "path").open("rb")
         self._name = name
         self._total = os.fstat(self._file.fileno()).st_size
         self._progress = progress

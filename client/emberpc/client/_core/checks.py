@@ -6,7 +6,9 @@ The parameter `name` of these functions is the name of the argument or item, whi
 from __future__ import annotations
 
 import numbers
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,20 @@ import numpy.typing as npt
 
 from emberpc.client.exceptions import InputError, InputTypeError
 from emberpc.client.types import Matrix, Vector
+
+#: Types of values that can be iterated over, but are no list of items.
+SINGLE: tuple[type, ...] = (str, bytes, bytearray, Mapping)
+
+
+def path(value: object, name: str) -> Path:
+    """Validate the path of a file and return it as a Path; errors call the argument `name`.
+
+    Raises:
+        InputTypeError: `value` is neither a str nor a path object.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be a str or a pathlib.Path")
+    return Path(value)
 
 
 def text(value: object, name: str) -> str:
@@ -47,11 +63,15 @@ def texts(values: Iterable[str], name: str, least: int = 1) -> list[str]:
         least: least number of texts, 0 or 1.
 
     Raises:
-        InputTypeError: `values` is one str or bytes, a mapping or not iterable, or an item is not a str.
+        InputTypeError: `values` is a str, bytes, a mapping or not iterable, or an item is not a str.
         InputError: there are fewer than `least` texts, or UTF-8 cannot encode a text.
     """
-    if isinstance(values, (str, bytes)):
-        raise InputTypeError(f"{name} is one {type(values).__name__}, it must be a list of texts; write [text]")
+    if isinstance(values, str):
+        raise InputTypeError(f"{name} is one str, it must be a list of texts; write [text]")
+    if isinstance(values, (bytes, bytearray)):
+        raise InputTypeError(
+            f"{name} is of type {type(values).__name__}; it must be a list of texts, each a str: decode the bytes"
+        )
     if isinstance(values, Mapping):
         raise InputTypeError(
             f"{name} is of type {type(values).__name__}, and only its keys would be sent; give a list of texts"
@@ -122,16 +142,31 @@ def number(value: float, name: str) -> float:
         raise InputError(f"{name} is beyond the range of a float; give a smaller number") from None
 
 
+def is_array(value: object) -> bool:
+    """Return whether a value is an array of one or more dimensions for numpy, such as a list, a tuple or an ndarray.
+
+    A str, bytes, a mapping, a set, an iterator, None and a single number are not.
+    """
+    if isinstance(value, (list, tuple)):
+        return True
+    if isinstance(value, SINGLE):
+        return False
+    try:
+        return np.ndim(value) > 0  # type: ignore[arg-type]  # a value of any type
+    except ValueError:  # the items of a sequence have different lengths
+        return True
+
+
 def vector(value: npt.ArrayLike, name: str) -> Vector:
     """Validate a vector and return it as float32, shape (dimensions,); errors call the vector `name`.
 
     The result may share its memory with `value`.
 
     Raises:
-        InputTypeError: the elements are not real numbers, or an int has more than 64 bits.
+        InputTypeError: `value` is no array, the elements are not real numbers, or an int has more than 64 bits.
         InputError: `value` is empty or has another shape, or contains NaN, infinity or a number beyond float32.
     """
-    array = _numbers(value, name)
+    array = numbers_of(value, name)
     if array.ndim != 1 or not array.size:
         raise InputError(f"{name} has shape {array.shape}; it must be one vector, (dimensions,)")
     row: Vector = _finite(array[None], lambda _: name)[0]
@@ -144,14 +179,14 @@ def matrix(values: npt.ArrayLike, name: str, rows: int) -> Matrix:
     `rows` must be at least 1. The result may share its memory with `values`.
 
     Raises:
-        InputTypeError: an item of a sequence is neither a sequence nor a numpy array, the elements are not real
-            numbers, or an int has more than 64 bits.
+        InputTypeError: `values` is no array, an item of a sequence is neither a sequence nor a numpy array, the
+            elements are not real numbers, or an int has more than 64 bits.
         InputError: the vectors have different lengths or are empty, there are not `rows` vectors, `values` has not two
             dimensions, or a vector contains NaN, infinity or a number beyond float32.
     """
-    if isinstance(values, Sequence):
+    if isinstance(values, Sequence) and is_array(values):
         _same_length(values, name)
-    array = _numbers(values, name)
+    array = numbers_of(values, name)
     if array.ndim != 2 or not array.size:
         raise InputError(f"{name} has shape {array.shape}; it must be ({rows}, dimensions)")
     if len(array) != rows:
@@ -159,7 +194,15 @@ def matrix(values: npt.ArrayLike, name: str, rows: int) -> Matrix:
     return _finite(array, lambda i: f"{name}[{i}]")
 
 
-def _numbers(value: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
+def numbers_of(value: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
+    """Validate an array of real numbers of any shape and return it; errors call the argument `name`.
+
+    Raises:
+        InputTypeError: `value` is no array, or the elements are not real numbers or have more than 64 bits.
+        InputError: the items of `value` have different lengths.
+    """
+    if not is_array(value):
+        raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be a list of numbers or a numpy array")
     try:
         array = np.asarray(value)
     except ValueError:

@@ -100,9 +100,16 @@ class TLS:
         Raises:
             OSError: a file cannot be read.
             InputError: only one of `private_key` and `certificate_chain` is given.
+            InputTypeError: a path is neither a str nor a path object.
         """
-        files = (root_certificates, private_key, certificate_chain)
-        roots, key, chain = (None if file is None else Path(file).read_bytes() for file in files)
+        files = {
+            "root_certificates": root_certificates,
+            "private_key": private_key,
+            "certificate_chain": certificate_chain,
+        }
+        roots, key, chain = (
+            None if file is None else checks.path(file, name).read_bytes() for name, file in files.items()
+        )
         return cls(roots, key, chain, server_name)
 
     def credentials(self) -> grpc.ChannelCredentials:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, Iterable, Iterator
 
 from emberpc.client._core import checks
 from emberpc.client._core.calls import Call, Method, check_count, chunks
@@ -46,8 +46,10 @@ class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamRespon
         batch_size: int,
         window: int,
     ) -> None:
-        if isinstance(items, (str, bytes, Mapping)) or not isinstance(items, (Iterable, AsyncIterable)):
-            raise InputTypeError(f"items is of type {type(items).__name__}; it must be an iterable of texts")
+        if isinstance(items, checks.SINGLE) or not isinstance(items, (Iterable, AsyncIterable)):
+            raise InputTypeError(
+                f"items is of type {type(items).__name__}; it must be an iterable of texts or (id, text)"
+            )
         config = pb.EmbedStreamConfig(**options.fields())
         super().__init__(batch_size, window)
         self._config = pb.EmbedStreamRequest(config=config)

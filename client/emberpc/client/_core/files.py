@@ -7,6 +7,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
+from emberpc.client._core import checks
 from emberpc.client.exceptions import InputError
 
 #: Folders whose paths, such as `/proc/self/fd/1`, name files that a process has open, for example pipes. Such a file is
@@ -36,10 +37,11 @@ def target_of(path: Path | str, name: str) -> Target:
         name: name of the argument in errors.
 
     Raises:
+        InputTypeError: the path is neither a str nor a path object.
         InputError: the path is a folder, a block device or a socket.
         OSError: the path cannot be resolved, for example because of a loop of links.
     """
-    given = Path(path)
+    given = checks.path(path, name)
     try:
         mode = given.stat().st_mode
     except FileNotFoundError:

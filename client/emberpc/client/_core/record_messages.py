@@ -56,8 +56,8 @@ def new_records(
         InputError: `matrix` has another shape, or a vector is not finite. When a record is read: as `new_record`
             raises, for example if the record and `matrix` both have a vector.
     """
-    if isinstance(records, (str, bytes, Mapping, Record)) or not isinstance(records, Iterable):
-        raise InputTypeError(f"records is of type {type(records).__name__}; it must be a list of records")
+    if isinstance(records, (*checks.SINGLE, Record)) or not isinstance(records, Iterable):
+        raise InputTypeError(f"records is of type {type(records).__name__}; it must be a list of Record or dict")
     if matrix is None:
         return (new_record(record, f"records[{i}]") for i, record in enumerate(records))
     listed = list(records)

@@ -100,7 +100,7 @@ def _revisions(values: Iterable[int], records: int) -> list[int]:
     `records` is the number of records to write. A wrong type raises InputTypeError. A number of revisions other than
     `records`, or a revision below 0 or not below 2**63, raises InputError.
     """
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+    if isinstance(values, checks.SINGLE) or not isinstance(values, Iterable):
         raise InputTypeError(f"expected_revisions is of type {type(values).__name__}; it must be a list of int")
     checked = [checks.count(value, f"expected_revisions[{i}]", bits=63) for i, value in enumerate(values)]
     if len(checked) != records:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from emberpc.client._core import checks
@@ -102,8 +102,11 @@ def search(
         InputError: an argument or a query is wrong.
     """
     checks.function(details, "details")
-    if isinstance(queries, (str, RecordId, SearchQuery, Mapping)) or not isinstance(queries, Iterable):
-        raise InputTypeError(f"queries is one {type(queries).__name__}, it must be a list; use `search` for one query")
+    one = isinstance(queries, (*checks.SINGLE, RecordId, SearchQuery))
+    if one or not isinstance(queries, Iterable):
+        raise InputTypeError(
+            f"queries is of type {type(queries).__name__}; it must be a list of queries, or use `search` for one query"
+        )
     messages = [_query(query, name.format(i)) for i, query in enumerate(queries)]
     template = options.request(collection)
 
@@ -125,22 +128,44 @@ def search(
 
 
 def _query(query: Query | SearchQuery, name: str) -> pb.SearchQuery:
-    if isinstance(query, SearchQuery):
-        message = _query(query.query, f"{name}.query")
-        options = pb.SearchQuery(
-            filter=filter_of(query.where, f"{name}.where"),
-            top_k=checks.count(query.top_k, f"{name}.top_k"),
-            ef=checks.count(query.ef, f"{name}.ef"),
-        )
-        message.MergeFrom(options)
-        return message
+    if not isinstance(query, SearchQuery):
+        return _plain_query(query, name)
+    message = _plain_query(query.query, f"{name}.query")
+    options = pb.SearchQuery(
+        filter=filter_of(query.where, f"{name}.where"),
+        top_k=0 if query.top_k is None else checks.count(query.top_k, f"{name}.top_k", 1),
+        ef=checks.count(query.ef, f"{name}.ef"),
+    )
+    message.MergeFrom(options)
+    return message
+
+
+def _plain_query(query: Query, name: str) -> pb.SearchQuery:
+    """Return the message of a query without options of its own; errors call the query `name`.
+
+    Raises:
+        InputTypeError: the query is no text, vector or RecordId, or it is a list of texts or vectors.
+        InputError: the text or id has a lone surrogate, or the vector is empty or has a number beyond float32.
+    """
     if isinstance(query, str):
         return pb.SearchQuery(text=checks.text(query, name))
     if isinstance(query, RecordId):
         return pb.SearchQuery(record_id=checks.text(query.id, f"{name}.id"))
+    if not checks.is_array(query):
+        raise InputTypeError(
+            f"{name} is of type {type(query).__name__}; it must be a text (str), a vector (a list of numbers or a "
+            "one-dimensional numpy array) or a RecordId; `search_batch` also takes a list of SearchQuery, which have "
+            "options of their own"
+        )
     if isinstance(query, Sequence) and any(isinstance(item, str) for item in query):
         raise InputTypeError(f"{name} is a list of texts; it must be one text, or use `search_batch` for several")
-    return pb.SearchQuery(vector=vectors.encode(checks.vector(query, name)[None]))
+    array = checks.numbers_of(query, name)
+    if array.ndim > 1:
+        raise InputTypeError(
+            f"{name} is of type {type(query).__name__} and has shape {array.shape}; it must be one vector, "
+            "(dimensions,), or use `search_batch` for several"
+        )
+    return pb.SearchQuery(vector=vectors.encode(checks.vector(array, name)[None]))
 
 
 def _result(message: pb.SearchResult) -> SearchResult:

@@ -79,8 +79,10 @@ class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRe
         batch_size: int,
         window: int,
     ) -> None:
-        if isinstance(records, (str, bytes, Mapping, Record)) or not isinstance(records, (Iterable, AsyncIterable)):
-            raise InputTypeError(f"records is of type {type(records).__name__}; it must be an iterable of records")
+        if isinstance(records, (*checks.SINGLE, Record)) or not isinstance(records, (Iterable, AsyncIterable)):
+            raise InputTypeError(
+                f"records is of type {type(records).__name__}; it must be an iterable of Record or dict"
+            )
         super().__init__(batch_size, window)
         self._collection = checks.text(collection, "collection")
         self._truncation = truncation_of(truncation)

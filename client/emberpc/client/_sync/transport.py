@@ -186,7 +186,16 @@ class StreamConnection:
 
 
 def item_iterator(items: Iterable[Item]) -> ItemIterator[Item]:
-    """Return an iterator over the items that a caller gave to a stream."""
+    """Return an iterator over the items that a caller gave to a stream.
+
+    Raises:
+        InputTypeError: the items are an asynchronous iterable.
+    """
+    if not isinstance(items, Iterable):
+        raise InputTypeError(
+            f"the items of the stream are of type {type(items).__name__}, which only AsyncClient reads; give a list or "
+            "another iterable"
+        )
     return iter(items)
 
 
