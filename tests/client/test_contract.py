@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import subprocess
@@ -25,6 +26,8 @@ from emberpc.client._core import (
     upsert_stream,
 )
 from emberpc.client._core.calls import Method
+from emberpc.client._core.embedding import EmbedOptions
+from emberpc.client._core.search import SearchOptions
 from emberpc.v1 import classification_pb2, embedding_pb2, index_pb2, model_pb2, server_pb2
 
 METHODS = [
@@ -70,6 +73,34 @@ def test_both_clients_have_the_same_methods_with_the_same_parameters() -> None:
         return re.sub(r" \| AsyncIterable\[.*\](?=')", "", str(parameter))
 
     assert parameters(Client) == parameters(AsyncClient)
+
+
+#: Defaults of the second method of a pair that are not those of the first.
+OTHER_DEFAULTS = {"embed_stream": {"priority": "bulk", "batch_size": 64}, "search_batch": {}}
+
+
+@pytest.mark.parametrize("client", [Client, AsyncClient])
+@pytest.mark.parametrize(
+    ("options", "first", "second"),
+    [(EmbedOptions, "embed", "embed_stream"), (SearchOptions, "search", "search_batch")],
+)
+def test_two_methods_with_the_same_options_declare_them_alike(
+    client: type, options: type, first: str, second: str
+) -> None:
+    def keywords(method: str) -> dict[str, inspect.Parameter]:
+        found = inspect.signature(getattr(client, method)).parameters.values()
+        return {parameter.name: parameter for parameter in found if parameter.kind is parameter.KEYWORD_ONLY}
+
+    of_first, of_second = keywords(first), keywords(second)
+    fields = [(field.name, field.type) for field in dataclasses.fields(options)]
+    for of in (of_first, of_second):
+        declared = [(name, parameter.annotation) for name, parameter in of.items()]
+        assert declared[: len(fields)] == fields
+    shared = [name for name in of_first if name in of_second]
+    assert shared == [name for name in of_second if name in of_first]
+    assert {name: of_first[name].annotation for name in shared} == {name: of_second[name].annotation for name in shared}
+    differing = {name: of_second[name].default for name in shared if of_second[name].default != of_first[name].default}
+    assert differing == OTHER_DEFAULTS[second]
 
 
 def test_both_clients_have_the_same_docstrings_but_for_threads_and_tasks() -> None:
