@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from emberpc.client import Client
 from fake_server import FakeServer
 
 Emberpc = Callable[..., Any]
@@ -60,6 +61,35 @@ def test_details_of_a_write_state_its_durability(emberpc: Emberpc, fake: FakeSer
     found = [json.loads(line) for line in outcome.err.splitlines()]
     assert [(each["first"], each["count"]) for each in found] == [(0, 2), (2, 1)]
     assert all("durability" in each and "sequence" in each for each in found)
-    for command in (("upsert", "books", books), ("embed", "--file", books, "--json")):
-        refused = emberpc(*command, "--stream", "--details")
-        assert (refused.code, "--details cannot be combined with --stream" in refused.err) == (2, True)
+
+
+def test_details_of_a_stream_of_texts_are_printed_for_each_text(
+    emberpc: Emberpc, fake: FakeServer, tmp_path: Path
+) -> None:
+    plain = emberpc("embed", "--file", "-", "--stream", "--json", stdin="one\nbad\ntwo words\n")
+    outcome = emberpc("embed", "--file", "-", "--stream", "--json", "--details", stdin="one\nbad\ntwo words\n")
+    assert outcome.out == plain.out
+    found = [json.loads(line) for line in outcome.err.splitlines() if line.startswith("{")]
+    assert {each["first"]: (each["count"], each["usages"]) for each in found} == {
+        0: (1, [{"tokens": 3, "truncated": False}]),
+        2: (1, [{"tokens": 4, "truncated": False}]),
+    }
+    assert {each["model"]["name"] for each in found} == {"canned"}
+    # A stream does not state times.
+    assert not any("timings" in each for each in found)
+
+
+def test_details_of_a_stream_of_records_are_printed_for_each_write(emberpc: Emberpc, tiny_client: Client) -> None:
+    tiny_client.create_collection("c", model="tiny")
+    texts = ["one", "two", "three", " ", "five"]
+    lines = "".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts))
+    outcome = emberpc("upsert", "c", "-", "--stream", "--batch-size", 2, "--details", stdin=lines)
+    assert "stdin:4: text" in outcome.err
+    found = [json.loads(line) for line in outcome.err.splitlines() if line.startswith("{")]
+    assert [(each["first"], each["count"], each["durability"]) for each in found] == [
+        (0, 2, "synced"),
+        (2, 2, "synced"),
+        (4, 1, "synced"),
+    ]
+    sequences = [each["sequence"] for each in found]
+    assert sequences == sorted(set(sequences))

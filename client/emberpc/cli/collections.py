@@ -227,11 +227,13 @@ def records(
 def duplicates(
     client: Client,
     name: Name,
-    min_score: Annotated[float, typer.Option(help="Least cosine similarity of a pair.")] = 0.95,
+    min_score: Annotated[float, typer.Option(help="Least cosine similarity of a pair, above 0.")] = 0.95,
     limit: Annotated[int, typer.Option(min=1, help="Most pairs to show.")] = 20,
     as_json: AsJson = False,
 ) -> None:
     """Show the pairs of records with the most similar vectors, by cosine, most similar first."""
+    if min_score == 0:  # the API takes 0 for the default
+        raise CliError("--min-score is 0; it must be above 0 and at most 1")
     every = client.duplicates(name, min_score=min_score, timeout=GROUPS_TIMEOUT)
     pairs = list(itertools.islice(every, limit + 1))
     shown = pairs[:limit]

@@ -33,7 +33,8 @@ _SINGLE_ITEMS = (
 #: Matches, at the start of a message, a field of a request that is an option of a command. Group 1 is the option with
 #: `_` instead of `-`.
 _FIELD = re.compile(
-    r"^(?:collection\.)?(?:hnsw\.)?(model|classifier|dimensions|truncation|m|ef_construction|top_k)(?=: )"
+    r"^(?:collection\.)?(?:hnsw\.)?(model|classifier|dimensions|truncation|normalize|m|ef_construction|top_k|ef|"
+    r"min_recall|dense_weight|fusion|min_score)(?=: )"
 )
 #: Matches `timeout`, an argument of the client, at the start of a message such as `timeout is 0 seconds`.
 _TIMEOUT = re.compile(r"^timeout(?= is )")

@@ -150,6 +150,19 @@ class LineFile:
         if self._content_ids is not None and self._content_ids.repeated:
             note(f"{self.name}: rows that repeat an earlier row and were left out: {self._content_ids.repeated}")
 
+    def objects(self) -> Iterator[dict[str, Any]]:
+        """Yield the JSON object of each line of JSON Lines, read lazily. Empty lines are skipped.
+
+        Raises:
+            CliError: the file cannot be read, or a line is not UTF-8 or not a JSON object.
+        """
+        with self._opened() as file:
+            for number, line in self._lines(file):
+                if (text := self._decoded(number, line)).strip():
+                    found = self._object(number, text)
+                    self.lines.append(number)
+                    yield found
+
     def place(self, item: int) -> str:
         """Return the file and the first line of an item that was read, such as `records.jsonl:3`; `item` is from 0."""
         return f"{self.name}:{self.lines[item]}"
@@ -237,7 +250,7 @@ class LineFile:
                 yield number, record
 
     def _json_record(self, number: int, line: str) -> dict[str, Any]:
-        record = json_object(line, "the line", lambda problem: self._refuse(number, problem))
+        record = self._object(number, line)
         for key in record:
             if key not in RECORD_KEYS + _OUTPUT_KEYS:
                 self._refuse(number, f"there is a field {key!r}; a record has {', '.join(RECORD_KEYS)}")
@@ -250,6 +263,9 @@ class LineFile:
                 self._refuse(number, f"revision is {shown}; it must be a whole number, 0 for a new record")
             self.revisions.append(revision)
         return {key: value for key, value in record.items() if key in RECORD_KEYS}
+
+    def _object(self, number: int, line: str) -> dict[str, Any]:
+        return json_object(line, "the line", lambda problem: self._refuse(number, problem))
 
     def _table_records(
         self, lines: Iterable[tuple[int, bytes]], refused: OnRejected

@@ -12,6 +12,7 @@ from emberpc.cli.output import note, plain, print_fields, print_json
 from emberpc.cli.progress import progress
 from emberpc.cli.record_sources import RecordError, Source
 from emberpc.client import Client, FailedRecord
+from emberpc.client.details import Details, ResponseDetails
 from emberpc.client.types import Truncation, UpsertResult
 
 
@@ -64,6 +65,7 @@ def write_stream(
     *,
     truncation: Truncation | None = None,
     batch_size: int,
+    details: Details | None = None,
     as_json: bool,
 ) -> None:
     """Upsert the records of a source in a stream, report those that fail, and print the totals to stdout.
@@ -76,6 +78,9 @@ def write_stream(
         failures: prints and counts the failures, also those of reading.
         truncation: treatment of texts with too many tokens; None: the setting of the collection.
         batch_size: most records of one request; values above 1024 count as 1024.
+        details: called with the details of each write: `first` and `count` say which of the records that were read are
+            written or have failed since the last call, and the write has a sequence number and a durability; None: no
+            calls.
         as_json: whether to print the totals as JSON.
 
     Raises:
@@ -88,6 +93,15 @@ def write_stream(
     given = 0
     with progress("writing", source.count()) as done:
         for checkpoint in client.upsert_stream(collection, records, truncation=truncation, batch_size=batch_size):
+            if details and checkpoint.sequence:
+                details(
+                    ResponseDetails(
+                        given,
+                        checkpoint.done - given,
+                        sequence=checkpoint.sequence,
+                        durability=checkpoint.durability,
+                    )
+                )
             given = checkpoint.done
             done(given + failures.unread)
             total = UpsertResult(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -24,9 +25,10 @@ from emberpc.cli.output import (
     to_terminal,
 )
 from emberpc.cli.progress import progress
+from emberpc.cli.queries import QueryFile
 from emberpc.cli.record_stream import FailureReport, write_stream
-from emberpc.client import Client, FailedPrecondition, RecordId
-from emberpc.client.types import Fusion, Hit, Query, SearchMode, Truncation
+from emberpc.client import Client, FailedPrecondition, RecordId, SearchQuery
+from emberpc.client.types import Fusion, Hit, Priority, Query, SearchMode, SearchResult, Truncation
 
 CollectionName = Annotated[str, typer.Argument(metavar="COLLECTION", help="Name of the collection.")]
 Ids = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of records.")]
@@ -54,7 +56,9 @@ def upsert(
     stream: Annotated[
         bool,
         typer.Option(
-            "--stream", help="For a file of any size: an invalid record fails alone, and a lost connection is restored."
+            "--stream",
+            help="For a file of any size: an invalid record fails alone, and a lost connection is restored. --details "
+            "prints a line for each write.",
         ),
     ] = False,
     types: Types = None,
@@ -79,8 +83,6 @@ def upsert(
     if stream:
         if check_revisions:
             raise CliError("--check-revisions cannot be combined with --stream; leave out one of the two")
-        if with_details:
-            raise CliError("--details cannot be combined with --stream; leave out one of the two")
         failures = FailureReport(source, collection)
         records = source.records(failures.unreadable)
         write_stream(
@@ -91,6 +93,7 @@ def upsert(
             failures,
             truncation=truncation,
             batch_size=batch_size,
+            details=details_printer(with_details),
             as_json=as_json,
         )
         return
@@ -166,6 +169,15 @@ def search(
     record_id: Annotated[
         str | None, typer.Option("--id", metavar="ID", help="Search for the neighbours of this record instead.")
     ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--file",
+            metavar="FILE",
+            help="Search for each query of a JSON Lines file; - is stdin. A line has text, vector or id, and may have "
+            "where, top_k and ef instead of the options.",
+        ),
+    ] = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Most hits.")] = 10,
     ef: Annotated[int, typer.Option(min=0, help="Candidates of the graph search; 0: the server chooses.")] = 0,
     min_recall: Annotated[
@@ -190,6 +202,14 @@ def search(
     ] = None,
     truncation: Annotated[Truncation, typer.Option(help="Treatment of a query with too many tokens.")] = "end",
     with_vectors: WithVectors = False,
+    priority: Annotated[
+        Priority | None,
+        typer.Option(
+            help="Urgency of embedding the query: the server may run interactive texts before bulk texts. Default: "
+            "interactive for a single query, bulk for --file.",
+            show_default=False,
+        ),
+    ] = None,
     show_plan: Annotated[
         bool,
         typer.Option("--plan", help="Also print on stderr how the server ran the search, such as strategy and ef."),
@@ -198,57 +218,87 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Find the records nearest to a query, nearest first."""
-    wanted: Query
-    if query is not None and record_id is None:
-        wanted = query
-    elif record_id is not None and query is None:
-        wanted = RecordId(record_id)
-    else:
-        raise CliError("give a query in words, or a record with --id; one of the two")
+    if [query, record_id, file].count(None) != 2:
+        raise CliError("give a query in words, a record with --id, or a file of queries with --file; one of the three")
+    source = None if file is None else QueryFile(file)
+    wanted: list[Query | SearchQuery] = [*source.queries] if source else []
+    if query is not None:
+        wanted = [query]
+    elif record_id is not None:
+        wanted = [RecordId(record_id)]
     try:
-        (result,) = client.search_batch(
-            collection,
-            [wanted],
-            top_k=top_k,
-            ef=ef,
-            min_recall=min_recall,
-            where=where,
-            mode=mode,
-            dense_weight=dense_weight,
-            fusion=fusion,
-            truncation=truncation,
-            with_vectors=with_vectors,
-            details=details_printer(with_details),
-        )
+        with source.locating() if source else nullcontext():
+            results = client.search_batch(
+                collection,
+                wanted,
+                top_k=top_k,
+                ef=ef,
+                min_recall=min_recall,
+                where=where,
+                mode=mode,
+                dense_weight=dense_weight,
+                fusion=fusion,
+                truncation=truncation,
+                with_vectors=with_vectors,
+                priority=priority or ("bulk" if file else "interactive"),
+                details=details_printer(with_details),
+            )
     except FailedPrecondition as error:
         if error.reason != "COLLECTION_WITHOUT_MODEL":
             raise
         message = f"{collection!r} has no model that could embed the query; give --mode lexical to search by words"
         raise CliError(f"{message}, or --id ID for the neighbours of a record", ExitCode.CONFLICT) from error
+    lines = [str(source.line(i)) for i in range(len(results))] if source else [""]
     if as_json:
-        print_json({"score": hit.score, **plain(hit.record)} for hit in result.hits)
+        print_json(
+            {**({"line": int(line)} if line else {}), "score": hit.score, **plain(hit.record)}
+            for line, result in zip(lines, results, strict=True)
+            for hit in result.hits
+        )
     else:
-        _print_hits(result.hits)
+        _print_hits(
+            [(line, hit) for line, result in zip(lines, results, strict=True) for hit in result.hits], bool(source)
+        )
+    for line, result in zip(lines, results, strict=True):
+        _print_notes(result, f"line {line}: " if line else "", show_plan)
+
+
+def _print_notes(result: SearchResult, place: str, show_plan: bool) -> None:
+    """Print to stderr that a query was truncated, or why there are few hits; and with `show_plan`, the plan.
+
+    `place` is put before each note: the line of the query in its file.
+    """
     if show_plan:
         plan = {name: value for name, value in vars(result.plan).items() if name != "shortfall_reason"}
-        note("plan: " + ", ".join(f"{name} {value}" for name, value in plan.items()))
+        note(f"{place}plan: " + ", ".join(f"{name} {value}" for name, value in plan.items()))
     if result.truncated:
-        note("the query has more tokens than the model takes; it was truncated")
+        note(f"{place}the query has more tokens than the model takes; it was truncated")
     if result.plan.shortfall_reason:
-        note(f"{len(result.hits)} hits: {result.plan.shortfall_reason}")
+        note(f"{place}{len(result.hits)} hits: {result.plan.shortfall_reason}")
 
 
-def _print_hits(hits: Sequence[Hit]) -> None:
+def _print_hits(hits: Sequence[tuple[str, Hit]], with_lines: bool) -> None:
     """Print hits as a table with score, id, label and text.
 
     On a terminal, the column of labels is left out if no hit has a label.
+
+    Args:
+        hits: each hit with the line of its query in the file of queries.
+        with_lines: whether the table begins with a column of these lines.
     """
-    with_labels = not to_terminal() or any(hit.record.label for hit in hits)
+    with_labels = not to_terminal() or any(hit.record.label for _, hit in hits)
+    line = [Column("line", "right")] if with_lines else []
     label = [Column("label")] if with_labels else []
     print_table(
-        [Column("score", "right"), Column("id"), *label, Column("text", wide=True)],
+        [*line, Column("score", "right"), Column("id"), *label, Column("text", wide=True)],
         [
-            (f"{hit.score:.4f}", hit.record.id, *([hit.record.label] if with_labels else []), hit.record.text)
-            for hit in hits
+            (
+                *([place] if with_lines else []),
+                f"{hit.score:.4f}",
+                hit.record.id,
+                *([hit.record.label] if with_labels else []),
+                hit.record.text,
+            )
+            for place, hit in hits
         ],
     )

@@ -21,7 +21,8 @@ from emberpc.cli.output_files import check_output_path
 from emberpc.cli.progress import progress
 from emberpc.client import Client
 from emberpc.client.classification import Classification
-from emberpc.client.types import InputKind, Matrix, Progress, StreamedEmbedding, Truncation
+from emberpc.client.details import Details, ResponseDetails, TokenUsage
+from emberpc.client.types import DType, InputKind, Matrix, Priority, Progress, StreamedEmbedding, Truncation
 
 Texts = Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="The texts.")]
 TextFile = Annotated[str | None, typer.Option("--file", metavar="FILE", help="One text a line; - is stdin.")]
@@ -32,6 +33,15 @@ Kind = Annotated[
 Cut = Annotated[
     Truncation,
     typer.Option(help="Treatment of texts with too many tokens: refuse them, or truncate at the end or the start."),
+]
+
+Urgency = Annotated[
+    Priority | None,
+    typer.Option(
+        help="Urgency of the texts: the server may run interactive texts before bulk texts. Default: interactive for "
+        "arguments, bulk for --file.",
+        show_default=False,
+    ),
 ]
 
 #: Most numbers of a vector that a table on a terminal shows.
@@ -57,13 +67,29 @@ def embed(
     input_kind: Kind = "passage",
     dimensions: Annotated[int, typer.Option(min=0, help="Number of leading dimensions to keep; 0: all.")] = 0,
     truncation: Cut = "refuse",
+    dtype: Annotated[
+        DType,
+        typer.Option(
+            help="Element type in which the server sends the vectors. The output is float32. A type other than float32 "
+            "saves bytes on the wire and loses precision; binary keeps only signs, as -1 and 1."
+        ),
+    ] = "float32",
+    normalize: Annotated[
+        bool | None,
+        typer.Option(
+            "--normalize/--no-normalize",
+            help="Whether to scale the vectors to length 1. Default: as the model states in `normalized`.",
+            show_default=False,
+        ),
+    ] = None,
+    priority: Urgency = None,
     batch_size: BatchSize = DEFAULT_BATCH,
     stream: Annotated[
         bool,
         typer.Option(
             "--stream",
             help="For a file of any size, in little memory, with -o or --json. An invalid line fails alone; its row is "
-            "NaN. JSON objects come in any order, each with its line number.",
+            "NaN. JSON objects come in any order, each with its line number. --details prints a line for each text.",
         ),
     ] = False,
     overwrite: Overwrite = False,
@@ -76,18 +102,19 @@ def embed(
     if stream:
         if texts or not file or bool(output) == as_json:
             raise CliError("--stream goes with --file and one of -o and --json")
-        if with_details:
-            raise CliError("--details cannot be combined with --stream; leave out one of the two")
         results = client.embed_stream(
             (source := LineFile(file)).numbered(),
             model=model,
             input_kind=input_kind,
             dimensions=dimensions,
             truncation=truncation,
+            dtype=dtype,
+            normalize=normalize,
+            priority=priority or "bulk",
             batch_size=batch_size,
             window=max(_WINDOW, 2 * batch_size),
         )
-        _write_stream(source, results, output)
+        _write_stream(source, results, output, details_printer(with_details))
         return
     with _given(texts, file) as listed, _shown("embedding", listed, file) as done:
         matrix = client.embed(
@@ -96,7 +123,9 @@ def embed(
             input_kind=input_kind,
             dimensions=dimensions,
             truncation=truncation,
-            priority="bulk" if file else "interactive",
+            dtype=dtype,
+            normalize=normalize,
+            priority=priority or ("bulk" if file else "interactive"),
             batch_size=batch_size,
             progress=done,
             details=details_printer(with_details),
@@ -137,13 +166,26 @@ def similarity(
     source: Annotated[str, typer.Argument(help="A text.")],
     targets: Annotated[list[str], typer.Argument(metavar="TARGET", help="Texts to compare it with.")],
     model: ModelName = "",
+    source_kind: Annotated[
+        InputKind, typer.Option(help="Whether the first text is a passage or a query; selects the prompt of the model.")
+    ] = "passage",
+    target_kind: Annotated[
+        InputKind,
+        typer.Option(help="Whether the other texts are passages or queries; selects the prompt of the model."),
+    ] = "passage",
     truncation: Cut = "refuse",
     with_details: WithDetails = False,
     as_json: AsJson = False,
 ) -> None:
     """Compute the cosine similarity of a text to other texts, from -1 to 1."""
     matrix = client.similarity(
-        [source], targets, model=model, truncation=truncation, details=details_printer(with_details)
+        [source],
+        targets,
+        model=model,
+        source_kind=source_kind,
+        target_kind=target_kind,
+        truncation=truncation,
+        details=details_printer(with_details),
     )
     scores = matrix[0].tolist()
     if as_json:
@@ -172,6 +214,7 @@ def classify(
         ),
     ] = None,
     truncation: Cut = "refuse",
+    priority: Urgency = None,
     batch_size: BatchSize = DEFAULT_BATCH,
     with_details: WithDetails = False,
     as_json: AsJson = False,
@@ -185,7 +228,7 @@ def classify(
             classifier,
             top_k=top_k,
             truncation=truncation,
-            priority="bulk" if file else "interactive",
+            priority=priority or ("bulk" if file else "interactive"),
             batch_size=batch_size,
             progress=done,
             details=details_printer(with_details),
@@ -242,7 +285,9 @@ def _shown(what: str, texts: list[str], file: str | None) -> AbstractContextMana
     return progress(what, len(texts)) if file else nullcontext()
 
 
-def _write_stream(source: LineFile, results: Iterator[StreamedEmbedding], output: Path | None) -> None:
+def _write_stream(
+    source: LineFile, results: Iterator[StreamedEmbedding], output: Path | None, details: Details | None
+) -> None:
     """Write the vectors of a file's lines as they arrive, in any order.
 
     A line that is refused has no vector. It is noted on stderr, and the other lines are written. The file `output`
@@ -253,6 +298,7 @@ def _write_stream(source: LineFile, results: Iterator[StreamedEmbedding], output
         results: results of `Client.embed_stream`; the id of each is the number of its line, from 1.
         output: the .npy file to write, with a row for each line; NaN for a line without a vector. None: JSON Lines on
             stdout, with the keys `line` and `vector`.
+        details: called with the details of each line that has a vector: model and tokens; None: no calls.
 
     Raises:
         CliError: a line has no vector; raised at the end, after the other lines are written. Or there are no lines, a
@@ -277,6 +323,9 @@ def _write_stream(source: LineFile, results: Iterator[StreamedEmbedding], output
                 array.write(line - 1, result.vector)
             else:
                 print_json([{"line": line, "vector": result.vector}])
+            if details and result.error is None:
+                usage = TokenUsage(result.tokens, result.truncated)
+                details(ResponseDetails(line - 1, 1, model=result.model, usages=(usage,)))
             if done:
                 done(total)
     if not total:
