@@ -6,6 +6,7 @@ UTF-8), and they limit the size of a model's description.
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Iterable
 
@@ -108,3 +109,14 @@ def check_labels(labels: Iterable[str], name: str) -> None:
 def is_unicode(text: str) -> bool:
     """Return whether UTF-8 can encode a text. False means a lone surrogate, which JSON can contain as an escape."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def is_finite(number: float) -> bool:
+    """Return whether a number is finite as a float.
+
+    NaN, infinities and integers beyond float's range are not, and Python's json accepts all of these.
+    """
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from emberpc.bundle.limits import (
     check_count,
     check_labels,
     check_length,
+    is_finite,
     is_unicode,
     whole_number,
 )
@@ -350,6 +350,9 @@ class Manifest:
                 f"{' and '.join(map(str, FORMAT_VERSIONS))}; "
                 "export the model again, or install the emberpc that wrote it"
             )
+        # The first exports wrote 0.0, for no rejection, to a field that now is the threshold of the later scores.
+        if "rejection_score" not in data and data.get("rejection_threshold") == 0:
+            del data["rejection_threshold"]
         return _read(cls, data, "")
 
 
@@ -399,7 +402,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         return _read(hint, value, f"{path}.")
     if isinstance(hint, type) and issubclass(hint, Enum) and value in [member.value for member in hint]:
         return hint(value)
-    if hint is float and type(value) in (int, float) and _is_finite(value):
+    if hint is float and type(value) in (int, float) and is_finite(value):
         return float(value)
     if (hint is bool and type(value) is bool) or (hint is str and type(value) is str and is_unicode(value)):
         return value
@@ -407,14 +410,3 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         return whole_number(value, f"{MANIFEST_NAME}: {path}", -MAX_INTEGER, MAX_INTEGER)
     kind = getattr(hint, "__name__", hint)
     raise BundleError(f"{MANIFEST_NAME}: {path} is {reprlib.repr(value)}, which is not of type {kind}")
-
-
-def _is_finite(number: float) -> bool:
-    """Return whether a number is finite as a float.
-
-    NaN, infinities and integers beyond float's range are not, and Python's json accepts all of these.
-    """
-    try:
-        return math.isfinite(number)
-    except OverflowError:
-        return False
