@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 #: Format of snapshots; a snapshot of another format is not used. Since format 3 equal vectors are one node. Since
 #: format 4 nearly equal vectors are grouped under one node, and strays are no nodes.
-_FORMAT = 4
+FORMAT = 4
 #: Number of the newest snapshots that are kept: if one is damaged, the other may be used.
 _KEPT = 2
 
@@ -112,8 +112,10 @@ def _load(spec: CollectionSpec, identity: str, newest: int, sidecar: Path) -> Pe
     if document["facts_sha256"] != _digest(facts):
         raise ValueError("its facts are not what was written")
     own = _facts(spec, identity)
+    if facts.get("format") != FORMAT:
+        raise ValueError(f"it has the format {facts.get('format')}, and this emberpc uses the format {FORMAT} only")
     if {key: facts.get(key) for key in own} != own:
-        raise ValueError("it is of another collection, or of an older version")
+        raise ValueError("it is of another collection")
     if facts["newest"] > newest:
         raise AheadError
     if facts["size"] != path.stat().st_size or facts["sha256"] != sha256_of(path):
@@ -128,7 +130,7 @@ def _load(spec: CollectionSpec, identity: str, newest: int, sidecar: Path) -> Pe
 def _facts(spec: CollectionSpec, identity: str) -> dict[str, object]:
     """Return the values, by name, that the sidecar of a snapshot must have to be usable for a collection's database."""
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "identity": identity,
         "dimensions": spec.dimensions,
         "distance": spec.distance.value,

@@ -72,21 +72,16 @@ def check_backup(
         ServiceError: INVALID_ARGUMENT if the file is not a backup or is damaged, or `accept` raised an error;
             FAILED_PRECONDITION if a newer version wrote the file; UNAVAILABLE if stopped.
     """
-    with _reading(path, stop) as theirs, closing(sqlite3.connect(":memory:", isolation_level=None)) as ours:
+    with _reading(path, stop) as theirs:
         version = _version(theirs)
-        schema.make(ours, version)
-        ours.execute(backup.TABLE)
-        # The declarations of tables, indexes, triggers and views are compared before a table is read, since a malicious
-        # declaration could make SQLite compute an expression.
-        if _objects(ours) != _objects(theirs):
-            raise foreign("its tables are not those of a collection")
-        spec, created = _spec(theirs, accept)
-        found = [row[0] for row in theirs.execute("PRAGMA integrity_check(10)")]
-        if found != ["ok"]:
-            log.warning("a backup is damaged: %s", "; ".join(map(str, found)))
-            raise damaged("its database is damaged")
-        _check_values(theirs, ours)
-        _check_records(theirs, _columns(ours), spec, stop, older=version < schema.CHECKED_VERSION)
+        with closing(_with_tables_of(theirs, version)) as ours:
+            spec, created = _spec(theirs, accept)
+            found = [row[0] for row in theirs.execute("PRAGMA integrity_check(10)")]
+            if found != ["ok"]:
+                log.warning("a backup is damaged: %s", "; ".join(map(str, found)))
+                raise damaged("its database is damaged")
+            _check_values(theirs, ours)
+            _check_records(theirs, _columns(ours), spec, stop, older=version < schema.CHECKED_VERSION)
     return spec, created
 
 
@@ -135,15 +130,37 @@ def _version(theirs: sqlite3.Connection) -> int:
         raise foreign("it is a database of something else")
     version = int(theirs.execute("PRAGMA user_version").fetchone()[0])
     if version > len(schema.STEPS):
-        raise _newer()
+        raise _newer("its database has the format", version, len(schema.STEPS))
     # Only UTF-8, since in another encoding SQLite would sort ids in another order.
     if version < 0 or theirs.execute("PRAGMA encoding").fetchone()[0] != "UTF-8":
         raise foreign("its version or its encoding is none of ours")
     return version
 
 
-def _newer() -> ServiceError:
-    message = "a newer version of emberpc wrote the backup; restore it with that"
+def _with_tables_of(theirs: sqlite3.Connection, version: int) -> sqlite3.Connection:
+    """Return a database in memory with the same tables as a backup, but empty; the caller closes the connection.
+
+    No table of the backup is read. Its declarations of tables, indexes, triggers and views must be compared before a
+    table is read, since a malicious declaration could make SQLite compute an expression.
+
+    Raises:
+        ServiceError: INVALID_ARGUMENT if the backup has other tables than a collection's database of that version.
+    """
+    for steps in schema.tables_of(version):
+        ours = sqlite3.connect(":memory:", isolation_level=None)
+        schema.make(ours, steps)
+        ours.execute(backup.TABLE)
+        if _objects(ours) == _objects(theirs):
+            return ours
+        ours.close()
+    raise foreign("its tables are not those of a collection")
+
+
+def _newer(what: str, found: int, most: int) -> ServiceError:
+    message = (
+        f"a newer version of emberpc wrote the backup: {what} {found}, and this emberpc reads formats up to {most}; "
+        "restore it with the newer version"
+    )
     return ServiceError(Code.FAILED_PRECONDITION, message, reason="NEWER_FORMAT")
 
 
@@ -165,7 +182,7 @@ def _spec(theirs: sqlite3.Connection, accept: Callable[[CollectionSpec], None]) 
     """
     rows = theirs.execute("SELECT format, spec, created FROM backup LIMIT 2").fetchall()
     if rows and isinstance(rows[0][0], int) and rows[0][0] > backup.FORMAT:
-        raise _newer()
+        raise _newer("it has the format", rows[0][0], backup.FORMAT)
     try:
         ((_, text, created),) = rows
         spec = _typed_spec(text)

@@ -50,7 +50,7 @@ _RESERVE = 0.25
 _SCAN_BATCH = 2000
 _NAME = "recall.json"
 #: Formats of `recall.json` that are read: the format that is written, and the older format, which has no checksum.
-_FORMAT = 2
+FORMAT = 2
 _UNCHECKED_FORMAT = 1
 #: Greatest k and ef that a valid `recall.json` may contain: the limits of a search.
 _MOST_K, _MOST_EF = 10_000, 1_000_000
@@ -148,7 +148,7 @@ def save(measured: RecallMap, folder: Path) -> None:
     """
     temporary = folder / f"{_NAME}.tmp"
     try:
-        values = {"format": _FORMAT, **asdict(measured)}
+        values = {"format": FORMAT, **asdict(measured)}
         temporary.write_text(json.dumps({**values, "checksum": _checksum(values)}), encoding="utf-8")
         sync_to_disk(temporary)
         temporary.rename(folder / _NAME)
@@ -158,14 +158,13 @@ def save(measured: RecallMap, folder: Path) -> None:
 
 
 def load(folder: Path) -> RecallMap | None:
-    """Return the measurements saved in a collection's folder; None if there are none, or their format is unknown.
+    """Return the measurements saved in a collection's folder; None if there are none.
 
-    If they are damaged or cannot be read, this is logged, and None is returned.
+    If their format is unknown, they are damaged or cannot be read, this is logged, and None is returned.
     """
     try:
         document = json.loads((folder / _NAME).read_text(encoding="utf-8"))
-        if document["format"] not in (_FORMAT, _UNCHECKED_FORMAT):
-            return None
+        _check_format(document["format"])
         _check_sum(document)
         points = tuple(Point(each["k"], each["ef"], each["recall"]) for each in document["points"])
         _check(document["size"], points)
@@ -175,6 +174,12 @@ def load(folder: Path) -> RecallMap | None:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         log.warning("%s is set aside and measured again: %s", folder / _NAME, str(error) or type(error).__name__)
         return None
+
+
+def _check_format(version: object) -> None:
+    """Raise ValueError if a format of `recall.json` cannot be read."""
+    if version not in (FORMAT, _UNCHECKED_FORMAT):
+        raise ValueError(f"it has the format {version}, and this emberpc reads {_UNCHECKED_FORMAT} and {FORMAT}")
 
 
 def _check(size: object, points: tuple[Point, ...]) -> None:

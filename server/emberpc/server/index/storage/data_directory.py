@@ -24,7 +24,7 @@ from emberpc.server.index.storage.reserve import Reserve
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 2
+FORMAT = 2
 _DATABASE = "catalogue.db"
 _COLLECTIONS = "collections"
 _RESERVE = "reserve"
@@ -50,7 +50,7 @@ CREATE TABLE IF NOT EXISTS reembeddings (
     spec TEXT NOT NULL,
     started REAL NOT NULL
 );
-PRAGMA user_version = {_FORMAT};
+PRAGMA user_version = {FORMAT};
 COMMIT;
 """
 
@@ -391,12 +391,13 @@ def _open_catalogue(data_dir: Path) -> sqlite3.Connection:
             stack.callback(database.close)
             wal.report_lost_commits(database, found, _SUBJECT)
             version = database.execute("PRAGMA user_version").fetchone()[0]
-            if version > _FORMAT:
-                raise _unusable(data_dir, "is of a newer emberpc; install that one, or choose another --data-dir")
+            if version > FORMAT:
+                why = f"has a catalogue of the format {version} of a newer emberpc, and this one reads up to {FORMAT}; "
+                raise _unusable(data_dir, why + "install the newer one, or choose another --data-dir")
             # Without this check, a new, empty catalogue would replace a lost one, and all folders would be removed.
             if version == 0 and _collection_folders(data_dir):
                 raise _unusable(data_dir, f"has collections but no {_DATABASE}; restore it from a copy")
-            if version < _FORMAT:
+            if version < FORMAT:
                 database.executescript(_SCHEMA)
         except sqlite3.OperationalError as error:
             log.exception("%s cannot be opened", path)

@@ -153,6 +153,10 @@ STEPS: tuple[tuple[str, ...], ...] = (
 #: Number of steps after which each undamaged row has all three checksums: the number of all steps, but only while
 #: `_ROW_CHECKSUM` is the last step.
 CHECKED_VERSION = len(STEPS)
+#: Version of two kinds of databases: those that had the steps up to `_FORMLESS_WORDS`, and those that had
+#: `_ROW_CHECKSUM` as step 7, which was so in the commits from 5afe5d74 to 36243cf3, before `_FORMLESS_WORDS` was
+#: inserted. The second kind has the tables of version 8, but its texts are not prepared again yet.
+_SHARED_VERSION = 7
 #: Most rows that `_convert` converts in one transaction. The number is small, so that the write-ahead log stays small,
 #: and an interrupted conversion loses little of its progress.
 _CONVERTED_AT_ONCE = 500
@@ -178,18 +182,33 @@ def prepare(connection: sqlite3.Connection, subject: str, *, create: bool) -> No
         connection.executescript(_FIRST)
     done = int(connection.execute("PRAGMA user_version").fetchone()[0])
     if done > len(STEPS):
-        message = f"{subject} was written by a newer version of emberpc; serve it with that, or restore a backup"
+        message = (
+            f"the database of {subject} has the format {done}, and this emberpc reads formats up to {len(STEPS)}: a "
+            "newer version of emberpc wrote it; serve it with that, or restore a backup"
+        )
         raise ServiceError(Code.INTERNAL, message, reason="NEWER_FORMAT")
-    if objects(connection) != _objects_of(max(0, done)):
+    found = objects(connection)
+    if found not in map(_objects_of, tables_of(max(0, done))):
         message = f"the tables of the database of {subject} are not as they were made: it is damaged; restore a backup"
         raise ServiceError(Code.INTERNAL, message, reason="DATABASE_DAMAGED")
     _add_functions(connection)
-    for number, statements in enumerate(STEPS[done:], done + 1):
+    steps = list(enumerate(STEPS, 1))[max(0, done) :]
+    if done == _SHARED_VERSION and found == _objects_of(_SHARED_VERSION + 1):
+        steps[0] = (_SHARED_VERSION + 1, _FORMLESS_WORDS)
+    for number, statements in steps:
         with transaction(connection):
             for statement in statements:
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {number}")
     _convert(connection, subject)
+
+
+def tables_of(version: int) -> tuple[int, ...]:
+    """Return the numbers of steps after which tables are as those of a database of a version may be.
+
+    That is the version itself, and for `_SHARED_VERSION` also the next one.
+    """
+    return (version, version + 1) if version == _SHARED_VERSION else (version,)
 
 
 def _convert(connection: sqlite3.Connection, subject: str) -> None:
