@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import AutoModel
 from emberpc.export.classifier import ClassifierData, export_classifier
 from emberpc.export.embedding import export_embedding
 from emberpc.export.source.encoder import read_encoder
-from emberpc.export.tuning.backbone import Backbone
+from emberpc.export.tuning.trainable_encoder import TrainableEncoder
 from emberpc.export.verify import verify_bundle
 from fixtures_bundles import tiny_tokenizer
 
@@ -113,12 +113,12 @@ def write(path: Path) -> Path:
 
 
 def test_lower_layers_can_be_run_once(source: Path) -> None:
-    backbone = Backbone(read_encoder(source))
-    tokens = backbone.tokenize(["a", "some words of a text", "others"])
-    whole = backbone.embed(tokens)
-    states = backbone.lower_states(tokens, 1)
-    backbone.train_top(1)
-    assert abs(backbone.embed(tokens, states) - whole).max() < 5e-3
+    encoder = TrainableEncoder(read_encoder(source))
+    tokens = encoder.tokenize(["a", "some words of a text", "others"])
+    whole = encoder.embed(tokens)
+    states = encoder.lower_states(tokens, 1)
+    encoder.train_top(1)
+    assert abs(encoder.embed(tokens, states) - whole).max() < 5e-3
 
 
 # RoBERTa's layers are those of BERT, which other tests train, and XLM-RoBERTa's those of RoBERTa.

@@ -22,7 +22,7 @@ from emberpc.export.compare.planner import Planner
 from emberpc.export.compare.recommendation import recommendation
 from emberpc.export.embedding import convert_encoder
 from emberpc.export.errors import ExportError
-from emberpc.export.tuning.backbone import Backbone
+from emberpc.export.tuning.trainable_encoder import TrainableEncoder
 
 
 class StopError(Exception):
@@ -84,13 +84,13 @@ def test_a_failing_strategy_is_skipped_with_its_reason(
 def test_an_encoder_that_cannot_be_trained_is_tried_once(
     settings: ComparisonSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded: list[Backbone] = []
+    loaded: list[TrainableEncoder] = []
 
-    def refuse(self: Backbone) -> Any:
+    def refuse(self: TrainableEncoder) -> Any:
         loaded.append(self)
         raise ExportError("it has no list of layers; use the strategy linear")
 
-    monkeypatch.setattr(Backbone, "_find_layers", refuse)
+    monkeypatch.setattr(TrainableEncoder, "_find_layers", refuse)
     compared = run(replace(settings, strategies=("linear", "top-layers", "full"), seeds=2), tmp_path / "report")
     assert {outcome.cell.strategy for outcome in compared.outcomes} == {"linear"}
     assert len(compared.skipped) == 2 * 2

@@ -15,7 +15,7 @@ from emberpc.export.convert.parity import torch_embeddings
 from emberpc.export.embedding import export_embedding
 from emberpc.export.errors import ExportError
 from emberpc.export.source.encoder import read_encoder
-from emberpc.export.tuning.backbone import Backbone
+from emberpc.export.tuning.trainable_encoder import TrainableEncoder
 from emberpc.export.verify import verify_bundle
 from fixtures_bundles import MakeSource, modules_json, pooling_json
 
@@ -367,5 +367,5 @@ def test_the_bundle_of_a_lower_casing_model_lower_cases(make_source: MakeSource,
     np.testing.assert_allclose(small, large)
     expected = torch_embeddings(str(source), ["A Kitten"], 32)
     np.testing.assert_allclose(large, expected[0], atol=1e-5)
-    tokens = Backbone(read_encoder(source)).tokenize(["A Kitten", "a kitten"])
+    tokens = TrainableEncoder(read_encoder(source)).tokenize(["A Kitten", "a kitten"])
     assert tokens[0] == tokens[1]

@@ -28,8 +28,8 @@ from emberpc.export.retrieval.mining import Neighbours, mine
 from emberpc.export.retrieval.queries import Files, Judged, Queries, RetrievalData, read_data
 from emberpc.export.retrieval.ranking import TrainingOptions, TrainingOutcome, multiple_negatives_ranking, tune
 from emberpc.export.source.encoder import Encoder, read_encoder
-from emberpc.export.tuning.backbone import Backbone
 from emberpc.export.tuning.checkpoint import Checkpoints
+from emberpc.export.tuning.trainable_encoder import TrainableEncoder
 from emberpc.export.verify import verify_bundle
 from fixtures_bundles import minilm_source
 
@@ -347,15 +347,15 @@ def test_vectors_are_the_same_however_many_states_are_kept(tiny: Encoder, room: 
     texts = ["abc def", "a", "xyz", "hello there you"] * 80 + [f"text {c}" for c in "abcdefgh"]
     texts = [f"{text} {'abcdefghij'[i % 10]} {'klmnopqrst'[i // 10 % 10]}" for i, text in enumerate(texts)]
 
-    def embed(backbone: Backbone, embedder: Embedder) -> Matrix:
+    def embed(encoder: TrainableEncoder, embedder: Embedder) -> Matrix:
         embedder.keep(texts)
         with torch.no_grad():
-            for parameter in backbone.train_top(1).values():
+            for parameter in encoder.train_top(1).values():
                 parameter.mul_(1.1)
         return embedder.embed(texts)
 
-    whole = Backbone(tiny)
-    some = Backbone(tiny)
+    whole = TrainableEncoder(tiny)
+    some = TrainableEncoder(tiny)
     expected = embed(whole, Embedder(whole, 1, room=0))
     np.testing.assert_allclose(embed(some, Embedder(some, 1, room=room)), expected, atol=5e-3)
 

@@ -26,9 +26,9 @@ from emberpc.export.data.examples import Examples, label_names, training_example
 from emberpc.export.errors import ExportError
 from emberpc.export.source.encoder import Encoder, read_encoder
 from emberpc.export.timing import Cost
-from emberpc.export.tuning.backbone import Backbone
 from emberpc.export.tuning.checkpoint import Checkpoint, Checkpoints, TrainingState
 from emberpc.export.tuning.loop import Recipe
+from emberpc.export.tuning.trainable_encoder import TrainableEncoder
 from emberpc.export.verify import verify_bundle
 from fixtures_bundles import MODULES, minilm_source
 
@@ -166,14 +166,14 @@ def test_texts_may_have_several_labels(tiny_source: Path, tmp_path: Path) -> Non
 
 
 def test_cached_lower_states_give_the_same_vectors(minilm_bundle: Path) -> None:
-    backbone = Backbone(read_encoder(minilm_source()))
-    tokens = backbone.tokenize(["one", "a text of several words", "and\nanother, longer still, of two lines"])
-    whole = backbone.embed(tokens)
-    states = backbone.lower_states(tokens, 2)
-    backbone.train_top(2)
-    np.testing.assert_allclose(backbone.embed(tokens, states), whole, atol=2e-3)  # the states are in half precision
-    backbone.reset()
-    np.testing.assert_array_equal(backbone.embed(tokens), whole)
+    encoder = TrainableEncoder(read_encoder(minilm_source()))
+    tokens = encoder.tokenize(["one", "a text of several words", "and\nanother, longer still, of two lines"])
+    whole = encoder.embed(tokens)
+    states = encoder.lower_states(tokens, 2)
+    encoder.train_top(2)
+    np.testing.assert_allclose(encoder.embed(tokens, states), whole, atol=2e-3)  # the states are in half precision
+    encoder.reset()
+    np.testing.assert_array_equal(encoder.embed(tokens), whole)
 
 
 # `full` trains as `top-layers` does.

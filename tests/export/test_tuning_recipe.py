@@ -23,7 +23,7 @@ from emberpc.export.classify.strategies.contrastive import scored
 from emberpc.export.classify.strategies.layers import FullTuning
 from emberpc.export.data.examples import Examples
 from emberpc.export.source.encoder import read_encoder
-from emberpc.export.tuning.backbone import Backbone
+from emberpc.export.tuning.trainable_encoder import TrainableEncoder
 
 TUNING = [name for name, strategy in STRATEGIES.items() if strategy.tunes]
 
@@ -104,30 +104,30 @@ def test_one_training_of_full_is_three_passes_for_each_text_and_epoch() -> None:
 
 
 def test_embeddings_are_trained_on_request_only(tiny_source: Path) -> None:
-    backbone = Backbone(read_encoder(tiny_source))
-    embeddings = {name for name, _ in backbone.model.named_parameters() if "embeddings" in name.split(".")}
+    encoder = TrainableEncoder(read_encoder(tiny_source))
+    embeddings = {name for name, _ in encoder.model.named_parameters() if "embeddings" in name.split(".")}
     assert embeddings
-    assert embeddings <= set(backbone.train_top(backbone.layers))
-    layers = set(backbone.train_top(backbone.layers, embeddings=False))
+    assert embeddings <= set(encoder.train_top(encoder.layers))
+    layers = set(encoder.train_top(encoder.layers, embeddings=False))
     assert layers
     assert not layers & embeddings
 
 
 def test_trained_weights_replace_the_original_ones(tiny_source: Path) -> None:
-    backbone = Backbone(read_encoder(tiny_source))
-    tokens = backbone.tokenize(["one", "two words"])
-    original = backbone.embed(tokens)
+    encoder = TrainableEncoder(read_encoder(tiny_source))
+    tokens = encoder.tokenize(["one", "two words"])
+    original = encoder.embed(tokens)
     trained = {
         name: parameter.detach() + 0.01
-        for name, parameter in backbone.train_top(backbone.layers, embeddings=False).items()
+        for name, parameter in encoder.train_top(encoder.layers, embeddings=False).items()
     }
-    backbone.use(trained, backbone.layers)
-    assert backbone.weights().keys() == trained.keys()
-    for name, values in backbone.weights().items():
+    encoder.use(trained, encoder.layers)
+    assert encoder.weights().keys() == trained.keys()
+    for name, values in encoder.weights().items():
         assert torch.equal(values, trained[name])
-    assert not np.allclose(backbone.embed(tokens), original, atol=1e-4)
-    backbone.reset()
-    np.testing.assert_array_equal(backbone.embed(tokens), original)
+    assert not np.allclose(encoder.embed(tokens), original, atol=1e-4)
+    encoder.reset()
+    np.testing.assert_array_equal(encoder.embed(tokens), original)
 
 
 def test_a_score_of_contrastive_embeds_some_texts_of_each_label() -> None:

@@ -334,7 +334,7 @@ def tuned_encoder(encoder: Encoder, fitted: Fitted, folder: Path) -> Iterator[tu
 
     The first item is the encoder that the head belongs to. A tuned encoder is written to a temporary folder in
     `folder`; the temporary folder is removed after the block, so do not use the tuned encoder later. Writing it
-    restores the original weights of `fitted.tuned.backbone`.
+    restores the original weights of `fitted.tuned.trainable_encoder`.
 
     Args:
         encoder: the encoder before the fit.

@@ -17,7 +17,7 @@ from emberpc.export.source.encoder import Encoder
 from emberpc.export.timing import Cost
 
 if TYPE_CHECKING:
-    from emberpc.export.tuning.backbone import Backbone, States, TokenIds
+    from emberpc.export.tuning.trainable_encoder import States, TokenIds, TrainableEncoder
 
 
 @dataclass
@@ -99,18 +99,18 @@ class CachedEncoder:
     @property
     def is_trainable(self) -> bool:
         """Whether the encoder in PyTorch, which training needs, is loaded. Loading takes seconds and may fail."""
-        return "backbone" in vars(self)
+        return "trainable_encoder" in vars(self)
 
     @cached_property
-    def backbone(self) -> Backbone:
+    def trainable_encoder(self) -> TrainableEncoder:
         """The encoder in PyTorch, which is loaded at the first use of this property.
 
         Raises:
             ExportError: sentence-transformers cannot load the encoder, or its layers cannot be trained.
         """
-        from emberpc.export.tuning.backbone import Backbone
+        from emberpc.export.tuning.trainable_encoder import TrainableEncoder
 
-        return Backbone(self.encoder)
+        return TrainableEncoder(self.encoder)
 
     def tokens(self, texts: Sequence[str]) -> list[TokenIds]:
         """Return the token ids of each text with the passage prompt before it, truncated to the encoder's limit.
@@ -121,14 +121,14 @@ class CachedEncoder:
         new = [text for text in dict.fromkeys(texts) if text not in self._tokens]
         if new:
             prompt = self.encoder.prompts.passage
-            self._tokens.update(zip(new, self.backbone.tokenize([prompt + text for text in new]), strict=True))
+            self._tokens.update(zip(new, self.trainable_encoder.tokenize([prompt + text for text in new]), strict=True))
         return [self._tokens[text] for text in texts]
 
     def states(self, texts: Sequence[str], top: int) -> list[States] | None:
         """Return the hidden states of each text below the upper `top` layers, each float16 (tokens, hidden size).
 
-        States that are not cached are computed. That restores the original weights of `backbone`, so do not call this
-        for new texts during a training.
+        States that are not cached are computed. That restores the original weights of `trainable_encoder`, so do not
+        call this for new texts during a training.
 
         Args:
             texts: the texts, without prompt.
@@ -140,13 +140,15 @@ class CachedEncoder:
         Raises:
             ExportError: the encoder cannot be loaded in PyTorch.
         """
-        if top >= self.backbone.layers:
+        if top >= self.trainable_encoder.layers:
             return None
         known = self._states.setdefault(top, {})
         new = [text for text in dict.fromkeys(texts) if text not in known]
         with self._accounted(str(top), texts):
             if new:
-                known.update(zip(new, self.backbone.lower_states(self.tokens(new), top, self.progress), strict=True))
+                known.update(
+                    zip(new, self.trainable_encoder.lower_states(self.tokens(new), top, self.progress), strict=True)
+                )
         return [known[text] for text in texts]
 
     @contextmanager

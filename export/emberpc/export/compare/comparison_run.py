@@ -385,7 +385,9 @@ class _Comparison:
         cached_encoder = base.cached_encoder
         cached_encoder.progress = report
         if STRATEGIES[cell.strategy].tunes:
-            _ = cached_encoder.backbone  # load it here: this takes seconds once and is not part of the cell's own time
+            _ = (
+                cached_encoder.trainable_encoder
+            )  # load it here: this takes seconds once and is not part of the cell's own time
         with Cost() as wall:
             sample = self._described(sample, cached_encoder)
             options = Options(

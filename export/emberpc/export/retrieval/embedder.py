@@ -10,7 +10,7 @@ import torch
 
 from emberpc.export.convert.onnx_runner import Matrix
 from emberpc.export.progress import Progress, no_progress
-from emberpc.export.tuning.backbone import Backbone, States, TokenIds
+from emberpc.export.tuning.trainable_encoder import States, TokenIds, TrainableEncoder
 
 #: Default limit of the cached states in bytes: enough for 13,000 passages of 200 tokens with a hidden size of 384, in
 #: float16.
@@ -28,14 +28,16 @@ class Embedder:
     float16.
 
     Args:
-        backbone: the encoder in PyTorch. Call `keep`, if at all, before `train_top` of the backbone.
+        encoder: the encoder in PyTorch. Call `keep`, if at all, before its `train_top`.
         top: number of upper layers that will be trained.
         room: limit of the cached states in bytes; the last states cached may exceed it.
         progress: called with the number of texts done.
     """
 
-    def __init__(self, backbone: Backbone, top: int, *, room: int = ROOM, progress: Progress = no_progress) -> None:
-        self._backbone = backbone
+    def __init__(
+        self, encoder: TrainableEncoder, top: int, *, room: int = ROOM, progress: Progress = no_progress
+    ) -> None:
+        self._encoder = encoder
         self._top = top
         self._room = room
         self._progress = progress
@@ -53,7 +55,7 @@ class Embedder:
         """
         new = list(dict.fromkeys(texts))
         self.tokens(new)
-        if self._top >= self._backbone.layers:
+        if self._top >= self._encoder.layers:
             return
         new = [text for text in new if text not in self._states]
         stage = "running the lower layers"
@@ -62,7 +64,7 @@ class Embedder:
                 break
             chunk = new[start : start + _CHUNK]
             self._progress(stage, start, len(new))
-            found = self._backbone.lower_states(self.tokens(chunk), self._top)
+            found = self._encoder.lower_states(self.tokens(chunk), self._top)
             self._states.update(zip(chunk, found, strict=True))
             self._room -= sum(states.nbytes for states in found)
         self._progress(stage, len(new), max(1, len(new)))
@@ -71,7 +73,7 @@ class Embedder:
         """Return the token ids of each text, special tokens included, truncated to the encoder's limit; cache them."""
         new = [text for text in dict.fromkeys(texts) if text not in self._tokens]
         if new:
-            self._tokens.update(zip(new, self._backbone.tokenize(new), strict=True))
+            self._tokens.update(zip(new, self._encoder.tokenize(new), strict=True))
         return [self._tokens[text] for text in texts]
 
     def forward(self, texts: Sequence[str]) -> torch.Tensor:
@@ -81,9 +83,9 @@ class Embedder:
         """
         tokens = self.tokens(texts)
         if all(text in self._states for text in texts):
-            return self._backbone.forward(tokens, [self._states[text] for text in texts])
-        with self._backbone.all_layers():
-            return self._backbone.forward(tokens)
+            return self._encoder.forward(tokens, [self._states[text] for text in texts])
+        with self._encoder.all_layers():
+            return self._encoder.forward(tokens)
 
     def embed(self, texts: Sequence[str], name: str = "") -> Matrix:
         """Return the vectors of texts, float32 (texts, dimensions), in the order of `texts`, without gradients.
@@ -105,9 +107,9 @@ class Embedder:
         parts = []
         if kept:
             states = [self._states[text] for text in kept]
-            parts.append(self._backbone.embed(self.tokens(kept), states, progress_from(0)))
+            parts.append(self._encoder.embed(self.tokens(kept), states, progress_from(0)))
         if rest:
-            with self._backbone.all_layers():
-                parts.append(self._backbone.embed(self.tokens(rest), None, progress_from(len(kept))))
+            with self._encoder.all_layers():
+                parts.append(self._encoder.embed(self.tokens(rest), None, progress_from(len(kept))))
         row = {text: i for i, text in enumerate(chain(kept, rest))}
         return np.concatenate(parts)[[row[text] for text in texts]]

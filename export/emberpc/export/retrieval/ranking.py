@@ -17,9 +17,9 @@ from emberpc.export.retrieval.metrics import DECIDING, measure
 from emberpc.export.retrieval.mining import Neighbours, mine
 from emberpc.export.retrieval.queries import Queries, RetrievalData
 from emberpc.export.source.encoder import Encoder
-from emberpc.export.tuning.backbone import Backbone
 from emberpc.export.tuning.checkpoint import Checkpoint, Checkpoints
 from emberpc.export.tuning.loop import Recipe, shuffled, train
+from emberpc.export.tuning.trainable_encoder import TrainableEncoder
 
 #: Temperature of the loss, which divides cosines. Other values were not tried (docs/decisions/0013).
 _TEMPERATURE = 0.05
@@ -65,26 +65,26 @@ class TrainingOptions:
 class TrainingOutcome:
     """Result of a training for retrieval: the resulting weights, and figures by name.
 
-    `backbone` is the encoder in PyTorch, and `top` the number of its upper layers that were trained. `weights` are the
-    resulting weights of these layers and of the modules behind them, by parameter name. If all layers were trained,
-    `weights` has the token embeddings, too.
+    `trainable_encoder` is the encoder in PyTorch, and `top` the number of its upper layers that were trained. `weights`
+    are the resulting weights of these layers and of the modules behind them, by parameter name. If all layers were
+    trained, `weights` has the token embeddings, too.
     """
 
     weights: Weights
     top: int
-    backbone: Backbone
+    trainable_encoder: TrainableEncoder
     figures: dict[str, float] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write the tuned encoder to `folder` in the format of sentence-transformers.
 
-        Afterwards, `backbone` has its original weights.
+        Afterwards, `trainable_encoder` has its original weights.
 
         Raises:
             ExportError: the folder cannot be written.
             OSError: the disk is full.
         """
-        self.backbone.save(self.weights, self.top, folder)
+        self.trainable_encoder.save(self.weights, self.top, folder)
 
 
 def tune(data: RetrievalData, encoder: Encoder, options: TrainingOptions) -> TrainingOutcome:
@@ -125,23 +125,23 @@ class _Tuning:
         self._data = data
         self._encoder = encoder
         self._options = options
-        self._backbone = Backbone(encoder)
-        layers = self._backbone.layers
+        self._trainable_encoder = TrainableEncoder(encoder)
+        layers = self._trainable_encoder.layers
         self._top = min(layers, options.layers or max(1, layers // 3))
-        self._embedder = Embedder(self._backbone, self._top, progress=options.progress)
+        self._embedder = Embedder(self._trainable_encoder, self._top, progress=options.progress)
         self._passages = [encoder.prompts.passage + text for text in data.passages]
         self._queries = self._prompted(data.train)
 
     def run(self) -> TrainingOutcome:
-        data, backbone = self._data, self._backbone
+        data, trainable_encoder = self._data, self._trainable_encoder
         measured = {"held_out": data.held_out, **({"test": data.test} if data.test else {})}
         measured_queries = [text for queries in measured.values() for text in self._prompted(queries)]
         trained_on = sorted({i for known in (*data.train.relevant, *data.train.negatives) for i in known})
         self._embedder.keep(
             [*self._queries, *measured_queries, *(self._passages[i] for i in trained_on), *self._passages]
         )
-        parameters = backbone.train_top(self._top)
-        original = backbone.weights()
+        parameters = trainable_encoder.train_top(self._top)
+        original = trainable_encoder.weights()
         passage_vectors = self._embedder.embed(self._passages, "embedding passages before")
         figures = self._measure(measured, passage_vectors, "before")
         negatives = self._negatives(passage_vectors)
@@ -173,7 +173,7 @@ class _Tuning:
         if share:
             passage_vectors = self._embedder.embed(self._passages, "embedding passages after")
         figures |= self._measure(measured, passage_vectors, "after")
-        return TrainingOutcome(backbone.weights(), self._top, backbone, figures)
+        return TrainingOutcome(trainable_encoder.weights(), self._top, trainable_encoder, figures)
 
     def _prompted(self, queries: Queries) -> list[str]:
         return [self._encoder.prompts.query + text for text in queries.texts]
@@ -263,14 +263,14 @@ class _Tuning:
             The share of the trained weights in the mean; 0 if no mean is better than the original weights. Of several
             better means with the same score, that with the greatest share is chosen.
         """
-        trained = self._backbone.weights()
+        trained = self._trainable_encoder.weights()
         scores = {0.0: untouched, _SHARES[0]: reached}
         for share in _SHARES[1:]:
-            self._backbone.load(_between(original, trained, share))
+            self._trainable_encoder.load(_between(original, trained, share))
             scores[share] = score()
             self._options.progress("weighting old and new weights", len(scores) - 1, len(_SHARES))
         best = max(scores, key=lambda share: scores[share])
-        self._backbone.load(_between(original, trained, best))
+        self._trainable_encoder.load(_between(original, trained, best))
         return best
 
     def _checkpoint(self, recipe: Recipe, negatives: Sequence[Sequence[int]]) -> Checkpoint:

@@ -21,7 +21,7 @@ from emberpc.export.tuning.checkpoint import Checkpoints
 if TYPE_CHECKING:
     import torch
 
-    from emberpc.export.tuning.backbone import Backbone
+    from emberpc.export.tuning.trainable_encoder import TrainableEncoder
 
 #: Without a validation file, one of this many folds of the training texts is held out for early stopping and
 #: calibration.
@@ -75,23 +75,24 @@ class Options:
 class Tuned:
     """Trained weights of an encoder by parameter name.
 
-    `top` is the number of upper layers that were trained. `backbone` is the encoder in PyTorch that was trained.
+    `top` is the number of upper layers that were trained. `trainable_encoder` is the encoder in PyTorch that was
+    trained.
     """
 
     weights: Mapping[str, torch.Tensor]
     top: int
-    backbone: Backbone
+    trainable_encoder: TrainableEncoder
 
     def save(self, folder: Path) -> None:
         """Write the tuned encoder to `folder` in the format of sentence-transformers.
 
-        This restores the original weights of `backbone`.
+        This restores the original weights of `trainable_encoder`.
 
         Raises:
             ExportError: the folder cannot be written.
             OSError: the disk is full.
         """
-        self.backbone.save(self.weights, self.top, folder)
+        self.trainable_encoder.save(self.weights, self.top, folder)
 
 
 @dataclass(frozen=True)

@@ -84,14 +84,14 @@ class Contrastive:
         cached_encoder: CachedEncoder,
         options: Options,
     ) -> tuple[Fitted, int]:
-        backbone = cached_encoder.backbone
-        top = max(1, backbone.layers // 2)
+        encoder = cached_encoder.trainable_encoder
+        top = max(1, encoder.layers // 2)
         tokens, states = cached_encoder.tokens(examples.texts), cached_encoder.states(examples.texts, top)
         if held_out is not None:
             # Cache these states before the training: computing them later would restore the original weights, which
             # undoes the training.
             cached_encoder.states(held_out.texts, top)
-        parameters = backbone.train_top(top)
+        parameters = encoder.train_top(top)
         recipe = Recipe(epochs or default_epochs(examples), 1e-4, batch=_BATCH)
         known = scored(examples)
         sample, sample_tokens = examples.take(known), [tokens[row] for row in known]
@@ -99,14 +99,14 @@ class Contrastive:
         together = torch.from_numpy(examples.targets.astype(np.float32))
 
         def loss_of(rows: list[int]) -> torch.Tensor:
-            vectors = backbone.forward([tokens[row] for row in rows], states and [states[row] for row in rows])
+            vectors = encoder.forward([tokens[row] for row in rows], states and [states[row] for row in rows])
             return supervised_contrastive(vectors, together[rows])
 
         def score() -> float:
             if held_out is None:
                 return 0.0
-            means = class_means(backbone.embed(sample_tokens, sample_states), sample.targets)
-            found = backbone.embed(cached_encoder.tokens(held_out.texts), cached_encoder.states(held_out.texts, top))
+            means = class_means(encoder.embed(sample_tokens, sample_states), sample.targets)
+            found = encoder.embed(cached_encoder.tokens(held_out.texts), cached_encoder.states(held_out.texts, top))
             return accuracy(label_head(means).logits(found), held_out)
 
         log = train(
@@ -121,7 +121,7 @@ class Contrastive:
             stage=stage,
             progress=options.progress,
         )
-        vectors = backbone.embed(tokens, states)
+        vectors = encoder.embed(tokens, states)
         weights = balanced_weights(examples.targets) if options.balanced else None
 
         def fit(check: Check) -> Head:
@@ -131,7 +131,7 @@ class Contrastive:
 
         with bounded_threads(1):
             (head,) = run_in_threads([fit], lambda done: options.progress("fitting the head", done, 1))
-        tuned = Tuned(backbone.weights(), top, backbone)
+        tuned = Tuned(encoder.weights(), top, encoder)
         figures = {"epochs": float(log.best_epoch), "layers_tuned": float(top)}
         embed = embed_by(tuned, cached_encoder)
         return with_head(head, embed, no_texts(examples), tuned=tuned, figures=figures), log.best_epoch

@@ -111,15 +111,15 @@ class _Layers:
         cached_encoder: CachedEncoder,
         options: Options,
     ) -> tuple[Fitted, int]:
-        backbone = cached_encoder.backbone
-        top = self.top(backbone.layers)
+        encoder = cached_encoder.trainable_encoder
+        top = self.top(encoder.layers)
         tokens, states = cached_encoder.tokens(examples.texts), cached_encoder.states(examples.texts, top)
         if held_out is not None:
             # Cache these states before the training: computing them later would restore the original weights, which
             # undoes the training.
             cached_encoder.states(held_out.texts, top)
-        parameters = backbone.train_top(top, embeddings=False)
-        original = backbone.weights()
+        parameters = encoder.train_top(top, embeddings=False)
+        original = encoder.weights()
         means = class_means(cached_encoder.vectors(examples.texts), examples.targets)
         head = _CosineHead(means, multi_label=examples.multi_label)
         recipe = Recipe(epochs or default_epochs(examples), self.encoder_rate, batch=self.batch)
@@ -127,13 +127,13 @@ class _Layers:
         lengths = [len(ids) for ids in tokens]
 
         def loss_of(rows: list[int]) -> torch.Tensor:
-            vectors = backbone.forward([tokens[row] for row in rows], states and [states[row] for row in rows])
+            vectors = encoder.forward([tokens[row] for row in rows], states and [states[row] for row in rows])
             return loss(head(vectors), rows)
 
         def score() -> float:
             texts = held_out.texts if held_out else ()
             logits = head.linear().logits(
-                backbone.embed(cached_encoder.tokens(texts), cached_encoder.states(texts, top))
+                encoder.embed(cached_encoder.tokens(texts), cached_encoder.states(texts, top))
             )
             return accuracy(logits, held_out) if held_out else 0.0
 
@@ -149,9 +149,9 @@ class _Layers:
             stage=stage,
             progress=options.progress,
         )
-        trained = backbone.weights()
-        backbone.load({name: weights.lerp(trained[name], _TUNED_SHARE) for name, weights in original.items()})
-        tuned, linear = Tuned(backbone.weights(), top, backbone), head.linear()
+        trained = encoder.weights()
+        encoder.load({name: weights.lerp(trained[name], _TUNED_SHARE) for name, weights in original.items()})
+        tuned, linear = Tuned(encoder.weights(), top, encoder), head.linear()
         figures = {"epochs": float(log.best_epoch), "layers_tuned": float(top)}
         embed = embed_by(tuned, cached_encoder)
         return with_head(linear, embed, no_texts(examples), tuned=tuned, figures=figures), log.best_epoch
@@ -191,8 +191,8 @@ def embed_by(tuned: Tuned, cached_encoder: CachedEncoder) -> Callable[[Sequence[
 
     def embed(texts: Sequence[str]) -> Matrix:
         tokens, states = cached_encoder.tokens(texts), cached_encoder.states(texts, tuned.top)
-        cached_encoder.backbone.use(tuned.weights, tuned.top)
-        return cached_encoder.backbone.embed(tokens, states, cached_encoder.progress)
+        cached_encoder.trainable_encoder.use(tuned.weights, tuned.top)
+        return cached_encoder.trainable_encoder.embed(tokens, states, cached_encoder.progress)
 
     return embed
 

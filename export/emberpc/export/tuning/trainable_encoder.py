@@ -43,7 +43,7 @@ class _CachedStates(nn.Module):
         return (self.states,)
 
 
-class Backbone:
+class TrainableEncoder:
     """An encoder with its pooling in PyTorch, prepared for training of its upper layers.
 
     Args:
