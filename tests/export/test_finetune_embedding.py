@@ -27,7 +27,7 @@ from emberpc.export.retrieval.metrics import measure
 from emberpc.export.retrieval.mining import Neighbours, mine
 from emberpc.export.retrieval.queries import Files, Judged, Queries, RetrievalData, read_data
 from emberpc.export.retrieval.ranking import TrainingOptions, TrainingOutcome, multiple_negatives_ranking, tune
-from emberpc.export.source.encoder import Encoder, read_encoder
+from emberpc.export.source.encoder import SourceEncoder, read_encoder
 from emberpc.export.tuning.checkpoint import Checkpoints
 from emberpc.export.tuning.trainable_encoder import TrainableEncoder
 from emberpc.export.verify import verify_bundle
@@ -278,11 +278,11 @@ def same(one: TrainingOutcome, other: TrainingOutcome) -> bool:
 
 
 @pytest.fixture
-def tiny(tiny_source: Path) -> Encoder:
+def tiny(tiny_source: Path) -> SourceEncoder:
     return read_encoder(tiny_source)
 
 
-def test_a_seed_gives_the_same_weights(tiny: Encoder, tmp_path: Path) -> None:
+def test_a_seed_gives_the_same_weights(tiny: SourceEncoder, tmp_path: Path) -> None:
     data = tiny_data(tmp_path)
     first, again = tune(data, tiny, QUICK), tune(data, tiny, QUICK)
     assert first.figures["share"] > 0
@@ -291,7 +291,7 @@ def test_a_seed_gives_the_same_weights(tiny: Encoder, tmp_path: Path) -> None:
     assert not same(first, tune(data, tiny, replace(QUICK, seed=1)))
 
 
-def test_an_interrupted_training_resumes(tiny: Encoder, tmp_path: Path) -> None:
+def test_an_interrupted_training_resumes(tiny: SourceEncoder, tmp_path: Path) -> None:
     class StopError(Exception):
         pass
 
@@ -343,7 +343,7 @@ def test_a_sample_of_judged_queries_keeps_their_answers(most_queries: int, most:
 
 
 @pytest.mark.parametrize("room", [0, 2000, 10**9])
-def test_vectors_are_the_same_however_many_states_are_kept(tiny: Encoder, room: int) -> None:
+def test_vectors_are_the_same_however_many_states_are_kept(tiny: SourceEncoder, room: int) -> None:
     texts = ["abc def", "a", "xyz", "hello there you"] * 80 + [f"text {c}" for c in "abcdefgh"]
     texts = [f"{text} {'abcdefghij'[i % 10]} {'klmnopqrst'[i // 10 % 10]}" for i, text in enumerate(texts)]
 

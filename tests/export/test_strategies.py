@@ -24,7 +24,7 @@ from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.data.datasets import read_labelled
 from emberpc.export.data.examples import Examples, label_names, training_examples
 from emberpc.export.errors import ExportError
-from emberpc.export.source.encoder import Encoder, read_encoder
+from emberpc.export.source.encoder import SourceEncoder, read_encoder
 from emberpc.export.timing import Cost
 from emberpc.export.tuning.checkpoint import Checkpoint, Checkpoints, TrainingState
 from emberpc.export.tuning.loop import Recipe
@@ -352,7 +352,7 @@ def test_a_checkpoint_depends_on_encoder_settings_and_split(tiny_source: Path, t
     swapped = replace(known, targets=known.targets[::-1])
     options = Options(checkpoints=Checkpoints(tmp_path))
 
-    def written(of: Encoder, held_out: Examples, trained: tuple[str, ...] = ()) -> None:
+    def written(of: SourceEncoder, held_out: Examples, trained: tuple[str, ...] = ()) -> None:
         bench = cast("CachedEncoder", SimpleNamespace(encoder=of))
         checkpoint = layers.checkpoint_of("full", known, held_out, Recipe(1), bench, options, trained)
         checkpoint.write(TrainingState({"value.a": torch.ones(1)}))

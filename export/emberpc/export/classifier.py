@@ -38,7 +38,7 @@ from emberpc.export.embedding import (
 )
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
-from emberpc.export.source.encoder import Encoder, read_encoder
+from emberpc.export.source.encoder import SourceEncoder, read_encoder
 from emberpc.export.threads import bounded_threads
 from emberpc.export.timing import Cost
 from emberpc.export.tuning.checkpoint import Checkpoints
@@ -281,7 +281,7 @@ def _measured(fitted: Fitted, rule: DecisionRule) -> dict[str, float]:
 
 def _write(
     folder: Path,
-    encoder: Encoder,
+    encoder: SourceEncoder,
     converted: Converted,
     fitted: Fitted,
     examples: Examples,
@@ -329,7 +329,9 @@ def _write(
 
 
 @contextmanager
-def tuned_encoder(encoder: Encoder, fitted: Fitted, folder: Path) -> Iterator[tuple[Encoder, Encoder | None]]:
+def tuned_encoder(
+    encoder: SourceEncoder, fitted: Fitted, folder: Path
+) -> Iterator[tuple[SourceEncoder, SourceEncoder | None]]:
     """Yield the tuned encoder twice or, if the fit trained no encoder, `encoder` and None.
 
     The first item is the encoder that the head belongs to. A tuned encoder is written to a temporary folder in
@@ -354,11 +356,11 @@ def tuned_encoder(encoder: Encoder, fitted: Fitted, folder: Path) -> Iterator[tu
         yield tuned, tuned
 
 
-def _runner(folder: Path, encoder: Encoder, converted: Converted) -> OnnxRunner:
+def _runner(folder: Path, encoder: SourceEncoder, converted: Converted) -> OnnxRunner:
     return OnnxRunner(folder / MODEL_PATH, folder / "tokenizer.json", encoder.max_tokens, converted.pad_token_id)
 
 
-def _compare(folder: Path, head: Head, source: Encoder, runner: OnnxRunner) -> Variant:
+def _compare(folder: Path, head: Head, source: SourceEncoder, runner: OnnxRunner) -> Variant:
     """Compare the exported classifier with PyTorch, write the head and the reference outputs, and return fp32's entry.
 
     The expected logits are those of the head for the encoder's vectors by PyTorch. The texts are those of

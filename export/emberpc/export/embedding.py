@@ -26,7 +26,7 @@ from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.retrieval.queries import Judged, has_queries, read_judged
-from emberpc.export.source.encoder import Encoder, read_encoder
+from emberpc.export.source.encoder import SourceEncoder, read_encoder
 from emberpc.export.source.matryoshka import check_matryoshka
 from emberpc.export.threads import bounded_threads
 from emberpc.export.variants import FP32, add_variants, check_names
@@ -118,7 +118,7 @@ def _validation(path: Path | str | None, corpus: Path | str | None) -> tuple[lis
 
 
 def write_embedding(
-    encoder: Encoder,
+    encoder: SourceEncoder,
     folder: Path,
     *,
     variants: Sequence[str],
@@ -201,7 +201,7 @@ class Converted:
     pad_token_id: int
 
 
-def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Converted:
+def convert_encoder(encoder: SourceEncoder, folder: Path, progress: Progress) -> Converted:
     """Convert an encoder to ONNX, add its pooling, and write its tokenizer to the bundle's folder.
 
     The tokenizer's files state no truncation and no padding. The graph is not written: callers may extend it first.
@@ -242,7 +242,7 @@ def convert_encoder(encoder: Encoder, folder: Path, progress: Progress) -> Conve
     return Converted(graph, dimensions, read_token_id(encoder.config, "pad_token_id", 0))
 
 
-def common_fields(encoder: Encoder, converted: Converted) -> dict[str, Any]:
+def common_fields(encoder: SourceEncoder, converted: Converted) -> dict[str, Any]:
     """Return the fields that manifests of embedding models and of classifiers share, as arguments of `Manifest`.
 
     They describe the encoder, the versions of the tools and, in `created`, the time of this call.
@@ -264,7 +264,7 @@ def common_fields(encoder: Encoder, converted: Converted) -> dict[str, Any]:
     }
 
 
-def write_sentence_transformers(encoder: Encoder, dimensions: int, folder: Path) -> None:
+def write_sentence_transformers(encoder: SourceEncoder, dimensions: int, folder: Path) -> None:
     """Write the configuration files with which sentence-transformers, TEI and others load an embedding model's bundle.
 
     The caller writes config.json. The folders of the encoder's dense layers are copied to the bundle.

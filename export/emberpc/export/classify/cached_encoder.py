@@ -13,7 +13,7 @@ import numpy as np
 from emberpc.export.classify.linear import Matrix
 from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.progress import Progress, no_progress
-from emberpc.export.source.encoder import Encoder
+from emberpc.export.source.encoder import SourceEncoder
 from emberpc.export.timing import Cost
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class CachedEncoder:
         progress: called with the number of texts done; the attribute `progress` may be replaced later.
     """
 
-    def __init__(self, encoder: Encoder, runner: OnnxRunner, progress: Progress = no_progress) -> None:
+    def __init__(self, encoder: SourceEncoder, runner: OnnxRunner, progress: Progress = no_progress) -> None:
         self.encoder = encoder
         self.progress = progress
         self._runner = runner

@@ -12,7 +12,7 @@ from emberpc.export.classify.cached_encoder import CachedEncoder
 from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.embedding import MODEL_PATH, Converted, convert_encoder
 from emberpc.export.progress import Progress
-from emberpc.export.source.encoder import Encoder, read_encoder
+from emberpc.export.source.encoder import SourceEncoder, read_encoder
 from emberpc.export.timing import Cost
 
 
@@ -24,7 +24,7 @@ class Base:
     `cached_encoder` caches the results. `seconds` is the wall time that opening took.
     """
 
-    encoder: Encoder
+    encoder: SourceEncoder
     folder: Path
     converted: Converted
     runner: OnnxRunner
@@ -76,7 +76,7 @@ def export_head(base: Base, head: Head, folder: Path) -> tuple[OnnxRunner, int]:
     return _runner(folder, base.folder, base.encoder, base.converted), size_of(folder)
 
 
-def _runner(folder: Path, tokenizer: Path, encoder: Encoder, converted: Converted) -> OnnxRunner:
+def _runner(folder: Path, tokenizer: Path, encoder: SourceEncoder, converted: Converted) -> OnnxRunner:
     return OnnxRunner(folder / MODEL_PATH, tokenizer / "tokenizer.json", encoder.max_tokens, converted.pad_token_id)
 
 

@@ -16,7 +16,7 @@ from emberpc.export.retrieval.embedder import Embedder
 from emberpc.export.retrieval.metrics import DECIDING, measure
 from emberpc.export.retrieval.mining import Neighbours, mine
 from emberpc.export.retrieval.queries import Queries, RetrievalData
-from emberpc.export.source.encoder import Encoder
+from emberpc.export.source.encoder import SourceEncoder
 from emberpc.export.tuning.checkpoint import Checkpoint, Checkpoints
 from emberpc.export.tuning.loop import Recipe, shuffled, train
 from emberpc.export.tuning.trainable_encoder import TrainableEncoder
@@ -87,7 +87,7 @@ class TrainingOutcome:
         self.trainable_encoder.save(self.weights, self.top, folder)
 
 
-def tune(data: RetrievalData, encoder: Encoder, options: TrainingOptions) -> TrainingOutcome:
+def tune(data: RetrievalData, encoder: SourceEncoder, options: TrainingOptions) -> TrainingOutcome:
     """Train an encoder; choose the epoch and the share of the trained weights by nDCG@10 of the held-out queries.
 
     For these choices, the queries are searched in about 1,000 passages, and for the figures in all.
@@ -121,7 +121,7 @@ class _Tuning:
     not.
     """
 
-    def __init__(self, data: RetrievalData, encoder: Encoder, options: TrainingOptions) -> None:
+    def __init__(self, data: RetrievalData, encoder: SourceEncoder, options: TrainingOptions) -> None:
         self._data = data
         self._encoder = encoder
         self._options = options

@@ -56,7 +56,7 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Encoder:
+class SourceEncoder:
     """Settings of an encoder to export.
 
     `revision` is the source's Git commit, or else the start of `weights_sha256`, the SHA-256 (hex) of all weights.
@@ -89,7 +89,7 @@ class Encoder:
 
 def read_encoder(
     source: str | Path, *, name: str = "", max_tokens: int | None = None, progress: Progress = no_progress
-) -> Encoder:
+) -> SourceEncoder:
     """Find an encoder and read its settings.
 
     Args:
@@ -112,7 +112,7 @@ def read_encoder(
         raise ExportError(str(error)) from error
 
 
-def _read(found: Source, name: str, max_tokens: int | None) -> Encoder:
+def _read(found: Source, name: str, max_tokens: int | None) -> SourceEncoder:
     folder = found.folder
     _refuse_adapter(folder)
     transformer = transformer_folder(folder)
@@ -126,7 +126,7 @@ def _read(found: Source, name: str, max_tokens: int | None) -> Encoder:
     weights = sha256_of_all([*find_weights(transformer), *(folder / path / _DENSE_WEIGHTS for path in dense)])
     sentence_transformers = read_sentence_transformers(folder)
     _refuse_cut_starts(folder, transformer)
-    return Encoder(
+    return SourceEncoder(
         folder=folder,
         transformer=transformer,
         name=name or found.name,

@@ -16,7 +16,7 @@ from torch import nn
 from emberpc.export.errors import ExportError
 from emberpc.export.libraries import calling_libraries
 from emberpc.export.progress import Progress, no_progress
-from emberpc.export.source.encoder import Encoder
+from emberpc.export.source.encoder import SourceEncoder
 
 #: Number of texts of a batch when nothing is trained. Batches are made of texts of similar length.
 _BATCH = 32
@@ -53,7 +53,7 @@ class TrainableEncoder:
         ExportError: sentence-transformers cannot load the encoder, or its model has no list of layers.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: SourceEncoder) -> None:
         self.encoder = encoder
         with calling_libraries(
             f"{encoder.folder} cannot be run by sentence-transformers", "is it an encoder that it supports?"
