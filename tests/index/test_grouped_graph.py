@@ -257,7 +257,7 @@ def test_the_default_ef_follows_from_distinct_vectors(index: Index) -> None:
     vectors, others = crowd(1100, 2200, 0.001)
     collection.upsert(numbered(len(vectors)), vectors)
     collection.maintain()
-    assert len(collection._neighbours.representatives()) < 1200
+    assert len(collection._neighbours.node_labels()) < 1200
     alone = index.create(CollectionSpec("d", WIDTH, m=8, ef_construction=60))
     alone.upsert(numbered(1100), vectors[others])
     alone.maintain()

@@ -208,7 +208,7 @@ class GroupedGraphReader:
         here = [label for label in labels if label in self._vector_of]
         return dict(zip(here, self._vectors([self._vector_of[label] for label in here]), strict=True))
 
-    def representatives(self) -> list[int]:
+    def node_labels(self) -> list[int]:
         """Return one label of each node, also in the graph of a shell, and of each vector in the pool of a shell.
 
         So the result has few nearly equal vectors, except those in the pool of a shell. Strays, short vectors and the
@@ -217,7 +217,7 @@ class GroupedGraphReader:
         vector_ids = self._node_ids()
         for leader, group in self._groups.items():
             if leader < SHORT:
-                vector_ids += group.all()[0].tolist() if isinstance(group, Pool) else group.representatives()  # type: ignore[attr-defined]  # a group is one of the two
+                vector_ids += group.all()[0].tolist() if isinstance(group, Pool) else group.node_labels()  # type: ignore[attr-defined]  # a group is one of the two
         return [next(iter(self._members.get(vector_id, (vector_id,)))) for vector_id in vector_ids]
 
     def search(self, queries: Matrix, k: int) -> tuple[Labels, Matrix]:

@@ -118,7 +118,7 @@ class Neighbours:
         """
         return bool(self._graph.added or self._unchecked)
 
-    def representatives(self) -> list[int]:
+    def node_labels(self) -> list[int]:
         """Return labels of different vectors: one of each node, also in the graphs of shells.
 
         A small shell has no graph: one label of each of its vectors is returned, so some may be nearly equal. Left out
@@ -126,7 +126,7 @@ class Neighbours:
         is a stray or was removed.
         """
         with self._lock.read():
-            return self._graph.representatives()
+            return self._graph.node_labels()
 
     def catch_up(self, stored: Labels, read: ReadVectors) -> None:
         """Bring the graph of a snapshot to the state of the store; to be called once, before all other methods.

@@ -210,11 +210,11 @@ def _checksum(values: dict[str, Any]) -> int:
 def _queries(store: Store, neighbours: Neighbours, distance: Distance) -> list[Matrix]:
     """Return prepared queries for each pair of `_NOISES`: a sample of the stored vectors, moved by noise of its length.
 
-    The sample is taken from `Neighbours.representatives`, which has few nearly equal vectors: with a small ef a graph
+    The sample is taken from `Neighbours.node_labels`, which has few nearly equal vectors: with a small ef a graph
     may find many copies of one text, but other records only with a large ef. If there are too few vectors, a pair has
     fewer queries than `_NOISES` says; none, if no vector can be used.
     """
-    labels = np.array(sorted(neighbours.representatives()), dtype=np.int64)
+    labels = np.array(sorted(neighbours.node_labels()), dtype=np.int64)
     rng = np.random.default_rng(0)
     chosen = rng.choice(labels, min(max(count for _, count in _NOISES), len(labels)), replace=False)
     vectors = rng.permutation(store.vectors(sorted(chosen.tolist()))[1])
