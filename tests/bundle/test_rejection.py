@@ -194,7 +194,7 @@ def test_the_best_score_is_chosen_on_one_half_and_measured_on_the_other() -> Non
     inside = {worse: random.normal(0.5, 1, 400), better: random.normal(2, 1, 400)}
     outside = {name: random.normal(0, 1, 300) for name in inside}
     found = fit_rejection(inside, outside, 0.05)
-    assert (found.score, found.unseen) == (better, True)
+    assert (found.score, found.separate_texts) == (better, True)
     assert found.figures["rejection_texts"] == 200
     assert found.figures["rejection_out_of_scope_texts"] == 150
     assert found.figures["false_rejection_rate"] == pytest.approx(0.05, abs=0.04)
@@ -218,7 +218,7 @@ def test_few_texts_choose_and_measure() -> None:
     random = np.random.default_rng(0)
     inside = {RejectionScore.MAX_LOGIT: random.normal(3, 1, 100)}
     found = fit_rejection(inside, {RejectionScore.MAX_LOGIT: random.normal(size=39)})
-    assert not found.unseen
+    assert not found.separate_texts
     assert (found.figures["rejection_texts"], found.figures["rejection_out_of_scope_texts"]) == (100, 39)
     single = fit_rejection({RejectionScore.MAX_LOGIT: np.ones(1)}, {RejectionScore.MAX_LOGIT: np.zeros(1)})
     assert (single.threshold, single.figures["false_rejection_rate"]) == (0.5, 0)

@@ -90,7 +90,7 @@ def test_the_score_that_separates_best_is_chosen_and_its_rates_hold_for_new_text
     fitted, examples, validation = case()
     found, scope = reject_outside(fitted, examples, validation, OUTSIDE, 0.05)
     assert found.score is RejectionScore.NEAREST_PROTOTYPE
-    assert found.unseen
+    assert found.separate_texts
     assert found.figures["auroc_nearest_prototype"] > found.figures["auroc_max_logit"] + 0.02
     assert scope is not None
     assert len(scope.vectors) <= 8 * LABELS

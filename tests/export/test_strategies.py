@@ -88,9 +88,9 @@ def test_a_strategy_classifies_texts_that_it_was_not_trained_on(
     cached_encoder: CachedEncoder, training_file: Path, name: str
 ) -> None:
     known, rest = of_modules(training_file, 8)
-    unseen = rest.take(np.arange(0, len(rest.texts), 2))
+    held_out = rest.take(np.arange(0, len(rest.texts), 2))
     fitted = STRATEGIES[name].fit(known, cached_encoder, Options(epochs=1))
-    right = fitted.classify(unseen.texts).argmax(axis=1) == unseen.classes
+    right = fitted.classify(held_out.texts).argmax(axis=1) == held_out.classes
     assert right.mean() > (0.4 if name == "zero-shot" else 0.6)
     assert len(fitted.held_out) > 0
     assert (fitted.head is not None) == STRATEGIES[name].exportable
@@ -121,12 +121,12 @@ def test_half_of_the_layers_are_tuned(have: int, tuned: int) -> None:
 
 
 def test_a_fitted_classifier_is_not_changed_by_another_fit(tiny_encoder: CachedEncoder, train: Path) -> None:
-    known, unseen = training_examples(read_labelled(train)), ["apple goat", "a mouse", "camel and plum"]
+    known, others = training_examples(read_labelled(train)), ["apple goat", "a mouse", "camel and plum"]
     first = STRATEGIES["top-layers"].fit(known, tiny_encoder, Options(epochs=1))
-    before = first.classify(unseen)
+    before = first.classify(others)
     second = STRATEGIES["full"].fit(known, tiny_encoder, Options(epochs=10))
-    assert not np.allclose(before, second.classify(unseen), atol=1e-3)
-    np.testing.assert_array_equal(first.classify(unseen), before)
+    assert not np.allclose(before, second.classify(others), atol=1e-3)
+    np.testing.assert_array_equal(first.classify(others), before)
 
 
 @pytest.mark.parametrize("name", EXPORTABLE)

@@ -79,14 +79,14 @@ def test_many_texts_are_trained_on_once(texts: int, trainings: int, held_out: in
     assert stopped == [held_out if held_out >= 50 else None, None][:trainings]
     assert trained == [texts - held_out, texts][:trainings]
     assert len(fitted.held_out) == held_out
-    assert fitted.held_out.unseen == (trainings == 1)
+    assert fitted.held_out.from_final_classifier == (trainings == 1)
 
 
 def test_each_label_has_held_out_texts() -> None:
     examples = examples_of(2400, labels=150)
-    seen, unseen = split(examples, seed=0)
-    assert sorted([*seen, *unseen]) == list(range(2400))
-    assert set(examples.classes[unseen]) == set(range(150))
+    trained, held_out = split(examples, seed=0)
+    assert sorted([*trained, *held_out]) == list(range(2400))
+    assert set(examples.classes[held_out]) == set(range(150))
 
 
 @pytest.mark.parametrize("name", TUNING)

@@ -24,15 +24,15 @@ class HeldOut:
     """Logits of held-out texts, float32 (texts, labels), and the texts' right labels, bool (texts, labels).
 
     `rows` has the indexes of the texts among the training texts, int (texts,); it is empty for texts of a validation
-    file. `unseen` says how the training texts at `rows` were held out. True: the final classifier was not trained on
-    them. False: it was, and the logits come from other classifiers, fitted in the same way to other texts. `unseen`
-    has no meaning if `rows` is empty.
+    file. `from_final_classifier` says how the training texts at `rows` were held out. True: the logits come from the
+    final classifier, which was not trained on the texts. False: it was, and the logits come from other classifiers,
+    fitted in the same way to other texts. `from_final_classifier` has no meaning if `rows` is empty.
     """
 
     logits: Matrix
     targets: Flags
     rows: Indexes = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    unseen: bool = False
+    from_final_classifier: bool = False
 
     def __len__(self) -> int:
         return len(self.logits)

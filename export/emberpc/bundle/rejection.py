@@ -21,18 +21,18 @@ MAX_FALSE_REJECTIONS = 0.05
 class Rejection:
     """A rejection score with its threshold, and its figures by name.
 
-    `unseen`: whether the figures were measured on texts that chose neither the score nor the threshold.
+    `separate_texts`: whether the figures were measured on texts that chose neither the score nor the threshold.
     """
 
     score: RejectionScore
     threshold: float
     figures: dict[str, float]
-    unseen: bool
+    separate_texts: bool
 
     @property
     def measured_on(self) -> str:
         """Description of the texts that the error rates were measured on."""
-        if self.unseen:
+        if self.separate_texts:
             return "held-out texts and out-of-scope texts that chose neither the rejection score nor the threshold"
         return (
             "the texts that chose the rejection score and the threshold, since there are fewer than 40 held-out or "
@@ -112,9 +112,9 @@ def fit_rejection(
     names = [name for name in RejectionScore if name in inside]
     generator = np.random.default_rng(seed)
     rows = generator.permutation(len(inside[names[0]])), generator.permutation(len(outside[names[0]]))
-    unseen = min(map(len, rows)) >= 2 * _PART_TEXTS
-    choosing = tuple(part[::2] if unseen else part for part in rows)
-    measuring = tuple(part[1::2] if unseen else part for part in rows)
+    separate_texts = min(map(len, rows)) >= 2 * _PART_TEXTS
+    choosing = tuple(part[::2] if separate_texts else part for part in rows)
+    measuring = tuple(part[1::2] if separate_texts else part for part in rows)
 
     def aurocs(part: tuple[np.ndarray, ...]) -> dict[RejectionScore, float]:
         return {name: auroc(inside[name][part[0]], outside[name][part[1]]) for name in names}
@@ -131,4 +131,4 @@ def fit_rejection(
         "rejection_texts": float(len(measuring[0])),
         "rejection_out_of_scope_texts": float(len(measuring[1])),
     }
-    return Rejection(best, threshold, figures, unseen)
+    return Rejection(best, threshold, figures, separate_texts)

@@ -264,7 +264,7 @@ def _to_measure_on(examples: Examples, validation: Examples | None, held_out: He
     """
     if validation is not None:
         return {"examples": validation, "measured_on": "the texts of the validation file"}
-    if held_out.unseen and len(held_out.rows):
+    if held_out.from_final_classifier and len(held_out.rows):
         return {"examples": examples.take(held_out.rows), "measured_on": "training texts that were held out"}
     fitted_to = (
         "training texts that the classifier was fitted to: the accuracy is too high, fp32's as much as a variant's"

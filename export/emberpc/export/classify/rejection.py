@@ -60,10 +60,10 @@ def reject_outside(
     else:
         inside = {name: np.zeros(len(held_out)) for name in names}
         for fold in np.unique(folds[held_out.rows]):
-            known, unseen = folds != fold, folds[held_out.rows] == fold
-            found = scores(vectors[known], targets[known], held_out.logits[unseen], vectors[held_out.rows[unseen]])
+            known, in_fold = folds != fold, folds[held_out.rows] == fold
+            found = scores(vectors[known], targets[known], held_out.logits[in_fold], vectors[held_out.rows[in_fold]])
             for name in names:
-                inside[name][unseen] = found[name]
+                inside[name][in_fold] = found[name]
     trained = np.ones(len(folds), dtype=bool) if fitted.tuned is None else folds < 0
     outer = scores(vectors[trained], targets[trained], by.head.logits(beyond), beyond)
     rejection = fit_rejection(inside, outer, max_false_rejections, seed)

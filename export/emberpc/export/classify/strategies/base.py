@@ -226,10 +226,10 @@ def hold_out(
     rows, logits = [np.zeros(0, dtype=np.int64)], [no_texts(examples).logits]
     everything = np.arange(len(examples.texts))
     for part in parts:
-        unseen = everything[part]
-        rows.append(unseen)
-        known = examples.take(np.setdiff1d(everything, unseen))
-        logits.append(classify(known, [examples.texts[row] for row in unseen]))
+        held_out = everything[part]
+        rows.append(held_out)
+        known = examples.take(np.setdiff1d(everything, held_out))
+        logits.append(classify(known, [examples.texts[row] for row in held_out]))
     return HeldOut(np.concatenate(logits), examples.targets[np.concatenate(rows)], np.concatenate(rows))
 
 
@@ -246,10 +246,10 @@ def split(examples: Examples, seed: int) -> tuple[Rows, Rows]:
     second array may be empty.
     """
     folds = stratify(examples.targets, seed, _held_out_folds(len(examples.texts)))
-    unseen = np.flatnonzero(folds == 0)
-    if len(unseen) > _MOST_HELD_OUT:
-        unseen = np.sort(np.random.default_rng(seed).permutation(unseen)[:_MOST_HELD_OUT])
-    return np.setdiff1d(np.arange(len(examples.texts)), unseen), unseen
+    held_out = np.flatnonzero(folds == 0)
+    if len(held_out) > _MOST_HELD_OUT:
+        held_out = np.sort(np.random.default_rng(seed).permutation(held_out)[:_MOST_HELD_OUT])
+    return np.setdiff1d(np.arange(len(examples.texts)), held_out), held_out
 
 
 def default_epochs(examples: Examples) -> int:
@@ -322,23 +322,23 @@ def fit_and_hold_out(
     if options.validation is not None:
         fitted, _ = fit(examples, options.validation, options.epochs, "training")
         return _with_held_out(fitted, fitted, options.validation, np.zeros(0, dtype=np.int64))
-    seen, unseen = split(examples, options.seed)
-    if not len(unseen):
+    trained_rows, held_out_rows = split(examples, options.seed)
+    if not len(held_out_rows):
         fitted, _ = fit(examples, None, options.epochs, "training")
         return fitted
-    held_out = examples.take(unseen)
+    held_out = examples.take(held_out_rows)
     if options.quick:
-        quick, _ = fit(examples.take(seen), None, quick_epochs(examples), "quick training")
-        return _with_held_out(quick, quick, held_out, unseen)
+        quick, _ = fit(examples.take(trained_rows), None, quick_epochs(examples), "quick training")
+        return _with_held_out(quick, quick, held_out, held_out_rows)
     refit = len(examples.texts) < _REFIT_BELOW
-    stops = len(unseen) >= _FEWEST_TO_STOP
+    stops = len(held_out_rows) >= _FEWEST_TO_STOP
     search = "training to find the best epoch" if stops else "training without the held-out texts"
     stage = search if refit else "training"
-    first, epochs = fit(examples.take(seen), held_out if stops else None, options.epochs, stage)
+    first, epochs = fit(examples.take(trained_rows), held_out if stops else None, options.epochs, stage)
     if not refit:
-        return _with_held_out(first, first, held_out, unseen)
+        return _with_held_out(first, first, held_out, held_out_rows)
     fitted, _ = fit(examples, None, epochs, "training on all texts")
-    return _with_held_out(fitted, first, held_out, unseen)
+    return _with_held_out(fitted, first, held_out, held_out_rows)
 
 
 def _with_held_out(fitted: Fitted, by: Fitted, held_out: Examples, rows: Rows) -> Fitted:
@@ -347,5 +347,5 @@ def _with_held_out(fitted: Fitted, by: Fitted, held_out: Examples, rows: Rows) -
     `rows` has the indexes of the held-out texts among the training texts; it is empty for texts of a validation file.
     """
     logits = by.classify(held_out.texts)
-    found = HeldOut(logits, held_out.targets, rows, unseen=by is fitted)
+    found = HeldOut(logits, held_out.targets, rows, from_final_classifier=by is fitted)
     return replace(fitted, held_out=found, held_out_by=None if by is fitted else by)

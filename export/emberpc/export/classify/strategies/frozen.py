@@ -55,7 +55,9 @@ class ZeroShot(_Frozen):
             return with_head(head, cached_encoder.vectors, no_texts(examples))
         logits = head.logits(cached_encoder.vectors(held_out.texts))
         rows = np.arange(0 if options.validation else len(examples.texts))
-        return with_head(head, cached_encoder.vectors, HeldOut(logits, held_out.targets, rows, unseen=True))
+        return with_head(
+            head, cached_encoder.vectors, HeldOut(logits, held_out.targets, rows, from_final_classifier=True)
+        )
 
 
 @dataclass(frozen=True)
