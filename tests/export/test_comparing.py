@@ -1,4 +1,4 @@
-"""The parts of a comparison that decide what is measured: samples, stored outcomes, forecast and plan."""
+"""The parts of a comparison that decide what is measured: samples, stored outcomes, estimates and plan."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comparison_helpers import examples, outcome
-from emberpc.export.compare.forecast import Forecast, Measured
+from emberpc.export.compare.estimates import Estimates, MeasuredFigure
 from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Cell, Outcome, Store, Way, take_budget
 from emberpc.export.compare.planner import Planner, Work, budgets_of
 from emberpc.export.errors import ExportError
@@ -74,30 +74,30 @@ def test_a_folder_of_other_data_is_refused(tmp_path: Path) -> None:
         Store(tmp_path, "other")
 
 
-def test_a_forecast_follows_the_curve_of_other_strategies() -> None:
+def test_an_estimate_follows_the_curve_of_other_strategies() -> None:
     # The error of linear halves from 16 to 256 texts of each label, so that of top-layers is expected to halve, too.
     figures = {
-        (LINEAR, 16, False): Measured(0.6, 0.01),
-        (LINEAR, ALL, False): Measured(0.8, 0.01),
-        (TOP, 16, False): Measured(0.9, 0.01),
+        (LINEAR, 16, False): MeasuredFigure(0.6, 0.01),
+        (LINEAR, ALL, False): MeasuredFigure(0.8, 0.01),
+        (TOP, 16, False): MeasuredFigure(0.9, 0.01),
     }
-    found = Forecast(figures, PER_LABEL).at(TOP, ALL)
+    found = Estimates(figures, PER_LABEL).at(TOP, ALL)
     assert found is not None
     assert not found.measured
     assert found.value == pytest.approx(0.95)
     assert 0.9 < found.low < 0.95 < found.high < 1
-    assert Forecast(figures, PER_LABEL).at(FULL, ALL) is None
-    assert Forecast(figures, PER_LABEL).at(TOP, 4) is None
+    assert Estimates(figures, PER_LABEL).at(FULL, ALL) is None
+    assert Estimates(figures, PER_LABEL).at(TOP, 4) is None
 
 
-def test_a_forecast_never_falls_with_more_texts_and_stays_a_share() -> None:
+def test_an_estimate_never_falls_with_more_texts_and_stays_a_share() -> None:
     figures = {
-        (LINEAR, 16, False): Measured(0.99, 0.001),
-        (LINEAR, ALL, False): Measured(0.9, 0.001),
-        (TOP, 1, False): Measured(1.0, 0.001),
-        (TOP, 16, False): Measured(0.2, 0.05),
+        (LINEAR, 16, False): MeasuredFigure(0.99, 0.001),
+        (LINEAR, ALL, False): MeasuredFigure(0.9, 0.001),
+        (TOP, 1, False): MeasuredFigure(1.0, 0.001),
+        (TOP, 16, False): MeasuredFigure(0.2, 0.05),
     }
-    found = Forecast(figures, PER_LABEL).at(TOP, ALL)
+    found = Estimates(figures, PER_LABEL).at(TOP, ALL)
     assert found is not None
     assert found.value == pytest.approx(0.2)
     assert 0 <= found.low <= found.value <= found.high <= 1
@@ -105,12 +105,12 @@ def test_a_forecast_never_falls_with_more_texts_and_stays_a_share() -> None:
 
 def test_budgets_that_draw_the_same_number_of_texts_can_be_compared() -> None:
     figures = {
-        (LINEAR, 16, False): Measured(0.8, 0.01),
-        (LINEAR, ALL, False): Measured(0.8, 0.01),
-        (TOP, 16, False): Measured(0.9, 0.01),
+        (LINEAR, 16, False): MeasuredFigure(0.8, 0.01),
+        (LINEAR, ALL, False): MeasuredFigure(0.8, 0.01),
+        (TOP, 16, False): MeasuredFigure(0.9, 0.01),
     }
-    forecast = Forecast(figures, {1: 1.0, 16: 9.5, ALL: 9.5})
-    found, known = forecast.at(TOP, ALL), forecast.at(LINEAR, ALL)
+    estimates = Estimates(figures, {1: 1.0, 16: 9.5, ALL: 9.5})
+    found, known = estimates.at(TOP, ALL), estimates.at(LINEAR, ALL)
     assert found is not None
     assert known is not None
     assert found.value == pytest.approx(0.9)
@@ -118,12 +118,14 @@ def test_budgets_that_draw_the_same_number_of_texts_can_be_compared() -> None:
 
 
 def test_a_quick_profile_gives_an_estimate_of_the_full_one() -> None:
-    found = Forecast({(TOP, ALL, True): Measured(0.87, 0.01)}, PER_LABEL).at(TOP, ALL)
+    found = Estimates({(TOP, ALL, True): MeasuredFigure(0.87, 0.01)}, PER_LABEL).at(TOP, ALL)
     assert found is not None
     assert not found.measured
     assert 0.87 < found.value < 0.89
     assert found.low < 0.86
-    exact = Forecast({(TOP, ALL, True): Measured(0.87, 0.01), (TOP, ALL, False): Measured(0.86, 0.01)}, PER_LABEL)
+    exact = Estimates(
+        {(TOP, ALL, True): MeasuredFigure(0.87, 0.01), (TOP, ALL, False): MeasuredFigure(0.86, 0.01)}, PER_LABEL
+    )
     found = exact.at(TOP, ALL)
     assert found is not None
     assert found.measured

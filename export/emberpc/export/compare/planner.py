@@ -8,7 +8,7 @@ from math import log2
 from statistics import median
 
 from emberpc.export.classify.strategies import STRATEGIES
-from emberpc.export.compare.forecast import Estimate, Forecast, measured_figures
+from emberpc.export.compare.estimates import Estimate, Estimates, measured_figures
 from emberpc.export.compare.outcomes import ALL, Cell, Outcome, Way
 
 #: A cell is started only if the time left is at least this multiple of its estimate: estimates can be this far off.
@@ -126,7 +126,7 @@ class Planner:
             todo = {cell: seconds for cell, seconds in estimates.items() if seconds * _SAFETY <= seconds_left}
             todo = self._without_needless_trials(todo, estimates, seconds_left)
         trials = self._trials(todo, done, seconds_left)
-        outlook = _Outlook(self.forecast(done), {cell.way for cell in (*cells, *done)}, self.largest)
+        outlook = _Outlook(self.figure_estimates(done), {cell.way for cell in (*cells, *done)}, self.largest)
         ranks = {cell: self._rank(cell, seconds, trials, outlook) for cell, seconds in todo.items()}
         # A quick profile serves to find out which full profile to measure, and for nothing else.
         useful = [cell for cell, rank in ranks.items() if not cell.quick or rank[0] <= _TRIAL]
@@ -162,9 +162,9 @@ class Planner:
             largest[cell.way] = max(largest.get(cell.way, 0.0), self._per_label.get(cell.budget, 0.0))
         return [cell for cell in cells if not cell.quick or self._per_label[cell.budget] > largest.get(cell.way, 0.0)]
 
-    def forecast(self, done: Mapping[Cell, Outcome]) -> Forecast:
-        """Return the forecast from all outcomes so far."""
-        return Forecast(measured_figures(done.values(), self._metric), self._per_label)
+    def figure_estimates(self, done: Mapping[Cell, Outcome]) -> Estimates:
+        """Return the estimates of the compared figure from all outcomes so far."""
+        return Estimates(measured_figures(done.values(), self._metric), self._per_label)
 
     def _trials(
         self, todo: Mapping[Cell, float], done: Mapping[Cell, Outcome], seconds_left: float | None
@@ -219,7 +219,7 @@ class Planner:
         The upper end of the interval of such a strategy's estimate is below the best estimate of all strategies.
         """
         ways = {cell.way for cell in done}
-        outlook = _Outlook(self.forecast(done), ways, self.largest)
+        outlook = _Outlook(self.figure_estimates(done), ways, self.largest)
         return {way for way in ways if way.tunes and outlook.promise(way) is None}
 
     def least_seconds(self, cells: Iterable[Cell], done: Mapping[Cell, Outcome]) -> float:
@@ -259,9 +259,9 @@ _FROZEN, _TRIAL, _DECISION, _SEEDS, _CURVES, _HOPELESS = range(6)
 class _Outlook:
     """What each strategy promises at the largest budget."""
 
-    def __init__(self, forecast: Forecast, ways: Collection[Way], largest: int) -> None:
-        estimates = {way: forecast.at(way, largest) for way in ways}
-        self._estimates: dict[Way, Estimate] = {way: found for way, found in estimates.items() if found is not None}
+    def __init__(self, estimates: Estimates, ways: Collection[Way], largest: int) -> None:
+        found = {way: estimates.at(way, largest) for way in ways}
+        self._estimates: dict[Way, Estimate] = {way: one for way, one in found.items() if one is not None}
         exportable = [found.value for way, found in self._estimates.items() if way.exportable]
         self._best = max(exportable or [found.value for found in self._estimates.values()], default=0.0)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 
-from emberpc.export.compare.forecast import Estimate
+from emberpc.export.compare.estimates import Estimate
 from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Way, budget_name
 from emberpc.export.compare.planner import Skipped
 from emberpc.export.compare.summary import Point, Summary, difference

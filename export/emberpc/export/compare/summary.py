@@ -12,7 +12,7 @@ import numpy as np
 from emberpc.export.classify.strategies import STRATEGIES
 from emberpc.export.classify.strategies.base import TYPICAL_LAYERS
 from emberpc.export.compare.comparison_run import ComparisonResult
-from emberpc.export.compare.forecast import Estimate, Forecast, measured_figures
+from emberpc.export.compare.estimates import Estimate, Estimates, measured_figures
 from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Outcome, Way, take_budget
 from emberpc.export.compare.serving_cost import ServingCost
 from emberpc.export.compare.uncertainty import Bootstrap, Interval, Samples, interval, spread_over_seeds, with_seeds
@@ -104,16 +104,16 @@ class Summary:
         return list(dict.fromkeys(point.way for point in self.points))
 
     @cached_property
-    def forecast(self) -> Forecast:
+    def estimates(self) -> Estimates:
         """Estimates of the figure by which strategies are compared."""
-        return Forecast(measured_figures(self.result.outcomes, self.metric), self._texts)
+        return Estimates(measured_figures(self.result.outcomes, self.metric), self._texts)
 
     def estimate(self, way: Way) -> Estimate | None:
         """Return the estimate of a strategy at the largest budget; None if nothing was measured that allows one.
 
         Where the strategy was measured, the interval is that of the bootstrap.
         """
-        found = self.forecast.at(way, self.largest)
+        found = self.estimates.at(way, self.largest)
         point = self.last(way)
         if found is None or not found.measured or point is None:
             return found

@@ -38,7 +38,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredFigure:
     """Mean of a figure in [0, 1] over the seeds of a strategy, and the standard error of the mean."""
 
     value: float
@@ -49,7 +49,7 @@ class Measured:
 Place = tuple[Way, int, bool]
 
 
-def measured_figures(outcomes: Iterable[Outcome], metric: str) -> dict[Place, Measured]:
+def measured_figures(outcomes: Iterable[Outcome], metric: str) -> dict[Place, MeasuredFigure]:
     """Return the mean of a figure over the seeds, by way, budget and profile.
 
     The standard error is the binomial one of the number of test texts. A variance below 0.0001 counts as 0.0001.
@@ -65,10 +65,10 @@ def measured_figures(outcomes: Iterable[Outcome], metric: str) -> dict[Place, Me
         tested = max(tested, len(outcome.test.labels))
         found.setdefault((cell.way, cell.budget, cell.quick), []).append(outcome.figures[metric])
     means = {place: float(np.mean(values)) for place, values in found.items()}
-    return {place: Measured(mean, sqrt(max(mean * (1 - mean), 1e-4) / tested)) for place, mean in means.items()}
+    return {place: MeasuredFigure(mean, sqrt(max(mean * (1 - mean), 1e-4) / tested)) for place, mean in means.items()}
 
 
-class Forecast:
+class Estimates:
     """Estimates of a figure for every strategy at every budget, from what was measured.
 
     The logarithm of the error is assumed to be linear in the logarithm of the number of texts: learning curves follow
@@ -79,7 +79,7 @@ class Forecast:
         per_label: mean number of texts of a label, by budget.
     """
 
-    def __init__(self, figures: Mapping[Place, Measured], per_label: Mapping[int, float]) -> None:
+    def __init__(self, figures: Mapping[Place, MeasuredFigure], per_label: Mapping[int, float]) -> None:
         self._figures = figures
         self._per_label = per_label
 
@@ -149,7 +149,7 @@ class Forecast:
         return (log(_error(last)) - log(_error(first))) / doublings, error / doublings
 
 
-def _error(found: Measured) -> float:
+def _error(found: MeasuredFigure) -> float:
     return max(1 - found.value, _LEAST_ERROR)
 
 
