@@ -26,7 +26,7 @@ _GREAT_COSTS = {"training": 600.0, "serving": 100.0}
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CandidateStrategy:
     """A strategy that can be recommended, with its estimate at the largest budget.
 
     `point` is its point at the largest budget at which it was measured. `cpu_seconds` and `milliseconds` are the cost
@@ -72,24 +72,24 @@ class Recommendation:
         self.cost = cost
 
     @cached_property
-    def candidates(self) -> list[Candidate]:
+    def candidates(self) -> list[CandidateStrategy]:
         """The strategies that can be exported, or else all that can be served; the best estimate first."""
         ways = [way for way in self.summary.ways if way.served]
         ways = [way for way in ways if way.exportable] or ways or self.summary.ways
         found = [candidate for way in ways if (candidate := self._candidate(way)) is not None]
         return sorted(found, key=lambda candidate: -candidate.estimate.value)
 
-    def _candidate(self, way: Way) -> Candidate | None:
+    def _candidate(self, way: Way) -> CandidateStrategy | None:
         estimate, point = self.summary.estimate(way), self.summary.last(way)
         if estimate is None or point is None:
             return None
         growth = self.summary.growth(point, self.summary.largest)
         serving = self.summary.serving(way)
         milliseconds = serving.milliseconds_beside if serving else 0.0
-        return Candidate(way, estimate, point, point.means["cpu_seconds"] * growth, milliseconds)
+        return CandidateStrategy(way, estimate, point, point.means["cpu_seconds"] * growth, milliseconds)
 
     @cached_property
-    def taken(self) -> Candidate:
+    def taken(self) -> CandidateStrategy:
         """The recommended candidate.
 
         Candidates count as equal to the best if their estimate is within the tolerance, or if the difference may be
@@ -101,7 +101,7 @@ class Recommendation:
         most = max(_SIMILAR_COST * cheapest, cheapest + _SMALL_COSTS[self.cost])
         return next(candidate for candidate in equal if candidate.cost(self.cost) <= most)
 
-    def _equal(self, candidate: Candidate, best: Candidate) -> bool:
+    def _equal(self, candidate: CandidateStrategy, best: CandidateStrategy) -> bool:
         if best.estimate.value - candidate.estimate.value <= self.tolerance:
             return True
         if not (best.estimate.measured and candidate.estimate.measured):
@@ -197,7 +197,7 @@ def _unknown(each: Unknown, found: Recommendation) -> str:
     )
 
 
-def _rival(found: Recommendation) -> Candidate | None:
+def _rival(found: Recommendation) -> CandidateStrategy | None:
     """Return the candidate with the best estimate beside the recommended one; None if there is no other.
 
     If there are candidates of the other kind, with or without training of the encoder, it is the best of these.
@@ -207,7 +207,7 @@ def _rival(found: Recommendation) -> Candidate | None:
     return next(iter(of_other_kind or others), None)
 
 
-def _versus(rival: Candidate, found: Recommendation) -> str:
+def _versus(rival: CandidateStrategy, found: Recommendation) -> str:
     """Return a sentence on the accuracy that a rival gains or loses, and on its training time."""
     taken = found.taken
     gain = 100 * (rival.estimate.value - taken.estimate.value)
