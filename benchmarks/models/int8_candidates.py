@@ -47,7 +47,7 @@ from emberpc.export.variants.measurement import ROUNDS, neighbour_agreement
 from emberpc.export.variants.outliers import find_outliers
 from emberpc.export.variants.surgery import products, split_outliers
 
-#: Number of texts that `Candidate.make` gets; they are not measured.
+#: Number of texts that `QuantizationMethod.make` gets; they are not measured.
 LOOKED_AT = 64
 #: Speed is measured on every fourth batch only, to save time.
 TIMED_EVERY = 4
@@ -188,7 +188,7 @@ def smooth(model: onnx.ModelProto, feeds: Sequence[Feeds], nodes: Sequence[NodeP
 
 
 @dataclass(frozen=True)
-class Candidate:
+class QuantizationMethod:
     """A method to quantize a model.
 
     Attributes:
@@ -225,19 +225,19 @@ def _smoothed(choose: Callable[[onnx.ModelProto], list[NodeProto]]) -> Callable[
 
 
 CANDIDATES = (
-    Candidate("8-bit", lambda model, _: dynamic(model, bits=8)),
-    Candidate("8-bit-exact", lambda model, _: dynamic(model, bits=8), exact=True),
-    Candidate("7-bit", lambda model, _: dynamic(model)),
-    Candidate("7-bit-second-fp32", lambda model, _: dynamic(model, without=second(model))),
-    Candidate("7-bit-outliers-apart", _apart),
-    Candidate("7-bit-smooth-second", _smoothed(second)),
-    Candidate("7-bit-smooth-all", _smoothed(products)),
-    Candidate("7-bit-weights-99.9", _clipped(99.9)),
-    Candidate("7-bit-weights-99", _clipped(99.0)),
-    Candidate("static-minmax", lambda model, feeds: static(model, feeds, None)),
-    Candidate("static-99.999", lambda model, feeds: static(model, feeds, 99.999)),
-    Candidate("static-99.99", lambda model, feeds: static(model, feeds, 99.99)),
-    Candidate("static-99.9", lambda model, feeds: static(model, feeds, 99.9)),
+    QuantizationMethod("8-bit", lambda model, _: dynamic(model, bits=8)),
+    QuantizationMethod("8-bit-exact", lambda model, _: dynamic(model, bits=8), exact=True),
+    QuantizationMethod("7-bit", lambda model, _: dynamic(model)),
+    QuantizationMethod("7-bit-second-fp32", lambda model, _: dynamic(model, without=second(model))),
+    QuantizationMethod("7-bit-outliers-apart", _apart),
+    QuantizationMethod("7-bit-smooth-second", _smoothed(second)),
+    QuantizationMethod("7-bit-smooth-all", _smoothed(products)),
+    QuantizationMethod("7-bit-weights-99.9", _clipped(99.9)),
+    QuantizationMethod("7-bit-weights-99", _clipped(99.0)),
+    QuantizationMethod("static-minmax", lambda model, feeds: static(model, feeds, None)),
+    QuantizationMethod("static-99.999", lambda model, feeds: static(model, feeds, 99.999)),
+    QuantizationMethod("static-99.99", lambda model, feeds: static(model, feeds, 99.99)),
+    QuantizationMethod("static-99.9", lambda model, feeds: static(model, feeds, 99.9)),
 )
 
 
