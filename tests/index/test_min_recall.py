@@ -13,7 +13,7 @@ from emberpc.server.collections import CollectionSpec, Distance, Strategy
 from emberpc.server.errors import Code
 from emberpc.server.index import Collection, Index
 from emberpc.server.index.search import recall as recall_map
-from emberpc.server.index.search.recall import Point, RecallMap
+from emberpc.server.index.search.recall import RecallMap, RecallPoint
 from index.support import gaussian, numbered, refused
 from index_helpers import true_scores, vectors
 
@@ -87,7 +87,7 @@ def test_what_was_measured_outlasts_a_restart_and_a_file_that_was_not_written_by
         index.close()
 
 
-MEASURED = RecallMap(5000, (Point(10, 25, 0.85), Point(10, 400, 1.0), Point(100, 200, 0.99)))
+MEASURED = RecallMap(5000, (RecallPoint(10, 25, 0.85), RecallPoint(10, 400, 1.0), RecallPoint(100, 200, 0.99)))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,10 @@ def test_a_graph_that_grew_by_a_half_is_measured_again(index: Index) -> None:
 
 
 def test_the_map_keeps_a_reserve_and_grows_with_what_is_wanted() -> None:
-    measured = RecallMap(5000, (Point(10, 25, 0.9), Point(10, 50, 0.97), Point(100, 200, 0.99), Point(10, 100, 0.999)))
+    measured = RecallMap(
+        5000,
+        (RecallPoint(10, 25, 0.9), RecallPoint(10, 50, 0.97), RecallPoint(100, 200, 0.99), RecallPoint(10, 100, 0.999)),
+    )
     assert measured.ef(10, 0.5) == 25
     assert measured.ef(10, 0.9) == 50  # 0.9 as measured may be less in truth
     assert measured.ef(11, 0.9) == 200

@@ -2,7 +2,7 @@
 
 The queries are a sample of the distinct vectors in the graph, moved by noise of several lengths. They are searched for
 in the graph, and compared with every stored vector. The result has for each k and ef the least recall over the
-lengths of noise (see `Point`). `ef.EfChooser` decides when a graph is measured, and saves the result.
+lengths of noise (see `RecallPoint`). `ef.EfChooser` decides when a graph is measured, and saves the result.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _MOST_K, _MOST_EF = 10_000, 1_000_000
 
 
 @dataclass(frozen=True)
-class Point:
+class RecallPoint:
     """One measurement: `recall` is the share of the true `k` nearest vectors that graph searches with `ef` found.
 
     It is the least share among the lengths of noise for which no smaller `ef` reached `_ENOUGH`.
@@ -76,7 +76,7 @@ class RecallMap:
     """
 
     size: int
-    points: tuple[Point, ...]
+    points: tuple[RecallPoint, ...]
 
     def outgrown(self, size: int) -> bool:
         """Return whether the graph, which now has `size` vectors, has grown by half or more since the measurement."""
@@ -123,7 +123,7 @@ def measure(store: Store, neighbours: Neighbours, distance: Distance, stop: Call
     truth = _best_scores(store, np.vstack(queries), distance, stop)
     if truth is None:
         return None
-    points: list[Point] = []
+    points: list[RecallPoint] = []
     for k in _SIZES:
         kinds = list(zip(queries, np.split(truth, np.cumsum([len(each) for each in queries])[:-1]), strict=True))
         for ef in _EFS:
@@ -133,7 +133,7 @@ def measure(store: Store, neighbours: Neighbours, distance: Distance, stop: Call
             recalls = [each for each in found if each is not None]
             if len(recalls) < len(found):
                 return None
-            points.append(Point(k, ef, min(recalls)))
+            points.append(RecallPoint(k, ef, min(recalls)))
             # Queries that find enough are not tried with a greater ef: it would hardly find less.
             kinds = [kind for kind, each in zip(kinds, recalls, strict=True) if each < _ENOUGH]
             if not kinds:
@@ -166,7 +166,7 @@ def load(folder: Path) -> RecallMap | None:
         document = json.loads((folder / _NAME).read_text(encoding="utf-8"))
         _check_format(document["format"])
         _check_sum(document)
-        points = tuple(Point(each["k"], each["ef"], each["recall"]) for each in document["points"])
+        points = tuple(RecallPoint(each["k"], each["ef"], each["recall"]) for each in document["points"])
         _check(document["size"], points)
         return RecallMap(document["size"], points)
     except FileNotFoundError:
@@ -182,7 +182,7 @@ def _check_format(version: object) -> None:
         raise ValueError(f"it has the format {version}, and this emberpc reads {_UNCHECKED_FORMAT} and {FORMAT}")
 
 
-def _check(size: object, points: tuple[Point, ...]) -> None:
+def _check(size: object, points: tuple[RecallPoint, ...]) -> None:
     """Raise ValueError if the number of vectors, or a value of a point, is out of range or of a wrong type."""
     if type(size) is not int or size < 0:
         raise ValueError(f"its size is {size}, not a number of vectors")
