@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from comparison_helpers import examples, outcome
 from emberpc.export.compare.estimates import Estimates, MeasuredFigure
-from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Cell, Outcome, Store, Way, take_budget
+from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Cell, Outcome, OutcomeStore, Way, take_budget
 from emberpc.export.compare.planner import Planner, Work, budgets_of
 from emberpc.export.errors import ExportError
 
@@ -49,18 +49,18 @@ def test_budgets_of_all_texts_are_merged() -> None:
 
 
 def test_all_stored_outcomes_are_read_and_damaged_ones_are_ignored(tmp_path: Path) -> None:
-    store = Store(tmp_path, "key")
+    store = OutcomeStore(tmp_path, "key")
     kept, quick = outcome("linear", 4, 0.9), outcome("full", 4, 0.8, quick=True)
     damaged, moved, foreign = outcome("full", 4, 0.9), outcome("full", 8, 0.9), outcome("linear", 16, 0.9)
     for each in (kept, quick, damaged, moved, replace(foreign, cell=replace(foreign.cell, strategy="magic"))):
         store.write(each)
     (tmp_path / "cells" / damaged.cell.file_name).write_text('{"cell": {"base": 1}}')
     (tmp_path / "cells" / moved.cell.file_name).rename(tmp_path / "cells" / "copy.json")
-    assert Store(tmp_path, "key").read() == {kept.cell: kept, quick.cell: quick}
+    assert OutcomeStore(tmp_path, "key").read() == {kept.cell: kept, quick.cell: quick}
 
 
 def test_outcomes_of_bases_with_similar_names_are_stored_apart(tmp_path: Path) -> None:
-    store = Store(tmp_path, "key")
+    store = OutcomeStore(tmp_path, "key")
     plain = outcome("linear", 4, 0.9)
     each = [replace(plain, cell=replace(plain.cell, base=base)) for base in ("a/b", "a-b", "a b", "-a-b", "äöü", "üöä")]
     for found in each:
@@ -69,9 +69,9 @@ def test_outcomes_of_bases_with_similar_names_are_stored_apart(tmp_path: Path) -
 
 
 def test_a_folder_of_other_data_is_refused(tmp_path: Path) -> None:
-    Store(tmp_path, "key")
+    OutcomeStore(tmp_path, "key")
     with pytest.raises(ExportError, match="another comparison|other data"):
-        Store(tmp_path, "other")
+        OutcomeStore(tmp_path, "other")
 
 
 def test_an_estimate_follows_the_curve_of_other_strategies() -> None:

@@ -16,7 +16,7 @@ from emberpc.export.classify.strategies.base import TYPICAL_LAYERS
 from emberpc.export.compare.base_encoders import Base, open_base
 from emberpc.export.compare.comparison_key import key_of
 from emberpc.export.compare.measured_outcome import outcome_of
-from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Cell, Outcome, Store, Way, take_budget
+from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Cell, Outcome, OutcomeStore, Way, take_budget
 from emberpc.export.compare.planner import Planner, Skipped, Work, budgets_of
 from emberpc.export.compare.serving_cost import ServingCost, ServingCosts
 from emberpc.export.data.datasets import read_labelled
@@ -141,7 +141,7 @@ def run(
             balanced=settings.balanced,
             descriptions=settings.data.descriptions,
         )
-        store = Store(folder, key)
+        store = OutcomeStore(folder, key)
         comparison = _Comparison(settings, train, test, outside, bases, store, folder, start, progress)
         done, skipped = comparison.run()
     return ComparisonResult(
@@ -181,7 +181,7 @@ class _Comparison:
         test: Examples,
         outside: Sequence[str],
         bases: dict[str, Base],
-        store: Store,
+        store: OutcomeStore,
         folder: Path,
         start: float,
         progress: Progress,

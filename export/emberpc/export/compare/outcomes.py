@@ -117,7 +117,7 @@ class Outcome:
     reliability: list[tuple[float, float, int]]
 
 
-class Store:
+class OutcomeStore:
     """Stores the outcomes of a comparison in its folder, each in a file of its own.
 
     Args:
