@@ -18,7 +18,7 @@ from emberpc.cli.import_export import fields_of
 from emberpc.cli.input_files import LineFile
 from emberpc.cli.output import json_line
 from emberpc.cli.output_files import atomic_file
-from emberpc.cli.record_sources import RecordError, Source
+from emberpc.cli.record_sources import RecordError, RecordSource
 from emberpc.client import Record
 
 pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -62,7 +62,7 @@ def identity(record: Record) -> Any:
     return record.id, record.text, record.label, json.dumps(record.metadata), record.time_to_live, vector
 
 
-def read(source: Source) -> list[Any]:
+def read(source: RecordSource) -> list[Any]:
     return [identity(Record(**record)) for record in source.records()]
 
 

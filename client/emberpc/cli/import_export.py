@@ -20,7 +20,7 @@ from emberpc.cli.options import DEFAULT_BATCH, AsJson, BatchSize, Name, Overwrit
 from emberpc.cli.output import json_line, note, print_json
 from emberpc.cli.output_files import atomic_file, check_output_path
 from emberpc.cli.progress import progress
-from emberpc.cli.record_sources import RECORD_KEYS, Source
+from emberpc.cli.record_sources import RECORD_KEYS, RecordSource
 from emberpc.cli.record_stream import FailureReport, write_stream
 from emberpc.cli.text_folder import Split, TextFolder
 from emberpc.cli.vector_check import check_vectors
@@ -214,7 +214,7 @@ def _without_vector(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key != "vector"}
 
 
-def _opened(name: str, split: Split, types: Sequence[str]) -> tuple[Source, CollectionSettings]:
+def _opened(name: str, split: Split, types: Sequence[str]) -> tuple[RecordSource, CollectionSettings]:
     """Return the source of records that a name states, and the collection's settings that the source has stored.
 
     Args:

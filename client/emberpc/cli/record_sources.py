@@ -23,11 +23,11 @@ OnRejected: TypeAlias = Callable[[RecordError], object]
 
 
 def raise_error(error: RecordError) -> NoReturn:
-    """Raise `error`. As the argument `refused` of `Source.records`, this ends the reading at the first invalid item."""
+    """Raise `error`. As the argument `refused` of `RecordSource.records`, this ends the reading at the first invalid item."""
     raise error
 
 
-class Source(Protocol):
+class RecordSource(Protocol):
     """A source of records. Its user calls `records` once.
 
     Attributes:

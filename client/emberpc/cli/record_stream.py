@@ -10,7 +10,7 @@ from emberpc.cli.error_messages import in_cli_terms
 from emberpc.cli.errors import CliError, ExitCode, exit_code
 from emberpc.cli.output import note, plain, print_fields, print_json
 from emberpc.cli.progress import progress
-from emberpc.cli.record_sources import RecordError, Source
+from emberpc.cli.record_sources import RecordError, RecordSource
 from emberpc.client import Client, FailedRecord
 from emberpc.client.details import Details, ResponseDetails
 from emberpc.client.types import Truncation, UpsertResult
@@ -31,7 +31,7 @@ class FailureReport:
         code: exit code of the first failure that was printed; OK if there is none.
     """
 
-    def __init__(self, source: Source, collection: str) -> None:
+    def __init__(self, source: RecordSource, collection: str) -> None:
         self._collection = collection
         self.unread = 0
         self.unwritten = 0
@@ -39,7 +39,7 @@ class FailureReport:
         self._source = source
 
     def unreadable(self, error: RecordError) -> None:
-        """Count and print an item that the source refused as a record. To be passed to `Source.records`."""
+        """Count and print an item that the source refused as a record. To be passed to `RecordSource.records`."""
         self.unread += 1
         self._report(str(error), error)
 
@@ -59,7 +59,7 @@ class FailureReport:
 def write_stream(
     client: Client,
     collection: str,
-    source: Source,
+    source: RecordSource,
     records: Iterator[dict[str, Any]],
     failures: FailureReport,
     *,
