@@ -15,7 +15,7 @@ import pytest
 
 from emberpc.client import Client, Record
 from emberpc.server.cancellation import cancelled_when
-from emberpc.server.collections import CollectionSpec, Distance, NewRecord, Strategy
+from emberpc.server.collections import CollectionSpec, Distance, NewRecord, SearchStrategy
 from emberpc.server.collections.filters import Comparison, Existence, Not, Operator
 from emberpc.server.errors import Code
 from examples.server_process import ServerProcess
@@ -198,7 +198,7 @@ def test_a_filter_is_met_by_the_true_nearest_when_the_graph_is_searched(
     condition = Comparison("kind", Operator.EQUAL, 0)
     found = 0
     for query, outcome in zip(queries, collection.search(queries, 10, conditions=[condition] * 20), strict=True):
-        assert outcome.plan.strategy is Strategy.HNSW
+        assert outcome.plan.strategy is SearchStrategy.HNSW
         assert outcome.plan.ef >= 200 * one_in
         assert all(record.metadata["kind"] == 0 for record, _ in outcome.hits)
         best = np.argsort(-true_scores(query, matrix[::one_in], Distance.COSINE))[:10]

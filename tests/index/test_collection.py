@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberpc.server.collections import CollectionSpec, Distance, NewRecord, SearchOutcome, Strategy
+from emberpc.server.collections import CollectionSpec, Distance, NewRecord, SearchOutcome, SearchStrategy
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, Index
 from index_helpers import DIMENSIONS, records, true_scores, vectors
@@ -86,7 +86,7 @@ def test_hits_and_scores_are_those_of_a_full_comparison(index: Index, distance: 
         # Over a dot product the graph may rank a near miss third; a full comparison never does.
         best = set(np.argsort(-expected)[:3])
         assert len(best & set(found)) >= (3 if count == 5 else 2)
-        assert outcome.plan.strategy is (Strategy.EXACT if count == 5 else Strategy.HNSW)
+        assert outcome.plan.strategy is (SearchStrategy.EXACT if count == 5 else SearchStrategy.HNSW)
 
 
 def test_a_search_asks_for_more_than_there_are(collection: Collection) -> None:
@@ -261,6 +261,6 @@ def test_default_recall_on_clustered_vectors(tmp_path: Path, dimensions: int, co
     for query, outcome in zip(queries, collection.search(queries, [10] * 200), strict=True):
         expected = np.argsort(-true_scores(query, matrix, Distance.COSINE))[:10]
         found += len({int(record.id) for record, _ in outcome.hits} & set(expected.tolist()))
-        assert outcome.plan.strategy is Strategy.HNSW
+        assert outcome.plan.strategy is SearchStrategy.HNSW
     index.close()
     assert found / 2000 >= 0.98

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emberpc.server.collections import CollectionSpec, NewRecord, Strategy
+from emberpc.server.collections import CollectionSpec, NewRecord, SearchStrategy
 from emberpc.server.collections.filters import AnyOf, Comparison, Existence, Filter, Not, Operator
 from emberpc.server.collections.types import Distance, Matrix
 from emberpc.server.errors import Code
@@ -76,9 +76,9 @@ def test_filtered_searches_find_what_is_nearest(
 def test_the_plan_tells_how_and_how_many_match(large: Collection) -> None:
     query = vectors(1, seed=7)
     (many,) = large.search(query, 10, conditions=[below(2000)])
-    assert (many.plan.strategy, many.plan.shortfall_reason) == (Strategy.HNSW, "")
+    assert (many.plan.strategy, many.plan.shortfall_reason) == (SearchStrategy.HNSW, "")
     (few,) = large.search(query, 10, conditions=[below(4)])
-    assert (few.plan.strategy, few.plan.ef, few.plan.compared_count) == (Strategy.EXACT, 0, 4)
+    assert (few.plan.strategy, few.plan.ef, few.plan.compared_count) == (SearchStrategy.EXACT, 0, 4)
     assert few.plan.shortfall_reason == "4 records match the filter"
     (one,) = large.search(query, 10, conditions=[equal("number", 3)])
     assert one.plan.shortfall_reason == "1 record matches the filter"
@@ -203,7 +203,7 @@ def test_a_filtered_search_is_done_once_though_other_records_are_written_meanwhi
 
     monkeypatch.setattr(Neighbours, "search", interrupted)
     (outcome,) = large.search(matrix[:1], 10, conditions=[below(SHARES[0.5])])
-    assert (len(outcome.hits), outcome.plan.strategy, searches) == (10, Strategy.HNSW, 1)
+    assert (len(outcome.hits), outcome.plan.strategy, searches) == (10, SearchStrategy.HNSW, 1)
     large.delete(["other"])
 
 

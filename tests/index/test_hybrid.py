@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberpc.server.collections import CollectionSpec, Fusion, NewRecord, Strategy
+from emberpc.server.collections import CollectionSpec, Fusion, NewRecord, SearchStrategy
 from emberpc.server.collections.filters import Comparison, Filter, Operator
 from emberpc.server.errors import Code
 from emberpc.server.index import Collection, Index
@@ -54,7 +54,7 @@ def test_words_are_found_however_they_are_written(books: Collection) -> None:
 
 def test_the_plan_tells_that_words_were_looked_up(books: Collection) -> None:
     one, none = books.search_words(["volcano", "…"], [3, 3])
-    assert (one.plan.strategy, one.plan.ef, one.plan.compared_count) == (Strategy.LEXICAL, 0, 0)
+    assert (one.plan.strategy, one.plan.ef, one.plan.compared_count) == (SearchStrategy.LEXICAL, 0, 0)
     assert one.plan.shortfall_reason == "1 record has a word of the query"
     assert one.plan.lexical_count == 1
     assert none.plan.shortfall_reason == "0 records have a word of the query"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emberpc.server.collections import CollectionSpec, Distance, Strategy
+from emberpc.server.collections import CollectionSpec, Distance, SearchStrategy
 from emberpc.server.errors import Code
 from emberpc.server.index import Collection, Index
 from emberpc.server.index.search import recall as recall_map
@@ -55,7 +55,7 @@ def test_a_recall_of_one_compares_every_vector(index: Index) -> None:
     collection, matrix = filled(index)
     queries = gaussian(20, WIDTH, seed=1)
     plan = collection.search(queries[:1], 10, min_recall=1)[0].plan
-    assert (plan.strategy, plan.compared_count) == (Strategy.EXACT, COUNT)
+    assert (plan.strategy, plan.compared_count) == (SearchStrategy.EXACT, COUNT)
     assert found(collection, matrix, queries, min_recall=1) == 1
 
 
@@ -63,8 +63,8 @@ def test_where_nothing_is_measured_every_vector_is_compared(index: Index) -> Non
     collection = index.create(CollectionSpec("c", 8))
     collection.upsert(numbered(200), gaussian(200, 8))
     collection.maintain()
-    assert collection.search(gaussian(1, 8), 3, min_recall=0.9)[0].plan.strategy is Strategy.EXACT
-    assert collection.search(gaussian(1, 8), 3)[0].plan.strategy is Strategy.HNSW
+    assert collection.search(gaussian(1, 8), 3, min_recall=0.9)[0].plan.strategy is SearchStrategy.EXACT
+    assert collection.search(gaussian(1, 8), 3)[0].plan.strategy is SearchStrategy.HNSW
 
 
 def test_what_was_measured_outlasts_a_restart_and_a_file_that_was_not_written_by_us(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emberpc.server.collections import CollectionSpec, Strategy
+from emberpc.server.collections import CollectionSpec, SearchStrategy
 from emberpc.server.collections.types import Matrix
 from emberpc.server.errors import Code
 from emberpc.server.index import Collection, Index
@@ -170,7 +170,7 @@ def test_a_snapshot_is_used_so_that_nothing_waits_for_the_graph_again(tmp_path: 
     index = Index(tmp_path, buffer_limit=8)
     collection = index.get("c")
     assert collection._neighbours.waiting == 0
-    assert collection.search(gaussian(1, 8), 3)[0].plan.strategy is Strategy.HNSW
+    assert collection.search(gaussian(1, 8), 3)[0].plan.strategy is SearchStrategy.HNSW
     index.close()
 
 
@@ -213,7 +213,7 @@ def test_a_graph_of_another_collection_is_left_aside(tmp_path: Path, caplog: pyt
     for path in source.glob("graph-*"):
         shutil.copy(path, target)
     index = Index(tmp_path, buffer_limit=1000)
-    assert index.get("mine").search(gaussian(1, 8), 3)[0].plan.strategy is Strategy.EXACT
+    assert index.get("mine").search(gaussian(1, 8), 3)[0].plan.strategy is SearchStrategy.EXACT
     assert "of another collection" in caplog.text
     index.close()
 

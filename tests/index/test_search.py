@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from emberpc.server.collections import CollectionSpec, Distance, Strategy
+from emberpc.server.collections import CollectionSpec, Distance, SearchStrategy
 from emberpc.server.collections.types import Labels, Matrix
 from emberpc.server.errors import Code
 from emberpc.server.index import Collection, Index
@@ -34,7 +34,7 @@ def filled(collection: Collection, count: int, seed: int = 0) -> dict[str, np.nd
 def test_a_small_collection_is_searched_exactly(collection: Collection) -> None:
     truth = filled(collection, 20)
     outcome = collection.search(gaussian(1, 8, seed=5), 10)[0]
-    assert outcome.plan.strategy is Strategy.EXACT
+    assert outcome.plan.strategy is SearchStrategy.EXACT
     assert (outcome.plan.ef, outcome.plan.compared_count, outcome.plan.shortfall_reason) == (0, 20, "")
     assert recall(collection, truth, gaussian(20, 8, seed=5), 10) == 1
 
@@ -42,10 +42,10 @@ def test_a_small_collection_is_searched_exactly(collection: Collection) -> None:
 def test_a_larger_one_is_searched_in_the_graph_and_the_newest_records_beside_it(collection: Collection) -> None:
     truth = filled(collection, 300)
     query = gaussian(1, 8, seed=5)
-    assert collection.search(query, 3)[0].plan.strategy is Strategy.HNSW
+    assert collection.search(query, 3)[0].plan.strategy is SearchStrategy.HNSW
     collection.upsert(numbered(1, first=900), query)
     outcome = collection.search(query, 3)[0]
-    assert (outcome.plan.strategy, outcome.plan.compared_count) == (Strategy.HNSW, 1)
+    assert (outcome.plan.strategy, outcome.plan.compared_count) == (SearchStrategy.HNSW, 1)
     assert outcome.hits[0][0].id == "r00900"
     truth["r00900"] = query[0]
     assert recall(collection, truth, gaussian(50, 8, seed=6), 10) >= 0.98
@@ -129,14 +129,14 @@ def test_what_the_graph_does_not_reach_is_still_found(collection: Collection) ->
     for label in sorted(graph.labels())[5:]:
         graph._hnsw._index.mark_deleted(label)
     for outcome in collection.search(gaussian(3, 8, seed=5), 10):
-        assert outcome.plan.strategy is Strategy.EXACT
+        assert outcome.plan.strategy is SearchStrategy.EXACT
         assert outcome.plan.compared_count == 200
     assert recall(collection, truth, gaussian(40, 8, seed=5), 10) == 1
 
 
 def test_more_than_half_of_a_graph_is_found_exactly(collection: Collection) -> None:
     truth = filled(collection, 200)
-    assert collection.search(gaussian(1, 8), 120)[0].plan.strategy is Strategy.EXACT
+    assert collection.search(gaussian(1, 8), 120)[0].plan.strategy is SearchStrategy.EXACT
     assert recall(collection, truth, gaussian(5, 8, seed=5), 120) == 1
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from emberpc.server.collections import CollectionSpec, Distance
 from emberpc.server.collections.metric import lengthened, nearest
-from emberpc.server.collections.types import Matrix, Plan, Strategy
+from emberpc.server.collections.types import Matrix, Plan, SearchStrategy
 from emberpc.server.errors import Code
 from emberpc.server.index import Index
 from emberpc.server.index.graph.neighbours import Candidates, Neighbours
@@ -59,7 +59,7 @@ class Missing:
 
     def search(self, queries: Matrix, k: int, ef: int) -> list[Candidates]:
         scores = [-1e10, -1e-4]
-        return [Candidates([0], [score], False, Plan(Strategy.HNSW, ef, 0)) for score in scores[: len(queries)]]
+        return [Candidates([0], [score], False, Plan(SearchStrategy.HNSW, ef, 0)) for score in scores[: len(queries)]]
 
 
 def test_the_recall_of_short_queries_is_measured_by_their_own_distances() -> None:

@@ -13,7 +13,7 @@ from google.protobuf.struct_pb2 import Struct
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberpc.server.collections import Cluster, Plan, SearchOutcome, StoredRecord, Strategy
+from emberpc.server.collections import Cluster, Plan, SearchOutcome, SearchStrategy, StoredRecord
 from emberpc.server.pipelines.limits import Limits
 from emberpc.server.services import record_replies
 from emberpc.server.services.index_messages import RequestedParts, record_vectors
@@ -46,7 +46,12 @@ RECORDS = st.builds(
 )
 SCORES = st.floats(allow_nan=False) | st.sampled_from([0.0, -0.0])
 PLANS = st.builds(
-    Plan, st.sampled_from(Strategy), st.integers(0, 2**31 - 1), st.integers(0, 2**62), st.text(), st.integers(0, 2**31)
+    Plan,
+    st.sampled_from(SearchStrategy),
+    st.integers(0, 2**31 - 1),
+    st.integers(0, 2**62),
+    st.text(),
+    st.integers(0, 2**31),
 )
 OUTCOMES = st.builds(SearchOutcome, st.lists(st.tuples(RECORDS, SCORES), max_size=4), PLANS)
 USAGES = st.none() | st.builds(types_pb2.TokenUsage, tokens=st.integers(0, 2**31 - 1), truncated=st.booleans())
@@ -143,7 +148,7 @@ def test_what_changes_with_time_is_written_anew(stays: bool, kept: int) -> None:
     """The time that a record still has is told from the moment of the answer on."""
     expires = None if stays else datetime.now(timezone.utc) + timedelta(seconds=100)
     found = record(expire_time=expires)
-    outcome = SearchOutcome([(found, 0.5)], Plan(Strategy.EXACT, 0, 1))
+    outcome = SearchOutcome([(found, 0.5)], Plan(SearchStrategy.EXACT, 0, 1))
     written = response_bytes([outcome], RequestedParts.of([]), pb.SearchResponse())
     (hit,) = pb.SearchResponse.FromString(written).results[0].hits
     assert hit.record.HasField("time_to_live") is not stays

@@ -17,8 +17,8 @@ from emberpc.server.collections.types import (
     Problem,
     RecordParts,
     SearchOutcome,
+    SearchStrategy,
     StoredRecord,
-    Strategy,
     Verified,
     WriteResult,
 )
@@ -46,8 +46,8 @@ __all__ = [
     "ReembeddingBackend",
     "RestorationBackend",
     "SearchOutcome",
+    "SearchStrategy",
     "StoredRecord",
-    "Strategy",
     "Verified",
     "WriteResult",
 ]

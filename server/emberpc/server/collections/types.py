@@ -42,7 +42,7 @@ class Distance(str, Enum):
     EUCLIDEAN = "euclidean"
 
 
-class Strategy(str, Enum):
+class SearchStrategy(str, Enum):
     """How the hits of a query were found.
 
     EXACT: by comparing the query with all vectors, or with those of the records that meet the filter. HNSW: by
@@ -240,7 +240,7 @@ class Plan:
             for a dense search.
     """
 
-    strategy: Strategy
+    strategy: SearchStrategy
     ef: int
     compared_count: int
     shortfall_reason: str = ""

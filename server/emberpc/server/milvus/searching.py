@@ -11,7 +11,7 @@ import numpy as np
 
 from emberpc.server.collections.filters import Filter, matches
 from emberpc.server.collections.metric import nearest, prepare
-from emberpc.server.collections.types import Distance, Matrix, Plan, SearchOutcome, StoredRecord, Strategy
+from emberpc.server.collections.types import Distance, Matrix, Plan, SearchOutcome, SearchStrategy, StoredRecord
 from emberpc.server.milvus import schema
 from emberpc.server.milvus.reading import Reader, clause_of
 
@@ -121,7 +121,7 @@ class Searcher:
         output = schema.fields(with_vectors=request.with_vectors)
         found = self._reader.nearest(queries, limit, keep, self._clause.expression, output)
         return [
-            self._hits(hits, k, exclude, Plan(Strategy.HNSW, keep, 0))
+            self._hits(hits, k, exclude, Plan(SearchStrategy.HNSW, keep, 0))
             for hits, k, exclude in zip(found, request.top_k, request.exclude, strict=True)
         ]
 
@@ -172,7 +172,7 @@ class Searcher:
         for found, size, exclude in zip(best, request.top_k, request.exclude, strict=True):
             there = [(records[each], score) for score, each in found if each in records]
             hits = [each for each in there if each[0].id != exclude][:size]
-            plan = Plan(Strategy.EXACT, 0, total)
+            plan = Plan(SearchStrategy.EXACT, 0, total)
             outcomes.append(self._outcome(hits, size, plan, left_out=len(hits) < len(there)))
         return outcomes
 

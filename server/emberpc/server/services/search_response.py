@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from emberpc.server.collections import Plan, SearchOutcome, StoredRecord, Strategy
+from emberpc.server.collections import Plan, SearchOutcome, SearchStrategy, StoredRecord
 from emberpc.server.pipelines.search import SearchResults
 from emberpc.server.services import replies
 from emberpc.server.services.index_messages import RequestedParts, record_vectors
@@ -27,9 +27,9 @@ _SCORE = b"\x11"
 _SCORE_BYTES = 8
 
 _STRATEGIES = {
-    Strategy.EXACT: pb.SEARCH_STRATEGY_EXACT,
-    Strategy.HNSW: pb.SEARCH_STRATEGY_HNSW,
-    Strategy.LEXICAL: pb.SEARCH_STRATEGY_LEXICAL,
+    SearchStrategy.EXACT: pb.SEARCH_STRATEGY_EXACT,
+    SearchStrategy.HNSW: pb.SEARCH_STRATEGY_HNSW,
+    SearchStrategy.LEXICAL: pb.SEARCH_STRATEGY_LEXICAL,
 }
 
 

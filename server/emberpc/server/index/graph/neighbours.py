@@ -10,7 +10,7 @@ from typing import NamedTuple
 from emberpc.bundle.cores import usable_cores
 from emberpc.server import cancellation
 from emberpc.server.collections.metric import best_of
-from emberpc.server.collections.types import CollectionSpec, Labels, Matrix, Plan, Strategy
+from emberpc.server.collections.types import CollectionSpec, Labels, Matrix, Plan, SearchStrategy
 from emberpc.server.index.graph.buffer import Buffer
 from emberpc.server.index.graph.hnsw import GraphError
 from emberpc.server.index.graph.persistent_graph import PendingSave, PersistentGraph
@@ -404,7 +404,7 @@ class Neighbours:
         labels, scores = best_of(found, k)
         complete = labels.shape[1] == self._graph.live + len(self._buffer)
         used = bool(self._graph.live)
-        plan = Plan(Strategy.HNSW if used else Strategy.EXACT, ef if used else 0, len(self._buffer))
+        plan = Plan(SearchStrategy.HNSW if used else SearchStrategy.EXACT, ef if used else 0, len(self._buffer))
         return [
             Candidates(of_query, its_scores, complete, plan)
             for of_query, its_scores in zip(labels.tolist(), scores.tolist(), strict=True)

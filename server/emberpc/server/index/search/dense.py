@@ -19,7 +19,7 @@ import numpy as np
 
 from emberpc.server import cancellation
 from emberpc.server.collections.metric import nearest, prepare
-from emberpc.server.collections.types import Distance, Labels, Matrix, Plan, SearchOutcome, StoredRecord, Strategy
+from emberpc.server.collections.types import Distance, Labels, Matrix, Plan, SearchOutcome, SearchStrategy, StoredRecord
 from emberpc.server.index.graph.neighbours import Candidates, Neighbours
 from emberpc.server.index.search.filtered import Selection, Selector
 from emberpc.server.index.storage.filter_sql import EVERYTHING, Clause
@@ -278,7 +278,7 @@ class DenseSearcher:
             if not self._are_undamaged(hits, selection):
                 return None
             known.update(hits)
-        plan = Plan(Strategy.EXACT, 0, total)
+        plan = Plan(SearchStrategy.EXACT, 0, total)
         return [Candidates(labels[i].tolist(), scores[i].tolist(), total <= k, plan) for i in range(len(queries))]
 
     def _are_undamaged(self, labels: set[int], selection: Selection) -> bool:
@@ -338,7 +338,7 @@ class DenseSearcher:
             if not checked and len(self._store.vectors(hits)[0]) < len(hits):
                 labels, scores, total = self._nearest(self._scanned(condition, True), request.queries, k)
             records = self._store.by_label(np.unique(labels).tolist(), with_vectors=request.with_vectors)
-        plan, matching = Plan(Strategy.EXACT, 0, total), None if condition is None else total
+        plan, matching = Plan(SearchStrategy.EXACT, 0, total), None if condition is None else total
         found = zip(labels.tolist(), scores.tolist(), request.top_k, request.exclude, strict=True)
         return [
             _outcome(Candidates(of_query, its_scores, total <= k, plan), records, size, exclude, matching)

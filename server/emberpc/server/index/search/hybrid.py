@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from emberpc.server import cancellation
-from emberpc.server.collections.types import Fusion, Plan, SearchOutcome, StoredRecord, Strategy
+from emberpc.server.collections.types import Fusion, Plan, SearchOutcome, SearchStrategy, StoredRecord
 from emberpc.server.index.search.dense import DenseRequest, DenseSearcher
 from emberpc.server.index.storage.filter_sql import EVERYTHING, Clause
 from emberpc.server.index.storage.lexical_terms import words_of
@@ -133,7 +133,7 @@ class HybridSearcher:
         if count < k:
             what = f"{count} record{'' if count == 1 else 's'} ha{'s' if count == 1 else 've'} a word of the query"
             reason = what if condition is EVERYTHING else f"{what} and match{'es' if count == 1 else ''} the filter"
-        return SearchOutcome(hits, Plan(Strategy.LEXICAL, 0, 0, reason, count))
+        return SearchOutcome(hits, Plan(SearchStrategy.LEXICAL, 0, 0, reason, count))
 
     def _lexical_hits(
         self, query: str, k: int, condition: Clause, *, with_vectors: bool

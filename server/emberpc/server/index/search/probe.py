@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from emberpc.server.collections.types import ProbeFigures, SearchOutcome, StoredRecord, Strategy
+from emberpc.server.collections.types import ProbeFigures, SearchOutcome, SearchStrategy, StoredRecord
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.search.dense import DenseRequest
 
@@ -85,7 +85,7 @@ class Probe:
             Whether a query was queued.
         """
         for i, outcome in enumerate(outcomes):
-            if outcome.plan.strategy is Strategy.HNSW and outcome.hits and request.top_k[i] <= _MOST_HITS:
+            if outcome.plan.strategy is SearchStrategy.HNSW and outcome.hits and request.top_k[i] <= _MOST_HITS:
                 with self._lock:
                     self._waiting.append(_Sample(request.subset([i]), outcome, sequence))
                 return True
