@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberpc.cli.maps.colours import looks
-from emberpc.cli.maps.groups import Group, Grouping, distinguishing_words
+from emberpc.cli.maps.groups import ColourGroup, Grouping, distinguishing_words
 from emberpc.cli.maps.layout import lay_out
 from emberpc.cli.maps.page import _json
 from emberpc.client import Client
@@ -272,8 +272,8 @@ def test_neighbours_differ_in_colour_and_scattered_groups_have_no_name() -> None
     middles = np.stack(np.meshgrid(np.linspace(-0.9, 0.9, 7), np.linspace(-0.9, 0.9, 7)), axis=2).reshape(-1, 2)
     around = (middles[:, None] + rng.normal(0, 0.01, (49, 10, 2))).reshape(-1, 2)
     places = np.concatenate([around, rng.uniform(-1, 1, (200, 2))])
-    groups = [Group(str(i), range(10 * i, 10 * i + 10)) for i in range(49)]
-    found = looks(Grouping("label", [*groups, Group("scattered", range(490, 690))]), places)
+    groups = [ColourGroup(str(i), range(10 * i, 10 * i + 10)) for i in range(49)]
+    found = looks(Grouping("label", [*groups, ColourGroup("scattered", range(490, 690))]), places)
     assert all(
         look.x is not None and abs(look.x - middle[0]) < 0.02 for look, middle in zip(found, middles, strict=False)
     )

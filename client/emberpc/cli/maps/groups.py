@@ -39,7 +39,7 @@ _LEAST_TEXTS = 2
 
 
 @dataclass(frozen=True)
-class Group:
+class ColourGroup:
     """Points of the same colour.
 
     Attributes:
@@ -65,7 +65,7 @@ class Grouping:
     """
 
     title: str
-    groups: Sequence[Group]
+    groups: Sequence[ColourGroup]
     ordered: bool = False
 
 
@@ -129,7 +129,7 @@ def _value(metadata: Mapping[str, Any], field: str) -> Any:
 
 def _by_value(
     values: Sequence[Any], missing: str, key: Callable[[tuple[Any, int]], Any] = lambda item: (-item[1], item[0])
-) -> list[Group]:
+) -> list[ColourGroup]:
     """Return a group for each of the 200 most frequent values; then one for other values and one for None, if any.
 
     Args:
@@ -143,16 +143,16 @@ def _by_value(
         members[value].append(i)
     without = members.pop(None, [])
     most = Counter({value: len(own) for value, own in members.items()}).most_common(_MOST_GROUPS)
-    groups = [Group(_short(shown(value)), members.pop(value)) for value, _ in sorted(most, key=key)]
+    groups = [ColourGroup(_short(shown(value)), members.pop(value)) for value, _ in sorted(most, key=key)]
     if members:
         others = sorted(i for own in members.values() for i in own)
-        groups.append(Group(f"{len(members):,} others", others, rest=True))
+        groups.append(ColourGroup(f"{len(members):,} others", others, rest=True))
     if without:
-        groups.append(Group(missing, without, rest=True))
+        groups.append(ColourGroup(missing, without, rest=True))
     return groups
 
 
-def _by_range(values: Sequence[float | None], missing: str) -> list[Group]:
+def _by_range(values: Sequence[float | None], missing: str) -> list[ColourGroup]:
     """Return a group for each range of numbers, lowest first; last a group named `missing` for None, if any."""
     numbers = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
     edges = np.unique(np.nanquantile(numbers, np.linspace(0, 1, _RANGES + 1)[1:-1]))
@@ -163,12 +163,12 @@ def _by_range(values: Sequence[float | None], missing: str) -> list[Group]:
         if len(members):
             low, high = numbers[members].min(), numbers[members].max()
             name = _number(low) if low == high else f"{_number(low)} – {_number(high)}"
-            groups.append(Group(name, members.tolist()))
+            groups.append(ColourGroup(name, members.tolist()))
     without = np.flatnonzero(np.isnan(numbers)).tolist()
-    return [*groups, Group(missing, without, rest=True)] if without else groups
+    return [*groups, ColourGroup(missing, without, rest=True)] if without else groups
 
 
-def _by_place(records: Sequence[Record], places: Places, clusters: int) -> list[Group]:
+def _by_place(records: Sequence[Record], places: Places, clusters: int) -> list[ColourGroup]:
     """Return clusters of nearby points, largest first, named by words that distinguish their texts from other clusters.
 
     `clusters` is the wanted number of clusters; 0: a number that depends on the number of records. There are fewer if
@@ -178,7 +178,7 @@ def _by_place(records: Sequence[Record], places: Places, clusters: int) -> list[
     suggested = min(round(math.sqrt(len(records) / _RECORDS_PER_CLUSTER)), _MOST_CLUSTERS)
     count = min(clusters or suggested, len(records))
     if count < 2:
-        return [Group("all records", range(len(records)))]
+        return [ColourGroup("all records", range(len(records)))]
     from sklearn.cluster import KMeans
 
     assigned = KMeans(count, n_init=4, random_state=0).fit_predict(places)
@@ -186,7 +186,7 @@ def _by_place(records: Sequence[Record], places: Places, clusters: int) -> list[
     parts.sort(key=lambda part: (-len(part), part[0]))
     words = distinguishing_words([[records[i].text for i in part] for part in parts])
     return [
-        Group(_short(", ".join(own)) if own else f"cluster {number}", part)
+        ColourGroup(_short(", ".join(own)) if own else f"cluster {number}", part)
         for number, (own, part) in enumerate(zip(words, parts, strict=True), 1)
     ]
 
