@@ -24,7 +24,7 @@ from emberpc.export.errors import ExportError
 from emberpc.export.finetune import finetune_embedding
 from emberpc.export.retrieval.embedder import Embedder
 from emberpc.export.retrieval.metrics import measure
-from emberpc.export.retrieval.mining import Neighbours, mine
+from emberpc.export.retrieval.mining import PassageGraph, mine
 from emberpc.export.retrieval.queries import Files, Judged, Queries, RetrievalData, read_data
 from emberpc.export.retrieval.ranking import TrainingOptions, TrainingOutcome, multiple_negatives_ranking, tune
 from emberpc.export.source.encoder import SourceEncoder, read_encoder
@@ -227,7 +227,7 @@ def test_positives_and_passages_above_the_margin_are_never_mined(seed: int, pass
 
 def test_the_index_refuses_input_that_would_crash_hnswlib() -> None:
     vectors = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
-    index = Neighbours(vectors)
+    index = PassageGraph(vectors)
     best, scores = index.nearest(vectors[:5], 3)
     assert best[:, 0].tolist() == [0, 1, 2, 3, 4]
     np.testing.assert_allclose(scores[:, 0], 1, atol=1e-5)
@@ -236,7 +236,7 @@ def test_the_index_refuses_input_that_would_crash_hnswlib() -> None:
         index.nearest(vectors[:2, :4], 3)
     for wrong in (vectors[:0], np.full((3, 8), np.nan, dtype=np.float32)):
         with pytest.raises(ExportError):
-            Neighbours(wrong)
+            PassageGraph(wrong)
 
 
 def test_other_answers_of_a_query_count_as_no_negatives() -> None:

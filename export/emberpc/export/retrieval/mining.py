@@ -23,7 +23,7 @@ _NEAREST = 50
 _MARGIN = 0.95
 
 
-class Neighbours:
+class PassageGraph:
     """An HNSW graph of passages, to be searched by cosine. Vectors are checked, since hnswlib crashes on bad ones.
 
     Args:
@@ -100,7 +100,7 @@ def mine(
     # `_NEAREST` passages and as many more as are skipped for a query at most, but for no more than twice `_NEAREST`.
     most = max(len(known) for known in queries.relevant) + 1
     rows = np.arange(len(passage_vectors)) if minable is None else np.array(minable, dtype=np.int64)
-    best, scores = Neighbours(passage_vectors[rows]).nearest(
+    best, scores = PassageGraph(passage_vectors[rows]).nearest(
         query_vectors, min(len(rows), _NEAREST + min(most, _NEAREST))
     )
     best = rows[best]

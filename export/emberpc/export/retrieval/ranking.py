@@ -14,7 +14,7 @@ from emberpc.export.convert.onnx_runner import Matrix
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.retrieval.embedder import Embedder
 from emberpc.export.retrieval.metrics import DECIDING, measure
-from emberpc.export.retrieval.mining import Neighbours, mine
+from emberpc.export.retrieval.mining import PassageGraph, mine
 from emberpc.export.retrieval.queries import Queries, RetrievalData
 from emberpc.export.source.encoder import SourceEncoder
 from emberpc.export.tuning.checkpoint import Checkpoint, Checkpoints
@@ -208,7 +208,7 @@ class _Tuning:
         """
         held_out = self._data.held_out
         chosen = dict.fromkeys(sorted({i for known in held_out.relevant for i in known}))
-        nearest, _ = Neighbours(passage_vectors).nearest(self._vectors(held_out), min(100, len(passage_vectors)))
+        nearest, _ = PassageGraph(passage_vectors).nearest(self._vectors(held_out), min(100, len(passage_vectors)))
         for i in nearest.T.ravel().tolist():  # first the nearest passage of each query, then the second nearest, …
             if len(chosen) >= _POOL:
                 break
