@@ -1,6 +1,6 @@
 """Helpers of the benchmarks: texts, a server with its CPU time and memory, and callers.
 
-Run as a program, this module embeds texts with concurrent calls, and prints an `Outcome` as JSON. `call` runs this
+Run as a program, this module embeds texts with concurrent calls, and prints an `LoadMeasurements` as JSON. `call` runs this
 program, so that the CPU time of the callers is not counted as that of the benchmark:
 
     python -m benchmarks.shared.load ADDRESS TEXTS.json [--in-flight 64] [--batch 1]
@@ -46,7 +46,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class LoadMeasurements:
     """Measurements of concurrent calls.
 
     Attributes:
@@ -137,7 +137,7 @@ def resident_megabytes(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def call(address: str, texts: Sequence[str], *, in_flight: int, batch: int = 1) -> Outcome:
+def call(address: str, texts: Sequence[str], *, in_flight: int, batch: int = 1) -> LoadMeasurements:
     """Embed texts with concurrent calls from a child process; return the measurements.
 
     Args:
@@ -156,7 +156,7 @@ def call(address: str, texts: Sequence[str], *, in_flight: int, batch: int = 1) 
         command = [sys.executable, "-m", "benchmarks.shared.load", address, file.name]
         command += ["--in-flight", str(in_flight), "--batch", str(batch)]
         run = subprocess.run(command, check=True, capture_output=True, text=True)
-    outcome = Outcome(**json.loads(run.stdout))
+    outcome = LoadMeasurements(**json.loads(run.stdout))
     if outcome.errors:
         raise RuntimeError(f"{outcome.errors} calls failed")
     return outcome
@@ -235,7 +235,7 @@ def embed_requests(texts: Sequence[str]) -> list[Message]:
     return [embedding_pb2.EmbedRequest(texts=[text], truncation=types_pb2.TRUNCATION_END) for text in texts]
 
 
-async def _call(address: str, texts: Sequence[str], in_flight: int, batch: int) -> Outcome:
+async def _call(address: str, texts: Sequence[str], in_flight: int, batch: int) -> LoadMeasurements:
     parts = [texts[i : i + batch] for i in range(0, len(texts), batch)]
     messages = [embedding_pb2.EmbedRequest(texts=part, truncation=types_pb2.TRUNCATION_END) for part in parts]
     requests = iter([message.SerializeToString() for message in messages])
@@ -260,7 +260,7 @@ async def _call(address: str, texts: Sequence[str], in_flight: int, batch: int) 
 
         start, cpu = perf_counter(), process_time()
         await asyncio.gather(*(one_after_another() for _ in range(in_flight)))
-        return Outcome(perf_counter() - start, latencies, process_time() - cpu, len(texts), errors)
+        return LoadMeasurements(perf_counter() - start, latencies, process_time() - cpu, len(texts), errors)
 
 
 def host() -> dict[str, str]:
