@@ -54,7 +54,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Task:
+class TextFiles:
     """Training and test texts of one data set, budget and seed, as files."""
 
     train: Path
@@ -72,21 +72,21 @@ def write(path: Path, examples: Examples, rows: Sequence[int]) -> Path:
     return path
 
 
-def task(folder: Path, budget: str, seed: int, most_test: int, place: Path) -> Task:
+def task(folder: Path, budget: str, seed: int, most_test: int, place: Path) -> TextFiles:
     """Draw the training texts of a budget, and split the test texts, each half at most `most_test`."""
     train, _, _ = read_data(ClassifierData(folder / "train.csv", min_examples=1))
     sample = take_budget(train, ALL if budget == "all" else int(budget), seed)
     test = held_out_examples(read_labelled(folder / "test.csv"), train)
     order = np.random.default_rng(0).permutation(len(test.texts))[: 2 * most_test]
     place.mkdir()
-    return Task(
+    return TextFiles(
         write(place / "train.csv", sample, range(len(sample.texts))),
         write(place / "choosing.csv", test, np.sort(order[::2]).tolist()),
         write(place / "measured.csv", test, np.sort(order[1::2]).tolist()),
     )
 
 
-def run_peer(name: str, python: str, given: Task, encoder: str, limit: float) -> Row:
+def run_peer(name: str, python: str, given: TextFiles, encoder: str, limit: float) -> Row:
     """Run a peer in its environment; return its accuracy and CPU-seconds, or the reason of its failure."""
     script = Path(__file__).with_name("peer_classifier.py")
     with tempfile.TemporaryDirectory() as scratch:
@@ -126,7 +126,7 @@ def outcome_on(outcome: Outcome, test: Examples, rows: Sequence[int]) -> Outcome
     return replace(outcome, test=decisions, figures={**outcome.figures, "accuracy": accuracy})
 
 
-def run_emberpc(given: Task, encoder: str, folder: Path, limit: float) -> Row:
+def run_emberpc(given: TextFiles, encoder: str, folder: Path, limit: float) -> Row:
     """Run a comparison for `limit` CPU-seconds, or continue it; return what the recommended strategy reaches.
 
     The accuracy is that of the recommended strategy as it was measured, with the most texts it was measured with.
@@ -165,7 +165,7 @@ def run_emberpc(given: Task, encoder: str, folder: Path, limit: float) -> Row:
     }
 
 
-def run_emberpc_task(given: Task, peers: Sequence[Row], encoder: str, scratch: Path) -> Iterator[Row]:
+def run_emberpc_task(given: TextFiles, peers: Sequence[Row], encoder: str, scratch: Path) -> Iterator[Row]:
     """Run emberpc within the CPU time of each peer, the fastest first; yield a row for each peer that did not fail."""
     spent = 0.0
     for peer in sorted((row for row in peers if "failed" not in row["run"]), key=lambda row: row["run"]["cpu_seconds"]):
