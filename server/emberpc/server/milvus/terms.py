@@ -52,7 +52,7 @@ _PLAIN_PREFIX = re.compile(r'[^%_\\"\'\x00-\x1f]+')
 
 
 @dataclass(frozen=True)
-class Clause:
+class MilvusFilter:
     """A filter as filter expressions of Milvus.
 
     Attributes:
@@ -65,7 +65,7 @@ class Clause:
     doubtful: str = ""
 
 
-EVERYTHING = Clause("")
+EVERYTHING = MilvusFilter("")
 
 
 def terms(metadata: Mapping[str, Any]) -> list[str]:
@@ -73,7 +73,7 @@ def terms(metadata: Mapping[str, Any]) -> list[str]:
     return sorted(set(_terms(metadata, ())))
 
 
-def compile_filter(condition: Filter, *, met: bool = True) -> Clause:
+def compile_filter(condition: Filter, *, met: bool = True) -> MilvusFilter:
     """Compile a validated filter, or its negation, to filter expressions of Milvus.
 
     Args:
@@ -87,12 +87,12 @@ def compile_filter(condition: Filter, *, met: bool = True) -> Clause:
         return _all(parts) if isinstance(condition, AllOf) is met else _any(parts)
     path = keys(condition.field)
     if isinstance(condition, Existence):
-        return Clause(_has([_term(path, "there")], met=met))
+        return MilvusFilter(_has([_term(path, "there")], met=met))
     if isinstance(condition, Membership):
-        return Clause(_has([_value_term(path, value) for value in condition.values], met=met))
+        return MilvusFilter(_has([_value_term(path, value) for value in condition.values], met=met))
     if isinstance(condition, Comparison) and condition.operator in (Operator.EQUAL, Operator.NOT_EQUAL):
         equal = condition.operator is Operator.EQUAL
-        return Clause(_has([_value_term(path, condition.value)], met=met is equal))
+        return MilvusFilter(_has([_value_term(path, condition.value)], met=met is equal))
     return _ordered(condition, path, met=met)
 
 
@@ -101,7 +101,7 @@ def both(*expressions: str) -> str:
     return " and ".join(f"({each})" for each in expressions if each)
 
 
-def _ordered(condition: Comparison | Prefix, path: tuple[str, ...], *, met: bool) -> Clause:
+def _ordered(condition: Comparison | Prefix, path: tuple[str, ...], *, met: bool) -> MilvusFilter:
     """Compile a comparison by order, or a prefix, of the field with the nested keys `path`; its negation unless `met`.
 
     The kind is that of the value that the field is compared with, string or number; string for a prefix. Records whose
@@ -112,9 +112,9 @@ def _ordered(condition: Comparison | Prefix, path: tuple[str, ...], *, met: bool
     is_one, holds_one = _has([_term(path, kind)]), _has([_term(path, "list", kind)])
     compared = _compared(condition, path) if met else ""
     if compared:
-        return Clause(f"({is_one} and {compared}) or {holds_one}", holds_one)
+        return MilvusFilter(f"({is_one} and {compared}) or {holds_one}", holds_one)
     either = f"{is_one} or {holds_one}"
-    return Clause(either if met else "", either)
+    return MilvusFilter(either if met else "", either)
 
 
 def _compared(condition: Comparison | Prefix, path: tuple[str, ...]) -> str:
@@ -140,13 +140,13 @@ def _number(value: Value) -> str:
     return repr(float(value or 0)).replace("e+", "e")
 
 
-def _all(parts: Sequence[Clause]) -> Clause:
-    return Clause(both(*(part.expression for part in parts)), _either([part.doubtful for part in parts]))
+def _all(parts: Sequence[MilvusFilter]) -> MilvusFilter:
+    return MilvusFilter(both(*(part.expression for part in parts)), _either([part.doubtful for part in parts]))
 
 
-def _any(parts: Sequence[Clause]) -> Clause:
+def _any(parts: Sequence[MilvusFilter]) -> MilvusFilter:
     expressions = [part.expression for part in parts]
-    return Clause(_either(expressions) if all(expressions) else "", _either([part.doubtful for part in parts]))
+    return MilvusFilter(_either(expressions) if all(expressions) else "", _either([part.doubtful for part in parts]))
 
 
 def _either(expressions: Sequence[str]) -> str:
