@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from emberpc.client import TLS, AsyncClient, Client, Health, InputError, InputTypeError, Unavailable
-from emberpc.client._core.connection import Connection, is_local
+from emberpc.client._core.connection import ConnectionSettings, is_local
 from fake_server import FakeServer
 
 
@@ -78,7 +78,7 @@ def test_targets_elsewhere(target: str) -> None:
     ],
 )
 def test_a_host_without_a_port_gets_the_default_one(target: str, wanted: str) -> None:
-    assert Connection(target, 1, None, None, 1, own_channel=False).target == wanted
+    assert ConnectionSettings(target, 1, None, None, 1, own_channel=False).target == wanted
 
 
 @pytest.mark.parametrize("client", [Client, AsyncClient])

@@ -14,7 +14,7 @@ from emberpc.client._aio.records import AsyncRecordMethods
 from emberpc.client._aio.runner import AsyncRunner
 from emberpc.client._aio.searches import AsyncSearchMethods
 from emberpc.client._aio.texts import AsyncTextMethods
-from emberpc.client._core.connection import TLS, Connection
+from emberpc.client._core.connection import TLS, ConnectionSettings
 
 
 class AsyncClient(
@@ -87,7 +87,7 @@ class AsyncClient(
         in_flight: int = 2,
         channel: grpc.aio.Channel | None = None,
     ) -> None:
-        connection = Connection(target, timeout, tls, token, in_flight, own_channel=channel is not None)
+        connection = ConnectionSettings(target, timeout, tls, token, in_flight, own_channel=channel is not None)
         self._runner = AsyncRunner(connection, channel)
 
     async def __aenter__(self) -> AsyncClient:

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from emberpc.client._aio.streams import run_stream
 from emberpc.client._aio.transport import AsyncTransport, item_iterator
 from emberpc.client._core.calls import Call, Job, Page, Step, Steps
-from emberpc.client._core.connection import Connection
+from emberpc.client._core.connection import ConnectionSettings
 from emberpc.client._core.retries import Retries
 from emberpc.client._core.streams import StreamJob
 from emberpc.client.exceptions import ResourceExhausted
@@ -55,7 +55,7 @@ class AsyncRunner:
             client.
     """
 
-    def __init__(self, connection: Connection, channel: grpc.aio.Channel | None) -> None:
+    def __init__(self, connection: ConnectionSettings, channel: grpc.aio.Channel | None) -> None:
         self._connection = connection
         self._transport = AsyncTransport(connection, channel)
 

@@ -14,7 +14,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from emberpc.client._aio.transport import AsyncStreamConnection, AsyncTransport, ItemIterator, read_items
-from emberpc.client._core.connection import Connection
+from emberpc.client._core.connection import ConnectionSettings
 from emberpc.client._core.streams import Item, Patience, Result, StreamJob, ended_early
 from emberpc.client.exceptions import Cancelled
 
@@ -23,7 +23,7 @@ async def run_stream(
     job: StreamJob[Item, Any, Any, Result],
     items: ItemIterator[Item],
     transport: AsyncTransport,
-    connection: Connection,
+    connection: ConnectionSettings,
     timeout: float | None,
 ) -> AsyncIterator[Result]:
     """Yield the results of a stream as they arrive; cancel the stream when the generator is closed.

@@ -15,7 +15,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from emberpc.client._core.calls import Call
-from emberpc.client._core.connection import CALL_CANCELLED, CHANNEL_CLOSED, CLIENT_CLOSED, Connection
+from emberpc.client._core.connection import CALL_CANCELLED, CHANNEL_CLOSED, CLIENT_CLOSED, ConnectionSettings
 from emberpc.client._core.streams import Item, StreamJob
 from emberpc.client.exceptions import Cancelled, FailedPrecondition, InputTypeError
 
@@ -39,7 +39,7 @@ class AsyncTransport:
         InputTypeError: `channel` is a channel of grpc, not of grpc.aio.
     """
 
-    def __init__(self, connection: Connection, channel: grpc.aio.Channel | None) -> None:
+    def __init__(self, connection: ConnectionSettings, channel: grpc.aio.Channel | None) -> None:
         if isinstance(channel, grpc.Channel):
             raise InputTypeError("channel is one of grpc; give one of grpc.aio, or use Client")
         self._connection = connection
@@ -237,7 +237,7 @@ async def run_blocking(
     return await asyncio.to_thread(function, *args, **kwargs)
 
 
-def _open(connection: Connection) -> grpc.aio.Channel:
+def _open(connection: ConnectionSettings) -> grpc.aio.Channel:
     if connection.tls is None:
         return grpc.aio.insecure_channel(connection.target, connection.options)
     return grpc.aio.secure_channel(connection.target, connection.tls.credentials(), connection.options)

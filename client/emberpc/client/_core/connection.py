@@ -118,7 +118,7 @@ class TLS:
 
 
 @dataclass(frozen=True)
-class Connection:
+class ConnectionSettings:
     """The checked arguments of a client's constructor.
 
     Attributes:

@@ -6,7 +6,7 @@ from types import TracebackType
 
 import grpc
 
-from emberpc.client._core.connection import TLS, Connection
+from emberpc.client._core.connection import TLS, ConnectionSettings
 from emberpc.client._sync.backups import BackupMethods
 from emberpc.client._sync.collections import CollectionMethods
 from emberpc.client._sync.models import ModelMethods
@@ -77,7 +77,7 @@ class Client(TextMethods, CollectionMethods, RecordMethods, SearchMethods, Backu
         in_flight: int = 2,
         channel: grpc.Channel | None = None,
     ) -> None:
-        connection = Connection(target, timeout, tls, token, in_flight, own_channel=channel is not None)
+        connection = ConnectionSettings(target, timeout, tls, token, in_flight, own_channel=channel is not None)
         self._runner = Runner(connection, channel)
 
     def __enter__(self) -> Client:

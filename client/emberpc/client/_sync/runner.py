@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import Message
 
 from emberpc.client._core.calls import Call, Job, Page, Step, Steps
-from emberpc.client._core.connection import Connection
+from emberpc.client._core.connection import ConnectionSettings
 from emberpc.client._core.retries import Retries
 from emberpc.client._core.streams import StreamJob
 from emberpc.client._sync.streams import run_stream
@@ -54,7 +54,7 @@ class Runner:
             client.
     """
 
-    def __init__(self, connection: Connection, channel: grpc.Channel | None) -> None:
+    def __init__(self, connection: ConnectionSettings, channel: grpc.Channel | None) -> None:
         self._connection = connection
         self._transport = Transport(connection, channel)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from emberpc.client._core.connection import Connection
+from emberpc.client._core.connection import ConnectionSettings
 from emberpc.client._core.streams import Item, Patience, Result, StreamJob, ended_early
 from emberpc.client._sync.transport import ItemIterator, StreamConnection, Transport, read_items
 from emberpc.client.exceptions import Cancelled
@@ -22,7 +22,7 @@ def run_stream(
     job: StreamJob[Item, Any, Any, Result],
     items: ItemIterator[Item],
     transport: Transport,
-    connection: Connection,
+    connection: ConnectionSettings,
     timeout: float | None,
 ) -> Iterator[Result]:
     """Yield the results of a stream as they arrive; cancel the stream when the generator is closed.

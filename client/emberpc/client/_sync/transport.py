@@ -16,7 +16,7 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from emberpc.client._core.calls import Call
-from emberpc.client._core.connection import CALL_CANCELLED, CHANNEL_CLOSED, CLIENT_CLOSED, Connection
+from emberpc.client._core.connection import CALL_CANCELLED, CHANNEL_CLOSED, CLIENT_CLOSED, ConnectionSettings
 from emberpc.client._core.streams import Item, StreamJob
 from emberpc.client.exceptions import Cancelled, InputTypeError
 
@@ -44,7 +44,7 @@ class Transport:
         InputTypeError: `channel` is a channel of grpc.aio.
     """
 
-    def __init__(self, connection: Connection, channel: grpc.Channel | None) -> None:
+    def __init__(self, connection: ConnectionSettings, channel: grpc.Channel | None) -> None:
         if isinstance(channel, grpc.aio.Channel):
             raise InputTypeError("channel is one of grpc.aio; give one of grpc, or use AsyncClient")
         self._connection = connection
@@ -223,7 +223,7 @@ def run_blocking(function: Callable[Arguments, Result], *args: Arguments.args, *
     return function(*args, **kwargs)
 
 
-def _open(connection: Connection) -> grpc.Channel:
+def _open(connection: ConnectionSettings) -> grpc.Channel:
     if connection.tls is None:
         return grpc.insecure_channel(connection.target, connection.options)
     return grpc.secure_channel(connection.target, connection.tls.credentials(), connection.options)
