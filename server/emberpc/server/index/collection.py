@@ -42,7 +42,7 @@ from emberpc.server.index.jobs.verify import Verifier
 from emberpc.server.index.lifecycle import Lifecycle
 from emberpc.server.index.open_collections import OpenCollections
 from emberpc.server.index.search.probe import Probe
-from emberpc.server.index.search_methods import SearchMethods
+from emberpc.server.index.search_methods import CollectionSearchMethods
 from emberpc.server.index.storage.filter_sql import EVERYTHING, Clause
 from emberpc.server.index.storage.record_cache import RecordCache
 from emberpc.server.index.storage.reserve import DISK_FULL, Reserve
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 _EXPIRED_AT_ONCE = 1000
 
 
-class Collection(Lifecycle, SearchMethods):
+class Collection(Lifecycle, CollectionSearchMethods):
     """A set of records with comparable vectors. Safe to use from several threads.
 
     While there are no calls, `close_idle` can free the collection's files and memory; later calls open it again.

@@ -20,7 +20,7 @@ from emberpc.server.index.storage.store import Store
 _VECTOR = items_of("queries", "vector")
 
 
-class SearchMethods:
+class CollectionSearchMethods:
     """Mixin of `Collection` with the methods for dense, lexical and hybrid search; `Collection` sets the attributes.
 
     Every method may also raise the errors that `Collection` lists.
