@@ -30,7 +30,7 @@ from emberpc.server.index.jobs.maintenance_thread import MaintenanceThread
 from emberpc.server.index.open_collections import OpenCollections, derived_limit
 from emberpc.server.index.reembedding import Reembedding, already_reembedding, records_without_text, unreplaced
 from emberpc.server.index.restoring import Restoration
-from emberpc.server.index.storage.data_directory import DataDirectory, Entry
+from emberpc.server.index.storage.data_directory import CatalogueEntry, DataDirectory
 from emberpc.server.index.storage.files import new_folder, translated_os_errors
 from emberpc.server.index.storage.record_cache import RecordCache
 from emberpc.server.paging import decode_token, encode_token
@@ -362,7 +362,7 @@ class Index:
                 raise ServiceError(Code.UNAVAILABLE, "the index is closed; try again", reason="CLOSED")
             yield
 
-    def _existing(self, name: str) -> Entry:
+    def _existing(self, name: str) -> CatalogueEntry:
         entry = self._directory.find(name)
         if entry is None:
             raise no_collection(name)
@@ -374,19 +374,19 @@ class Index:
             raise collection_exists(name)
         self._directory.check_count(self._max_collections)
 
-    def _new(self, spec: CollectionSpec) -> tuple[Entry, Collection]:
+    def _new(self, spec: CollectionSpec) -> tuple[CatalogueEntry, Collection]:
         """Check a spec, and create an empty collection in a new folder, which the catalogue does not name yet."""
         spec.check()
-        entry = Entry(spec, new_folder(self._directory.collections), datetime.now(timezone.utc))
+        entry = CatalogueEntry(spec, new_folder(self._directory.collections), datetime.now(timezone.utc))
         return entry, self._collection(entry, create=True)
 
-    def _adopt(self, entry: Entry) -> Collection:
+    def _adopt(self, entry: CatalogueEntry) -> Collection:
         """Open a restored collection, which may take long, add it to the catalogue, and return it."""
         collection = self._collection(entry)
         self._enter(entry, collection)
         return collection
 
-    def _enter(self, entry: Entry, collection: Collection) -> None:
+    def _enter(self, entry: CatalogueEntry, collection: Collection) -> None:
         """Add a new collection to the catalogue; if that fails, drop it, and raise ServiceError or OSError."""
         with ExitStack() as undo:
             undo.callback(collection.drop)
@@ -402,7 +402,7 @@ class Index:
         self._open[collection.spec.name] = opened
         self._at_hand[collection.spec.name] = collection
 
-    def _collection(self, entry: Entry, *, create: bool = False) -> Collection:
+    def _collection(self, entry: CatalogueEntry, *, create: bool = False) -> Collection:
         return Collection(
             entry.spec,
             entry.folder,

@@ -21,7 +21,7 @@ from emberpc.server.index.collection import Collection
 from emberpc.server.index.jobs import backup
 from emberpc.server.index.jobs.backup_checks import check_backup, damaged, restore_cancelled
 from emberpc.server.index.storage import schema
-from emberpc.server.index.storage.data_directory import Entry
+from emberpc.server.index.storage.data_directory import CatalogueEntry
 from emberpc.server.index.storage.database import connect, transaction, translated
 from emberpc.server.index.storage.files import new_folder, translated_os_errors
 from emberpc.server.index.storage.store import DATABASE_NAME
@@ -53,7 +53,7 @@ class Restoration:
         name: str,
         total: int,
         accept: Callable[[CollectionSpec], None],
-        adopt: Callable[[Entry], Collection],
+        adopt: Callable[[CatalogueEntry], Collection],
     ) -> None:
         self._name = name
         self._subject = f"collection {name!r}"
@@ -105,7 +105,7 @@ class Restoration:
             with translated(self._subject):
                 self._make_ours()
             self._check_open()
-            collection = self._adopt(Entry(replace(spec, name=self._name), self._folder, created))
+            collection = self._adopt(CatalogueEntry(replace(spec, name=self._name), self._folder, created))
             self._resources.pop_all()
             self._closed.set()
         return collection

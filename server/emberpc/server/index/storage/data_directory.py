@@ -56,7 +56,7 @@ COMMIT;
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogueEntry:
     """An entry of the catalogue: a collection, or the new collection of a reembedding, which replaces another later.
 
     Attributes:
@@ -105,7 +105,7 @@ class DataDirectory:
         """Close the catalogue, and release the lock of the data directory."""
         self._resources.close()
 
-    def find(self, name: str) -> Entry | None:
+    def find(self, name: str) -> CatalogueEntry | None:
         """Return the entry of a collection; None if no collection has that name.
 
         Raises:
@@ -167,7 +167,7 @@ class DataDirectory:
                 specs.append(CollectionSpec(_text(name), 0))
         return specs
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: CatalogueEntry) -> None:
         """Insert the entry of a new collection, whose name must be free and whose folder must exist.
 
         When this returns, the entry is on disk, and so is the folder with its list of files.
@@ -203,7 +203,7 @@ class DataDirectory:
         """
         self._delete("DELETE FROM collections WHERE name = ?", name)
 
-    def reembeddings(self) -> list[Entry]:
+    def reembeddings(self) -> list[CatalogueEntry]:
         """Return the entries of unfinished reembeddings: each is that of the new collection, not of the replaced one.
 
         A damaged entry is logged and left out; the entry and its folder stay.
@@ -223,7 +223,7 @@ class DataDirectory:
                 log.exception("a re-embedding cannot be resumed: its catalogue entry is damaged")
         return entries
 
-    def add_reembedding(self, entry: Entry) -> None:
+    def add_reembedding(self, entry: CatalogueEntry) -> None:
         """Insert the entry of a reembedding: of the new collection that will replace the collection of the same name.
 
         An entry that could not be opened is replaced. The folder must exist; folder and entry are on disk afterwards.
@@ -265,7 +265,7 @@ class DataDirectory:
 
         self.reserve.run(delete)
 
-    def _insert(self, into: str, entry: Entry) -> None:
+    def _insert(self, into: str, entry: CatalogueEntry) -> None:
         self.reserve.check("no collection was made")
         # The folder must be on disk before the row that names it: a power cut must not leave a row without a folder.
         for path in (entry.folder, self.collections, self._path):
@@ -276,13 +276,13 @@ class DataDirectory:
                 (entry.spec.name, entry.folder.name, entry.spec.to_json(), entry.since.timestamp()),
             )
 
-    def _entry(self, row: tuple[bytes, bytes, bytes, float]) -> Entry:
+    def _entry(self, row: tuple[bytes, bytes, bytes, float]) -> CatalogueEntry:
         name = _text(row[0])
         try:
             since = datetime.fromtimestamp(row[3], timezone.utc)
         except (ValueError, OverflowError, OSError, TypeError) as error:
             raise _damaged(name) from error
-        return Entry(_spec(name, row[1]), self._path_of(name, row[2]), since)
+        return CatalogueEntry(_spec(name, row[1]), self._path_of(name, row[2]), since)
 
     def _path_of(self, name: str, folder: bytes) -> Path:
         if not _FOLDER.fullmatch(_text(folder)):
