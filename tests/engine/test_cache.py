@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberpc.server.engine import Caller, Engine, Lane, Registry, Truncation
-from emberpc.server.engine.cache import Cache, Entry, Flight, Flights, Key
+from emberpc.server.engine.cache import Cache, CachedOutput, Flight, Flights, Key
 from emberpc.server.engine.inference import Inference, InferenceRequest
 from emberpc.server.engine.models.encoders import Encoder
 from emberpc.server.engine.sessions.onnx_runtime import Output
@@ -27,8 +27,8 @@ def key(text: str, encoder: int = 0) -> Key:
     return Key(encoder, "", Truncation.REFUSE, text)
 
 
-def entry(value: float, width: int = 4) -> Entry:
-    return Entry(np.full(width, value, dtype=np.float32), 3, False)
+def entry(value: float, width: int = 4) -> CachedOutput:
+    return CachedOutput(np.full(width, value, dtype=np.float32), 3, False)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(1, 400)), max_size=80), st.integers(0, 20_000))

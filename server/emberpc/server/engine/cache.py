@@ -33,7 +33,7 @@ class Key(NamedTuple):
     text: str
 
 
-class Entry(NamedTuple):
+class CachedOutput(NamedTuple):
     """Output of an encoder for a text.
 
     Attributes:
@@ -47,7 +47,7 @@ class Entry(NamedTuple):
     truncated: bool
 
 
-class Cache(LruCache[Key, Entry]):
+class Cache(LruCache[Key, CachedOutput]):
     """Cache of encoder outputs by key, which evicts the least recently used outputs first.
 
     Args:
@@ -57,7 +57,7 @@ class Cache(LruCache[Key, Entry]):
     def __init__(self, max_bytes: int) -> None:
         super().__init__(max_bytes, _size)
 
-    def add(self, entries: Mapping[Key, Entry]) -> None:
+    def add(self, entries: Mapping[Key, CachedOutput]) -> None:
         """Add copies of entries. If the cache then has more bytes than allowed, evict the least recently used entries.
 
         A cached key keeps its entry. An entry of more than an eighth of the allowed bytes is not cached.
@@ -67,7 +67,7 @@ class Cache(LruCache[Key, Entry]):
         super().add({key: entry._replace(row=entry.row.copy()) for key, entry in entries.items()})
 
 
-def _size(key: Key, entry: Entry) -> int:
+def _size(key: Key, entry: CachedOutput) -> int:
     return sys.getsizeof(key.text) + entry.row.nbytes + _OVERHEAD
 
 
@@ -79,7 +79,7 @@ class Flight:
     #: Set at the end of the run. From then on, `entries` holds the outputs; it is empty if the run failed or was
     #: cancelled.
     landed: asyncio.Event = field(default_factory=asyncio.Event)
-    entries: dict[Key, Entry] = field(default_factory=dict)
+    entries: dict[Key, CachedOutput] = field(default_factory=dict)
 
 
 class Flights:

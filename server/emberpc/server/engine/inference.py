@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from emberpc.bundle.cores import usable_cores
-from emberpc.server.engine.cache import Cache, Entry, Flights, Key
+from emberpc.server.engine.cache import Cache, CachedOutput, Flights, Key
 from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.models.model import Model
 from emberpc.server.engine.scheduler import Scheduler
@@ -208,7 +208,7 @@ class Inferrer:
 
     async def _compute(
         self, request: InferenceRequest, places: Mapping[Key, Sequence[int]], times: _Times
-    ) -> dict[Key, Entry]:
+    ) -> dict[Key, CachedOutput]:
         """Return an entry for each key of `places`: from this call's run, or from another call's run of the same text.
 
         The entries of this call's run are added to the cache.
@@ -224,7 +224,7 @@ class Inferrer:
         caller = request.caller
         self._scheduler.check_room(caller)
         missing = await self._tokenize(request, places, times)
-        found: dict[Key, Entry] = {}
+        found: dict[Key, CachedOutput] = {}
         while missing:
             flights = self.flights.find(missing, self._lane(missing, caller))
             own = {key: text for key, text in missing.items() if key not in flights}
@@ -279,13 +279,13 @@ class Inferrer:
 
     async def _run(
         self, request: InferenceRequest, texts: Mapping[Key, TokenizedText], times: _Times
-    ) -> dict[Key, Entry]:
+    ) -> dict[Key, CachedOutput]:
         ids = [text.ids for text in texts.values()]
         result = await self._scheduler.run(request.model.encoder, ids, request.caller)
         times.queue += result.queue_seconds
         times.infer += result.infer_seconds
         return {
-            key: Entry(row, len(text.ids), text.truncated)
+            key: CachedOutput(row, len(text.ids), text.truncated)
             for (key, text), row in zip(texts.items(), result.rows, strict=True)
         }
 
