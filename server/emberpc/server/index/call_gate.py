@@ -50,7 +50,7 @@ class CallGate:
         """Return whether the end of the gate has begun, so that no call is admitted."""
         return self._ending.is_set()
 
-    def enter(self, stop: Callable[[], bool] | None = None) -> _Call:
+    def enter(self, stop: Callable[[], bool] | None = None) -> _GatedCall:
         """Return a context manager for a call, which keeps the resource open until the call ends.
 
         Entering the context manager opens the resource if it is closed, and returns a function that a long call must
@@ -61,7 +61,7 @@ class CallGate:
             ServiceError: on entering, UNAVAILABLE if the end of the gate has begun, and errors of opening the resource.
                 On leaving without another error, UNAVAILABLE if the function returned True because the end began.
         """
-        return _Call(self, stop)
+        return _GatedCall(self, stop)
 
     def check(self) -> None:
         """Raise the error UNAVAILABLE if the end of the gate has begun, so that no call is admitted."""
@@ -189,7 +189,7 @@ class CallGate:
         return ServiceError(Code.UNAVAILABLE, f"{self._subject} is closed or deleted; try again", reason="CLOSED")
 
 
-class _Call:
+class _GatedCall:
     """Context manager of one call of a `CallGate`.
 
     It is a class, since each search enters a context manager, and a generator with `contextmanager` takes four times as
