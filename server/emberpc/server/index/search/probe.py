@@ -27,7 +27,7 @@ _TIME_SHARE = 0.01
 _LATEST = 256
 
 
-class _Sample(NamedTuple):
+class _ProbedSearch(NamedTuple):
     """A search of one query, its outcome, and the sequence of the last write before the search."""
 
     request: DenseRequest
@@ -47,7 +47,7 @@ class Probe:
     def __init__(self, share: float) -> None:
         self._share = share
         self._lock = threading.Lock()
-        self._waiting: deque[_Sample] = deque()
+        self._waiting: deque[_ProbedSearch] = deque()
         self._latest: deque[float] = deque(maxlen=_LATEST)
         self._count = 0
         self._rest_until = 0.0
@@ -87,7 +87,7 @@ class Probe:
         for i, outcome in enumerate(outcomes):
             if outcome.plan.strategy is SearchStrategy.HNSW and outcome.hits and request.top_k[i] <= _MOST_HITS:
                 with self._lock:
-                    self._waiting.append(_Sample(request.subset([i]), outcome, sequence))
+                    self._waiting.append(_ProbedSearch(request.subset([i]), outcome, sequence))
                 return True
         return False
 
@@ -133,7 +133,7 @@ class Probe:
         self._rest_until = monotonic() + (monotonic() - start) / _TIME_SHARE
 
 
-def _recall(sample: _Sample, truth: SearchOutcome, present: dict[str, StoredRecord]) -> float | None:
+def _recall(sample: _ProbedSearch, truth: SearchOutcome, present: dict[str, StoredRecord]) -> float | None:
     """Return the recall of a sample: the share of its n unchanged hits with at least the score of the n-th exact hit.
 
     Hits whose records were written after the write `sample.sequence`, or deleted, do not count, neither in the sample
