@@ -72,7 +72,7 @@ def write(path: Path, examples: Examples, rows: Sequence[int]) -> Path:
     return path
 
 
-def task(folder: Path, budget: str, seed: int, most_test: int, place: Path) -> TextFiles:
+def text_files(folder: Path, budget: str, seed: int, most_test: int, place: Path) -> TextFiles:
     """Draw the training texts of a budget, and split the test texts, each half at most `most_test`."""
     train, _, _ = read_data(ClassifierData(folder / "train.csv", min_examples=1))
     sample = take_budget(train, ALL if budget == "all" else int(budget), seed)
@@ -242,7 +242,7 @@ def main() -> int:
     for folder, budget, seed in product(arguments.data, arguments.budget, arguments.seeds):
         key = (folder.name, budget, seed)
         with tempfile.TemporaryDirectory() as raw:
-            given = task(folder, budget, seed, arguments.most_test, Path(raw) / "task")
+            given = text_files(folder, budget, seed, arguments.most_test, Path(raw) / "task")
             for name, python in pythons.items():
                 if not runs.of(key, name):
                     found = run_peer(name, python, given, encoder, 60 * arguments.minutes)

@@ -1,7 +1,7 @@
 """Helpers of the benchmarks: texts, a server with its CPU time and memory, and callers.
 
-Run as a program, this module embeds texts with concurrent calls, and prints an `LoadMeasurements` as JSON. `call` runs this
-program, so that the CPU time of the callers is not counted as that of the benchmark:
+Run as a program, this module embeds texts with concurrent calls, and prints `LoadMeasurements` as JSON. `call` runs
+this program, so that the CPU time of the callers is not counted as that of the benchmark:
 
     python -m benchmarks.shared.load ADDRESS TEXTS.json [--in-flight 64] [--batch 1]
 """

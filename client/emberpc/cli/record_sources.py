@@ -23,7 +23,7 @@ OnRejected: TypeAlias = Callable[[RecordError], object]
 
 
 def raise_error(error: RecordError) -> NoReturn:
-    """Raise `error`. As `refused` of `RecordSource.records`, this function ends the reading at the first invalid item."""
+    """Raise `error`. As `refused` of `RecordSource.records`, this ends the reading at the first invalid item."""
     raise error
 
 

@@ -65,17 +65,17 @@ class Reader:
 
         Args:
             output: names of the fields, with `id`. `metadata` is yielded too if the filter has doubtful records (see
-                `terms.Clause`).
+                `terms.MilvusFilter`).
             condition: the filter; None: all records.
             after: only records with greater ids are yielded; empty: all records.
             batch: most rows that one call to Milvus returns.
             among: a filter expression of Milvus that the records must meet too; empty: none.
         """
-        clause = clause_of(condition)
+        compiled = milvus_filter(condition)
         while True:
             rows = self._query(
-                filter=terms.both(schema.behind(after), clause.expression, among),
-                output_fields=[*output, "metadata"] if clause.doubtful else output,
+                filter=terms.both(schema.behind(after), compiled.expression, among),
+                output_fields=[*output, "metadata"] if compiled.doubtful else output,
                 limit=batch,
                 # pymilvus's own iterator sets these two options too. Without them, Milvus may return any `limit` rows
                 # that meet the filter; with them, it returns the rows with the least ids.
@@ -84,7 +84,7 @@ class Reader:
             )
             rows.sort(key=_id)
             for row in rows:
-                if condition is None or not clause.doubtful or matches(condition, schema.metadata(row)):
+                if condition is None or not compiled.doubtful or matches(condition, schema.metadata(row)):
                     yield row
             if len(rows) < batch:
                 return
@@ -93,13 +93,14 @@ class Reader:
     def count(self, condition: Filter | None = None) -> int:
         """Return the number of records that meet the filter `condition`; None: of all records.
 
-        Milvus counts the records, except doubtful ones (see `terms.Clause`): their metadata is read and compared here.
+        Milvus counts the records, except doubtful ones (see `terms.MilvusFilter`), whose metadata is read and compared
+        here.
         """
-        clause = clause_of(condition)
-        if not clause.doubtful:
-            return self.count_expression(clause.expression)
-        certain = self.count_expression(terms.both(clause.expression, f"not ({clause.doubtful})"))
-        return certain + sum(1 for _ in self.walk([schema.ID], condition, among=clause.doubtful))
+        compiled = milvus_filter(condition)
+        if not compiled.doubtful:
+            return self.count_expression(compiled.expression)
+        certain = self.count_expression(terms.both(compiled.expression, f"not ({compiled.doubtful})"))
+        return certain + sum(1 for _ in self.walk([schema.ID], condition, among=compiled.doubtful))
 
     def count_expression(self, expression: str) -> int:
         """Return the number of records that meet a filter expression of Milvus; empty: of all records."""
@@ -154,8 +155,8 @@ class Reader:
         return read()
 
 
-def clause_of(condition: Filter | None) -> terms.Clause:
-    """Compile a filter to filter expressions of Milvus. None, no filter, becomes the clause that all records meet."""
+def milvus_filter(condition: Filter | None) -> terms.MilvusFilter:
+    """Compile a filter to filter expressions of Milvus. None, no filter, becomes the filter that all records meet."""
     return terms.EVERYTHING if condition is None else terms.compile_filter(condition)
 
 

@@ -13,7 +13,7 @@ from emberpc.server.collections.filters import Filter, matches
 from emberpc.server.collections.metric import nearest, prepare
 from emberpc.server.collections.types import Distance, Matrix, Plan, SearchOutcome, SearchStrategy, StoredRecord
 from emberpc.server.milvus import schema
-from emberpc.server.milvus.reading import Reader, clause_of
+from emberpc.server.milvus.reading import Reader, milvus_filter
 
 #: Limit of the number of queries of one call to Milvus times their greatest `top_k`, since a response of Milvus may
 #: have at most 100 MB. Milvus is asked for one hit more of each query, and for `_DOUBT` times as many if the filter may
@@ -24,7 +24,7 @@ _HITS_AT_ONCE = 10_000
 _MIN_EF, _EF_PER_HIT = 200, 2
 #: Milvus's limits of ef, and of the hits of one query.
 _MAX_EF, _MAX_LIMIT = 32_768, 16_384
-#: If a filter may have doubtful records (`terms.Clause`), Milvus is asked for this many times the wanted hits, since
+#: If a filter may have doubtful records (`terms.MilvusFilter`), Milvus is asked for this many times the wanted hits, since
 #: the server drops hits that do not match.
 _DOUBT = 4
 #: If there is a filter and at most this many records may meet it, the server compares all their vectors with the query.
@@ -79,7 +79,7 @@ class Searcher:
         self._reader = reader
         self._distance = reader.spec.distance
         self._condition = condition
-        self._clause = clause_of(condition)
+        self._filter = milvus_filter(condition)
 
     def search(self, request: Request) -> list[SearchOutcome]:
         """Return the outcome of each query of a request, in the order of the queries; errors are those of `Reader`.
@@ -91,7 +91,7 @@ class Searcher:
         """
         widening = 1.0
         if self._condition is not None:
-            matching = self._reader.count_expression(self._clause.expression)
+            matching = self._reader.count_expression(self._filter.expression)
             if matching <= _FEW:
                 return self._compare(request)
             widening = self._reader.count() / matching
@@ -114,12 +114,12 @@ class Searcher:
         """
         wanted = max(request.top_k) + 1
         keep = max(int((request.ef or max(_MIN_EF, _EF_PER_HIT * wanted)) * widening), wanted)
-        limit = min(wanted * _DOUBT if self._clause.doubtful else wanted, _MAX_LIMIT)
+        limit = min(wanted * _DOUBT if self._filter.doubtful else wanted, _MAX_LIMIT)
         keep = min(max(keep, limit), _MAX_EF)
         cosine = self._distance is Distance.COSINE
         queries = prepare(request.queries, self._distance) if cosine else request.queries
         output = schema.fields(with_vectors=request.with_vectors)
-        found = self._reader.nearest(queries, limit, keep, self._clause.expression, output)
+        found = self._reader.nearest(queries, limit, keep, self._filter.expression, output)
         return [
             self._hits(hits, k, exclude, Plan(SearchStrategy.HNSW, keep, 0))
             for hits, k, exclude in zip(found, request.top_k, request.exclude, strict=True)
@@ -140,7 +140,7 @@ class Searcher:
             all records), and these records are at most 100,000.
         """
         candidates = [(schema.stored(hit["entity"]), schema.score(self._distance, hit["distance"])) for hit in found]
-        if self._condition is not None and self._clause.doubtful:
+        if self._condition is not None and self._filter.doubtful:
             candidates = [each for each in candidates if matches(self._condition, each[0].metadata)]
         hits = [each for each in candidates if each[0].id != exclude][:k]
         if len(hits) < k and len(candidates) < self._total:
