@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberpc.server.engine.batching import Backlog, Item, Job, Queue
+from emberpc.server.engine.batching import Backlog, Item, Queue, Submission
 from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenIds
@@ -24,9 +24,9 @@ class Doubler:
         return np.array([[len(ids)] for ids in batch], dtype=np.float32)
 
 
-def job(runner: Doubler, lengths: Sequence[int], caller: str = "", lane: Lane = Lane.INTERACTIVE) -> Job:
+def submission(runner: Doubler, lengths: Sequence[int], caller: str = "", lane: Lane = Lane.INTERACTIVE) -> Submission:
     texts = [np.zeros(length, dtype=np.int64) for length in lengths]
-    return Job(runner, texts, Caller(caller, lane), Mock(spec=asyncio.Future))
+    return Submission(runner, texts, Caller(caller, lane), Mock(spec=asyncio.Future))
 
 
 def padded(batch: list[Item]) -> int:
@@ -42,21 +42,21 @@ def test_every_text_goes_out_once_and_every_batch_keeps_to_the_budget(
 ) -> None:
     models = {True: Doubler(), False: Doubler()}
     queue = Queue(budget)
-    jobs = [job(models[which], call) for which, call in calls]
-    for each in jobs:
+    submissions = [submission(models[which], call) for which, call in calls]
+    for each in submissions:
         queue.add(each)
-    assert queue.tokens == sum(each.tokens for each in jobs)
+    assert queue.tokens == sum(each.tokens for each in submissions)
 
     taken: list[Item] = []
     while queue:
         batch = queue.take()
         assert batch
-        assert len({id(item.job.runner) for item in batch}) == 1
+        assert len({id(item.submission.runner) for item in batch}) == 1
         assert len(batch) == 1 or padded(batch) <= budget
         taken += batch
 
-    assert sorted((id(item.job), item.row) for item in taken) == sorted(
-        (id(each), row) for each in jobs for row in range(len(each.texts))
+    assert sorted((id(item.submission), item.row) for item in taken) == sorted(
+        (id(each), row) for each in submissions for row in range(len(each.texts))
     )
     assert queue.tokens == 0
 
@@ -67,9 +67,9 @@ def test_calls_that_come_while_others_are_served_are_served_too(
 ) -> None:
     runner = Doubler()
     queue = Queue(budget)
-    queue.add(job(runner, first))
+    queue.add(submission(runner, first))
     count = len(queue.take())
-    queue.add(job(runner, second))
+    queue.add(submission(runner, second))
     while queue:
         count += len(queue.take())
     assert count == len(first) + len(second)
@@ -78,18 +78,18 @@ def test_calls_that_come_while_others_are_served_are_served_too(
 def test_a_callers_text_does_not_wait_behind_anothers_thousands() -> None:
     runner = Doubler()
     queue = Queue(512)
-    queue.add(job(runner, [200] * 5000, "greedy"))
-    short = job(runner, [8], "modest")
+    queue.add(submission(runner, [200] * 5000, "greedy"))
+    short = submission(runner, [8], "modest")
     queue.take()
     queue.add(short)
     batches = [queue.take(), queue.take()]
-    assert any(item.job is short for batch in batches for item in batch)
+    assert any(item.submission is short for batch in batches for item in batch)
 
 
 def test_texts_of_like_length_go_together() -> None:
     runner = Doubler()
     queue = Queue(512)
-    queue.add(job(runner, [10, 250] * 20))
+    queue.add(submission(runner, [10, 250] * 20))
     while queue:
         batch = queue.take()
         assert len({item.length for item in batch}) == 1
@@ -98,7 +98,7 @@ def test_texts_of_like_length_go_together() -> None:
 def test_draining_gives_the_calls_that_waited() -> None:
     runner = Doubler()
     queue = Queue(16)
-    calls = [job(runner, [10, 10]), job(runner, [10])]
+    calls = [submission(runner, [10, 10]), submission(runner, [10])]
     for each in calls:
         queue.add(each)
     queue.take()
@@ -110,7 +110,7 @@ def test_draining_gives_the_calls_that_waited() -> None:
 @pytest.mark.parametrize("tokens", [16, 4096])
 def test_a_discarded_call_is_found_though_the_limit_of_batches_has_changed(tokens: int) -> None:
     backlog = Backlog(256, bulk_seconds=5)
-    gone, stays = job(Doubler(), [8] * 70), job(Doubler(), [8] * 10)
+    gone, stays = submission(Doubler(), [8] * 70), submission(Doubler(), [8] * 10)
     for each in (gone, stays):
         backlog.add(each)
     backlog.set_batch_tokens(tokens)
@@ -122,14 +122,14 @@ def test_a_discarded_call_is_found_though_the_limit_of_batches_has_changed(token
 def test_callers_have_turns_however_many_calls_each_has() -> None:
     runner = Doubler()
     queue = Queue(10)
-    greedy = [job(runner, [10], "greedy") for _ in range(50)]
+    greedy = [submission(runner, [10], "greedy") for _ in range(50)]
     for each in greedy:
         queue.add(each)
     queue.take()
-    modest = [job(runner, [10], "modest") for _ in range(3)]
+    modest = [submission(runner, [10], "modest") for _ in range(3)]
     for each in modest:
         queue.add(each)
-    first = [queue.take()[0].job for _ in range(7)]
+    first = [queue.take()[0].submission for _ in range(7)]
     assert sum(each in modest for each in first) == 3
 
 
@@ -137,17 +137,17 @@ def test_interactive_work_goes_first_and_bulk_work_has_a_turn_in_time() -> None:
     runner = Doubler()
     patient, impatient = Backlog(16, bulk_seconds=1e9), Backlog(16, bulk_seconds=0)
     for backlog in (patient, impatient):
-        backlog.add(job(runner, [8], lane=Lane.BULK))
-        backlog.add(job(runner, [8]))
+        backlog.add(submission(runner, [8], lane=Lane.BULK))
+        backlog.add(submission(runner, [8]))
     assert patient.next_lane() is Lane.INTERACTIVE
     assert impatient.next_lane() is Lane.BULK
-    assert [item.job.caller.lane for item in patient.take(patient.next_lane())] == [Lane.INTERACTIVE]
+    assert [item.submission.caller.lane for item in patient.take(patient.next_lane())] == [Lane.INTERACTIVE]
     assert patient.next_lane() is Lane.BULK
 
 
 def test_a_large_call_is_bulk_work_whatever_it_says() -> None:
     runner, backlog = Doubler(), Backlog(16, bulk_seconds=1)
-    large, small = job(runner, [8] * 5), job(runner, [8] * 4)
+    large, small = submission(runner, [8] * 5), submission(runner, [8] * 4)
     backlog.add(large)
     backlog.add(small)
     assert backlog.waits(Lane.BULK)
@@ -155,13 +155,13 @@ def test_a_large_call_is_bulk_work_whatever_it_says() -> None:
     assert backlog.ahead(8, Caller("other")) == 8
     assert backlog.ahead(8, Caller()) == 32
     assert backlog.ahead(40, Caller()) == 72
-    assert {item.job for item in backlog.take(backlog.next_lane())} == {small}
+    assert {item.submission for item in backlog.take(backlog.next_lane())} == {small}
     assert backlog.drain() == {large, small}
 
 
 def test_a_callers_calls_are_served_in_their_order() -> None:
     runner, queue = Doubler(), Queue(10)
-    calls = [job(runner, [10, 10]) for _ in range(3)]
+    calls = [submission(runner, [10, 10]) for _ in range(3)]
     for each in calls:
         queue.add(each)
-    assert [queue.take()[0].job for _ in range(6)] == [each for each in calls for _ in range(2)]
+    assert [queue.take()[0].submission for _ in range(6)] == [each for each in calls for _ in range(2)]

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberpc.server.deadlines import Deadline
-from emberpc.server.engine.batching import Item, JobResult, Queue
+from emberpc.server.engine.batching import Item, Queue, SubmissionResult
 from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.rates import Rates
 from emberpc.server.engine.scheduler import Scheduler
@@ -55,7 +55,7 @@ class Gate:
         return np.zeros((len(batch), 1), dtype=np.float32)
 
 
-async def hold(scheduler: Scheduler, gate: Gate, length: int) -> asyncio.Task[JobResult]:
+async def hold(scheduler: Scheduler, gate: Gate, length: int) -> asyncio.Task[SubmissionResult]:
     """Have a worker run a text of a length until the gate is opened; return the call."""
     running = asyncio.create_task(scheduler.run(gate, texts(length)))
     await asyncio.to_thread(gate.entered.wait, 300)

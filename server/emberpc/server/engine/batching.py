@@ -50,13 +50,13 @@ class BatchRunner(Protocol):
 
 
 @dataclass(frozen=True)
-class JobResult:
-    """Outputs and times of a finished job.
+class SubmissionResult:
+    """Outputs and times of a finished submission.
 
     Attributes:
-        rows: the output for each text, in the order of the job's texts; each is float32 (width,).
-        queue_seconds: wall time from the submission until `Job.started`.
-        infer_seconds: wall time from `Job.started` to the end of the job's last batch.
+        rows: the output for each text, in the order of the submission's texts; each is float32 (width,).
+        queue_seconds: wall time from the submission until `Submission.started`.
+        infer_seconds: wall time from `Submission.started` to the end of the submission's last batch.
     """
 
     rows: list[Output]
@@ -65,7 +65,7 @@ class JobResult:
 
 
 @dataclass(eq=False)
-class Job:
+class Submission:
     """The texts of one call that run through one model.
 
     Attributes:
@@ -73,11 +73,11 @@ class Job:
         texts: token ids of each text.
         caller: who sent the call, its lane and its deadline.
         future: receives the result or the error, on the event loop of the caller.
-        over: whether the job ended: its result or error was sent, or its caller left.
+        over: whether the submission ended: its result or error was sent, or its caller left.
         tokens: number of tokens of all texts.
         rows: the output of each text, float32 (width,); None as long as the text was not run.
         remaining: number of texts without an output.
-        submitted: when the job was submitted, in seconds of `time.perf_counter`.
+        submitted: when the texts were submitted, in seconds of `time.perf_counter`.
         started: earliest start of the batches that succeeded, in the same seconds; 0 until one has ended.
         lane: the lane in which the texts wait or waited; `Backlog.add` sets it.
     """
@@ -85,7 +85,7 @@ class Job:
     runner: BatchRunner
     texts: Sequence[TokenIds]
     caller: Caller
-    future: asyncio.Future[JobResult]
+    future: asyncio.Future[SubmissionResult]
     over: bool = False
     tokens: int = field(init=False)
     rows: list[Output | None] = field(init=False)
@@ -106,18 +106,18 @@ class Job:
 
 
 class Item(NamedTuple):
-    """One waiting text of a job. Items are sorted by `length`, then by `number`.
+    """One waiting text of a submission. Items are sorted by `length`, then by `number`.
 
     Attributes:
         length: number of tokens of the text.
         number: unique number, which grows in the order of arrival.
-        job: the job.
-        row: index of the text in the job.
+        submission: the submission.
+        row: index of the text in the submission.
     """
 
     length: int
     number: int
-    job: Job
+    submission: Submission
     row: int
 
 
@@ -144,22 +144,22 @@ class Queue:
     def __bool__(self) -> bool:
         return bool(self._pools)
 
-    def add(self, job: Job) -> None:
-        """Add the texts of a job to the queue; a caller whose name is not in the turns gets the last turn."""
-        items = [Item(len(ids), next(_numbers), job, row) for row, ids in enumerate(job.texts)]
-        pool = self._pools.setdefault(job.runner, [])
+    def add(self, submission: Submission) -> None:
+        """Add the texts of a submission to the queue; a caller whose name is not in the turns gets the last turn."""
+        items = [Item(len(ids), next(_numbers), submission, row) for row, ids in enumerate(submission.texts)]
+        pool = self._pools.setdefault(submission.runner, [])
         if len(items) == 1:
             insort(pool, items[0])
         else:
             pool.extend(items)
             pool.sort()
-        name = job.caller.name
+        name = submission.caller.name
         if name not in self._texts:
             self._texts[name] = deque()
             self._turns.append(name)
         self._texts[name].append(iter(items))
-        self._tokens[name] += job.tokens
-        self.tokens += job.tokens
+        self._tokens[name] += submission.tokens
+        self.tokens += submission.tokens
 
     def ahead(self, name: str, tokens: int) -> int:
         """Return an estimate of the number of this lane's waiting tokens that are run before a new call ends.
@@ -182,12 +182,12 @@ class Queue:
         it is a single text that alone exceeds the limit.
         """
         anchor = self._next_anchor()
-        pool = self._pools[anchor.job.runner]
+        pool = self._pools[anchor.submission.runner]
         low, high = self._window(pool, bisect_left(pool, anchor))
         batch = pool[low:high]
         del pool[low:high]
         if not pool:
-            del self._pools[anchor.job.runner]
+            del self._pools[anchor.submission.runner]
         # The iterator over the texts of the anchor's call has passed the anchor. No iterator has passed the other texts
         # of this batch yet, so their numbers are noted: the iterators must skip them later.
         self._taken.update(item.number for item in batch if item is not anchor)
@@ -197,15 +197,15 @@ class Queue:
             self._forget()
         return batch
 
-    def discard(self, job: Job) -> None:
-        """Remove the waiting texts of a job from the queue; do nothing if none waits."""
-        pool = self._pools.get(job.runner, [])
-        gone = [item for item in pool if item.job is job]
+    def discard(self, submission: Submission) -> None:
+        """Remove the waiting texts of a submission from the queue; do nothing if none waits."""
+        pool = self._pools.get(submission.runner, [])
+        gone = [item for item in pool if item.submission is submission]
         if not gone:
             return
-        pool[:] = [item for item in pool if item.job is not job]
+        pool[:] = [item for item in pool if item.submission is not submission]
         if not pool:
-            del self._pools[job.runner]
+            del self._pools[submission.runner]
         self._taken.update(item.number for item in gone)  # the iterator of their call still has to skip them
         for item in gone:
             self._count_out(item)
@@ -213,19 +213,19 @@ class Queue:
             self._forget()
 
     def _count_out(self, item: Item) -> None:
-        name = item.job.caller.name
+        name = item.submission.caller.name
         self.tokens -= item.length
         self._tokens[name] -= item.length
         if not self._tokens[name]:
             del self._tokens[name]
 
-    def drain(self) -> set[Job]:
-        """Remove all waiting texts of this lane; return their jobs."""
-        jobs = {item.job for pool in self._pools.values() for item in pool}
+    def drain(self) -> set[Submission]:
+        """Remove all waiting texts of this lane; return their submissions."""
+        submissions = {item.submission for pool in self._pools.values() for item in pool}
         self._pools.clear()
         self._forget()
         self.tokens = 0
-        return jobs
+        return submissions
 
     def _forget(self) -> None:
         """Clear the turns, the iterators, `_taken` and the token counts by caller. To be called when no text waits."""
@@ -355,12 +355,12 @@ class Backlog:
         precedence = sum(queue.tokens for lane, queue in self._queues.items() if lane < own)
         return precedence + self._queues[own].ahead(caller.name, tokens)
 
-    def add(self, job: Job) -> None:
-        """Add the texts of a job to the lane that `lane` returns for it."""
-        job.lane = self.lane(job.tokens, job.caller)
-        if job.lane is Lane.BULK and not self._queues[job.lane]:
+    def add(self, submission: Submission) -> None:
+        """Add the texts of a submission to the lane that `lane` returns for it."""
+        submission.lane = self.lane(submission.tokens, submission.caller)
+        if submission.lane is Lane.BULK and not self._queues[submission.lane]:
             self._bulk_turn = perf_counter()
-        self._queues[job.lane].add(job)
+        self._queues[submission.lane].add(submission)
 
     def next_lane(self) -> Lane:
         """Return the lane of the next micro-batch. At least one text must wait.
@@ -382,10 +382,10 @@ class Backlog:
             self._bulk_turn = perf_counter()
         return self._queues[lane].take()
 
-    def discard(self, job: Job) -> None:
-        """Remove the waiting texts of a job from the lane that it waits in; do nothing if none waits."""
-        self._queues[job.lane].discard(job)
+    def discard(self, submission: Submission) -> None:
+        """Remove the waiting texts of a submission from the lane that it waits in; do nothing if none waits."""
+        self._queues[submission.lane].discard(submission)
 
-    def drain(self) -> set[Job]:
-        """Remove all waiting texts of all lanes; return their jobs."""
-        return {job for queue in self._queues.values() for job in queue.drain()}
+    def drain(self) -> set[Submission]:
+        """Remove all waiting texts of all lanes; return their submissions."""
+        return {submission for queue in self._queues.values() for submission in queue.drain()}

@@ -17,11 +17,11 @@ from time import perf_counter
 import numpy as np
 
 from emberpc.server.deadlines import Deadline
-from emberpc.server.engine.batching import Backlog, BatchRunner, Item, Job, JobResult
+from emberpc.server.engine.batching import Backlog, BatchRunner, Item, Submission, SubmissionResult
 from emberpc.server.engine.caller import Caller, Lane
-from emberpc.server.engine.job_results import fail, failure, result_of, send
 from emberpc.server.engine.rates import Rates
 from emberpc.server.engine.sessions.onnx_runtime import Output
+from emberpc.server.engine.submission_results import fail, failure, result_of, send
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import Code, ServiceError
 
@@ -63,7 +63,7 @@ class Counts:
 
 
 class Scheduler:
-    """Runs jobs on a fixed number of threads, the workers.
+    """Runs submissions on a fixed number of threads, the workers.
 
     One more thread, the express worker, runs interactive texts while all workers run bulk texts. A short call then
     shares a core for some milliseconds and does not wait for the end of a bulk batch, which takes some 100 ms. If a
@@ -94,12 +94,12 @@ class Scheduler:
         self._at_bulk = 0
         self._workers = workers
         self._threads: dict[str, threading.Thread] = {}
-        #: Jobs whose callers wait.
-        self._live: set[Job] = set()
+        #: Submissions whose callers wait.
+        self._live: set[Submission] = set()
         if not self.revive():
             raise RuntimeError("the system gives no thread for a worker")
 
-    async def run(self, runner: BatchRunner, texts: Sequence[TokenIds], caller: Caller = _ANYBODY) -> JobResult:
+    async def run(self, runner: BatchRunner, texts: Sequence[TokenIds], caller: Caller = _ANYBODY) -> SubmissionResult:
         """Run the texts of one call; return their outputs. If the task is cancelled, texts that still wait are dropped.
 
         Args:
@@ -112,12 +112,12 @@ class Scheduler:
                 the call has more tokens than may wait, DEADLINE_EXCEEDED if the call waited too long to meet its
                 deadline, INTERNAL if the model or a worker failed, UNAVAILABLE if stopping or without workers.
         """
-        job = Job(runner, texts, caller, asyncio.get_running_loop().create_future())
-        self._submit(job)
+        submission = Submission(runner, texts, caller, asyncio.get_running_loop().create_future())
+        self._submit(submission)
         try:
-            return await job.future
+            return await submission.future
         finally:
-            self._end(job)
+            self._end(submission)
 
     def check_room(self, caller: Caller) -> None:
         """Raise RESOURCE_EXHAUSTED, and count it, if the queue is full or too long for the deadline of a new call.
@@ -183,32 +183,32 @@ class Scheduler:
         fail(waiting, ServiceError(Code.UNAVAILABLE, "the server is stopping; try again", reason="STOPPING"))
         return threads
 
-    def _submit(self, job: Job) -> None:
-        if job.tokens > self._max_queue_tokens:
+    def _submit(self, submission: Submission) -> None:
+        if (tokens := submission.tokens) > self._max_queue_tokens:
             raise ServiceError(
                 Code.INVALID_ARGUMENT,
-                f"the call has {job.tokens} tokens, at most {self._max_queue_tokens} can wait at a time; split it",
+                f"the call has {tokens} tokens, at most {self._max_queue_tokens} can wait at a time; split it",
                 reason="CALL_TOO_LARGE",
             )
         with self._lock:
             if self._closing or not self._alive:
                 raise ServiceError(Code.UNAVAILABLE, "the server runs no models now; try again", reason="NO_WORKERS")
-            if self._backlog.tokens + job.tokens > self._max_queue_tokens:
-                raise self._full(job.tokens)
-            self._check_time(job.tokens, job.caller)
-            self._live.add(job)
-            self._backlog.add(job)
-            self._work_waits.notify(len(job.texts))
+            if self._backlog.tokens + tokens > self._max_queue_tokens:
+                raise self._full(tokens)
+            self._check_time(tokens, submission.caller)
+            self._live.add(submission)
+            self._backlog.add(submission)
+            self._work_waits.notify(len(submission.texts))
             if self._is_for_express():
                 self._express_waits.notify()
 
-    def _end(self, job: Job) -> None:
-        """Mark a job as over. If its caller left or it failed, remove its waiting texts from the queue."""
-        job.over = True
+    def _end(self, submission: Submission) -> None:
+        """Mark a submission as over. If its caller left or it failed, remove its waiting texts from the queue."""
+        submission.over = True
         with self._lock:
-            self._live.discard(job)
-            if job.remaining:
-                self._backlog.discard(job)
+            self._live.discard(submission)
+            if submission.remaining:
+                self._backlog.discard(submission)
 
     def _check_time(self, tokens: int, caller: Caller) -> None:
         """Raise RESOURCE_EXHAUSTED, and count it, if a call of `tokens` tokens is estimated to miss its deadline.
@@ -248,9 +248,9 @@ class Scheduler:
         """Return the estimated seconds that all live workers together need for `tokens` tokens, at the usual rate."""
         return tokens / (self._rates.usual * max(1, self._alive))
 
-    def _least_seconds(self, job: Job) -> float:
-        """Estimate the least seconds that all live workers need to end a job, at the best rate; 0 before 3 batches."""
-        return job.tokens_left / (self._rates.best * max(1, self._alive))
+    def _least_seconds(self, submission: Submission) -> float:
+        """Estimate the least seconds for a submission with all live workers, at the best rate; 0 before 3 batches."""
+        return submission.tokens_left / (self._rates.best * max(1, self._alive))
 
     def _is_for_express(self) -> bool:
         """Return whether interactive texts wait while all live workers run bulk batches; False if none is alive."""
@@ -320,16 +320,16 @@ class Scheduler:
             fail(self._live, failure())
             raise
         late = {
-            item.job
+            item.submission
             for item in batch
-            if not item.job.over and item.job.caller.deadline < now + self._least_seconds(item.job)
+            if not item.submission.over and item.submission.caller.deadline < now + self._least_seconds(item.submission)
         }
         self.counts.expired += len(late)
         fail(late, ServiceError(Code.DEADLINE_EXCEEDED, _LATE))
-        return [item for item in batch if not item.job.over]
+        return [item for item in batch if not item.submission.over]
 
     def _run_batch(self, batch: list[Item]) -> None:
-        bulk = batch[0].job.lane is Lane.BULK
+        bulk = batch[0].submission.lane is Lane.BULK
         with self._lock:
             self._busy += 1
             self._at_bulk += bulk
@@ -339,7 +339,7 @@ class Scheduler:
         try:
             self._run_and_finish(batch, self._workers if alone else 1)
         except BaseException:  # the worker ends, but no caller may hang
-            fail({item.job for item in batch}, failure())
+            fail({item.submission for item in batch}, failure())
             raise
         finally:
             with self._lock:
@@ -350,17 +350,17 @@ class Scheduler:
         """Run a batch. If the model fails, run each call's part alone: only calls whose own texts fail get INTERNAL."""
         start = perf_counter()
         try:
-            output = batch[0].job.runner.run([item.job.texts[item.row] for item in batch], threads)
+            output = batch[0].submission.runner.run([item.submission.texts[item.row] for item in batch], threads)
         except Exception:
             log.exception("a micro-batch of %d texts failed", len(batch))
             self.counts.failed_batches += 1
         else:
             self._finish(batch, output, start, perf_counter(), threads)
             return
-        by_call = sorted(batch, key=lambda item: id(item.job))
-        calls = [list(own) for _, own in groupby(by_call, key=lambda item: id(item.job))]
+        by_call = sorted(batch, key=lambda item: id(item.submission))
+        calls = [list(own) for _, own in groupby(by_call, key=lambda item: id(item.submission))]
         if len(calls) == 1:
-            fail([batch[0].job], failure())
+            fail([batch[0].submission], failure())
             return
         for own in calls:
             self._run_and_finish(own)
@@ -380,13 +380,13 @@ class Scheduler:
             self.counts.tokens += tokens
             self.counts.padding += max(item.length for item in batch) * len(batch) - tokens
             for item, row in zip(batch, rows, strict=True):
-                job = item.job
-                job.started = min(job.started or start, start)  # an earlier batch of the job may end later
-                job.rows[item.row] = row
-                job.remaining -= 1
-                if not job.remaining:
-                    finished.append(job)
-        send([(job, result_of(job, end)) for job in finished])
+                submission = item.submission
+                submission.started = min(submission.started or start, start)  # an earlier batch may end later
+                submission.rows[item.row] = row
+                submission.remaining -= 1
+                if not submission.remaining:
+                    finished.append(submission)
+        send([(submission, result_of(submission, end)) for submission in finished])
 
     def _leave(self, name: str) -> None:
         """Remove a thread that ends. Unless the server is stopping, the thread died: start another one in its place.

@@ -24,8 +24,8 @@ _HITS_AT_ONCE = 10_000
 _MIN_EF, _EF_PER_HIT = 200, 2
 #: Milvus's limits of ef, and of the hits of one query.
 _MAX_EF, _MAX_LIMIT = 32_768, 16_384
-#: If a filter may have doubtful records (`terms.MilvusFilter`), Milvus is asked for this many times the wanted hits, since
-#: the server drops hits that do not match.
+#: If a filter may have doubtful records (`terms.MilvusFilter`), Milvus is asked for this many times the wanted hits,
+#: since the server drops hits that do not match.
 _DOUBT = 4
 #: If there is a filter and at most this many records may meet it, the server compares all their vectors with the query.
 #: The result is then exact, while a search of Milvus's graph may find only some of these records.

@@ -1,4 +1,4 @@
-"""What a job keeps of its batches: their lane, and the earliest start."""
+"""What a submission keeps of its batches: their lane, and the earliest start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
-from emberpc.server.engine.batching import Backlog, Item, Job
+from emberpc.server.engine.batching import Backlog, Item, Submission
 from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.scheduler import Scheduler
 from emberpc.server.engine.sessions.onnx_runtime import Output
@@ -50,12 +50,12 @@ def make() -> Iterator[Make]:
 
 async def test_a_call_has_waited_until_the_earliest_of_its_batches(make: Make) -> None:
     made = make(64)
-    job = Job(Gate(), texts(3, 4), Caller(), asyncio.get_running_loop().create_future())
-    first, second = (Item(length, 0, job, row) for row, length in enumerate((3, 4)))
-    at = job.submitted
+    submission = Submission(Gate(), texts(3, 4), Caller(), asyncio.get_running_loop().create_future())
+    first, second = (Item(length, 0, submission, row) for row, length in enumerate((3, 4)))
+    at = submission.submitted
     made._finish([second], np.zeros((1, 1), dtype=np.float32), at + 2, at + 3, 1)
     made._finish([first], np.zeros((1, 1), dtype=np.float32), at + 1, at + 4, 1)
-    result = await asyncio.wait_for(job.future, 300)
+    result = await asyncio.wait_for(submission.future, 300)
     assert result.queue_seconds == pytest.approx(1)
     assert result.infer_seconds == pytest.approx(3)
 
@@ -64,7 +64,7 @@ async def test_the_lane_of_a_batch_is_the_one_in_which_it_waited(make: Make) -> 
     """The limit of a batch may have changed since. While a bulk batch runs, the express worker serves short calls."""
     made, gate = make(1000), Gate()
     backlog = Backlog(8, 0.25)
-    backlog.add(Job(gate, texts(8, 8, 8), Caller(), asyncio.get_running_loop().create_future()))
+    backlog.add(Submission(gate, texts(8, 8, 8), Caller(), asyncio.get_running_loop().create_future()))
     batch = backlog.take(Lane.BULK)
     running = asyncio.create_task(asyncio.to_thread(made._run_batch, batch))
     await asyncio.to_thread(gate.entered.wait, 300)
