@@ -115,10 +115,10 @@ class StubRunner:
         self.requests: list[Message] = []
         self._without = without
 
-    def run(self, job: Any, timeout: float | None) -> Any:
-        for call in job.calls:
-            job.take(call, self.run_one(call, timeout))
-        return job.result()
+    def run(self, joined: Any, timeout: float | None) -> Any:
+        for call in joined.calls:
+            joined.take(call, self.run_one(call, timeout))
+        return joined.result()
 
     def run_one(self, call: Call[Any, Any], timeout: float | None) -> Any:
         self.requests.append(call.request)
@@ -144,13 +144,13 @@ class StubRunner:
     def all_items(self, page_call: Any, timeout: float | None) -> list[Any]:
         return list(self.pages(page_call, timeout))
 
-    def stream(self, job: Any, items: Any, timeout: float | None) -> Iterator[Any]:
-        self.requests += job.opening()
-        job.greeted = True
+    def stream(self, state: Any, items: Any, timeout: float | None) -> Iterator[Any]:
+        self.requests += state.opening()
+        state.greeted = True
         for item in items:
-            job.add(item)
-        self.requests += list(job.requests())
-        yield from self.run_one(job.call, timeout)
+            state.add(item)
+        self.requests += list(state.requests())
+        yield from self.run_one(state.call, timeout)
 
 
 def client_with(runner: StubRunner) -> Client:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from emberpc.client._aio.runner import AsyncRunner
 from emberpc.client._core import records as record_calls
 from emberpc.client._core.calls import Call, Page
-from emberpc.client._core.upsert_stream import UpsertJob
+from emberpc.client._core.upsert_stream import UpsertStreamState
 from emberpc.client.details import Details
 from emberpc.client.filters import Where
 from emberpc.client.types import Progress, Record, Truncation, UpsertCheckpoint, UpsertResult
@@ -78,7 +78,7 @@ class AsyncRecordMethods:
             EmberpcError: a request failed otherwise, for example with InvalidArgument for a text that is too long or a
                 vector of other dimensions.
         """
-        job = record_calls.upsert(
+        calls = record_calls.upsert(
             collection,
             records,
             matrix=vectors,
@@ -88,7 +88,7 @@ class AsyncRecordMethods:
             progress=progress,
             details=details,
         )
-        return await self._runner.run(job, timeout)
+        return await self._runner.run(calls, timeout)
 
     def upsert_stream(
         self,
@@ -132,8 +132,10 @@ class AsyncRecordMethods:
                 `upsert`, FailedPrecondition: records have vectors, and the collection's model was replaced since the
                 stream began.
         """
-        job = UpsertJob(records, collection=collection, truncation=truncation, batch_size=batch_size, window=window)
-        return self._runner.stream(job, records, timeout)
+        state = UpsertStreamState(
+            records, collection=collection, truncation=truncation, batch_size=batch_size, window=window
+        )
+        return self._runner.stream(state, records, timeout)
 
     async def get(
         self,

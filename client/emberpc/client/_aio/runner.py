@@ -14,10 +14,10 @@ from google.protobuf.message import Message
 
 from emberpc.client._aio.streams import run_stream
 from emberpc.client._aio.transport import AsyncTransport, item_iterator
-from emberpc.client._core.calls import Call, Job, Page, Step, Steps
+from emberpc.client._core.calls import Call, JoinedCalls, Page, Step, Steps
 from emberpc.client._core.connection import ConnectionSettings
 from emberpc.client._core.retries import Retries
-from emberpc.client._core.streams import StreamJob
+from emberpc.client._core.streams import StreamState
 from emberpc.client.exceptions import ResourceExhausted
 
 Result = TypeVar("Result")
@@ -66,10 +66,10 @@ class AsyncRunner:
         """
         await self._transport.close()
 
-    async def run(self, job: Job[Any, Result], timeout: float | None) -> Result:
-        """Run the calls of a job and return the joined result.
+    async def run(self, joined: JoinedCalls[Any, Result], timeout: float | None) -> Result:
+        """Run the calls of `joined` and return the joined result.
 
-        At most `in_flight` calls (a setting of the connection) run at a time; 1 if the job is ordered. A call whose
+        At most `in_flight` calls (a setting of the connection) run at a time; 1 if the calls are ordered. A call whose
         response would be too large is replaced, if it can be divided, by two calls with half of the items each. Both
         start at once, so more than `in_flight` calls may run then. If a call fails, the calls in flight are cancelled.
         `timeout` is the seconds of each call with all its tries; None: the timeout of the connection.
@@ -81,19 +81,19 @@ class AsyncRunner:
             InputTypeError: an item has the wrong type, or `timeout` is not a number.
         """
         pending: deque[_Pending] = deque()
-        width = 1 if job.ordered else self._connection.in_flight
+        width = 1 if joined.ordered else self._connection.in_flight
         try:
-            with job.errors():
-                for call in job.calls:
+            with joined.errors():
+                for call in joined.calls:
                     pending.append(self._start(call, timeout))
                     while len(pending) >= width:
-                        await self._take_oldest(job, pending, timeout)
+                        await self._take_oldest(joined, pending, timeout)
                 while pending:
-                    await self._take_oldest(job, pending, timeout)
+                    await self._take_oldest(joined, pending, timeout)
         finally:
             for each in pending:
                 each.started.cancel()
-        return job.result()
+        return joined.result()
 
     async def run_one(self, call: Call[Any, Result], timeout: float | None) -> Result:
         """Run one call, with retries, and return its result; raise EmberpcError if the call fails.
@@ -186,13 +186,16 @@ class AsyncRunner:
         return items
 
     def stream(
-        self, job: StreamJob[Item, Any, Any, Result], items: Iterable[Item] | AsyncIterable[Item], timeout: float | None
+        self,
+        state: StreamState[Item, Any, Any, Result],
+        items: Iterable[Item] | AsyncIterable[Item],
+        timeout: float | None,
     ) -> AsyncIterator[Result]:
         """Return an iterator that runs a stream of items, and yields the results as they arrive.
 
         Args:
-            job: state of the stream.
-            items: the caller's items; read when the window of `job` has room for them.
+            state: state of the stream.
+            items: the caller's items; read when the window of `state` has room for them.
             timeout: most seconds without a result; None: the timeout of the connection.
 
         Raises:
@@ -201,7 +204,7 @@ class AsyncRunner:
             EmberpcError: the stream failed; raised when the next result is taken.
         """
         self._connection.deadline(timeout)  # so that a wrong timeout raises now, not at the first result
-        return run_stream(job, item_iterator(items), self._transport, self._connection, timeout)
+        return run_stream(state, item_iterator(items), self._transport, self._connection, timeout)
 
     async def _walk(
         self, call: Call[Any, Page[Item]], page_call: Callable[[str], Call[Any, Page[Item]]], timeout: float | None
@@ -214,7 +217,9 @@ class AsyncRunner:
             for each in page.items:
                 yield each
 
-    async def _take_oldest(self, job: Job[Any, Any], pending: deque[_Pending], timeout: float | None) -> None:
+    async def _take_oldest(
+        self, joined: JoinedCalls[Any, Any], pending: deque[_Pending], timeout: float | None
+    ) -> None:
         # The call stays in `pending` while its response is awaited: if Ctrl-C interrupts the wait, `run` cancels all
         # calls in `pending`.
         try:
@@ -223,7 +228,7 @@ class AsyncRunner:
             smaller = pending.popleft().call.smaller(error)
             pending.extendleft(self._start(call, timeout) for call in reversed(smaller))
             return
-        job.take(pending.popleft().call, part)
+        joined.take(pending.popleft().call, part)
 
     def _start(self, call: Call[Any, Any], timeout: float | None) -> _Pending:
         """Start the first try of a call with one request and one response.

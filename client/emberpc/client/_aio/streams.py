@@ -1,7 +1,7 @@
 # Generated from ../_sync/streams.py by tools/generate_async_client.py. Edit that file and run the script.
 """Run a stream of items, and open the stream again if its connection breaks.
 
-The caller's items are read only while the caller takes a result, never in the background. The window of the job limits
+The caller's items are read only while the caller takes a result, never in the background. The window limits
 the items that are read and not answered, and so the requests and responses that wait in memory.
 """
 
@@ -15,12 +15,12 @@ from google.protobuf.message import Message
 
 from emberpc.client._aio.transport import AsyncStreamConnection, AsyncTransport, ItemIterator, read_items
 from emberpc.client._core.connection import ConnectionSettings
-from emberpc.client._core.streams import Item, Patience, Result, StreamJob, ended_early
+from emberpc.client._core.streams import Item, Patience, Result, StreamState, ended_early
 from emberpc.client.exceptions import Cancelled
 
 
 async def run_stream(
-    job: StreamJob[Item, Any, Any, Result],
+    state: StreamState[Item, Any, Any, Result],
     items: ItemIterator[Item],
     transport: AsyncTransport,
     connection: ConnectionSettings,
@@ -29,7 +29,7 @@ async def run_stream(
     """Yield the results of a stream as they arrive; cancel the stream when the generator is closed.
 
     Args:
-        job: state of the stream: the items that are read and not answered. It makes the requests to send.
+        state: state of the stream: the items that are read and not answered. It makes the requests to send.
         items: the caller's items.
         transport: the channel.
         connection: target and settings of the client.
@@ -42,42 +42,42 @@ async def run_stream(
         InputError: `timeout` is out of range.
     """
     patience = Patience(connection.deadline(timeout))
-    stream = AsyncStreamConnection(transport, job.call)
+    stream = AsyncStreamConnection(transport, state.call)
     try:
-        stream.enqueue(job.opening())
+        stream.enqueue(state.opening())
         while True:
-            stream.enqueue(job.requests())
-            if job.may_read and stream.silent:
-                await read_items(job, items)
-                for each in job.refused():
+            stream.enqueue(state.requests())
+            if state.may_read and stream.silent:
+                await read_items(state, items)
+                for each in state.refused():
                     yield each
                 patience.restart()
                 continue
-            if job.sent:
+            if state.sent:
                 stream.finish()
-            if job.done:
+            if state.done:
                 await _await_end(stream, patience)
                 return
             try:
                 event = await stream.next_event(patience.left)
             except TimeoutError:
-                raise patience.reason or connection.silence(job.call, timeout) from None
+                raise patience.reason or connection.silence(state.call, timeout) from None
             if event is None:
                 raise ended_early()
             if isinstance(event, Message):
-                if results := job.take(event):
+                if results := state.take(event):
                     for each in results:
                         yield each
                     patience.restart()
                 continue
-            error = connection.error(event, job.call, timeout)
+            error = connection.error(event, state.call, timeout)
             pause = patience.pause(error)
-            if pause is None or not job.may_go_on(error):
+            if pause is None or not state.may_go_on(error):
                 raise error from event
             await stream.close()
             await transport.sleep(pause)
-            stream = AsyncStreamConnection(transport, job.call)
-            stream.enqueue(job.opening())
+            stream = AsyncStreamConnection(transport, state.call)
+            stream.enqueue(state.opening())
     finally:
         await stream.close()
 

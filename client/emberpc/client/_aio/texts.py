@@ -7,7 +7,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable
 
 from emberpc.client._aio.runner import AsyncRunner
 from emberpc.client._core import embedding
-from emberpc.client._core.embed_stream import EmbedJob
+from emberpc.client._core.embed_stream import EmbedStreamState
 from emberpc.client._core.embedding import EmbedOptions
 from emberpc.client.classification import Classification
 from emberpc.client.details import Details
@@ -67,8 +67,8 @@ class AsyncTextMethods:
                 a text that is empty or has too many tokens; see `emberpc.client.exceptions`.
         """
         options = EmbedOptions(model, input_kind, dimensions, truncation, dtype, normalize, priority)
-        job = embedding.embed(texts, options, batch_size=batch_size, progress=progress, details=details)
-        return await self._runner.run(job, timeout)
+        calls = embedding.embed(texts, options, batch_size=batch_size, progress=progress, details=details)
+        return await self._runner.run(calls, timeout)
 
     def embed_stream(
         self,
@@ -121,7 +121,9 @@ class AsyncTextMethods:
                 FailedPrecondition: the stream had to connect again, and the server then had another model.
         """
         options = EmbedOptions(model, input_kind, dimensions, truncation, dtype, normalize, priority)
-        return self._runner.stream(EmbedJob(items, options, batch_size=batch_size, window=window), items, timeout)
+        return self._runner.stream(
+            EmbedStreamState(items, options, batch_size=batch_size, window=window), items, timeout
+        )
 
     async def count_tokens(
         self,
@@ -150,8 +152,10 @@ class AsyncTextMethods:
         Returns:
             Item i is the number of tokens of `texts[i]`, before any truncation.
         """
-        job = embedding.count_tokens(texts, model=model, input_kind=input_kind, batch_size=batch_size, details=details)
-        return await self._runner.run(job, timeout)
+        calls = embedding.count_tokens(
+            texts, model=model, input_kind=input_kind, batch_size=batch_size, details=details
+        )
+        return await self._runner.run(calls, timeout)
 
     async def similarity(
         self,
@@ -223,7 +227,7 @@ class AsyncTextMethods:
         Returns:
             Item i is the result for `texts[i]`: predicted labels, probabilities, and whether the text is rejected.
         """
-        job = embedding.classify(
+        calls = embedding.classify(
             texts,
             classifier,
             top_k=top_k,
@@ -233,4 +237,4 @@ class AsyncTextMethods:
             progress=progress,
             details=details,
         )
-        return await self._runner.run(job, timeout)
+        return await self._runner.run(calls, timeout)

@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 
 from emberpc.client._core.calls import Call
 from emberpc.client._core.connection import CALL_CANCELLED, CHANNEL_CLOSED, CLIENT_CLOSED, ConnectionSettings
-from emberpc.client._core.streams import Item, StreamJob
+from emberpc.client._core.streams import Item, StreamState
 from emberpc.client.exceptions import Cancelled, FailedPrecondition, InputTypeError
 
 Arguments = ParamSpec("Arguments")
@@ -219,15 +219,15 @@ def item_iterator(items: Iterable[Item] | AsyncIterable[Item]) -> ItemIterator[I
     return aiter(items) if isinstance(items, AsyncIterable) else iter(items)
 
 
-async def read_items(job: StreamJob[Item, Any, Any, Any], items: ItemIterator[Item]) -> None:
-    """Read items of the caller and add them to `job`, until they fill a request, reach a limit or there are no more."""
-    while not job.read_enough:
+async def read_items(state: StreamState[Item, Any, Any, Any], items: ItemIterator[Item]) -> None:
+    """Read items of the caller and add them to `state`, until a request is full, a limit is reached or none is left."""
+    while not state.read_enough:
         try:
             item = await anext(items) if isinstance(items, AsyncIterator) else next(items)
         except (StopIteration, StopAsyncIteration):
-            job.exhausted = True
+            state.exhausted = True
         else:
-            job.add(item)
+            state.add(item)
 
 
 async def run_blocking(

@@ -1,4 +1,4 @@
-"""Descriptions of calls, and of jobs of several calls, for both clients to run. Nothing here does I/O."""
+"""Descriptions of calls, and of calls with one joined result, for both clients to run. Nothing here does I/O."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class Steps(Generic[Item]):
 
 
 class Collector(Protocol[Part_contra, Result_co]):
-    """Joins the results of the calls of a `Job` to one result."""
+    """Joins the results of `JoinedCalls` to one result."""
 
     def add(self, part: Part_contra) -> None:
         """Add `part`, the result of the next call. Results must be added in the order of the calls."""
@@ -142,8 +142,8 @@ class Collector(Protocol[Part_contra, Result_co]):
         """Return the joined result of all calls whose results were added."""
 
 
-class Job(Generic[Part, Result]):
-    """Calls whose joined results are one result. A job can be run once.
+class JoinedCalls(Generic[Part, Result]):
+    """Calls whose joined results are one result. They can be run once.
 
     Args:
         calls: the calls; each may be built when it is needed.

@@ -8,7 +8,7 @@ from emberpc.client._core import checks
 from emberpc.client._core.calls import Call, Method, check_count, chunks
 from emberpc.client._core.details import model_version
 from emberpc.client._core.embedding import EmbedOptions
-from emberpc.client._core.streams import StreamJob
+from emberpc.client._core.streams import StreamState
 from emberpc.client.details import ModelVersion
 from emberpc.client.exceptions import FailedPrecondition, InputError, InputTypeError, Internal, from_status
 from emberpc.client.types import StreamedEmbedding, StreamItem
@@ -21,7 +21,7 @@ EMBED_STREAM = Method("/emberpc.v1.EmbeddingService/EmbedStream", pb.EmbedStream
 _WINDOW_CHARACTERS = 2**24
 
 
-class EmbedJob(StreamJob[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamResponse, StreamedEmbedding]):
+class EmbedStreamState(StreamState[StreamItem, pb.EmbedStreamRequest, pb.EmbedStreamResponse, StreamedEmbedding]):
     """The texts of one stream that are read and not yet answered, and the requests that send them.
 
     On the wire the id of a text is its index in the stream, so that the caller's ids may have any form and occur twice.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from emberpc.client._core import checks
-from emberpc.client._core.calls import Call, Job, ListCollector, Method, check_count, chunks, divisible
+from emberpc.client._core.calls import Call, JoinedCalls, ListCollector, Method, check_count, chunks, divisible
 from emberpc.client._core.details import report
 from emberpc.client._core.enums import DTYPES, INPUT_KINDS, PRIORITIES, TRUNCATIONS, value_of
 from emberpc.client.classification import Classification, LabelScore
@@ -100,8 +100,8 @@ class _Rows:
 
 def embed(
     texts: Iterable[str], options: EmbedOptions, *, batch_size: int, progress: Progress | None, details: Details | None
-) -> Job[Matrix, Matrix]:
-    """Return the job of `Client.embed`. A wrong argument raises InputError or InputTypeError."""
+) -> JoinedCalls[Matrix, Matrix]:
+    """Return the calls of `Client.embed`. A wrong argument raises InputError or InputTypeError."""
     checks.function(details, "details")
     checked = checks.texts(texts, "texts")
     template = embedding_pb2.EmbedRequest(**options.fields())
@@ -121,13 +121,15 @@ def embed(
         request.MergeFrom(template)
         return Call(EMBED, request, decode, "texts", first, len(part), divisible(call, first, part))
 
-    return Job((call(*part) for part in _text_chunks(checked, batch_size)), _Rows(len(checked)), progress=progress)
+    return JoinedCalls(
+        (call(*part) for part in _text_chunks(checked, batch_size)), _Rows(len(checked)), progress=progress
+    )
 
 
 def count_tokens(
     texts: Iterable[str], *, model: str, input_kind: InputKind, batch_size: int, details: Details | None
-) -> Job[list[int], list[int]]:
-    """Return the job of `Client.count_tokens`. A wrong argument raises InputError or InputTypeError."""
+) -> JoinedCalls[list[int], list[int]]:
+    """Return the calls of `Client.count_tokens`. A wrong argument raises InputError or InputTypeError."""
     checks.function(details, "details")
     checked = checks.texts(texts, "texts")
     model = checks.text(model, "model")
@@ -142,7 +144,7 @@ def count_tokens(
         request = embedding_pb2.CountTokensRequest(model=model, texts=part, input_kind=kind)
         return Call(COUNT_TOKENS, request, decode, "texts", first, len(part))
 
-    return Job((call(*part) for part in _text_chunks(checked, batch_size)), ListCollector[int]())
+    return JoinedCalls((call(*part) for part in _text_chunks(checked, batch_size)), ListCollector[int]())
 
 
 def similarity(
@@ -185,8 +187,8 @@ def classify(
     batch_size: int,
     progress: Progress | None,
     details: Details | None,
-) -> Job[list[Classification], list[Classification]]:
-    """Return the job of `Client.classify`. A wrong argument raises InputError or InputTypeError."""
+) -> JoinedCalls[list[Classification], list[Classification]]:
+    """Return the calls of `Client.classify`. A wrong argument raises InputError or InputTypeError."""
     checks.function(details, "details")
     checked = checks.texts(texts, "texts")
     template = classification_pb2.ClassifyRequest(
@@ -207,7 +209,7 @@ def classify(
         return Call(CLASSIFY, request, decode, "texts", first, len(part), divisible(call, first, part))
 
     calls = (call(*part) for part in _text_chunks(checked, batch_size))
-    return Job(calls, ListCollector[Classification](), progress=progress)
+    return JoinedCalls(calls, ListCollector[Classification](), progress=progress)
 
 
 def _text_chunks(texts: list[str], batch_size: int) -> list[tuple[int, list[str]]]:

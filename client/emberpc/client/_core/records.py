@@ -8,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from emberpc.client._core import checks
-from emberpc.client._core.calls import Call, Job, ListCollector, Method, Page, chunks, divisible
+from emberpc.client._core.calls import Call, JoinedCalls, ListCollector, Method, Page, chunks, divisible
 from emberpc.client._core.details import report
 from emberpc.client._core.enums import TRUNCATIONS, value_of
 from emberpc.client._core.filter_warnings import warn
@@ -57,11 +57,11 @@ def upsert(
     batch_size: int,
     progress: Progress | None,
     details: Details | None,
-) -> Job[UpsertResult, UpsertResult]:
-    """Return the job of `Client.upsert`. A wrong argument raises InputError or InputTypeError.
+) -> JoinedCalls[UpsertResult, UpsertResult]:
+    """Return the calls of `Client.upsert`. A wrong argument raises InputError or InputTypeError.
 
-    This function validates all arguments but `records` and `truncation`. These two are validated when the calls of the
-    job are read, and reading then raises the error. With `matrix` or `expected_revisions`, this function reads all
+    This function validates all arguments but `records` and `truncation`. These two are validated when the calls are
+    read, and reading then raises the error. With `matrix` or `expected_revisions`, this function reads all
     records; with `expected_revisions` it also validates each record.
     """
     checks.function(details, "details")
@@ -91,7 +91,7 @@ def upsert(
     if expected:
         partly_done += ", with new revisions: repeat it without them"
     calls = (call(*part) for part in parts)
-    return Job(calls, _Writes(), progress=progress, ordered=True, partly_done=partly_done)
+    return JoinedCalls(calls, _Writes(), progress=progress, ordered=True, partly_done=partly_done)
 
 
 def _revisions(values: Iterable[int], records: int) -> list[int]:
@@ -110,10 +110,10 @@ def _revisions(values: Iterable[int], records: int) -> list[int]:
 
 def get(
     collection: str, ids: Iterable[str], *, with_vectors: bool, details: Details | None
-) -> Job[list[Record], list[Record]]:
-    """Return the job of `Client.get`. A wrong argument raises InputError or InputTypeError.
+) -> JoinedCalls[list[Record], list[Record]]:
+    """Return the calls of `Client.get`. A wrong argument raises InputError or InputTypeError.
 
-    For a wrong `with_vectors`, the error is raised when the calls of the job are read.
+    For a wrong `with_vectors`, the error is raised when the calls are read.
     """
     checks.function(details, "details")
     collection = checks.text(collection, "collection")
@@ -135,7 +135,7 @@ def get(
             divisible(call, first, part),
         )
 
-    return Job((call(*part) for part in _id_chunks(ids)), ListCollector[Record]())
+    return JoinedCalls((call(*part) for part in _id_chunks(ids)), ListCollector[Record]())
 
 
 class _Sum:
@@ -153,10 +153,12 @@ class _Sum:
         return self._sum
 
 
-def delete(collection: str, ids: Iterable[str] | None, where: Where | None, details: Details | None) -> Job[int, int]:
-    """Return the job of `Client.delete`. A wrong argument raises InputError or InputTypeError.
+def delete(
+    collection: str, ids: Iterable[str] | None, where: Where | None, details: Details | None
+) -> JoinedCalls[int, int]:
+    """Return the calls of `Client.delete`. A wrong argument raises InputError or InputTypeError.
 
-    With `where` the job is one call. Otherwise each call has at most 1000 ids and 8 MiB of ids, a character counted as
+    With `where` there is one call. Otherwise each call has at most 1000 ids and 8 MiB of ids, a character counted as
     4 bytes. Exactly one of `ids` and `where` must be given, or else InputError.
     """
     checks.function(details, "details")
@@ -171,7 +173,7 @@ def delete(collection: str, ids: Iterable[str] | None, where: Where | None, deta
         raise InputError("give ids or where, one of the two")
     if ids is None:
         everywhere = pb.DeleteRecordsRequest(collection=collection, filter=filter_of(where))
-        return Job(iter([Call(DELETE_RECORDS, everywhere, decode)]), _Sum())
+        return JoinedCalls(iter([Call(DELETE_RECORDS, everywhere, decode)]), _Sum())
 
     def call(first: int, part: list[str]) -> Call[pb.DeleteRecordsResponse, int]:
         def decode_part(response: pb.DeleteRecordsResponse) -> int:
@@ -181,7 +183,7 @@ def delete(collection: str, ids: Iterable[str] | None, where: Where | None, deta
         return Call(DELETE_RECORDS, request, decode_part, "ids", first, len(part))
 
     partly_done = "the first {} ids of this call are deleted already"
-    return Job((call(*part) for part in _id_chunks(ids)), _Sum(), ordered=True, partly_done=partly_done)
+    return JoinedCalls((call(*part) for part in _id_chunks(ids)), _Sum(), ordered=True, partly_done=partly_done)
 
 
 def list_records(

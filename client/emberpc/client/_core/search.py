@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from emberpc.client._core import checks
-from emberpc.client._core.calls import Call, Job, ListCollector, Method, check_count, chunks, divisible
+from emberpc.client._core.calls import Call, JoinedCalls, ListCollector, Method, check_count, chunks, divisible
 from emberpc.client._core.details import report
 from emberpc.client._core.enums import FUSIONS, PRIORITIES, SEARCH_MODES, STRATEGIES, TRUNCATIONS, value_of, word_of
 from emberpc.client._core.filter_warnings import warn
@@ -85,8 +85,8 @@ def search(
     *,
     details: Details | None,
     name: str = "queries[{}]",
-) -> Job[list[SearchResult], list[SearchResult]]:
-    """Return the job of `Client.search` and `Client.search_batch`; it has no calls if there are no queries.
+) -> JoinedCalls[list[SearchResult], list[SearchResult]]:
+    """Return the calls of `Client.search` and `Client.search_batch`; none if there are no queries.
 
     Each call has at most 100 queries, 8 MiB of queries and 100,000 hits, or a single query with more.
 
@@ -124,7 +124,7 @@ def search(
     most_hits = max((message.top_k for message in messages), default=0)
     queries_at_once = max(1, min(_QUERIES, _HITS // max(1, template.top_k, most_hits)))
     parts = chunks(messages, queries_at_once, lambda message: message.ByteSize())
-    return Job((call(*part) for part in parts), ListCollector[SearchResult]())
+    return JoinedCalls((call(*part) for part in parts), ListCollector[SearchResult]())
 
 
 def _query(query: Query | SearchQuery, name: str) -> pb.SearchQuery:

@@ -25,7 +25,7 @@ Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
 
 
-class StreamJob(ABC, Generic[Item, Request, Response, Result]):
+class StreamState(ABC, Generic[Item, Request, Response, Result]):
     """The items of one stream that are read and not yet answered, and the requests that send them.
 
     Args:

@@ -12,7 +12,7 @@ from emberpc.client._core.calls import Call, Method, chunks
 from emberpc.client._core.enums import DURABILITIES, word_of
 from emberpc.client._core.record_messages import NewRecord, block, new_record
 from emberpc.client._core.records import truncation_of
-from emberpc.client._core.streams import StreamJob
+from emberpc.client._core.streams import StreamState
 from emberpc.client.exceptions import FailedPrecondition, InputError, InputTypeError, Internal, from_status
 from emberpc.client.types import FailedRecord, Record, Truncation, UpsertCheckpoint
 from emberpc.v1 import index_pb2 as pb
@@ -53,7 +53,9 @@ class _Batch:
         return len(self.records) + len(self.repeated)
 
 
-class UpsertJob(StreamJob[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRecordsStreamResponse, UpsertCheckpoint]):
+class UpsertStreamState(
+    StreamState[RecordItem, pb.UpsertRecordsStreamRequest, pb.UpsertRecordsStreamResponse, UpsertCheckpoint]
+):
     """The records of one stream that are read and not yet acknowledged, and the requests that send them.
 
     Args:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from emberpc.client._core import records as record_calls
 from emberpc.client._core.calls import Call, Page
-from emberpc.client._core.upsert_stream import UpsertJob
+from emberpc.client._core.upsert_stream import UpsertStreamState
 from emberpc.client._sync.runner import Runner
 from emberpc.client.details import Details
 from emberpc.client.filters import Where
@@ -77,7 +77,7 @@ class RecordMethods:
             EmberpcError: a request failed otherwise, for example with InvalidArgument for a text that is too long or a
                 vector of other dimensions.
         """
-        job = record_calls.upsert(
+        calls = record_calls.upsert(
             collection,
             records,
             matrix=vectors,
@@ -87,7 +87,7 @@ class RecordMethods:
             progress=progress,
             details=details,
         )
-        return self._runner.run(job, timeout)
+        return self._runner.run(calls, timeout)
 
     def upsert_stream(
         self,
@@ -131,8 +131,10 @@ class RecordMethods:
                 `upsert`, FailedPrecondition: records have vectors, and the collection's model was replaced since the
                 stream began.
         """
-        job = UpsertJob(records, collection=collection, truncation=truncation, batch_size=batch_size, window=window)
-        return self._runner.stream(job, records, timeout)
+        state = UpsertStreamState(
+            records, collection=collection, truncation=truncation, batch_size=batch_size, window=window
+        )
+        return self._runner.stream(state, records, timeout)
 
     def get(
         self,

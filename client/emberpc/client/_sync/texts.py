@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from emberpc.client._core import embedding
-from emberpc.client._core.embed_stream import EmbedJob
+from emberpc.client._core.embed_stream import EmbedStreamState
 from emberpc.client._core.embedding import EmbedOptions
 from emberpc.client._sync.runner import Runner
 from emberpc.client.classification import Classification
@@ -66,8 +66,8 @@ class TextMethods:
                 a text that is empty or has too many tokens; see `emberpc.client.exceptions`.
         """
         options = EmbedOptions(model, input_kind, dimensions, truncation, dtype, normalize, priority)
-        job = embedding.embed(texts, options, batch_size=batch_size, progress=progress, details=details)
-        return self._runner.run(job, timeout)
+        calls = embedding.embed(texts, options, batch_size=batch_size, progress=progress, details=details)
+        return self._runner.run(calls, timeout)
 
     def embed_stream(
         self,
@@ -120,7 +120,9 @@ class TextMethods:
                 FailedPrecondition: the stream had to connect again, and the server then had another model.
         """
         options = EmbedOptions(model, input_kind, dimensions, truncation, dtype, normalize, priority)
-        return self._runner.stream(EmbedJob(items, options, batch_size=batch_size, window=window), items, timeout)
+        return self._runner.stream(
+            EmbedStreamState(items, options, batch_size=batch_size, window=window), items, timeout
+        )
 
     def count_tokens(
         self,
@@ -149,8 +151,10 @@ class TextMethods:
         Returns:
             Item i is the number of tokens of `texts[i]`, before any truncation.
         """
-        job = embedding.count_tokens(texts, model=model, input_kind=input_kind, batch_size=batch_size, details=details)
-        return self._runner.run(job, timeout)
+        calls = embedding.count_tokens(
+            texts, model=model, input_kind=input_kind, batch_size=batch_size, details=details
+        )
+        return self._runner.run(calls, timeout)
 
     def similarity(
         self,
@@ -222,7 +226,7 @@ class TextMethods:
         Returns:
             Item i is the result for `texts[i]`: predicted labels, probabilities, and whether the text is rejected.
         """
-        job = embedding.classify(
+        calls = embedding.classify(
             texts,
             classifier,
             top_k=top_k,
@@ -232,4 +236,4 @@ class TextMethods:
             progress=progress,
             details=details,
         )
-        return self._runner.run(job, timeout)
+        return self._runner.run(calls, timeout)

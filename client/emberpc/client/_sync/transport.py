@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 
 from emberpc.client._core.calls import Call
 from emberpc.client._core.connection import CALL_CANCELLED, CHANNEL_CLOSED, CLIENT_CLOSED, ConnectionSettings
-from emberpc.client._core.streams import Item, StreamJob
+from emberpc.client._core.streams import Item, StreamState
 from emberpc.client.exceptions import Cancelled, InputTypeError
 
 #: Most seconds that `Transport.close` waits for gRPC to close a channel. Closing takes milliseconds, unless it hangs.
@@ -199,19 +199,19 @@ def item_iterator(items: Iterable[Item]) -> ItemIterator[Item]:
     return iter(items)
 
 
-def read_items(job: StreamJob[Item, Any, Any, Any], items: ItemIterator[Item]) -> None:
-    """Read items of the caller and add them to `job`, until `read_enough` of the job is true.
+def read_items(state: StreamState[Item, Any, Any, Any], items: ItemIterator[Item]) -> None:
+    """Read items of the caller and add them to `state`, until `state.read_enough` is true.
 
-    At the end of the items, `exhausted` of the job is set. Raises what the iterator raises; and InputTypeError if an
+    At the end of the items, `state.exhausted` is set. Raises what the iterator raises; and InputTypeError if an
     item of a stream of texts has the wrong type.
     """
-    while not job.read_enough:
+    while not state.read_enough:
         try:
             item = next(items)
         except StopIteration:
-            job.exhausted = True
+            state.exhausted = True
         else:
-            job.add(item)
+            state.add(item)
 
 
 def run_blocking(function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
