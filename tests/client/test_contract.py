@@ -25,8 +25,8 @@ from emberpc.client._core import (
     search,
     upsert_stream,
 )
-from emberpc.client._core.calls import Method
 from emberpc.client._core.embedding import EmbedOptions
+from emberpc.client._core.rpc_call import Method
 from emberpc.client._core.search import SearchOptions
 from emberpc.v1 import classification_pb2, embedding_pb2, index_pb2, model_pb2, server_pb2
 

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from api_fields import UNSERVED, WHERE, fields_of, filled, methods, set_fields
 from emberpc.client import Client, EmberpcError, Record, RecordId, SearchQuery
-from emberpc.client._core.calls import Call, Steps
+from emberpc.client._core.rpc_call import Call, Steps
 from emberpc.v1 import classification_pb2
 
 #: Fields that no method sets or returns, and why.

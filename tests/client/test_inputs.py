@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberpc.client import Client, InputError, InputTypeError, Record, SearchQuery
-from emberpc.client._core.calls import chunks
 from emberpc.client._core.json_values import mapping, struct, to_datetime
+from emberpc.client._core.request_chunks import chunks
 from fake_server import FakeServer
 
 Shell = Any

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from emberpc.client._aio.runner import AsyncRunner
 from emberpc.client._core import records as record_calls
-from emberpc.client._core.calls import Call, Page
+from emberpc.client._core.rpc_call import Call, Page
 from emberpc.client._core.upsert_stream import UpsertStreamState
 from emberpc.client.details import Details
 from emberpc.client.filters import Where

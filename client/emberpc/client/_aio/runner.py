@@ -14,9 +14,10 @@ from google.protobuf.message import Message
 
 from emberpc.client._aio.streams import run_stream
 from emberpc.client._aio.transport import AsyncTransport, item_iterator
-from emberpc.client._core.calls import Call, JoinedCalls, Page, Step, Steps
 from emberpc.client._core.connection import ConnectionSettings
+from emberpc.client._core.joined_calls import JoinedCalls
 from emberpc.client._core.retries import Retries
+from emberpc.client._core.rpc_call import Call, Page, Step, Steps
 from emberpc.client._core.streams import StreamState
 from emberpc.client.exceptions import ResourceExhausted
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from emberpc.client._aio.runner import AsyncRunner
 from emberpc.client._core import clusters, search
-from emberpc.client._core.calls import Call, Page
+from emberpc.client._core.rpc_call import Call, Page
 from emberpc.client._core.search import SearchOptions
 from emberpc.client.details import Details
 from emberpc.client.filters import Where

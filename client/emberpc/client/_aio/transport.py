@@ -14,8 +14,8 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from emberpc.client._core.calls import Call
 from emberpc.client._core.connection import CALL_CANCELLED, CHANNEL_CLOSED, CLIENT_CLOSED, ConnectionSettings
+from emberpc.client._core.rpc_call import Call
 from emberpc.client._core.streams import Item, StreamState
 from emberpc.client.exceptions import Cancelled, FailedPrecondition, InputTypeError
 

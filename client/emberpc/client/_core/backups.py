@@ -12,9 +12,9 @@ from types import TracebackType
 from typing import BinaryIO
 
 from emberpc.client._core import checks
-from emberpc.client._core.calls import Call, Method
 from emberpc.client._core.collections import read_collection
 from emberpc.client._core.files import target_of
+from emberpc.client._core.rpc_call import Call, Method
 from emberpc.client.exceptions import Internal
 from emberpc.client.types import ByteProgress, Collection
 from emberpc.v1 import index_pb2 as pb

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from emberpc.client._core import checks
-from emberpc.client._core.calls import Call, Method, Page
 from emberpc.client._core.record_messages import read_record
+from emberpc.client._core.rpc_call import Call, Method, Page
 from emberpc.client.types import Cluster, DuplicatePair
 from emberpc.v1 import index_pb2 as pb
 

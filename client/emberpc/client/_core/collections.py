@@ -9,9 +9,9 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 
 from emberpc.client._core import checks
-from emberpc.client._core.calls import Call, Method, Page, Step
 from emberpc.client._core.enums import DISTANCES, TRUNCATIONS, value_of, word_of
 from emberpc.client._core.json_values import to_datetime
+from emberpc.client._core.rpc_call import Call, Method, Page, Step
 from emberpc.client.exceptions import AlreadyExists
 from emberpc.client.types import Collection, Distance, RecordProblem, Reembedding, Truncation, Verification
 from emberpc.v1 import index_pb2 as pb

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import grpc
 
 from emberpc.client._core import checks
-from emberpc.client._core.calls import Call
+from emberpc.client._core.rpc_call import Call
 from emberpc.client.exceptions import (
     Circumstances,
     EmberpcError,

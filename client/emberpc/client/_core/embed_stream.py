@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterable, Iterable, Iterator
 
 from emberpc.client._core import checks
-from emberpc.client._core.calls import Call, Method, check_count, chunks
 from emberpc.client._core.details import model_version
 from emberpc.client._core.embedding import EmbedOptions
+from emberpc.client._core.request_chunks import chunks
+from emberpc.client._core.rpc_call import Call, Method, check_count
 from emberpc.client._core.streams import StreamState
 from emberpc.client.details import ModelVersion
 from emberpc.client.exceptions import FailedPrecondition, InputError, InputTypeError, Internal, from_status

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from emberpc.client._core import checks
-from emberpc.client._core.calls import Call, JoinedCalls, ListCollector, Method, check_count, chunks, divisible
 from emberpc.client._core.details import report
 from emberpc.client._core.enums import DTYPES, INPUT_KINDS, PRIORITIES, TRUNCATIONS, value_of
+from emberpc.client._core.joined_calls import JoinedCalls, ListCollector
+from emberpc.client._core.request_chunks import chunks, divisible
+from emberpc.client._core.rpc_call import Call, Method, check_count
 from emberpc.client.classification import Classification, LabelScore
 from emberpc.client.details import Details
 from emberpc.client.exceptions import Internal

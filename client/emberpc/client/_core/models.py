@@ -5,10 +5,10 @@ from __future__ import annotations
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from emberpc.client._core import checks
-from emberpc.client._core.calls import Call, Method, Page, Step
 from emberpc.client._core.details import model_version
 from emberpc.client._core.enums import CLASSIFIER_KINDS, EXAMPLE_STRATEGIES, REJECTION_SCORES, STATES, TASKS, word_of
 from emberpc.client._core.json_values import to_datetime
+from emberpc.client._core.rpc_call import Call, Method, Page, Step
 from emberpc.client.classification import Classifier, ClassifierLabel
 from emberpc.client.types import Health, Model, ServerInfo
 from emberpc.v1 import classification_pb2, model_pb2, server_pb2

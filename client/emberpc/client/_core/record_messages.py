@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from emberpc.client._core import checks
-from emberpc.client._core.calls import check_count
 from emberpc.client._core.json_values import mapping, struct, to_datetime
+from emberpc.client._core.rpc_call import check_count
 from emberpc.client.exceptions import InputError, InputTypeError
 from emberpc.client.types import Matrix, Record, Vector
 from emberpc.v1 import index_pb2, types_pb2

@@ -8,11 +8,13 @@ from typing import Any
 import numpy.typing as npt
 
 from emberpc.client._core import checks
-from emberpc.client._core.calls import Call, JoinedCalls, ListCollector, Method, Page, chunks, divisible
 from emberpc.client._core.details import report
 from emberpc.client._core.enums import TRUNCATIONS, value_of
 from emberpc.client._core.filter_warnings import warn
+from emberpc.client._core.joined_calls import JoinedCalls, ListCollector
 from emberpc.client._core.record_messages import NewRecord, block, new_records, parts_of, read_records
+from emberpc.client._core.request_chunks import chunks, divisible
+from emberpc.client._core.rpc_call import Call, Method, Page
 from emberpc.client.details import Details
 from emberpc.client.exceptions import InputError, InputTypeError
 from emberpc.client.filters import Where, filter_of

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from emberpc.client._core import checks
-from emberpc.client._core.calls import Call, JoinedCalls, ListCollector, Method, check_count, chunks, divisible
 from emberpc.client._core.details import report
 from emberpc.client._core.enums import FUSIONS, PRIORITIES, SEARCH_MODES, STRATEGIES, TRUNCATIONS, value_of, word_of
 from emberpc.client._core.filter_warnings import warn
+from emberpc.client._core.joined_calls import JoinedCalls, ListCollector
 from emberpc.client._core.record_messages import parts_of, read_records
+from emberpc.client._core.request_chunks import chunks, divisible
+from emberpc.client._core.rpc_call import Call, Method, check_count
 from emberpc.client.details import Details
 from emberpc.client.exceptions import InputTypeError
 from emberpc.client.filters import Where, filter_of

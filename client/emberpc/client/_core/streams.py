@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from google.protobuf.message import Message
 
 from emberpc.client._core import checks
-from emberpc.client._core.calls import Call
+from emberpc.client._core.rpc_call import Call
 from emberpc.client.exceptions import REQUEST_TOO_LARGE, EmberpcError, Internal, ResourceExhausted, Unavailable
 
 #: Pauses before a broken stream is opened again, in seconds: the first pause, and the longest. A pause is twice the one

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from emberpc.client._core import checks
-from emberpc.client._core.calls import Call, Method, chunks
 from emberpc.client._core.enums import DURABILITIES, word_of
 from emberpc.client._core.record_messages import NewRecord, block, new_record
 from emberpc.client._core.records import truncation_of
+from emberpc.client._core.request_chunks import chunks
+from emberpc.client._core.rpc_call import Call, Method
 from emberpc.client._core.streams import StreamState
 from emberpc.client.exceptions import FailedPrecondition, InputError, InputTypeError, Internal, from_status
 from emberpc.client.types import FailedRecord, Record, Truncation, UpsertCheckpoint

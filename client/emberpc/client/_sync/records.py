@@ -8,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from emberpc.client._core import records as record_calls
-from emberpc.client._core.calls import Call, Page
+from emberpc.client._core.rpc_call import Call, Page
 from emberpc.client._core.upsert_stream import UpsertStreamState
 from emberpc.client._sync.runner import Runner
 from emberpc.client.details import Details

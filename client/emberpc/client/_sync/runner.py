@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from emberpc.client._core.calls import Call, JoinedCalls, Page, Step, Steps
 from emberpc.client._core.connection import ConnectionSettings
+from emberpc.client._core.joined_calls import JoinedCalls
 from emberpc.client._core.retries import Retries
+from emberpc.client._core.rpc_call import Call, Page, Step, Steps
 from emberpc.client._core.streams import StreamState
 from emberpc.client._sync.streams import run_stream
 from emberpc.client._sync.transport import Transport, item_iterator

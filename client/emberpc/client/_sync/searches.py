@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from emberpc.client._core import clusters, search
-from emberpc.client._core.calls import Call, Page
+from emberpc.client._core.rpc_call import Call, Page
 from emberpc.client._core.search import SearchOptions
 from emberpc.client._sync.runner import Runner
 from emberpc.client.details import Details
