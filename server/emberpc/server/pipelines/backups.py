@@ -13,10 +13,11 @@ from emberpc.server.cancellation import Cancellation
 from emberpc.server.collections import CollectionBackend, CollectionSpec, IndexBackend, Piece, RestorationBackend
 from emberpc.server.engine import Caller, Truncation
 from emberpc.server.errors import Code, ServiceError, invalid
+from emberpc.server.pipelines.cancel_tasks import cancel_tasks
 from emberpc.server.pipelines.filter_fields import check_indexed_fields
 from emberpc.server.pipelines.index_pool import IndexPool
+from emberpc.server.pipelines.next_message import next_message
 from emberpc.server.pipelines.slots import Slots
-from emberpc.server.pipelines.stream_tasks import cancel_tasks, next_message
 
 #: Slots: most backups at a time, and most restores at a time. Each of them needs a thread at times, and about as many
 #: bytes of disk as the collection.

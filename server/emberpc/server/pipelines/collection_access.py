@@ -10,8 +10,8 @@ from typing import TypeVar
 from emberpc.server.collections import CollectionBackend, IndexBackend
 from emberpc.server.engine import Caller, Engine
 from emberpc.server.errors import ServiceError
+from emberpc.server.pipelines.collection_model import check_same_model, newer_fingerprint
 from emberpc.server.pipelines.index_pool import IndexPool
-from emberpc.server.pipelines.model_binding import check_same_model, fingerprint_to_rebind
 from emberpc.server.pipelines.slots import Slots
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class CollectionAccess:
         fingerprint of its model, and always with Milvus.
         """
         opened = self._index.opened(name)
-        return None if opened is None or fingerprint_to_rebind(self._engine, opened.spec) else opened
+        return None if opened is None or newer_fingerprint(self._engine, opened.spec) else opened
 
     async def open(self, name: str) -> CollectionBackend:
         """Return the collection with a name; open the collection if needed.
@@ -135,7 +135,7 @@ class CollectionAccess:
     async def _open(self, name: str) -> CollectionBackend:
         try:
             collection = await self._pool.run(lambda: self._index.get(name), within=self._openings)
-            fingerprint = fingerprint_to_rebind(self._engine, collection.spec)
+            fingerprint = newer_fingerprint(self._engine, collection.spec)
             return await self._rebind(collection, fingerprint) if fingerprint else collection
         finally:
             del self._opening[name]

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from emberpc.bundle import Task
 from emberpc.server.engine import Caller, Engine, Inference, InferenceRequest, Model, Truncation
 from emberpc.server.errors import invalid, items_of
+from emberpc.server.pipelines.cancel_tasks import cancel_tasks
 from emberpc.server.pipelines.limits import Limits
-from emberpc.server.pipelines.stream_tasks import cancel_tasks
 
 Matrix = npt.NDArray[np.float32]
 

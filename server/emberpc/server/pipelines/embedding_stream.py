@@ -22,9 +22,10 @@ from emberpc.bundle import Task
 from emberpc.server.engine import Caller, Engine, Inference, Model
 from emberpc.server.errors import Code, ServiceError, invalid
 from emberpc.server.pipelines.bulk_embedding import GROUP_CHARACTERS, GROUP_TEXTS, GROUPS, BulkEmbedder
+from emberpc.server.pipelines.cancel_tasks import cancel_tasks
 from emberpc.server.pipelines.embedding import CheckedOptions, EmbeddingOptions, Matrix
 from emberpc.server.pipelines.limits import Limits
-from emberpc.server.pipelines.stream_tasks import cancel_tasks, next_message
+from emberpc.server.pipelines.next_message import next_message
 
 #: Another group is started only while the running groups together have fewer characters than this. A limit of the
 #: number of groups would not suffice, since a group may be one long text.

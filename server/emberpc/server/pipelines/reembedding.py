@@ -24,11 +24,11 @@ from emberpc.server.collections import CollectionBackend, IndexBackend, Reembedd
 from emberpc.server.engine import Caller, Engine, Lane, Model, Truncation
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.pipelines.bulk_embedding import GROUP_TEXTS, SERVER_ERRORS, BulkEmbedder
+from emberpc.server.pipelines.cancel_tasks import cancel_tasks
+from emberpc.server.pipelines.collection_model import is_model_of
 from emberpc.server.pipelines.embedding import check_dimensions, shape
 from emberpc.server.pipelines.index_pool import IndexPool
 from emberpc.server.pipelines.limits import Limits
-from emberpc.server.pipelines.model_binding import is_bound_to
-from emberpc.server.pipelines.stream_tasks import cancel_tasks
 
 log = logging.getLogger(__name__)
 
@@ -333,7 +333,7 @@ class _Job:
         model: Model = self._engine.model(spec.model, Task.EMBEDDING)
         # An older version of the server may have begun the job, with the legacy fingerprint of the model. Then the job
         # continues, and `CollectionAccess.open` binds the collection to the present fingerprint after the switch.
-        if not is_bound_to(spec, model):
+        if not is_model_of(spec, model):
             message = f"model {spec.model!r} is another one than when this began; serve that, or cancel and begin again"
             raise ServiceError(Code.UNAVAILABLE, message, reason="MODEL_MISMATCH")
         return BulkEmbedder(

@@ -17,10 +17,10 @@ from emberpc.server.collections.filters import Filter
 from emberpc.server.engine import Caller, Engine, Inference, InferenceRequest, Model, Truncation
 from emberpc.server.errors import invalid, items_of, not_found
 from emberpc.server.pipelines.collection_access import CollectionAccess
+from emberpc.server.pipelines.collection_model import collection_model
 from emberpc.server.pipelines.embedding import Matrix, shape
 from emberpc.server.pipelines.index_pool import IndexPool
 from emberpc.server.pipelines.limits import Limits
-from emberpc.server.pipelines.model_binding import collection_model
 from emberpc.server.pipelines.search_groups import SearchGroups, VectorSearch
 
 #: End of the error message for a response over the limit: what the caller can do.

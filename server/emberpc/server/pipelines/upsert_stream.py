@@ -28,12 +28,13 @@ from emberpc.server.collections import CollectionBackend, NewRecord, WriteResult
 from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import Code, ServiceError, Violation, invalid, invalid_fields
 from emberpc.server.pipelines.bulk_embedding import GROUP_TEXTS, GROUPS, SERVER_ERRORS, BulkEmbedder, EmbeddedGroup
+from emberpc.server.pipelines.cancel_tasks import cancel_tasks
+from emberpc.server.pipelines.collection_model import collection_model
 from emberpc.server.pipelines.embedding import Matrix, shape
 from emberpc.server.pipelines.index_pool import IndexPool
 from emberpc.server.pipelines.limits import Limits
-from emberpc.server.pipelines.model_binding import collection_model
+from emberpc.server.pipelines.next_message import next_message
 from emberpc.server.pipelines.reembedding import ReembeddingJobs
-from emberpc.server.pipelines.stream_tasks import cancel_tasks, next_message
 
 #: No message is read while two or more messages with at least this many records together are in flight: a stream embeds
 #: at most this many texts at a time, so further messages would only wait.

@@ -8,7 +8,7 @@ from emberpc.server.engine import Engine, Model
 from emberpc.server.errors import Code, ServiceError
 
 
-def fingerprint_to_rebind(engine: Engine, spec: CollectionSpec) -> str:
+def newer_fingerprint(engine: Engine, spec: CollectionSpec) -> str:
     """Return the fingerprint that must replace the one in a collection's spec; empty: nothing must be replaced.
 
     Returns:
@@ -19,10 +19,10 @@ def fingerprint_to_rebind(engine: Engine, spec: CollectionSpec) -> str:
     model = engine.registry.served(spec.model) if spec.model else None
     if model is None or spec.model_fingerprint == model.fingerprint:
         return ""
-    return model.fingerprint if is_bound_to(spec, model) else ""
+    return model.fingerprint if is_model_of(spec, model) else ""
 
 
-def is_bound_to(spec: CollectionSpec, model: Model) -> bool:
+def is_model_of(spec: CollectionSpec, model: Model) -> bool:
     """Return whether a model is the one that makes the vectors of a collection with a spec.
 
     This is the case if the fingerprint in the spec is the present or the legacy fingerprint of the model. Names are not
@@ -68,7 +68,7 @@ def collection_model(engine: Engine, collection: CollectionBackend) -> Model:
             metadata={"collection": spec.name},
         )
     model = engine.model(spec.model, Task.EMBEDDING)
-    if not is_bound_to(spec, model):
+    if not is_model_of(spec, model):
         raise ServiceError(
             Code.FAILED_PRECONDITION,
             f"the vectors of collection {spec.name!r} were made by another {spec.model!r} than is served now; serve "

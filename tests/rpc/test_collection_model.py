@@ -16,9 +16,9 @@ from emberpc.server.collections import CollectionSpec, NewRecord
 from emberpc.server.engine import Engine, Model, Registry, Truncation
 from emberpc.server.errors import Code, items_of
 from emberpc.server.index import Index
+from emberpc.server.pipelines.collection_model import collection_model
 from emberpc.server.pipelines.index_pool import IndexPool
 from emberpc.server.pipelines.limits import Limits
-from emberpc.server.pipelines.model_binding import collection_model
 from emberpc.server.pipelines.reembedding import ReembeddingJobs
 from emberpc.server.services.index import IndexService
 from emberpc.v1 import index_pb2 as pb
