@@ -82,12 +82,12 @@ def test_a_truncation_that_does_not_exist_is_refused(open_index: OpenIndex) -> N
 def test_a_collection_is_bound_again_and_stays_so(open_index: OpenIndex) -> None:
     with closing(open_index()) as index:
         collection = index.get(NAME)
-        assert index.rebind(NAME, "2" * 64, NEW).spec == SPEC  # it is bound by another one
-        assert index.rebind(NAME, OLD, NEW) is collection
-        assert index.rebind(NAME, OLD, "3" * 64).spec.model_fingerprint == NEW
+        assert index.update_fingerprint(NAME, "2" * 64, NEW).spec == SPEC  # it is bound by another one
+        assert index.update_fingerprint(NAME, OLD, NEW) is collection
+        assert index.update_fingerprint(NAME, OLD, "3" * 64).spec.model_fingerprint == NEW
         assert spec_of(index).model_fingerprint == collection.spec.model_fingerprint == NEW
         with refused(Code.NOT_FOUND, "'none'"):
-            index.rebind("none", OLD, NEW)
+            index.update_fingerprint("none", OLD, NEW)
     with closing(open_index()) as index:
         assert spec_of(index) == CollectionSpec(NAME, 4, model="m", model_fingerprint=NEW)
         assert index.get(NAME).count() == 1
@@ -96,7 +96,7 @@ def test_a_collection_is_bound_again_and_stays_so(open_index: OpenIndex) -> None
 def test_both_changes_are_kept(open_index: OpenIndex) -> None:
     with closing(open_index()) as index:
         index.update(NAME, "start")
-        index.rebind(NAME, OLD, NEW)
+        index.update_fingerprint(NAME, OLD, NEW)
         index.update(NAME, "end")
         expected = CollectionSpec(NAME, 4, model="m", model_fingerprint=NEW, truncation="end")
         assert spec_of(index) == expected

@@ -58,7 +58,7 @@ def test_a_reembedding_replaces_one_that_could_not_be_opened(tmp_path: Path, mon
         assert [each.spec.model for each in index.reembeddings()] == ["newer"]
 
 
-@pytest.mark.parametrize("change", ["update", "rebind"])
+@pytest.mark.parametrize("change", ["update", "update_fingerprint"])
 def test_a_change_of_a_collection_that_is_replaced_meanwhile_can_be_tried_again(
     index: Index, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -69,7 +69,7 @@ def test_a_change_of_a_collection_that_is_replaced_meanwhile_can_be_tried_again(
         if change == "update":
             index.update("c", "end")
         else:
-            index.rebind("c", "f", "g")
+            index.update_fingerprint("c", "f", "g")
 
     def replace(_: str) -> Collection:
         assert index.switch(way)

@@ -10,7 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from emberpc.client._core.connection import Connection
+from emberpc.client._core.connection import ConnectionSettings
 from emberpc.server.app import _KEEPALIVE
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc, errors_pb2, filter_pb2, index_pb2
 from emberpc.wire import status
@@ -132,6 +132,6 @@ def test_long_names_are_a_refusal_that_arrives(channel: grpc.Channel) -> None:
 
 
 def test_the_server_takes_the_pings_of_the_client() -> None:
-    connection = Connection("localhost:50051", timeout=1, tls=None, token=None, in_flight=1, own_channel=False)
+    connection = ConnectionSettings("localhost:50051", timeout=1, tls=None, token=None, in_flight=1, own_channel=False)
     client, server = dict(connection.options), dict(_KEEPALIVE)
     assert int(client["grpc.keepalive_time_ms"]) >= 2 * server["grpc.http2.min_ping_interval_without_data_ms"]

@@ -40,7 +40,7 @@ class CollectionBackend(Protocol):
 
     @property
     def spec(self) -> CollectionSpec:
-        """Spec of the collection; `IndexBackend.update` and `IndexBackend.rebind` change it."""
+        """Spec of the collection; `IndexBackend.update` and `IndexBackend.update_fingerprint` change it."""
 
     def info(self) -> CollectionInfo:
         """Return record count, sequence of the last write, creation time, and bytes on disk; see `CollectionInfo`."""
@@ -325,7 +325,7 @@ class IndexBackend(Protocol):
             ServiceError: NOT_FOUND if there is no such collection; INVALID_ARGUMENT for any other `truncation`.
         """
 
-    def rebind(self, name: str, legacy: str, fingerprint: str) -> CollectionBackend:
+    def update_fingerprint(self, name: str, legacy: str, fingerprint: str) -> CollectionBackend:
         """Bind a collection to another fingerprint of its model, and return the collection, changed or not.
 
         Args:

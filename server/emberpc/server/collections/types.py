@@ -65,8 +65,8 @@ class Fusion(str, Enum):
 class CollectionSpec:
     """The properties of a collection, fixed at its creation with three exceptions.
 
-    `IndexBackend.update` changes the truncation, `IndexBackend.rebind` the fingerprint, and a reembedding the model,
-    the fingerprint and the dimensions.
+    `IndexBackend.update` changes the truncation, `IndexBackend.update_fingerprint` the fingerprint, and a reembedding
+    the model, the fingerprint and the dimensions.
 
     Attributes:
         name: name of the collection.

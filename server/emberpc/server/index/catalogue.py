@@ -189,7 +189,7 @@ class Index:
             if (reembedding := self._reembeddings.get(name)) is not None:
                 reembedding.target.spec = replace(reembedding.target.spec, truncation=truncation)
 
-    def rebind(self, name: str, legacy: str, fingerprint: str) -> Collection:
+    def update_fingerprint(self, name: str, legacy: str, fingerprint: str) -> Collection:
         """Bind a collection to another fingerprint of its model, and return the collection.
 
         Args:

@@ -121,7 +121,7 @@ class MilvusIndex:
         spec, created = self._existing(name)
         self._alter(replace(spec, truncation=truncation), created)
 
-    def rebind(self, name: str, legacy: str, fingerprint: str) -> MilvusCollection:
+    def update_fingerprint(self, name: str, legacy: str, fingerprint: str) -> MilvusCollection:
         """Bind the collection `name` to `fingerprint` if it is bound to the fingerprint `legacy` of the same model.
 
         Returns:

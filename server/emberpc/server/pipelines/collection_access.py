@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 
 class CollectionAccess:
-    """Opens collections in the pool, and rebinds those that are bound by a legacy fingerprint of their model.
+    """Opens collections in the pool, and replaces legacy fingerprints of their models.
 
     Use from one event loop only.
 
@@ -136,18 +136,18 @@ class CollectionAccess:
         try:
             collection = await self._pool.run(lambda: self._index.get(name), within=self._openings)
             fingerprint = newer_fingerprint(self._engine, collection.spec)
-            return await self._rebind(collection, fingerprint) if fingerprint else collection
+            return await self._update_fingerprint(collection, fingerprint) if fingerprint else collection
         finally:
             del self._opening[name]
 
-    async def _rebind(self, collection: CollectionBackend, fingerprint: str) -> CollectionBackend:
+    async def _update_fingerprint(self, collection: CollectionBackend, fingerprint: str) -> CollectionBackend:
         """Replace the fingerprint by which a collection is bound to its model, and return the collection.
 
         If that fails with a `ServiceError`, the failure is logged, and the collection is returned as it was.
         """
         name, legacy = collection.spec.name, collection.spec.model_fingerprint
         try:
-            return await self._pool.run(lambda: self._index.rebind(name, legacy, fingerprint))
+            return await self._pool.run(lambda: self._index.update_fingerprint(name, legacy, fingerprint))
         except ServiceError as error:  # such as a full disk
             log.warning("collection %s stays bound by its legacy fingerprint: %s", name, error.message)
             return collection

@@ -22,7 +22,7 @@ SPEC = CollectionSpec("c", DIMENSIONS, model="m", model_fingerprint=OLD)
 def test_a_collection_is_bound_again_and_stays_so(tmp_path: Path) -> None:
     index = Index(tmp_path)
     index.create(SPEC)
-    assert index.rebind("c", OLD, NEW).spec.model_fingerprint == NEW
+    assert index.update_fingerprint("c", OLD, NEW).spec.model_fingerprint == NEW
     index.close()
     index = Index(tmp_path)
     assert index.get("c").spec.model_fingerprint == NEW
@@ -32,9 +32,9 @@ def test_a_collection_is_bound_again_and_stays_so(tmp_path: Path) -> None:
 
 def test_a_collection_of_another_model_is_left_alone(index: Index) -> None:
     index.create(SPEC)
-    assert index.rebind("c", "2" * 64, NEW).spec.model_fingerprint == OLD
+    assert index.update_fingerprint("c", "2" * 64, NEW).spec.model_fingerprint == OLD
     with refused(Code.NOT_FOUND, "'d'"):
-        index.rebind("d", OLD, NEW)
+        index.update_fingerprint("d", OLD, NEW)
 
 
 def test_its_graph_is_not_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -50,7 +50,7 @@ def test_its_graph_is_not_built_again(tmp_path: Path, caplog: pytest.LogCaptureF
         path.write_text(json.dumps({"facts": facts, "facts_sha256": snapshots._digest(facts)}))
     caplog.set_level(logging.INFO)
     index = Index(tmp_path, buffer_limit=8, snapshot_every=8)
-    index.rebind("c", OLD, NEW)
+    index.update_fingerprint("c", OLD, NEW)
     index.close()
     index = Index(tmp_path, buffer_limit=8, snapshot_every=8)
     assert index.get("c").spec.model_fingerprint == NEW
