@@ -97,16 +97,16 @@ class CollectionBackups:
             stop = Cancellation(caller.seconds_left)
             pieces = collection.backup(stop)
             # A heavy call, since the index copies the whole collection before the first piece.
-            job = await self._pool.submit(lambda: next(pieces, None), heavy=True)
+            future = await self._pool.submit(lambda: next(pieces, None), heavy=True)
             try:
-                while (piece := await asyncio.wrap_future(job)) is not None:
+                while (piece := await asyncio.wrap_future(future)) is not None:
                     yield piece
-                    job = self._pool.start(lambda: next(pieces, None))
+                    future = self._pool.start(lambda: next(pieces, None))
             finally:
                 stop.cancel()
-                # A generator cannot be closed while a thread runs it. So `pieces` is closed when `job` has ended: at
+                # A generator cannot be closed while a thread runs it. So `pieces` is closed when `future` has ended: at
                 # once, or when the thread has noticed the cancellation.
-                job.add_done_callback(lambda _: self._pool.start(pieces.close))
+                future.add_done_callback(lambda _: self._pool.start(pieces.close))
 
     async def restore(
         self, messages: AsyncIterator[Message], read: Callable[[Message], RestoreMessage]

@@ -48,7 +48,7 @@ class IndexPool:
         self._writers: dict[str, Slots] = {}
         self._closing = threading.Event()
         #: Futures of the submitted calls that have not ended, including calls whose callers left.
-        self._jobs: set[Future[Any]] = set()
+        self._futures: set[Future[Any]] = set()
 
     async def run(
         self,
@@ -80,15 +80,15 @@ class IndexPool:
             await within.take()
         stop = Cancellation(inf if caller is None else caller.seconds_left)
         try:
-            job = await self.submit(work, None if caller is None else stop, heavy=heavy, refuse=refuse)
+            future = await self.submit(work, None if caller is None else stop, heavy=heavy, refuse=refuse)
         except BaseException:
             if within is not None:
                 within.release()
             raise
         if within is not None:
-            _call_when_done(job, within.release)
+            _call_when_done(future, within.release)
         try:
-            return await asyncio.wrap_future(job)
+            return await asyncio.wrap_future(future)
         finally:
             stop.cancel()
 
@@ -128,16 +128,16 @@ class IndexPool:
                 the thread is free.
         """
         try:
-            job = self._executor.submit(self._run, work, stop)
+            future = self._executor.submit(self._run, work, stop)
         except BaseException:
             if heavy:
                 self.heavy.release()
             raise
-        self._jobs.add(job)
-        job.add_done_callback(self._jobs.discard)
+        self._futures.add(future)
+        future.add_done_callback(self._futures.discard)
         if heavy:
-            _call_when_done(job, self.heavy.release)
-        return job
+            _call_when_done(future, self.heavy.release)
+        return future
 
     def cancelled_when(self, stop: Callable[[], bool]) -> AbstractContextManager[None]:
         """Return a context manager that cancels the work of this thread when `stop` returns True or the pool is closed.
@@ -152,9 +152,11 @@ class IndexPool:
         The executor stays open. Later calls with a caller or `stop` fail with DEADLINE_EXCEEDED; others still run.
         """
         self._closing.set()
-        while self._jobs:
+        while self._futures:
             # The wait must not block the event loop, since the handlers of cancelled calls must still clean up.
-            await asyncio.gather(*(asyncio.wrap_future(job) for job in tuple(self._jobs)), return_exceptions=True)
+            await asyncio.gather(
+                *(asyncio.wrap_future(future) for future in tuple(self._futures)), return_exceptions=True
+            )
             await asyncio.sleep(0)
 
     def writers(self, collection: str) -> Slots:
@@ -177,8 +179,8 @@ class IndexPool:
             return work()
 
 
-def _call_when_done(job: Future[Result], call: Callable[[], None]) -> None:
-    """Call `call` in the event loop that runs now, after a job of the pool has ended or was cancelled before its start.
+def _call_when_done(future: Future[Result], call: Callable[[], None]) -> None:
+    """Call `call` in the event loop that runs now, after a call of the pool has ended or was cancelled before its start.
 
     If the event loop is closed by then, `call` is not called.
     """
@@ -188,4 +190,4 @@ def _call_when_done(job: Future[Result], call: Callable[[], None]) -> None:
         with suppress(RuntimeError):  # the loop is closed, so no call waits
             loop.call_soon_threadsafe(call)
 
-    job.add_done_callback(ended)
+    future.add_done_callback(ended)

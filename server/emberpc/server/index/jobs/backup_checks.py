@@ -204,8 +204,8 @@ def _typed_spec(text: str) -> CollectionSpec:
         ValueError, TypeError, KeyError, AttributeError, RecursionError: the text is not a spec.
     """
     spec = CollectionSpec.from_json(text)
-    likeness = json.loads(CollectionSpec("any", 1).to_json())
-    if any(not isinstance(value, type(likeness[name])) for name, value in json.loads(text).items()):
+    defaults = json.loads(CollectionSpec("any", 1).to_json())
+    if any(not isinstance(value, type(defaults[name])) for name, value in json.loads(text).items()):
         raise TypeError("a value has another type")
     if not all(isinstance(field, str) for field in spec.indexed_fields):
         raise TypeError("a field is no text")
