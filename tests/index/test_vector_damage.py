@@ -96,16 +96,16 @@ def test_many_damaged_vectors_cost_one_search_more(
 ) -> None:
     collection = one_of_many(range(100, 200))
     query = gaussian(400, WIDTH)[:1]
-    scans: list[dict[str, Any]] = []
-    scan = collection._store.scan
+    calls: list[dict[str, Any]] = []
+    vector_batches = collection._store.vector_batches
 
     def watched(*values: Any, **options: Any) -> Any:
-        scans.append(options)
-        return scan(*values, **options)
+        calls.append(options)
+        return vector_batches(*values, **options)
 
-    monkeypatch.setattr(collection._store, "scan", watched)
+    monkeypatch.setattr(collection._store, "vector_batches", watched)
     (found,) = collection.search(query, 3, min_recall=1)
-    assert scans == [{"checked": False}, {"checked": True}]
+    assert calls == [{"checked": False}, {"checked": True}]
     assert not {f"r{i:05}" for i in range(100, 200)} & {record.id for record, _ in found.hits}
     (found,) = collection.search(query, 3, conditions=[EVEN])
     assert len(found.hits) == 3

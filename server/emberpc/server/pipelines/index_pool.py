@@ -180,7 +180,7 @@ class IndexPool:
 
 
 def _call_when_done(future: Future[Result], call: Callable[[], None]) -> None:
-    """Call `call` in the event loop that runs now, after a call of the pool has ended or was cancelled before its start.
+    """Call `call` in the running event loop, after a call of the pool has ended or was cancelled before its start.
 
     If the event loop is closed by then, `call` is not called.
     """

@@ -66,7 +66,7 @@ def cluster_records(
             return []
         sizes = np.zeros(len(centres), dtype=np.int64)
         best: list[list[tuple[float, int]]] = [[] for _ in centres]
-        for batch, matrix in store.scan(_READ_BATCH):
+        for batch, matrix in store.vector_batches(_READ_BATCH):
             if stop():
                 return []
             rows, scores = _assigned(ready(matrix), centres, directions=directions)

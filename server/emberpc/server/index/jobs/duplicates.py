@@ -106,7 +106,7 @@ def _directions(store: Store) -> tuple[Labels, Matrix]:
     """
     labels, vectors = [np.empty(0, dtype=np.int64)], []
     with store.snapshot():
-        for batch, matrix in store.scan(_READ_BATCH):
+        for batch, matrix in store.vector_batches(_READ_BATCH):
             kept = matrix.any(axis=1)
             labels.append(batch[kept])
             vectors.append(normalized(matrix[kept]))

@@ -27,7 +27,7 @@ from emberpc.server.index.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-_SCAN_BATCH = 4000
+_VECTOR_BATCH = 4000
 #: With a filter, all matching vectors are compared if there are at most this many for each candidate (ef) of a graph
 #: search: reading a vector and a candidate take about 3 µs each, but a graph search may be repeated and is not exact.
 _VECTORS_PER_CANDIDATE = 2
@@ -160,7 +160,7 @@ class DenseSearcher:
     ) -> list[SearchOutcome]:
         """Return all outcomes; each None in `outcomes` is first replaced, in place, by a search of the store."""
         while None in outcomes:  # repeated if a record turned out to be damaged, which the store then leaves out
-            _fill(outcomes, request, partial(self._scan, condition))
+            _fill(outcomes, request, partial(self._exact_search, condition))
         return [outcome for outcome in outcomes if outcome is not None]
 
     def _answer(
@@ -185,7 +185,7 @@ class DenseSearcher:
         outcomes = self._outcomes(request, found)
         failed = [i for i, each in enumerate(found) if each is None]
         if failed:
-            for i, outcome in zip(failed, self._scan(None, request.subset(failed)), strict=True):
+            for i, outcome in zip(failed, self._exact_search(None, request.subset(failed)), strict=True):
                 outcomes[i] = outcome
         return outcomes
 
@@ -295,8 +295,8 @@ class DenseSearcher:
         return False
 
     def _read(self, labels: Labels, *, checked: bool) -> Iterator[tuple[Labels, Matrix]]:
-        for start in range(0, len(labels), _SCAN_BATCH):
-            found, vectors = self._store.vectors(labels[start : start + _SCAN_BATCH].tolist(), checked=checked)
+        for start in range(0, len(labels), _VECTOR_BATCH):
+            found, vectors = self._store.vectors(labels[start : start + _VECTOR_BATCH].tolist(), checked=checked)
             if len(found):
                 yield found, prepare(vectors, self._distance)
 
@@ -319,11 +319,11 @@ class DenseSearcher:
             labels, scores = np.take_along_axis(labels, order, axis=1), np.take_along_axis(scores, order, axis=1)
         return labels, scores, total
 
-    def _scanned(self, condition: Clause | None, checked: bool) -> Iterator[tuple[Labels, Matrix]]:
-        for labels, vectors in self._store.scan(_SCAN_BATCH, condition or EVERYTHING, checked=checked):
+    def _stored_vectors(self, condition: Clause | None, checked: bool) -> Iterator[tuple[Labels, Matrix]]:
+        for labels, vectors in self._store.vector_batches(_VECTOR_BATCH, condition or EVERYTHING, checked=checked):
             yield labels, prepare(vectors, self._distance)
 
-    def _scan(self, condition: Clause | None, request: DenseRequest) -> list[SearchOutcome | None]:
+    def _exact_search(self, condition: Clause | None, request: DenseRequest) -> list[SearchOutcome | None]:
         """Compare the queries with all vectors in the store that meet a filter (None: all), without graph and buffer.
 
         None for a query if the record of a candidate turned out to be damaged; the next call leaves this record out.
@@ -331,12 +331,12 @@ class DenseSearcher:
         k = request.candidates
         checked = _is_check_while_reading_faster(len(request.queries) * k, self._neighbours.count)
         with self._store.snapshot():
-            labels, scores, total = self._nearest(self._scanned(condition, checked), request.queries, k)
+            labels, scores, total = self._nearest(self._stored_vectors(condition, checked), request.queries, k)
             hits = np.unique(labels).tolist()
             # Only the vectors of candidates must be undamaged. If one is not, all vectors are read again with their
             # checksums, which leaves out the damaged ones.
             if not checked and len(self._store.vectors(hits)[0]) < len(hits):
-                labels, scores, total = self._nearest(self._scanned(condition, True), request.queries, k)
+                labels, scores, total = self._nearest(self._stored_vectors(condition, True), request.queries, k)
             records = self._store.by_label(np.unique(labels).tolist(), with_vectors=request.with_vectors)
         plan, matching = Plan(SearchStrategy.EXACT, 0, total), None if condition is None else total
         found = zip(labels.tolist(), scores.tolist(), request.top_k, request.exclude, strict=True)

@@ -47,7 +47,7 @@ _TURN = 4
 #: is chosen with a measured recall of at least 0.985.
 _RESERVE = 0.25
 #: Stored vectors that are read and compared at a time.
-_SCAN_BATCH = 2000
+_VECTOR_BATCH = 2000
 _NAME = "recall.json"
 #: Formats of `recall.json` that are read: the format that is written, and the older format, which has no checksum.
 FORMAT = 2
@@ -231,7 +231,7 @@ def _best_scores(store: Store, queries: Matrix, distance: Distance, stop: Callab
     """
     best = np.empty((len(queries), 0), dtype=np.float32)
     with store.snapshot():
-        for _, vectors in store.scan(_SCAN_BATCH):
+        for _, vectors in store.vector_batches(_VECTOR_BATCH):
             if stop():
                 return None
             _, scores = nearest(queries, prepare(vectors, distance), _SIZES[-1], distance)

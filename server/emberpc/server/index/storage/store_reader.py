@@ -282,7 +282,7 @@ class StoreReader:
             list(self._select_by(self._connection(), "label", labels, columns)), checked=checked
         )
 
-    def scan(
+    def vector_batches(
         self, batch: int, condition: Clause = EVERYTHING, *, checked: bool = True
     ) -> Iterator[tuple[Labels, Matrix]]:
         """Read the vectors of records that meet a condition, `batch` at a time; yield what `vectors` returns for them.
