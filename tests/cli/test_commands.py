@@ -363,7 +363,7 @@ def test_a_filter_goes_to_the_server_as_it_is_meant(emberpc: Emberpc, fake: Fake
     assert emberpc("collection", "count", "books", "--json").objects == [{"count": 3}]
 
 
-def test_search_by_words_or_by_both(emberpc: Emberpc, fake: FakeServer) -> None:
+def test_lexical_and_hybrid_search(emberpc: Emberpc, fake: FakeServer) -> None:
     emberpc("collection", "create", "books", "--model", "canned")
     assert emberpc("search", "books", "an island", "--mode", "hybrid", "--dense-weight", 0.25).code == 0
     assert emberpc("search", "books", "an island", "--mode", "hybrid", "--fusion", "ranks").code == 0

@@ -145,7 +145,7 @@ def test_a_query_in_words_without_a_model_names_what_works(emberpc: Emberpc, fak
     )
     outcome = emberpc("search", "c", "a query")
     assert outcome.code == 5
-    assert "give --mode lexical to search by words, or --id ID" in outcome.err
+    assert "give --mode lexical for a lexical search, or --id ID" in outcome.err
     assert "give vectors" not in outcome.err
 
 

@@ -177,9 +177,9 @@ def test_there_is_no_file_to_back_up_and_export_is_named_instead(
 
 def test_words_are_not_searched_for(collection: MilvusCollection) -> None:
     with refused(Code.UNIMPLEMENTED, "mode LEXICAL", "'milvus'", "DENSE"):
-        collection.search_words(["word"], [1])
+        collection.search_lexical(["word"], [1])
     with refused(Code.UNIMPLEMENTED, "mode HYBRID", "'milvus'", "DENSE"):
-        collection.search_both(vectors(1, dimensions=DIMENSIONS), ["word"], [1], dense_weight=0.5)
+        collection.search_hybrid(vectors(1, dimensions=DIMENSIONS), ["word"], [1], dense_weight=0.5)
 
 
 @pytest.mark.parametrize("one_in", [2, 10, 100])

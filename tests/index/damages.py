@@ -14,10 +14,10 @@ from index.support import copy_made, gaussian, make_older
 
 COUNT, WIDTH = 30, 8
 LOST = "r00007"
-#: Rows around the lost record. Each search by words reads every record, so these tests ask few questions.
+#: Rows around the lost record. Each lexical search reads every record, so these tests have few queries.
 NEAR = slice(5, 10)
 EVEN = Comparison("even", Operator.EQUAL, True)
-QUESTIONS = [f"text of r{i:05}" for i in range(COUNT)]
+QUERIES = [f"text of r{i:05}" for i in range(COUNT)]
 VECTORS = gaussian(COUNT, WIDTH)
 TRUTH = {f"r{i:05}": VECTORS[i] for i in range(COUNT)}
 

@@ -55,7 +55,7 @@ def test_a_restored_collection_is_the_same_in_all_but_its_name(tmp_path: Path) -
         searched = [each.search(matrix[:20], 5, min_recall=1) for each in (collection, copy)]
         assert [o.hits for o in searched[0]] == [o.hits for o in searched[1]]
         kind = Comparison("kind", Operator.EQUAL, 3)
-        worded = [each.search_words(["bees"], [300], conditions=[kind])[0].hits for each in (collection, copy)]
+        worded = [each.search_lexical(["bees"], [300], conditions=[kind])[0].hits for each in (collection, copy)]
         assert worded[0] == worded[1]
         assert len(worded[0]) == 39
         assert [problem for step in copy.verify() for problem in step.problems] == []
@@ -132,7 +132,7 @@ def test_a_backup_is_one_state_while_writers_and_searches_hammer_it(tmp_path: Pa
         threads = [
             repeat(write),
             repeat(lambda _: collection.search(gaussian(4, DIMENSIONS), 5)),
-            repeat(lambda _: collection.search_words(["number"], [5])),
+            repeat(lambda _: collection.search_lexical(["number"], [5])),
             repeat(maintain),
         ]
         try:

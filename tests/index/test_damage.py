@@ -16,7 +16,7 @@ from emberpc.server.errors import Code
 from emberpc.server.index import Collection, Index
 from emberpc.server.index.reembedding import Reembedding
 from emberpc.server.index.storage import schema
-from index.damages import COUNT, EVEN, LOST, NEAR, QUESTIONS, TRUTH, VECTORS, WIDTH, check_pages, damaged
+from index.damages import COUNT, EVEN, LOST, NEAR, QUERIES, TRUTH, VECTORS, WIDTH, check_pages, damaged
 from index.support import gaussian, recall, refused
 
 
@@ -27,14 +27,14 @@ def check_all_but_the_lost(collection: Collection, *, maintained: bool) -> None:
     others = {key: vector for key, vector in TRUTH.items() if key != LOST}
     assert recall(collection, others, VECTORS, 10) == 1
     conditions = [EVEN if i % 2 == 0 else Not(EVEN) for i in range(COUNT)]
-    ones = [1] * len(QUESTIONS[NEAR])
+    ones = [1] * len(QUERIES[NEAR])
     for rows, found in (
         (slice(COUNT), collection.search(VECTORS, 1)),
         (slice(COUNT), collection.search(VECTORS, 1, with_vectors=True)),
         (slice(COUNT), collection.search(VECTORS, 1, min_recall=1)),
         (slice(COUNT), collection.search(VECTORS, 1, conditions=conditions)),
-        (NEAR, collection.search_words(QUESTIONS[NEAR], ones)),
-        (NEAR, collection.search_both(VECTORS[NEAR], QUESTIONS[NEAR], ones, dense_weight=0.5)),
+        (NEAR, collection.search_lexical(QUERIES[NEAR], ones)),
+        (NEAR, collection.search_hybrid(VECTORS[NEAR], QUERIES[NEAR], ones, dense_weight=0.5)),
     ):
         hits = [outcome.hits[0][0].id for outcome in found]
         pairs = zip(hits, list(TRUTH)[rows], strict=True)
@@ -166,7 +166,7 @@ def test_an_id_that_was_changed_on_disk_is_never_given_out(tmp_path: Path, older
     with damaged(tmp_path, "id = ?", "changed", older=4 if older else None) as collection:
         for found in (
             collection.search(VECTORS[7:8], COUNT)[0],
-            collection.search_words(["text"], [COUNT])[0],
+            collection.search_lexical(["text"], [COUNT])[0],
         ):
             assert sorted(record.id for record, _ in found.hits) == [each for each in TRUTH if each != LOST]
         assert "changed" not in {record.id for record in collection.page(100, "")[0]}

@@ -26,7 +26,7 @@ def test_an_id_that_only_looks_like_a_damaged_id_is_deleted(tmp_path: Path, name
 
 def test_the_reason_for_few_fused_hits_counts_those_with_damaged_vectors(tmp_path: Path) -> None:
     with damaged(tmp_path, "vector = zeroblob(7)") as collection:
-        (outcome,) = collection.search_both(VECTORS[:1], ["text"], [100], dense_weight=0.5)
+        (outcome,) = collection.search_hybrid(VECTORS[:1], ["text"], [100], dense_weight=0.5)
         assert len(outcome.hits) == COUNT
         assert outcome.plan.shortfall_reason.startswith(f"{COUNT} records have an undamaged vector or a word")
 

@@ -222,7 +222,7 @@ def calls_of(collection: Collection) -> list[Callable[[], object]]:
     return [
         lambda: collection.get(["r00001"]),
         lambda: collection.search(gaussian(1, WIDTH), 3),
-        lambda: collection.search_words(["word"], [3]),
+        lambda: collection.search_lexical(["word"], [3]),
         lambda: collection.page(10, ""),
         collection.count,
         lambda: list(collection.verify()),

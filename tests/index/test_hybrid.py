@@ -1,4 +1,4 @@
-"""Search by words, alone and beside vectors: any text is a query, and what is written is found at once."""
+"""Lexical and hybrid search: any text is a query, and what is written is found at once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def books(collection: Collection) -> Collection:
 
 
 def words(collection: Collection, text: str, k: int = 10, conditions: Sequence[Filter] = ()) -> list[str]:
-    (outcome,) = collection.search_words([text], [k], conditions=conditions)
+    (outcome,) = collection.search_lexical([text], [k], conditions=conditions)
     assert [score for _, score in outcome.hits] == sorted((score for _, score in outcome.hits), reverse=True)
     return [record.id for record, _ in outcome.hits]
 
@@ -53,7 +53,7 @@ def test_words_are_found_however_they_are_written(books: Collection) -> None:
 
 
 def test_the_plan_tells_that_words_were_looked_up(books: Collection) -> None:
-    one, none = books.search_words(["volcano", "…"], [3, 3])
+    one, none = books.search_lexical(["volcano", "…"], [3, 3])
     assert (one.plan.strategy, one.plan.ef, one.plan.compared_count) == (SearchStrategy.LEXICAL, 0, 0)
     assert one.plan.shortfall_reason == "1 record has a word of the query"
     assert one.plan.lexical_count == 1
@@ -63,7 +63,7 @@ def test_the_plan_tells_that_words_were_looked_up(books: Collection) -> None:
 def test_filters_apply_to_words_and_to_both(books: Collection) -> None:
     long = Comparison("long", Operator.EQUAL, True)
     assert set(words(books, "honey whale", conditions=[long])) == {"whale", "honey"}
-    (outcome,) = books.search_both(gaussian(1, 16), ["honey"], [10], dense_weight=0.5, conditions=[long])
+    (outcome,) = books.search_hybrid(gaussian(1, 16), ["honey"], [10], dense_weight=0.5, conditions=[long])
     assert {record.id for record, _ in outcome.hits} == {"whale", "ring", "honey"}
     assert outcome.plan.shortfall_reason == "3 records match the filter"
 
@@ -81,30 +81,30 @@ def test_words_follow_every_write(books: Collection) -> None:
 def test_both_are_fused_by_score(books: Collection) -> None:
     query = gaussian(1, 16)  # the vector of `whale`
     (dense,) = books.search(query, 5)
-    (both,) = books.search_both(query, ["honey"], [5], dense_weight=0.5)
+    (both,) = books.search_hybrid(query, ["honey"], [5], dense_weight=0.5)
     assert {record.id for record, _ in both.hits} == set(TEXTS)
     assert both.plan.lexical_count == 2
-    assert [record.id for record, _ in books.search_both(query, ["honey"], [5], dense_weight=1)[0].hits] == [
+    assert [record.id for record, _ in books.search_hybrid(query, ["honey"], [5], dense_weight=1)[0].hits] == [
         record.id for record, _ in dense.hits
     ]
-    (lexical,) = books.search_both(query, ["honey"], [2], dense_weight=0)
+    (lexical,) = books.search_hybrid(query, ["honey"], [2], dense_weight=0)
     assert [record.id for record, _ in lexical.hits] == ["honey", "bees"]
     first, second, third = (record for record, _ in dense.hits[:3])
-    by_vector, by_words = [(first, 9.0), (second, 8.0), (third, 5.0)], [(third, 2.0), (second, 1.0)]
-    mixed = fused(by_vector, by_words, 0.5, Fusion.SCORES, all_lexical=True)
+    by_vector, lexical = [(first, 9.0), (second, 8.0), (third, 5.0)], [(third, 2.0), (second, 1.0)]
+    mixed = fused(by_vector, lexical, 0.5, Fusion.SCORES, all_lexical=True)
     assert [record for record, _ in mixed] == [second, *sorted([first, third], key=lambda record: record.id)]
     assert [score for _, score in mixed] == pytest.approx([0.375 + 0.25, 0.5, 0.5])
-    assert fused(by_vector, by_words, 0.5, Fusion.SCORES, all_lexical=False)[-1][1] == pytest.approx(0.375)
+    assert fused(by_vector, lexical, 0.5, Fusion.SCORES, all_lexical=False)[-1][1] == pytest.approx(0.375)
     assert fused([(first, 1.0)], [(first, 1.0)], 0.5, Fusion.SCORES, all_lexical=False) == [(first, 1.0)]
     assert fused([], [], 0.5, Fusion.SCORES, all_lexical=True) == []
 
 
 def test_both_are_fused_by_rank(books: Collection) -> None:
     query = gaussian(1, 16)
-    (dense,), (lexical,) = books.search(query, 5), books.search_words(["honey"], [5])
+    (dense,), (lexical,) = books.search(query, 5), books.search_lexical(["honey"], [5])
     places = [{record.id: rank for rank, (record, _) in enumerate(each.hits, 1)} for each in (dense, lexical)]
     for weight in (0.0, 0.3, 1.0):
-        (both,) = books.search_both(query, ["honey"], [5], dense_weight=weight, fusion=Fusion.RANKS)
+        (both,) = books.search_hybrid(query, ["honey"], [5], dense_weight=weight, fusion=Fusion.RANKS)
         expected = {
             key: sum(
                 share / (60 + ranks[key])
@@ -123,15 +123,15 @@ def test_in_a_large_collection_words_of_most_texts_count_only_if_there_are_no_ot
 ) -> None:
     monkeypatch.setattr(hybrid, "_LARGE", 10)
     books.upsert([NewRecord(f"the{i}", f"the {i}") for i in range(10)], gaussian(10, 16))
-    (both,) = books.search_words(["the volcano, zebra"], [20])
+    (both,) = books.search_lexical(["the volcano, zebra"], [20])
     assert [record.id for record, _ in both.hits] == ["ring"]
-    (common,) = books.search_words(["the"], [20])
+    (common,) = books.search_lexical(["the"], [20])
     assert len(common.hits) == 11
 
 
 def test_a_text_for_each_vector(books: Collection) -> None:
     with refused(Code.INVALID_ARGUMENT, "one for each"):
-        books.search_both(gaussian(2, 16), ["honey"], [5, 5], dense_weight=0.5)
+        books.search_hybrid(gaussian(2, 16), ["honey"], [5, 5], dense_weight=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +145,9 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collection]:
 
 @given(st.text(max_size=40) | st.text("\"'*():^-+ ANDORTE{}\\\0é", max_size=20))
 def test_any_text_is_a_query(searched: Collection, text: str) -> None:
-    (outcome,) = searched.search_words([text], [5])
+    (outcome,) = searched.search_lexical([text], [5])
     assert len(outcome.hits) <= 1
-    (found,) = searched.search_words([f'{text} "near"'], [5])
+    (found,) = searched.search_lexical([f'{text} "near"'], [5])
     assert len(found.hits) == 1
 
 
@@ -335,7 +335,7 @@ def test_words_are_found_in_any_script_however_they_are_written(collection: Coll
 
 
 def found(collection: Collection, query: str) -> list[str]:
-    (outcome,) = collection.search_words([query], [100])
+    (outcome,) = collection.search_lexical([query], [100])
     return [record.text for record, _ in outcome.hits]
 
 
@@ -345,7 +345,7 @@ def test_every_word_of_a_text_finds_it(searched: Collection, text: str) -> None:
     for word in words_of(text):
         # SQLite's own version of Unicode may know fewer letters than Python's.
         if all(each in _KNOWN or each.isascii() for each in word):
-            assert "b" in {record.id for record, _ in searched.search_words([word], [5])[0].hits}
+            assert "b" in {record.id for record, _ in searched.search_lexical([word], [5])[0].hits}
 
 
 _KNOWN = set("ßå我是ガが학교กำที่é हिन्दी")

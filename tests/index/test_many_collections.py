@@ -45,7 +45,7 @@ def fill(index, i):
 def find(index, i):
     made = index.get(f"c{{i}}")
     assert [record.id for record, _ in made.search(VECTOR, 2)[0].hits] == [f"r{{i}}"]
-    assert [record.id for record, _ in made.search_words(["text"], [2])[0].hits] == [f"r{{i}}"]
+    assert [record.id for record, _ in made.search_lexical(["text"], [2])[0].hits] == [f"r{{i}}"]
     assert made.info().record_count == 1
 
 def on_threads(work, count):

@@ -87,7 +87,7 @@ def test_filters_on_older_records_are_right(older: Collection) -> None:
         assert [record.id for record in older.page(100, "", condition=condition)[0]] == wanted
         for outcome in (
             older.search(VECTORS[:1], 100, conditions=[condition])[0],
-            older.search_words(["word"], [100], conditions=[condition])[0],
+            older.search_lexical(["word"], [100], conditions=[condition])[0],
         ):
             assert sorted(record.id for record, _ in outcome.hits) == wanted
 
@@ -142,7 +142,7 @@ def test_nul_ends_no_text_or_label(collection: Collection) -> None:
     records = [NewRecord(f"r{i}", text, {}, f"label\0{i}") for i, text in enumerate(texts)]
     collection.upsert(records, gaussian(len(texts), collection.spec.dimensions))
     for query, wanted in {"dog": ["r0"], "cat\0dog": ["r0", "r3"], "cat": ["r0", "r3"], "fish": ["r2"]}.items():
-        (outcome,) = collection.search_words([query], [10])
+        (outcome,) = collection.search_lexical([query], [10])
         assert sorted(record.id for record, _ in outcome.hits) == wanted, query
     (outcome,) = collection.search(gaussian(1, collection.spec.dimensions), 10)
     found = {record.id: (record.text, record.label) for record, _ in outcome.hits}

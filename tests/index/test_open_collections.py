@@ -184,7 +184,9 @@ def test_calls_and_closing_do_not_disturb_each_other(index: Index) -> None:
                     collection = collections[(number + i) % 5]
                     collection.upsert([NewRecord(f"{number}-{i}", "word")], vectors[i : i + 1])
                     assert collection.search(vectors[i : i + 1], 1)[0].hits[0][0].id == f"{number}-{i}"
-                    assert f"{number}-{i}" in {each.id for each, _ in collection.search_words(["word"], [200])[0].hits}
+                    assert f"{number}-{i}" in {
+                        each.id for each, _ in collection.search_lexical(["word"], [200])[0].hits
+                    }
                     if i % 8 == 0:
                         collection.maintain()
             finally:

@@ -49,10 +49,10 @@ READS: dict[str, Callable[[Collection, RecordParts, bool], list[StoredRecord]]] 
         collection.search(MATRIX, 1, with_vectors=vector, parts=parts)
     ),
     "words": lambda collection, parts, vector: hits(
-        collection.search_words([f"w{i}" for i in range(COUNT)], [1] * COUNT, with_vectors=vector, parts=parts)
+        collection.search_lexical([f"w{i}" for i in range(COUNT)], [1] * COUNT, with_vectors=vector, parts=parts)
     ),
     "both": lambda collection, parts, vector: hits(
-        collection.search_both(MATRIX[:1], ["word"], [COUNT], dense_weight=0.5, with_vectors=vector, parts=parts)
+        collection.search_hybrid(MATRIX[:1], ["word"], [COUNT], dense_weight=0.5, with_vectors=vector, parts=parts)
     ),
 }
 

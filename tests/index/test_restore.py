@@ -78,7 +78,7 @@ def test_pages_that_are_garbage_under_a_right_last_line_harm_nothing(index: Inde
         came_through += 1
         assert collection.count() == 49
         assert [problem for step in collection.verify() for problem in step.problems] == []
-        collection.search_words(["text"], [100])
+        collection.search_lexical(["text"], [100])
         index.delete("d")
     assert came_through < 40
 
@@ -246,8 +246,8 @@ def test_words_are_made_anew_from_the_texts(index: Index, whole: bytes, tmp_path
     lie = "INSERT INTO words (rowid, text) VALUES (3, 'a lie')"
     other = "UPDATE records SET search_text = 'a lie'"
     collection = restored(index, "d", changed(whole, tmp_path / "changed.db", gone, lie, other))
-    assert len(collection.search_words(["text"], [100])[0].hits) == 49
-    assert collection.search_words(["lie"], [100])[0].hits == []
+    assert len(collection.search_lexical(["text"], [100])[0].hits) == 49
+    assert collection.search_lexical(["lie"], [100])[0].hits == []
 
 
 @pytest.mark.parametrize("column", ["text_checksum", "checksum", "row_checksum"])
@@ -262,7 +262,7 @@ def test_the_backup_of_an_older_version_is_brought_up_to_this_one(
     index: Index, whole: bytes, tmp_path: Path, version: int
 ) -> None:
     collection = restored(index, "d", changed(whole, tmp_path / "changed.db", partial(make_older, version=version)))
-    assert len(collection.search_words(["text"], [100])[0].hits) == 49
+    assert len(collection.search_lexical(["text"], [100])[0].hits) == 49
 
 
 def test_a_sha256_that_is_missing_or_wrong_is_refused(index: Index, whole: bytes) -> None:

@@ -163,12 +163,12 @@ WORDS = {
 
 @pytest.mark.parametrize("change", WORDS.values(), ids=WORDS)
 def test_a_damaged_word_index_is_named_and_built_again(tmp_path: Path, change: str) -> None:
-    """A search by words may miss texts without an error."""
+    """A lexical search may miss texts without an error."""
     index = reopened_after(tmp_path, change)
     collection = index.get("c")
     assert problems(collection) in ([("", "WORDS_DAMAGED")], [])  # built when it was opened: nothing could be written
     assert problems(collection) == []
-    (found,) = collection.search_words(["text"], [COUNT + 5])
+    (found,) = collection.search_lexical(["text"], [COUNT + 5])
     assert len(found.hits) == COUNT + 5
     index.close()
 
@@ -192,7 +192,7 @@ def test_words_of_a_record_that_are_not_those_of_its_text_are_named(index: Index
     assert problems(collection) == [("foot", "WORDS_DAMAGED")]
     assert problems(collection) == []
     assert collection.delete(["foot"]).deleted == 1
-    assert collection.search_words(["fuß"], [5])[0].hits == []
+    assert collection.search_lexical(["fuß"], [5])[0].hits == []
     assert problems(collection) == []
 
 
@@ -208,7 +208,7 @@ def test_a_word_index_that_cannot_be_built_again_is_named(index: Index, monkeypa
     assert found.reason == "WORDS_DAMAGED"
     assert "restore a backup" in found.message
     with refused(Code.INTERNAL, "restore a backup"):
-        collection.search_words(["text"], [COUNT])
+        collection.search_lexical(["text"], [COUNT])
 
 
 def test_metadata_that_is_damaged_is_named(index: Index) -> None:

@@ -32,9 +32,9 @@ def test_a_search_that_meets_damage_in_the_word_index_has_it_built_again(
 
         def search() -> list[str]:
             if dense_weight is None:
-                (found,) = collection.search_words(["text"], [COUNT])
+                (found,) = collection.search_lexical(["text"], [COUNT])
             else:
-                (found,) = collection.search_both(VECTORS[:1], ["text"], [COUNT], dense_weight=dense_weight)
+                (found,) = collection.search_hybrid(VECTORS[:1], ["text"], [COUNT], dense_weight=dense_weight)
             return sorted(record.id for record, _ in found.hits)
 
         with refused(Code.DATA_LOSS, "word index of collection 'c'", "search again"):
@@ -49,7 +49,7 @@ def test_a_write_that_meets_damage_in_the_word_index_has_it_built_again(tmp_path
         damage_words(tmp_path, "UPDATE words_data SET block = x'00'")
         assert collection.delete([LOST]).deleted == 1
         collection.upsert([NewRecord("new", "text of mine")], VECTORS[7:8])
-        (found,) = collection.search_words(["text"], [COUNT + 1])
+        (found,) = collection.search_lexical(["text"], [COUNT + 1])
         assert sorted(record.id for record, _ in found.hits) == sorted({*TRUTH, "new"} - {LOST})
         assert [problem for step in collection.verify() for problem in step.problems] == []
 
@@ -59,7 +59,7 @@ def test_a_collection_opens_though_its_word_index_does_not(tmp_path: Path) -> No
         pass
     damage_words(tmp_path, "DELETE FROM words_config")
     with closing(Index(tmp_path)) as index:
-        assert len(index.get("c").search_words(["text"], [COUNT])[0].hits) == COUNT
+        assert len(index.get("c").search_lexical(["text"], [COUNT])[0].hits) == COUNT
 
 
 def test_a_damaged_text_leaves_no_words_behind(tmp_path: Path) -> None:
@@ -67,9 +67,9 @@ def test_a_damaged_text_leaves_no_words_behind(tmp_path: Path) -> None:
     with damaged(tmp_path, "text = 'another'") as collection:
         assert collection.delete([LOST]).deleted == 1
         collection.maintain()
-        (found,) = collection.search_words(["text"], [COUNT])
+        (found,) = collection.search_lexical(["text"], [COUNT])
         assert len(found.hits) == COUNT - 1
-        assert collection.search_words([LOST], [COUNT])[0].hits == []
+        assert collection.search_lexical([LOST], [COUNT])[0].hits == []
         assert [problem for step in collection.verify() for problem in step.problems] == []
 
 

@@ -246,7 +246,7 @@ def search(
     except FailedPrecondition as error:
         if error.reason != "COLLECTION_WITHOUT_MODEL":
             raise
-        message = f"{collection!r} has no model that could embed the query; give --mode lexical to search by words"
+        message = f"{collection!r} has no model that could embed the query; give --mode lexical for a lexical search"
         raise CliError(f"{message}, or --id ID for the neighbours of a record", ExitCode.CONFLICT) from error
     lines = [str(source.line(i)) for i in range(len(results))] if source else [""]
     if as_json:

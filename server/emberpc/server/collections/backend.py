@@ -163,7 +163,7 @@ class CollectionBackend(Protocol):
             stop: returns whether to end early; the result is then empty.
         """
 
-    def search_words(
+    def search_lexical(
         self,
         texts: Sequence[str],
         top_k: Sequence[int],
@@ -186,7 +186,7 @@ class CollectionBackend(Protocol):
                 UNIMPLEMENTED if the backend indexes no words.
         """
 
-    def search_both(
+    def search_hybrid(
         self,
         queries: Matrix,
         texts: Sequence[str],

@@ -88,7 +88,7 @@ class CollectionSearchMethods:
             self._wake()
         return outcomes
 
-    def search_words(
+    def search_lexical(
         self,
         texts: Sequence[str],
         top_k: Sequence[int],
@@ -99,7 +99,7 @@ class CollectionSearchMethods:
     ) -> list[SearchOutcome]:
         """Search for records whose text contains at least one word of a query; rank them by BM25.
 
-        `HybridSearcher.by_words` says which common words are left out.
+        `HybridSearcher.search_lexical` says which common words are left out.
 
         Args:
             texts: the text of each query.
@@ -120,9 +120,9 @@ class CollectionSearchMethods:
         check_search(len(texts), top_k, len(texts), 0)
         with self._calls.enter(), self._store.response_bytes.limited(parts):
             clauses = [self._store.compile(condition) for condition in conditions] or [None] * len(texts)
-            return self._hybrid.by_words(LexicalRequest(texts, top_k, clauses, with_vectors))
+            return self._hybrid.search_lexical(LexicalRequest(texts, top_k, clauses, with_vectors))
 
-    def search_both(
+    def search_hybrid(
         self,
         queries: Matrix,
         texts: Sequence[str],
@@ -163,7 +163,7 @@ class CollectionSearchMethods:
             raise invalid("queries", f"has {len(texts)} texts for {len(queries)} vectors; give one for each")
         check_search(len(queries), top_k, len(queries), ef, min_recall)
         with self._calls.enter(), self._store.response_bytes.limited(parts):
-            return self._hybrid.by_both(
+            return self._hybrid.search_hybrid(
                 self._request(
                     prepared, fusion_depths(top_k), [None] * len(queries), ef, with_vectors, conditions, min_recall
                 ),

@@ -279,7 +279,7 @@ class MilvusCollection:
         """Raise UNIMPLEMENTED: the server would have to read all vectors from Milvus."""
         raise unsupported("ClusterRecords", BACKEND, _COPY)
 
-    def search_words(
+    def search_lexical(
         self,
         texts: Sequence[str],
         top_k: Sequence[int],
@@ -291,7 +291,7 @@ class MilvusCollection:
         """Raise UNIMPLEMENTED: this backend has no word index, so there is no lexical search."""
         raise unsupported("mode LEXICAL", BACKEND, _DENSE)
 
-    def search_both(
+    def search_hybrid(
         self,
         queries: Matrix,
         texts: Sequence[str],

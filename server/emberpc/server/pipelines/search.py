@@ -170,7 +170,7 @@ class CollectionSearch:
         embedded = None
         if request.mode is SearchMode.LEXICAL:
             start = perf_counter()
-            outcomes = await self._search_words(collection, request, texts, caller)
+            outcomes = await self._search_lexical(collection, request, texts, caller)
         else:
             matrix = _given_vectors(queries, collection)
             rows = [i for i, query in enumerate(queries) if query.text is not None]
@@ -184,7 +184,7 @@ class CollectionSearch:
         warnings = await self._warnings(collection, request, outcomes, caller) if request.conditions else []
         return SearchResults(outcomes, embedded, warnings, seconds)
 
-    def _search_words(
+    def _search_lexical(
         self, collection: CollectionBackend, request: SearchRequest, texts: Sequence[str], caller: Caller
     ) -> Awaitable[list[SearchOutcome]]:
         """Return an awaitable that runs a lexical search in the pool, as a heavy call: the outcome of each query.
@@ -196,7 +196,7 @@ class CollectionSearch:
             caller: the caller.
         """
         search = partial(
-            collection.search_words,
+            collection.search_lexical,
             texts,
             [query.top_k for query in request.queries],
             with_vectors=request.with_vectors,
@@ -226,9 +226,9 @@ class CollectionSearch:
         sizes = [query.top_k for query in queries]
         excluded = [query.record_id or None for query in queries]
 
-        def search_both(ef: int, rows: Sequence[int]) -> Awaitable[list[SearchOutcome]]:
+        def search_hybrid(ef: int, rows: Sequence[int]) -> Awaitable[list[SearchOutcome]]:
             call = partial(
-                collection.search_both,
+                collection.search_hybrid,
                 matrix[list(rows)],
                 _select(texts, rows),
                 _select(sizes, rows),
@@ -257,7 +257,7 @@ class CollectionSearch:
             )
             return self._groups.search(search)
 
-        search = search_both if request.mode is SearchMode.HYBRID else search_dense
+        search = search_hybrid if request.mode is SearchMode.HYBRID else search_dense
         return _search_by_ef([query.ef for query in queries], search)
 
     async def _warnings(

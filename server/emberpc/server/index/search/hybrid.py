@@ -45,7 +45,7 @@ class LexicalRequest:
 
 
 class HybridSearcher:
-    """Searches a collection by words, and by words and vectors together.
+    """Runs lexical and hybrid searches of a collection.
 
     Args:
         store: the records and their word index.
@@ -58,7 +58,7 @@ class HybridSearcher:
         self._searcher = searcher
         self._write_lock = write_lock
 
-    def by_words(self, request: LexicalRequest) -> list[SearchOutcome]:
+    def search_lexical(self, request: LexicalRequest) -> list[SearchOutcome]:
         """Return for each text at most top_k records that contain a word of the text, best first by BM25.
 
         The records meet the filter of the text. Words in the texts of more than half of the records can be left out
@@ -71,11 +71,11 @@ class HybridSearcher:
         """
         with self._store.snapshot():
             return [
-                self._by_words(text, k, condition or EVERYTHING, with_vectors=request.with_vectors)
+                self._search_lexical(text, k, condition or EVERYTHING, with_vectors=request.with_vectors)
                 for text, k, condition in zip(request.texts, request.top_k, request.conditions, strict=True)
             ]
 
-    def by_both(
+    def search_hybrid(
         self, request: DenseRequest, texts: Sequence[str], top_k: Sequence[int], dense_weight: float, fusion: Fusion
     ) -> list[SearchOutcome]:
         """Search by vectors and by words, and fuse the two rankings; return an outcome for each query, in order.
@@ -91,19 +91,19 @@ class HybridSearcher:
             fusion: the fusion rule.
 
         Raises:
-            ServiceError: the errors of `by_words` and of the dense search.
+            ServiceError: the errors of `search_lexical` and of the dense search.
         """
         # Dense and lexical search must see the same state of the store. If a write changed the store during an attempt,
         # both are repeated. The attempt after the loop holds the write lock, so no write can disturb it.
         for _ in range(_TRIES):
             sequence = self._searcher.catch_up()
-            outcomes = self._by_both(request, texts, top_k, dense_weight, fusion)
+            outcomes = self._search_hybrid(request, texts, top_k, dense_weight, fusion)
             if self._store.sequence() == sequence:
                 return outcomes
         with self._write_lock:
-            return self._by_both(request, texts, top_k, dense_weight, fusion, settled=True)
+            return self._search_hybrid(request, texts, top_k, dense_weight, fusion, settled=True)
 
-    def _by_both(
+    def _search_hybrid(
         self,
         request: DenseRequest,
         texts: Sequence[str],
@@ -114,17 +114,17 @@ class HybridSearcher:
         settled: bool = False,
     ) -> list[SearchOutcome]:
         dense = self._searcher.search(request, settled=settled)
-        words = self.by_words(LexicalRequest(texts, request.top_k, request.conditions, request.with_vectors))
+        words = self.search_lexical(LexicalRequest(texts, request.top_k, request.conditions, request.with_vectors))
         outcomes = []
-        for by_vector, by_words, depth, k in zip(dense, words, request.top_k, top_k, strict=True):
-            all_lexical = len(by_words.hits) < depth
-            hits = fused(by_vector.hits, by_words.hits, dense_weight, fusion, all_lexical=all_lexical)[:k]
-            reason = "" if len(hits) >= k else _shortfall_reason(len(hits), by_vector)
-            plan = replace(by_vector.plan, lexical_count=len(by_words.hits), shortfall_reason=reason)
+        for dense_outcome, lexical_outcome, depth, k in zip(dense, words, request.top_k, top_k, strict=True):
+            all_lexical = len(lexical_outcome.hits) < depth
+            hits = fused(dense_outcome.hits, lexical_outcome.hits, dense_weight, fusion, all_lexical=all_lexical)[:k]
+            reason = "" if len(hits) >= k else _shortfall_reason(len(hits), dense_outcome)
+            plan = replace(dense_outcome.plan, lexical_count=len(lexical_outcome.hits), shortfall_reason=reason)
             outcomes.append(SearchOutcome(hits, plan))
         return outcomes
 
-    def _by_words(self, text: str, k: int, condition: Clause, *, with_vectors: bool) -> SearchOutcome:
+    def _search_lexical(self, text: str, k: int, condition: Clause, *, with_vectors: bool) -> SearchOutcome:
         cancellation.check()
         words = self._distinctive_words(words_of(text))
         hits = self._lexical_hits(expression(words), k, condition, with_vectors=with_vectors) if words else []

@@ -374,7 +374,7 @@ class StoreReader:
         except sqlite3.DatabaseError as error:
             if self.words_beyond_repair or not word_index.may_be_damage(error):
                 raise
-            log.warning("%s: a search by words failed", self._subject, exc_info=True)
+            log.warning("%s: a lexical search failed", self._subject, exc_info=True)
             self.suspect_words()
             raise word_index.damaged(self._subject) from error
 
