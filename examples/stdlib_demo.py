@@ -44,7 +44,7 @@ COLLECTION = "stdlib"
 KEPT_ADDRESS = "127.0.0.1:50051"
 #: Most seconds that a request may take, with its retries. Less than a second is usual, but the host may be busy.
 TIMEOUT = 600.0
-QUESTIONS = (
+QUERIES = (
     "make a temporary directory that is removed afterwards",
     "cache the result of an expensive function",
     "the number of days between two dates",
@@ -195,15 +195,15 @@ def search(client: Client, report: Report) -> None:
 
     The ids of the hits, and the time of all five searches together, are added to `report`.
     """
-    with report.timed("ask five questions"):
-        answers = [client.search(COLLECTION, question, top_k=SHOWN) for question in QUESTIONS]
-    for question, hits in zip(QUESTIONS, answers, strict=True):
-        console.print(f"[bold cyan]“{question}”[/bold cyan]")
+    with report.timed("search with five queries"):
+        answers = [client.search(COLLECTION, query, top_k=SHOWN) for query in QUERIES]
+    for query, hits in zip(QUERIES, answers, strict=True):
+        console.print(f"[bold cyan]“{query}”[/bold cyan]")
         table = Table.grid(Column(), Column(no_wrap=True), Column(no_wrap=True), padding=(0, 1))
         for hit in hits:
             table.add_row(f"{hit.score:.3f}", hit.record.id, Text(hit.record.text.partition(": ")[2][:64], style="dim"))
         console.print(table)
-        report.answers[question] = [hit.record.id for hit in hits]
+        report.answers[query] = [hit.record.id for hit in hits]
     console.print()
 
 
@@ -218,7 +218,7 @@ def classify(client: Client, test: Sequence[StdlibDoc], report: Report) -> None:
         test: at least five docstrings that the classifier was not trained on.
         report: gets the time and the accuracies.
     """
-    with report.timed(f"classify {len(test)} docstrings that it has not seen"):
+    with report.timed(f"classify {len(test)} held-out docstrings"):
         found = client.classify([doc.text for doc in test], "modules", truncation="end")
     right = [prediction.label == doc.module for prediction, doc in zip(found, test, strict=True)]
     report.figures["held-out accuracy"] = round(sum(right) / len(right), 3)

@@ -143,7 +143,7 @@ class _SearchModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchMode
     SEARCH_MODE_DENSE: _SearchMode.ValueType  # 1
     """Search by vectors."""
     SEARCH_MODE_LEXICAL: _SearchMode.ValueType  # 2
-    """Search by words. A record matches if its text has any word of the query;
+    """Lexical search. A record matches if its text has any word of the query;
     words are stemmed as English. At most the first 256 distinct words of the
     query are used. In a collection of at least 1,000 records, words in more
     than half of the texts are ignored if the query has rarer words that texts
@@ -163,7 +163,7 @@ SEARCH_MODE_UNSPECIFIED: SearchMode.ValueType  # 0
 SEARCH_MODE_DENSE: SearchMode.ValueType  # 1
 """Search by vectors."""
 SEARCH_MODE_LEXICAL: SearchMode.ValueType  # 2
-"""Search by words. A record matches if its text has any word of the query;
+"""Lexical search. A record matches if its text has any word of the query;
 words are stemmed as English. At most the first 256 distinct words of the
 query are used. In a collection of at least 1,000 records, words in more
 than half of the texts are ignored if the query has rarer words that texts
