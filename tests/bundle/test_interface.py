@@ -7,7 +7,7 @@ import pytest
 
 from emberpc.bundle import BundleError, Graph, Tensor, UnstatedError, find_inputs
 from emberpc.bundle.interface import Interface
-from emberpc.bundle.peers import read_first_position
+from emberpc.bundle.transformers_settings import read_first_position
 
 IDS = np.array([[5, 6, 7], [5, 6, 0]])
 MASK = np.array([[1, 1, 1], [1, 1, 0]])

@@ -77,9 +77,9 @@ def refused(folder: Path, options: Mapping[str, str] | None = None) -> str:
 
 
 @pytest.fixture(scope="session")
-def peer(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def foreign_folder(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What sentence-transformers makes of the tiny encoder for ONNX: token vectors in the graph, the rest in JSON."""
-    folder = tmp_path_factory.mktemp("peers") / "sentence-transformers"
+    folder = tmp_path_factory.mktemp("foreign") / "sentence-transformers"
     by_sentence_transformers(tiny_source, folder)
     return folder
 
@@ -90,12 +90,12 @@ def expected(tiny_source: Path) -> Vectors:
 
 
 @pytest.fixture
-def edited(peer: Path, tmp_path: Path) -> Callable[[Edit], Path]:
-    """Gives a copy of the peer's folder without JSON that tells the pooling, its graph edited."""
+def edited(foreign_folder: Path, tmp_path: Path) -> Callable[[Edit], Path]:
+    """Gives a copy of the foreign folder without JSON that tells the pooling, its graph edited."""
 
     def edit(change: Edit) -> Path:
         folder = tmp_path / "edited"
-        shutil.copytree(peer, folder)
+        shutil.copytree(foreign_folder, folder)
         model = onnx.load(str(folder / "onnx" / "model.onnx"))
         change(model)
         onnx.checker.check_model(model)
@@ -114,10 +114,10 @@ def rename(model: onnx.ModelProto, names: Mapping[str, str]) -> None:
         node.output[:] = [names.get(name, name) for name in node.output]
 
 
-def test_a_folder_by_sentence_transformers_is_served_as_it_is(peer: Path, expected: Vectors) -> None:
-    assert not (peer / "emberpc.json").exists()
-    np.testing.assert_allclose(served(peer), expected, atol=1e-5)
-    report = verify_bundle(peer)
+def test_a_folder_by_sentence_transformers_is_served_as_it_is(foreign_folder: Path, expected: Vectors) -> None:
+    assert not (foreign_folder / "emberpc.json").exists()
+    np.testing.assert_allclose(served(foreign_folder), expected, atol=1e-5)
+    report = verify_bundle(foreign_folder)
     assert report.ok, report.checks
 
 
@@ -130,7 +130,7 @@ def test_its_pooling_and_normalisation_are_done(make_source: MakeSource, tmp_pat
             "config_sentence_transformers.json": {"prompts": {"query": "q: ", "document": "d: "}},
         }
     )
-    folder = tmp_path / "peer"
+    folder = tmp_path / "foreign"
     by_sentence_transformers(source, folder)
     np.testing.assert_allclose(served(folder), encoded(source), atol=1e-5)
     prompts = Model.load("m", folder).manifest.prompts
@@ -260,9 +260,11 @@ def test_a_pooled_output_of_another_name_is_found(edited: Callable[[Edit], Path]
     )
 
 
-def test_an_onnx_file_of_another_name_is_found_and_several_need_a_model_option(peer: Path, tmp_path: Path) -> None:
+def test_an_onnx_file_of_another_name_is_found_and_several_need_a_model_option(
+    foreign_folder: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "folder"
-    shutil.copytree(peer, folder)
+    shutil.copytree(foreign_folder, folder)
     (folder / "onnx" / "model.onnx").rename(folder / "encoder_O3.onnx")
     assert served(folder).shape == (len(TEXTS), 32)
     shutil.copy(folder / "encoder_O3.onnx", folder / "encoder_O4.onnx")
@@ -271,14 +273,14 @@ def test_an_onnx_file_of_another_name_is_found_and_several_need_a_model_option(p
     assert served(folder, {"file": "encoder_O4.onnx"}).shape == (len(TEXTS), 32)
 
 
-def test_each_model_has_a_fingerprint_of_all_that_shapes_its_vectors(peer: Path, tmp_path: Path) -> None:
+def test_each_model_has_a_fingerprint_of_all_that_shapes_its_vectors(foreign_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
-    shutil.copytree(peer, folder)
-    first = Model.load("m", peer)
+    shutil.copytree(foreign_folder, folder)
+    first = Model.load("m", foreign_folder)
     assert Model.load("other", folder).fingerprint == first.fingerprint
-    assert Model.load("m", peer, options={"pooling": "cls"}).fingerprint != first.fingerprint
-    assert Model.load("m", peer, options={"normalize": "yes"}).fingerprint != first.fingerprint
-    assert Model.load("m", peer, options={"query_prompt": "q: "}).fingerprint != first.fingerprint
+    assert Model.load("m", foreign_folder, options={"pooling": "cls"}).fingerprint != first.fingerprint
+    assert Model.load("m", foreign_folder, options={"normalize": "yes"}).fingerprint != first.fingerprint
+    assert Model.load("m", foreign_folder, options={"query_prompt": "q: "}).fingerprint != first.fingerprint
 
 
 @pytest.fixture(scope="session")
@@ -287,7 +289,7 @@ def foreign_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import BertConfig, BertForSequenceClassification
 
-    folder = tmp_path_factory.mktemp("peers") / "classifier"
+    folder = tmp_path_factory.mktemp("foreign") / "classifier"
     tokenizer = tiny_tokenizer()
     torch.manual_seed(1)
     config = BertConfig(
@@ -315,9 +317,9 @@ def test_a_classifier_is_served_with_its_labels(foreign_classifier: Path) -> Non
 
 
 @pytest.fixture
-def foreign_server(peer: Path, foreign_classifier: Path, tmp_path: Path) -> Iterator[ServerProcess]:
+def foreign_server(foreign_folder: Path, foreign_classifier: Path, tmp_path: Path) -> Iterator[ServerProcess]:
     plain = tmp_path / "plain.v1"
-    shutil.copytree(peer, plain)
+    shutil.copytree(foreign_folder, plain)
     (plain / "modules.json").unlink()
     models = {"plain.v1": plain, "mood": foreign_classifier}
     with ServerProcess(models, tmp_path / "data", "--model-option", "plain.v1.pooling=mean") as server:
@@ -335,13 +337,15 @@ def test_a_real_server_serves_them_and_binds_collections_to_them(
         assert client.search("notes", TEXTS[2], top_k=1)[0].record.id == "2"
 
 
-def test_verify_against_the_source_finds_a_wrong_variant(tiny_bundle: Path, tiny_source: Path, peer: Path) -> None:
+def test_verify_against_the_source_finds_a_wrong_variant(
+    tiny_bundle: Path, tiny_source: Path, foreign_folder: Path
+) -> None:
     report = verify_bundle(tiny_bundle, against=tiny_source)
     assert report.ok
     assert report.checks[-1].name == "fp32 against PyTorch"
     assert "100.0% of the 10 nearest" in report.checks[-1].detail
-    assert verify_bundle(peer, against=tiny_source).ok
-    wrong = verify_bundle(peer, options={"pooling": "max"}, against=tiny_source)
+    assert verify_bundle(foreign_folder, against=tiny_source).ok
+    wrong = verify_bundle(foreign_folder, options={"pooling": "max"}, against=tiny_source)
     assert [check.name for check in wrong.checks if not check.ok] == ["onnx against PyTorch"]
     assert not verify_bundle(tiny_bundle, against="./nothing").ok
 
@@ -367,10 +371,10 @@ def test_verify_against_the_source_finds_a_wrong_variant(tiny_bundle: Path, tiny
     ],
 )
 def test_a_model_that_cannot_be_served_is_refused_with_the_reason(
-    peer: Path, tmp_path: Path, files: Mapping[str, object], options: Mapping[str, str], said: str
+    foreign_folder: Path, tmp_path: Path, files: Mapping[str, object], options: Mapping[str, str], said: str
 ) -> None:
     folder = tmp_path / "spoilt"
-    shutil.copytree(peer, folder)
+    shutil.copytree(foreign_folder, folder)
     for name, content in files.items():
         if content is None:
             (folder / name).unlink()
@@ -382,11 +386,11 @@ def test_a_model_that_cannot_be_served_is_refused_with_the_reason(
     assert said in report.checks[-1].detail
 
 
-def test_a_link_out_of_the_folder_is_not_followed(peer: Path, tmp_path: Path) -> None:
+def test_a_link_out_of_the_folder_is_not_followed(foreign_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "linked"
-    shutil.copytree(peer, folder)
+    shutil.copytree(foreign_folder, folder)
     (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer.json").symlink_to(peer / "tokenizer.json")
+    (folder / "tokenizer.json").symlink_to(foreign_folder / "tokenizer.json")
     assert "leads out of the model's folder; copy the files there" in refused(folder)
 
 

@@ -20,7 +20,9 @@ from emberpc.bundle.limits import MAX_DIMENSIONS, MAX_TEXT_LENGTH, MAX_TOKENS, c
 from emberpc.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, Parity, Prompts, Task, Variant
 from emberpc.bundle.onnx_file import external_files
 from emberpc.bundle.paths import is_inside
-from emberpc.bundle.peers import (
+from emberpc.bundle.reading import TOKENIZER_NAME, Bundle, read_bundle, sha256_of
+from emberpc.bundle.tokenizer_settings import check_tokenizer
+from emberpc.bundle.transformers_settings import (
     ADAPTER_CONFIG,
     read_dimensions,
     read_first_position,
@@ -35,8 +37,6 @@ from emberpc.bundle.peers import (
     read_token_id,
     transformer_folder,
 )
-from emberpc.bundle.reading import TOKENIZER_NAME, Bundle, read_bundle, sha256_of
-from emberpc.bundle.tokenizer_settings import check_tokenizer
 
 #: Texts on which the model of a foreign folder is tried, each alone and all in one batch: a text must have nearly the
 #: same output in both cases. The lengths differ, so the batch is padded, and a graph that does not mask padding fails.

@@ -18,8 +18,8 @@ from typing import Any
 
 from emberpc.bundle.contents import Contents
 from emberpc.bundle.errors import BundleError
-from emberpc.bundle.peers import read_json, read_transformer, tokenizer_keywords, transformer_folder
 from emberpc.bundle.reading import TOKENIZER_NAME
+from emberpc.bundle.transformers_settings import read_json, read_transformer, tokenizer_keywords, transformer_folder
 
 _Settings = Mapping[str, Any]
 
@@ -38,7 +38,7 @@ _BERT_LIKE = ("Bert", "DistilBert", "Electra", "MPNet", "MobileBert", "ConvBert"
 _LLAMA_LIKE = ("Llama", "CodeLlama", "Gemma", "Cohere", "GPTNeoX")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 #: Keywords of the Transformer module's tokenizer that are allowed: they do not change tokens, or `check_tokenizer`
-#: checks them, or `emberpc.bundle.peers.read_max_tokens` reads them.
+#: checks them, or `emberpc.bundle.transformers_settings.read_max_tokens` reads them.
 _KNOWN_KEYWORDS = {
     *(key for key, _, _ in _NORMALIZER),
     *("add_prefix_space", "add_bos_token", "add_eos_token", "split_special_tokens", "truncation_side", "max_len"),

@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from emberpc.bundle import Manifest, Prompts, Reference, Task, Variant, finish_bundle, staged_folder
-from emberpc.bundle.peers import read_token_id
+from emberpc.bundle.transformers_settings import read_token_id
 from emberpc.export.card import model_card
 from emberpc.export.convert.graph import GraphEditor
 from emberpc.export.convert.onnx_export import convert

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from pathlib import Path
 
-from emberpc.bundle.peers import read_json
+from emberpc.bundle.transformers_settings import read_json
 from emberpc.export.errors import ExportError
 from emberpc.export.libraries import calling_libraries
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from emberpc.bundle import Parity, cosines
 from emberpc.bundle.limits import MAX_TOKENS
-from emberpc.bundle.peers import read_json, read_positions, transformer_folder
+from emberpc.bundle.transformers_settings import read_json, read_positions, transformer_folder
 from emberpc.export.convert.onnx_runner import Matrix
 from emberpc.export.errors import ExportError
 

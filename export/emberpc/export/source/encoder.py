@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from emberpc.bundle import BundleError, Prompts
 from emberpc.bundle.limits import MAX_TOKENS
-from emberpc.bundle.peers import (
+from emberpc.bundle.transformers_settings import (
     ADAPTER_CONFIG,
     read_json,
     read_max_tokens,

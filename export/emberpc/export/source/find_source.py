@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emberpc.bundle import BundleError
-from emberpc.bundle.peers import read_modules
+from emberpc.bundle.transformers_settings import read_modules
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from emberpc.bundle.peers import read_json
+from emberpc.bundle.transformers_settings import read_json
 from emberpc.export.errors import ExportError
 
 _INDEX = "model.safetensors.index.json"
