@@ -90,11 +90,11 @@ def test_both_are_fused_by_score(books: Collection) -> None:
     (lexical,) = books.search_hybrid(query, ["honey"], [2], dense_weight=0)
     assert [record.id for record, _ in lexical.hits] == ["honey", "bees"]
     first, second, third = (record for record, _ in dense.hits[:3])
-    by_vector, lexical = [(first, 9.0), (second, 8.0), (third, 5.0)], [(third, 2.0), (second, 1.0)]
-    mixed = fused(by_vector, lexical, 0.5, Fusion.SCORES, all_lexical=True)
+    dense_hits, lexical_hits = [(first, 9.0), (second, 8.0), (third, 5.0)], [(third, 2.0), (second, 1.0)]
+    mixed = fused(dense_hits, lexical_hits, 0.5, Fusion.SCORES, all_lexical=True)
     assert [record for record, _ in mixed] == [second, *sorted([first, third], key=lambda record: record.id)]
     assert [score for _, score in mixed] == pytest.approx([0.375 + 0.25, 0.5, 0.5])
-    assert fused(by_vector, lexical, 0.5, Fusion.SCORES, all_lexical=False)[-1][1] == pytest.approx(0.375)
+    assert fused(dense_hits, lexical_hits, 0.5, Fusion.SCORES, all_lexical=False)[-1][1] == pytest.approx(0.375)
     assert fused([(first, 1.0)], [(first, 1.0)], 0.5, Fusion.SCORES, all_lexical=False) == [(first, 1.0)]
     assert fused([], [], 0.5, Fusion.SCORES, all_lexical=True) == []
 
