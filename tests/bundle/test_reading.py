@@ -138,7 +138,7 @@ def test_a_reference_is_read_as_it_was_written(tmp_path: Path) -> None:
     read = Reference.read(tmp_path)
     assert read.texts == written.texts
     assert read.logits is not None
-    np.testing.assert_array_equal(read.embeddings, written.embeddings)
+    np.testing.assert_array_equal(read.vectors, written.vectors)
     np.testing.assert_array_equal(read.logits, np.ones((2, 4)))
 
 

@@ -104,7 +104,7 @@ def test_a_file_of_rubbish_is_refused(bundle: Path, name: str) -> None:
 
 def test_a_reference_of_another_shape_is_found_out(bundle: Path) -> None:
     reference = read_bundle(bundle).reference()
-    Reference(reference.texts, reference.embeddings[:, :-1]).write(bundle)
+    Reference(reference.texts, reference.vectors[:, :-1]).write(bundle)
     resign(bundle)
     assert "does not give the outputs" in refused(bundle)
 

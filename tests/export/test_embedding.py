@@ -126,7 +126,7 @@ def test_the_graph_has_named_dynamic_axes_and_its_outputs_in_order(minilm_bundle
 def test_the_reference_is_what_pytorch_gave(minilm_bundle: Path) -> None:
     reference = Reference.read(minilm_bundle)
     theirs = sentence_transformers_vectors(minilm_source(), list(reference.texts))
-    np.testing.assert_allclose(reference.embeddings, theirs, atol=1e-5)
+    np.testing.assert_allclose(reference.vectors, theirs, atol=1e-5)
     assert len(reference.texts) >= 8
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from emberpc.bundle import Prompts, finish_bundle
 from emberpc.export.convert.onnx_runner import OnnxRunner
-from emberpc.export.convert.parity import torch_embeddings
+from emberpc.export.convert.parity import torch_vectors
 from emberpc.export.embedding import export_embedding
 from emberpc.export.errors import ExportError
 from emberpc.export.source.encoder import read_encoder
@@ -196,16 +196,16 @@ def test_the_limit_is_the_one_that_sentence_transformers_takes(
 ) -> None:
     source = make_source(files)
     assert read_encoder(source).max_tokens == limit
-    torch_embeddings(str(source), ["a"], limit)  # compares the limits
+    torch_vectors(str(source), ["a"], limit)  # compares the limits
 
 
 def test_parity_does_not_hide_another_limit(make_source: MakeSource) -> None:
     source = make_source({**MODULES, "sentence_roberta_config.json": {"max_seq_length": 12}})
     long = "a b c d e f g h i j k l m n o p"
     with pytest.raises(ExportError, match="truncated at 32 tokens, but sentence-transformers truncates them at 12"):
-        torch_embeddings(str(source), [long], 32)
-    own = torch_embeddings(str(source), [long], 12)
-    assert not np.allclose(torch_embeddings(str(source), [long], 32, stated=True), own, atol=1e-3)
+        torch_vectors(str(source), [long], 32)
+    own = torch_vectors(str(source), [long], 12)
+    assert not np.allclose(torch_vectors(str(source), [long], 32, stated=True), own, atol=1e-3)
 
 
 def test_verify_compares_the_limit_with_that_of_the_source(
@@ -365,7 +365,7 @@ def test_the_bundle_of_a_lower_casing_model_lower_cases(make_source: MakeSource,
     runner = OnnxRunner(tmp_path / "bundle/onnx/model.onnx", tmp_path / "bundle/tokenizer.json", 32, 0)
     small, large = runner.run(["a kitten", "A Kitten"], "sentence_embedding")
     np.testing.assert_allclose(small, large)
-    expected = torch_embeddings(str(source), ["A Kitten"], 32)
+    expected = torch_vectors(str(source), ["A Kitten"], 32)
     np.testing.assert_allclose(large, expected[0], atol=1e-5)
     tokens = TrainableEncoder(read_encoder(source)).tokenize(["A Kitten", "a kitten"])
     assert tokens[0] == tokens[1]

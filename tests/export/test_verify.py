@@ -130,7 +130,7 @@ def remove_the_reference(folder: Path) -> None:
 
 def widen_the_reference(folder: Path) -> None:
     reference = Reference.read(folder)
-    wider = np.hstack([reference.embeddings, reference.embeddings])
+    wider = np.hstack([reference.vectors, reference.vectors])
     Reference(reference.texts, wider).write(folder)
 
 

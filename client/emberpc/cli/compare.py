@@ -133,7 +133,7 @@ def compare(
     cost: Annotated[
         SavedCost,
         typer.Option(
-            help="Cost to save: CPU-seconds of the training, or milliseconds of serving beside embeddings of the base."
+            help="Cost to save: CPU-seconds of the training, or milliseconds of serving beside the vectors of the base."
         ),
     ] = SavedCost.TRAINING,
     worth: Annotated[
@@ -149,7 +149,7 @@ def compare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle of --export-winner.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare classification strategies, from embeddings to full fine-tuning, on your own data; recommend one."""
+    """Compare classification strategies, from heads on vectors to full fine-tuning, on your own data; recommend one."""
     start = perf_counter()  # loading PyTorch takes seconds, which count for the time limit, too
     left = f"all measurements are kept in {output}; run the same command to resume"
     if output.exists() and not output.is_dir():

@@ -25,18 +25,18 @@ MAX_REFERENCE_BYTES = 256 * 2**20
 class Reference:
     """Texts, and the outputs for them of the source in PyTorch, in fp32.
 
-    `embeddings` is float32 (texts, dimensions), the vectors of the encoder, also for a classifier. `logits` is float32
+    `vectors` is float32 (texts, dimensions), the vectors of the encoder, also for a classifier. `logits` is float32
     (texts, labels), or None for an embedding model. No prompt was put before the texts. Texts of more than the model's
     `max_tokens` were truncated at their end.
     """
 
     texts: tuple[str, ...]
-    embeddings: npt.NDArray[np.float32]
+    vectors: npt.NDArray[np.float32]
     logits: npt.NDArray[np.float32] | None = None
 
     def write(self, folder: Path) -> None:
         """Write the texts and outputs to `reference.npz` in a folder; an existing file is replaced."""
-        arrays: dict[str, npt.NDArray[np.generic]] = {"texts": np.array(self.texts), "embeddings": self.embeddings}
+        arrays: dict[str, npt.NDArray[np.generic]] = {"texts": np.array(self.texts), "embeddings": self.vectors}
         if self.logits is not None:
             arrays["logits"] = self.logits
         np.savez_compressed(folder / REFERENCE_NAME, allow_pickle=False, **arrays)
@@ -47,19 +47,19 @@ class Reference:
 
         Raises:
             BundleError: the file is missing, damaged or larger than `MAX_REFERENCE_BYTES` when unpacked, lacks texts
-                or embeddings, or has another number of outputs than of texts or outputs that are no matrix.
+                or vectors, or has another number of outputs than of texts or outputs that are no matrix.
         """
         path = folder / REFERENCE_NAME
         arrays = read_arrays(path, "reference outputs", MAX_REFERENCE_BYTES)
         try:
             texts = tuple(str(text) for text in arrays["texts"])
-            embeddings = arrays["embeddings"].astype(np.float32)
+            vectors = arrays["embeddings"].astype(np.float32)
             logits = arrays["logits"].astype(np.float32) if "logits" in arrays else None
         except (KeyError, ValueError, TypeError) as error:
             raise BundleError(f"{path} cannot be read as reference outputs; export the model again") from error
         if not texts:
             raise BundleError(f"{path} holds no texts; export the model again")
-        for matrix in (embeddings, logits):
+        for matrix in (vectors, logits):
             if matrix is not None and (matrix.ndim != 2 or len(matrix) != len(texts)):
                 raise BundleError(f"{path} has another number of outputs than of texts; export the model again")
-        return cls(texts, embeddings, logits)
+        return cls(texts, vectors, logits)

@@ -23,7 +23,7 @@ from emberpc.export.classify.label_descriptions import described_examples
 from emberpc.export.classify.rejection import reject_outside
 from emberpc.export.classify.strategies import EXPORTABLE, STRATEGIES, Fitted, Options
 from emberpc.export.convert.onnx_runner import OnnxRunner
-from emberpc.export.convert.parity import compare, require, torch_embeddings
+from emberpc.export.convert.parity import compare, require, torch_vectors
 from emberpc.export.data.datasets import read_labelled, read_texts
 from emberpc.export.data.examples import Examples, conflicting_texts, held_out_examples, training_examples
 from emberpc.export.data.stdlib_texts import sample_texts
@@ -379,12 +379,12 @@ def _compare(folder: Path, head: Head, source: SourceEncoder, runner: OnnxRunner
         ExportError: PyTorch cannot run the encoder, or the outputs differ.
     """
     texts: Sequence[str] = sample_texts(PARITY_TEXTS)
-    embeddings = torch_embeddings(str(source.folder), texts, source.max_tokens, stated=source.max_tokens_stated)
-    logits = head.logits(embeddings)
+    vectors = torch_vectors(str(source.folder), texts, source.max_tokens, stated=source.max_tokens_stated)
+    logits = head.logits(vectors)
     parity = compare(logits, runner.run(texts, "logits"), labels=True)
     require("the classifier", parity, logits)
     kept = slice(REFERENCE_TEXTS)
-    Reference(tuple(texts[kept]), embeddings[kept], logits[kept]).write(folder)
+    Reference(tuple(texts[kept]), vectors[kept], logits[kept]).write(folder)
     head.write(folder)
     return Variant("fp32", MODEL_PATH, parity)
 

@@ -20,7 +20,7 @@ from emberpc.export.card import model_card
 from emberpc.export.convert.graph import GraphEditor
 from emberpc.export.convert.onnx_export import convert
 from emberpc.export.convert.onnx_runner import OnnxRunner
-from emberpc.export.convert.parity import compare, require, torch_embeddings
+from emberpc.export.convert.parity import compare, require, torch_vectors
 from emberpc.export.data.datasets import read_texts
 from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.errors import ExportError
@@ -156,7 +156,7 @@ def write_embedding(
     write_json(folder / "config.json", encoder.config)
     progress("comparing with PyTorch", 0, 1)
     texts = sample_texts(PARITY_TEXTS)
-    expected = torch_embeddings(str(encoder.folder), texts, encoder.max_tokens, stated=encoder.max_tokens_stated)
+    expected = torch_vectors(str(encoder.folder), texts, encoder.max_tokens, stated=encoder.max_tokens_stated)
     runner = OnnxRunner(folder / MODEL_PATH, folder / "tokenizer.json", encoder.max_tokens, converted.pad_token_id)
     parity = compare(expected, runner.run(texts, "sentence_embedding"))
     require(encoder.name, parity, expected)

@@ -152,7 +152,7 @@ def _tokenizer(bundle: Bundle) -> tuple[Tokenizer, str]:
 
 def _reference(bundle: Bundle) -> tuple[Reference, str]:
     reference, manifest = bundle.reference(), bundle.manifest
-    matrices = [reference.embeddings] if reference.logits is None else [reference.embeddings, reference.logits]
+    matrices = [reference.vectors] if reference.logits is None else [reference.vectors, reference.logits]
     widths = [matrix.shape[1] for matrix in matrices]
     expected = [manifest.dimensions, *([len(manifest.labels)] if manifest.task is Task.CLASSIFICATION else [])]
     if widths != expected:
@@ -246,7 +246,7 @@ def _run(runner: OnnxRunner, variant: Variant, reference: Reference, batch_size:
             bound, the limits of the parity check).
     """
     words = []
-    for output, expected in (("sentence_embedding", reference.embeddings), ("logits", reference.logits)):
+    for output, expected in (("sentence_embedding", reference.vectors), ("logits", reference.logits)):
         if expected is None:
             continue
         got = runner.run(reference.texts, output, batch_size=batch_size)

@@ -9,7 +9,7 @@ import numpy as np
 
 from emberpc.bundle import Bundle, Task
 from emberpc.export.convert.onnx_runner import Matrix, OnnxRunner
-from emberpc.export.convert.parity import compare, faults, require_limit, torch_embeddings
+from emberpc.export.convert.parity import compare, faults, require_limit, torch_vectors
 from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.errors import ExportError
 from emberpc.export.libraries import calling_libraries
@@ -49,7 +49,7 @@ def compare_with_source(bundle: Bundle, variant: str, runner: OnnxRunner, source
     logits = bundle.foreign is not None and bundle.manifest.task is Task.CLASSIFICATION
     output = bundle.foreign.output if bundle.foreign else "sentence_embedding"
     manifest = bundle.manifest
-    run = _torch_logits if logits else torch_embeddings
+    run = _torch_logits if logits else torch_vectors
     expected = run(str(folder), texts, manifest.max_tokens, stated=manifest.max_tokens_stated)
     got = runner.run(texts, output)
     if got.shape != expected.shape:

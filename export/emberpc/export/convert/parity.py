@@ -90,7 +90,7 @@ def require(name: str, parity: Parity, expected: Matrix) -> None:
         )
 
 
-def torch_embeddings(folder: str, texts: Sequence[str], max_tokens: int, *, stated: bool = False) -> Matrix:
+def torch_vectors(folder: str, texts: Sequence[str], max_tokens: int, *, stated: bool = False) -> Matrix:
     """Return the vectors of texts by sentence-transformers in fp32, without any prompt, float32 (texts, dimensions).
 
     Args:

@@ -171,7 +171,7 @@ def _parity(trial: Trial, candidate: Candidate) -> Parity:
         ExportError: an output misses the bound, or the candidate cannot be run.
     """
     reference, runner = trial.reference, trial.runner(candidate.path)
-    outputs = {"sentence_embedding": reference.embeddings}
+    outputs = {"sentence_embedding": reference.vectors}
     if reference.logits is not None:
         outputs["logits"] = reference.logits
     for output, expected in outputs.items():

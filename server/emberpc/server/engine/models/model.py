@@ -256,7 +256,7 @@ class Model:
             if reference is None:
                 expected = np.concatenate([self.encoder.run([ids]) for ids in tokens])
             else:
-                expected = reference.embeddings if reference.logits is None else reference.logits
+                expected = reference.vectors if reference.logits is None else reference.logits
         except BundleError:
             raise
         except Exception as error:  # the exceptions of ONNX Runtime, and of the tokenizer, share no base class
