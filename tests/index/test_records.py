@@ -192,7 +192,7 @@ def test_metadata_is_decoded_each_time_and_never_shared(collection: Collection) 
     metadata = {"a": [{"k": 1}], "b": "ü"}
     put(collection, NewRecord("a", metadata=metadata), NewRecord("b"))
     first, second = collection.get(["a", "b"])
-    assert (first.document, second.document) == (json.dumps(metadata, ensure_ascii=False), "{}")
+    assert (first.metadata_text, second.metadata_text) == (json.dumps(metadata, ensure_ascii=False), "{}")
     assert (first.metadata, second.metadata) == (metadata, {})
     first.metadata["a"].append(2)
     assert first.metadata == metadata

@@ -36,7 +36,7 @@ RECORDS = st.builds(
     id=st.text(min_size=1),
     # A length takes one byte, two, or three.
     text=st.text() | st.sampled_from(["x" * 200, "ä" * 20_000]),
-    document=METADATA.map(json.dumps),
+    metadata_text=METADATA.map(json.dumps),
     label=st.text(),
     revision=st.integers(0, 2**62),
     create_time=MOMENTS,

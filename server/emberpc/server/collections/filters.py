@@ -168,16 +168,16 @@ MISMATCH_RECORDS = 1000
 _RECORD_FIELDS = ("id", "text", "label")
 
 
-def mismatches(condition: Filter, documents: Iterable[Mapping[str, Any]]) -> list[str]:
+def mismatches(condition: Filter, all_metadata: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return sentences with the probable reasons why no record meets a filter; empty: no reason was found.
 
-    There is a sentence for each field that no document has, and for each field that is compared with a number and has
+    There is a sentence for each field that no record has, and for each field that is compared with a number and has
     strings but no numbers, or the other way round. There is none for the absence of a field that is below a negation or
-    compared by NOT_EQUAL, since records without the field may match. Without documents there are no sentences.
+    compared by NOT_EQUAL, since records without the field may match. Without records there are no sentences.
 
     Args:
         condition: a filter that no record meets.
-        documents: the metadata of some records. The rest is not read, and no sentence is returned, as soon as each
+        all_metadata: the metadata of some records. The rest is not read, and no sentence is returned, as soon as each
             field has had a value: a number or string if the field is compared with this kind, else any value.
 
     Raises:
@@ -186,7 +186,7 @@ def mismatches(condition: Filter, documents: Iterable[Mapping[str, Any]]) -> lis
     compared = dict.fromkeys(_compared(condition))
     found: dict[str, set[str]] = {field: set() for field, _, _ in compared}
     count = 0
-    for metadata in documents:
+    for metadata in all_metadata:
         count += 1
         cancellation.check()
         for field, seen in found.items():

@@ -162,7 +162,7 @@ class _RecordFields(NamedTuple):
     id: str
     text: str
     #: The metadata as JSON text. As Python objects, nested metadata would take about 25 times as many bytes.
-    document: str
+    metadata_text: str
     label: str
     revision: int
     create_time: datetime
@@ -198,7 +198,7 @@ class StoredRecord(_RecordFields):
 
         Raises `TypeError`, `ValueError` or `RecursionError` if the stored metadata is damaged.
         """
-        return decode_document(self.document)
+        return decode_metadata(self.metadata_text)
 
     @cached_property
     def serialized(self) -> dict[Hashable, bytes]:
@@ -254,16 +254,16 @@ class SearchOutcome(NamedTuple):
     plan: Plan
 
 
-def decode_document(document: str) -> dict[str, Any]:
-    """Decode the metadata of a record from its JSON text `document`. Text after the JSON object is ignored.
+def decode_metadata(metadata_text: str) -> dict[str, Any]:
+    """Decode the metadata of a record from its JSON text `metadata_text`. Text after the JSON object is ignored.
 
     Raises:
         TypeError, ValueError, RecursionError: the text is damaged: it does not start with a JSON object (white space
             before the object is not allowed), or the object is nested too deeply.
     """
-    if document == NO_METADATA:
+    if metadata_text == NO_METADATA:
         return {}
-    found = _DECODE(document)[0]
+    found = _DECODE(metadata_text)[0]
     if type(found) is not dict:
         raise TypeError
     return found

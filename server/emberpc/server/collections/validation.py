@@ -36,11 +36,11 @@ def check_records(records: Sequence[NewRecord], *, restored: bool = False) -> li
     if not records:
         raise invalid("records", "is empty; give at least one record")
     violations = []
-    documents = []
+    metadata_texts = []
     seen: dict[str, int] = {}
     for i, record in enumerate(records):
-        document, wrong_metadata = _document(record, restored=restored)
-        documents.append(document)
+        metadata_text, wrong_metadata = _metadata_text(record, restored=restored)
+        metadata_texts.append(metadata_text)
         wrong = {"id": _wrong_id(record.id), "metadata": wrong_metadata}
         for name, text in (("text", record.text), ("label", record.label)):
             wrong[name] = "" if _size(text) is not None else "has half a surrogate pair; send Unicode text"
@@ -53,7 +53,7 @@ def check_records(records: Sequence[NewRecord], *, restored: bool = False) -> li
         violations += [Violation(f"records[{i}].{name}", why) for name, why in wrong.items() if why]
     if violations:
         raise invalid_fields(violations)
-    return documents
+    return metadata_texts
 
 
 def check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int, min_recall: float = 0) -> None:
@@ -107,7 +107,7 @@ def _wrong_id(record_id: str) -> str:
     return ""
 
 
-def _document(record: NewRecord, *, restored: bool) -> tuple[str, str]:
+def _metadata_text(record: NewRecord, *, restored: bool) -> tuple[str, str]:
     """Return the metadata of a record as JSON, and what is wrong with it, as a part of an error message.
 
     The message is empty if the metadata is valid; otherwise the JSON is empty. With `restored`, NUL characters are
@@ -116,18 +116,18 @@ def _document(record: NewRecord, *, restored: bool) -> tuple[str, str]:
     if not isinstance(record.metadata, Mapping):
         return "", "is no JSON object; give one"
     try:
-        document = json.dumps(dict(record.metadata), ensure_ascii=False, allow_nan=False)
-        size = len(document.encode())
+        metadata_text = json.dumps(dict(record.metadata), ensure_ascii=False, allow_nan=False)
+        size = len(metadata_text.encode())
     except (TypeError, ValueError, RecursionError):
         return "", "holds what JSON cannot: use texts, finite numbers, booleans, nulls, lists and objects"
     if size > MAX_METADATA_BYTES:
         return "", f"has {size} bytes as JSON, it may have {MAX_METADATA_BYTES}; shorten it"
     # JSON contains NUL only as the escape \u0000. But the JSON of a backslash followed by "u0000" contains the same
     # characters, without any NUL. So the metadata itself is searched as well.
-    if not restored and "\\u0000" in document and (field := _field_with_nul(dict(record.metadata))) is not None:
+    if not restored and "\\u0000" in metadata_text and (field := _field_with_nul(dict(record.metadata))) is not None:
         what = f"a NUL character (U+0000) in field {field[:100]!r}"
         return "", f"holds {what}, which filters cannot compare; leave it out"
-    return document, ""
+    return metadata_text, ""
 
 
 def _field_with_nul(value: Any, path: tuple[str, ...] = ()) -> str | None:

@@ -160,13 +160,13 @@ class Collection(Lifecycle, CollectionSearchMethods):
                 revision differs from the expected revision, DATA_LOSS if a revision is expected of a record whose
                 revision or times are damaged, RESOURCE_EXHAUSTED if the disk is full.
         """
-        documents = check_records(records)
+        metadata_texts = check_records(records)
         check_vectors(vectors, self.spec.dimensions, self.spec.distance, items_of("vectors"))
         if len(vectors) != len(records):
             raise invalid("vectors", f"has {len(vectors)} vectors for {len(records)} records; give one for each")
         prepared = prepare(vectors, self.spec.distance)
         with self._writing():
-            change = self._store.upsert(records, documents, vectors, expected_revisions)
+            change = self._store.upsert(records, metadata_texts, vectors, expected_revisions)
             self._neighbours.change(change.added, prepared, change.removed)
             self._selector.note(change.sequence, change.removed)
             self._wake_if_needed()
@@ -187,11 +187,11 @@ class Collection(Lifecycle, CollectionSearchMethods):
         Raises:
             ServiceError: INVALID_ARGUMENT if a vector is invalid, RESOURCE_EXHAUSTED if the disk is full.
         """
-        documents = [record.document for record in records]
+        metadata_texts = [record.metadata_text for record in records]
         check_vectors(vectors, self.spec.dimensions, self.spec.distance, items_of("vectors"))
         prepared = prepare(vectors, self.spec.distance)
         with self._writing():
-            change = self._store.copy(records, documents, vectors)
+            change = self._store.copy(records, metadata_texts, vectors)
             self._neighbours.change(change.added, prepared, change.removed)
             self._selector.note(change.sequence, change.removed)
             self._wake_if_needed()
@@ -300,8 +300,8 @@ class Collection(Lifecycle, CollectionSearchMethods):
 
     def mismatches(self, condition: Filter) -> list[str]:
         """Return sentences on why a filter may match no record, by at most 1000 records; empty: no reason found."""
-        with self._calls.enter(), closing(self._store.metadata(MISMATCH_RECORDS)) as documents:
-            return mismatches(condition, documents)
+        with self._calls.enter(), closing(self._store.metadata(MISMATCH_RECORDS)) as all_metadata:
+            return mismatches(condition, all_metadata)
 
     def count(self, condition: Filter | None = None) -> int:
         """Return the number of records that meet a validated filter; None: of all records, damaged or not."""

@@ -113,7 +113,7 @@ class MilvusCollection:
                 UNIMPLEMENTED for `expected_revisions`, or a record with a time to live; RESOURCE_EXHAUSTED if the
                 message is too large for Milvus.
         """
-        documents = check_records(records)
+        metadata_texts = check_records(records)
         check_vectors(vectors, self.spec.dimensions, self.spec.distance, items_of("vectors"))
         if len(vectors) != len(records):
             raise invalid("vectors", f"has {len(vectors)} vectors for {len(records)} records; give one for each")
@@ -130,8 +130,10 @@ class MilvusCollection:
             }
             sequence, now = self._next_sequence(), _now()
             rows = [
-                schema.row(record, document, of_record, vector, sequence, created.get(record.id, now), now)
-                for record, document, of_record, vector in zip(records, documents, found_terms, vectors, strict=True)
+                schema.row(record, metadata_text, of_record, vector, sequence, created.get(record.id, now), now)
+                for record, metadata_text, of_record, vector in zip(
+                    records, metadata_texts, found_terms, vectors, strict=True
+                )
             ]
             self._reader.call("upsert", data=rows)
             self._sequence = sequence

@@ -192,7 +192,7 @@ def check_fit(
 
 def row(
     record: NewRecord,
-    document: str,
+    metadata_text: str,
     found_terms: Sequence[str],
     vector: Matrix,
     revision: int,
@@ -203,7 +203,7 @@ def row(
 
     Args:
         record: the record.
-        document: the record's metadata as JSON.
+        metadata_text: the record's metadata as JSON.
         found_terms: the terms of the metadata, see `terms.terms`.
         vector: float32 (dimensions,).
         revision: revision of the record.
@@ -213,7 +213,7 @@ def row(
     return {
         ID: record.id,
         "text": record.text,
-        "metadata": document,
+        "metadata": metadata_text,
         "label": record.label,
         terms.FIELD: list(found_terms),
         "revision": revision,
@@ -233,7 +233,7 @@ def stored(found: dict[str, Any]) -> StoredRecord:
     return StoredRecord(
         id=found[ID],
         text=found["text"],
-        document=_document(found),
+        metadata_text=_metadata_text(found),
         label=found["label"],
         revision=found["revision"],
         create_time=_moment(found["created"]),
@@ -248,8 +248,8 @@ def metadata(found: dict[str, Any]) -> dict[str, Any]:
     return json.loads(value) if isinstance(value, (str, bytes)) else dict(value)
 
 
-def _document(found: dict[str, Any]) -> str:
-    """Return the metadata of a row of Milvus as JSON text, without white space at its ends, for `decode_document`."""
+def _metadata_text(found: dict[str, Any]) -> str:
+    """Return the metadata of a row of Milvus as JSON text, without white space at its ends, for `decode_metadata`."""
     value = found["metadata"]
     return value.strip() if isinstance(value, str) else json.dumps(metadata(found), ensure_ascii=False)
 

@@ -380,7 +380,7 @@ def _filter(request: pb.DeleteRecordsRequest | pb.ListRecordsRequest | pb.CountR
 def _is_large(outcomes: Sequence[SearchOutcome]) -> bool:
     """Return whether all queries have over `_MANY_HITS` hits together, or metadata of over `_MUCH_METADATA`."""
     records = [record for outcome in outcomes for record, _ in outcome.hits]
-    return len(records) > _MANY_HITS or sum(len(record.document) for record in records) > _MUCH_METADATA
+    return len(records) > _MANY_HITS or sum(len(record.metadata_text) for record in records) > _MUCH_METADATA
 
 
 def _batch_response(batch: UpsertedBatch, fingerprint: str, request_id: str) -> pb.UpsertRecordsStreamResponse:

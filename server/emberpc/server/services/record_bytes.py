@@ -50,7 +50,7 @@ def record_bytes(record: StoredRecord, parts: RequestedParts) -> bytes:
     if parts.text:
         message.text = record.text
     serialized = message.SerializeToString()
-    if not parts.metadata or record.document == NO_METADATA:
+    if not parts.metadata or record.metadata_text == NO_METADATA:
         return serialized
     metadata = struct_bytes(record.metadata)
     return b"".join((serialized, _METADATA, varint(len(metadata)), metadata))

@@ -60,11 +60,11 @@ def compiled(connection: sqlite3.Connection, condition: Filter) -> Clause:
     holds_nul = False
     found = []
     # Rows are read one at a time, since the metadata of all records with NUL may not fit into memory.
-    for label, document in connection.execute(statement):
+    for label, metadata_text in connection.execute(statement):
         cancellation.check()
         holds_nul = True
         with suppress(*DAMAGE_ERRORS):
-            if matches(condition, json.loads(document)):
+            if matches(condition, json.loads(metadata_text)):
                 found.append(label)
     if not holds_nul:
         return clause

@@ -63,5 +63,5 @@ class RecordCache:
 def _size(_: _Key, record: StoredRecord) -> int:
     # The serialized form (`StoredRecord.serialized`) is cached with the record. So id and text count twice, and
     # metadata counts as JSON and as a protobuf message.
-    metadata = sys.getsizeof(record.document) + _METADATA_FACTOR * len(record.document)
+    metadata = sys.getsizeof(record.metadata_text) + _METADATA_FACTOR * len(record.metadata_text)
     return 2 * (sys.getsizeof(record.text) + sys.getsizeof(record.id)) + metadata + _OVERHEAD

@@ -133,7 +133,8 @@ class ResponseBytes:
         if self._response.left is None:
             return
         size = sum(
-            len(record.text.encode()) + len(record.label.encode()) + len(record.document.encode()) for record in records
+            len(record.text.encode()) + len(record.label.encode()) + len(record.metadata_text.encode())
+            for record in records
         )
         self._check(self._response.left - size)
         self._response.left -= size
@@ -147,7 +148,7 @@ class ResponseBytes:
 def select_parts(parts: RecordParts, record: StoredRecord) -> StoredRecord:
     """Return a copy of a record, in which text and metadata are empty if `parts` excludes them."""
     text = record.text if parts.text else ""
-    return record._replace(text=text, document=record.document if parts.metadata else NO_METADATA)
+    return record._replace(text=text, metadata_text=record.metadata_text if parts.metadata else NO_METADATA)
 
 
 def _size(parts: RecordParts) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from emberpc.server.collections.types import CollectionSpec, Matrix, StoredRecord, decode_document
+from emberpc.server.collections.types import CollectionSpec, Matrix, StoredRecord, decode_metadata
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.storage.lexical_terms import search_text
 
@@ -172,7 +172,7 @@ def record_of(row: Sequence[Any], spec: CollectionSpec, *, with_vectors: bool) -
         found = _checked_texts(record_id, text, metadata, label, text_checksum)
         # The checksums do not suffice: a row that an older version wrote may have got them later, when its metadata was
         # damaged already. Only decoding shows whether the metadata is a JSON object.
-        decode_document(metadata)
+        decode_metadata(metadata)
         numbers = (number, revision, created, updated, expires)
         if row_checksum_of(found, *numbers) != row_checksum or type(checksum) is not int:
             raise ValueError
@@ -193,7 +193,7 @@ def record_of(row: Sequence[Any], spec: CollectionSpec, *, with_vectors: bool) -
         raise damaged(record_id) from error
 
 
-def records_of_one_row(document: str) -> dict[int, StoredRecord]:
+def records_of_one_row(value: str) -> dict[int, StoredRecord]:
     """Convert the value that `AS_ONE_ROW` selects to records without vectors, by label (the record's number).
 
     Raises one of `DAMAGE_ERRORS` if one of the records is damaged; its vector is not checked.
@@ -211,11 +211,11 @@ def records_of_one_row(document: str) -> dict[int, StoredRecord]:
         expires,
         text_checksum,
         row_checksum,
-    ) in json.loads(document):
+    ) in json.loads(value):
         found = _checked_texts(record_id, text, metadata, class_label, text_checksum)
         if row_checksum_of(found, label, revision, created, updated, expires) != row_checksum:
             raise ValueError
-        decode_document(metadata)
+        decode_metadata(metadata)
         records[label] = StoredRecord(
             record_id,
             text,

@@ -103,7 +103,7 @@ class Store(StoreReader):
     def upsert(
         self,
         records: Sequence[NewRecord],
-        documents: Sequence[str],
+        metadata: Sequence[str],
         vectors: Matrix,
         expected_revisions: Sequence[int] | None,
     ) -> Change:
@@ -114,7 +114,7 @@ class Store(StoreReader):
 
         Args:
             records: the records, with distinct ids; a time to live counts from now.
-            documents: the metadata of each record, as JSON.
+            metadata: the metadata of each record, as JSON.
             vectors: float32 (records, dimensions), not prepared.
             expected_revisions: the expected present revision of each record, 0 for a missing record; None: no check.
 
@@ -131,13 +131,13 @@ class Store(StoreReader):
             message = f"has {len(expected_revisions)} items for {len(records)} records; give one for each"
             raise invalid("expected_revisions", message)
         self._reserve.check(f"the request wrote nothing to {self._subject}")
-        return self._write(lambda connection: self._upsert(connection, records, documents, vectors, expected_revisions))
+        return self._write(lambda connection: self._upsert(connection, records, metadata, vectors, expected_revisions))
 
     def _upsert(
         self,
         connection: sqlite3.Connection,
         records: Sequence[NewRecord],
-        documents: Sequence[str],
+        metadata: Sequence[str],
         vectors: Matrix,
         expected_revisions: Sequence[int] | None,
     ) -> Change:
@@ -163,18 +163,18 @@ class Store(StoreReader):
             )
             for record in records
         ]
-        added = self._insert(connection, records, documents, vectors, numbers)
+        added = self._insert(connection, records, metadata, vectors, numbers)
         updated = len(present)
         return Change(sequence, added, removed, len(records) - updated, updated)
 
-    def copy(self, records: Sequence[StoredRecord], documents: Sequence[str], vectors: Matrix) -> Change:
+    def copy(self, records: Sequence[StoredRecord], metadata: Sequence[str], vectors: Matrix) -> Change:
         """Write records of another database with their revisions and times; replace records with the same ids.
 
         All records are written in one transaction. The sequence does not grow.
 
         Args:
             records: the records, with distinct ids.
-            documents: the metadata of each record, as JSON.
+            metadata: the metadata of each record, as JSON.
             vectors: float32 (records, dimensions), stored instead of the records' own vectors.
 
         Returns:
@@ -185,13 +185,13 @@ class Store(StoreReader):
                 damaged, DEADLINE_EXCEEDED if the call is cancelled.
         """
         self._reserve.check(f"the request wrote nothing to {self._subject}")
-        return self._write(lambda connection: self._copy(connection, records, documents, vectors))
+        return self._write(lambda connection: self._copy(connection, records, metadata, vectors))
 
     def _copy(
         self,
         connection: sqlite3.Connection,
         records: Sequence[StoredRecord],
-        documents: Sequence[str],
+        metadata: Sequence[str],
         vectors: Matrix,
     ) -> Change:
         counters.check(connection, self._subject)
@@ -206,28 +206,28 @@ class Store(StoreReader):
             )
             for record in records
         ]
-        added = self._insert(connection, records, documents, vectors, numbers)
+        added = self._insert(connection, records, metadata, vectors, numbers)
         return Change(self._sequence(connection), added, removed)
 
     def _insert(
         self,
         connection: sqlite3.Connection,
         records: Sequence[NewRecord | StoredRecord],
-        documents: Sequence[str],
+        metadata: Sequence[str],
         vectors: Matrix,
         numbers: Sequence[tuple[int, float, float, float | None]],
     ) -> Labels:
         """Insert rows under new labels, and return these labels, int64 (records,), ascending.
 
-        `documents` has the metadata of each record as JSON. `numbers` has the revision and the create, update and
+        `metadata` has the metadata of each record as JSON. `numbers` has the revision and the create, update and
         expire time of each record; times in seconds since 1970, None: never expires.
         """
         first = counters.next_label(connection, self._subject)
         labels = np.arange(first, first + len(records), dtype=np.int64)
-        for label, record, document, vector, its in zip(
-            labels.tolist(), records, documents, vectors, numbers, strict=True
+        for label, record, metadata_text, vector, its in zip(
+            labels.tolist(), records, metadata, vectors, numbers, strict=True
         ):
-            insert_row(connection, label, (record.id, record.text, document, record.label), vector, its)
+            insert_row(connection, label, (record.id, record.text, metadata_text, record.label), vector, its)
         return labels
 
     def identity(self) -> str:

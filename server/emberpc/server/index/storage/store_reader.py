@@ -199,12 +199,12 @@ class StoreReader:
             rows = self._connection().execute(
                 "SELECT CAST(metadata AS BLOB) FROM records ORDER BY label LIMIT ?", (count,)
             )
-            for (document,) in rows:
-                size += len(document or b"")
+            for (metadata_text,) in rows:
+                size += len(metadata_text or b"")
                 if size > _MOST_METADATA:
                     return
                 with suppress(*DAMAGE_ERRORS):
-                    yield json.loads(document)
+                    yield json.loads(metadata_text)
 
     def compile(self, condition: Filter | None) -> Clause | None:
         """Compile a validated filter to SQL that is valid until the next write; None if there is no filter."""
