@@ -107,7 +107,7 @@ def check_records(collection: Collection, expected: dict[str, Any]) -> None:
 
 def check_searches(collection: Collection, expected: dict[str, Any]) -> None:
     for query, ids in expected["lexical"].items():
-        (outcome,) = collection.search_words([query], [100])
+        (outcome,) = collection.search_lexical([query], [100])
         assert sorted(record.id for record, _ in outcome.hits) == ids, query
     queries = np.random.default_rng(1).standard_normal((3, 8), dtype=np.float32)
     odd = Comparison("parity", Operator.EQUAL, "odd")
