@@ -1,4 +1,4 @@
-"""A bundle of a few bytes: this room looks at names, sizes and hashes, never into a model."""
+"""A bundle of a few bytes. The tests of this folder check names, sizes and hashes, and load no model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Probabilities that mean what they say."""
+"""Calibration: probabilities agree with the share of right answers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from emberpc.bundle.calibration import (
 
 
 @given(arrays(np.float32, (3, 4), elements=st.floats(-1e4, 1e4, width=32)), st.floats(0.05, 20))
-def test_probabilities_add_up_to_one_whatever_the_logits(logits: np.ndarray, temperature: float) -> None:
+def test_probabilities_add_up_to_one_for_all_logits(logits: np.ndarray, temperature: float) -> None:
     found = probabilities(logits, temperature)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])
-def test_the_temperature_that_was_put_in_is_found(temperature: float) -> None:
+def test_fit_temperature_finds_the_factor_that_scaled_the_logits(temperature: float) -> None:
     random = np.random.default_rng(0)
     true = random.normal(size=(20_000, 3)) * 2
     labels = np.array([random.choice(3, p=row) for row in probabilities(true)])
@@ -34,8 +34,8 @@ def test_the_temperature_that_was_put_in_is_found(temperature: float) -> None:
 
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("texts", [3, 21, 400])
-def test_texts_that_are_all_right_claim_no_more_than_they_are(texts: int, multi_label: bool) -> None:
-    """Their likelihood has no maximum: the lower the temperature, the likelier they are."""
+def test_probabilities_stay_below_1_if_all_held_out_texts_are_right(texts: int, multi_label: bool) -> None:
+    """The likelihood of texts that are all right has no maximum: it grows as the temperature falls."""
     random = np.random.default_rng(0)
     targets = np.eye(3, dtype=bool)[np.arange(texts) % 3]
     logits = np.where(targets, 3.0, -3.0) + random.normal(size=targets.shape) * 0.1
@@ -48,7 +48,7 @@ def test_texts_that_are_all_right_claim_no_more_than_they_are(texts: int, multi_
 
 @pytest.mark.parametrize("labels", [2, 50])
 @pytest.mark.parametrize("texts", [20, 200, 2000])
-def test_the_mean_confidence_of_texts_that_are_all_right_is_bounded_by_their_number(texts: int, labels: int) -> None:
+def test_the_number_of_texts_limits_the_mean_confidence_if_all_are_right(texts: int, labels: int) -> None:
     """The margins of real texts differ: some are far from the boundary between labels, and others are near."""
     random = np.random.default_rng(texts)
     targets = np.eye(labels, dtype=bool)[np.arange(texts) % labels]
@@ -67,7 +67,7 @@ def test_the_mean_confidence_of_texts_that_are_all_right_is_bounded_by_their_num
 @pytest.mark.parametrize("texts", [100, 500, 5000])
 @pytest.mark.parametrize("scale", [0.5, 3.0])
 def test_smoothing_does_not_worsen_the_calibration_of_texts_with_errors(texts: int, scale: float) -> None:
-    """The error on new texts, against that of the temperature without smoothing, and of the true temperature."""
+    """Compare the error on new texts with that of the temperature without smoothing and of the true temperature."""
     random = np.random.default_rng(texts)
 
     def drawn(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -87,7 +87,7 @@ def test_smoothing_does_not_worsen_the_calibration_of_texts_with_errors(texts: i
     assert errors[0] <= errors[2] + 1 / texts**0.5
 
 
-def test_logits_without_bound_have_a_temperature() -> None:
+def test_the_fitted_temperature_is_in_its_range_for_separable_and_inverted_logits() -> None:
     targets = np.eye(2, dtype=bool)[[0, 1, 0, 1]]
     for scale in (1e-6, 1.0, 1e4):
         for multi_label in (False, True):
@@ -104,7 +104,7 @@ def test_an_overconfident_model_has_a_calibration_error_and_a_calibrated_one_has
     assert expected_calibration_error(boastful, labels) == pytest.approx(0.19)
 
 
-def test_certainty_falls_into_the_last_bin() -> None:
+def test_the_calibration_error_counts_a_probability_of_1_in_the_last_bin() -> None:
     assert expected_calibration_error(np.array([[1.0, 0.0]]), np.array([[True, False]])) == 0
 
 
@@ -112,7 +112,7 @@ def test_without_held_out_texts_the_temperature_is_1() -> None:
     assert fit_temperature(np.zeros((0, 3)), np.zeros((0, 3), dtype=bool)) == 1
 
 
-def test_labels_that_do_not_exclude_each_other_have_probabilities_of_their_own() -> None:
+def test_multi_label_logits_have_a_fitted_temperature_and_calibrated_probabilities() -> None:
     random = np.random.default_rng(0)
     true = random.normal(size=(20_000, 3)) * 2
     targets = random.random(true.shape) < probabilities(true, multi_label=True)
@@ -122,7 +122,7 @@ def test_labels_that_do_not_exclude_each_other_have_probabilities_of_their_own()
     assert expected_calibration_error(found, targets, multi_label=True) < 0.01
 
 
-def test_thresholds_maximize_f1_and_rare_labels_share_one() -> None:
+def test_thresholds_maximize_f1_and_rare_labels_share_a_threshold() -> None:
     found = np.tile(np.linspace(0, 1, 101)[:, None], (1, 2))
     targets = np.stack([found[:, 0] >= 0.3, found[:, 1] >= 0.6], axis=1)
     assert fit_thresholds(found, targets) == pytest.approx((0.295, 0.595), abs=0.006)

@@ -1,4 +1,4 @@
-"""The cores that control groups allow, as the files that Linux shows say it."""
+"""Numbers of cores that control groups allow, read from the files that Linux provides."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def groups(root: Path, own: str, files: dict[str, str]) -> float:
     return quota(root / "own", root / "v2", root / "v1")
 
 
-def test_the_least_limit_on_the_way_up_holds(tmp_path: Path) -> None:
+def test_the_least_limit_of_a_group_and_its_parents_applies(tmp_path: Path) -> None:
     files = {
         "v2/cpu.max": "max 100000",
         "v2/a/cpu.max": "150000 100000",
@@ -29,13 +29,13 @@ def test_the_least_limit_on_the_way_up_holds(tmp_path: Path) -> None:
     assert groups(tmp_path, "0::/a/b\n", files) == 1.5
 
 
-def test_in_a_container_the_root_is_the_group(tmp_path: Path) -> None:
+def test_the_root_group_is_read_in_a_container(tmp_path: Path) -> None:
     assert groups(tmp_path, "0::/\n", {"v2/cpu.max": "50000 100000"}) == 0.5
-    # Without a namespace the path is that of the host, which is not to be seen here.
+    # Without a namespace, the path is that of the host, and the container has no folder of that path.
     assert groups(tmp_path, "0::/system.slice/docker-1.scope\n", {"v2/cpu.max": "50000 100000"}) == 0.5
 
 
-def test_version_1_is_read_where_the_controller_is(tmp_path: Path) -> None:
+def test_limits_of_cgroup_version_1_are_read_at_the_path_of_the_cpu_controller(tmp_path: Path) -> None:
     files = {"v1/cpu.cfs_quota_us": "-1", "v1/cpu.cfs_period_us": "100000"}
     assert groups(tmp_path, "4:cpu,cpuacct:/c\n0::/\n", files) == inf
     files |= {"v1/c/cpu.cfs_quota_us": "250000", "v1/c/cpu.cfs_period_us": "100000"}
@@ -43,9 +43,9 @@ def test_version_1_is_read_where_the_controller_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "max", "nonsense 100000", "1000 0"])
-def test_what_says_nothing_sets_no_limit(tmp_path: Path, text: str) -> None:
+def test_an_invalid_cpu_max_sets_no_limit(tmp_path: Path, text: str) -> None:
     assert groups(tmp_path, "0::/\n", {"v2/cpu.max": text}) == inf
 
 
-def test_this_process_may_use_some() -> None:
+def test_usable_cores_are_at_least_1() -> None:
     assert usable_cores() >= 1

@@ -1,4 +1,4 @@
-"""The decision rule of classifiers: server and export decide by it, so its results may not depend on who calls it."""
+"""The decision rule of classifiers gives the server and the export equal results."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def embedding_manifest() -> Manifest:
 
 
 @given(logits=LOGITS | EXTREME, rule=RULES)
-def test_the_server_decides_by_the_manifest_as_the_export_by_its_rule(
+def test_a_rule_read_from_the_manifest_decides_like_the_rule_of_the_export(
     embedding_manifest: Manifest, logits: np.ndarray, rule: DecisionRule
 ) -> None:
     stored = Manifest.from_json(classifier(embedding_manifest, rule).to_json())
     served, exported = stored.decision_rule.decide(logits), rule.decide(logits)
     for name in ("probabilities", "ranking", "labels", "rejected"):
         assert np.array_equal(getattr(served, name), getattr(exported, name))
-    # The export measures with the single steps.
+    # The export measures with these two methods.
     assert np.array_equal(served.probabilities, rule.probabilities(logits))
     assert np.array_equal(served.labels, rule.labels(logits) & ~exported.rejected[:, None])
 
@@ -97,7 +97,7 @@ def test_logits_in_float32_and_float64_give_the_same_decision(logits: np.ndarray
 
 
 @given(logits=LOGITS | EXTREME, temperature=st.sampled_from([5e-324, 1e-300, 1e-6, 1e6, 1e300]) | st.floats(0.05, 20))
-def test_probabilities_are_in_range_whatever_the_logits(logits: np.ndarray, temperature: float) -> None:
+def test_probabilities_are_from_0_to_1_for_all_logits(logits: np.ndarray, temperature: float) -> None:
     single = probabilities(logits, temperature)
     assert ((single >= 0) & (single <= 1)).all()
     np.testing.assert_allclose(single.sum(axis=1), 1, rtol=1e-9)
@@ -127,7 +127,7 @@ def test_a_rejected_text_has_no_label_and_other_texts_of_a_single_label_classifi
         assert found.labels[np.arange(len(logits)), found.ranking[:, 0]][~found.rejected].all()
 
 
-def test_of_equal_logits_the_first_label_is_the_best() -> None:
+def test_the_first_of_labels_with_equal_logits_is_the_best() -> None:
     logits = np.array([[1.0, 2.0, 2.0], [0.0, 0.0, 0.0], [np.inf, -np.inf, np.inf]])
     assert best_labels(logits).tolist() == [1, 0, 0]
     assert ranking(logits).tolist() == [[1, 2, 0], [0, 1, 2], [0, 2, 1]]
@@ -142,7 +142,7 @@ def test_logits_decide_between_labels_whose_probabilities_are_equal() -> None:
     assert found.labels.tolist() == [[False, True]]
 
 
-def test_a_multi_label_classifier_gives_each_label_from_its_threshold_on() -> None:
+def test_a_multi_label_classifier_gives_labels_at_or_above_their_thresholds() -> None:
     logits = np.log(np.array([[0.3 / 0.7, 4.0, 0.7 / 0.3]]))
     rule = DecisionRule(thresholds=(0.2, 0.9, 0.6), multi_label=True)
     assert rule.decide(logits).labels.tolist() == [[True, False, True]]

@@ -1,4 +1,4 @@
-"""The figures of a classifier: those of scikit-learn, computed with numpy only."""
+"""Figures of a classifier, computed with numpy only, equal those of scikit-learn."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_auroc_is_that_of_scikit_learn_with_and_without_ties(inside: int, ou
     assert auroc(within, beyond) == pytest.approx(expected, abs=1e-12)
 
 
-def test_equal_scores_count_half() -> None:
+def test_auroc_counts_equal_scores_half() -> None:
     assert auroc(np.zeros(5), np.zeros(7)) == 0.5
     assert auroc(np.array([1.0, 0.0]), np.array([0.0])) == 0.75
 
@@ -41,14 +41,14 @@ def test_the_f1_scores_are_those_of_scikit_learn(multi_label: bool) -> None:
     assert found["micro_f1"] == pytest.approx(metrics.f1_score(targets, decided, average="micro", zero_division=0))
 
 
-def test_texts_without_any_label_have_figures() -> None:
+def test_measure_returns_figures_for_texts_without_labels() -> None:
     found = measure(
         np.full((3, 2), -5.0, dtype=np.float32), np.zeros((3, 2), dtype=bool), DecisionRule(multi_label=True)
     )
     assert (found["accuracy"], found["macro_f1"], found["micro_f1"]) == (1.0, 0.0, 0.0)
 
 
-def test_without_texts_outside_all_labels_the_best_logit_is_cut_at_the_stated_rate() -> None:
+def test_calibrate_without_out_of_scope_texts_rejects_the_stated_share_by_the_best_logit() -> None:
     logits = np.arange(2000, dtype=np.float32).reshape(1000, 2)
     targets = np.tile([False, True], (1000, 1))
     rule = calibrate(HeldOut(logits, targets), rejection_rate=0.05)
@@ -58,7 +58,7 @@ def test_without_texts_outside_all_labels_the_best_logit_is_cut_at_the_stated_ra
     assert calibrate(HeldOut(logits, targets)).decide(logits).rejected.sum() == 10
     assert calibrate(HeldOut(logits, targets), rejection_rate=0).rejection_threshold is None
     assert calibrate(HeldOut(logits[:0], targets[:0])).rejection_threshold is None
-    # `compare` measures this rule on texts outside all labels.
+    # `compare` measures this rule on out-of-scope texts.
     found = measure_scope(logits, np.array([[0.0, 1.0], [0.0, 1e6]], dtype=np.float32), rule)
     assert found["false_rejection_rate"] == pytest.approx(0.05)
     assert found["false_acceptance_rate"] == 0.5

@@ -1,4 +1,4 @@
-"""Folders of other tools: numbers and texts of their files are checked against limits, whatever stands there."""
+"""Foreign folders: numbers and texts in their files are checked against limits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def foreign(
     model: bytes = b"\x08\x09",
     inputs: Sequence[str] = ("input_ids", "attention_mask"),
 ) -> Bundle:
-    """Read a folder with these JSON files and an ONNX file, which is taken for a graph with this output."""
+    """Read a folder with these JSON files and an ONNX file, which counts as a graph with this output."""
     folder.mkdir(exist_ok=True)
     (folder / "model.onnx").write_bytes(model)
     (folder / "tokenizer.json").write_text("{}")
@@ -65,7 +65,7 @@ CONFIG: dict[str, Any] = {"hidden_size": 8, "max_position_embeddings": 32, "pad_
         ({}, {"query_prompt": "\ud800"}, "no valid Unicode"),
     ],
 )
-def test_a_value_beyond_a_limit_is_named(
+def test_a_value_beyond_a_limit_is_named_in_the_error(
     tmp_path: Path, change: dict[str, Any], options: Mapping[str, str], words: str
 ) -> None:
     with pytest.raises(BundleError, match=words):
@@ -87,12 +87,12 @@ def test_the_width_of_the_output_has_a_limit(tmp_path: Path) -> None:
         ({"0": "a", "00": "b"}, "has an id twice"),
     ],
 )
-def test_labels_have_limits(tmp_path: Path, labels: Mapping[str, object], words: str) -> None:
+def test_labels_beyond_the_limits_are_refused(tmp_path: Path, labels: Mapping[str, object], words: str) -> None:
     with pytest.raises(BundleError, match=words):
         foreign(tmp_path, {"config.json": CONFIG | {"id2label": labels}}, width=2, output="logits")
 
 
-def test_prompts_and_poolings_of_any_form_are_refused_in_words(tmp_path: Path) -> None:
+def test_invalid_prompts_and_poolings_are_refused_with_a_bundle_error(tmp_path: Path) -> None:
     prompts = {"prompts": {"query": "\ud800"}}
     with pytest.raises(BundleError, match="no valid Unicode"):
         foreign(tmp_path, {"config.json": CONFIG, "config_sentence_transformers.json": prompts})
@@ -105,19 +105,19 @@ def test_prompts_and_poolings_of_any_form_are_refused_in_words(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", [["query"], {"a": 1}, 7])
-def test_a_default_prompt_name_of_another_type_is_no_prompt(tmp_path: Path, name: object) -> None:
+def test_a_default_prompt_name_that_is_no_string_is_ignored(tmp_path: Path, name: object) -> None:
     prompts = {"prompts": {"other": "p"}, "default_prompt_name": name}
     bundle = foreign(tmp_path, {"config.json": CONFIG, "config_sentence_transformers.json": prompts})
     assert bundle.manifest.prompts.query == ""
 
 
-def test_only_a_classifier_is_multi_label(tmp_path: Path) -> None:
+def test_the_problem_type_makes_only_classifiers_multi_label(tmp_path: Path) -> None:
     config = CONFIG | {"problem_type": "multi_label_classification", "id2label": {"0": "a", "1": "b"}}
     assert not foreign(tmp_path / "embeds", {"config.json": config}).manifest.multi_label
     assert foreign(tmp_path / "classifies", {"config.json": config}, width=2, output="logits").manifest.multi_label
 
 
-def test_a_folder_with_a_name_that_is_no_utf8_is_read(tmp_path: Path) -> None:
+def test_a_folder_whose_name_is_not_utf8_is_read(tmp_path: Path) -> None:
     folder = tmp_path / "caf\udce9"
     assert foreign(folder, {"config.json": CONFIG}).manifest.base_model == "caf?"
 
@@ -131,7 +131,7 @@ JSON = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(m
     JSON,
     st.sampled_from(["bert", "roberta"]),
 )
-def test_any_json_in_config_is_read_within_the_limits_or_refused_in_words(
+def test_any_json_in_config_json_is_read_or_refused_with_a_bundle_error(
     tmp_path: Path, key: str, value: object, kind: str
 ) -> None:
     try:
@@ -142,16 +142,16 @@ def test_any_json_in_config_is_read_within_the_limits_or_refused_in_words(
         assert Manifest.from_json(bundle.manifest.to_json()) == bundle.manifest
 
 
-def test_an_absolute_path_of_the_file_is_refused_also_in_the_folder(tmp_path: Path) -> None:
+def test_the_option_file_refuses_an_absolute_path_inside_the_folder(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is an absolute path; give its path in the folder"):
         foreign(tmp_path, {"config.json": CONFIG}, {"file": str(tmp_path / "model.onnx")}, width="hidden")
 
 
-def test_options_within_the_limits_are_taken() -> None:
+def test_options_within_the_limits_are_accepted() -> None:
     assert Stated.parse({"max_tokens": "512", "dimensions": "8"}) == Stated(max_tokens="512", dimensions="8")
 
 
-def test_the_fingerprint_of_the_old_scheme_is_that_which_collections_were_bound_by(tmp_path: Path) -> None:
+def test_legacy_fingerprint_equals_the_one_computed_by_the_old_scheme(tmp_path: Path) -> None:
     """The expected values were computed by emberpc before the present scheme."""
     tmp_path.joinpath("model.onnx_data").write_bytes(b"weights")
     bundle = foreign(tmp_path, {"config.json": CONFIG}, {"query_prompt": "q'"})
@@ -160,7 +160,7 @@ def test_the_fingerprint_of_the_old_scheme_is_that_which_collections_were_bound_
     assert bundle.legacy_fingerprint() != bundle.fingerprint()
 
 
-def test_the_old_fingerprint_is_empty_if_it_missed_weights(tmp_path: Path) -> None:
+def test_legacy_fingerprint_is_empty_if_the_old_scheme_did_not_hash_all_weights(tmp_path: Path) -> None:
     weights = helper.make_tensor("w", TensorProto.FLOAT, [2], np.ones(2, dtype=np.float32).tobytes(), raw=True)
     graph = helper.make_graph([], "g", [], [], [weights])
     for name, covered in (("model.onnx_data", True), ("model.onnx.data", False)):
@@ -210,7 +210,7 @@ def test_the_manifest_says_whether_the_token_limit_was_stated(tmp_path: Path) ->
 
 @pytest.mark.parametrize("kind", ["CrossEncoder", "SparseEncoder", 7])
 @pytest.mark.parametrize("output", ["logits", "last_hidden_state"])
-def test_models_that_do_not_take_single_texts_are_refused(tmp_path: Path, kind: object, output: str) -> None:
+def test_models_that_return_no_vector_for_a_single_text_are_refused(tmp_path: Path, kind: object, output: str) -> None:
     files = {
         "config.json": CONFIG | {"id2label": {"0": "contradiction", "1": "entailment"}},
         "config_sentence_transformers.json": {"model_type": kind},
@@ -232,7 +232,7 @@ def modules(*kinds: str) -> list[dict[str, str]]:
         ("Transformer", "Pooling", "Normalize", "Normalize"),
     ],
 )
-def test_modules_in_another_order_are_refused(tmp_path: Path, kinds: tuple[str, ...]) -> None:
+def test_modules_in_an_unsupported_order_are_refused(tmp_path: Path, kinds: tuple[str, ...]) -> None:
     with pytest.raises(BundleError, match=f"lists {', '.join(kinds)}; the server runs"):
         foreign(tmp_path, {"config.json": CONFIG, "modules.json": modules(*kinds)})
 
@@ -247,8 +247,8 @@ def test_a_model_that_does_not_begin_with_a_transformer_is_refused(tmp_path: Pat
     "kind", ["LayerNorm", "LSTM", "WordEmbeddings", "CNN", "WeightedLayerPooling", "Router", "own.Module"]
 )
 @pytest.mark.parametrize("dense", [(), ("Dense",)])
-def test_a_module_that_neither_server_nor_export_runs_is_named(tmp_path: Path, kind: str, dense: Sequence[str]) -> None:
-    """The remedy was an export, which refuses these modules."""
+def test_the_error_for_an_unsupported_module_names_no_export(tmp_path: Path, kind: str, dense: Sequence[str]) -> None:
+    """An earlier error advised an export, which refuses these modules."""
     listed = [*modules("Transformer", "Pooling", *dense, kind)]
     if "." in kind:
         listed[-1]["type"] = kind
@@ -257,15 +257,15 @@ def test_a_module_that_neither_server_nor_export_runs_is_named(tmp_path: Path, k
     assert "export" not in str(refused.value)
 
 
-def test_a_module_that_only_the_export_takes_is_named_with_the_export(tmp_path: Path) -> None:
+def test_the_error_for_a_module_that_only_the_export_runs_names_the_export(tmp_path: Path) -> None:
     files = {"config.json": CONFIG, "modules.json": modules("Transformer", "Pooling", "Dense")}
     with pytest.raises(BundleError, match="the module Dense is not run by the server; .*`emberpc export embedding`"):
         foreign(tmp_path, files)
 
 
 @pytest.mark.parametrize("config", [{}, {"include_prompt": True}, {"pooling_mode_cls_token": False}])
-def test_a_pooling_that_is_not_stated_is_refused(tmp_path: Path, config: dict[str, object]) -> None:
-    """It was mean; sentence-transformers does not load the model."""
+def test_a_pooling_config_that_states_no_pooling_is_refused(tmp_path: Path, config: dict[str, object]) -> None:
+    """An earlier version assumed mean pooling; sentence-transformers does not load the model."""
     (tmp_path / "1_Pooling").mkdir()
     listed = [*MODULES, {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
     files = {"config.json": CONFIG, "modules.json": listed, "1_Pooling/config.json": config}
@@ -360,7 +360,7 @@ def test_settings_that_change_the_tokenizer_are_refused(
         ({"truncation": {"direction": "Left"}}, {"truncation_side": "right"}),
     ],
 )
-def test_settings_that_agree_with_the_tokenizer_are_taken(tmp_path: Path, tokenizer: object, config: object) -> None:
+def test_settings_that_agree_with_the_tokenizer_are_accepted(tmp_path: Path, tokenizer: object, config: object) -> None:
     foreign(tmp_path, {"config.json": CONFIG, "tokenizer.json": tokenizer, "tokenizer_config.json": config})
 
 
@@ -407,7 +407,7 @@ def test_the_tokenizer_may_state_its_limit_under_the_old_key(tmp_path: Path) -> 
     assert bundle.manifest.max_tokens == 16
 
 
-def test_a_missing_pooling_folder_is_named(tmp_path: Path) -> None:
+def test_a_missing_pooling_folder_is_named_in_the_error(tmp_path: Path) -> None:
     listed = [*MODULES, {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
     with pytest.raises(BundleError, match=r"1_Pooling/config.json is missing, and modules.json lists it"):
         foreign(tmp_path, {"config.json": CONFIG, "modules.json": listed})

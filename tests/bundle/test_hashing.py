@@ -22,7 +22,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("offset", [0, 1, _CHUNK_BYTES, len(CONTENT)])
 @pytest.mark.parametrize("length", [None, 0, 1, _CHUNK_BYTES, _CHUNK_BYTES + 1])
-def test_a_part_has_the_hash_of_its_bytes(path: Path, offset: int, length: int | None) -> None:
+def test_the_hash_of_a_part_covers_exactly_its_bytes(path: Path, offset: int, length: int | None) -> None:
     part = CONTENT[offset:] if length is None else CONTENT[offset : offset + length]
     if length is not None and len(part) < length:
         with pytest.raises(BundleError, match="shorter than the ONNX file says"):
@@ -31,6 +31,6 @@ def test_a_part_has_the_hash_of_its_bytes(path: Path, offset: int, length: int |
         assert sha256_of_part(path, offset, length) == hashlib.sha256(part).digest()
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_named_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="none cannot be read"):
         sha256_of_part(tmp_path / "none")

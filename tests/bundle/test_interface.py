@@ -1,4 +1,4 @@
-"""Inputs of a graph: each has a role that its name or its user states, and no other input is given anything."""
+"""Inputs of a graph: the name of an input or the user states its role; an input without a role is refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def graph(*names: str, kind: str = "tensor(int64)") -> Graph:
         (("input_ids", "attention_mask", "position_ids"), ("input_ids", "attention_mask", "position_ids")),
     ],
 )
-def test_roles_are_known_by_whole_names(names: tuple[str, ...], roles: tuple[str, ...]) -> None:
+def test_input_roles_are_found_by_whole_names(names: tuple[str, ...], roles: tuple[str, ...]) -> None:
     found = find_inputs(graph(*names), first_position=0)
     assert tuple(getattr(found, role) for role in roles) == names
 
@@ -65,12 +65,12 @@ def test_an_input_of_an_unknown_role_is_refused(names: tuple[str, ...]) -> None:
         ("=", "has the role ''"),
     ],
 )
-def test_a_wrong_model_option_is_refused(stated: str, words: str) -> None:
+def test_an_invalid_model_option_inputs_is_refused(stated: str, words: str) -> None:
     with pytest.raises(BundleError, match=words):
         find_inputs(graph("input_ids", "attention_mask", "position_ids"), stated, 0)
 
 
-def test_stated_roles_go_before_names() -> None:
+def test_stated_roles_override_input_names() -> None:
     found = find_inputs(graph("a", "b", "c"), "position_ids=a:input_ids=b:attention_mask=c", 0)
     assert (found.input_ids, found.attention_mask, found.position_ids) == ("b", "c", "a")
     assert find_inputs(graph("a", "b", "c"), "a:b:c").token_type_ids == "c"
@@ -85,7 +85,7 @@ def test_stated_roles_go_before_names() -> None:
         ({"model_type": "mpnet"}, 2),
     ],
 )
-def test_positions_start_where_the_model_type_has_them_start(config: dict[str, object], first: int) -> None:
+def test_positions_start_at_the_first_position_of_the_model_type(config: dict[str, object], first: int) -> None:
     assert read_first_position(config) == first
     inputs = find_inputs(graph("input_ids", "position_ids", kind="tensor(int32)"), "", first)
     positions = inputs.feeds(IDS, MASK)["position_ids"]
@@ -99,7 +99,7 @@ def test_positions_of_a_model_of_unknown_type_are_refused() -> None:
         find_inputs(graph("input_ids", "position_ids"))
 
 
-def test_new_fields_leave_the_old_fingerprints_as_they_were() -> None:
+def test_legacy_text_has_no_fields_that_were_added_later() -> None:
     inputs = find_inputs(graph("input_ids", "attention_mask"))
     assert Interface(inputs, "out", "mean").legacy_text() == (
         "Interface(inputs=Inputs(input_ids='input_ids', attention_mask='attention_mask', token_type_ids='', "

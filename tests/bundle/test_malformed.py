@@ -41,7 +41,7 @@ SETTING_KEYS = ["do_lower_case", "add_prefix_space", "add_bos_token", "added_tok
     stated=ANY_JSON | st.dictionaries(st.sampled_from(SETTING_KEYS), ANY_JSON, max_size=3),
     feeds_types=st.booleans(),
 )
-def test_any_json_of_a_tokenizer_is_read_or_refused_in_words(
+def test_any_json_of_a_tokenizer_is_read_or_refused_with_a_bundle_error(
     tmp_path: Path, tokenizer: object, stated: object, feeds_types: bool
 ) -> None:
     for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", stated)):
@@ -57,7 +57,7 @@ def test_a_tokenizer_whose_template_holds_no_objects_is_refused(tmp_path: Path) 
         check_tokenizer(tmp_path, feeds_types=True)
 
 
-def test_a_loop_of_links_is_an_error_in_words(tmp_path: Path) -> None:
+def test_a_loop_of_symbolic_links_is_refused_with_a_bundle_error(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").symlink_to("other.json")
     (tmp_path / "other.json").symlink_to("tokenizer.json")
     with pytest.raises(BundleError, match="cannot be read"):

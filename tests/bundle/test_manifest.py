@@ -1,4 +1,4 @@
-"""The manifest: what is written is read, and what is wrong is refused in words."""
+"""The manifest: a written manifest is read again, and an invalid one is refused with the reason."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_written_manifest_is_read(manifest: Manifest) -> None:
 
 
 @given(st.sampled_from([field.name for field in dataclasses.fields(Manifest)]), JSON)
-def test_any_json_in_any_field_is_read_or_refused_in_words(field: str, value: object) -> None:
+def test_any_json_in_any_field_is_read_or_refused_with_a_bundle_error(field: str, value: object) -> None:
     data = json.loads(_manifest().to_json()) | {field: value}
     refusal = ""
     try:
@@ -97,19 +97,19 @@ def test_any_json_in_any_field_is_read_or_refused_in_words(field: str, value: ob
     if refusal:
         assert "emberpc.json" in refusal
     else:
-        # What was let in can be written, hashed and read again.
+        # An accepted manifest can be written, hashed and read again.
         assert read.legacy_fingerprint()
         assert Manifest.from_json(read.to_json()) == read
 
 
 @pytest.mark.parametrize("change", [{"base_model": "\ud800"}, {"labels": ("\ud800", "b")}])
-def test_no_text_that_utf8_cannot_write_gets_into_a_manifest(change: dict[str, Any]) -> None:
+def test_texts_of_invalid_unicode_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(BundleError, match="no valid Unicode"):
         dataclasses.replace(_manifest(), **change)
 
 
 @given(JSON)
-def test_any_json_as_the_whole_is_refused_in_words(value: object) -> None:
+def test_any_json_in_place_of_a_manifest_is_refused_with_a_bundle_error(value: object) -> None:
     with pytest.raises(BundleError, match=r"emberpc\.json"):
         Manifest.from_json(json.dumps(value))
 
@@ -165,7 +165,7 @@ def test_any_json_as_the_whole_is_refused_in_words(value: object) -> None:
         ({"format_version": None}, "export the model again"),
     ],
 )
-def test_an_error_names_the_problem(change: dict[str, Any], words: str) -> None:
+def test_an_invalid_field_is_refused_with_the_reason(change: dict[str, Any], words: str) -> None:
     data = json.loads(_manifest().to_json()) | change
     with pytest.raises(BundleError, match=words):
         Manifest.from_json(json.dumps(data))
@@ -178,7 +178,7 @@ def test_an_invalid_manifest_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("score", RejectionScore)
-def test_a_decision_rule_is_stored_in_the_lowest_format_that_can_say_it(score: RejectionScore) -> None:
+def test_a_decision_rule_is_stored_in_the_lowest_format_that_supports_it(score: RejectionScore) -> None:
     rule = DecisionRule(2.0, (), 0.25, rejection_score=score)
     manifest = dataclasses.replace(_manifest(), **rule.manifest_fields())
     stored = json.loads(manifest.to_json())
@@ -188,7 +188,7 @@ def test_a_decision_rule_is_stored_in_the_lowest_format_that_can_say_it(score: R
 
 
 @pytest.mark.parametrize("score", RejectionScore)
-def test_a_reader_of_the_first_format_refuses_every_score_that_it_does_not_know(
+def test_a_reader_of_format_1_refuses_scores_that_it_does_not_support(
     score: RejectionScore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = dataclasses.replace(_manifest(), **DecisionRule(1.0, (), 0.25, rejection_score=score).manifest_fields())
@@ -200,7 +200,7 @@ def test_a_reader_of_the_first_format_refuses_every_score_that_it_does_not_know(
             Manifest.from_json(text.to_json())
 
 
-def test_a_manifest_of_the_first_format_rejects_by_the_best_logit() -> None:
+def test_a_manifest_of_format_1_rejects_by_the_best_logit() -> None:
     """`format-1.json` was written by the last version that had no other scores."""
     path = Path(__file__).parent.parent / "data" / "manifests" / "format-1.json"
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -216,7 +216,7 @@ def test_unknown_fields_of_a_newer_writer_are_ignored() -> None:
     assert Manifest.from_json(json.dumps(data)) == manifest
 
 
-def test_an_unknown_variant_is_refused_with_those_there_are() -> None:
+def test_an_unknown_variant_is_refused_with_a_list_of_the_variants() -> None:
     assert _manifest().variant("").name == "fp32"
     with pytest.raises(BundleError, match="'qint8'; the bundle has: fp32"):
         _manifest().variant("qint8")
@@ -233,18 +233,18 @@ def test_an_unknown_variant_is_refused_with_those_there_are() -> None:
         {"files": {"tokenizer.json": FileEntry("11", 1)}},
     ],
 )
-def test_every_input_of_the_old_scheme_changes_its_fingerprint(change: dict[str, Any]) -> None:
+def test_every_field_of_the_old_scheme_changes_the_legacy_fingerprint(change: dict[str, Any]) -> None:
     manifest = _manifest()
     assert dataclasses.replace(manifest, **change).legacy_fingerprint() != manifest.legacy_fingerprint()
 
 
 @pytest.mark.parametrize("change", [{"created": "now"}, {"quality": {"x": 1.0}}, {"revision": "def"}])
-def test_nothing_else_changes_the_old_fingerprint(change: dict[str, Any]) -> None:
+def test_other_fields_do_not_change_the_legacy_fingerprint(change: dict[str, Any]) -> None:
     manifest = _manifest()
     assert dataclasses.replace(manifest, **change).legacy_fingerprint() == manifest.legacy_fingerprint()
 
 
-def test_the_old_fingerprint_is_that_which_collections_were_bound_by() -> None:
+def test_legacy_fingerprint_equals_the_one_computed_by_the_old_scheme() -> None:
     """The expected value was computed by emberpc before the present scheme."""
     manifest = dataclasses.replace(
         _manifest(), prompts=Prompts("q: ", "p: "), files={"tokenizer.json": FileEntry("11", 1)}
@@ -253,7 +253,7 @@ def test_the_old_fingerprint_is_that_which_collections_were_bound_by() -> None:
 
 
 def _manifest() -> Manifest:
-    """Not the fixture: hypothesis calls a test many times and would share it."""
+    """Return a manifest. A fixture would be shared by all examples that hypothesis gives to a test."""
     return Manifest(
         task=Task.EMBEDDING,
         base_model="some/model",
@@ -275,12 +275,12 @@ def test_two_variants_with_the_same_name_are_refused() -> None:
         Manifest.from_json(json.dumps(data))
 
 
-def test_a_bound_that_is_no_share_is_refused() -> None:
+def test_a_bound_outside_0_to_1_is_refused() -> None:
     with pytest.raises(BundleError, match=r"cosine_min of a variant is 1\.5"):
         Bound(cosine_min=1.5, difference_max=0.1)
 
 
-def test_a_bound_reports_outputs_that_miss_it_and_nan() -> None:
+def test_a_bound_reports_outputs_beyond_it_and_nan() -> None:
     bound = Bound(cosine_min=0.9, difference_max=0.5)
     expected = np.eye(3, 4, dtype=np.float32)
     assert bound.faults(expected, expected + np.float32(0.1)) == []

@@ -40,7 +40,7 @@ def graph(names: str = "") -> onnx.ModelProto:
 
 
 def saved(folder: Path, model: onnx.ModelProto, location: str = "") -> Path:
-    """Write a graph, its weights into a file of this name if there is one."""
+    """Write a graph; unless `location` is empty, its weights go into a file of that name."""
     (folder / "onnx").mkdir(parents=True)
     external = {"save_as_external_data": True, "location": location, "size_threshold": 0} if location else {}
     onnx.save(model, str(folder / MODEL), **external)
@@ -52,7 +52,7 @@ def digest(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("location", ["model.onnx.data", "model.onnx_data", "weights.bin"])
-def test_weights_count_wherever_they_lie(tmp_path: Path, location: str) -> None:
+def test_the_digest_covers_weights_inside_and_outside_the_onnx_file(tmp_path: Path, location: str) -> None:
     inside = saved(tmp_path / "inside", graph())
     beside = saved(tmp_path / "beside", graph(), location)
     assert external_files(inside, MODEL) == ()
@@ -102,7 +102,7 @@ def test_every_change_that_affects_the_output_changes_its_digest(tmp_path: Path,
     assert digest(saved(tmp_path / "changed", model)) != digest(saved(tmp_path / "as it was", graph()))
 
 
-def test_numbers_that_are_not_packed_count(tmp_path: Path) -> None:
+def test_the_digest_covers_numbers_that_are_not_packed(tmp_path: Path) -> None:
     found = set()
     for i, last in enumerate((1.0, 2.0)):
         model = graph()
@@ -137,7 +137,7 @@ def test_changes_that_do_not_affect_the_output_keep_its_digest(tmp_path: Path, c
 
 
 def a_branch(model: onnx.ModelProto) -> None:
-    """Add a graph in a graph, whose parts are not followed."""
+    """Add a subgraph. The digest does not search a subgraph for the parts that an output needs."""
     inner = helper.make_graph(
         [helper.make_node("Identity", ["out"], ["inner"])],
         "g",
@@ -149,7 +149,7 @@ def a_branch(model: onnx.ModelProto) -> None:
     model.graph.output.append(helper.make_tensor_value_info("chosen", TensorProto.FLOAT, [None, 4]))
 
 
-def test_of_a_graph_that_cannot_be_followed_all_bytes_count(tmp_path: Path) -> None:
+def test_the_digest_covers_all_bytes_of_a_graph_with_a_subgraph(tmp_path: Path) -> None:
     folders: list[Path] = []
     for name in ("first", "second"):
         model = graph()
@@ -166,7 +166,7 @@ def test_of_a_graph_that_cannot_be_followed_all_bytes_count(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("location", ["../w", "/etc/passwd", "a/../../../w", "a\\w", "*/_ORT_MEM_ADDR_/*", ""])
-def test_no_weights_are_taken_from_outside_the_folder(tmp_path: Path, location: str) -> None:
+def test_weights_outside_the_folder_are_refused(tmp_path: Path, location: str) -> None:
     model = graph()
     folder = saved(tmp_path / "model", model, "w")
     (tmp_path / "w").write_bytes(b"x" * 100)
@@ -179,7 +179,7 @@ def test_no_weights_are_taken_from_outside_the_folder(tmp_path: Path, location: 
         external_files(folder, MODEL)
 
 
-def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+def test_a_link_to_weights_outside_the_folder_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", graph(), "w")
     (folder / "onnx" / "w").rename(tmp_path / "w")
     (folder / "onnx" / "w").symlink_to(tmp_path / "w")
@@ -188,7 +188,7 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
 
 
 @given(cut=st.integers(0, 2000), place=st.integers(0, 2000), byte=st.integers(0, 255))
-def test_a_damaged_file_has_a_digest_or_is_refused_in_words(
+def test_a_damaged_file_has_a_digest_or_is_refused_with_a_bundle_error(
     cut: int, place: int, byte: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("damaged")

@@ -1,4 +1,4 @@
-"""Reading a bundle that is damaged, or that somebody has made to do harm."""
+"""Reading bundles that are whole, damaged or malicious."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def reject_without_vectors(folder: Path) -> None:
         (reject_without_vectors, "head.npz is not among its files"),
     ],
 )
-def test_damage_is_named(folder: Path, damage: Callable[[Path], None], words: str) -> None:
+def test_a_damaged_bundle_is_refused_with_the_reason(folder: Path, damage: Callable[[Path], None], words: str) -> None:
     damage(folder)
     with pytest.raises(BundleError, match=words):
         read_bundle(folder)
@@ -119,7 +119,7 @@ def test_an_existing_path_outside_the_bundle_is_refused(folder: Path, name: str)
         read_bundle(folder)
 
 
-def test_without_hashes_a_flipped_bit_is_not_seen_but_a_missing_byte_is(folder: Path) -> None:
+def test_reading_without_hashes_finds_a_missing_byte_but_no_flipped_bit(folder: Path) -> None:
     flip_a_bit(folder)
     read_bundle(folder, check_hashes=False)
     shorten(folder)
@@ -127,7 +127,7 @@ def test_without_hashes_a_flipped_bit_is_not_seen_but_a_missing_byte_is(folder: 
         read_bundle(folder, check_hashes=False)
 
 
-def test_no_folder_is_no_bundle(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="there is no such folder"):
         read_bundle(tmp_path / "nothing")
 
@@ -148,7 +148,7 @@ def test_a_reference_with_pickles_is_refused(tmp_path: Path) -> None:
         Reference.read(tmp_path)
 
 
-def test_a_reference_that_unpacks_to_gigabytes_is_refused_unread(tmp_path: Path) -> None:
+def test_a_reference_with_a_large_unpacked_size_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "reference.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("texts.npy", bytes(1000))
         archive.infolist()[0].file_size = 300 * 2**20  # what the directory of the file says
@@ -166,7 +166,9 @@ def test_a_reference_that_unpacks_to_gigabytes_is_refused_unread(tmp_path: Path)
         {"texts": np.array([], dtype=str), "embeddings": np.ones((0, 3))},
     ],
 )
-def test_a_reference_that_does_not_fit_together_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray]) -> None:
+def test_a_reference_with_missing_or_inconsistent_arrays_is_refused(
+    tmp_path: Path, arrays: dict[str, np.ndarray]
+) -> None:
     np.savez(tmp_path / "reference.npz", **arrays)  # type: ignore[arg-type]  # its stub takes the names for its own flag
     with pytest.raises(BundleError, match=r"reference\.npz"):
         Reference.read(tmp_path)
@@ -180,7 +182,7 @@ def test_a_missing_or_broken_reference_is_refused(tmp_path: Path) -> None:
         Reference.read(tmp_path)
 
 
-def test_a_manifest_of_another_bundle_does_not_pass(folder: Path, manifest: Manifest) -> None:
+def test_a_manifest_of_another_bundle_is_refused(folder: Path, manifest: Manifest) -> None:
     other = dataclasses.replace(manifest, files={"tokenizer.json": FileEntry("00", 2)})
     (folder / "emberpc.json").write_text(other.to_json())
     with pytest.raises(BundleError, match=r"model\.onnx is not among its files"):

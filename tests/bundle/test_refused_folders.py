@@ -1,4 +1,4 @@
-"""Folders that emberpc did not write and cannot serve: the error says what they are."""
+"""Foreign folders that emberpc cannot serve: the error says what the folder contains."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def test_a_model_with_one_score_is_refused_as_a_classifier(
         read_foreign(folder, Stated(), lambda _: graph)
 
 
-def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+def test_a_folder_with_an_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(BundleError, match="is an adapter .* and no whole model; merge it with its base model"):
         read_foreign(tmp_path, Stated(), lambda _: Graph((), ()))
 
 
-def test_a_name_with_a_nul_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_file_name_with_a_nul_is_refused_with_a_bundle_error(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="has a NUL character"):
         read_foreign(tmp_path, Stated(file="a\0.onnx"), lambda _: Graph((), ()))
     assert not is_inside(tmp_path, "a\0")

@@ -22,7 +22,7 @@ def vectors_of(texts: int, dimensions: int = 6, seed: int = 0) -> np.ndarray:
     return unit(np.random.default_rng(seed).normal(size=(texts, dimensions)).astype(np.float32))
 
 
-def test_each_score_is_what_its_name_says() -> None:
+def test_rejection_scores_follow_their_definitions() -> None:
     logits = np.array([[1.0, 3.0], [-4.0, -2.0]], dtype=np.float32)
     vectors = np.array([[3.0, 0.0], [1.0, 1.0]], dtype=np.float32)
     scope = ScopeVectors(np.array([[1.0, 0.0], [0.0, -1.0]], dtype=np.float32))
@@ -36,7 +36,7 @@ def test_each_score_is_what_its_name_says() -> None:
 
 
 @pytest.mark.parametrize("name", RejectionScore)
-def test_scores_are_finite_whatever_the_logits_and_vectors(name: RejectionScore) -> None:
+def test_rejection_scores_are_finite_for_all_logits_and_vectors(name: RejectionScore) -> None:
     logits = np.array([[np.inf, -np.inf], [3e38, 3e38], [0.0, 0.0]], dtype=np.float32)
     vectors = np.array([[0.0, 0.0], [1e-20, 0.0], [1e18, 1e18]], dtype=np.float32)
     found = rejection_scores(name, logits, vectors, ScopeVectors(np.eye(2, dtype=np.float32)))
@@ -70,8 +70,8 @@ def test_class_means_are_unit_vectors_and_a_label_without_texts_has_none() -> No
 
 
 @pytest.mark.parametrize("texts", [1, 2, 3, 5, 9, 40, 300])
-def test_no_prototype_is_the_vector_of_one_text(texts: int) -> None:
-    """Not even if a text is given several times, or is far from all others."""
+def test_no_prototype_equals_the_vector_of_one_text(texts: int) -> None:
+    """This also holds for a text that is given several times or is far from all others."""
     vectors = vectors_of(texts)
     vectors[0] = -np.abs(vectors[0])
     repeated = np.concatenate([vectors, vectors[: texts // 2]])
@@ -107,7 +107,7 @@ def test_vectors_without_a_direction_have_no_prototype() -> None:
         assert scope.nearest_cosines(vectors_of(2, 3)).tolist() == [-1, -1]
 
 
-def test_the_stored_numbers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_count_of_stored_numbers_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("emberpc.bundle.prototypes.MAX_SCOPE_NUMBERS", 4000)
     dimensions = 100
     vectors, targets = vectors_of(80, dimensions), np.eye(20, dtype=bool)[np.arange(80) % 20]
@@ -158,7 +158,7 @@ def test_missing_or_damaged_stored_vectors_are_refused(tmp_path: Path) -> None:
 
 
 @given(SCORES, SCORES, st.sampled_from([0.0, 0.05, 0.1, 0.5]))
-def test_a_threshold_keeps_its_cap_and_no_other_threshold_rejects_more(
+def test_a_threshold_keeps_its_cap_and_rejects_the_most_out_of_scope_texts(
     inside: np.ndarray, outside: np.ndarray, most: float
 ) -> None:
     threshold = capped_threshold(inside, outside, most)
@@ -172,7 +172,7 @@ def test_a_threshold_keeps_its_cap_and_no_other_threshold_rejects_more(
         assert not (inside < threshold).any()
 
 
-def test_the_threshold_is_in_the_middle_of_a_gap() -> None:
+def test_the_threshold_is_in_the_middle_of_a_gap_between_scores() -> None:
     inside, outside = np.array([5.0, 6, 7, 8]), np.array([1.0, 2, 3, 5.5])
     assert auroc(inside, outside) == pytest.approx(15 / 16)
     assert capped_threshold(inside, outside, 0.05) == pytest.approx(4)
@@ -214,7 +214,7 @@ def test_the_best_score_is_chosen_on_one_half_and_measured_on_the_other() -> Non
     assert np.mean(measured) == pytest.approx(0.5, abs=0.03)
 
 
-def test_few_texts_choose_and_measure() -> None:
+def test_few_texts_are_used_both_to_choose_and_to_measure_a_score() -> None:
     random = np.random.default_rng(0)
     inside = {RejectionScore.MAX_LOGIT: random.normal(3, 1, 100)}
     found = fit_rejection(inside, {RejectionScore.MAX_LOGIT: random.normal(size=39)})
@@ -224,6 +224,6 @@ def test_few_texts_choose_and_measure() -> None:
     assert (single.threshold, single.figures["false_rejection_rate"]) == (0.5, 0)
 
 
-def test_of_equally_good_scores_the_simplest_is_chosen() -> None:
+def test_the_simplest_of_equally_good_scores_is_chosen() -> None:
     scores = {name: np.arange(50.0) for name in reversed(RejectionScore)}
     assert fit_rejection(scores, scores).score is RejectionScore.MAX_LOGIT

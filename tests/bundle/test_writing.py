@@ -1,4 +1,4 @@
-"""A bundle is whole or not there, whatever happens while it is written."""
+"""A bundle is written whole or not at all, even if the writing process fails or is killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def entries(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_the_folder_is_there_once_the_block_has_ended(tmp_path: Path) -> None:
+def test_the_target_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "er" / "bundle"
     with staged_folder(target) as staging:
         assert not target.exists()
@@ -28,7 +28,7 @@ def test_the_folder_is_there_once_the_block_has_ended(tmp_path: Path) -> None:
 
 
 def write_until(error: BaseException, target: Path, *, overwrite: bool = False) -> None:
-    """Begin to write, and raise an error in the midst of it."""
+    """Begin to write, and raise an error before the block ends."""
     with staged_folder(target, overwrite=overwrite) as staging:
         (staging / "file").write_text("x")
         (target.parent / "beside").mkdir()
@@ -36,7 +36,7 @@ def write_until(error: BaseException, target: Path, *, overwrite: bool = False) 
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_an_exception_leaves_nothing_not_even_parents(tmp_path: Path, error: type[BaseException]) -> None:
+def test_an_exception_leaves_no_target_and_no_parent_folders(tmp_path: Path, error: type[BaseException]) -> None:
     target = tmp_path / "deep" / "er" / "bundle"
     with pytest.raises(error), staged_folder(target):
         raise error
@@ -49,7 +49,7 @@ def test_parent_folders_in_use_by_others_are_kept(tmp_path: Path) -> None:
     assert entries(tmp_path / "models") == {"beside"}
 
 
-def test_an_exception_leaves_the_bundle_that_was_there(folder: Path) -> None:
+def test_an_exception_in_the_block_keeps_the_old_bundle(folder: Path) -> None:
     before = read_bundle(folder).manifest
     with pytest.raises(KeyboardInterrupt):
         write_until(KeyboardInterrupt(), folder, overwrite=True)
@@ -74,7 +74,7 @@ def test_an_exception_during_replacement_keeps_the_old_bundle(folder: Path, monk
     assert entries(folder.parent) == {folder.name}
 
 
-def test_a_bundle_is_replaced_only_if_asked(folder: Path) -> None:
+def test_a_bundle_is_replaced_only_with_overwrite(folder: Path) -> None:
     with pytest.raises(BundleError, match="replace it with --overwrite"), staged_folder(folder):
         pass
     with staged_folder(folder, overwrite=True) as staging:
@@ -104,7 +104,7 @@ def test_an_empty_folder_may_be_the_target(tmp_path: Path) -> None:
     assert entries(tmp_path / "empty") == {"file"}
 
 
-def test_a_place_below_a_file_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_target_below_a_file_is_refused_with_a_bundle_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(BundleError, match="cannot be created"), staged_folder(tmp_path / "file" / "bundle"):
         pass
@@ -139,12 +139,12 @@ with staged_folder(target, overwrite=True) as staging:
 
 
 def killed(target: Path) -> None:
-    """Write to a target in a process that is killed at the last moment."""
+    """Write to a target in a process that is killed just before it moves the bundle to the target."""
     run = subprocess.run([sys.executable, "-c", _KILLED, str(target)], check=False, capture_output=True)
     assert run.returncode == -signal.SIGKILL, run.stderr
 
 
-def test_files_of_a_killed_process_are_removed_by_the_next(tmp_path: Path) -> None:
+def test_files_of_a_killed_process_are_removed_by_the_next_write(tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     killed(target)
     (left,) = entries(tmp_path)
@@ -175,6 +175,6 @@ def test_files_that_another_process_is_writing_are_kept(tmp_path: Path) -> None:
     assert entries(tmp_path) == {"bundle"}
 
 
-def test_a_target_whose_name_is_too_long_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_target_whose_name_is_too_long_is_refused_with_a_bundle_error(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"cannot be used \(File name too long\); choose another place"):
         check_target(tmp_path / ("x" * 300))
