@@ -20,7 +20,7 @@ from fake_server import FakeServer
 
 @dataclass
 class Outcome:
-    """What a command left behind."""
+    """Exit code and outputs of a command."""
 
     code: int
     out: str
@@ -28,13 +28,13 @@ class Outcome:
 
     @property
     def objects(self) -> list[Any]:
-        """Its JSON Lines."""
+        """The objects of the JSON Lines on stdout."""
         # Not `splitlines`, which also ends a line at characters that JSON need not escape.
         return [json.loads(line) for line in self.out.split("\n") if line]
 
     @property
     def rows(self) -> list[list[str]]:
-        """The cells of its table."""
+        """The cells of the table on stdout, by line."""
         return [line.split("\t") for line in self.out.splitlines()]
 
 
@@ -63,7 +63,7 @@ def emberpc(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Where the tests run in the background, SIGINT is ignored. This sets Python's default handler during a test."""
+    """Set Python's default handler of SIGINT during a test. Tests in the background ignore SIGINT otherwise."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -71,7 +71,7 @@ def interruptible() -> Iterator[None]:
 
 @pytest.fixture
 def tiny_client(tiny_server: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
-    """A client of that server, which the command line talks to as well; its collections are deleted afterwards."""
+    """A client of `tiny_server`, which the commands call too; all its collections are deleted afterwards."""
     monkeypatch.setenv("EMBERPC_TARGET", tiny_server.address)
     with Client(tiny_server.address) as connected:
         yield connected

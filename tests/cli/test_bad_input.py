@@ -1,4 +1,4 @@
-"""Bad input through the real command line: what the message says, the exit code, and that nothing is left behind."""
+"""Invalid input to commands: the message, the exit code, and that no file is left."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ TEXTS = "text,label\n" + "".join(f"{'ab'[i % 2] * (i // 2 + 1)},{'xy'[i % 2]}\n"
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """An empty folder for the bundle: whatever is in it afterwards was left there."""
+    """An empty folder for the bundle. Files in it after a command were left by the command."""
     folder = tmp_path / "out"
     folder.mkdir()
     return folder
 
 
 def refused(outcome: Any, out: Path, *words: str) -> None:
-    """Check that the command failed for its input, in one line that holds the words, and left nothing."""
+    """Check that the command failed for its input with one line that contains the words, and left no file."""
     assert outcome.code == 2, outcome.err
     assert outcome.out == ""
     message = outcome.err.splitlines()[-1]
@@ -55,7 +55,7 @@ def refused(outcome: Any, out: Path, *words: str) -> None:
     ],
     ids=["open quote", "columns", "encoding", "NUL", "empty text", "one example"],
 )
-def test_a_bad_row_is_named_with_its_remedy(
+def test_the_error_for_an_invalid_row_names_line_and_remedy(
     emberpc: Emberpc, tiny_source: Path, tmp_path: Path, out: Path, content: bytes, words: list[str]
 ) -> None:
     train = tmp_path / "train.csv"
@@ -64,7 +64,7 @@ def test_a_bad_row_is_named_with_its_remedy(
     refused(outcome, out, str(train), *words)
 
 
-def test_a_validation_label_that_was_never_trained_is_named(
+def test_the_error_for_a_validation_label_without_training_texts_names_its_line(
     emberpc: Emberpc, tiny_source: Path, tmp_path: Path, out: Path
 ) -> None:
     (train := tmp_path / "train.csv").write_text(TEXTS)
@@ -76,7 +76,7 @@ def test_a_validation_label_that_was_never_trained_is_named(
     refused(outcome, out, f"{validation}, line 3: no training text has the label 'z'", "remove the row")
 
 
-def test_duplicates_with_different_labels_are_a_warning(
+def test_duplicate_texts_with_different_labels_give_a_warning(
     emberpc: Emberpc, tiny_source: Path, tmp_path: Path, out: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (train := tmp_path / "train.csv").write_text(TEXTS + "a,y\n")
@@ -105,10 +105,12 @@ def full_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-# It is full while PyTorch's model is converted, or later, when the graph with the pooling is written.
+# The disk is full while PyTorch's model is converted, or later, when the graph with the pooling is written.
 @pytest.mark.parametrize("full_disk", [64, 120], indirect=True)
 @pytest.mark.parametrize("kind", ["embedding", "classifier"])
-def test_a_full_disk(emberpc: Emberpc, tiny_source: Path, tmp_path: Path, full_disk: Path, kind: str) -> None:
+def test_an_export_on_a_full_disk_is_an_input_error_and_leaves_nothing(
+    emberpc: Emberpc, tiny_source: Path, tmp_path: Path, full_disk: Path, kind: str
+) -> None:
     (train := tmp_path / "train.csv").write_text(TEXTS)
     arguments = [tiny_source] if kind == "embedding" else ["--base", tiny_source, "--train", train]
     outcome = emberpc("export", kind, *arguments, "-o", full_disk / "bundle")
@@ -116,7 +118,7 @@ def test_a_full_disk(emberpc: Emberpc, tiny_source: Path, tmp_path: Path, full_d
 
 
 @pytest.mark.parametrize("full_disk", [64, 120], indirect=True)
-def test_a_full_disk_after_an_embedding_model_was_tuned(
+def test_a_full_disk_after_fine_tuning_an_embedding_model_leaves_nothing(
     emberpc: Emberpc, tiny_source: Path, tmp_path: Path, full_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("emberpc.export.finetune._no_gain", lambda _quality: "")
@@ -126,9 +128,9 @@ def test_a_full_disk_after_an_embedding_model_was_tuned(
     refused(outcome, full_disk, "room on the disk")
 
 
-# It is full when a checkpoint is written, or by the report and its pictures.
+# The disk is full when a checkpoint is written, or when the report and its pictures are written.
 @pytest.mark.parametrize(("full_disk", "strategy"), [(16, "top-layers"), (64, "linear")], indirect=["full_disk"])
-def test_a_full_disk_ends_a_comparison_and_what_was_measured_stays(
+def test_a_full_disk_ends_a_comparison_and_its_measurements_are_kept(
     emberpc: Emberpc, tiny_source: Path, tmp_path: Path, full_disk: Path, strategy: str
 ) -> None:
     (train := tmp_path / "train.csv").write_text(TEXTS)
@@ -149,7 +151,7 @@ def test_a_full_disk_ends_a_comparison_and_what_was_measured_stays(
 
 
 @pytest.mark.parametrize("full_disk", [16], indirect=True)
-def test_no_room_for_a_tunings_checkpoints(
+def test_a_full_disk_for_checkpoints_of_a_training_is_an_input_error(
     emberpc: Emberpc, tiny_source: Path, tmp_path: Path, full_disk: Path, out: Path
 ) -> None:
     (train := tmp_path / "train.csv").write_text(TEXTS)
@@ -158,7 +160,9 @@ def test_no_room_for_a_tunings_checkpoints(
     refused(outcome, out, "the checkpoint", "room on the disk")
 
 
-def test_files_that_may_not_grow(emberpc: Emberpc, tiny_source: Path, out: Path) -> None:
+def test_an_export_beyond_the_file_size_limit_is_an_input_error_and_leaves_nothing(
+    emberpc: Emberpc, tiny_source: Path, out: Path
+) -> None:
     """As with a full disk, without root: a write that makes a file larger than the limit fails, with EFBIG."""
     _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -195,7 +199,7 @@ def corrupt(source: Path) -> None:
         (corrupt, ["model.safetensors", "get it again"]),
     ],
 )
-def test_a_base_that_cannot_be_exported(
+def test_a_base_that_cannot_be_exported_is_an_input_error(
     emberpc: Emberpc, make_source: MakeSource, tmp_path: Path, out: Path, kind: str, damage: Any, words: list[str]
 ) -> None:
     damage(source := make_source())
@@ -206,7 +210,7 @@ def test_a_base_that_cannot_be_exported(
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_in_a_training(
+def test_ctrl_c_during_a_training_leaves_nothing(
     emberpc: Emberpc, tiny_source: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (train := tmp_path / "train.csv").write_text(TEXTS)

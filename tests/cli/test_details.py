@@ -1,4 +1,4 @@
-"""What is printed beside a result: labels of hits, and the details of responses."""
+"""Labels of hits and details of responses in the output of commands."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_search_shows_the_labels_of_the_hits(emberpc: Emberpc, fake: FakeServer,
         ("delete", "books", "zz"),
     ],
 )
-def test_details_of_responses_are_printed_beside_the_result(
+def test_details_of_responses_are_printed_to_stderr(
     emberpc: Emberpc, fake: FakeServer, books: Path, command: tuple[str, ...]
 ) -> None:
     plain = emberpc(*command, "--json")

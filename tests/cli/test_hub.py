@@ -1,4 +1,4 @@
-"""A model's hub that is away, or does not have the model: an error in words and in finite time."""
+"""Hubs that do not answer or do not have the model: the export fails in finite time and states the reason."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class NotFound(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Do not log requests."""
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def hub(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("hub", ["closed", "silent", "without it"], indirect=True)
-def test_a_hub_that_does_not_give_the_model(hub: str, tmp_path: Path) -> None:
+def test_an_export_from_a_hub_without_an_answer_or_the_model_fails(hub: str, tmp_path: Path) -> None:
     environment = {
         **{name: value for name, value in os.environ.items() if "proxy" not in name.lower()},
         "HF_ENDPOINT": hub,

@@ -1,4 +1,4 @@
-"""`emberpc collection export` and `import`: what goes out comes back, whole or not at all; bad records fail alone."""
+"""`emberpc collection export` and `import`: records survive both, files are whole, invalid records fail alone."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def settings_of(client: Client, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_a_collection_that_was_exported_and_deleted_is_the_same_once_imported(
+def test_an_exported_and_deleted_collection_is_equal_after_its_import(
     client: Client, emberpc: Emberpc, notes: list[Record], tmp_path: Path, suffix: str
 ) -> None:
     file = tmp_path / f"notes.{suffix}"
@@ -97,7 +97,7 @@ def test_a_collection_that_was_exported_and_deleted_is_the_same_once_imported(
     assert client.search("notes", "a b c", top_k=20) == hits
 
 
-def test_a_part_goes_from_pipe_to_pipe_without_its_vectors(
+def test_filtered_records_are_exported_and_imported_through_pipes_without_vectors(
     client: Client, emberpc: Emberpc, notes: list[Record]
 ) -> None:
     outcome = emberpc("collection", "export", "notes", "-o", "-", "--where", "number < 3", "--no-vectors")
@@ -111,7 +111,7 @@ def test_a_part_goes_from_pipe_to_pipe_without_its_vectors(
     assert copied == [record for record in notes if record.id in ("n/000", "n/001", "n/002")]
 
 
-def test_bad_records_of_a_file_fail_alone_and_are_told_with_their_place(
+def test_import_reports_invalid_records_with_their_places_and_writes_the_others(
     client: Client, emberpc: Emberpc, tmp_path: Path
 ) -> None:
     client.create_collection("c", model="tiny")
@@ -160,7 +160,7 @@ def test_bad_records_of_a_file_fail_alone_and_are_told_with_their_place(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Texts in a folder, and what is to be left out."""
+    """A folder with texts, and with files that an import leaves out."""
     root = tmp_path / "texts"
     for name, content in {
         "b.md": "\ufeffa b c\r\n \r\n\r\nd e\nf\r\n\r\n",
@@ -176,7 +176,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_each_text_of_a_folder_is_a_record(client: Client, emberpc: Emberpc, folder: Path) -> None:
+def test_import_of_a_folder_makes_a_record_of_each_text_file(client: Client, emberpc: Emberpc, folder: Path) -> None:
     outcome = emberpc("collection", "import", "texts", folder, "--create", "--model", "tiny", "--truncation", "end")
     assert outcome.code == 0, outcome.err
     found = {record.id: (record.text, record.metadata) for record in client.records("texts")}
@@ -189,7 +189,7 @@ def test_each_text_of_a_folder_is_a_record(client: Client, emberpc: Emberpc, fol
     assert client.get_collection("texts").truncation == "end"
 
 
-def test_paragraphs_are_records_of_their_own(client: Client, emberpc: Emberpc, folder: Path) -> None:
+def test_split_paragraphs_makes_a_record_of_each_paragraph(client: Client, emberpc: Emberpc, folder: Path) -> None:
     client.create_collection("c", model="tiny")
     assert emberpc("collection", "import", "c", folder, "--split", "paragraphs").code == 0
     found = {record.id: (record.text, record.metadata) for record in client.records("c", where='path = "b.md"')}
@@ -197,7 +197,9 @@ def test_paragraphs_are_records_of_their_own(client: Client, emberpc: Emberpc, f
     assert client.count("c") == 5
 
 
-def test_bad_files_of_a_folder_fail_alone(client: Client, emberpc: Emberpc, folder: Path) -> None:
+def test_import_reports_unreadable_files_of_a_folder_and_writes_the_others(
+    client: Client, emberpc: Emberpc, folder: Path
+) -> None:
     client.create_collection("c", model="tiny")
     (folder / "sub" / "latin.txt").write_bytes(b"caf\xe9")
     (folder / "gone.md").symlink_to(folder / "nowhere")
@@ -213,7 +215,9 @@ def test_bad_files_of_a_folder_fail_alone(client: Client, emberpc: Emberpc, fold
     assert client.count("c") == 4
 
 
-def test_without_the_collection_the_remedy_is_named(client: Client, emberpc: Emberpc, tmp_path: Path) -> None:
+def test_the_error_of_an_import_into_a_missing_collection_names_the_remedy(
+    client: Client, emberpc: Emberpc, tmp_path: Path
+) -> None:
     file = tmp_path / "v.jsonl"
     file.write_text(
         '{"id": "a", "vector": [1, 2, 3]}\n{"id": "b", "vector": [3, 2]}\n{"id": "c", "vector": [4, 5, 6]}\n'
@@ -239,7 +243,7 @@ def test_without_the_collection_the_remedy_is_named(client: Client, emberpc: Emb
     assert "its distance is euclidean; leave out --distance" in outcome.err
 
 
-def test_vectors_of_another_model_are_refused_and_their_texts_embedded_anew(
+def test_vectors_of_another_model_are_refused_and_text_only_embeds_their_texts(
     client: Client, emberpc: Emberpc, notes: list[Record], tmp_path: Path
 ) -> None:
     file = tmp_path / "notes.parquet"
@@ -260,7 +264,7 @@ def test_vectors_of_another_model_are_refused_and_their_texts_embedded_anew(
     assert client.get_collection("anew").indexed_fields == ("number", "a b")
 
 
-def test_a_file_that_is_there_is_replaced_only_if_told(
+def test_export_replaces_an_existing_file_only_with_overwrite(
     client: Client, emberpc: Emberpc, notes: list[Record], tmp_path: Path
 ) -> None:
     file = tmp_path / "notes.jsonl"
@@ -283,7 +287,7 @@ def test_a_file_that_is_there_is_replaced_only_if_told(
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("unnamed", [True, False])
-def test_a_file_that_cannot_be_written_whole_is_not_there(
+def test_an_export_that_cannot_write_the_whole_file_leaves_no_file(
     client: Client,
     emberpc: Emberpc,
     notes: list[Record],
@@ -312,7 +316,7 @@ def test_a_file_that_cannot_be_written_whole_is_not_there(
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
-def test_an_export_that_is_stopped_leaves_nothing(
+def test_an_export_that_a_signal_ends_leaves_no_file(
     fake: FakeServer, emberpc: Emberpc, tmp_path: Path, number: signal.Signals
 ) -> None:
     emberpc("collection", "create", "c")
@@ -338,7 +342,7 @@ def test_an_export_that_is_stopped_leaves_nothing(
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("there.parquet", "mine")]
 
 
-def test_a_collection_that_is_put_under_another_model_meanwhile_is_not_exported(
+def test_an_export_fails_if_the_collection_changes_its_model_meanwhile(
     fake: FakeServer, emberpc: Emberpc, tmp_path: Path
 ) -> None:
     emberpc("collection", "create", "c", "--model", "canned")
@@ -351,7 +355,7 @@ def test_a_collection_that_is_put_under_another_model_meanwhile_is_not_exported(
     assert emberpc("collection", "export", "c", "-o", tmp_path / "c.jsonl", "--no-vectors").code == 0
 
 
-def test_parquet_needs_an_extra(
+def test_parquet_without_pyarrow_names_the_extra_parquet(
     client: Client, emberpc: Emberpc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("emberpc.cli.errors.find_spec", lambda name: None)

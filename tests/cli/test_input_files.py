@@ -1,4 +1,4 @@
-"""Records and texts from files: whatever they hold, it is read or refused with its line."""
+"""Files of records and texts are read, or refused with the line of the problem."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from emberpc.cli.input_files import LineFile
 
 per_example = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
-# What UTF-8 and JSON can hold; NUL has no place in a table.
+# Texts that UTF-8 and JSON can represent; a table cannot contain NUL.
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
 names = st.text(st.characters(categories=["Ll", "Nd"]), min_size=1)
 json_values = st.recursive(
@@ -41,9 +41,7 @@ def read(path: Path) -> tuple[list[dict[str, Any]], LineFile]:
 
 @per_example
 @given(listed=st.lists(records), blank=st.integers(0, 3), newline=st.sampled_from(["\n", "\r\n"]))
-def test_json_lines_come_back_as_they_were_written(
-    tmp_path: Path, listed: list[dict[str, Any]], blank: int, newline: str
-) -> None:
+def test_json_lines_are_read_as_written(tmp_path: Path, listed: list[dict[str, Any]], blank: int, newline: str) -> None:
     path = tmp_path / "r.jsonl"
     gap = newline * (blank + 1)
     path.write_bytes(gap.join(json.dumps(record) for record in listed).encode())
@@ -58,12 +56,12 @@ def test_json_lines_come_back_as_they_were_written(
     data=st.data(),
     kind=st.sampled_from([("csv", ","), ("tsv", "\t")]),
 )
-def test_a_table_comes_back_as_it_was_written(
+def test_a_table_is_read_as_written(
     tmp_path: Path, columns: list[str], data: st.DataObject, kind: tuple[str, str]
 ) -> None:
     suffix, delimiter = kind
     header = ["id", "text", *columns]
-    # A row of one empty cell cannot be told from an empty line; ids are not empty anyway.
+    # A row of one empty cell looks like an empty line; ids are never empty.
     row = st.tuples(texts.filter(bool), *(texts for _ in header[1:])).map(list)
     rows = data.draw(st.lists(row))
     buffer = io.StringIO()
@@ -79,7 +77,7 @@ def test_a_table_comes_back_as_it_was_written(
 
 @per_example
 @given(content=st.binary(max_size=200), suffix=st.sampled_from([".jsonl", ".csv", ".tsv"]))
-def test_any_bytes_are_read_or_refused_with_a_line(tmp_path: Path, content: bytes, suffix: str) -> None:
+def test_any_bytes_are_read_or_refused_with_the_line(tmp_path: Path, content: bytes, suffix: str) -> None:
     path = tmp_path / f"r{suffix}"
     path.write_bytes(content)
     try:
@@ -120,7 +118,9 @@ def test_any_bytes_are_read_or_refused_with_a_line(tmp_path: Path, content: byte
         ("r.csv", "", ":1: the table is empty; its first line must name the columns"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_line(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
+def test_the_error_for_an_invalid_file_names_the_line_and_the_problem(
+    tmp_path: Path, name: str, content: str | bytes, words: str
+) -> None:
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(CliError) as raised:
@@ -128,7 +128,7 @@ def test_what_is_wrong_is_told_with_its_line(tmp_path: Path, name: str, content:
     assert str(raised.value).startswith(f"{path}{words}")
 
 
-def test_records_before_a_wrong_line_are_given_out(tmp_path: Path) -> None:
+def test_records_before_an_invalid_line_are_returned(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text('{"id": "a"}\n{"id": "b"}\nwrong\n')
     found = LineFile(str(path)).records()
@@ -143,7 +143,7 @@ def test_a_cell_may_be_as_long_as_a_text(tmp_path: Path) -> None:
     assert len(read(path)[0][0]["text"]) == 500_000
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CliError, match="cannot be read: Is a directory"):
         LineFile(str(tmp_path)).texts()
 
@@ -155,7 +155,7 @@ def test_an_empty_file_of_texts_is_refused(tmp_path: Path) -> None:
         LineFile(str(path)).texts()
 
 
-def test_items_are_located_wherever_a_message_names_them(tmp_path: Path) -> None:
+def test_locate_replaces_item_numbers_of_a_message_by_lines(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text('\n{"id": "a"}\n\n{"id": "b"}\n')
     _, source = read(path)
@@ -186,13 +186,13 @@ def typed(tmp_path: Path, row: str, types: list[str] = TYPES, header: str = "id,
         ("a,, ,,", {"code": ""}),
     ],
 )
-def test_typed_columns_hold_what_the_user_says(tmp_path: Path, row: str, metadata: dict[str, Any]) -> None:
+def test_typed_columns_have_values_of_the_stated_types(tmp_path: Path, row: str, metadata: dict[str, Any]) -> None:
     found = typed(tmp_path, row)
     assert found == metadata
     assert [type(value) for value in found.values()] == [type(value) for value in metadata.values()]
 
 
-def test_without_types_every_cell_is_a_text(tmp_path: Path) -> None:
+def test_cells_are_strings_without_types(tmp_path: Path) -> None:
     assert typed(tmp_path, "a,2001,1.5,true,00123", []) == {
         "year": "2001", "price": "1.5", "new": "true", "code": "00123"
     }  # fmt: skip
@@ -211,7 +211,7 @@ def test_without_types_every_cell_is_a_text(tmp_path: Path) -> None:
         (f"a,1,1,{'y' * 500},x", f":2: the column new holds '{'y' * 60}'; by"),
     ],
 )
-def test_a_cell_of_another_type_is_named_with_row_column_and_value(tmp_path: Path, row: str, words: str) -> None:
+def test_the_error_for_a_cell_of_another_type_names_line_column_and_value(tmp_path: Path, row: str, words: str) -> None:
     with pytest.raises(CliError) as raised:
         typed(tmp_path, row)
     assert str(raised.value).startswith(f"{tmp_path / 'r.csv'}{words}")
@@ -228,16 +228,18 @@ def test_a_cell_of_another_type_is_named_with_row_column_and_value(tmp_path: Pat
         (["id=int"], "--types names id, which is no metadata column"),
     ],
 )
-def test_wrong_types_are_named(tmp_path: Path, types: list[str], words: str) -> None:
+def test_invalid_types_are_named_in_the_error(tmp_path: Path, types: list[str], words: str) -> None:
     with pytest.raises(CliError, match=re.escape(words)):
         typed(tmp_path, "a,1", types, header="id,year")
 
 
-def test_a_table_without_ids_has_the_ids_of_its_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_without_ids_gets_ids_that_depend_on_the_texts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "train.csv"
     path.write_text("text,label\nwhere is my parcel?,delivery\nné,other\nwhere is my parcel?,delivery\nlast,other\n")
     found, source = read(path)
-    # Stable over versions: a table that is written again must not duplicate its records.
+    # The ids must stay the same in later versions: a second upsert of a table must not duplicate its records.
     assert [record["id"] for record in found[:2]] == [
         "text-c34ddb857c34aefae3edbd8971be2d60",
         "text-82b5c347493f76b114b701be8bf92057",
@@ -265,7 +267,7 @@ def test_a_corrected_label_keeps_the_id(tmp_path: Path) -> None:
 
 
 def test_the_lines_of_a_pipe_are_not_counted(tmp_path: Path) -> None:
-    """To count them would read them."""
+    """Counting the lines of a pipe would consume them."""
     pipe = tmp_path / "records.jsonl"
     os.mkfifo(pipe)
     writer = threading.Thread(target=pipe.write_text, args=('{"id": "a"}\n',))
@@ -279,7 +281,7 @@ def test_the_lines_of_a_pipe_are_not_counted(tmp_path: Path) -> None:
         LineFile(str(tmp_path)).count()
 
 
-def test_rows_with_the_same_metadata_in_another_order_are_one_record(tmp_path: Path) -> None:
+def test_rows_with_equal_metadata_in_another_order_are_one_record(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     with path.open("w", newline="") as file:
         rows = (("text", "metadata"), ("a", '{"b": 1, "c": 2}'), ("a", '{"c": 2, "b": 1}'))

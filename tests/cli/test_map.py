@@ -1,4 +1,4 @@
-"""`emberpc collection map` against a real server: what is on the page, and what the page cannot be made to do."""
+"""`emberpc collection map` against a real server: the content of the page, and that texts cannot run as scripts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NASTY = "</script><script>alert(1)</script><!-- {{data}} {{page.css}} \u2028 & <
 
 
 class Elements(HTMLParser):
-    """Each element of a page with its attributes, and what is in scripts and styles."""
+    """The elements of a page with their attributes, and the contents of scripts and styles."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class Elements(HTMLParser):
 
 
 def data_of(page: Path) -> Any:
-    """Return what a page's script reads, as a browser finds it."""
+    """Return the JSON data of a page, parsed as a browser does."""
     (data,) = [text for _, kind, text in Elements(page.read_text("utf-8")).contents if kind == "application/json"]
     return json.loads(data)
 
 
 def blobs(count: int) -> list[dict[str, Any]]:
-    """Return records in three clouds, each of a label, with texts that tell of it."""
+    """Return records in three clusters, each with a label of its own and texts that name the label."""
     rng = np.random.default_rng(0)
     middles = np.eye(3, 8)
     return [
@@ -80,7 +80,7 @@ Make = Callable[..., str]
 
 @pytest.fixture
 def make(tiny_client: Client) -> Make:
-    """Makes the collection `drawn` of some records."""
+    """Return a function that creates the collection `drawn` with given records."""
 
     def collection(records: Sequence[Mapping[str, Any]], *, dimensions: int = 8) -> str:
         tiny_client.create_collection("drawn", dimensions=dimensions)
@@ -90,7 +90,9 @@ def make(tiny_client: Client) -> Make:
     return collection
 
 
-def test_each_record_is_on_the_page_once_among_its_like(emberpc: Emberpc, make: Make, tmp_path: Path) -> None:
+def test_each_record_is_on_the_page_once_near_records_of_its_label(
+    emberpc: Emberpc, make: Make, tmp_path: Path
+) -> None:
     target = tmp_path / "map.html"
     outcome = emberpc("collection", "map", make(blobs(90)), "-o", target)
     assert (outcome.code, outcome.out) == (0, "")
@@ -114,7 +116,7 @@ def test_each_record_is_on_the_page_once_among_its_like(emberpc: Emberpc, make: 
         assert group[np.linalg.norm(places - name, axis=1).argmin()] == number
 
 
-def test_the_page_needs_nothing_else_and_a_text_is_never_markup(emberpc: Emberpc, make: Make, tmp_path: Path) -> None:
+def test_the_page_loads_no_other_file_and_escapes_all_texts(emberpc: Emberpc, make: Make, tmp_path: Path) -> None:
     plain, nasty = tmp_path / "plain.html", tmp_path / "nasty.html"
     records = [
         {"id": NASTY, "text": NASTY, "label": NASTY, "metadata": {NASTY: NASTY}, "vector": [1.0] * 8},
@@ -129,7 +131,7 @@ def test_the_page_needs_nothing_else_and_a_text_is_never_markup(emberpc: Emberpc
     points = data_of(nasty)["points"]
     i = points["id"].index(NASTY)
     assert [points["text"][i], points["label"][i], points["metadata"][i]] == [NASTY, NASTY, [[NASTY, NASTY]]]
-    # All that a browser is let to carry out is what came with the program.
+    # A browser may run only the script that is part of emberpc.
     (policy,) = [value or "" for key, value in page.attributes if key == "content" and "default-src" in (value or "")]
     assert policy.startswith("default-src 'none'; ")
     run = [text for _, kind, text in page.contents if kind is None]
@@ -140,7 +142,7 @@ def test_the_page_needs_nothing_else_and_a_text_is_never_markup(emberpc: Emberpc
 
 
 @given(st.text(max_size=40))
-def test_embedded_json_is_the_same_text_and_ends_no_element(text: str) -> None:
+def test_embedded_json_escapes_characters_that_end_an_element(text: str) -> None:
     embedded = _json({text: text})
     assert json.loads(embedded) == {text: text}
     assert not set("<>&\u2028\u2029") & set(embedded)
@@ -148,7 +150,7 @@ def test_embedded_json_is_the_same_text_and_ends_no_element(text: str) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 12, 20])
 @pytest.mark.parametrize("equal", [False, True])
-def test_a_small_collection_has_a_map_too(
+def test_a_collection_of_few_or_equal_records_has_a_map(
     emberpc: Emberpc, make: Make, tmp_path: Path, count: int, equal: bool
 ) -> None:
     records = [{**record, "label": "", **({"vector": [1.0] * 8} if equal else {})} for record in blobs(count)]
@@ -160,7 +162,7 @@ def test_a_small_collection_has_a_map_too(
     assert sum(group["count"] for group in data["groups"]) == count
 
 
-def test_what_has_no_records_is_told_and_leaves_no_file(emberpc: Emberpc, make: Make, tmp_path: Path) -> None:
+def test_a_map_of_no_records_is_refused_and_leaves_no_file(emberpc: Emberpc, make: Make, tmp_path: Path) -> None:
     name, target = make([]), tmp_path / "map.html"
     outcome = emberpc("collection", "map", name, "-o", target)
     assert outcome.code == 4
@@ -170,7 +172,7 @@ def test_what_has_no_records_is_told_and_leaves_no_file(emberpc: Emberpc, make: 
     assert not target.exists()
 
 
-def test_a_sample_is_the_same_each_time_and_mostly_stays(
+def test_a_sample_is_reproducible_and_mostly_stays_after_new_records(
     emberpc: Emberpc, tiny_client: Client, make: Make, tmp_path: Path
 ) -> None:
     name, target = make(blobs(150)), tmp_path / "map.html"
@@ -190,7 +192,7 @@ def test_a_sample_is_the_same_each_time_and_mostly_stays(
     assert len(data_of(target)["points"]["id"]) == 165
 
 
-def test_metadata_may_colour_the_points(emberpc: Emberpc, make: Make, tmp_path: Path) -> None:
+def test_points_are_coloured_by_the_metadata_field_of_color_by(emberpc: Emberpc, make: Make, tmp_path: Path) -> None:
     name, target = make([*blobs(40), {"id": "bare", "vector": [0.5] * 8}]), tmp_path / "map.html"
 
     def groups(*options: object) -> list[tuple[str, int]]:
@@ -222,7 +224,7 @@ def test_clusters_are_named_by_their_words(emberpc: Emberpc, make: Make, tmp_pat
     assert sorted((group["name"], group["count"]) for group in data["groups"]) == [(k, 30) for k in sorted(KINDS)]
 
 
-def test_a_file_that_is_there_stays_unless_told(emberpc: Emberpc, make: Make, tmp_path: Path) -> None:
+def test_map_replaces_an_existing_file_only_with_overwrite(emberpc: Emberpc, make: Make, tmp_path: Path) -> None:
     name, target = make(blobs(3)), tmp_path / "map.html"
     target.write_text("mine")
     outcome = emberpc("collection", "map", name, "-o", target)
@@ -248,7 +250,7 @@ def test_a_file_that_is_there_stays_unless_told(emberpc: Emberpc, make: Make, tm
         for k, size in enumerate((1e-30, 1.0, 1e30))
     ],
 )
-def test_any_finite_vectors_have_a_place(distance: str, dimensions: int, size: float) -> None:
+def test_lay_out_gives_finite_places_for_all_finite_vectors(distance: str, dimensions: int, size: float) -> None:
     vectors = np.random.default_rng(0).normal(0, size, (14, dimensions)).astype(np.float32)
     vectors[3] = 0
     places = lay_out(vectors, distance).places
@@ -258,7 +260,7 @@ def test_any_finite_vectors_have_a_place(distance: str, dimensions: int, size: f
     assert np.array_equal(places, lay_out(vectors, distance).places)
 
 
-def test_words_that_are_everywhere_tell_nothing() -> None:
+def test_distinguishing_words_leave_out_words_of_all_groups() -> None:
     pets = ["the cat and the cats", "the cat is 12", "a cat, a dog"]
     money = ["the interest rates rose", "interest is the rate of money", "the bank's interest"]
     assert distinguishing_words([pets, money], 2)[0] == ["cat"]
@@ -267,7 +269,7 @@ def test_words_that_are_everywhere_tell_nothing() -> None:
     assert distinguishing_words([["наш кот", "кот спит"], ["банк рос", "банк закрыт"]], 1) == [["кот"], ["банк"]]
 
 
-def test_neighbours_differ_in_colour_and_scattered_groups_have_no_name() -> None:
+def test_neighbour_groups_differ_in_colour_and_scattered_groups_have_no_name() -> None:
     rng = np.random.default_rng(0)
     middles = np.stack(np.meshgrid(np.linspace(-0.9, 0.9, 7), np.linspace(-0.9, 0.9, 7)), axis=2).reshape(-1, 2)
     around = (middles[:, None] + rng.normal(0, 0.01, (49, 10, 2))).reshape(-1, 2)

@@ -1,4 +1,4 @@
-"""Files that -o names: one that is there stays unless told, links are followed, pipes are written into or refused."""
+"""Files of -o: --overwrite replaces existing ones, links are followed, pipes are written into or refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from fake_server import FakeServer
 Emberpc = Any
 
 
-def test_embed_replaces_a_file_only_if_told(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+def test_embed_replaces_an_existing_file_only_with_overwrite(
+    emberpc: Emberpc, fake: FakeServer, tmp_path: Path
+) -> None:
     target = tmp_path / "v.npy"
     target.write_bytes(b"mine")
     outcome = emberpc("embed", "a", "-o", target)
@@ -33,7 +35,7 @@ def test_embed_replaces_a_file_only_if_told(emberpc: Emberpc, fake: FakeServer, 
     assert np.load(target).shape == (1, 8)
 
 
-def test_a_link_is_followed(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+def test_embed_writes_to_the_target_of_a_link(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
     link, target = tmp_path / "link.npy", tmp_path / "target.npy"
     target.write_bytes(b"older")
     link.symlink_to(target)
@@ -48,7 +50,7 @@ def test_a_link_is_followed(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) 
     assert "symbolic links" in circle.err
 
 
-def test_vectors_do_not_go_into_a_pipe(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
+def test_embed_refuses_a_pipe_as_output(emberpc: Emberpc, fake: FakeServer, tmp_path: Path) -> None:
     pipe = tmp_path / "v.npy"
     mkfifo(pipe)
     for extra in ([], ["--overwrite"]):
@@ -60,7 +62,9 @@ def test_vectors_do_not_go_into_a_pipe(emberpc: Emberpc, fake: FakeServer, tmp_p
 
 
 @pytest.mark.parametrize("command", ["export", "backup"])
-def test_records_and_backups_go_into_a_pipe(emberpc: Emberpc, fake: FakeServer, tmp_path: Path, command: str) -> None:
+def test_records_and_backups_are_written_into_a_pipe(
+    emberpc: Emberpc, fake: FakeServer, tmp_path: Path, command: str
+) -> None:
     assert emberpc("collection", "create", "c", "--model", "canned").code == 0
     assert emberpc("upsert", "c", "-", stdin='{"id": "a", "text": "t"}\n').code == 0
     pipe = tmp_path / "records.jsonl"
@@ -77,7 +81,7 @@ def test_records_and_backups_go_into_a_pipe(emberpc: Emberpc, fake: FakeServer, 
     assert stat.S_ISFIFO(pipe.lstat().st_mode)
 
 
-def test_a_folder_that_cannot_be_read_may_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_written_to_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Any, flags: int, *rest: Any) -> int:
         if path == tmp_path and not flags & os.O_WRONLY:
             raise PermissionError(errno.EACCES, "Permission denied")

@@ -1,4 +1,4 @@
-"""Records in files: whatever a record holds, it comes back; whatever a file holds, it is read or refused by its row."""
+"""Record files: any record is read as written; any file is read, or refused with the row of the problem."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ told = st.builds(
 
 
 def identity(record: Record) -> Any:
-    """All of a record that a file keeps, with the vector to the bit."""
+    """Return the fields of a record that a file stores, with the vector as bytes."""
     vector = None if record.vector is None else np.asarray(record.vector, dtype=np.float32).tobytes()
     return record.id, record.text, record.label, json.dumps(record.metadata), record.time_to_live, vector
 
@@ -68,7 +68,7 @@ def read(source: RecordSource) -> list[Any]:
 
 @per_example
 @given(listed=st.lists(records, max_size=5))
-def test_records_come_back_from_json_lines(tmp_path: Path, listed: list[Record]) -> None:
+def test_records_are_read_from_json_lines_as_written(tmp_path: Path, listed: list[Record]) -> None:
     path = tmp_path / "r.jsonl"
     with atomic_file(path) as file:
         file.writelines(json_line(fields_of(record)).encode() for record in listed)
@@ -77,7 +77,7 @@ def test_records_come_back_from_json_lines(tmp_path: Path, listed: list[Record])
 
 @per_example
 @given(listed=st.lists(records, max_size=5), made=told)
-def test_records_and_settings_come_back_from_parquet(
+def test_records_and_settings_are_read_from_parquet_as_written(
     tmp_path: Path, listed: list[Record], made: CollectionSettings
 ) -> None:
     path = tmp_path / "r.parquet"
@@ -110,7 +110,7 @@ def test_a_parquet_file_is_written_and_read_in_parts(tmp_path: Path) -> None:
     assert np.array_equal(np.stack([record["vector"] for record in found]), rows)
 
 
-def test_a_parquet_file_without_vectors_tells_of_no_fingerprint(tmp_path: Path) -> None:
+def test_a_parquet_file_without_vectors_has_no_fingerprint(tmp_path: Path) -> None:
     path = tmp_path / "r.parquet"
     with path.open("wb") as file:
         write_records(
@@ -121,7 +121,7 @@ def test_a_parquet_file_without_vectors_tells_of_no_fingerprint(tmp_path: Path) 
     assert list(source.records()) == [{"id": "a", "text": "t", "label": "", "metadata": {}}]
 
 
-def test_the_tables_of_other_programs_are_read(tmp_path: Path) -> None:
+def test_parquet_tables_of_other_programs_are_read(tmp_path: Path) -> None:
     path = tmp_path / "r.parquet"
     table = pa.table(
         {
@@ -143,7 +143,7 @@ def test_the_tables_of_other_programs_are_read(tmp_path: Path) -> None:
     ]
 
 
-def test_rows_that_are_no_records_are_told_and_the_others_read(tmp_path: Path) -> None:
+def test_invalid_parquet_rows_are_reported_and_the_others_are_read(tmp_path: Path) -> None:
     path = tmp_path / "r.parquet"
     pq.write_table(pa.table({"id": ["a", None, "c", "d"], "metadata": ["{}", "{}", "x", '{"n": 1}']}), path)
     refused: list[RecordError] = []
@@ -167,7 +167,9 @@ def test_rows_that_are_no_records_are_told_and_the_others_read(tmp_path: Path) -
         ({"id": ["a"], "metadata": [7]}, "the column metadata is of type int64; it must be JSON objects as text"),
     ],
 )
-def test_a_table_of_another_kind_is_refused(tmp_path: Path, columns: dict[str, Any], words: str) -> None:
+def test_a_parquet_table_with_columns_of_other_types_is_refused(
+    tmp_path: Path, columns: dict[str, Any], words: str
+) -> None:
     path = tmp_path / "r.parquet"
     pq.write_table(pa.table(columns), path)
     with pytest.raises(CliError) as raised:
@@ -175,7 +177,7 @@ def test_a_table_of_another_kind_is_refused(tmp_path: Path, columns: dict[str, A
     assert str(raised.value).startswith(f"{path}: {words}")
 
 
-def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_repeated_column_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.parquet"
     pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["id", "id"]), path)
     with pytest.raises(CliError, match="the column 'id' is there twice"):
@@ -185,7 +187,7 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["[]", "{", '{"model": 7}', '{"indexed_fields": 7}', '{"indexed_fields": [7]}', "null"]
 )
-def test_settings_that_are_damaged_are_refused(tmp_path: Path, content: str) -> None:
+def test_damaged_collection_settings_are_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "r.parquet"
     pq.write_table(pa.table({"id": ["a"]}).replace_schema_metadata({"emberpc.collection": content}), path)
     with pytest.raises(CliError, match="the settings of the collection in it are damaged"):
@@ -210,11 +212,11 @@ def test_a_damaged_parquet_file_is_read_or_refused(tmp_path: Path, data: st.Data
         assert str(path) in str(error)
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_parquet_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CliError, match="cannot be read: there is no such file"):
         ParquetRecords(str(tmp_path / "r.parquet"))
 
 
-def test_a_record_that_is_just_expiring_expires_after_an_import_too() -> None:
+def test_an_expiring_record_is_exported_with_a_short_time_to_live() -> None:
     assert fields_of(Record("a", "text", time_to_live=0.0))["time_to_live"] == 0.001
     assert "time_to_live" not in fields_of(Record("a", "text"))

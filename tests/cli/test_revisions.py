@@ -32,7 +32,7 @@ def test_check_revisions_sends_the_revision_of_each_record(emberpc: Emberpc, fak
 @pytest.mark.parametrize(
     ("revision", "shown"), [("", "missing"), (', "revision": -1', "-1"), (', "revision": true', "True")]
 )
-def test_a_record_without_a_valid_revision_is_named_by_its_line(
+def test_the_error_for_a_record_without_a_valid_revision_names_its_line(
     emberpc: Emberpc, fake: FakeServer, tmp_path: Path, revision: str, shown: str
 ) -> None:
     path = tmp_path / "r.jsonl"
@@ -43,7 +43,7 @@ def test_a_record_without_a_valid_revision_is_named_by_its_line(
     assert fake.asked["UpsertRecords"] == []
 
 
-def test_check_revisions_is_for_json_lines_in_requests(
+def test_check_revisions_is_refused_for_tables_and_streams(
     emberpc: Emberpc, fake: FakeServer, records: Path, tmp_path: Path
 ) -> None:
     table = tmp_path / "r.csv"

@@ -1,4 +1,4 @@
-"""Exports in a process of their own that are stopped while a model is converted or tuned: by Ctrl-C, or killed."""
+"""Exports that Ctrl-C or SIGKILL ends while the process converts or trains a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Emberpc = Any
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder for bundles alone."""
+    """An empty folder that only bundles are written to."""
     folder = tmp_path / "bundles"
     folder.mkdir()
     return folder
@@ -31,7 +31,7 @@ _MAIN = (
 
 
 def stopped(arguments: list[object], stage: str, number: int) -> tuple[int, str]:
-    """Run a command until it says that it does something, and send it a signal; return its code and what it said."""
+    """Run a command until it prints a stage, and send it a signal; return its exit code and its stderr."""
     command = [sys.executable, "-c", _MAIN, *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -48,14 +48,14 @@ def stopped(arguments: list[object], stage: str, number: int) -> tuple[int, str]
 
 
 @pytest.mark.parametrize("stage", ["converting to ONNX", "comparing with PyTorch"])
-def test_ctrl_c_while_a_model_is_converted_leaves_nothing(tiny_source: Path, place: Path, stage: str) -> None:
+def test_ctrl_c_during_the_conversion_of_a_model_leaves_no_file(tiny_source: Path, place: Path, stage: str) -> None:
     code, said = stopped(["export", "embedding", tiny_source, "-o", place / "bundle"], stage, signal.SIGINT)
     assert code == 130, said
     assert "Traceback" not in said
     assert list(place.iterdir()) == []
 
 
-def test_what_a_killed_export_leaves_is_gone_after_the_next(emberpc: Emberpc, tiny_source: Path, place: Path) -> None:
+def test_files_of_a_killed_export_are_removed_by_the_next(emberpc: Emberpc, tiny_source: Path, place: Path) -> None:
     arguments = ["export", "embedding", tiny_source, "-o", place / "bundle"]
     code, said = stopped([*arguments], "comparing with PyTorch", signal.SIGKILL)
     assert code == -signal.SIGKILL, said
@@ -66,7 +66,7 @@ def test_what_a_killed_export_leaves_is_gone_after_the_next(emberpc: Emberpc, ti
     assert emberpc("verify", place / "bundle").code == 0
 
 
-def test_a_tuning_that_is_killed_goes_on_to_the_very_same_model(
+def test_a_killed_training_resumes_and_gives_an_equal_model(
     emberpc: Emberpc, training_file: Path, tiny_source: Path, tmp_path: Path
 ) -> None:
     def command(name: str) -> list[object]:

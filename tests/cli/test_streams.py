@@ -1,4 +1,4 @@
-"""Every command with stdin, stdout or stderr closed, full, or read by nobody; and options given twice."""
+"""Commands with stdin, stdout or stderr closed, full, or a pipe without a reader; and options given twice."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PRINTING = [
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A server with the collection c; the environment that names it."""
+    """The environment variables for commands that call a fake server with the collection c."""
     with FakeServer() as server:
         environment = {**os.environ, "EMBERPC_TARGET": server.target}
         environment.pop("PYTHONUNBUFFERED", None)
@@ -55,7 +55,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
 
 
 def in_shell(arguments: list[str], redirections: str, environment: dict[str, str]) -> tuple[int, str]:
-    """Run a command with a shell's redirections; return its exit code and what it said on stderr."""
+    """Run a command with redirections of a shell; return its exit code and its stderr."""
     words = [environment["RECORDS"] if word == "RECORDS" else word for word in arguments]
     found = subprocess.run(
         ["bash", "-c", f'"$@" {redirections}', "bash", sys.executable, "-m", "emberpc.cli.main", *words],
@@ -81,7 +81,7 @@ def in_shell(arguments: list[str], redirections: str, environment: dict[str, str
 @pytest.mark.parametrize(
     ("redirection", "problem"), [(">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")]
 )
-def test_a_stdout_that_cannot_be_written_is_said_in_one_line(
+def test_an_unwritable_stdout_gives_one_line_of_error(
     served: dict[str, str], arguments: list[str], redirection: str, problem: str
 ) -> None:
     code, err = in_shell(arguments, redirection, served)
@@ -91,7 +91,9 @@ def test_a_stdout_that_cannot_be_written_is_said_in_one_line(
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", PRINTING, ids=" ".join)
 @pytest.mark.parametrize("redirection", [">/dev/full", "<&- >&-"])
-def test_each_command_says_so(served: dict[str, str], arguments: list[str], redirection: str) -> None:
+def test_each_command_reports_an_unwritable_stdout(
+    served: dict[str, str], arguments: list[str], redirection: str
+) -> None:
     code, err = in_shell(arguments, redirection, served)
     assert code == 2
     assert err.splitlines()[-1].startswith("error: stdout cannot be written: ")
@@ -101,7 +103,9 @@ def test_each_command_says_so(served: dict[str, str], arguments: list[str], redi
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", PRINTING, ids=" ".join)
 @pytest.mark.parametrize("redirection", ["<&-", "2>&-", "> >(exec <&-)"])
-def test_no_command_minds_the_other_streams(served: dict[str, str], arguments: list[str], redirection: str) -> None:
+def test_no_command_fails_if_stdin_or_stderr_is_closed(
+    served: dict[str, str], arguments: list[str], redirection: str
+) -> None:
     code, err = in_shell(arguments, redirection, served)
     assert code == 0
     assert "Traceback" not in err
@@ -109,7 +113,7 @@ def test_no_command_minds_the_other_streams(served: dict[str, str], arguments: l
 
 
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full"])
-def test_an_error_that_cannot_be_told_has_its_exit_code(served: dict[str, str], redirection: str) -> None:
+def test_the_exit_code_is_right_if_stderr_cannot_be_written(served: dict[str, str], redirection: str) -> None:
     assert in_shell(["search", "none", "a"], redirection, served) == (4, "")
 
 
@@ -121,7 +125,7 @@ def test_an_error_that_cannot_be_told_has_its_exit_code(served: dict[str, str], 
     ],
     ids=" ".join,
 )
-def test_a_closed_stdin_is_said_in_one_line(served: dict[str, str], arguments: list[str]) -> None:
+def test_a_closed_stdin_gives_one_line_of_error(served: dict[str, str], arguments: list[str]) -> None:
     code, err = in_shell(arguments, "<&-", served)
     assert (code, err) == (2, "error: stdin cannot be read: Bad file descriptor\n")
 
@@ -131,7 +135,7 @@ def test_a_closed_stdin_is_said_in_one_line(served: dict[str, str], arguments: l
     [["--help"], *(pytest.param(each, marks=pytest.mark.slow) for each in (["embed", "--help"], ["--version"]))],
     ids=" ".join,
 )
-def test_help_that_nobody_reads_is_no_error(served: dict[str, str], arguments: list[str]) -> None:
+def test_help_into_a_pipe_without_a_reader_is_no_error(served: dict[str, str], arguments: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     found = subprocess.run(
@@ -157,7 +161,7 @@ def test_help_that_nobody_reads_is_no_error(served: dict[str, str], arguments: l
         (["config", "--listen", "a:1", "--listen", "b:1"], "--listen"),
     ],
 )
-def test_an_option_that_keeps_one_value_is_refused_twice(
+def test_an_option_with_one_value_is_refused_if_given_twice(
     emberpc: Emberpc, fake: FakeServer, arguments: list[str], option: str
 ) -> None:
     outcome = emberpc(*arguments)
@@ -166,18 +170,18 @@ def test_an_option_that_keeps_one_value_is_refused_twice(
     assert not fake.asked
 
 
-def test_a_repeatable_option_and_a_flag_may_be_given_twice(emberpc: Emberpc, fake: FakeServer) -> None:
+def test_repeatable_options_and_flags_are_accepted_twice(emberpc: Emberpc, fake: FakeServer) -> None:
     arguments = ["--indexed-field", "a", "--indexed-field", "b", "--json", "--json"]
     assert emberpc("collection", "create", "c", *arguments).code == 0
     assert list(fake.asked["CreateCollection"][0].request.collection.indexed_fields) == ["a", "b"]
 
 
-def test_nothing_of_a_vector_is_cut_in_a_pipe(emberpc: Emberpc, fake: FakeServer) -> None:
+def test_a_vector_is_printed_whole_into_a_pipe(emberpc: Emberpc, fake: FakeServer) -> None:
     ((vector,),) = [row[1:] for row in emberpc("embed", "a").rows[1:]]
     assert [float(number) for number in vector.split(" ")] == emberpc("embed", "a", "--json").objects[0]["vector"]
 
 
-def test_all_labels_of_a_text_are_in_a_pipe_unless_fewer_are_asked_for(emberpc: Emberpc, fake: FakeServer) -> None:
+def test_classify_prints_all_labels_into_a_pipe_unless_top_k_is_given(emberpc: Emberpc, fake: FakeServer) -> None:
     assert emberpc("classify", "a?").rows[1] == ["question", "question 0.75, statement 0.25", "a?"]
     assert emberpc("classify", "a?", "-k", "1").rows[1] == ["question", "question 0.75", "a?"]
     (whole,) = emberpc("classify", "a?", "--json").objects
@@ -186,7 +190,7 @@ def test_all_labels_of_a_text_are_in_a_pipe_unless_fewer_are_asked_for(emberpc: 
     assert [asked.request.top_k for asked in fake.asked["Classify"]] == [0, 1, 0, 1]
 
 
-def test_debug_is_taken_after_the_command_too(emberpc: Emberpc, fake: FakeServer) -> None:
+def test_debug_is_accepted_after_the_command(emberpc: Emberpc, fake: FakeServer) -> None:
     for arguments in (["search", "none", "q", "--debug"], ["search", "--debug", "none", "q"]):
         outcome = emberpc(*arguments)
         assert outcome.code == 4
@@ -204,14 +208,16 @@ def test_debug_is_taken_after_the_command_too(emberpc: Emberpc, fake: FakeServer
         (["--strategy", "linear", "--strategy", "linear"], "--strategy has linear twice"),
     ],
 )
-def test_lists_are_checked(emberpc: Emberpc, tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_repeated_and_empty_list_items_are_refused(
+    emberpc: Emberpc, tmp_path: Path, arguments: list[str], words: str
+) -> None:
     outcome = emberpc("compare", "--train", "t.csv", "--test", "t.csv", "-o", tmp_path / "out", *arguments)
     assert outcome.code == 2
     assert words in outcome.err
 
 
 @pytest.mark.server
-def test_a_port_in_use_is_said_in_one_line(served: dict[str, str], tmp_path: Path) -> None:
+def test_a_port_in_use_gives_one_line_of_error(served: dict[str, str], tmp_path: Path) -> None:
     environment = {name: value for name, value in served.items() if not name.startswith("GRPC_")}
     address = environment["EMBERPC_TARGET"]
     code, err = in_shell(["serve", "--listen", address, "--data-dir", str(tmp_path)], "", environment)
@@ -236,7 +242,7 @@ def test_a_port_in_use_is_said_in_one_line(served: dict[str, str], tmp_path: Pat
         ("r.csv", "id\ttext\na\tb\n", "the columns seem to be separated by tabs"),
     ],
 )
-def test_another_delimiter_is_named(
+def test_the_error_for_another_delimiter_names_the_delimiter(
     emberpc: Emberpc, fake: FakeServer, tmp_path: Path, name: str, content: str, words: str
 ) -> None:
     emberpc("collection", "create", "c")

@@ -1,4 +1,4 @@
-"""What a person sees on a terminal."""
+"""Output of commands on a terminal."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def collection(fake: FakeServer, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_table_fits_the_terminal_and_only_long_texts_are_cut(collection: Path) -> None:
+def test_a_table_fits_the_terminal_and_shortens_only_long_texts(collection: Path) -> None:
     header, hostile, short, wide = on_terminal("collection", "records", "c", columns=50)
     assert header.split() == ["id", "label", "text"]
     assert short.split() == ["short", "a", "text"]
@@ -104,7 +104,7 @@ def test_hits_are_shown_with_their_labels_if_any_has_one(collection: Path, fake:
     assert lines[1].split()[:3] == ["1.0000", "short", "letters"]
 
 
-def test_progress_is_shown_and_gone_when_it_is_done(collection: Path) -> None:
+def test_progress_is_shown_and_removed_at_the_end(collection: Path) -> None:
     lines = on_terminal("upsert", "c", collection)
     assert any("upserting" in line for line in lines)
     assert [line.split() for line in lines[-3:]][1:] == [["updated", "3"], ["sequence", "2"]]
@@ -112,7 +112,7 @@ def test_progress_is_shown_and_gone_when_it_is_done(collection: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_a_terminal_that_knows_no_unicode_is_served_too(collection: Path, flags: list[str]) -> None:
+def test_output_that_ascii_cannot_encode_is_replaced_or_escaped(collection: Path, flags: list[str]) -> None:
     command = [sys.executable, "-m", "emberpc.cli.main", "get", "c", "wide", *flags]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     outcome = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=300)
@@ -123,19 +123,23 @@ def test_a_terminal_that_knows_no_unicode_is_served_too(collection: Path, flags:
 
 
 @pytest.mark.parametrize(("typed", "there"), [("n\n", True), ("\n", True), ("\x04", True), ("y\n", False)])
-def test_deleting_a_collection_asks_on_a_terminal(collection: Path, fake: FakeServer, typed: str, there: bool) -> None:
+def test_deleting_a_collection_asks_for_confirmation_on_a_terminal(
+    collection: Path, fake: FakeServer, typed: str, there: bool
+) -> None:
     lines = on_terminal("collection", "delete", "c", typed=typed)
     assert any("delete the collection c with 3 records? [y/N]" in line for line in lines)
     assert ("c" in fake.collections) == there
-    # The answer, which the terminal may echo, ends the line of the question or not.
+    # The terminal may echo the answer, which then ends the line of the question.
     assert lines[-1].endswith("error: the collection c was not deleted" if there else "deleted the collection c")
 
 
 @pytest.mark.parametrize("flags", [["--yes"], ["-y"]])
-def test_deleting_a_collection_does_not_ask_if_told(collection: Path, fake: FakeServer, flags: list[str]) -> None:
+def test_deleting_a_collection_with_yes_asks_no_confirmation(
+    collection: Path, fake: FakeServer, flags: list[str]
+) -> None:
     assert on_terminal("collection", "delete", "c", *flags, typed="n\n")[-1] == "deleted the collection c"
     assert "c" not in fake.collections
 
 
-def test_deleting_a_collection_in_a_script_does_not_ask(collection: Path, fake: FakeServer) -> None:
+def test_deleting_a_collection_in_a_script_asks_no_confirmation(collection: Path, fake: FakeServer) -> None:
     assert on_terminal("collection", "delete", "c") == ["deleted the collection c"]

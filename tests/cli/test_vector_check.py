@@ -1,4 +1,4 @@
-"""Vectors that a file has under another fingerprint than the model's are taken if the model gives the same."""
+"""An import uses vectors of another fingerprint than the model's if the model gives equal vectors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def changed(file: Path, column: str, values: Any) -> None:
 
 
 @pytest.mark.parametrize("create", [True, False])
-def test_vectors_under_an_old_fingerprint_are_taken_if_the_model_gives_them(
+def test_vectors_of_an_old_fingerprint_are_imported_if_the_model_gives_equal_ones(
     client: Client, emberpc: Emberpc, notes: list[Record], old_file: Path, create: bool
 ) -> None:
     if not create:
@@ -69,7 +69,7 @@ def test_vectors_under_an_old_fingerprint_are_taken_if_the_model_gives_them(
 
 
 @pytest.mark.parametrize("problem", ["another model", "other vectors", "another width", "no texts", "no vectors"])
-def test_vectors_under_another_fingerprint_are_refused_unless_they_are_proved(
+def test_vectors_of_another_fingerprint_are_refused_without_proof(
     client: Client, emberpc: Emberpc, notes: list[Record], old_file: Path, problem: str
 ) -> None:
     model = "other" if problem == "another model" else "tiny"
@@ -92,7 +92,7 @@ def test_vectors_under_another_fingerprint_are_refused_unless_they_are_proved(
     assert sorted(collection.name for collection in client.collections()) == ["notes", "there"]
 
 
-def test_a_call_that_fails_says_nothing_about_the_model(
+def test_a_failed_call_of_the_check_ends_the_import_with_its_error(
     client: Client, emberpc: Emberpc, notes: list[Record], old_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
