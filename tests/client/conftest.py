@@ -1,4 +1,4 @@
-"""Both clients, driven by the same tests."""
+"""Fixtures that run each test with the synchronous and the asynchronous client."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the two clients ask, and what they make of the answers."""
+"""Requests of the two clients, and the results that they make of the responses."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_embed_keeps_the_order_of_many_requests_in_flight(fake: FakeServer, shel
 
 
 @pytest.mark.parametrize("in_flight", [1, 2, 3])
-def test_just_so_many_requests_are_in_flight(fake: FakeServer, shell_type: Any, in_flight: int) -> None:
+def test_in_flight_limits_the_requests_that_run_at_once(fake: FakeServer, shell_type: Any, in_flight: int) -> None:
     together = threading.Barrier(in_flight)
     lock, here, most = threading.Lock(), 0, 0
 
@@ -66,7 +66,7 @@ def test_just_so_many_requests_are_in_flight(fake: FakeServer, shell_type: Any, 
     assert most == in_flight
 
 
-def test_embed_sends_what_it_is_told(fake: FakeServer, shell: Shell) -> None:
+def test_embed_sends_all_its_options(fake: FakeServer, shell: Shell) -> None:
     shell(
         "embed",
         ["a"],
@@ -90,20 +90,20 @@ def test_embed_sends_what_it_is_told(fake: FakeServer, shell: Shell) -> None:
     assert not fake.asked["Embed"][1].request.HasField("normalize")
 
 
-def test_long_texts_are_sent_in_requests_that_a_server_takes(fake: FakeServer, shell: Shell) -> None:
+def test_long_texts_are_sent_in_requests_below_the_message_limit(fake: FakeServer, shell: Shell) -> None:
     matrix = shell("embed", ["x" * 2**20] * 6)
     assert matrix.shape == (6, DIMENSIONS)
     assert [len(asked.request.texts) for asked in fake.asked["Embed"]] == [2, 2, 2]
 
 
-def test_progress_tells_what_is_done(shell: Shell) -> None:
+def test_progress_is_called_with_the_number_of_finished_texts(shell: Shell) -> None:
     done: list[int] = []
     shell("embed", TEXTS[:10], batch_size=4, progress=done.append)
     shell("classify", TEXTS[:3], batch_size=2, progress=done.append)
     assert done == [4, 8, 10, 2, 3]
 
 
-def test_tokens_are_counted_in_order(shell: Shell) -> None:
+def test_count_tokens_keeps_the_order_of_texts(shell: Shell) -> None:
     assert shell("count_tokens", ["one", "one two", ""], batch_size=1) == [3, 4, 2]
 
 
@@ -136,7 +136,7 @@ def test_an_older_server_states_no_rejection_score() -> None:
     assert _classification(classification_pb2.Classification()).rejection_score is None
 
 
-def test_collections_are_made_listed_over_pages_and_deleted(fake: FakeServer, shell: Shell) -> None:
+def test_collections_are_created_listed_over_pages_and_deleted(fake: FakeServer, shell: Shell) -> None:
     for name in "abcdefg":
         shell("create_collection", name, dimensions=3, distance="euclidean", truncation="start", m=8)
     assert [collection.name for collection in shell("collections")] == list("abcdefg")
@@ -150,7 +150,7 @@ def test_collections_are_made_listed_over_pages_and_deleted(fake: FakeServer, sh
         shell("get_collection", "c")
 
 
-def test_a_record_comes_back_as_it_was_written(shell: Shell) -> None:
+def test_a_record_is_read_as_written(shell: Shell) -> None:
     shell("create_collection", "c")
     metadata = {"whole": 3, "part": 0.5, "none": None, "yes": True, "deep": {"list": [1, "two", [3.5], {"four": 4}]}}
     given = Record("a", "a text", metadata, "label")
@@ -179,7 +179,7 @@ def test_upserts_are_sent_in_order_and_added_up(fake: FakeServer, shell: Shell) 
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["in the records", "beside them"])
-def test_vectors_of_the_callers_own_travel_with_the_records(fake: FakeServer, shell: Shell, own: bool) -> None:
+def test_vectors_of_the_caller_are_sent_with_the_records(fake: FakeServer, shell: Shell, own: bool) -> None:
     shell("create_collection", "c")
     matrix = np.arange(40, dtype=np.float64).reshape(5, DIMENSIONS)
     records = [{"id": str(i), **({"vector": row.tolist()} if own else {})} for i, row in enumerate(matrix)]
@@ -198,14 +198,14 @@ def test_records_copied_with_their_vectors_are_not_embedded_again(fake: FakeServ
     assert shell("count", "to") == 5
 
 
-def test_records_are_walked_over_all_pages(fake: FakeServer, shell: Shell) -> None:
+def test_records_iterates_over_all_pages(fake: FakeServer, shell: Shell) -> None:
     shell("create_collection", "c")
     shell("upsert", "c", [{"id": str(i), "text": "t"} for i in range(8)])
     assert [record.id for record in shell("records", "c", page_size=2)] == list("01234567")
     assert len(fake.asked["ListRecords"]) == 4
 
 
-def test_many_ids_are_got_and_deleted_in_several_requests(fake: FakeServer, shell: Shell) -> None:
+def test_get_and_delete_divide_many_ids_into_requests(fake: FakeServer, shell: Shell) -> None:
     shell("create_collection", "c")
     shell("upsert", "c", [{"id": f"{i:04}", "text": "t"} for i in range(1500)])
     ids = [f"{i:04}" for i in range(0, 3000, 2)]
@@ -215,7 +215,7 @@ def test_many_ids_are_got_and_deleted_in_several_requests(fake: FakeServer, shel
     assert shell("count", "c") == 750
 
 
-def test_search_goes_by_text_vector_or_record(fake: FakeServer, shell: Shell) -> None:
+def test_search_accepts_a_text_a_vector_or_a_record_id(fake: FakeServer, shell: Shell) -> None:
     shell("create_collection", "c")
     shell("upsert", "c", [{"id": text, "text": text} for text in "abcdef"])
     by_text = shell("search", "c", "d", top_k=3, ef=50)
@@ -232,7 +232,7 @@ def test_search_goes_by_text_vector_or_record(fake: FakeServer, shell: Shell) ->
     assert list(request.parts) == [index_pb2.RECORD_PART_TEXT, index_pb2.RECORD_PART_METADATA]
 
 
-def test_a_batch_of_queries_keeps_its_order_and_tells_the_plan(fake: FakeServer, shell: Shell) -> None:
+def test_search_batch_keeps_the_order_of_queries_and_returns_the_plan(fake: FakeServer, shell: Shell) -> None:
     shell("create_collection", "c")
     shell("upsert", "c", [{"id": text, "text": text} for text in "abc"])
     results = shell("search_batch", "c", ["a", RecordId("b"), vector_of("c")] * 50)
@@ -246,7 +246,7 @@ def test_a_batch_of_queries_keeps_its_order_and_tells_the_plan(fake: FakeServer,
     assert shell("search_batch", "c", []) == []
 
 
-def test_models_are_described(shell: Shell) -> None:
+def test_models_and_get_model_return_descriptions_of_models(shell: Shell) -> None:
     first, second = shell("models")
     assert (first.name, first.task, first.state, first.dimensions) == ("canned", "embedding", "ready", DIMENSIONS)
     assert list(first.quality.items()) == [("ece", 0.01234560000000012), ("parity.cosine_min", 0.9999998211860657)]
@@ -256,7 +256,7 @@ def test_models_are_described(shell: Shell) -> None:
         shell("get_model", "other")
 
 
-def test_health_follows_the_standard_service(fake: FakeServer, shell: Shell) -> None:
+def test_health_calls_the_standard_health_service(fake: FakeServer, shell: Shell) -> None:
     assert shell("health") is Health.SERVING
     fake.health.set("", 2)
     assert shell("health") is Health.NOT_SERVING
@@ -264,7 +264,7 @@ def test_health_follows_the_standard_service(fake: FakeServer, shell: Shell) -> 
         shell("health", "no.such.Service")
 
 
-def test_a_value_that_only_a_newer_server_knows_is_unknown(fake: FakeServer, shell: Shell) -> None:
+def test_an_enum_value_of_a_newer_server_is_read_as_unknown(fake: FakeServer, shell: Shell) -> None:
     shell("create_collection", "c")
     fake.collections["c"].distance = 77  # type: ignore[assignment]  # as an enum grown later would send
     assert shell("get_collection", "c").distance == "unknown"
@@ -279,7 +279,7 @@ def test_every_call_has_a_deadline(fake: FakeServer, shell: Shell) -> None:
     assert 90 < second.seconds_left < 103
 
 
-def test_the_token_goes_with_every_call(fake: FakeServer, shell_type: Any) -> None:
+def test_the_token_is_sent_with_every_call(fake: FakeServer, shell_type: Any) -> None:
     shell = shell_type(fake.target, token="secret-1")
     try:
         shell("models")
@@ -290,7 +290,7 @@ def test_the_token_goes_with_every_call(fake: FakeServer, shell_type: Any) -> No
         assert asked.metadata["authorization"] == "Bearer secret-1"
 
 
-async def test_a_channel_of_the_callers_own_is_used_and_stays_open(fake: FakeServer) -> None:
+async def test_a_channel_of_the_caller_is_used_and_not_closed(fake: FakeServer) -> None:
     with grpc.insecure_channel(fake.target) as channel:
         for _ in range(2):
             with Client(channel=channel) as client:
@@ -301,7 +301,7 @@ async def test_a_channel_of_the_callers_own_is_used_and_stays_open(fake: FakeSer
                 assert await client.health() is Health.SERVING
 
 
-def test_an_answer_of_another_size_is_refused(fake: FakeServer, shell: Shell) -> None:
+def test_a_response_with_another_number_of_items_is_refused(fake: FakeServer, shell: Shell) -> None:
     def drop_one(request: Any) -> None:
         del request.texts[0]
 
@@ -311,7 +311,7 @@ def test_an_answer_of_another_size_is_refused(fake: FakeServer, shell: Shell) ->
             shell(method, ["a", "b"])
 
 
-def test_servers_of_different_dimensions_behind_one_target_are_found_out(fake: FakeServer, shell: Shell) -> None:
+def test_vectors_of_different_dimensions_from_one_target_are_refused(fake: FakeServer, shell: Shell) -> None:
     def shrink(request: Any) -> None:
         if request.texts[0] == "b":
             request.dimensions = 3
@@ -331,7 +331,7 @@ def test_vectors_of_two_models_are_refused(fake: FakeServer, shell: Shell) -> No
         shell("embed", TEXTS[:6], batch_size=2)
 
 
-def test_changing_models_tells_the_stages_and_gives_the_model(shell: Shell, fake: FakeServer) -> None:
+def test_load_and_reload_report_stages_and_return_the_model(shell: Shell, fake: FakeServer) -> None:
     stages: list[str] = []
     model = shell("load_model", "m", "folder", variant="int8", progress=stages.append)
     assert (model.name, model.state, stages) == ("m", "ready", ["warming up", "ready"])
@@ -347,7 +347,7 @@ def test_changing_models_tells_the_stages_and_gives_the_model(shell: Shell, fake
         shell("load_model", "m", 7)
 
 
-def test_expected_revisions_go_with_their_records(fake: FakeServer, shell: Shell) -> None:
+def test_expected_revisions_are_sent_with_their_records(fake: FakeServer, shell: Shell) -> None:
     shell("create_collection", "c")
     records = [Record(str(i), "t") for i in range(5)]
     shell("upsert", "c", iter(records), expected_revisions=iter([0, 1, 2, 3, 2**63 - 1]), batch_size=2)
@@ -366,7 +366,7 @@ def test_expected_revisions_go_with_their_records(fake: FakeServer, shell: Shell
         (7, InputTypeError, r"expected_revisions is of type int"),
     ],
 )
-def test_wrong_expected_revisions_are_refused_before_anything_is_sent(
+def test_invalid_expected_revisions_are_refused_before_any_request(
     fake: FakeServer, shell: Shell, expected: Any, error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
@@ -382,7 +382,7 @@ def test_a_record_whose_output_fields_were_set_by_hand_is_refused(shell: Shell, 
         shell("upsert", "c", [record])
 
 
-def test_a_record_from_an_answer_can_be_written_again(fake: FakeServer, shell: Shell) -> None:
+def test_a_record_from_a_response_can_be_upserted_again(fake: FakeServer, shell: Shell) -> None:
     shell("create_collection", "c")
     now = datetime(2026, 1, 1, tzinfo=timezone.utc)
     shell("upsert", "c", [Record("a", "t", revision=4, create_time=now, update_time=now)], expected_revisions=[4])
@@ -406,14 +406,14 @@ def test_a_record_from_an_answer_can_be_written_again(fake: FakeServer, shell: S
         ("search", ("c", "a"), {"min_recall": None}, "min_recall is of type NoneType"),
     ],
 )
-def test_an_option_of_a_wrong_type_is_named(
+def test_an_option_of_a_wrong_type_is_named_in_the_error(
     shell: Shell, name: str, arguments: tuple[Any, ...], options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(InputTypeError, match=words):
         shell(name, *arguments, **options)
 
 
-def test_details_state_the_tokens_of_each_text_that_was_classified(shell: Shell) -> None:
+def test_details_state_the_tokens_of_each_classified_text(shell: Shell) -> None:
     seen: list[ResponseDetails] = []
     found = shell("classify", ["a b", "c", "d e f"], "kinds", batch_size=2, details=seen.append)
     assert [(each.first, each.count) for each in seen] == [(0, 2), (2, 1)]

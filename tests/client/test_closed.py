@@ -80,7 +80,9 @@ def test_every_method_of_a_closed_client_says_that_it_is_closed(shell_type: Any,
 
 
 @pytest.mark.parametrize("name", ["embed", "models", "embed_stream", "backup_collection", "restore_collection"])
-def test_a_closed_channel_of_the_callers_is_named(fake: FakeServer, name: str, tmp_path: Path) -> None:
+def test_the_error_of_a_closed_channel_of_the_caller_names_the_channel(
+    fake: FakeServer, name: str, tmp_path: Path
+) -> None:
     channel = grpc.insecure_channel(fake.target)
     channel.close()
     with pytest.raises(Cancelled, match="the channel is closed; give the client an open one"):
@@ -90,7 +92,7 @@ def test_a_closed_channel_of_the_callers_is_named(fake: FakeServer, name: str, t
 
 # gRPC's own coroutine for the call is dropped when the channel refuses it.
 @pytest.mark.filterwarnings("ignore:coroutine 'UnaryUnaryCall._invoke' was never awaited:RuntimeWarning")
-async def test_a_closed_asyncio_channel_of_the_callers_is_named(fake: FakeServer) -> None:
+async def test_the_error_of_a_closed_asyncio_channel_of_the_caller_names_the_channel(fake: FakeServer) -> None:
     channel = grpc.aio.insecure_channel(fake.target)
     await channel.close()
     client = AsyncClient(fake.target, channel=channel)
@@ -100,7 +102,7 @@ async def test_a_closed_asyncio_channel_of_the_callers_is_named(fake: FakeServer
         [item async for item in client.embed_stream(["a"])]
 
 
-async def test_a_channel_of_the_other_kind_is_refused(fake: FakeServer) -> None:
+async def test_a_channel_of_the_other_client_kind_is_refused(fake: FakeServer) -> None:
     with grpc.insecure_channel(fake.target) as channel, pytest.raises(InputTypeError, match="or use Client"):
         AsyncClient(fake.target, channel=channel)  # type: ignore[arg-type]  # that is the point
     async with grpc.aio.insecure_channel(fake.target) as other:
@@ -109,7 +111,7 @@ async def test_a_channel_of_the_other_kind_is_refused(fake: FakeServer) -> None:
 
 
 @pytest.mark.parametrize(("rpc", "name"), [("Embed", "embed"), ("VerifyCollection", "verify_collection")])
-async def test_closing_an_asyncio_client_ends_its_calls_with_our_error(fake: FakeServer, rpc: str, name: str) -> None:
+async def test_closing_an_asyncio_client_ends_its_calls_with_cancelled(fake: FakeServer, rpc: str, name: str) -> None:
     loop = asyncio.get_running_loop()
     arrived, done = asyncio.Event(), threading.Event()
 
@@ -129,7 +131,7 @@ async def test_closing_an_asyncio_client_ends_its_calls_with_our_error(fake: Fak
         done.set()
 
 
-def test_a_stream_under_way_ends_with_our_error_when_the_client_is_closed(fake: FakeServer, shell: Any) -> None:
+def test_closing_a_client_ends_an_open_stream_with_cancelled(fake: FakeServer, shell: Any) -> None:
     def texts() -> Iterator[str]:
         yield from ("a", "b")
         if isinstance(shell.client, Client):

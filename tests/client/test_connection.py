@@ -1,4 +1,4 @@
-"""How the clients reach a server: targets, tokens, TLS."""
+"""Connections of the clients to a server: targets, tokens, TLS."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from fake_server import FakeServer
         "unix:///run/emberpc.sock",
     ],
 )
-def test_targets_on_this_host(target: str) -> None:
+def test_is_local_is_true_for_targets_on_this_host(target: str) -> None:
     assert is_local(target)
 
 
@@ -60,7 +60,7 @@ def test_targets_on_this_host(target: str) -> None:
         "",
     ],
 )
-def test_targets_elsewhere(target: str) -> None:
+def test_is_local_is_false_for_other_targets(target: str) -> None:
     assert not is_local(target)
 
 
@@ -77,7 +77,7 @@ def test_targets_elsewhere(target: str) -> None:
         ("dns:///host", "dns:///host"),
     ],
 )
-def test_a_host_without_a_port_gets_the_default_one(target: str, wanted: str) -> None:
+def test_a_target_without_a_port_gets_the_default_port(target: str, wanted: str) -> None:
     assert ConnectionSettings(target, 1, None, None, 1, own_channel=False).target == wanted
 
 
@@ -105,7 +105,7 @@ def test_a_host_without_a_port_gets_the_default_one(target: str, wanted: str) ->
         ({"token": "a b\n"}, InputError, "token is empty or has characters"),
     ],
 )
-def test_wrong_settings_are_refused_at_once(
+def test_invalid_settings_of_a_client_are_refused(
     client: Any, settings: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
@@ -113,7 +113,7 @@ def test_wrong_settings_are_refused_at_once(
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 9e9, "30", 10**400])
-def test_a_wrong_timeout_of_a_call_is_refused_before_anything_is_sent(
+def test_an_invalid_timeout_of_a_call_is_refused_before_any_request(
     fake: FakeServer, shell_type: Any, timeout: Any
 ) -> None:
     shell = shell_type(fake.target)
@@ -126,7 +126,7 @@ def test_a_wrong_timeout_of_a_call_is_refused_before_anything_is_sent(
     assert not fake.asked
 
 
-def test_the_longest_timeout_works(fake: FakeServer, shell_type: Any) -> None:
+def test_the_longest_allowed_timeout_works(fake: FakeServer, shell_type: Any) -> None:
     shell = shell_type(fake.target, timeout=100 * 365 * 24 * 3600)
     try:
         assert shell("embed", ["a"]).shape == (1, 8)
@@ -141,7 +141,7 @@ def test_a_path_in_place_of_a_certificate_is_refused() -> None:
         TLS("roots.pem")  # type: ignore[arg-type]  # that is the point
 
 
-def test_no_message_or_repr_tells_the_token() -> None:
+def test_no_message_or_repr_contains_the_token() -> None:
     token = "s3cret token"
     with pytest.raises(InputError) as raised:
         Client(token=token)
@@ -152,7 +152,7 @@ def test_no_message_or_repr_tells_the_token() -> None:
     assert "KEY" not in repr(TLS(private_key=b"KEY", certificate_chain=b"c"))
 
 
-def test_half_a_client_certificate_is_refused() -> None:
+def test_a_private_key_without_a_certificate_is_refused() -> None:
     with pytest.raises(InputError, match="go together"):
         TLS(private_key=b"key")
 
@@ -184,7 +184,9 @@ def secure(certificates: Path) -> Iterator[FakeServer]:
         yield server
 
 
-def test_both_sides_prove_who_they_are(secure: FakeServer, certificates: Path, shell_type: Any) -> None:
+def test_client_and_server_authenticate_with_certificates(
+    secure: FakeServer, certificates: Path, shell_type: Any
+) -> None:
     tls = TLS.from_files(
         certificates / "cert.pem",
         private_key=certificates / "key.pem",
@@ -213,14 +215,14 @@ def test_a_missing_certificate_file_is_an_os_error(tmp_path: Path) -> None:
         TLS.from_files(tmp_path / "none.pem")
 
 
-def test_no_proxy_stands_between_a_client_and_its_own_host(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_uses_no_proxy_for_its_own_host(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     with Client(fake.target) as client:
         assert client.health() is Health.SERVING
 
 
-def test_calls_are_spread_over_all_addresses(fake: FakeServer, shell_type: Any) -> None:
+def test_calls_are_spread_over_all_addresses_of_a_target(fake: FakeServer, shell_type: Any) -> None:
     with FakeServer() as second:
         shell = shell_type(f"ipv4:{fake.target},{second.target}")
         try:
@@ -232,7 +234,7 @@ def test_calls_are_spread_over_all_addresses(fake: FakeServer, shell_type: Any) 
         assert len(second.asked["ListModels"]) > 5
 
 
-def test_a_client_is_closed_though_grpc_waits_for_a_call_that_ctrl_c_ended_half_way(
+def test_close_returns_though_the_close_of_the_grpc_channel_blocks(
     fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = Client(fake.target)

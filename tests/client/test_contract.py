@@ -1,4 +1,4 @@
-"""What must stay true whatever is changed: the two clients are alike, agree with the protos, and need little."""
+"""The two clients have equal methods, agree with the protos, and import few packages."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: str(method.path))
-def test_methods_are_those_of_the_protos(method: Method) -> None:  # type: ignore[type-arg]  # of any response
+def test_methods_have_paths_and_messages_of_the_protos(method: Method) -> None:  # type: ignore[type-arg]  # of any response
     if method is models.HEALTH_CHECK:
         service = health_pb2.DESCRIPTOR.services_by_name["Health"]
         assert method.path == f"/{service.full_name}/{service.methods_by_name['Check'].name}"
@@ -69,7 +69,7 @@ def test_both_clients_have_the_same_methods_with_the_same_parameters() -> None:
         }
 
     def described(parameter: inspect.Parameter) -> str:
-        # Where the one takes an iterable, the other takes an asynchronous one too.
+        # Where Client accepts an iterable, AsyncClient also accepts an asynchronous one.
         return re.sub(r" \| AsyncIterable\[.*\](?=')", "", str(parameter))
 
     assert parameters(Client) == parameters(AsyncClient)
@@ -103,7 +103,7 @@ def test_two_methods_with_the_same_options_declare_them_alike(
     assert differing == OTHER_DEFAULTS[second]
 
 
-def test_both_clients_have_the_same_docstrings_but_for_threads_and_tasks() -> None:
+def test_both_clients_have_equal_docstrings_except_about_threads() -> None:
     names = [name for name, _ in inspect.getmembers(Client, inspect.isfunction) if not name.startswith("_")]
     for name in names:
         ours, other = (inspect.getdoc(getattr(client, name)) or "" for client in (Client, AsyncClient))
@@ -112,7 +112,7 @@ def test_both_clients_have_the_same_docstrings_but_for_threads_and_tasks() -> No
         assert all(re.search("thread|close", line) for line in differing), differing
 
 
-def test_every_exception_is_in_the_tree_that_is_drawn() -> None:
+def test_the_docstring_of_exceptions_lists_every_exception() -> None:
     kinds: list[type[Exception]] = [exceptions.EmberpcError, exceptions.InputError, exceptions.InputTypeError]
     for kind in (*kinds, *exceptions.EmberpcError.__subclasses__()):
         assert kind.__name__ in str(exceptions.__doc__)
@@ -122,7 +122,7 @@ def test_every_exception_is_in_the_tree_that_is_drawn() -> None:
 @pytest.mark.parametrize(
     "heavy", ["onnxruntime", "tokenizers", "hnswlib", "torch", "transformers", "typer", "rich", "emberpc.server"]
 )
-def test_importing_the_client_loads_nothing_heavy(loaded: set[str], heavy: str) -> None:
+def test_importing_the_client_loads_no_large_packages(loaded: set[str], heavy: str) -> None:
     assert heavy not in loaded
 
 

@@ -1,4 +1,4 @@
-"""What the clients do for a caller beside the calls: collections that exist already, and warnings that name a line."""
+"""Conveniences of the clients: `exist_ok` for existing collections, and warnings that name the caller's line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fake_server import FakeServer
 Shell = Any
 
 
-def test_a_collection_that_exists_may_be_taken_as_it_is(fake: FakeServer, shell: Shell) -> None:
+def test_create_collection_with_exist_ok_returns_an_existing_collection(fake: FakeServer, shell: Shell) -> None:
     made = shell("create_collection", "c", model="canned", dimensions=8, m=16, truncation="end", exist_ok=True)
     with pytest.raises(AlreadyExists, match="there is a collection 'c'"):
         shell("create_collection", "c", model="canned")
@@ -32,7 +32,7 @@ def test_a_collection_that_exists_may_be_taken_as_it_is(fake: FakeServer, shell:
         assert raised.value.reason == "COLLECTION_EXISTS"
 
 
-def test_a_warning_of_a_filter_names_the_line_that_called(fake: FakeServer) -> None:
+def test_a_filter_warning_names_the_line_of_the_caller(fake: FakeServer) -> None:
     def line_of(found: list[warnings.WarningMessage]) -> str:
         assert [each.filename for each in found] == [__file__]
         return linecache.getline(__file__, found[0].lineno)

@@ -1,4 +1,4 @@
-"""`embed_stream` of both clients: every text answered once, whatever becomes of the connection, and few read ahead."""
+"""`embed_stream` of both clients answers every text once, also after broken connections, and reads few items ahead."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ UNAVAILABLE = Fault(grpc.StatusCode.UNAVAILABLE, "stopping", "STOPPING")
 
 
 def check(results: list[StreamedEmbedding], texts: dict[str, str]) -> None:
-    """See that each text has its vector, once."""
+    """Check that each text has one result, with its vector."""
     assert Counter(result.id for result in results) == Counter(dict.fromkeys(texts, 1))
     for result in results:
         assert result.error is None
@@ -46,7 +46,7 @@ def check(results: list[StreamedEmbedding], texts: dict[str, str]) -> None:
 
 
 def requests(fake: FakeServer) -> list[Any]:
-    """The messages that came in."""
+    """Return the messages that the server received."""
     return [asked.request for asked in fake.asked["EmbedStream"]]
 
 
@@ -57,18 +57,20 @@ def test_every_text_is_answered_once_by_its_number(fake: FakeServer, shell: Shel
 
 
 @pytest.mark.parametrize(("batch_size", "window"), [(1, 1), (3, 4), (100, 10), (1000, 5000)])
-def test_any_size_of_batch_and_window_will_do(fake: FakeServer, shell: Shell, batch_size: int, window: int) -> None:
+def test_every_text_is_answered_with_any_batch_size_and_window(
+    fake: FakeServer, shell: Shell, batch_size: int, window: int
+) -> None:
     texts = {f"id-{i}": text for i, text in enumerate(TEXTS[:200])}
     check(shell("embed_stream", texts.items(), batch_size=batch_size, window=window), texts)
 
 
-def test_ids_may_be_anything_and_be_there_twice(fake: FakeServer, shell: Shell) -> None:
+def test_any_id_is_returned_also_if_it_is_repeated(fake: FakeServer, shell: Shell) -> None:
     items = [("ключ", "a"), ("🦊", "b"), "c", ("", "d"), ("same", "e"), ("same", "f"), ("a\udce9", "g"), ("7", "h")]
     results = shell("embed_stream", items)
     assert Counter(result.id for result in results) == Counter(["ключ", "🦊", "2", "", "same", "same", "a\udce9", "7"])
 
 
-def test_a_bad_text_fails_alone(fake: FakeServer, shell: Shell) -> None:
+def test_an_invalid_text_fails_alone(fake: FakeServer, shell: Shell) -> None:
     results = {result.id: result for result in shell("embed_stream", ["a", "bad", "b", "lone \udce9", "c"])}
     assert {key for key, result in results.items() if result.vector is not None} == {"0", "2", "4"}
     refused, unsendable = results["1"].error, results["3"].error
@@ -78,12 +80,12 @@ def test_a_bad_text_fails_alone(fake: FakeServer, shell: Shell) -> None:
     assert "items[3] holds a lone surrogate" in str(unsendable)
 
 
-def test_nothing_to_embed_gives_nothing(fake: FakeServer, shell: Shell) -> None:
+def test_an_empty_stream_gives_no_results(fake: FakeServer, shell: Shell) -> None:
     assert shell("embed_stream", []) == []
     assert shell("embed_stream", ["\udce9"])[0].vector is None
 
 
-def test_it_sends_what_it_is_told(fake: FakeServer, shell: Shell) -> None:
+def test_embed_stream_sends_all_its_options(fake: FakeServer, shell: Shell) -> None:
     shell(
         "embed_stream",
         ["a"],
@@ -118,7 +120,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("arguments", "kind", "words"), WRONG)
-def test_a_wrong_argument_is_known_before_a_result_is_asked_for(
+def test_an_invalid_argument_is_refused_before_the_first_result(
     fake: FakeServer, shell: Shell, arguments: dict[str, Any], kind: type[Exception], words: str
 ) -> None:
     with pytest.raises(kind, match=words):
@@ -127,12 +129,12 @@ def test_a_wrong_argument_is_known_before_a_result_is_asked_for(
 
 
 @pytest.mark.parametrize("item", [7, ("id",), (1, "a"), ("id", None), b"a"])
-def test_an_item_of_the_wrong_type_is_the_callers_mistake(fake: FakeServer, shell: Shell, item: object) -> None:
+def test_an_item_of_a_wrong_type_raises_input_type_error(fake: FakeServer, shell: Shell, item: object) -> None:
     with pytest.raises(InputTypeError, match=r"items\[1\]"):
         shell("embed_stream", ["a", item])
 
 
-def test_an_error_of_the_callers_source_passes_through(fake: FakeServer, shell: Shell) -> None:
+def test_an_error_of_the_source_of_items_is_raised_unchanged(fake: FakeServer, shell: Shell) -> None:
     def source() -> Iterator[str]:
         yield "a"
         raise OSError("the disk is gone")
@@ -142,7 +144,7 @@ def test_an_error_of_the_callers_source_passes_through(fake: FakeServer, shell: 
 
 
 @pytest.mark.parametrize("window", [1, 64, 300])
-def test_no_more_is_read_than_the_window(fake: FakeServer, shell: Shell, window: int) -> None:
+def test_the_window_limits_the_items_read_ahead(fake: FakeServer, shell: Shell, window: int) -> None:
     read = taken = most = 0
 
     def source() -> Iterator[str]:
@@ -155,11 +157,11 @@ def test_no_more_is_read_than_the_window(fake: FakeServer, shell: Shell, window:
     for _ in shell.iterate("embed_stream", source(), batch_size=32, window=window):
         taken += 1
     assert taken == 1000
-    # What was answered but not yet taken by the caller is one request's results at the most.
+    # Results that the caller has not consumed yet are those of one request at most.
     assert window / 2 < most <= window + 32
 
 
-def test_nothing_is_read_before_the_first_result_is_asked_for(fake: FakeServer, shell: Shell) -> None:
+def test_no_item_is_read_before_the_first_result_is_requested(fake: FakeServer, shell: Shell) -> None:
     read: list[str] = []
 
     def source() -> Iterator[str]:
@@ -176,19 +178,19 @@ def test_nothing_is_read_before_the_first_result_is_asked_for(fake: FakeServer, 
 
 
 @pytest.mark.parametrize("broken", [[2], [2, 5], [1, 2, 3], [12]])
-def test_a_broken_stream_goes_on_with_what_was_not_answered(fake: FakeServer, shell: Shell, broken: list[int]) -> None:
-    """Message number n of each connection meets a server that stops."""
+def test_a_broken_stream_resumes_with_the_unanswered_texts(fake: FakeServer, shell: Shell, broken: list[int]) -> None:
+    """The server stops at message number n of each connection."""
     for n in broken:
         fake.faults["EmbedStream"].extend([*[None] * n, UNAVAILABLE])
     texts = {f"id-{i}": text for i, text in enumerate(TEXTS)}
     check(shell("embed_stream", texts.items()), texts)
     configs = [request for request in requests(fake) if request.HasField("config")]
     assert len(configs) == len(broken) + 1
-    # Sent again is at most what was under way.
+    # At most the texts in progress are sent again.
     assert sum(len(request.items) for request in requests(fake)) <= 1000 + 64 * 16 * len(broken)
 
 
-def test_what_was_answered_is_not_sent_again(fake: FakeServer, shell: Shell) -> None:
+def test_answered_texts_are_not_sent_again(fake: FakeServer, shell: Shell) -> None:
     fake.faults["EmbedStream"].extend([None, None, None, UNAVAILABLE])
     shell("embed_stream", TEXTS[:40], batch_size=10, window=10)
     assert [[int(item.id) for item in request.items] for request in requests(fake)] == [
@@ -202,33 +204,33 @@ def test_what_was_answered_is_not_sent_again(fake: FakeServer, shell: Shell) -> 
     ]
 
 
-def test_it_is_given_up_when_nothing_is_answered_any_more(fake: FakeServer, shell: Shell) -> None:
+def test_a_stream_fails_after_the_timeout_without_answers(fake: FakeServer, shell: Shell) -> None:
     fake.faults["EmbedStream"].extend([None, *[UNAVAILABLE] * 50])
     with pytest.raises(Unavailable, match="stopping") as raised:
         shell("embed_stream", TEXTS, timeout=5)  # time for the first answer on a slow host
     assert raised.value.reason == "STOPPING"
 
 
-def test_a_server_that_was_never_there_is_not_waited_for(fake: FakeServer, shell: Shell) -> None:
+def test_a_stream_whose_first_connections_fail_ends_after_5_tries(fake: FakeServer, shell: Shell) -> None:
     fake.faults["EmbedStream"].extend([UNAVAILABLE] * 6)
     with pytest.raises(Unavailable):
         shell("embed_stream", TEXTS)
     assert len(fake.asked["EmbedStream"]) == 5
 
 
-def test_a_full_server_is_asked_again_when_it_says(fake: FakeServer, shell: Shell) -> None:
+def test_a_full_server_is_called_again_after_its_retry_delay(fake: FakeServer, shell: Shell) -> None:
     full = Fault(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", "QUEUE_FULL", retry_after=0.01)
     fake.faults["EmbedStream"].extend([full, None, None, UNAVAILABLE, full])
     check(shell("embed_stream", TEXTS), {str(i): text for i, text in enumerate(TEXTS)})
 
 
-def test_another_error_ends_it(fake: FakeServer, shell: Shell) -> None:
+def test_an_error_that_is_not_temporary_ends_the_stream(fake: FakeServer, shell: Shell) -> None:
     fake.faults["EmbedStream"].append(Fault(grpc.StatusCode.NOT_FOUND, "there is no model 'm'", "MODEL_NOT_FOUND"))
     with pytest.raises(NotFound, match="no model 'm'"):
         shell("embed_stream", TEXTS, model="m")
 
 
-def test_a_silent_server_is_not_waited_for_for_ever(fake: FakeServer, shell: Shell) -> None:
+def test_a_stream_to_a_silent_server_ends_after_the_timeout(fake: FakeServer, shell: Shell) -> None:
     released = threading.Event()
     fake.hooks["EmbedStream"] = lambda _: released.wait(300)
     try:
@@ -238,7 +240,7 @@ def test_a_silent_server_is_not_waited_for_for_ever(fake: FakeServer, shell: She
         released.set()
 
 
-def test_another_model_after_a_restart_is_not_mixed_with_the_first(fake: FakeServer, shell: Shell) -> None:
+def test_a_stream_ends_if_a_restarted_server_has_another_model(fake: FakeServer, shell: Shell) -> None:
     fake.faults["EmbedStream"].extend([None, None, UNAVAILABLE])
 
     def hook(request: Any) -> None:
@@ -251,7 +253,7 @@ def test_another_model_after_a_restart_is_not_mixed_with_the_first(fake: FakeSer
     assert raised.value.reason == "MODEL_CHANGED"
 
 
-def test_a_server_that_ends_early_or_answers_twice_is_broken(
+def test_a_server_that_ends_early_or_answers_twice_is_an_internal_error(
     fake: FakeServer, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake.stream_ends_after = 2
@@ -263,7 +265,7 @@ def test_a_server_that_ends_early_or_answers_twice_is_broken(
         shell("embed_stream", TEXTS)
 
 
-def test_letting_go_of_the_results_ends_the_stream(fake: FakeServer, shell: Shell) -> None:
+def test_closing_the_iterator_of_results_ends_the_stream(fake: FakeServer, shell: Shell) -> None:
     results = shell.iterate("embed_stream", iter(lambda: "endless", None))
     for _ in range(300):
         next(results)
@@ -291,7 +293,7 @@ async def test_closing_the_asynchronous_client_ends_its_streams() -> None:
             [result async for result in results]
 
 
-async def test_items_may_come_asynchronously(fake: FakeServer) -> None:
+async def test_items_may_come_from_an_asynchronous_iterator(fake: FakeServer) -> None:
     async def source() -> AsyncIterator[tuple[str, str]]:
         for i, text in enumerate(TEXTS):
             if i % 100 == 0:
@@ -303,7 +305,7 @@ async def test_items_may_come_asynchronously(fake: FakeServer) -> None:
     check(results, {f"id-{i}": text for i, text in enumerate(TEXTS)})
 
 
-async def test_streams_of_one_client_run_side_by_side(fake: FakeServer) -> None:
+async def test_streams_of_one_client_run_concurrently(fake: FakeServer) -> None:
     async with AsyncClient(fake.target) as client:
 
         async def run(name: str) -> list[StreamedEmbedding]:

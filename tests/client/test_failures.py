@@ -1,4 +1,4 @@
-"""What the two clients make of calls that fail."""
+"""Failed calls of the two clients: repetition, exceptions and messages."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ UNAVAILABLE = Fault(grpc.StatusCode.UNAVAILABLE, "starting", "LOADING")
 
 
 @pytest.mark.parametrize("failures", [1, 2])
-def test_a_call_that_the_server_cannot_take_yet_is_repeated(fake: FakeServer, shell: Shell, failures: int) -> None:
+def test_a_call_that_the_server_cannot_accept_yet_is_repeated(fake: FakeServer, shell: Shell, failures: int) -> None:
     fake.faults["Embed"].extend([UNAVAILABLE] * failures)
     assert shell("embed", ["a"]).shape == (1, 8)
     assert len(fake.asked["Embed"]) == failures + 1
 
 
-def test_it_is_given_up_after_five_tries(fake: FakeServer, shell: Shell) -> None:
+def test_a_call_fails_after_five_tries(fake: FakeServer, shell: Shell) -> None:
     fake.faults["Embed"].extend([UNAVAILABLE] * 6)
     with pytest.raises(Unavailable, match="starting") as raised:
         shell("embed", ["a"])
@@ -57,7 +57,7 @@ def test_it_is_given_up_after_five_tries(fake: FakeServer, shell: Shell) -> None
     assert len(fake.asked["Embed"]) == 5
 
 
-def test_a_request_of_megabytes_is_repeated_too(fake: FakeServer, shell: Shell) -> None:
+def test_a_request_of_several_megabytes_is_repeated(fake: FakeServer, shell: Shell) -> None:
     shell("create_collection", "c")
     fake.faults["UpsertRecords"].append(UNAVAILABLE)
     vectors = np.ones((200, 8192), dtype=np.float32)  # 6.5 MB; gRPC's own limit for repeating is 256 KiB
@@ -66,14 +66,14 @@ def test_a_request_of_megabytes_is_repeated_too(fake: FakeServer, shell: Shell) 
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.INTERNAL])
-def test_nothing_else_is_repeated(fake: FakeServer, shell: Shell, code: grpc.StatusCode) -> None:
+def test_calls_with_other_errors_are_not_repeated(fake: FakeServer, shell: Shell, code: grpc.StatusCode) -> None:
     fake.faults["Embed"].append(Fault(code, "no", "NO"))
     with pytest.raises(EmberpcError):
         shell("embed", ["a"])
     assert len(fake.asked["Embed"]) == 1
 
 
-def test_a_server_that_is_restarted_is_found_again(shell_type: Any) -> None:
+def test_a_client_reconnects_to_a_restarted_server(shell_type: Any) -> None:
     with FakeServer() as first:
         shell = shell_type(first.target, timeout=300)
         shell("models")
@@ -104,7 +104,7 @@ def test_a_server_that_is_restarted_is_found_again(shell_type: Any) -> None:
         Unimplemented,
     ],
 )
-def test_each_code_has_its_exception_with_all_that_the_server_told(
+def test_each_status_code_has_its_exception_with_the_error_details(
     fake: FakeServer, shell: Shell, kind: type[EmberpcError]
 ) -> None:
     fault = Fault(kind.code, "it went wrong; do this", "THE_REASON", [("name", "is wrong")], retry_after=1.5)
@@ -123,7 +123,7 @@ def test_each_code_has_its_exception_with_all_that_the_server_told(
     assert isinstance(error.__cause__, grpc.RpcError)
 
 
-def test_a_code_of_no_exception_of_its_own_is_the_general_one(fake: FakeServer, shell: Shell) -> None:
+def test_a_status_code_without_its_own_exception_raises_emberpc_error(fake: FakeServer, shell: Shell) -> None:
     fake.faults["ListModels"].append(Fault(grpc.StatusCode.OUT_OF_RANGE, "gone"))
     with pytest.raises(EmberpcError, match="gone") as raised:
         shell("models")
@@ -151,10 +151,10 @@ def test_damaged_details_do_not_hide_the_error(fake: FakeServer, shell: Shell) -
         ("upsert", ("c", [{"id": "1", "text": "x" * 9000}])),
     ],
 )
-def test_a_request_over_the_servers_limit_is_said_with_the_limit_and_the_remedy(
+def test_the_error_for_a_request_over_the_limit_names_limit_and_remedy(
     shell_type: Any, call: str, arguments: tuple[Any, ...]
 ) -> None:
-    """gRPC itself refuses it, in words that name neither a setting nor a remedy."""
+    """gRPC itself refuses the request, with a message that names neither a setting nor a remedy."""
     with FakeServer(options=[("grpc.max_receive_message_length", 5000)]) as fake:
         shell = shell_type(fake.target)
         words = rf"the request has 90\d\d bytes, .*{fake.target} takes at most 5000 bytes .*higher --max-message-bytes"
@@ -165,7 +165,7 @@ def test_a_request_over_the_servers_limit_is_said_with_the_limit_and_the_remedy(
         shell.close()
 
 
-def test_a_text_is_named_by_its_place_in_the_whole_list(fake: FakeServer, shell: Shell) -> None:
+def test_an_error_names_the_place_of_a_text_in_the_whole_list(fake: FakeServer, shell: Shell) -> None:
     fault = Fault(
         grpc.StatusCode.INVALID_ARGUMENT,
         "texts[3]: is empty; it is alike to texts[0] (and 1 more)",
@@ -180,7 +180,7 @@ def test_a_text_is_named_by_its_place_in_the_whole_list(fake: FakeServer, shell:
     assert raised.value.violations[0].description == "is empty; it is alike to texts[20]"
 
 
-def test_messages_name_options_as_this_client_takes_them(fake: FakeServer, shell: Shell) -> None:
+def test_messages_name_option_values_of_the_client(fake: FakeServer, shell: Shell) -> None:
     said = "texts[0]: has 600 tokens; shorten it, or set `truncation` to END or START"
     fault = Fault(
         grpc.StatusCode.INVALID_ARGUMENT, said, "INVALID_FIELD", [("texts[0]", "set `truncation` to END or START")]
@@ -197,7 +197,7 @@ def test_messages_name_options_as_this_client_takes_them(fake: FakeServer, shell
     assert str(other.value) == "there is no model 'THE END' or \"START\" or BACKEND; search 'dense'"
 
 
-def test_a_record_is_named_by_its_place_too_and_those_before_are_written(fake: FakeServer, shell: Shell) -> None:
+def test_an_error_names_the_place_of_a_record_and_the_written_ones(fake: FakeServer, shell: Shell) -> None:
     shell("create_collection", "c")
     fault = Fault(
         grpc.StatusCode.INVALID_ARGUMENT,
@@ -239,15 +239,15 @@ def test_an_error_of_a_later_request_says_which_ids_are_deleted(fake: FakeServer
     assert raised.value.done == 1000
 
 
-def test_an_error_stops_the_requests_that_follow(fake: FakeServer, shell: Shell) -> None:
+def test_an_error_stops_the_following_requests(fake: FakeServer, shell: Shell) -> None:
     fake.faults["Embed"].append(Fault(grpc.StatusCode.NOT_FOUND, "no model", "MODEL_NOT_FOUND"))
     with pytest.raises(NotFound):
         shell("embed", [str(i) for i in range(100)], batch_size=2)
-    # Of 50; one that is under way beside the one that fails may be followed by others before the error is here.
+    # Of 50 requests. Some may be sent after the failing one, before its error arrives.
     assert len(fake.asked["Embed"]) < 10
 
 
-def test_a_wrong_record_stops_an_upsert_where_it_stands(fake: FakeServer, shell: Shell) -> None:
+def test_an_invalid_record_stops_an_upsert_after_the_records_before_it(fake: FakeServer, shell: Shell) -> None:
     shell("create_collection", "c")
     records = [{"id": str(i), "text": "t"} for i in range(6)]
     with pytest.raises(InputTypeError, match=r"records\[6\]\.text is of type int.*the first 6 records of"):
@@ -257,7 +257,7 @@ def test_a_wrong_record_stops_an_upsert_where_it_stands(fake: FakeServer, shell:
         shell("upsert", "c", [{"text": "t"}])
 
 
-def test_no_answer_in_time_is_a_deadline_exceeded(fake: FakeServer, shell: Shell) -> None:
+def test_a_call_without_an_answer_in_time_raises_deadline_exceeded(fake: FakeServer, shell: Shell) -> None:
     done = threading.Event()
     fake.hooks["Embed"] = lambda _: done.wait(300)
     try:
@@ -267,7 +267,7 @@ def test_no_answer_in_time_is_a_deadline_exceeded(fake: FakeServer, shell: Shell
         done.set()
 
 
-def test_nobody_there_is_said_with_the_address_and_the_remedy(shell_type: Any) -> None:
+def test_the_error_for_an_unreachable_server_names_address_and_remedy(shell_type: Any) -> None:
     with FakeServer() as gone:
         pass
     shell = shell_type(gone.target)
@@ -278,14 +278,14 @@ def test_nobody_there_is_said_with_the_address_and_the_remedy(shell_type: Any) -
         shell.close()
 
 
-def test_a_call_beyond_the_limit_of_a_connection_is_explained() -> None:
+def test_the_error_for_too_many_calls_of_a_connection_names_the_cause() -> None:
     call = Circumstances("host:1", "/emberpc.v1.EmbeddingService/Embed", 1.0)
     details = "Stream removed (RST_STREAM with error code 7)"
     message = _own_words(grpc.StatusCode.UNAVAILABLE, details, call)
     assert message.startswith("the server at host:1 refused /emberpc.v1.EmbeddingService/Embed, since too many calls")
 
 
-def test_another_kind_of_server_is_told_from_ours(shell_type: Any) -> None:
+def test_a_server_without_the_emberpc_services_raises_unimplemented(shell_type: Any) -> None:
     with ThreadPoolExecutor(1) as pool:
         other = grpc.server(pool)
         port = other.add_insecure_port("127.0.0.1:0")
@@ -342,7 +342,7 @@ async def test_a_cancelled_task_cancels_its_requests(fake: FakeServer) -> None:
     assert len(fake.asked["Embed"]) == 2  # the third was never sent
 
 
-def test_errors_survive_another_process() -> None:
+def test_errors_can_be_pickled() -> None:
     error = NotFound("there is none", reason="MODEL_NOT_FOUND", request_id="r", retry_after=2.0)
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is NotFound
@@ -362,7 +362,7 @@ def test_many_threads_may_use_one_client(fake: FakeServer) -> None:
 
 
 @pytest.mark.parametrize("rpc", ["Embed", "VerifyCollection", "UpsertRecords"])
-def test_a_call_that_breaks_when_it_has_run_for_long_is_not_begun_again(
+def test_a_broken_call_that_ran_for_long_is_not_repeated(
     fake: FakeServer, shell_type: Any, monkeypatch: pytest.MonkeyPatch, rpc: str
 ) -> None:
     name, arguments = {
@@ -389,7 +389,7 @@ def test_a_call_that_breaks_when_it_has_run_for_long_is_not_begun_again(
             shell.close()
 
 
-def test_a_call_whose_connection_breaks_soon_is_repeated(
+def test_a_call_that_breaks_soon_is_repeated(
     fake: FakeServer, shell_type: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retries, "_SOON", 1000.0)  # however slow the host is
@@ -405,7 +405,7 @@ def test_a_call_whose_connection_breaks_soon_is_repeated(
 
 
 @pytest.mark.parametrize("failures", [1, 5])
-def test_a_call_of_several_answers_is_repeated_until_the_first(
+def test_a_call_with_several_responses_is_repeated_before_the_first(
     fake: FakeServer, shell: Shell, monkeypatch: pytest.MonkeyPatch, failures: int
 ) -> None:
     monkeypatch.setattr(retries, "_SOON", 1000.0)

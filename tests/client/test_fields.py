@@ -1,4 +1,4 @@
-"""Every field of the API that the server serves can be set or read with the client."""
+"""Every field of the API that servers support can be set or read with the client."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_every_field_is_set_by_a_request_or_changes_what_a_method_returns(tmp_pa
     assert sorted(missed) == []
 
 
-def test_the_lists_of_exceptions_name_only_what_exists() -> None:
+def test_the_lists_of_exempted_rpcs_and_fields_name_existing_ones() -> None:
     known: set[str] = set()
     for method in methods():
         fields_of(method.output_type, fields_of(method.input_type, known))
@@ -187,7 +187,7 @@ def test_the_lists_of_exceptions_name_only_what_exists() -> None:
 
 
 @pytest.mark.parametrize("field", ["EmbedResponse.timings", "BatchGetRecordsResponse.missing_ids"])
-def test_a_field_that_no_method_reads_would_be_found(
+def test_removing_a_field_changes_no_result_if_no_method_reads_it(
     field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import emberpc.client._core.embedding

@@ -1,4 +1,4 @@
-"""Files that a caller names: links are followed, and what is no regular file is never replaced."""
+"""Files of a caller: links are followed, and only regular files are replaced."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Shell = Any
 
 
 class Reader:
-    """Reads all that goes into a pipe, in another thread."""
+    """Reads all bytes of a pipe in another thread."""
 
     def __init__(self, path: Path) -> None:
         self.found = b""
@@ -31,13 +31,13 @@ class Reader:
         self.found = path.read_bytes()
 
     def all(self) -> bytes:
-        """Return what came, once the pipe is closed."""
+        """Return the bytes of the pipe after its writer has closed it."""
         self._thread.join(300)
         assert not self._thread.is_alive()
         return self.found
 
 
-def test_a_backup_replaces_what_a_link_leads_to(fake: FakeServer, shell: Shell, tmp_path: Path) -> None:
+def test_a_backup_replaces_the_target_of_a_link(fake: FakeServer, shell: Shell, tmp_path: Path) -> None:
     shell("create_collection", "c")
     (tmp_path / "disk").mkdir()
     link, target = tmp_path / "link", tmp_path / "disk" / "file"
@@ -52,7 +52,7 @@ def test_a_backup_replaces_what_a_link_leads_to(fake: FakeServer, shell: Shell, 
         target.unlink()
 
 
-def test_a_backup_goes_into_a_pipe_and_the_pipe_stays(fake: FakeServer, shell: Shell, tmp_path: Path) -> None:
+def test_a_backup_is_written_into_a_pipe_and_the_pipe_stays(fake: FakeServer, shell: Shell, tmp_path: Path) -> None:
     shell("create_collection", "c")
     pipe, link = tmp_path / "pipe", tmp_path / "link"
     mkfifo(pipe)
@@ -66,7 +66,7 @@ def test_a_backup_goes_into_a_pipe_and_the_pipe_stays(fake: FakeServer, shell: S
     assert sorted(each.name for each in tmp_path.iterdir()) == ["link", "pipe"]
 
 
-def test_a_socket_and_links_in_a_circle_are_refused(fake: FakeServer, shell: Shell, tmp_path: Path) -> None:
+def test_a_socket_and_a_cycle_of_links_are_refused(fake: FakeServer, shell: Shell, tmp_path: Path) -> None:
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     with socket.socket(socket.AF_UNIX) as opened:
         opened.bind(str(tmp_path / "s"))
@@ -77,7 +77,7 @@ def test_a_socket_and_links_in_a_circle_are_refused(fake: FakeServer, shell: She
     assert not fake.asked
 
 
-def test_a_pipe_that_took_a_damaged_backup_is_named(tmp_path: Path) -> None:
+def test_the_error_of_a_damaged_backup_names_the_pipe_that_received_it(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     mkfifo(pipe)
     reader = Reader(pipe)

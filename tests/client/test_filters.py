@@ -1,4 +1,4 @@
-"""Filters as text: every filter can be written, and what cannot be read is told by its column."""
+"""Filters as text: every filter has a text form, and errors name the column of the problem."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def written(value: pb.FilterValue) -> str:
 
 @st.composite
 def conditions(draw: st.DrawFn) -> tuple[str, pb.Filter]:
-    """A filter as text and as it is to be read."""
+    """Draw a filter as text and as the message that it must parse to."""
     keys = draw(FIELDS)
     field, path = joined(keys), " . ".join(quoted(key) for key in keys)
     kind = draw(st.sampled_from(["comparison", "membership", "prefix", "existence"]))
@@ -84,13 +84,13 @@ FILTERS = st.recursive(
 
 
 @given(FILTERS)
-def test_every_filter_can_be_written(case: tuple[str, pb.Filter]) -> None:
+def test_every_filter_has_a_text_form_that_parses_to_it(case: tuple[str, pb.Filter]) -> None:
     text, expected = case
     assert parse_filter(text) == expected
 
 
 @given(st.text(max_size=20) | st.text("ab\"'\\()=<.,^ 1", max_size=20))
-def test_any_text_is_read_or_refused_by_column(text: str) -> None:
+def test_any_text_is_parsed_or_refused_with_the_column(text: str) -> None:
     try:
         parse_filter(text)
     except InputError as error:
@@ -102,7 +102,7 @@ def equal(field: str, value: str | float) -> pb.Filter:
     return pb.Filter(comparison=pb.Comparison(field=field, operator=pb.COMPARISON_OPERATOR_EQUAL, value=read))
 
 
-def test_words_bind_as_in_python_and_sql() -> None:
+def test_operators_have_the_precedence_of_python_and_sql() -> None:
     a, b, c = equal("a", 1), equal("b", "x"), equal("c.d", -0.5)
     expected = pb.Filter(any=pb.FilterList(filters=[a, pb.Filter(all=pb.FilterList(filters=[b, c]))]))
     assert parse_filter("a = 1 or b == 'x' AND c.d=-.5") == expected
@@ -137,20 +137,20 @@ def test_words_bind_as_in_python_and_sql() -> None:
         ("(" * 5000, 33, "32 levels"),
     ],
 )
-def test_what_cannot_be_read_is_told_by_its_column(text: str, column: int, words: str) -> None:
+def test_the_error_for_an_invalid_filter_text_names_the_column(text: str, column: int, words: str) -> None:
     with pytest.raises(InputError) as raised:
         parse_filter(text)
     assert f"where, column {column}: " in str(raised.value)
     assert words in str(raised.value)
 
 
-def test_a_filter_is_text_or_a_message() -> None:
+def test_a_filter_is_accepted_as_text_or_message_only() -> None:
     assert filter_of(None) is None
     assert filter_of(equal("a", 1)) == filter_of("a = 1")
     with pytest.raises(InputTypeError, match="where is of type dict"):
         filter_of({"a": 1})  # type: ignore[arg-type]  # what is tested
 
 
-def test_the_right_form_of_not_exists_is_named() -> None:
+def test_the_error_for_not_exists_names_the_right_form() -> None:
     with pytest.raises(InputError, match="where, column 6: `not` goes before the field here: write `not FIELD exists`"):
         parse_filter("year not exists")

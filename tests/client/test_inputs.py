@@ -1,4 +1,4 @@
-"""What is refused before anything is sent, and how it is named."""
+"""Invalid arguments: the clients refuse them before any request, and name the item."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ Shell = Any
     ],
 )
 @pytest.mark.parametrize("method", ["embed", "count_tokens", "classify"])
-def test_texts(fake: FakeServer, shell: Shell, method: str, texts: Any, error: type[Exception], words: str) -> None:
+def test_invalid_texts_are_refused_before_any_request(
+    fake: FakeServer, shell: Shell, method: str, texts: Any, error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words):
         shell(method, texts)
     assert not fake.asked
@@ -58,7 +60,9 @@ def test_texts(fake: FakeServer, shell: Shell, method: str, texts: Any, error: t
         ({"timeout": math.inf}, InputError, "timeout is inf seconds"),
     ],
 )
-def test_options(fake: FakeServer, shell: Shell, options: dict[str, Any], error: type[Exception], words: str) -> None:
+def test_invalid_options_are_refused_before_any_request(
+    fake: FakeServer, shell: Shell, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words):
         shell("embed", ["a"], **options)
     assert not fake.asked
@@ -94,7 +98,7 @@ def test_options(fake: FakeServer, shell: Shell, options: dict[str, Any], error:
         ([{"id": "a"}], np.ones((1, 0)), InputError, r"vectors has shape \(1, 0\)"),
     ],
 )
-def test_records(
+def test_invalid_records_and_vectors_are_refused_before_any_request(
     fake: FakeServer, shell: Shell, records: Any, vectors: Any, error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
@@ -115,13 +119,15 @@ def test_records(
         ),
     ],
 )
-def test_a_query(fake: FakeServer, shell: Shell, query: Any, error: type[Exception], words: str) -> None:
+def test_an_invalid_query_is_refused_before_any_request(
+    fake: FakeServer, shell: Shell, query: Any, error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words):
         shell("search", "c", query)
     assert not fake.asked
 
 
-def test_a_batch_of_queries(fake: FakeServer, shell: Shell) -> None:
+def test_invalid_queries_of_a_batch_are_refused(fake: FakeServer, shell: Shell) -> None:
     with pytest.raises(InputTypeError, match="queries is of type str; it must be a list of queries, or use `search`"):
         shell("search_batch", "c", "a query")
     with pytest.raises(InputError, match=r"queries\[1\] has shape \(0,\)"):
@@ -143,7 +149,7 @@ def test_a_batch_of_queries(fake: FakeServer, shell: Shell) -> None:
     assert not fake.asked
 
 
-def test_items_of_a_stream_are_no_mapping(fake: FakeServer, shell: Shell) -> None:
+def test_a_mapping_as_items_of_a_stream_is_refused(fake: FakeServer, shell: Shell) -> None:
     with pytest.raises(InputTypeError, match="items is of type dict; it must be an iterable of texts"):
         shell("embed_stream", {"text": "a"})
     assert not fake.asked
@@ -163,7 +169,7 @@ def test_texts_and_ids_may_come_from_a_generator(fake: FakeServer, shell: Shell)
     assert shell("delete", "c", letters()) == 3
 
 
-def test_wrong_arguments_of_a_walk_are_known_at_once(fake: FakeServer) -> None:
+def test_invalid_arguments_of_records_are_refused_before_the_iteration(fake: FakeServer) -> None:
     with Client(fake.target) as client, pytest.raises(InputError, match="page_size"):
         client.records("c", page_size=-1)
 
@@ -198,7 +204,7 @@ def nested(depth: int, kind: type) -> Any:
         ("\ud800", InputError, "m.k holds a lone surrogate"),
     ],
 )
-def test_metadata(value: Any, error: type[Exception], words: str) -> None:
+def test_invalid_metadata_is_refused_with_its_path(value: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         struct({"k": value}, "m")
 
@@ -224,20 +230,20 @@ json_values = st.recursive(
 
 
 @given(st.dictionaries(st.text(), json_values))
-def test_metadata_comes_back_as_it_was(metadata: dict[str, Any]) -> None:
+def test_metadata_is_equal_after_conversion_to_a_struct_and_back(metadata: dict[str, Any]) -> None:
     back = mapping(struct(metadata, "m"))
     assert back == metadata
     assert mapping(struct(back, "m")) == metadata
 
 
-def test_numpy_numbers_are_numbers() -> None:
+def test_numpy_numbers_in_metadata_are_sent_as_numbers() -> None:
     metadata = {"i": np.int64(3), "f": np.float32(0.5), "b": np.bool_(True), "s": np.str_("x")}
     back = mapping(struct(metadata, "m"))
     assert back == {"i": 3, "f": 0.5, "b": True, "s": "x"}
     assert type(back["b"]) is bool
 
 
-def test_moments_are_in_utc_to_the_microsecond() -> None:
+def test_timestamps_are_converted_to_utc_with_microseconds() -> None:
     from google.protobuf.timestamp_pb2 import Timestamp
 
     timestamp = Timestamp()
@@ -246,7 +252,7 @@ def test_moments_are_in_utc_to_the_microsecond() -> None:
 
 
 @given(st.lists(st.integers(0, 9 * 2**20)), st.integers(1, 10))
-def test_chunks_are_the_whole_in_order_within_both_limits(weights: list[int], size: int) -> None:
+def test_chunks_keep_order_and_both_limits_and_lose_no_item(weights: list[int], size: int) -> None:
     found = list(chunks(weights, size, lambda weight: weight))
     assert [weight for _, chunk in found for weight in chunk] == weights
     place = 0
@@ -258,7 +264,7 @@ def test_chunks_are_the_whole_in_order_within_both_limits(weights: list[int], si
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e11])
-def test_a_time_to_live_that_is_none_is_refused_before_anything_is_sent(shell: Shell, seconds: float) -> None:
+def test_an_invalid_time_to_live_is_refused(shell: Shell, seconds: float) -> None:
     with pytest.raises(InputError, match=r"records\[0\]\.time_to_live is .* must be above 0"):
         shell("upsert", "c", [Record("a", "a", time_to_live=seconds)])
 
@@ -278,7 +284,7 @@ def test_a_time_to_live_that_is_none_is_refused_before_anything_is_sent(shell: S
         ("search_batch", ("c", ["a"])),
     ],
 )
-def test_a_list_as_a_function_is_refused_before_anything_is_sent(
+def test_a_list_in_place_of_a_callback_is_refused_before_any_request(
     fake: FakeServer, shell: Shell, method: str, arguments: Any, name: str
 ) -> None:
     if name == "progress" and method not in ("embed", "classify", "upsert"):

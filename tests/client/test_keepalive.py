@@ -13,13 +13,13 @@ from ping_proxy import PingProxy
 
 pytestmark = pytest.mark.server  # the intervals of the real server
 
-#: gRPC's server closes a connection at its fourth ping if they come too often. More than that, so that the call is not
-#: over before the server has done it.
+#: Pings during a call. A gRPC server closes a connection at its fourth ping if pings come too often; the call must last
+#: longer than that.
 PINGS = 8
-#: A host may take its time to answer a ping; these are not what is tested.
+#: A long timeout for answers to pings, since a slow host may answer late; the tests do not check this timeout.
 PATIENCE = ("grpc.keepalive_timeout_ms", 60_000)
 PING_INTERVAL = "grpc.http2.min_ping_interval_without_data_ms"
-#: What gRPC's server takes for it if it is not set.
+#: The default of a gRPC server for PING_INTERVAL.
 DEFAULT_INTERVAL_MS = 300_000
 
 
@@ -30,7 +30,7 @@ def hastened(options: Any) -> list[tuple[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def frequent_pings(monkeypatch: pytest.MonkeyPatch) -> None:
-    # After two pings without data in between, the client would send only one a minute.
+    # By default, the client sends only one ping a minute after two pings without data in between.
     options = [*hastened(connection._KEEPALIVE), ("grpc.http2.max_pings_without_data", 0)]
     monkeypatch.setattr(connection, "_KEEPALIVE", options)
 
@@ -38,7 +38,7 @@ def frequent_pings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("rpc", "name", "arguments"), [("Embed", "embed", (["a"],)), ("VerifyCollection", "verify_collection", ("c",))]
 )
-def test_a_call_survives_that_is_silent_for_longer_than_three_pings(
+def test_a_call_that_is_silent_for_longer_than_three_pings_succeeds(
     shell_type: Any, rpc: str, name: str, arguments: tuple[Any, ...]
 ) -> None:
     from emberpc.server.app import _KEEPALIVE
@@ -55,8 +55,8 @@ def test_a_call_survives_that_is_silent_for_longer_than_three_pings(
         assert len(server.asked[rpc]) == 1
 
 
-def test_the_same_call_is_ended_by_a_server_with_the_default_of_grpc(shell_type: Any) -> None:
-    """Without this, the tests above could pass because no ping is ever refused."""
+def test_a_server_with_the_default_interval_of_grpc_ends_a_silent_call(shell_type: Any) -> None:
+    """This shows that pings are refused at all; the test above would pass otherwise too."""
     from emberpc.server.app import _KEEPALIVE
 
     options = [(name, value) for name, value in hastened(_KEEPALIVE) if name != PING_INTERVAL]

@@ -1,4 +1,4 @@
-"""Requests whose response would be too large: the clients ask again in smaller ones."""
+"""Requests whose response would be too large: the clients divide them into smaller requests."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_request_is_divided_until_its_response_fits(fake: FakeServer, shell: S
 
 
 @pytest.mark.parametrize("kind", CALLS)
-def test_one_item_whose_response_is_too_large_is_an_error(fake: FakeServer, shell: Shell, kind: str) -> None:
+def test_a_too_large_response_for_one_item_is_an_error(fake: FakeServer, shell: Shell, kind: str) -> None:
     rpc, name, arguments, _ = CALLS[kind]
     fake.faults[rpc].extend([TOO_LARGE] * 20)
     with pytest.raises(ResourceExhausted, match="more bytes") as raised:
@@ -58,7 +58,7 @@ def test_one_item_whose_response_is_too_large_is_an_error(fake: FakeServer, shel
     assert raised.value.reason == "RESPONSE_TOO_LARGE"
 
 
-def test_another_refusal_is_not_asked_again(fake: FakeServer, shell: Shell) -> None:
+def test_a_request_with_another_error_is_not_divided(fake: FakeServer, shell: Shell) -> None:
     fake.faults["Search"].append(Fault(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", "QUEUE_FULL"))
     with pytest.raises(ResourceExhausted, match="queue is full"):
         shell("search_batch", "c", QUERIES)
@@ -73,9 +73,7 @@ def test_progress_counts_the_items_of_divided_requests(fake: FakeServer, shell: 
 
 
 @pytest.mark.parametrize("of_each", [False, True])
-def test_queries_of_many_hits_are_sent_in_requests_that_a_server_takes(
-    fake: FakeServer, shell: Shell, of_each: bool
-) -> None:
+def test_queries_for_many_hits_are_divided_into_requests(fake: FakeServer, shell: Shell, of_each: bool) -> None:
     queries = [SearchQuery(text, top_k=2000) if of_each else text for text in map(str, range(120))]
     assert len(shell("search_batch", "c", queries, **({} if of_each else {"top_k": 2000}))) == 120
     assert sorted(len(asked.request.queries) for asked in fake.asked["Search"]) == [20, 50, 50]

@@ -1,4 +1,4 @@
-"""When the clients repeat a call, and how long they wait before."""
+"""Repetition of calls by the clients, and the pauses before it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from fake_server import FakeServer, Fault
 Shell = Any
 
 
-def test_the_server_says_how_long_to_wait(fake: FakeServer, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_retry_waits_as_long_as_the_server_states(
+    fake: FakeServer, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pauses: list[float | None] = []
     tries: list[float] = []
 
@@ -32,14 +34,14 @@ def test_the_server_says_how_long_to_wait(fake: FakeServer, shell: Shell, monkey
     assert second - first >= 0.7
 
 
-def test_grpc_repeats_nothing_by_itself() -> None:
-    """What it repeats, it repeats from zero, however long the call has run, and tells nobody."""
+def test_grpc_itself_repeats_no_call() -> None:
+    """A call that gRPC repeats begins again, however long it has run, and the client does not notice it."""
     with Client("localhost:1") as client:
         options = dict(client._runner._connection.options)
     assert "retryPolicy" not in str(options["grpc.service_config"])
 
 
-def test_a_pause_or_a_late_end_of_one_try_is_not_that_of_another() -> None:
+def test_a_pause_or_a_late_end_of_one_try_does_not_affect_the_next() -> None:
     attempts = retries.Retries(60, allowed=True)
     first = attempts.begin()
     assert attempts.pause(Unavailable("no", retry_after=1.5)) == 1.5
