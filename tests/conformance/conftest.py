@@ -1,7 +1,7 @@
-"""The same server on each index backend: what holds for one holds for all.
+"""The same server on each index backend: each test of this folder must pass on all of them.
 
-Milvus is milvus-lite, started from its package, which proves the contract and not the cluster;
-EMBERPC_TEST_MILVUS=http://host:19530 (and EMBERPC_MILVUS_TOKEN) has the same tests run against another.
+Milvus is milvus-lite, started from its package; this tests the contract of the backend and not a Milvus cluster.
+With EMBERPC_TEST_MILVUS=http://host:19530 (and EMBERPC_MILVUS_TOKEN) the tests use that Milvus instead.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def milvus_uri(stack: ExitStack, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return where a Milvus is: the one of the environment, or milvus-lite, until the stack ends."""
+    """Return the URI of Milvus: that of the environment, or of a milvus-lite that runs until the stack ends."""
     need_milvus("pymilvus")
     if uri := os.environ.get("EMBERPC_TEST_MILVUS"):
         return uri
@@ -52,7 +52,7 @@ def client(backend: ServerProcess) -> Iterator[Client]:
 
 @pytest.fixture
 def stub(backend: ServerProcess) -> Iterator[index_pb2_grpc.IndexServiceStub]:
-    """The bare RPCs, for what the client would refuse to send."""
+    """A stub of the RPCs, for requests that the client would refuse to send."""
     import grpc
 
     with grpc.insecure_channel(backend.address) as channel:
@@ -64,7 +64,7 @@ MakeCollection = Callable[..., str]
 
 @pytest.fixture
 def make_collection(client: Client) -> Iterator[MakeCollection]:
-    """Make collections of new names, which are deleted at the end."""
+    """Return a function that creates collections with new names; they are deleted at the end."""
     made: list[str] = []
 
     def make(dimensions: int, distance: str = "cosine") -> str:

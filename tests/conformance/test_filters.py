@@ -1,4 +1,4 @@
-"""Filters, on every index backend: what meets them is found, and nothing else."""
+"""Filters, on every index backend: matching records are found, and no others."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def check(collection: CollectionBackend, documents: list[dict[str, Any]], condit
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(documents=st.lists(METADATA, max_size=6), conditions=st.lists(CONDITIONS, min_size=1, max_size=4))
-def test_a_filter_finds_what_matches(
+def test_a_filter_returns_exactly_the_matching_records(
     collection: CollectionBackend, documents: list[dict[str, Any]], conditions: list[Filter]
 ) -> None:
     write(collection, documents)
@@ -117,7 +117,7 @@ LEAVES: list[Filter] = [
 ]
 
 
-def test_each_kind_of_condition_means_what_it_means(collection: CollectionBackend) -> None:
+def test_each_kind_of_condition_matches_as_documented(collection: CollectionBackend) -> None:
     write(collection, DOCUMENTS)
     for leaf in LEAVES:
         check(collection, DOCUMENTS, leaf)
@@ -127,7 +127,7 @@ def test_each_kind_of_condition_means_what_it_means(collection: CollectionBacken
         check(collection, DOCUMENTS, Not(AnyOf((one, Not(AllOf((other, Existence("x"))))))))
 
 
-def test_pages_and_deletes_go_by_a_filter(index: IndexBackend) -> None:
+def test_pages_and_deletes_apply_a_filter(index: IndexBackend) -> None:
     collection = index.create(CollectionSpec("conformance-pages", 2))
     documents = [{"n": i, "tags": [i % 3, "odd" if i % 2 else "even"]} for i in range(500)]
     write(collection, documents)
@@ -163,7 +163,9 @@ def thousands(index: IndexBackend) -> Iterator[CollectionBackend]:
 
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.01, 0.001])
 @pytest.mark.parametrize("field", ["n", "list"])
-def test_the_true_nearest_of_those_that_match_are_found(thousands: CollectionBackend, share: float, field: str) -> None:
+def test_a_filtered_search_finds_the_true_nearest_matching_records(
+    thousands: CollectionBackend, share: float, field: str
+) -> None:
     matrix = vectors(COUNT, dimensions=DIMENSIONS)
     matching = np.flatnonzero(np.arange(COUNT) % 1000 < 1000 * share)
     condition = Comparison(field, Operator.LESS, 1000 * share)
@@ -183,7 +185,7 @@ def test_the_true_nearest_of_those_that_match_are_found(thousands: CollectionBac
     assert found / (len(queries) * k) >= 0.98
 
 
-def test_a_shortfall_tells_how_many_match(thousands: CollectionBackend) -> None:
+def test_a_shortfall_states_the_number_of_matching_records(thousands: CollectionBackend) -> None:
     condition = Membership("n", (3.0, 4.0))
     query = vectors(1, dimensions=DIMENSIONS)
     (outcome,) = thousands.search(query, 100, conditions=[condition])

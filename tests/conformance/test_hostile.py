@@ -1,4 +1,4 @@
-"""What is wrong is refused with the same code, naming the same field, on every index backend; and changes nothing."""
+"""Invalid requests change nothing, and every index backend refuses them with the same code and field."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ BAD_VECTORS = {
 
 
 @pytest.mark.parametrize("kind", BAD_VECTORS)
-def test_a_bad_vector_is_neither_stored_nor_searched_for(stub: Stub, collection: str, kind: str) -> None:
+def test_an_invalid_vector_is_refused_by_upsert_and_search(stub: Stub, collection: str, kind: str) -> None:
     bad = block(BAD_VECTORS[kind])
     with refused("vectors[0]"):
         stub.UpsertRecords(pb.UpsertRecordsRequest(collection=collection, records=[pb.Record(id="b")], vectors=bad))
@@ -75,7 +75,7 @@ def test_a_bad_vector_is_neither_stored_nor_searched_for(stub: Stub, collection:
         ("records[1].id", pb.Record(id="first")),
     ],
 )
-def test_a_batch_with_one_bad_record_changes_nothing(
+def test_an_upsert_with_one_invalid_record_changes_nothing(
     stub: Stub, collection: str, field: str, record: pb.Record
 ) -> None:
     with refused(field):
@@ -91,7 +91,7 @@ def test_a_batch_with_one_bad_record_changes_nothing(
 
 
 @pytest.mark.parametrize("top_k", [-1, 10_001, 10**6])
-def test_an_impossible_number_of_hits_is_refused(stub: Stub, collection: str, top_k: int) -> None:
+def test_a_top_k_outside_its_limits_is_refused(stub: Stub, collection: str, top_k: int) -> None:
     with refused("top_k"):
         stub.Search(
             pb.SearchRequest(collection=collection, queries=[pb.SearchQuery(vector=block([1, 0, 0]))], top_k=top_k)
@@ -116,13 +116,13 @@ def test_a_page_token_that_the_server_did_not_give_is_refused(stub: Stub, collec
         ("collection.hnsw.m", pb.Collection(name="x", dimensions=3, hnsw=pb.HnswParameters(m=3))),
     ],
 )
-def test_an_impossible_collection_is_not_created(stub: Stub, field: str, wrong: pb.Collection) -> None:
+def test_an_invalid_collection_is_not_created(stub: Stub, field: str, wrong: pb.Collection) -> None:
     with refused(field):
         stub.CreateCollection(pb.CreateCollectionRequest(collection=wrong))
 
 
 @pytest.mark.parametrize("name", ["none", "no spaces", "", "x" * 300, '" or 1', "ü"])
-def test_a_collection_that_is_not_there_is_not_found(client: Client, name: str) -> None:
+def test_calls_on_a_missing_collection_raise_not_found(client: Client, name: str) -> None:
     for call in (client.get_collection, client.count, client.delete_collection):
         with pytest.raises(NotFound) as missing:
             call(name)
@@ -144,7 +144,7 @@ def test_a_name_is_taken_until_its_collection_is_deleted(client: Client, make_co
     assert [record.id for record in client.records(name)] == ["b"]
 
 
-def test_collections_are_listed_by_name_and_tell_what_they_are(stub: Stub, client: Client) -> None:
+def test_collections_are_listed_by_name_with_their_settings(stub: Stub, client: Client) -> None:
     names = sorted(["conf.list-a_b", "conf.list.a", "conf-list", "conf_list", "conf0", "Conf", "conf.list-a_b."])
     for name in names:
         client.create_collection(
@@ -169,7 +169,7 @@ def test_collections_are_listed_by_name_and_tell_what_they_are(stub: Stub, clien
             client.delete_collection(name)
 
 
-def test_records_are_refused_texts_without_a_model(stub: Stub, collection: str) -> None:
+def test_texts_without_vectors_are_refused_by_a_collection_without_a_model(stub: Stub, collection: str) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         stub.UpsertRecords(pb.UpsertRecordsRequest(collection=collection, records=[pb.Record(id="b", text="t")]))
     assert isinstance(caught.value, grpc.Call)

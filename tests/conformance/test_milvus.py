@@ -1,4 +1,4 @@
-"""What is Milvus's own: its limits, its failures, and what of it must not show."""
+"""The Milvus backend: limits and failures of Milvus, and details of Milvus that callers must not see."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def collection(index: MilvusIndex) -> Iterator[MilvusCollection]:
     index.delete("c")
 
 
-def test_milvus_gone_is_unavailable_until_it_is_back(tmp_path: Path) -> None:
+def test_calls_are_unavailable_while_milvus_does_not_run(tmp_path: Path) -> None:
     need_milvus("pymilvus", "milvus_lite")
     from emberpc.server.milvus import MilvusIndex
 
@@ -87,7 +87,7 @@ def test_milvus_gone_is_unavailable_until_it_is_back(tmp_path: Path) -> None:
         collection.count()
 
 
-def test_collections_move_as_the_documentation_says(milvus: MilvusLiteProcess, tmp_path: Path) -> None:
+def test_the_documented_code_copies_collections_between_backends(milvus: MilvusLiteProcess, tmp_path: Path) -> None:
     text = (Path(__file__).parent.parent.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
     code = textwrap.dedent(text.partition("```python\n")[2].partition("```")[0])
     matrix = vectors(1500, dimensions=DIMENSIONS)
@@ -116,7 +116,7 @@ def test_collections_move_as_the_documentation_says(milvus: MilvusLiteProcess, t
             after.delete_collection(collection.name)
 
 
-def test_no_milvus_at_all_is_told_at_the_start(tmp_path: Path) -> None:
+def test_the_server_does_not_start_without_milvus(tmp_path: Path) -> None:
     need_milvus("pymilvus")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         uri = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -124,7 +124,7 @@ def test_no_milvus_at_all_is_told_at_the_start(tmp_path: Path) -> None:
         ServerProcess({}, tmp_path, "--index-backend", "milvus", "--milvus-uri", uri)
 
 
-def test_what_milvus_cannot_hold_is_refused_by_name(collection: MilvusCollection) -> None:
+def test_records_beyond_limits_of_milvus_are_refused_with_the_field(collection: MilvusCollection) -> None:
     matrix = vectors(2, dimensions=DIMENSIONS)
     with refused(Code.INVALID_ARGUMENT, "65537 bytes", "Milvus holds 65535", field="records[1].text"):
         collection.upsert([NewRecord("a"), NewRecord("b", "é" * 32768 + "x")], matrix)
@@ -135,14 +135,14 @@ def test_what_milvus_cannot_hold_is_refused_by_name(collection: MilvusCollection
     assert collection.count() == 1
 
 
-def test_a_collection_that_milvus_cannot_hold_is_refused_by_name(index: MilvusIndex) -> None:
+def test_collections_beyond_limits_of_milvus_are_refused_with_the_field(index: MilvusIndex) -> None:
     with refused(Code.INVALID_ARGUMENT, "Milvus needs 2", field="collection.dimensions"):
         index.create(CollectionSpec("one", 1))
     with refused(Code.INVALID_ARGUMENT, "count twice", field="collection.name"):
         index.create(CollectionSpec("a" + "_" * 127, DIMENSIONS))
 
 
-def test_revisions_cannot_be_expected(collection: MilvusCollection) -> None:
+def test_expected_revisions_are_refused(collection: MilvusCollection) -> None:
     with refused(Code.UNIMPLEMENTED, "expected_revisions", "'milvus'", "leave it unset"):
         collection.upsert([NewRecord("a")], vectors(1, dimensions=DIMENSIONS), [0])
 
@@ -152,21 +152,21 @@ def test_a_time_to_live_is_refused(collection: MilvusCollection) -> None:
         collection.upsert([NewRecord("a", time_to_live=60)], vectors(1, dimensions=DIMENSIONS))
 
 
-def test_another_model_is_reached_by_way_of_an_export(collection: MilvusCollection, index: MilvusIndex) -> None:
+def test_reembedding_is_refused_with_an_export_as_remedy(collection: MilvusCollection, index: MilvusIndex) -> None:
     with refused(Code.UNIMPLEMENTED, "ReembedCollection", "'milvus'", "--text-only"):
         index.reembed(collection, model="m", fingerprint="f", dimensions=DIMENSIONS)
     assert index.reembeddings() == []
     index.cancel_reembedding(collection.spec.name)
 
 
-def test_what_needs_all_vectors_at_once_says_where_to_ask(collection: MilvusCollection) -> None:
+def test_duplicates_and_clusters_are_refused_with_a_remedy(collection: MilvusCollection) -> None:
     with refused(Code.UNIMPLEMENTED, "FindDuplicates", "'milvus'", "embedded index"):
         collection.duplicates(0.9, lambda: False)
     with refused(Code.UNIMPLEMENTED, "ClusterRecords", "'milvus'", "embedded index"):
         collection.clusters(2, 1, lambda: False)
 
 
-def test_there_is_no_file_to_back_up_and_export_is_named_instead(
+def test_backup_and_restore_are_refused_with_an_export_as_remedy(
     collection: MilvusCollection, index: MilvusIndex
 ) -> None:
     with refused(Code.UNIMPLEMENTED, "BackupCollection", "'milvus'", "collection export"):
@@ -175,7 +175,7 @@ def test_there_is_no_file_to_back_up_and_export_is_named_instead(
         index.restore("copy", 0, lambda spec: None)
 
 
-def test_words_are_not_searched_for(collection: MilvusCollection) -> None:
+def test_lexical_and_hybrid_search_are_refused(collection: MilvusCollection) -> None:
     with refused(Code.UNIMPLEMENTED, "mode LEXICAL", "'milvus'", "DENSE"):
         collection.search_lexical(["word"], [1])
     with refused(Code.UNIMPLEMENTED, "mode HYBRID", "'milvus'", "DENSE"):
@@ -183,10 +183,10 @@ def test_words_are_not_searched_for(collection: MilvusCollection) -> None:
 
 
 @pytest.mark.parametrize("one_in", [2, 10, 100])
-def test_a_filter_is_met_by_the_true_nearest_when_the_graph_is_searched(
+def test_a_filtered_search_of_the_graph_finds_the_true_nearest_records(
     collection: MilvusCollection, monkeypatch: pytest.MonkeyPatch, one_in: int
 ) -> None:
-    """Few that match are compared here by default, so only with that off is Milvus asked for more candidates."""
+    """By default, emberpc itself compares few matching records; the test switches that off, so that Milvus searches."""
     from emberpc.server.milvus import searching
 
     monkeypatch.setattr(searching, "_FEW", 0)
@@ -206,12 +206,12 @@ def test_a_filter_is_met_by_the_true_nearest_when_the_graph_is_searched(
     assert found / 200 >= 0.98
 
 
-def test_a_write_does_not_claim_to_be_on_disk(collection: MilvusCollection) -> None:
+def test_a_write_is_not_reported_as_synced(collection: MilvusCollection) -> None:
     assert not collection.upsert([NewRecord("a")], vectors(1, dimensions=DIMENSIONS)).synced
     assert not collection.delete(["a"]).synced
 
 
-def test_two_servers_see_each_others_collections(milvus: MilvusLiteProcess, index: MilvusIndex) -> None:
+def test_two_servers_share_the_collections_of_one_milvus(milvus: MilvusLiteProcess, index: MilvusIndex) -> None:
     from emberpc.server.milvus import MilvusIndex
 
     other = MilvusIndex(milvus.uri)
@@ -229,7 +229,7 @@ def test_two_servers_see_each_others_collections(milvus: MilvusLiteProcess, inde
     other.close()
 
 
-def test_collections_that_are_not_ours_are_left_alone(milvus: MilvusLiteProcess, index: MilvusIndex) -> None:
+def test_collections_of_other_programs_are_not_listed_or_deleted(milvus: MilvusLiteProcess, index: MilvusIndex) -> None:
     from pymilvus import MilvusClient
 
     others = MilvusClient(milvus.uri)
@@ -246,7 +246,7 @@ def test_collections_that_are_not_ours_are_left_alone(milvus: MilvusLiteProcess,
 
 
 class RpcFailure(grpc.RpcError):
-    """A failed call of gRPC, whose text nobody may see."""
+    """A failed call of gRPC with a text that must not reach callers."""
 
     def __init__(self, code: grpc.StatusCode) -> None:
         super().__init__("secret")
@@ -271,7 +271,7 @@ class RpcFailure(grpc.RpcError):
         (grpc.StatusCode.UNAUTHENTICATED, Code.FAILED_PRECONDITION),
     ],
 )
-def test_each_failure_of_milvus_has_its_code_and_no_text_of_its_own(
+def test_each_failure_of_milvus_has_its_code_and_hides_the_text_of_milvus(
     cause: Any, code: Code, caplog: pytest.LogCaptureFixture
 ) -> None:
     need_milvus("pymilvus")
@@ -290,7 +290,7 @@ def test_each_failure_of_milvus_has_its_code_and_no_text_of_its_own(
     assert caplog.text
 
 
-def test_causes_that_go_round_in_a_circle_are_followed_once() -> None:
+def test_cyclic_causes_of_an_exception_are_followed_once() -> None:
     need_milvus("pymilvus")
     from pymilvus import MilvusException
 
@@ -302,7 +302,7 @@ def test_causes_that_go_round_in_a_circle_are_followed_once() -> None:
         raise error
 
 
-def test_a_receipt_does_not_state_the_durability(milvus: MilvusLiteProcess, tmp_path: Path) -> None:
+def test_the_response_of_a_write_states_no_durability(milvus: MilvusLiteProcess, tmp_path: Path) -> None:
     from emberpc.v1 import index_pb2, index_pb2_grpc
 
     with (
@@ -317,7 +317,9 @@ def test_a_receipt_does_not_state_the_durability(milvus: MilvusLiteProcess, tmp_
         client.delete_collection("over-rpc")
 
 
-def test_a_cancelled_call_asks_milvus_no_more(collection: MilvusCollection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancelled_call_sends_no_more_requests_to_milvus(
+    collection: MilvusCollection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from emberpc.server.milvus import reading
 
     monkeypatch.setattr(reading.Reader.walk, "__kwdefaults__", {"after": "", "batch": 5, "among": ""})

@@ -1,4 +1,4 @@
-"""Records, on every index backend: what was written is there, as it was written."""
+"""Records, on every index backend, are read as they were written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from emberpc.v1 import index_pb2_grpc
 from index_helpers import vectors
 
 DIMENSIONS = 8
-#: Ids that a query language, a file name or a sort order could trip over; in byte order.
+#: Ids with characters that are special in query languages, file names or sort orders; in byte order.
 IDS = sorted(
     [
         " ", '"', "$x", "%", "'", "' or 1 == 1 --", "*", "0", "1", "10", "9", "A", "\\", "\\n", '\\"', "a", "ab",
@@ -44,7 +44,7 @@ def fill(client: Client, collection: str, ids: list[str]) -> np.ndarray:
     return matrix
 
 
-def test_records_come_back_as_they_were_written(client: Client, collection: str) -> None:
+def test_records_are_read_as_written(client: Client, collection: str) -> None:
     matrix = vectors(len(IDS), dimensions=DIMENSIONS)
     records = [Record(each, f"text of {each}\n\t\\", METADATA, f"label of {each}"[:100]) for each in IDS]
     result = client.upsert(collection, records, vectors=matrix)
@@ -63,7 +63,7 @@ def test_records_are_listed_by_id_in_byte_order(client: Client, collection: str)
     assert [record.vector is not None for record in client.records(collection, with_vectors=True)] == [True] * len(IDS)
 
 
-def test_a_walk_meets_all_that_is_there_throughout_exactly_once(client: Client, collection: str) -> None:
+def test_paging_returns_each_unchanged_record_once_despite_writes(client: Client, collection: str) -> None:
     ids = [f"r{i:03}" for i in range(60)]
     fill(client, collection, ids)
     met = []
@@ -77,7 +77,7 @@ def test_a_walk_meets_all_that_is_there_throughout_exactly_once(client: Client, 
     assert set(ids) - gone <= set(met)
 
 
-def test_an_upsert_replaces_and_keeps_when_the_record_first_appeared(client: Client, collection: str) -> None:
+def test_an_upsert_replaces_a_record_and_keeps_its_create_time(client: Client, collection: str) -> None:
     first = client.upsert(collection, [Record("a", "old", {"x": 1})], vectors=vectors(1, 1, DIMENSIONS))
     (before,) = client.get(collection, ["a"])
     second = client.upsert(collection, [Record("a", "new"), Record("b")], vectors=vectors(2, 2, DIMENSIONS))
@@ -93,7 +93,7 @@ def test_an_upsert_replaces_and_keeps_when_the_record_first_appeared(client: Cli
     assert client.get_collection(collection).sequence == second.sequence
 
 
-def test_what_is_deleted_is_gone_everywhere(client: Client, collection: str) -> None:
+def test_deleted_records_are_missing_in_all_reads(client: Client, collection: str) -> None:
     matrix = fill(client, collection, IDS)
     gone = IDS[::2]
     assert client.delete(collection, [*gone, "none", gone[0]]) == len(gone)
@@ -119,7 +119,7 @@ def test_a_write_is_seen_by_the_next_read(client: Client, collection: str) -> No
         assert client.count(collection) == 2
 
 
-def test_a_batch_of_many_records_is_written_and_deleted_whole(client: Client, collection: str) -> None:
+def test_a_batch_of_2500_records_is_written_and_deleted_whole(client: Client, collection: str) -> None:
     ids = [f"r{i:04}" for i in range(2500)]
     matrix = vectors(len(ids), dimensions=DIMENSIONS)
     client.upsert(collection, [{"id": each} for each in ids], vectors=matrix, batch_size=len(ids))
@@ -129,7 +129,9 @@ def test_a_batch_of_many_records_is_written_and_deleted_whole(client: Client, co
     assert [record.id for record in client.records(collection)] == ids[2000:]
 
 
-def test_parts_come_as_asked_for(stub: index_pb2_grpc.IndexServiceStub, client: Client, collection: str) -> None:
+def test_records_have_only_the_requested_parts(
+    stub: index_pb2_grpc.IndexServiceStub, client: Client, collection: str
+) -> None:
     fill(client, collection, ["a", "b"])
     request = pb.BatchGetRecordsRequest(collection=collection, ids=["b", "x"], parts=[pb.RECORD_PART_VECTOR])
     response = stub.BatchGetRecords(request)

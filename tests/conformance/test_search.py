@@ -1,4 +1,4 @@
-"""Search, on every index backend: the true nearest are found, and scored as documented."""
+"""Search, on every index backend, finds the true nearest records with the documented scores."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fill(client: Client, collection: str, matrix: np.ndarray, first: int = 0) ->
 def recall(
     client: Client, collection: str, truth: dict[str, np.ndarray], queries: np.ndarray, k: int, distance: Distance
 ) -> float:
-    """The share of the true k nearest that a search finds; each score is checked on the way."""
+    """Return the share of the true k nearest records that searches find, and check the score of each hit."""
     found = 0
     matrix = np.stack(list(truth.values()))
     for query, result in zip(queries, client.search_batch(collection, list(queries), top_k=k), strict=True):
@@ -37,7 +37,9 @@ def recall(
 
 
 @pytest.mark.parametrize("distance", list(Distance))
-def test_the_true_nearest_are_found(client: Client, make_collection: MakeCollection, distance: Distance) -> None:
+def test_a_search_finds_the_true_nearest_records(
+    client: Client, make_collection: MakeCollection, distance: Distance
+) -> None:
     collection = make_collection(DIMENSIONS, distance.value)
     truth = fill(client, collection, vectors(2000, dimensions=DIMENSIONS))
     queries = vectors(2040, dimensions=DIMENSIONS)[2000:]
@@ -57,14 +59,14 @@ def test_recall_holds_when_records_are_replaced_and_deleted(client: Client, make
     assert recall(client, collection, left, queries, 10, Distance.COSINE) >= 0.98
 
 
-def test_each_query_gets_its_own_answer(client: Client, make_collection: MakeCollection) -> None:
+def test_each_query_of_a_batch_gets_its_own_hits(client: Client, make_collection: MakeCollection) -> None:
     collection = make_collection(DIMENSIONS)
     truth = fill(client, collection, vectors(300, dimensions=DIMENSIONS))
     results = client.search_batch(collection, list(truth.values()), top_k=1)
     assert [result.hits[0].record.id for result in results] == list(truth)
 
 
-def test_a_record_is_not_its_own_neighbour(client: Client, make_collection: MakeCollection) -> None:
+def test_a_search_by_record_leaves_the_record_out(client: Client, make_collection: MakeCollection) -> None:
     collection = make_collection(DIMENSIONS)
     fill(client, collection, vectors(20, dimensions=DIMENSIONS))
     (result,) = client.search_batch(collection, [RecordId("r00003")], top_k=50)
@@ -74,7 +76,9 @@ def test_a_record_is_not_its_own_neighbour(client: Client, make_collection: Make
         client.search(collection, RecordId("none"))
 
 
-def test_more_hits_may_be_asked_for_than_there_are(client: Client, make_collection: MakeCollection) -> None:
+def test_a_top_k_above_the_number_of_records_returns_all_records(
+    client: Client, make_collection: MakeCollection
+) -> None:
     collection = make_collection(DIMENSIONS)
     matrix = vectors(100, dimensions=DIMENSIONS)
     (empty,) = client.search_batch(collection, [matrix[0]], top_k=10)
@@ -88,7 +92,7 @@ def test_more_hits_may_be_asked_for_than_there_are(client: Client, make_collecti
     assert np.array_equal(vector, matrix[0])
 
 
-def test_as_many_hits_as_a_call_gives_are_given(client: Client, make_collection: MakeCollection) -> None:
+def test_a_search_returns_2500_hits_of_each_query(client: Client, make_collection: MakeCollection) -> None:
     collection = make_collection(4)
     truth = fill(client, collection, vectors(3000, dimensions=4))
     results = client.search_batch(collection, list(truth.values())[:5], top_k=2500)

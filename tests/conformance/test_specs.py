@@ -1,4 +1,4 @@
-"""What a collection is can change in two ways, on every index backend: its truncation and its binding to a model."""
+"""The two settings of a collection that can change, on every index backend: truncation and the bound model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OpenIndex = Callable[[], IndexBackend]
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def open_index(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenIndex]:
-    """Open the index, which is the same each time; to be closed before it is opened again."""
+    """Return a function that opens the same index each time. The index must be closed before it is opened again."""
     if request.param == "embedded":
         yield partial(Index, tmp_path_factory.mktemp("index"))
         return
@@ -41,7 +41,7 @@ def open_index(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(autouse=True)
 def made(open_index: OpenIndex) -> Iterator[None]:
-    """Make a collection of one record."""
+    """Create a collection with one record."""
     with closing(open_index()) as index:
         index.create(SPEC).upsert([NewRecord("a", "text")], vectors(1, dimensions=4))
     yield
@@ -50,14 +50,14 @@ def made(open_index: OpenIndex) -> Iterator[None]:
 
 
 def spec_of(index: IndexBackend) -> CollectionSpec:
-    """Return what the collection is, after seeing that the index says the same wherever it is asked."""
+    """Return the spec of the collection, after checking that `page` and `get` of the index agree."""
     (listed,) = [spec for spec in index.page(1000, "")[0] if spec.name == NAME]
     spec = index.get(NAME).spec
     assert listed == spec
     return spec
 
 
-def test_the_truncation_changes_and_stays_so(open_index: OpenIndex) -> None:
+def test_a_changed_truncation_survives_a_restart(open_index: OpenIndex) -> None:
     with closing(open_index()) as index:
         collection = index.get(NAME)
         for truncation in ("end", "start", "refuse", "end"):
@@ -79,7 +79,7 @@ def test_a_truncation_that_does_not_exist_is_refused(open_index: OpenIndex) -> N
         assert spec_of(index) == SPEC
 
 
-def test_a_collection_is_bound_again_and_stays_so(open_index: OpenIndex) -> None:
+def test_a_changed_binding_survives_a_restart(open_index: OpenIndex) -> None:
     with closing(open_index()) as index:
         collection = index.get(NAME)
         assert index.update_fingerprint(NAME, "2" * 64, NEW).spec == SPEC  # it is bound by another one
@@ -93,7 +93,7 @@ def test_a_collection_is_bound_again_and_stays_so(open_index: OpenIndex) -> None
         assert index.get(NAME).count() == 1
 
 
-def test_both_changes_are_kept(open_index: OpenIndex) -> None:
+def test_changes_of_truncation_and_binding_are_both_kept(open_index: OpenIndex) -> None:
     with closing(open_index()) as index:
         index.update(NAME, "start")
         index.update_fingerprint(NAME, OLD, NEW)
@@ -106,7 +106,7 @@ def test_both_changes_are_kept(open_index: OpenIndex) -> None:
         assert spec_of(index) == expected
 
 
-def test_a_filter_with_a_number_on_texts_is_told(open_index: OpenIndex) -> None:
+def test_a_filter_that_compares_texts_with_a_number_gives_a_warning(open_index: OpenIndex) -> None:
     documents: list[dict[str, Any]] = [
         {"year": "1999", "both": "1", "deep": {"n": ["7"]}},
         {"year": "2000", "both": 1},

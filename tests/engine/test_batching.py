@@ -1,4 +1,4 @@
-"""The backlog: every text goes out once, within the budget, and no call waits behind another."""
+"""The queue: every text is in one batch below the token limit, and no call waits for all of another."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from emberpc.server.engine.tokenizing import TokenIds
 
 
 class Doubler:
-    """A model that gives each text's number of tokens."""
+    """A model whose output for a text is the number of its tokens."""
 
     def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
         return np.array([[len(ids)] for ids in batch], dtype=np.float32)
@@ -37,7 +37,7 @@ lengths = st.lists(st.integers(1, 600), min_size=1, max_size=40)
 
 
 @given(calls=st.lists(st.tuples(st.booleans(), lengths), min_size=1, max_size=8), budget=st.integers(1, 1024))
-def test_every_text_goes_out_once_and_every_batch_keeps_to_the_budget(
+def test_every_text_is_in_one_batch_and_every_batch_keeps_the_token_limit(
     calls: list[tuple[bool, list[int]]], budget: int
 ) -> None:
     models = {True: Doubler(), False: Doubler()}
@@ -62,9 +62,7 @@ def test_every_text_goes_out_once_and_every_batch_keeps_to_the_budget(
 
 
 @given(first=lengths, second=lengths, budget=st.integers(1, 1024))
-def test_calls_that_come_while_others_are_served_are_served_too(
-    first: list[int], second: list[int], budget: int
-) -> None:
+def test_calls_that_are_added_between_batches_are_served(first: list[int], second: list[int], budget: int) -> None:
     runner = Doubler()
     queue = Queue(budget)
     queue.add(submission(runner, first))
@@ -75,7 +73,7 @@ def test_calls_that_come_while_others_are_served_are_served_too(
     assert count == len(first) + len(second)
 
 
-def test_a_callers_text_does_not_wait_behind_anothers_thousands() -> None:
+def test_a_short_call_does_not_wait_for_all_texts_of_another_caller() -> None:
     runner = Doubler()
     queue = Queue(512)
     queue.add(submission(runner, [200] * 5000, "greedy"))
@@ -86,7 +84,7 @@ def test_a_callers_text_does_not_wait_behind_anothers_thousands() -> None:
     assert any(item.submission is short for batch in batches for item in batch)
 
 
-def test_texts_of_like_length_go_together() -> None:
+def test_texts_of_equal_length_share_a_batch() -> None:
     runner = Doubler()
     queue = Queue(512)
     queue.add(submission(runner, [10, 250] * 20))
@@ -95,7 +93,7 @@ def test_texts_of_like_length_go_together() -> None:
         assert len({item.length for item in batch}) == 1
 
 
-def test_draining_gives_the_calls_that_waited() -> None:
+def test_drain_returns_the_waiting_calls() -> None:
     runner = Doubler()
     queue = Queue(16)
     calls = [submission(runner, [10, 10]), submission(runner, [10])]
@@ -108,7 +106,7 @@ def test_draining_gives_the_calls_that_waited() -> None:
 
 
 @pytest.mark.parametrize("tokens", [16, 4096])
-def test_a_discarded_call_is_found_though_the_limit_of_batches_has_changed(tokens: int) -> None:
+def test_a_call_is_discarded_also_after_the_batch_limit_has_changed(tokens: int) -> None:
     backlog = Backlog(256, bulk_seconds=5)
     gone, stays = submission(Doubler(), [8] * 70), submission(Doubler(), [8] * 10)
     for each in (gone, stays):
@@ -119,7 +117,7 @@ def test_a_discarded_call_is_found_though_the_limit_of_batches_has_changed(token
     assert backlog.drain() == {stays}
 
 
-def test_callers_have_turns_however_many_calls_each_has() -> None:
+def test_callers_take_turns_regardless_of_their_number_of_calls() -> None:
     runner = Doubler()
     queue = Queue(10)
     greedy = [submission(runner, [10], "greedy") for _ in range(50)]
@@ -133,7 +131,7 @@ def test_callers_have_turns_however_many_calls_each_has() -> None:
     assert sum(each in modest for each in first) == 3
 
 
-def test_interactive_work_goes_first_and_bulk_work_has_a_turn_in_time() -> None:
+def test_interactive_calls_run_first_and_bulk_calls_wait_a_limited_time() -> None:
     runner = Doubler()
     patient, impatient = Backlog(16, bulk_seconds=1e9), Backlog(16, bulk_seconds=0)
     for backlog in (patient, impatient):
@@ -145,7 +143,7 @@ def test_interactive_work_goes_first_and_bulk_work_has_a_turn_in_time() -> None:
     assert patient.next_lane() is Lane.BULK
 
 
-def test_a_large_call_is_bulk_work_whatever_it_says() -> None:
+def test_a_large_interactive_call_runs_in_the_bulk_lane() -> None:
     runner, backlog = Doubler(), Backlog(16, bulk_seconds=1)
     large, small = submission(runner, [8] * 5), submission(runner, [8] * 4)
     backlog.add(large)

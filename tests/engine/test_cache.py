@@ -1,4 +1,4 @@
-"""The cache keeps what was asked for last within its bytes; flights are shared and never left waiting."""
+"""The cache keeps recent outcomes within its limit of bytes; equal texts share a flight, and flights always end."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def entry(value: float, width: int = 4) -> CachedOutput:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(1, 400)), max_size=80), st.integers(0, 20_000))
-def test_it_never_grows_beyond_its_bytes_and_gives_what_was_put_in(
+def test_the_cache_keeps_its_byte_limit_and_returns_stored_outcomes(
     steps: list[tuple[bool, int, int]], most: int
 ) -> None:
     cache, known = Cache(most), {}
@@ -48,7 +48,7 @@ def test_it_never_grows_beyond_its_bytes_and_gives_what_was_put_in(
         assert 0 <= cache.bytes <= most
 
 
-def test_what_was_not_used_for_longest_goes_first() -> None:
+def test_the_least_recently_used_outcome_is_evicted_first() -> None:
     cache = Cache(8 * 1024)
     cache.add({key("a"): entry(1)})
     size = cache.bytes
@@ -59,13 +59,13 @@ def test_what_was_not_used_for_longest_goes_first() -> None:
     assert not cache.find([key("0")])
 
 
-def test_outcomes_of_another_loading_of_the_model_are_others() -> None:
+def test_outcomes_of_a_model_are_not_found_after_a_reload() -> None:
     cache = Cache(2**20)
     cache.add({key("a", 1): entry(1)})
     assert not cache.find([key("a", 2)])
 
 
-async def test_a_flight_lands_though_it_failed_and_none_of_a_slower_lane_is_waited_for() -> None:
+async def test_a_failed_flight_ends_and_interactive_calls_do_not_wait_for_bulk_flights() -> None:
     flights = Flights()
     with pytest.raises(ValueError, match="no"), flights.lead([key("a")], Lane.BULK) as flight:
         assert flights.find([key("a"), key("b")], Lane.BULK) == {key("a"): flight}
@@ -77,7 +77,7 @@ async def test_a_flight_lands_though_it_failed_and_none_of_a_slower_lane_is_wait
 
 
 class Serving:
-    """An engine with one model, whose runs are counted and may be made to wait or fail."""
+    """An engine with one model; it counts the texts that the model runs."""
 
     def __init__(self, bundle: Path, pool: ThreadPoolExecutor, cache_bytes: int) -> None:
         self.engine = Engine(
@@ -109,7 +109,7 @@ def serving(request: pytest.FixtureRequest, tiny_bundle: Path, pool: ThreadPoolE
     serving.engine.close()
 
 
-async def test_the_same_text_is_run_once_at_a_time(serving: Serving) -> None:
+async def test_concurrent_calls_with_equal_texts_share_one_run(serving: Serving) -> None:
     before = serving.texts_run
     one, two, three = await asyncio.gather(
         serving.embed("a b c"), serving.embed("d", "a b c"), serving.embed("a b c", "a b c")
@@ -121,7 +121,7 @@ async def test_the_same_text_is_run_once_at_a_time(serving: Serving) -> None:
     assert not np.shares_memory(one.output, two.output)
 
 
-async def test_one_asked_for_again_comes_from_the_cache_if_there_is_one(serving: Serving) -> None:
+async def test_a_repeated_text_is_answered_from_the_cache(serving: Serving) -> None:
     first = await serving.embed("a b c")
     before = serving.texts_run
     again = await serving.embed("a b c")
@@ -132,7 +132,7 @@ async def test_one_asked_for_again_comes_from_the_cache_if_there_is_one(serving:
 
 
 class Gate:
-    """Holds up the first batch of a model until it is opened, and may let it fail."""
+    """Blocks the first batch of a model until the gate is opened; the batch then runs or fails."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fails: bool = False) -> None:
         self.entered, self.open = threading.Event(), threading.Event()
@@ -150,7 +150,7 @@ class Gate:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-async def test_who_waited_for_a_call_that_ended_without_an_outcome_is_served_all_the_same(
+async def test_a_call_that_waited_for_a_failed_or_cancelled_call_is_served(
     serving: Serving, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
     expected = (await serving.embed("x y z")).output
@@ -167,20 +167,20 @@ async def test_who_waited_for_a_call_that_ended_without_an_outcome_is_served_all
     assert (await asyncio.wait_for(second, 300)).output.shape == expected.shape
 
 
-async def test_interactive_work_does_not_wait_for_the_same_text_in_bulk(
+async def test_an_interactive_call_does_not_wait_for_an_equal_text_of_a_bulk_call(
     serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
     bulk = asyncio.create_task(serving.embed("p q", lane=Lane.BULK))
     await asyncio.to_thread(gate.entered.wait, 300)
-    # The only worker is held up; the express worker serves this one.
+    # The only worker is blocked; the express worker serves this call.
     await asyncio.wait_for(serving.embed("p q"), 300)
     assert not bulk.done()
     gate.open.set()
     await bulk
 
 
-async def test_texts_that_are_left_of_a_large_call_are_shared_as_a_short_one(
+async def test_the_last_texts_of_a_large_call_are_shared_like_a_short_call(
     serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flights, lanes, led = serving.engine.inferrer.flights, dict[str, Lane](), asyncio.Event()

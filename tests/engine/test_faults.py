@@ -1,4 +1,4 @@
-"""Whatever goes wrong in the workers, every call ends: with its outcome, or with an error that says why it has none."""
+"""If workers fail, every call still ends, with its outcome or with an error that states the reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALLOWED = {Code.INTERNAL, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED, Code.
 
 
 class Faulty:
-    """Gives each text's number of tokens, if nothing goes wrong: it fails, runs out of memory, or kills its worker."""
+    """A model that returns each text's number of tokens, or at random fails, runs out of memory or kills its worker."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -43,7 +43,7 @@ class Faulty:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("closes", [False, True])
-async def test_every_call_ends(seed: int, closes: bool) -> None:
+async def test_every_call_ends_despite_failing_workers(seed: int, closes: bool) -> None:
     chance = random.Random(seed)
     scheduler, runners = Scheduler(2, 64, 50_000), [Faulty(seed), Faulty(seed + 100)]
     right = 0

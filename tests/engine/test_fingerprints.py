@@ -1,4 +1,4 @@
-"""Models share an encoder only if the bytes of their files give the same vectors, whatever their manifests claim."""
+"""Models share an encoder only if the bytes of their files give equal vectors; manifests alone do not decide that."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from emberpc.server.engine.sessions.onnx_runtime import OnnxSession, SessionErro
 from fixtures_bundles import save_with_external_weights
 
 MODEL = Path("onnx") / "model.onnx"
-#: Of the committed classifier, with "e" as the fingerprint of its encoder.
+#: Fingerprint of the committed classifier, if the fingerprint of its encoder is "e".
 FINGERPRINT = "106d0dd06de45b29112feee626e2569401af12a0c116b8a75be78d31be734bc0"
 
 
@@ -48,7 +48,7 @@ def registry() -> Iterator[Registry]:
 
 
 def forged(folder: Path, tiny_bundle: Path) -> None:
-    """Make the manifest fit the files as they are, and claim the weights of the tiny bundle."""
+    """Write a manifest with the hashes of the files, but with the weights hash of the tiny bundle."""
     claimed = read_bundle(tiny_bundle).manifest.weights_sha256
     manifest = Manifest.from_json((folder / "emberpc.json").read_text(encoding="utf-8"))
     finish_bundle(folder, replace(manifest, weights_sha256=claimed))
@@ -67,7 +67,7 @@ def test_a_copy_shares_the_encoder(registry: Registry, tiny_bundle: Path, copy: 
     assert first.fingerprint == second.fingerprint == read_bundle(copy).fingerprint()
 
 
-def test_other_weights_that_claim_to_be_those_served_are_not_answered_by_them(
+def test_weights_under_a_forged_manifest_get_their_own_encoder(
     registry: Registry, tiny_bundle: Path, other_tiny_bundle: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "forged"
@@ -88,14 +88,14 @@ def cut_off(path: Path) -> None:
 
 
 def an_unknown_operator(path: Path) -> None:
-    """Add an operator that plays no part in the vectors, and that ONNX Runtime does not know."""
+    """Add an operator that does not affect the vectors and that ONNX Runtime does not support."""
     model = onnx.load(str(path))
     model.graph.node.append(helper.make_node("NoSuchOperator", ["sentence_embedding"], ["more"]))
     path.write_bytes(model.SerializeToString())
 
 
 @pytest.mark.parametrize("spoil", [rubbish, cut_off, an_unknown_operator])
-def test_a_model_that_cannot_be_loaded_is_refused_whatever_is_served(
+def test_a_model_that_cannot_be_loaded_is_refused_despite_a_served_fingerprint(
     registry: Registry, tiny_bundle: Path, copy: Path, spoil: object
 ) -> None:
     registry.load("served", tiny_bundle)
@@ -160,7 +160,7 @@ def test_external_weights_are_refused_where_onnx_runtime_cannot_take_them_from_m
         OnnxSession(foreign / MODEL)
 
 
-def test_a_session_is_not_widened_with_other_weights(foreign: Path) -> None:
+def test_a_session_with_more_threads_is_refused_if_the_weights_changed(foreign: Path) -> None:
     session = OnnxSession(foreign / MODEL)
     assert session.with_threads(2)
     data = foreign / "onnx" / "model.onnx.data"
@@ -207,14 +207,16 @@ def test_a_served_model_does_not_depend_on_its_files(
     assert served.tokenizer.count(["hello world"], "") == [4]
 
 
-def test_weights_are_not_kept_in_memory_twice(foreign: Path) -> None:
+def test_a_session_keeps_no_second_copy_of_the_weights(foreign: Path) -> None:
     session = Model.load("m", foreign).encoder._session._session
     assert not [name for name, value in vars(session).items() if isinstance(value, bytes)]
 
 
 @pytest.mark.parametrize("file", ["onnx/model.onnx.data", "onnx/model.onnx", "tokenizer.json"])
-def test_what_is_hashed_is_what_is_served(file: str, foreign: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files that change between two looks at them would be served under another's fingerprint."""
+def test_the_fingerprint_covers_the_bytes_that_are_served(
+    file: str, foreign: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session and the fingerprint must be made from the same bytes, also if a file changes in between."""
     fingerprint = Model.load("m", foreign).fingerprint
     make = OnnxSession
 
@@ -238,7 +240,7 @@ def test_a_bundle_that_changes_while_it_is_loaded_is_refused(copy: Path, monkeyp
 
     def changed(bundle: Bundle, contents: Contents | None = None) -> None:
         check(bundle)
-        # In place: another thread, which reads the file, must not find it shorter for a moment.
+        # In place, so that a thread that reads the file meanwhile does not find a shorter file.
         with (copy / "onnx" / "w").open("r+b") as weights:
             weights.seek(-4, os.SEEK_END)
             weights.write(b"\0\0\x80?")
@@ -247,7 +249,7 @@ def test_a_bundle_that_changes_while_it_is_loaded_is_refused(copy: Path, monkeyp
     checked, read = threading.Event(), Contents.read
 
     def read_later(contents: Contents, path: Path) -> bytes:
-        """Read the weights only after they were changed, whichever thread reads them first."""
+        """Read the weights only after they were changed, in any thread."""
         assert path.name != "w" or checked.wait(300)
         return read(contents, path)
 
@@ -257,7 +259,7 @@ def test_a_bundle_that_changes_while_it_is_loaded_is_refused(copy: Path, monkeyp
         Model.load("m", copy)
 
 
-def test_weights_of_a_graph_inside_an_operator_must_not_lie_in_another_file(tmp_path: Path) -> None:
+def test_external_weights_of_a_subgraph_are_refused(tmp_path: Path) -> None:
     weights = onnx.numpy_helper.from_array(np.ones(4, dtype=np.float32), "w")
     value = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [4])
     branch = helper.make_graph([helper.make_node("Identity", ["w"], ["y"])], "b", [], [value], [weights])
@@ -271,7 +273,7 @@ def test_weights_of_a_graph_inside_an_operator_must_not_lie_in_another_file(tmp_
 
 
 class Loading:
-    """Sessions as they begin to be made."""
+    """Notes when the making of a session begins."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.begun = threading.Event()
@@ -321,7 +323,7 @@ def test_weights_outside_the_folder_are_not_loaded(copy: Path, monkeypatch: pyte
     assert not loading.begun.is_set()
 
 
-def test_a_classifier_has_a_fingerprint_of_its_decisions_and_shares_that_of_its_encoder(
+def test_classifiers_of_one_encoder_share_its_fingerprint_and_have_their_own(
     registry: Registry, tiny_classifier_bundle: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "retrained"
@@ -336,7 +338,7 @@ def test_a_classifier_has_a_fingerprint_of_its_decisions_and_shares_that_of_its_
     assert {len(model.classifier_fingerprint) for model in (first, retrained)} == {64}
 
 
-def test_all_that_decides_a_label_is_in_the_fingerprint_of_a_classifier(tiny_classifier_bundle: Path) -> None:
+def test_the_fingerprint_of_a_classifier_covers_everything_that_decides_labels(tiny_classifier_bundle: Path) -> None:
     bundle = read_bundle(tiny_classifier_bundle)
     manifest, head = bundle.manifest, bundle.head()
     assert head is not None
@@ -381,5 +383,5 @@ def test_all_that_decides_a_label_is_in_the_fingerprint_of_a_classifier(tiny_cla
     assert renamed.classifier_fingerprint("e", head) == found[0]
 
 
-def test_an_embedding_model_has_no_fingerprint_of_a_classifier(registry: Registry, tiny_bundle: Path) -> None:
+def test_an_embedding_model_has_no_classifier_fingerprint(registry: Registry, tiny_bundle: Path) -> None:
     assert registry.load("tiny", tiny_bundle).classifier_fingerprint == ""

@@ -1,4 +1,4 @@
-"""Loading by path, and a directory that is followed: what is taken, what is refused, what stays."""
+"""Loading models by path, and from a models directory that is watched."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def served(registry: Registry) -> dict[str, str]:
     ["", ".", "..", "../outside", "inside/../../outside", "/etc", "link", "link/onnx", "inside/onnx/out", ".hidden",
      "none", "file", "x" * 5000, "inside\0", "./.."],
 )  # fmt: skip
-def test_a_path_that_leads_out_or_nowhere_is_refused(
+def test_a_path_outside_the_models_directory_or_to_nothing_is_refused(
     tiny_bundle: Path, tmp_path: Path, models: Path, registry: Registry, loader: Loader, path: str
 ) -> None:
     for folder in (tmp_path / "outside", models / "inside", models / ".hidden"):
@@ -69,7 +69,7 @@ def test_a_path_that_leads_out_or_nowhere_is_refused(
     loader.load("m", "inside")
 
 
-def test_a_name_is_checked_and_taken_once(tiny_bundle: Path, models: Path, loader: Loader) -> None:
+def test_an_invalid_or_used_name_is_refused(tiny_bundle: Path, models: Path, loader: Loader) -> None:
     shutil.copytree(tiny_bundle, models / "a")
     for name in ("", "../a", "a b", "x" * 129):
         with pytest.raises(ServiceError) as error:
@@ -81,7 +81,7 @@ def test_a_name_is_checked_and_taken_once(tiny_bundle: Path, models: Path, loade
     assert error.value.code is Code.ALREADY_EXISTS
 
 
-def test_a_reload_keeps_the_variant_that_is_served(
+def test_a_reload_keeps_the_served_variant(
     tiny_bundle: Path, other_tiny_bundle: Path, models: Path, registry: Registry
 ) -> None:
     for folder in ("a", "b"):
@@ -98,7 +98,7 @@ def test_a_reload_keeps_the_variant_that_is_served(
     loader.close()
 
 
-def test_a_directory_is_served_and_followed(
+def test_a_models_directory_is_served_and_watched_for_changes(
     tiny_bundle: Path, other_tiny_bundle: Path, models: Path, registry: Registry, directory: ModelsDirectory
 ) -> None:
     (models / "nothing").mkdir()
@@ -128,7 +128,7 @@ def test_a_directory_is_served_and_followed(
     assert served(registry) == {"a": first.fingerprint}
 
 
-def test_a_bad_folder_is_told_once_and_tried_again_when_it_rests(
+def test_an_invalid_folder_is_logged_once_and_tried_again_after_changes_end(
     tiny_bundle: Path,
     other_tiny_bundle: Path,
     models: Path,
@@ -159,7 +159,7 @@ def test_a_bad_folder_is_told_once_and_tried_again_when_it_rests(
     assert len(caplog.records) == 1
 
 
-def test_what_is_not_the_directorys_is_left_alone(
+def test_models_and_folders_that_the_directory_does_not_own_are_not_changed(
     tiny_bundle: Path,
     other_tiny_bundle: Path,
     models: Path,
@@ -195,7 +195,7 @@ def test_what_is_not_the_directorys_is_left_alone(
     assert len(caplog.records) == 1
 
 
-def test_an_unreadable_folder_is_told_once_and_holds_up_no_other(
+def test_an_unreadable_folder_is_logged_once_and_does_not_block_others(
     tiny_bundle: Path,
     models: Path,
     registry: Registry,
@@ -224,7 +224,7 @@ def test_an_unreadable_folder_is_told_once_and_holds_up_no_other(
     assert sorted(served(registry)) == ["a", "b"]
 
 
-def test_closing_waits_for_what_is_loaded_until_its_deadline_only(registry: Registry) -> None:
+def test_close_waits_for_running_loads_until_its_deadline(registry: Registry) -> None:
     loader, begun, go_on = Loader(registry), threading.Event(), threading.Event()
 
     def load() -> bool:

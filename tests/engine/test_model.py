@@ -1,4 +1,4 @@
-"""Loading a model: what is not a model, or not the one that was exported, is refused with its reason."""
+"""Loading a model: folders that are no model, or differ from the exported one, are refused with the reason."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from emberpc.server.errors import invalid
 
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny bundle, to be spoilt."""
+    """A copy of the tiny bundle that a test may damage."""
     folder = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, folder)
     return folder
 
 
 def resign(folder: Path) -> None:
-    """Make the manifest fit the files as they are now, as somebody who means harm would."""
+    """Write a manifest that matches the changed files, as an attacker would."""
     manifest = Manifest.from_json((folder / "emberpc.json").read_text(encoding="utf-8"))
     finish_bundle(folder, manifest)
 
@@ -56,12 +56,12 @@ def test_a_good_bundle_loads(bundle: Path) -> None:
     assert model.size_bytes == (bundle / "onnx" / "model.onnx").stat().st_size
 
 
-def test_an_unknown_variant_is_refused_with_those_there_are(bundle: Path) -> None:
+def test_an_unknown_variant_is_refused_with_a_list_of_the_variants(bundle: Path) -> None:
     with pytest.raises(ModelLoadError, match="the bundle has: fp32"):
         Model.load("m", bundle, "int8")
 
 
-def test_other_weights_under_a_right_manifest_are_found_out(bundle: Path) -> None:
+def test_other_weights_under_a_matching_manifest_are_refused(bundle: Path) -> None:
     path = bundle / "onnx" / "model.onnx"
     graph = onnx.load(str(path))
     embeddings = next(each for each in graph.graph.initializer if "word_embeddings" in each.name)
@@ -102,7 +102,7 @@ def test_a_file_of_rubbish_is_refused(bundle: Path, name: str) -> None:
     assert Path(name).name in message
 
 
-def test_a_reference_of_another_shape_is_found_out(bundle: Path) -> None:
+def test_a_reference_of_another_shape_is_refused(bundle: Path) -> None:
     reference = read_bundle(bundle).reference()
     Reference(reference.texts, reference.vectors[:, :-1]).write(bundle)
     resign(bundle)
@@ -127,7 +127,9 @@ def test_a_classifier_shares_the_encoder_that_it_was_made_on(
     np.testing.assert_allclose(shared, in_graph, atol=1e-4)
 
 
-def test_a_classifier_goes_over_to_the_encoder_that_is_loaded_anew(bundle: Path, tiny_classifier_bundle: Path) -> None:
+def test_a_classifier_uses_the_reloaded_encoder_of_its_embedding_model(
+    bundle: Path, tiny_classifier_bundle: Path
+) -> None:
     with ThreadPoolExecutor(1) as pool:
         registry = Registry(pool)
         for name, folder in (("embedder", bundle), ("classifier", tiny_classifier_bundle)):
@@ -140,7 +142,7 @@ def test_a_classifier_goes_over_to_the_encoder_that_is_loaded_anew(bundle: Path,
         assert old() is None
 
 
-def test_models_share_no_encoder_that_cuts_texts_elsewhere(tiny_source: Path, bundle: Path, tmp_path: Path) -> None:
+def test_models_with_different_token_limits_share_no_encoder(tiny_source: Path, bundle: Path, tmp_path: Path) -> None:
     from emberpc.export.embedding import export_embedding
 
     export_embedding(tiny_source, tmp_path / "short", max_tokens=8)
@@ -151,7 +153,7 @@ def test_models_share_no_encoder_that_cuts_texts_elsewhere(tiny_source: Path, bu
 
 
 def widened(encoder: Encoder, batch: list[TokenIds]) -> Encoder:
-    """Run a text that is alone, and wait for what that sets off."""
+    """Run one text, and wait for the thread that this starts to load a session with several threads."""
     encoder.run(batch, threads=2)
     for thread in threading.enumerate():
         if thread.name == "widen":
@@ -159,7 +161,7 @@ def widened(encoder: Encoder, batch: list[TokenIds]) -> Encoder:
     return encoder
 
 
-def test_a_run_on_several_threads_gives_the_same(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_several_threads_gives_equal_vectors(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Encoder, "_is_faster", lambda *_: True)
     encoder = Model.load("m", bundle).encoder
     batch, short = [np.array([2, *range(5, 30), 3])], [np.array([2, 7, 3])]
@@ -194,7 +196,7 @@ def test_a_session_that_fails_on_several_threads_is_not_used(
     assert encoder.run([np.array([2, 7, 3])], threads=2).shape[0] == 1
 
 
-def test_a_tokenizer_that_fails_refuses_the_model(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_a_failing_tokenizer_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise invalid("texts[0]", "has no token that the model knows; give it some text")
 
@@ -203,11 +205,11 @@ def test_a_tokenizer_that_fails_refuses_the_model(bundle: Path, monkeypatch: pyt
         Model.load("m", bundle)
 
 
-def test_a_file_that_was_written_anew_is_not_loaded_beside_the_old_one(bundle: Path, tmp_path: Path) -> None:
+def test_no_session_is_made_from_a_model_file_that_was_replaced(bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(bundle, tmp_path / "copy")
     encoder = Model.load("m", tmp_path / "copy").encoder
     path = tmp_path / "copy" / "onnx" / "model.onnx"
-    # The same model with an unknown field: it could be loaded, but its bytes are others.
+    # The same model with an unknown field can be loaded, but its bytes differ.
     path.with_suffix(".new").write_bytes(path.read_bytes() + b"\xfa\x3f\x00")
     path.with_suffix(".new").rename(path)
     assert not widened(encoder, [np.array([2, 7, 3])]).wide
@@ -217,7 +219,7 @@ def test_a_file_that_was_written_anew_is_not_loaded_beside_the_old_one(bundle: P
 
 
 class SlowLoading:
-    """Holds up the loading of the session with several threads until it is let go."""
+    """Blocks the loading of the session with several threads until `go_on` is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.go_on = threading.Event(), threading.Event()
@@ -237,7 +239,7 @@ class SlowLoading:
         monkeypatch.setattr(Encoder, "_seconds", probe)
 
 
-def test_a_closed_encoder_has_no_thread_that_makes_a_session(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_an_encoder_ends_its_session_loading_thread(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, batch = Model.load("m", bundle).encoder, [np.array([2, 7, 3])]
     loading = SlowLoading(monkeypatch)
     encoder.run(batch, threads=2)
@@ -258,9 +260,7 @@ def test_a_closed_encoder_starts_no_thread(bundle: Path, monkeypatch: pytest.Mon
     assert not loading.begun.is_set()
 
 
-def test_an_engine_closes_the_encoders_of_versions_that_are_served_no_more(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_closes_encoders_of_replaced_versions(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadPoolExecutor(1) as pool:
         engine = Engine(Registry(pool), pool, workers=1, batch_tokens=64, max_queue_tokens=1000)
         loading = SlowLoading(monkeypatch)
@@ -276,7 +276,7 @@ def test_an_engine_closes_the_encoders_of_versions_that_are_served_no_more(
 @pytest.mark.skipif(
     not hasattr(ort.SessionOptions, "set_load_cancellation_flag"), reason="ONNX Runtime before 1.22 cannot cancel"
 )
-def test_loading_can_be_cancelled(bundle: Path) -> None:
+def test_loading_a_session_can_be_cancelled(bundle: Path) -> None:
     path, cancellation = bundle / "onnx" / "model.onnx", LoadCancellation()
     OnnxSession(path, cancellation=cancellation)
     cancellation.cancel()
@@ -284,7 +284,7 @@ def test_loading_can_be_cancelled(bundle: Path) -> None:
         OnnxSession(path, cancellation=cancellation)
 
 
-def test_a_system_without_threads_fails_no_run(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_succeeds_if_no_thread_can_be_started(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, batch = Model.load("m", bundle).encoder, [np.array([2, 7, 3])]
 
     def no_thread(_: threading.Thread) -> None:
@@ -311,12 +311,12 @@ def test_a_damaged_head_is_refused(tiny_classifier_bundle: Path, tmp_path: Path)
     assert "cannot be read as a head" in refused(folder)
 
 
-def test_the_smallest_batch_that_comes_near_the_best_is_chosen() -> None:
+def test_the_smallest_batch_size_near_the_best_rate_is_chosen() -> None:
     assert choose({128: 90.0, 256: 98.0, 512: 100.0, 1024: 70.0}) == 256
     assert choose({128: 90.0, 256: 91.0, 512: 100.0, 1024: 101.0}) == 512
 
 
-def test_the_size_of_batches_is_measured_once_and_again_if_the_record_is_of_no_use(
+def test_the_batch_size_is_measured_once_and_again_if_its_record_is_unusable(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[int] = []
@@ -347,7 +347,7 @@ def test_the_size_of_batches_is_measured_once_and_again_if_the_record_is_of_no_u
 
 @pytest.fixture
 def measured(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Model, Path]:
-    """A model, and the record of a calibration on a host that was not busy, which another one would not choose."""
+    """A model, and the record of a calibration on an idle host; a new calibration would choose another batch size."""
     model, record = Model.load("m", bundle), tmp_path / "calibration.json"
     monkeypatch.setattr(calibration, "thread_time", perf_counter)
     calibrated_batch_tokens(model, record)
@@ -355,7 +355,7 @@ def measured(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> t
     return model, record
 
 
-def test_a_calibration_on_a_busy_host_is_used_but_not_kept(
+def test_a_calibration_on_a_busy_host_is_used_but_not_stored(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = tmp_path / "calibration.json"
@@ -381,15 +381,15 @@ def test_a_calibration_on_a_busy_host_is_used_but_not_kept(
         {"circumstances": "another host"},
     ],
 )
-def test_an_old_or_foreign_calibration_is_done_again(measured: tuple[Model, Path], change: dict[str, object]) -> None:
+def test_an_old_or_foreign_calibration_is_repeated(measured: tuple[Model, Path], change: dict[str, object]) -> None:
     model, record = measured
     assert calibrated_batch_tokens(model, record) != Calibration(999)
     record.write_text(json.dumps({**json.loads(record.read_text()), **change}))
     assert calibrated_batch_tokens(model, record) == Calibration(999)
 
 
-def test_a_record_of_an_earlier_version_is_done_again(measured: tuple[Model, Path]) -> None:
-    """It does not say when it was measured, nor on how many cores."""
+def test_a_calibration_recorded_by_an_earlier_version_is_repeated(measured: tuple[Model, Path]) -> None:
+    """The record states neither the time of the measurement nor the number of cores."""
     model, record = measured
     known = json.loads(record.read_text())
     old = {key: known[key] for key in ("circumstances", "batch_tokens", "tokens_per_second")}
@@ -398,7 +398,7 @@ def test_a_record_of_an_earlier_version_is_done_again(measured: tuple[Model, Pat
 
 
 @pytest.mark.parametrize(("name", "value"), [("usable_cores", 77), ("quota", 0.5)])
-def test_a_calibration_on_other_cores_is_done_again(
+def test_a_calibration_on_another_number_of_cores_is_repeated(
     measured: tuple[Model, Path], monkeypatch: pytest.MonkeyPatch, name: str, value: float
 ) -> None:
     model, record = measured
@@ -406,7 +406,7 @@ def test_a_calibration_on_other_cores_is_done_again(
     assert calibrated_batch_tokens(model, record) == Calibration(999)
 
 
-def test_a_calibration_is_given_up_between_batches(bundle: Path, tmp_path: Path) -> None:
+def test_a_calibration_can_be_stopped_between_batches(bundle: Path, tmp_path: Path) -> None:
     asked: list[bool] = []
 
     def stop() -> bool:

@@ -1,4 +1,4 @@
-"""The registry: which version a call gets, how long it is kept, and that nothing of it stays."""
+"""The registry: the model version of a call, how long the registry keeps the version, and that it is freed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ async def test_a_call_keeps_its_version_until_its_task_is_done(registry: Registr
 
 
 async def until_dead(model: weakref.ref[Model]) -> None:
-    """Wait until a model is let go of, which happens in another thread."""
+    """Wait until a model is freed, which happens in another thread."""
 
     end = asyncio.get_running_loop().time() + 10
     while model() is not None:
@@ -63,7 +63,7 @@ async def until_dead(model: weakref.ref[Model]) -> None:
         await asyncio.to_thread(lambda: None)
 
 
-async def test_removing_is_done_when_the_last_call_is(registry: Registry, tiny_bundle: Path) -> None:
+async def test_removal_of_a_model_ends_after_its_last_call(registry: Registry, tiny_bundle: Path) -> None:
     registry.put(Model.load("m", tiny_bundle))
     finish = asyncio.Event()
 
@@ -83,8 +83,8 @@ async def test_removing_is_done_when_the_last_call_is(registry: Registry, tiny_b
     await done(gone)
 
 
-async def test_a_version_that_only_a_cycle_holds_is_freed(registry: Registry, tiny_bundle: Path) -> None:
-    """As after a call that failed: its exception holds its frames, and one of them the exception."""
+async def test_a_model_version_in_a_reference_cycle_is_freed(registry: Registry, tiny_bundle: Path) -> None:
+    """A failed call leaves this cycle: its exception references the frames, and one frame references the exception."""
     registry.put(Model.load("m", tiny_bundle))
     cycle: list[object] = [registry.get("m")]
     cycle.append(cycle)
@@ -98,7 +98,7 @@ async def test_a_version_that_only_a_cycle_holds_is_freed(registry: Registry, ti
         gc.enable()
 
 
-async def test_looking_from_elsewhere_than_a_call_holds_nothing(registry: Registry, tiny_bundle: Path) -> None:
+async def test_lookups_outside_of_calls_hold_no_version(registry: Registry, tiny_bundle: Path) -> None:
     registry.put(Model.load("m", tiny_bundle))
     assert [model.name for model in registry.models()] == ["m"]
     await asyncio.to_thread(registry.find, "m")
@@ -106,7 +106,7 @@ async def test_looking_from_elsewhere_than_a_call_holds_nothing(registry: Regist
     assert registry.calls("none") == 0
 
 
-def test_errors_say_what_there_is(registry: Registry, tiny_bundle: Path) -> None:
+def test_errors_for_unknown_models_list_the_models(registry: Registry, tiny_bundle: Path) -> None:
     with pytest.raises(ServiceError, match="no embedding model is served") as error:
         registry.find("", Task.EMBEDDING)
     assert (error.value.code, error.value.reason) == (Code.FAILED_PRECONDITION, "NO_MODEL")

@@ -1,4 +1,4 @@
-"""Readiness goes down while no worker lives, and comes back with the workers."""
+"""The health status is NOT_SERVING while no worker lives, and SERVING again with new workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emberpc.server.engine import Engine
 
 
 class Reviving:
-    """An engine to which the system gives threads again after a while."""
+    """An engine that can start threads again after some tries."""
 
     def __init__(self, alive: list[int]) -> None:
         self.alive = alive
@@ -22,7 +22,7 @@ class Reviving:
         return self.alive.pop(0)
 
 
-async def test_readiness_follows_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_health_status_follows_the_living_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     statuses, told = health.aio.HealthServicer(), []
     monkeypatch.setattr(app, "_REVIVAL_SECONDS", 0)
     set_health = app._set_health

@@ -1,4 +1,4 @@
-"""The scheduler: results in order, and no caller ever left waiting."""
+"""The scheduler: results have the order of the texts, and every call ends."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def texts(*lengths: int) -> list[TokenIds]:
 
 
 class Lengths:
-    """Gives each text's number of tokens; fails on a batch with a text of a poisoned length."""
+    """A model that returns the number of tokens of each text; it fails on a batch with a text of `poison` tokens."""
 
     def __init__(self, poison: int = 0) -> None:
         self.poison = poison
@@ -41,7 +41,7 @@ class Lengths:
 
 
 class Gate:
-    """Blocks in its first batch until it is opened."""
+    """A model that blocks in its first batch until the gate is opened."""
 
     def __init__(self) -> None:
         self.entered = threading.Event()
@@ -88,7 +88,7 @@ def scheduler() -> Iterator[Make]:
             thread.join(300)
 
 
-async def test_results_come_in_the_order_of_the_texts(scheduler: Make) -> None:
+async def test_results_have_the_order_of_the_texts(scheduler: Make) -> None:
     lengths = list(np.random.default_rng(0).integers(1, 60, 300))
     result = await scheduler().run(Lengths(), texts(*lengths))
     assert [int(row[0]) for row in result.rows] == lengths
@@ -96,7 +96,7 @@ async def test_results_come_in_the_order_of_the_texts(scheduler: Make) -> None:
     assert result.queue_seconds >= 0
 
 
-async def test_many_calls_at_once_each_get_their_own(scheduler: Make) -> None:
+async def test_concurrent_calls_each_get_their_own_results(scheduler: Make) -> None:
     busy, runner = scheduler(), Lengths()
     calls = [list(np.random.default_rng(i).integers(1, 60, 1 + i % 7)) for i in range(100)]
     results = await asyncio.gather(*(busy.run(runner, texts(*call)) for call in calls))
@@ -115,7 +115,7 @@ async def test_a_failing_model_fails_only_the_calls_in_its_batch(scheduler: Make
     assert [int(row[0]) for row in (await busy.run(runner, texts(5))).rows] == [5]
 
 
-async def test_overload_is_refused_at_once_with_a_time_to_come_back(scheduler: Make) -> None:
+async def test_a_full_queue_refuses_calls_with_a_retry_delay(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1, max_queue_tokens=100), Gate()
     running = await hold(busy, gate, 50)
     waiting = asyncio.create_task(busy.run(gate, texts(90)))
@@ -129,13 +129,13 @@ async def test_overload_is_refused_at_once_with_a_time_to_come_back(scheduler: M
     await asyncio.gather(running, waiting)
 
 
-async def test_a_call_that_could_never_be_taken_is_told_to_split(scheduler: Make) -> None:
+async def test_a_call_larger_than_the_queue_is_refused_as_invalid(scheduler: Make) -> None:
     with pytest.raises(ServiceError, match="split it") as refused:
         await scheduler(max_queue_tokens=100).run(Lengths(), texts(101))
     assert refused.value.code is Code.INVALID_ARGUMENT
 
 
-async def test_what_a_caller_who_left_still_wanted_is_not_run(scheduler: Make) -> None:
+async def test_waiting_texts_of_a_cancelled_call_are_not_run(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
     running = await hold(busy, gate, 50)
     left = asyncio.create_task(busy.run(gate, texts(7)))
@@ -149,7 +149,7 @@ async def test_what_a_caller_who_left_still_wanted_is_not_run(scheduler: Make) -
     assert gate.seen == [50, 60]
 
 
-async def test_closing_fails_what_waits_and_refuses_what_comes(scheduler: Make) -> None:
+async def test_close_fails_waiting_calls_and_refuses_new_ones(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
     running = await hold(busy, gate, 50)
     waiting = asyncio.create_task(busy.run(gate, texts(60)))
@@ -166,7 +166,7 @@ async def test_closing_fails_what_waits_and_refuses_what_comes(scheduler: Make) 
     assert refused.value.code is Code.UNAVAILABLE
 
 
-async def test_closing_waits_for_a_running_batch_until_its_deadline_only(scheduler: Make) -> None:
+async def test_close_waits_for_a_running_batch_until_its_deadline(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
     running = await hold(busy, gate, 50)
     assert not busy.close(Deadline(0))
@@ -175,7 +175,7 @@ async def test_closing_waits_for_a_running_batch_until_its_deadline_only(schedul
     assert busy.close(Deadline(30))
 
 
-async def test_a_batch_of_several_calls_that_fails_fails_only_the_call_at_fault(scheduler: Make) -> None:
+async def test_a_failed_batch_of_several_calls_fails_only_the_causing_call(scheduler: Make) -> None:
     busy, gate, runner = scheduler(workers=1), Gate(), Lengths(poison=13)
     running = await hold(busy, gate, 50)
     good, bad, other = (asyncio.create_task(busy.run(runner, texts(length))) for length in (12, 13, 14))
@@ -188,7 +188,7 @@ async def test_a_batch_of_several_calls_that_fails_fails_only_the_call_at_fault(
     assert busy.counts.failed_batches == 2
 
 
-async def test_what_was_not_begun_in_time_is_dropped(scheduler: Make) -> None:
+async def test_a_call_that_is_still_queued_at_its_deadline_is_dropped(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
     running = await hold(busy, gate, 50)
     late = asyncio.create_task(busy.run(gate, texts(7), Caller(deadline=perf_counter() + 0.5)))
@@ -203,16 +203,14 @@ async def test_what_was_not_begun_in_time_is_dropped(scheduler: Make) -> None:
 
 
 class Slow:
-    """Takes a fiftieth of a second for a batch."""
+    """A model that takes 0.02 s for a batch."""
 
     def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
         sleep(0.02)
         return np.zeros((len(batch), 1), dtype=np.float32)
 
 
-async def test_nothing_is_refused_for_want_of_time_before_a_full_batch_told_how_fast_the_host_is(
-    scheduler: Make,
-) -> None:
+async def test_no_call_is_refused_before_a_full_batch_was_timed(scheduler: Make) -> None:
     idle = scheduler(workers=1)
     await idle.run(Slow(), texts(2))
     assert len((await idle.run(Lengths(), texts(*[50] * 100), Caller(deadline=perf_counter() + 30))).rows) == 100
@@ -225,26 +223,26 @@ def timed(rates: Iterable[float]) -> Rates:
     return measured
 
 
-def test_one_batch_makes_no_rate() -> None:
+def test_one_timed_batch_gives_no_rate() -> None:
     assert not timed([1.0]).measured
     assert timed([1.0]).best == inf
     assert timed([1.0, 4000.0, 5000.0]).usual == 4000.0
 
 
 @given(rates=st.lists(st.floats(1.0, 1e6), min_size=3, max_size=40))
-def test_no_batch_was_faster_than_the_best_rate(rates: list[float]) -> None:
+def test_the_best_rate_is_the_greatest_measured_rate(rates: list[float]) -> None:
     measured = timed(rates)
     assert measured.best == max(rates)
     assert min(rates) <= measured.usual <= measured.best
 
 
-def test_a_host_that_became_slower_has_another_best_rate_at_last() -> None:
+def test_the_best_rate_falls_after_many_slower_batches() -> None:
     assert timed([9000.0, *[100.0] * 1500]).best == 9000.0
     assert timed([9000.0, *[100.0] * 2500]).best == 100.0
 
 
-async def test_accepted_work_is_not_dropped_for_a_slow_first_batch(scheduler: Make) -> None:
-    """The rate of the slow batches says 800 seconds, their best 20: that is the least that the call takes."""
+async def test_an_accepted_call_is_not_dropped_for_slow_batches(scheduler: Make) -> None:
+    """By the rate of the slow batches, the call takes 800 s; by the best rate, 20 s, which is its least time."""
     busy, gate = scheduler(workers=1), Gate()
     running = await hold(busy, gate, 5)
     accepted = asyncio.create_task(busy.run(Lengths(), texts(*[50] * 160), Caller(deadline=perf_counter() + 300)))
@@ -257,7 +255,7 @@ async def test_accepted_work_is_not_dropped_for_a_slow_first_batch(scheduler: Ma
     assert busy.counts.expired == 0
 
 
-async def test_accepted_work_is_dropped_when_its_least_time_is_past_the_deadline(scheduler: Make) -> None:
+async def test_an_accepted_call_that_cannot_meet_its_deadline_is_dropped(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
     running = await hold(busy, gate, 5)
     hopeless = asyncio.create_task(busy.run(Lengths(), texts(*[50] * 160), Caller(deadline=perf_counter() + 300)))
@@ -271,7 +269,7 @@ async def test_accepted_work_is_dropped_when_its_least_time_is_past_the_deadline
     await running
 
 
-async def test_what_cannot_be_done_in_time_is_refused_at_once(scheduler: Make) -> None:
+async def test_a_call_that_cannot_meet_its_deadline_is_refused(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
     for _ in range(3):
         await busy.run(Slow(), texts(64))
@@ -284,14 +282,14 @@ async def test_what_cannot_be_done_in_time_is_refused_at_once(scheduler: Make) -
     assert (refused.value.code, refused.value.reason) == (Code.RESOURCE_EXHAUSTED, "DEADLINE_TOO_SOON")
     assert " s of them for calls before it), and its deadline is in " in refused.value.message
     assert (refused.value.retry_after or 0) > 1
-    # Interactive work goes before all that, and has time enough.
+    # An interactive call runs before the bulk texts, so its time is sufficient.
     short = asyncio.create_task(busy.run(gate, texts(5), Caller(deadline=perf_counter() + 300)))
     await asyncio.sleep(0)
     gate.open.set()
     await asyncio.gather(running, waiting, short)
 
 
-async def test_a_short_call_is_served_while_all_workers_are_at_bulk_work(scheduler: Make) -> None:
+async def test_a_short_call_is_served_while_all_workers_run_bulk_batches(scheduler: Make) -> None:
     busy, gate = scheduler(workers=2), Gate()
     bulk = [asyncio.create_task(busy.run(gate, texts(50), Caller(lane=Lane.BULK))) for _ in range(8)]
     await asyncio.to_thread(gate.entered.wait, 300)
@@ -303,13 +301,13 @@ async def test_a_short_call_is_served_while_all_workers_are_at_bulk_work(schedul
 
 
 class Threads:
-    """Gives for each text how many threads it was run on."""
+    """A model that returns the number of threads on which each text was run."""
 
     def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
         return np.full((len(batch), 1), threads, dtype=np.float32)
 
 
-async def test_a_text_that_is_alone_has_all_cores_and_no_other(scheduler: Make) -> None:
+async def test_only_a_text_that_runs_alone_uses_all_cores(scheduler: Make) -> None:
     free = scheduler(workers=3, batch_tokens=512)
     lone, several = await free.run(Threads(), texts(200)), await free.run(Threads(), texts(200, 200))
     assert [int(row[0]) for result in (lone, several) for row in result.rows] == [3, 1, 1]
@@ -322,11 +320,11 @@ async def test_a_text_that_is_alone_has_all_cores_and_no_other(scheduler: Make) 
 
 
 class WorkerKiller(SystemExit):
-    """Ends a worker's thread as nothing should."""
+    """Ends the thread of a worker; no model should raise it."""
 
 
 class Deadly:
-    """Ends the worker that runs it."""
+    """A model that ends the worker that runs it."""
 
     def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
         raise WorkerKiller
@@ -345,7 +343,7 @@ async def test_a_worker_that_dies_fails_its_own_calls_and_is_replaced(scheduler:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-async def test_when_no_worker_can_be_had_any_more_nobody_hangs_and_somebody_is_told(
+async def test_if_no_worker_can_be_started_all_calls_fail_and_the_failure_is_reported(
     scheduler: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = threading.Event()
@@ -369,7 +367,9 @@ async def test_when_no_worker_can_be_had_any_more_nobody_hangs_and_somebody_is_t
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-async def test_when_the_books_are_wrong_nobody_hangs(scheduler: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_error_in_the_queue_fails_calls_instead_of_blocking_them(
+    scheduler: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     busy, take = scheduler(workers=1), Queue.take
 
     def loses_what_it_took(queue: Queue) -> list[Item]:
@@ -384,7 +384,7 @@ async def test_when_the_books_are_wrong_nobody_hangs(scheduler: Make, monkeypatc
     assert [int(row[0]) for row in (await asyncio.wait_for(busy.run(Lengths(), texts(9)), 300)).rows] == [9]
 
 
-async def test_workers_do_without_a_priority_of_their_own(scheduler: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_workers_run_if_their_priority_cannot_be_set(scheduler: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError
 
@@ -393,7 +393,7 @@ async def test_workers_do_without_a_priority_of_their_own(scheduler: Make, monke
     assert [int(row[0]) for row in result.rows] == [9]
 
 
-async def test_what_a_caller_who_left_still_wanted_holds_up_nobody(scheduler: Make) -> None:
+async def test_texts_of_a_cancelled_call_leave_the_queue(scheduler: Make) -> None:
     busy, gate = scheduler(workers=1), Gate()
     running = await hold(busy, gate, 50)
     left = asyncio.create_task(busy.run(gate, texts(*[9] * 100)))
@@ -410,7 +410,7 @@ async def test_what_a_caller_who_left_still_wanted_holds_up_nobody(scheduler: Ma
     assert busy.waiting_tokens == 0
 
 
-async def test_several_threads_at_once_do_not_tell_what_one_does(scheduler: Make) -> None:
+async def test_batches_on_several_threads_do_not_change_the_measured_rate(scheduler: Make) -> None:
     busy = scheduler(batch_tokens=64)
     before = busy.tokens_per_second
     await busy.run(Lengths(), texts(60))

@@ -1,4 +1,4 @@
-"""The large tables of an ONNX file: found, right, and shared without a difference to be seen."""
+"""Large lookup tables of an ONNX file are found, correct, and shared by sessions without changed results."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def saved(model: onnx.ModelProto, path: Path) -> Path:
     return path
 
 
-def test_what_is_only_looked_up_in_is_found_and_is_a_copy(tmp_path: Path) -> None:
+def test_a_table_that_is_used_only_for_lookups_is_found_and_copied(tmp_path: Path) -> None:
     path = saved(graph(), tmp_path / "model.onnx")
     found = read_tables(path, Contents())
     path.write_bytes(b"\0" * path.stat().st_size)
@@ -55,7 +55,7 @@ def test_what_is_only_looked_up_in_is_found_and_is_a_copy(tmp_path: Path) -> Non
     np.testing.assert_array_equal(found["words"], WORDS)
 
 
-def test_what_is_multiplied_too_is_left_to_the_session(tmp_path: Path) -> None:
+def test_a_table_with_other_uses_is_left_to_the_session(tmp_path: Path) -> None:
     used_twice = helper.make_node("Transpose", ["words"], ["turned"])
     assert read_tables(saved(graph(used_twice), tmp_path / "model.onnx"), Contents()) == {}
 
@@ -68,13 +68,13 @@ def test_tables_of_every_precision_are_found(dtype: type, tmp_path: Path) -> Non
     assert found["words"].dtype == dtype
 
 
-def test_other_types_and_small_ones_are_left_out(tmp_path: Path) -> None:
+def test_tables_of_other_types_and_small_tables_are_left_out(tmp_path: Path) -> None:
     assert read_tables(saved(graph(weights=WORDS.astype(np.float64)), tmp_path / "double.onnx"), Contents()) == {}
     assert read_tables(saved(graph(weights=WORDS[:20]), tmp_path / "small.onnx"), Contents()) == {}
 
 
 @given(cut=st.integers(0, 9000), place=st.integers(0, 9000), byte=st.integers(0, 255))
-def test_a_damaged_file_is_read_as_far_as_it_goes_or_not_at_all(
+def test_a_damaged_onnx_file_raises_no_error_and_gives_no_empty_table(
     cut: int, place: int, byte: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     whole = bytearray(graph().SerializeToString())
@@ -84,14 +84,14 @@ def test_a_damaged_file_is_read_as_far_as_it_goes_or_not_at_all(
     assert all(table.size for table in read_tables(path, Contents()).values())
 
 
-def test_a_file_that_is_not_there_or_empty_has_none(tmp_path: Path) -> None:
+def test_a_missing_or_empty_onnx_file_has_no_tables(tmp_path: Path) -> None:
     assert read_tables(tmp_path / "none.onnx", Contents()) == {}
     (tmp_path / "empty.onnx").touch()
     assert read_tables(tmp_path / "empty.onnx", Contents()) == {}
 
 
 @pytest.mark.parametrize("offset", [0, 64])
-def test_tables_beside_the_file_are_found_and_are_copies(offset: int, tmp_path: Path) -> None:
+def test_tables_in_external_files_are_found_and_copied(offset: int, tmp_path: Path) -> None:
     model, path = graph(), tmp_path / "model.onnx"
     onnx.save(model, str(path), save_as_external_data=True, location="w", size_threshold=0)
     if offset:
@@ -107,7 +107,7 @@ def test_tables_beside_the_file_are_found_and_are_copies(offset: int, tmp_path: 
     np.testing.assert_array_equal(found["words"], WORDS)
 
 
-def test_sessions_share_them(tmp_path: Path) -> None:
+def test_sessions_of_one_model_share_tables(tmp_path: Path) -> None:
     session = OnnxSession(saved(graph(), tmp_path / "model.onnx"))
     other = session.with_threads(2)
     assert other._tables is session._tables

@@ -24,7 +24,7 @@ def texts(*lengths: int) -> list[TokenIds]:
 
 
 class Gate:
-    """Blocks in each batch until it is opened."""
+    """A model that blocks in each batch until the gate is opened."""
 
     def __init__(self) -> None:
         self.entered, self.open = threading.Event(), threading.Event()
@@ -37,7 +37,7 @@ class Gate:
 
 @pytest.fixture
 def make() -> Iterator[Make]:
-    """Makes a scheduler with one worker; the argument is the most tokens of a batch."""
+    """Return a function that makes a scheduler with one worker and a limit of tokens of a batch."""
     with ExitStack() as made:
 
         def new(batch_tokens: int) -> Scheduler:
@@ -48,7 +48,7 @@ def make() -> Iterator[Make]:
         yield new
 
 
-async def test_a_call_has_waited_until_the_earliest_of_its_batches(make: Make) -> None:
+async def test_queue_seconds_end_at_the_earliest_batch_of_a_call(make: Make) -> None:
     made = make(64)
     submission = Submission(Gate(), texts(3, 4), Caller(), asyncio.get_running_loop().create_future())
     first, second = (Item(length, 0, submission, row) for row, length in enumerate((3, 4)))
@@ -60,7 +60,7 @@ async def test_a_call_has_waited_until_the_earliest_of_its_batches(make: Make) -
     assert result.infer_seconds == pytest.approx(3)
 
 
-async def test_the_lane_of_a_batch_is_the_one_in_which_it_waited(make: Make) -> None:
+async def test_a_batch_runs_in_the_lane_in_which_it_waited(make: Make) -> None:
     """The limit of a batch may have changed since. While a bulk batch runs, the express worker serves short calls."""
     made, gate = make(1000), Gate()
     backlog = Backlog(8, 0.25)

@@ -1,4 +1,4 @@
-"""Tokenising: true lengths, truncation on request only, and no text too large."""
+"""Tokenizing: exact numbers of tokens, truncation only on request, and bounded work for long texts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CLS, SEP = 1, 2
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    """A WordPiece tokenizer of eight words that, like many published files, cuts and pads by itself."""
+    """A WordPiece tokenizer of eight words whose file, like many published ones, sets truncation and padding."""
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS])}
     raw = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     raw.normalizer = normalizers.BertNormalizer()
@@ -57,11 +57,11 @@ def words(*names: str) -> list[int]:
     return [CLS, *(WORDS.index(name) + 4 for name in names), SEP]
 
 
-def test_the_files_own_truncation_and_padding_do_not_apply(tokenizer: TextTokenizer) -> None:
+def test_truncation_and_padding_of_the_tokenizer_file_are_ignored(tokenizer: TextTokenizer) -> None:
     assert ids(tokenizer, "red green blue one two", Truncation.REFUSE) == words("red", "green", "blue", "one", "two")
 
 
-def test_every_text_that_is_too_long_is_named_with_its_tokens(tokenizer: TextTokenizer) -> None:
+def test_the_error_lists_every_too_long_text_with_its_tokens(tokenizer: TextTokenizer) -> None:
     with pytest.raises(ServiceError) as refused:
         tokenizer.tokenize(["red", "red " * 7, "red " * 6, "red " * 20], "", Truncation.REFUSE, items_of("texts"))
     assert [violation.field for violation in refused.value.violations] == ["texts[1]", "texts[3]"]
@@ -69,31 +69,31 @@ def test_every_text_that_is_too_long_is_named_with_its_tokens(tokenizer: TextTok
     assert "at most 8" in refused.value.violations[0].description
 
 
-def test_a_text_is_cut_at_its_end_or_its_start(tokenizer: TextTokenizer) -> None:
+def test_a_text_is_truncated_at_its_end_or_its_start(tokenizer: TextTokenizer) -> None:
     text = "one two three red green blue one two"
     assert ids(tokenizer, text, Truncation.END) == words("one", "two", "three", "red", "green", "blue")
     assert ids(tokenizer, text, Truncation.START) == words("three", "red", "green", "blue", "one", "two")
 
 
-def test_a_prompt_stays_whole_whichever_end_is_cut(tokenizer: TextTokenizer) -> None:
+def test_truncation_keeps_the_prompt_whole(tokenizer: TextTokenizer) -> None:
     text = "one two three red green blue"
     prompt = "query: "
     assert ids(tokenizer, text, Truncation.END, prompt) == words("query", ":", "one", "two", "three", "red")
     assert ids(tokenizer, text, Truncation.START, prompt) == words("query", ":", "three", "red", "green", "blue")
 
 
-def test_the_result_says_whether_a_text_was_cut(tokenizer: TextTokenizer) -> None:
+def test_the_result_states_whether_a_text_was_truncated(tokenizer: TextTokenizer) -> None:
     results = tokenizer.tokenize(["red", "red " * 9], "", Truncation.END, items_of("texts"))
     assert [result.truncated for result in results] == [False, True]
 
 
-def test_counting_knows_no_limit_and_takes_empty_texts(tokenizer: TextTokenizer) -> None:
+def test_count_has_no_token_limit_and_accepts_empty_texts(tokenizer: TextTokenizer) -> None:
     assert tokenizer.count(["", "red", "red " * 100], "") == [2, 3, 102]
     assert tokenizer.count(["red"], "query: ") == [5]
 
 
 @given(text=st.text(alphabet="red gn\n\tblu東é🙂\x00", max_size=1500), truncation=st.sampled_from(list(Truncation)))
-def test_the_shortcut_for_long_texts_changes_nothing(
+def test_the_shortcut_for_long_texts_gives_equal_results(
     tokenizer: TextTokenizer, text: str, truncation: Truncation
 ) -> None:
     # 32 characters for each of 8 tokens: texts above 256 characters take the shortcut.
@@ -108,9 +108,9 @@ def test_the_shortcut_for_long_texts_changes_nothing(
         assert result.truncated == (whole > MAX_TOKENS)
 
 
-def test_a_text_of_a_megabyte_is_refused_or_cut_by_its_head(tokenizer: TextTokenizer) -> None:
+def test_a_text_of_a_megabyte_is_refused_or_truncated_without_reading_all_of_it(tokenizer: TextTokenizer) -> None:
     text = "red green blue " * 70_000
-    # "more than" shows that the rest was not read: counting it all would have told the number.
+    # "more than" shows that the rest was not read: a count of the whole text would give the number.
     with pytest.raises(ServiceError, match="more than 8 tokens"):
         tokenizer.tokenize([text], "", Truncation.REFUSE, items_of("texts"))
     cut = words("red", "green", "blue", "red", "green", "blue")
@@ -119,10 +119,10 @@ def test_a_text_of_a_megabyte_is_refused_or_cut_by_its_head(tokenizer: TextToken
 
 
 @pytest.mark.parametrize("truncation", list(Truncation))
-def test_a_long_text_that_cannot_be_cut_is_read_in_part_only(
+def test_a_long_text_without_places_to_cut_is_read_only_in_part(
     tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, truncation: Truncation
 ) -> None:
-    """The case of 2 MB without white space that hold an added token: in one piece, they took 5.5 s and 840 MB."""
+    """Texts of 2 MB without white space but with an added token took 5.5 s and 840 MB when tokenized in one piece."""
     raw = Tokenizer.from_str(tokenizer._tokenizer.to_str())
     raw.add_tokens([AddedToken("[red]", normalized=True)])
     ours = TextTokenizer(Path("tokenizer.json"), MAX_TOKENS, InMemory(raw.to_str().encode()))
@@ -187,7 +187,7 @@ class Pair:
         self.raw, self.ours = raw, TextTokenizer(path, MAX_TOKENS)
 
     def expected(self, text: str, prompt: str, truncation: Truncation) -> list[int]:
-        """Return what tokenising the whole text and cutting its ids gives."""
+        """Return the ids of the whole text, truncated afterwards."""
         whole: list[int] = self.raw.encode(prompt + text).ids
         if len(whole) <= MAX_TOKENS:
             return whole
@@ -209,7 +209,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
     return {kind: Pair(tmp_path_factory.mktemp("pairs"), kind) for kind in KINDS}
 
 
-#: Whatever may join over a cut: words, signs, added tokens and their parts, ideographs, marks, blanks, controls.
+#: Parts that may join across a boundary of pieces: words, signs, added tokens and their parts, ideographs, marks,
+#: blanks, controls.
 PARTS = [
     "a",
     "ab",
@@ -243,7 +244,7 @@ BLANKS = [" ", "\n", "\t", "\u3000", "  "]
     prompt=st.sampled_from(["", "a: ", "ab", "[MA", "a b a b a b a b"]),
     truncation=st.sampled_from([Truncation.END, Truncation.START]),
 )
-def test_tokenising_by_pieces_gives_what_tokenising_the_whole_gives(
+def test_tokenizing_by_pieces_gives_the_ids_of_the_whole_text(
     pairs: dict[str, Pair], kind: str, parts: list[str], prompt: str, truncation: Truncation
 ) -> None:
     pair, text = pairs[kind], "".join(parts)
@@ -253,7 +254,7 @@ def test_tokenising_by_pieces_gives_what_tokenising_the_whole_gives(
 
 @pytest.mark.parametrize("truncation", list(Truncation))
 @pytest.mark.parametrize("sign", ["!", "東", "a ", "a!", "! \u0301"])
-def test_only_as_much_of_a_text_is_read_as_is_needed(
+def test_a_long_text_is_read_only_as_far_as_needed(
     pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch, sign: str, truncation: Truncation
 ) -> None:
     read: list[int] = []
@@ -272,7 +273,7 @@ def test_only_as_much_of_a_text_is_read_as_is_needed(
 
 
 CORPUS = ["red green blue one two three query", "!" * 40, "a" * 40]
-#: Most characters of a text that these tokenizers read at once, in the tests.
+#: Limit of characters of a text that these tokenizers read at once, in the tests.
 MOST = 2000
 
 
@@ -331,7 +332,7 @@ def watched(other: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> Watched:
 
 @pytest.mark.parametrize("part", ["red green ", "! ", "red\n"])
 @pytest.mark.parametrize("truncation", [Truncation.END, Truncation.START])
-def test_other_tokenizers_cut_a_long_text_by_what_they_read_at_once(
+def test_tokenizers_without_pieces_truncate_a_long_text_by_a_part_of_it(
     library: Tokenizer, other: TextTokenizer, watched: Watched, part: str, truncation: Truncation
 ) -> None:
     text, prompt = part * 10_000, "one "
@@ -347,7 +348,7 @@ def test_other_tokenizers_cut_a_long_text_by_what_they_read_at_once(
         assert inner == library.encode(prompt + text, add_special_tokens=False).ids[: MAX_TOKENS - 2]
 
 
-def test_other_tokenizers_refuse_to_count_a_text_that_is_too_long(other: TextTokenizer, watched: Watched) -> None:
+def test_tokenizers_without_pieces_refuse_to_count_a_too_long_text(other: TextTokenizer, watched: Watched) -> None:
     assert other.count(["red " * (MOST // 4)], "")
     watched.longest = 0
     with pytest.raises(ServiceError, match=f"reads at most {MOST} of one text; count its parts") as refused:
@@ -358,10 +359,10 @@ def test_other_tokenizers_refuse_to_count_a_text_that_is_too_long(other: TextTok
 
 
 @pytest.mark.parametrize("truncation", list(Truncation))
-def test_other_tokenizers_refuse_a_text_of_which_too_little_is_read(
+def test_tokenizers_without_pieces_refuse_a_text_whose_readable_part_has_too_few_tokens(
     library: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, truncation: Truncation
 ) -> None:
-    # Of a normalizer that leaves all of it out, no number of characters has more tokens than the model takes.
+    # This normalizer removes all characters, so no part of the text has more tokens than the model takes.
     raw = Tokenizer.from_str(library.to_str())
     raw.normalizer = normalizers.Replace("x", "")
     raw.save(str(tmp_path / "empty.json"))
@@ -375,7 +376,7 @@ def test_other_tokenizers_refuse_a_text_of_which_too_little_is_read(
 
 
 @pytest.mark.parametrize("truncation", list(Truncation))
-def test_other_tokenizers_stop_between_texts(other: TextTokenizer, truncation: Truncation) -> None:
+def test_tokenizers_without_pieces_stop_between_texts(other: TextTokenizer, truncation: Truncation) -> None:
     asked: list[bool] = []
 
     def stop() -> bool:
@@ -387,7 +388,7 @@ def test_other_tokenizers_stop_between_texts(other: TextTokenizer, truncation: T
     assert len(asked) == 4
 
 
-def test_work_that_nobody_waits_for_stops_after_a_piece(pairs: dict[str, Pair]) -> None:
+def test_counting_stops_after_a_piece_if_the_call_is_cancelled(pairs: dict[str, Pair]) -> None:
     asked: list[bool] = []
 
     def stop() -> bool:

@@ -16,7 +16,7 @@ from emberpc.server.engine.inference import Inferrer
 from emberpc.server.engine.scheduler import Scheduler
 
 
-async def test_long_texts_take_turns_and_end_when_their_caller_leaves() -> None:
+async def test_calls_with_long_texts_take_turns_and_stop_when_cancelled() -> None:
     begun, go_on, stopped, order = threading.Event(), threading.Event(), threading.Event(), []
 
     def first(stop: Callable[[], bool]) -> None:

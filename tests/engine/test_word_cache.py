@@ -1,4 +1,4 @@
-"""Words met before give the very ids that the tokenizer gives for the whole text."""
+"""Ids from cached words equal the ids that the tokenizer gives for the whole text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from emberpc.server.engine import word_cache
 from emberpc.server.engine.word_cache import WordCache
 from fixtures_bundles import minilm_source
 
-#: Letters that are dropped, decomposed, cut apart, joined to others, or begin a special token.
+#: Characters that a normalizer drops, decomposes, separates or joins, or that begin a special token.
 PIECES = st.sampled_from(
     list("aé.,[]<ßİ中文👍 \u0301\u226e\x00\x0b\x1c\x85\u00a0\u3000\u200b\ufffd\t\n\r")
 ) | st.sampled_from(
@@ -56,7 +56,7 @@ def wordpiece(normalizer: normalizers.Normalizer | None = None) -> Tokenizer:
 
 
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4))
-def test_ids_are_the_tokenizers(minilm: Tokenizer, remembered: WordCache, texts: list[str]) -> None:
+def test_ids_equal_those_of_the_tokenizer(minilm: Tokenizer, remembered: WordCache, texts: list[str]) -> None:
     for text in texts:
         assert remembered.ids(text) in (None, minilm.encode(text).ids)
 
@@ -64,7 +64,7 @@ def test_ids_are_the_tokenizers(minilm: Tokenizer, remembered: WordCache, texts:
 @pytest.mark.parametrize("lowercase", [True, False])
 @pytest.mark.parametrize("normalized", [True, False])
 @given(text=TEXTS)
-def test_tokens_of_the_tokenizers_own_are_not_missed(lowercase: bool, normalized: bool, text: str) -> None:
+def test_texts_with_added_tokens_have_the_ids_of_the_tokenizer(lowercase: bool, normalized: bool, text: str) -> None:
     made = wordpiece(normalizers.BertNormalizer(lowercase=lowercase))
     made.add_tokens([AddedToken("[sep]", normalized=normalized), AddedToken("<", normalized=normalized)])
     found = WordCache.of(made)
@@ -89,20 +89,20 @@ def test_pieces_of_texts_with_added_tokens_have_the_ids_of_the_text(
     assert list(chain.from_iterable(ids)) == made.encode(whole, add_special_tokens=False).ids
 
 
-def test_a_text_with_an_added_token_is_cut_at_punctuation(minilm: Tokenizer, remembered: WordCache) -> None:
+def test_a_text_with_an_added_token_is_divided_at_punctuation(minilm: Tokenizer, remembered: WordCache) -> None:
     pieces = remembered.pieces("[CLS]" + "a," * 1000, 100)
     assert max(map(len, pieces)) <= 110
-    # Where added tokens are everywhere, there is no place to cut.
+    # A text of added tokens only has no place to divide it.
     assert len(remembered.pieces("[CLS]" * 1000, 100)) == 1
 
 
-def test_plain_texts_in_any_language_are_told_by_their_words(minilm: Tokenizer, remembered: WordCache) -> None:
+def test_plain_texts_in_any_language_are_tokenized_by_words(minilm: Tokenizer, remembered: WordCache) -> None:
     for text in ("", "Two words, and more.", "naïve café", "東京タワー", "a\tb\nc"):
         assert remembered.ids(text) == minilm.encode(text).ids
     assert remembered.ids("what is [MASK]?") is None
 
 
-def test_a_word_is_cut_once(minilm: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repeated_word_is_tokenized_once(minilm: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     class Counting:
@@ -119,7 +119,7 @@ def test_a_word_is_cut_once(minilm: Tokenizer, monkeypatch: pytest.MonkeyPatch) 
     assert sorted(asked) == [",", "one", "two", long, long, long]
 
 
-def test_words_that_are_not_met_any_more_are_forgotten(minilm: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_that_are_not_used_any_more_are_evicted(minilm: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(word_cache, "_GENERATION", 10)
     found = WordCache.of(minilm)
     assert found is not None
@@ -131,7 +131,7 @@ def test_words_that_are_not_met_any_more_are_forgotten(minilm: Tokenizer, monkey
     assert "stays" in kept
 
 
-def test_threads_may_share_it(minilm: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_can_share_a_word_cache(minilm: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(word_cache, "_GENERATION", 5)
     found = WordCache.of(minilm)
     assert found is not None
@@ -151,7 +151,7 @@ def test_threads_may_share_it(minilm: Tokenizer, monkeypatch: pytest.MonkeyPatch
     assert not wrong
 
 
-def test_tokenizers_of_other_kinds_are_left_alone() -> None:
+def test_tokenizers_of_other_kinds_have_no_word_cache() -> None:
     by_space = wordpiece()
     by_space.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     assert WordCache.of(by_space) is None

@@ -1,4 +1,4 @@
-"""A corpus embedded on Ray Data: whole, right, and from where it was left."""
+"""Embedding of a corpus with Ray Data: whole, correct, and continued after a kill."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def words(number: int) -> str:
-    """A text that is like no other."""
+    """Return a text that differs from those of other numbers."""
     return " ".join(np.base_repr(number * 7919 + 11, 26).lower().translate(str.maketrans("0123456789", "qrstuvwxyz")))
 
 
