@@ -1,4 +1,4 @@
-"""Small data for exports whose result does not depend on its size."""
+"""Small data and quick exports for tests whose result does not depend on the size."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from emberpc.export.variants import measurement, selection
 
 @pytest.fixture(autouse=True)
 def quick_exports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare, time and draw little, and use the conversions of tiny encoders that earlier tests made.
+    """Compare, time and draw few texts, and use the conversions of tiny encoders that earlier tests made.
 
-    A fifth of a small model's export went into a speed that no test compares, and a tenth into texts beyond the edge
-    cases, the two long texts and a few docstrings. A test with the marker `whole_exports` exports as users do.
+    Measuring a speed that no test compares took a fifth of the time of a small model's export; texts beyond the edge
+    cases, the two long texts and a few docstrings took a tenth. A test with the marker `whole_exports` exports as
+    users do.
     """
     if request.node.get_closest_marker("whole_exports"):
         return
@@ -39,7 +40,7 @@ def measured_texts() -> list[str]:
 
 @pytest.fixture
 def some_texts(tmp_path: Path) -> Path:
-    """A few texts to measure on; the default is 512 docstrings."""
+    """A file with 24 texts to measure on; the default of an export is 512 docstrings."""
     path = tmp_path / "some-texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in sample_texts(24)))
     return path

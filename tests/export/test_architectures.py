@@ -1,8 +1,8 @@
-"""Encoders of other architectures: exported and tuned as BERT is, each with faithful but random weights.
+"""Encoders of other architectures than BERT are exported and tuned; each has few layers and random weights.
 
-They differ in what they take and in how they know where a token stands:
-DistilBERT has no token types, RoBERTa and XLM-RoBERTa count positions from
-behind the padding token's, MPNet has a relative bias, ModernBERT rotates.
+They differ in their inputs and in the encoding of positions: DistilBERT has no token types, RoBERTa and XLM-RoBERTa
+count positions from one after the id of the padding token, MPNet has a relative bias, and ModernBERT has rotary
+positions.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
-def test_it_is_exported_and_gives_what_pytorch_gives(source: Path, tmp_path: Path) -> None:
+def test_an_encoder_of_each_architecture_is_exported_with_the_vectors_of_pytorch(source: Path, tmp_path: Path) -> None:
     manifest = export_embedding(str(source), tmp_path / "bundle")
     assert manifest.variant().parity.cosine_min >= 0.9999
     assert manifest.max_tokens == 32
@@ -82,7 +82,7 @@ def test_it_is_exported_and_gives_what_pytorch_gives(source: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
-def test_last_tokens_and_dense_layers_are_in_the_graph(tiny_source: Path, tmp_path: Path, pooling: str) -> None:
+def test_last_token_pooling_and_dense_layers_are_in_the_graph(tiny_source: Path, tmp_path: Path, pooling: str) -> None:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Dense, Transformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
@@ -112,7 +112,7 @@ def write(path: Path) -> Path:
     return path
 
 
-def test_lower_layers_can_be_run_once(source: Path) -> None:
+def test_stored_states_of_lower_layers_give_equal_vectors(source: Path) -> None:
     encoder = TrainableEncoder(read_encoder(source))
     tokens = encoder.tokenize(["a", "some words of a text", "others"])
     whole = encoder.embed(tokens)
@@ -127,7 +127,7 @@ def test_lower_layers_can_be_run_once(source: Path) -> None:
     [pytest.param(name, marks=[pytest.mark.slow] if name in ("roberta", "xlm-roberta") else []) for name in CONFIGS],
     indirect=True,
 )
-def test_the_encoder_can_be_trained(source: Path, tmp_path: Path) -> None:
+def test_an_encoder_of_each_architecture_can_be_trained(source: Path, tmp_path: Path) -> None:
     train = write(tmp_path / "train.csv")
     for strategy in ("top-layers", "full"):
         manifest = export_classifier(

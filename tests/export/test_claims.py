@@ -1,4 +1,4 @@
-"""`benchmarks/models/classifiers.py` says which claims it has not measured."""
+"""`benchmarks/models/classifiers.py` reports claims that it has not measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The export of classifiers: what it learns, what it says of itself, and what it refuses."""
+"""The export of classifiers: training, figures of quality, and refused data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_csv(path: Path, rows: Iterable[tuple[str, str]]) -> Path:
 
 
 def classify(folder: Path, texts: list[str]) -> np.ndarray:
-    """Run the graph with nothing but ONNX Runtime and tokenizers, one text at a time."""
+    """Return the logits of texts, run one at a time with ONNX Runtime and tokenizers only."""
     session = ort.InferenceSession(folder / "onnx" / "model.onnx")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(read_bundle(folder).manifest.max_tokens)
@@ -77,7 +77,7 @@ def test_a_classifier_is_trained_and_its_quality_is_measured(classifier_bundle: 
     assert manifest.temperature != 1
 
 
-def test_it_agrees_with_pytorch(classifier_bundle: Path) -> None:
+def test_the_onnx_classifier_gives_the_labels_of_pytorch(classifier_bundle: Path) -> None:
     parity = read_bundle(classifier_bundle).manifest.variant().parity
     assert parity.texts == PARITY_TEXTS
     assert parity.cosine_min >= 0.9999
@@ -85,7 +85,7 @@ def test_it_agrees_with_pytorch(classifier_bundle: Path) -> None:
     assert verify_bundle(classifier_bundle).ok
 
 
-def test_optimum_loads_it_and_gives_the_same_logits(classifier_bundle: Path) -> None:
+def test_optimum_loads_the_bundle_and_gives_equal_logits(classifier_bundle: Path) -> None:
     import torch
     from optimum.onnxruntime import ORTModelForSequenceClassification
     from transformers import AutoTokenizer
@@ -103,7 +103,7 @@ def test_optimum_loads_it_and_gives_the_same_logits(classifier_bundle: Path) -> 
     assert model.config.architectures == ["BertForSequenceClassification"]
 
 
-def test_the_logits_are_pytorchs_embeddings_times_the_head_in_the_graph(
+def test_logits_are_vectors_of_pytorch_times_the_head_of_the_graph(
     classifier_bundle: Path, short_minilm_source: Path
 ) -> None:
     from sentence_transformers import SentenceTransformer
@@ -122,13 +122,13 @@ def test_the_logits_are_pytorchs_embeddings_times_the_head_in_the_graph(
 def test_training_texts_are_not_in_the_bundle(classifier_bundle: Path, training_file: Path) -> None:
     with training_file.open(newline="", encoding="utf-8") as file:
         trained = {row["text"] for row in csv.DictReader(file)}
-    # The reference is of this Python's docstrings too, so some may be the same by chance; not most.
+    # The reference has docstrings of this Python, too, so a few of them may be training texts by chance, but not most.
     kept = Reference.read(classifier_bundle).texts
     assert sum(text in trained for text in kept) < len(kept) / 2
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_classifier(training_file: Path, tiny_source: Path, tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_classifiers(training_file: Path, tiny_source: Path, tmp_path: Path) -> None:
     def exported(name: str, seed: int) -> Manifest:
         return export_classifier(ClassifierData(training_file), str(tiny_source), tmp_path / name, seed=seed)
 
@@ -138,7 +138,7 @@ def test_the_same_seed_gives_the_same_classifier(training_file: Path, tiny_sourc
     assert first.temperature != other.temperature
 
 
-def test_a_validation_file_is_measured_on_and_not_trained_on(
+def test_a_validation_file_is_used_to_measure_and_not_to_train(
     few_labelled: Path, tiny_source: Path, tmp_path: Path
 ) -> None:
     docs = [(doc.text, doc.module) for doc in read_stdlib() if doc.module in MODULES]
@@ -160,7 +160,7 @@ def test_a_validation_file_is_measured_on_and_not_trained_on(
         ({"a": 9, "b": 6, "c": 1}, 15),
     ],
 )
-def test_labels_with_few_examples_are_no_trouble(
+def test_labels_with_few_texts_are_trained(
     tiny_source: Path, tmp_path: Path, counts: dict[str, int], held_out: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [(f"{label * 3} text number {i}", label) for label, count in counts.items() for i in range(count)]
@@ -173,7 +173,7 @@ def test_labels_with_few_examples_are_no_trouble(
     assert manifest.labels == tuple(sorted(counts))
     assert manifest.quality.get("held_out_texts", 0) == held_out
     assert ("accuracy" in manifest.quality) == (held_out > 0)
-    # With few texts no answer is certain, and the card says why.
+    # With few texts, no probability is near 1, and the model card states the reason.
     assert ("cannot show whether errors are rarer" in caplog.text) == (held_out > 0)
     assert ("| Calibration | rough: " in (tmp_path / "bundle" / "README.md").read_text("utf-8")) == (held_out > 0)
     logits = Reference.read(tmp_path / "bundle").logits
@@ -183,7 +183,7 @@ def test_labels_with_few_examples_are_no_trouble(
     assert verify_bundle(tmp_path / "bundle").ok
 
 
-def test_texts_with_several_labels_are_counted_and_warned_of(
+def test_texts_with_conflicting_labels_are_counted_and_give_a_warning(
     tiny_source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train = write_csv(tmp_path / "train.csv", [("same", "a"), ("same", "b"), ("one", "a"), ("two", "b")])
@@ -213,7 +213,7 @@ def test_config_json_of_a_plain_encoder_gets_the_labels(tiny_source: Path, tmp_p
         ),
     ],
 )
-def test_data_that_cannot_be_learnt_from_is_refused_and_leaves_nothing(
+def test_invalid_training_data_is_refused_and_leaves_no_files(
     tiny_source: Path, tmp_path: Path, rows: list[tuple[str, str]], words: str
 ) -> None:
     train = write_csv(tmp_path / "train.csv", rows)
@@ -222,7 +222,9 @@ def test_data_that_cannot_be_learnt_from_is_refused_and_leaves_nothing(
     assert {path.name for path in tmp_path.iterdir()} == {"train.csv"}
 
 
-def test_a_validation_label_that_was_never_trained_is_named(tiny_source: Path, tmp_path: Path) -> None:
+def test_the_error_for_a_validation_label_without_training_texts_names_its_line(
+    tiny_source: Path, tmp_path: Path
+) -> None:
     train = write_csv(tmp_path / "train.csv", [("one", "a"), ("two", "b")])
     validation = write_csv(tmp_path / "validation.csv", [("one", "a"), ("three", "c")])
     with pytest.raises(ExportError, match=r"validation\.csv, line 3: no training text has the label 'c'"):
@@ -230,7 +232,7 @@ def test_a_validation_label_that_was_never_trained_is_named(tiny_source: Path, t
     assert not (tmp_path / "bundle").exists()
 
 
-def test_ctrl_c_leaves_nothing(training_file: Path, tiny_source: Path, tmp_path: Path) -> None:
+def test_ctrl_c_during_an_export_leaves_no_files(training_file: Path, tiny_source: Path, tmp_path: Path) -> None:
     def interrupt(stage: str, done: int, total: int, detail: str = "") -> None:
         if stage == "cross-validating":
             raise KeyboardInterrupt
@@ -252,8 +254,8 @@ def test_training_texts_get_the_passage_prompt(
     assert manifest.files["onnx/model.onnx"] != plain.files["onnx/model.onnx"]
 
 
-def test_labels_with_equal_texts_still_give_a_classifier(tiny_source: Path, tmp_path: Path) -> None:
-    """Its head is all but zero, and so are the logits, of which the direction means nothing."""
+def test_labels_with_nearly_equal_texts_give_a_valid_classifier(tiny_source: Path, tmp_path: Path) -> None:
+    """The head is nearly zero, and so are the logits, so the cosine of logits is no measure of parity."""
     path = tmp_path / "train.csv"
     path.write_text("text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(20)))
     manifest = export_classifier(ClassifierData(path), str(tiny_source), tmp_path / "bundle")
@@ -277,7 +279,7 @@ def test_labels_beyond_the_limits_are_refused_before_the_training(
         export_classifier(data, "base", tmp_path / "bundle")
 
 
-def test_the_warning_of_few_texts_names_the_file_that_has_too_few(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_warning_about_few_texts_names_their_file(caplog: pytest.LogCaptureFixture) -> None:
     for validation, file, remedy in ((None, "train.csv", True), (Path("valid.csv"), "valid.csv", False)):
         for count in (0, 3):
             caplog.clear()

@@ -30,12 +30,12 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     "name", ["tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("other-tiny", "tiny-classifier"))]
 )
 @pytest.mark.whole_exports
-def test_a_committed_bundle_is_what_the_export_writes(tool: ModuleType, tmp_path: Path, name: str) -> None:
+def test_committed_bundles_equal_those_that_the_export_writes(tool: ModuleType, tmp_path: Path, name: str) -> None:
     tool.make(tmp_path, [name])
     assert tool.differences(BUNDLES / name, tmp_path / name) == []
 
 
-def test_the_check_sees_each_kind_of_difference(tool: ModuleType, tmp_path: Path) -> None:
+def test_the_comparison_of_bundles_finds_each_kind_of_difference(tool: ModuleType, tmp_path: Path) -> None:
     import shutil
 
     import numpy as np

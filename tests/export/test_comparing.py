@@ -34,7 +34,7 @@ def test_a_larger_budget_includes_the_texts_of_smaller_budgets(counts: list[int]
     assert not take_budget(everything, NO_TEXTS, seed).texts
 
 
-def test_texts_with_several_labels_or_none_are_drawn_too() -> None:
+def test_samples_include_texts_with_several_labels_or_none() -> None:
     data = replace(examples([50, 50], multi_label=True))
     data.targets[:10] = True
     data.targets[90:] = False
@@ -59,7 +59,7 @@ def test_all_stored_outcomes_are_read_and_damaged_ones_are_ignored(tmp_path: Pat
     assert OutcomeStore(tmp_path, "key").read() == {kept.cell: kept, quick.cell: quick}
 
 
-def test_outcomes_of_bases_with_similar_names_are_stored_apart(tmp_path: Path) -> None:
+def test_outcomes_of_bases_with_similar_names_are_stored_separately(tmp_path: Path) -> None:
     store = OutcomeStore(tmp_path, "key")
     plain = outcome("linear", 4, 0.9)
     each = [replace(plain, cell=replace(plain.cell, base=base)) for base in ("a/b", "a-b", "a b", "-a-b", "äöü", "üöä")]
@@ -103,7 +103,7 @@ def test_an_estimate_never_falls_with_more_texts_and_stays_a_share() -> None:
     assert 0 <= found.low <= found.value <= found.high <= 1
 
 
-def test_budgets_that_draw_the_same_number_of_texts_can_be_compared() -> None:
+def test_a_forecast_supports_budgets_with_equal_numbers_of_texts() -> None:
     figures = {
         (LINEAR, 16, False): MeasuredFigure(0.8, 0.01),
         (LINEAR, ALL, False): MeasuredFigure(0.8, 0.01),
@@ -180,7 +180,7 @@ def growing(cell: Cell) -> float:
     return 0.6 + 0.03 * {1: 1, 4: 3, 16: 5, ALL: 8}[cell.budget]
 
 
-def test_frozen_strategies_come_first_then_a_trial_of_each_tuned_one_at_the_largest_budget_that_fits() -> None:
+def test_frozen_strategies_are_measured_before_a_trial_of_each_tuned_one() -> None:
     host = Host(("full", "top-layers", "linear"), lambda cell: (growing(cell), 0.01))
     order = host.run(400)
     assert {cell.strategy for cell in order[:4]} == {"linear"}
@@ -189,7 +189,7 @@ def test_frozen_strategies_come_first_then_a_trial_of_each_tuned_one_at_the_larg
     assert {*order[6:8]} == {Cell("base", "top-layers", ALL, 0), Cell("base", "full", ALL, 0)}
 
 
-def test_a_trial_that_does_not_fit_is_made_with_fewer_texts() -> None:
+def test_a_trial_that_exceeds_the_time_limit_uses_fewer_texts() -> None:
     host = Host(("full", "linear"), lambda cell: (growing(cell), 0.01))
     order = host.run(20)
     tuned = [cell for cell in order if cell.strategy == "full"]
@@ -197,44 +197,44 @@ def test_a_trial_that_does_not_fit_is_made_with_fewer_texts() -> None:
     assert Cell("base", "full", ALL, 0) not in order
 
 
-def test_the_leader_of_the_trials_is_measured_in_full_before_others() -> None:
+def test_the_best_strategy_of_the_trials_is_fully_measured_before_others() -> None:
     def figures(cell: Cell) -> tuple[float, float]:
         return {"full": 0.9, "top-layers": 0.88, "contrastive": 0.7, "linear": 0.8}[cell.strategy], 0.01
 
     order = Host(("full", "top-layers", "contrastive", "linear"), figures).run(2000)
     full = [cell for cell in order if cell.budget == ALL and not cell.quick and cell.strategy != "linear"]
     assert [cell.strategy for cell in full] == ["full", "top-layers", "contrastive"]
-    # By its trial, contrastive can hardly win: smaller budgets of the others are measured before it.
+    # The trial of contrastive was poor, so smaller budgets of the others are measured before it.
     assert order.index(full[2]) > order.index(Cell("base", "top-layers", 4, 0))
 
 
-def test_what_fits_and_can_change_the_answer_is_measured_whatever_the_limit() -> None:
+def test_a_decisive_measurement_that_fits_is_made_with_any_time_limit() -> None:
     for limit in range(5, 1200, 30):
         host = Host(("top-layers", "linear"), lambda cell: (growing(cell) + 0.1 * (cell.strategy != "linear"), 0.01))
         order, spent = host.run(limit), 0.0
         for cell in order:
             spent += 0.01 * max(1.0, host.work(cell).passes)
         assert spent <= limit
-        # What is left does not suffice for the full profile that decides, with the reserve.
+        # The remaining time is not sufficient for the decisive full profile and the reserve.
         decides = Cell("base", "top-layers", ALL, 0)
         assert decides in order or (limit - spent) < 1.25 * 0.01 * host.work(decides).passes
 
 
-def test_a_quick_training_does_not_take_the_time_of_the_only_full_one() -> None:
+def test_quick_trainings_leave_time_for_the_only_full_training() -> None:
     for ratio in (1.05, 1.3, 1.6, 2.0):
         host = Host(("top-layers", "linear"), lambda cell: (growing(cell), 0.01))
         decides = Cell("base", "top-layers", ALL, 0)
         assert decides in host.run(1.25 * ratio * 0.01 * host.work(decides).passes + 1)
 
 
-def test_without_a_limit_no_quick_profile_is_fitted_and_nothing_is_left_out() -> None:
+def test_without_a_time_limit_all_full_profiles_and_no_quick_ones_are_fitted() -> None:
     host = Host(("full", "linear"), lambda cell: (growing(cell), 0.01), seeds=2)
     order = host.run(None)
     assert {*order} == {cell for cell in host.cells if not cell.quick}
     assert order.index(Cell("base", "full", ALL, 0)) < order.index(Cell("base", "full", ALL, 1))
 
 
-def test_estimates_are_corrected_by_what_was_measured() -> None:
+def test_estimates_of_time_are_corrected_by_measured_times() -> None:
     host = Host(("top-layers", "full", "linear"), lambda cell: (0.9, 0.05))
     quick, whole = Cell("base", "top-layers", 16, 0, quick=True), Cell("base", "top-layers", ALL, 0)
     before = host.planner.estimate(whole, {})
@@ -247,7 +247,7 @@ def test_estimates_are_corrected_by_what_was_measured() -> None:
     assert host.planner.estimate(other, done) == pytest.approx(0.05 * host.work(other).passes)
 
 
-def test_a_cell_without_time_is_skipped_with_its_estimate() -> None:
+def test_a_cell_that_exceeds_the_time_limit_is_skipped_with_its_estimate() -> None:
     host = Host(("top-layers",), lambda cell: (0.9, 0.01))
     whole, quick = Cell("base", "top-layers", ALL, 0), Cell("base", "top-layers", ALL, 0, quick=True)
     seconds = 0.01 * host.work(whole).passes

@@ -1,4 +1,4 @@
-"""A comparison that is interrupted, runs out of time, or has a part that cannot be done."""
+"""Comparisons that are interrupted, reach their time limit, or have a strategy that fails."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from emberpc.export.tuning.trainable_encoder import TrainableEncoder
 
 
 class StopError(Exception):
-    """The process is stopped here."""
+    """Raised by a test to stop a comparison."""
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_a_finished_training_is_kept_until_its_outcome_is_stored(settings: Compa
 
     def stop(stage: str, done: int, total: int, detail: str = "") -> None:
         details.append(detail)
-        # Both trainings are done; the outcome is not there before serving it was measured, too.
+        # Both trainings are finished. The outcome is stored after the time of serving was measured.
         if detail.startswith("timing"):
             raise StopError
 
@@ -81,7 +81,7 @@ def test_a_failing_strategy_is_skipped_with_its_reason(
     assert "with more time" not in page
 
 
-def test_an_encoder_that_cannot_be_trained_is_tried_once(
+def test_an_encoder_that_cannot_be_trained_is_loaded_once(
     settings: ComparisonSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[TrainableEncoder] = []
@@ -139,21 +139,21 @@ class Clock:
 
 
 @pytest.mark.parametrize("limit", [10, 40, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (90, 200, 600))])
-def test_the_time_limit_is_kept(
+def test_a_comparison_ends_within_its_time_limit(
     settings: ComparisonSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float
 ) -> None:
     clock = Clock(monkeypatch)
     strategies = ("linear", "top-layers", "full")
     settings = replace(settings, strategies=strategies, budgets=(2, 4, ALL), seeds=2, time_limit=limit)
     compared = run(settings, tmp_path / "report", clock.progress)
-    # Only opening the encoder cannot be interrupted, which happens before anything is measured.
+    # Only the opening of the encoder cannot be interrupted; it happens before any measurement.
     assert clock.now <= max(limit - FOR_REPORT, CONVERSION) + 1
     full = [outcome for outcome in compared.outcomes if not outcome.cell.quick]
     assert len(full) + len(compared.skipped) == 3 * 3 * 2
     assert all(skipped.for_time for skipped in compared.skipped)
 
 
-def test_a_limit_that_is_too_short_for_anything_states_the_limit_that_is_needed(
+def test_the_error_for_a_too_short_time_limit_states_the_needed_limit(
     settings: ComparisonSettings, tmp_path: Path
 ) -> None:
     settings = replace(settings, strategies=("linear", "top-layers"))
@@ -166,7 +166,7 @@ def test_a_limit_that_is_too_short_for_anything_states_the_limit_that_is_needed(
     assert compared.outcomes
 
 
-def test_shared_work_is_part_of_the_first_estimate(
+def test_the_first_estimate_of_time_includes_shared_work(
     settings: ComparisonSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
@@ -179,12 +179,13 @@ def test_shared_work_is_part_of_the_first_estimate(
 
     monkeypatch.setattr(Planner, "choose", watched)
     run(replace(settings, seeds=2), tmp_path / "report", clock.progress)
-    # Loading the encoder to be trained, about what opening the base took, and timing the classifier.
+    # The shared work: loading the encoder for training, which takes about as long as opening the base, and timing the
+    # classifier.
     assert extra[0] > CONVERSION
     assert extra[1] == 0
 
 
-def test_a_later_run_with_fewer_strategies_and_budgets_keeps_what_was_measured(
+def test_a_later_run_with_fewer_strategies_and_budgets_keeps_stored_outcomes(
     settings: ComparisonSettings, tmp_path: Path
 ) -> None:
     first = run(replace(settings, strategies=("centroids", "linear"), budgets=(2, ALL)), tmp_path / "report")
@@ -213,7 +214,7 @@ def test_with_two_bases_sentences_name_the_base_and_tf_idf_is_fitted_once(
     assert "centroids on frozen vectors of other-bert" in said.lower()
 
 
-def test_two_bases_of_one_name_are_refused_at_once(settings: ComparisonSettings, tmp_path: Path) -> None:
+def test_two_bases_with_one_name_are_refused(settings: ComparisonSettings, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="two bases have the name 'tiny-bert'"):
         run(replace(settings, bases=settings.bases * 2), tmp_path / "report")
 

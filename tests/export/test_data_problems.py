@@ -22,7 +22,7 @@ from emberpc.export.compare.summary import Summary
 
 @pytest.fixture(autouse=True, scope="module")
 def few_samples() -> Iterator[None]:
-    """Draw few samples of the bootstrap: no test of this module looks at an interval."""
+    """Draw few samples of the bootstrap, since no test of this module checks an interval."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("_SAMPLES", "_FEWEST_SAMPLES"):
             patch.setattr(uncertainty, name, 20)
@@ -41,7 +41,7 @@ def test_confusions_name_the_texts_that_cause_them() -> None:
     assert set(first.texts) | set(second.texts) == {f"text {row}" for row in range(4)}
 
 
-def test_labels_with_signs_of_formulas_are_drawn(tmp_path: Path) -> None:
+def test_plots_accept_labels_with_signs_of_formulas(tmp_path: Path) -> None:
     found = summary([outcome("linear", 4, 0.9)]).result
     test = replace(found.test, labels=("price_$10", "price_$20"))
     recommended = Recommendation(Summary(replace(found, test=test)))
@@ -78,7 +78,7 @@ def data(wrong: float, shared: float, seed: int = 0, texts: int = 4000) -> tuple
 @settings(max_examples=10, deadline=None)
 @given(st.floats(0.2, 0.7), st.integers(0, 100))
 def test_errors_that_encoder_and_words_share_are_not_listed_as_wrong_labels(shared: float, seed: int) -> None:
-    """The case of the sentiments: all labels are right, and the classifiers err together and with confidence."""
+    """As in the data set of sentiments: all labels are right, and the classifiers make the same confident errors."""
     found, _ = data(0.0, shared, seed)
     # Some 40 to 140 errors are shared with a confidence of at least 0.9. By chance, a few of them may be listed.
     assert len(suspects(found)) <= 8
@@ -100,7 +100,7 @@ def test_wrong_labels_are_listed_with_about_the_stated_precision(wrong: float) -
     assert right / listed >= stated / listed - 0.1
 
 
-def test_one_kind_of_evidence_alone_proves_nothing() -> None:
+def test_one_kind_of_evidence_alone_lists_no_wrong_labels() -> None:
     strategies = ("linear", "centroids", "full")
     outcomes = [voting(name, [1 - row % 2 if row < 9 else row % 2 for row in range(TEXTS)], [0.99] * TEXTS)
                 for name in strategies]  # fmt: skip

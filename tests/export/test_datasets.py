@@ -1,4 +1,4 @@
-"""Files of labelled texts: read as they are meant, or refused with the row."""
+"""Files of labelled texts are read, or refused with the row of the problem."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def plain(label: str) -> str:
     return label[kept[0] : kept[-1] + 1] if kept else ""
 
 
-# csv has no way to write NUL, and reads every line's end as one.
+# The csv module cannot write NUL, and reads each kind of line end as "\n".
 CELLS = st.text(st.characters(exclude_characters="\0\r", exclude_categories=["Cs"]), min_size=1, max_size=20).filter(
     lambda text: text.strip() and plain(text)
 )
@@ -40,7 +40,9 @@ def write(folder: Path, name: str, text: str, encoding: str = "utf-8") -> Path:
 
 @given(rows=ROWS, delimiter=st.sampled_from([",", "\t"]))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_whatever_csv_writes_is_read(tmp_path: Path, rows: list[tuple[str, str]], delimiter: str) -> None:
+def test_every_csv_and_tsv_file_that_python_writes_is_read(
+    tmp_path: Path, rows: list[tuple[str, str]], delimiter: str
+) -> None:
     path = tmp_path / ("data.csv" if delimiter == "," else "data.tsv")
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, delimiter=delimiter).writerows([("text", "label"), *rows])
@@ -51,7 +53,7 @@ def test_whatever_csv_writes_is_read(tmp_path: Path, rows: list[tuple[str, str]]
 
 @given(rows=ROWS)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_whatever_json_writes_is_read(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
+def test_every_json_lines_file_that_python_writes_is_read(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
     lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
     path = write(tmp_path, "data.jsonl", "\n".join(lines))
     data = read_labelled(path)
@@ -61,7 +63,7 @@ def test_whatever_json_writes_is_read(tmp_path: Path, rows: list[tuple[str, str]
 
 @given(content=st.binary(max_size=200), suffix=st.sampled_from([".csv", ".tsv", ".jsonl"]))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_bytes_are_read_or_refused_in_words(tmp_path: Path, content: bytes, suffix: str) -> None:
+def test_any_bytes_are_read_or_refused_with_an_export_error(tmp_path: Path, content: bytes, suffix: str) -> None:
     path = tmp_path / f"data{suffix}"
     path.write_bytes(b"text,label\n" + content if suffix == ".csv" else content)
     refusal = ""
@@ -75,7 +77,7 @@ def test_any_bytes_are_read_or_refused_in_words(tmp_path: Path, content: bytes, 
         assert len(data.texts) == len(data.labels) >= 1
 
 
-def test_a_byte_order_mark_quotes_and_other_columns_are_no_trouble(tmp_path: Path) -> None:
+def test_a_byte_order_mark_quotes_and_other_columns_are_accepted(tmp_path: Path) -> None:
     text = '\ufeffid,message,kind\n1,"two\nlines, and a comma",greeting\n2,bye,parting\n'
     data = read_labelled(write(tmp_path, "data.csv", text), text_column="message", label_column="kind")
     assert data.texts == ["two\nlines, and a comma", "bye"]
@@ -83,7 +85,7 @@ def test_a_byte_order_mark_quotes_and_other_columns_are_no_trouble(tmp_path: Pat
     assert data.places == ["line 3", "line 4"]
 
 
-def test_whole_numbers_are_labels(tmp_path: Path) -> None:
+def test_whole_numbers_are_read_as_labels(tmp_path: Path) -> None:
     path = write(tmp_path, "data.jsonl", '{"text": "a", "label": 1}\n\n{"text": "b", "label": "1"}\n')
     assert read_labelled(path).labels == [("1",), ("1",)]
 
@@ -107,8 +109,8 @@ def test_a_text_may_have_several_labels_or_none(tmp_path: Path) -> None:
         read_labelled(path, label_column="labels", separator="|")
 
 
-def test_the_parts_of_an_emoji_stay_in_a_label(tmp_path: Path) -> None:
-    """Without its variation selector or its tags it is another emoji."""
+def test_invisible_parts_of_an_emoji_stay_in_a_label(tmp_path: Path) -> None:
+    """An emoji without its variation selector or its tags is another emoji."""
     labels = ["\u2764\ufe0f", "\u2764", "\U0001f3f4\U000e0067\U000e0062\U000e007f", "\U0001f3f4"]
     path = write(tmp_path, "d.csv", "text,label\n" + "".join(f"{i},{label}\n" for i, label in enumerate(labels)))
     assert [label for (label,) in read_labelled(path).labels] == labels
@@ -142,14 +144,14 @@ def test_the_parts_of_an_emoji_stay_in_a_label(tmp_path: Path) -> None:
         ("data.txt", "a", "must end in .csv, .tsv, .jsonl, .ndjson or .parquet"),
     ],
 )
-def test_an_error_names_its_row(tmp_path: Path, name: str, content: str, words: str) -> None:
+def test_the_error_for_an_invalid_row_names_the_row(tmp_path: Path, name: str, content: str, words: str) -> None:
     path = write(tmp_path, name, content)
     with pytest.raises(ExportError, match=words) as caught:
         read_labelled(path)
     assert str(path) in str(caught.value)
 
 
-def test_another_encoding_is_named(tmp_path: Path) -> None:
+def test_the_error_for_another_encoding_names_line_and_byte(tmp_path: Path) -> None:
     path = write(tmp_path, "data.csv", "text,label\ncafé,x\n", "latin-1")
     with pytest.raises(ExportError, match="line 2, byte 4: it is not UTF-8"):
         read_labelled(path)
@@ -158,18 +160,18 @@ def test_another_encoding_is_named(tmp_path: Path) -> None:
         read_labelled(path)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="cannot be read: No such file"):
         read_labelled(tmp_path / "data.csv")
 
 
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_without_pyarrow_names_the_extra_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ExportError, match=r"pip install 'emberpc\[parquet\]'"):
         read_labelled(write(tmp_path, "data.parquet", "PAR1"))
 
 
-def test_parquet_is_read_with_lists_numbers_and_rows_that_are_named(tmp_path: Path) -> None:
+def test_parquet_with_numbers_and_lists_is_read_and_errors_name_rows(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "data.parquet"
     pq.write_table(pa.table({"text": ["a", "b", "c"], "label": [1, 2, 1]}), path)
@@ -198,7 +200,9 @@ def test_parquet_is_read_with_lists_numbers_and_rows_that_are_named(tmp_path: Pa
         ("d.tsv", "text\tlabel\ttext\na\tb\tc\n", "line 1: the column 'text' is there twice"),
     ],
 )
-def test_a_header_that_cannot_be_meant_so_is_refused(tmp_path: Path, name: str, content: str, words: str) -> None:
+def test_a_header_with_another_delimiter_or_repeated_columns_is_refused(
+    tmp_path: Path, name: str, content: str, words: str
+) -> None:
     with pytest.raises(ExportError, match=words):
         read_labelled(write(tmp_path, name, content))
 
@@ -219,7 +223,7 @@ PADDED = [
 
 
 @pytest.mark.parametrize("name", ["d.csv", "d.tsv", "d.jsonl", "several.csv", "several.jsonl"])
-def test_labels_that_look_alike_are_one(tmp_path: Path, name: str) -> None:
+def test_labels_that_differ_only_in_invisible_characters_are_one_label(tmp_path: Path, name: str) -> None:
     several = name.startswith("several")
     path = tmp_path / name
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -235,12 +239,12 @@ def test_labels_that_look_alike_are_one(tmp_path: Path, name: str) -> None:
     assert training_examples(data, min_examples=1).labels == ("caf\u00e9", "io")
 
 
-def test_labels_of_descriptions_are_read_as_those_of_texts(tmp_path: Path) -> None:
+def test_labels_of_descriptions_are_normalized_like_those_of_texts(tmp_path: Path) -> None:
     path = write(tmp_path, "d.csv", "label,description\n io ,input\ncafe\u0301,drinks\n")
     assert read_descriptions(path, ["caf\u00e9", "io"]) == ("drinks", "input")
 
 
-def test_labels_that_differ_only_in_case_are_two_and_are_reported(
+def test_labels_that_differ_only_in_case_are_kept_apart_and_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write(tmp_path, "d.csv", "text,label\na,BASH\nb,bash\nc,io\nd,Bash\n")
@@ -253,13 +257,13 @@ def test_labels_that_differ_only_in_case_are_two_and_are_reported(
     assert not caplog.text
 
 
-def test_a_field_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_repeated_json_field_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, "d.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "label": "x", "label": "y"}\n')
     with pytest.raises(ExportError, match=r"d\.jsonl, line 2: the field 'label' is there twice; keep one"):
         read_labelled(path)
 
 
-def test_a_parquet_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_repeated_parquet_column_is_refused(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["x"]), pa.array(["y"])], ["text", "label", "label"])
     pq.write_table(table, tmp_path / "d.parquet")
@@ -275,7 +279,7 @@ def test_a_parquet_column_that_is_there_twice_is_refused(tmp_path: Path) -> None
         ["io", "i\u200bo", "\uff49\uff4f", "IO"],
     ],
 )
-def test_labels_that_hardly_differ_are_reported(
+def test_labels_that_look_nearly_equal_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, labels: list[str]
 ) -> None:
     path = write(tmp_path, "d.csv", "text,label\n" + "".join(f"{i},{label}\n" for i, label in enumerate(labels)))
@@ -283,7 +287,7 @@ def test_labels_that_hardly_differ_are_reported(
     assert f"{path}: {len(labels) - 1} labels differ from another one only in " in caplog.text
 
 
-def test_labels_that_differ_are_not_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_that_clearly_differ_are_not_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     labels = ["1", "1.5", "10", "-1", "1.0.0", "1st", "io", "oi", "card arrival", "cardarrival"]
     path = write(tmp_path, "d.csv", "text,label\n" + "".join(f"{i},{label}\n" for i, label in enumerate(labels)))
     training_examples(read_labelled(path), min_examples=1)
@@ -304,7 +308,7 @@ def test_labels_that_differ_are_not_reported(tmp_path: Path, caplog: pytest.LogC
         ('["a", "\\ud800"]', "label holds a lone surrogate"),
     ],
 )
-def test_an_invalid_label_is_refused_in_a_list_of_labels_too(tmp_path: Path, label: str, words: str) -> None:
+def test_an_invalid_label_is_refused_in_multi_label_files(tmp_path: Path, label: str, words: str) -> None:
     path = write(tmp_path, "d.jsonl", f'{{"text": "t", "label": {label}}}\n')
     with pytest.raises(ExportError, match=f"line 1: {words}"):
         read_labelled(path, separator=";")
@@ -326,7 +330,7 @@ def test_parquet_labels_of_other_types_are_refused(tmp_path: Path, column: str, 
 
 
 @pytest.mark.parametrize("name", ["d.CSV", "d.Tsv", "d.ndjson", "d.JSONL"])
-def test_names_of_files_are_read_as_the_command_line_reads_them(tmp_path: Path, name: str) -> None:
+def test_file_suffixes_are_read_in_any_case(tmp_path: Path, name: str) -> None:
     rows = {"csv": "text,label\r\na,x\r\n", "tsv": "text\tlabel\r\na\tx\r\n"}
     content = rows.get(name[2:].lower(), '{"text": "a", "label": "x"}\r\n')
     assert read_labelled(write(tmp_path, name, content)).labels == [("x",)]
@@ -342,14 +346,14 @@ def test_space_around_column_names_is_removed(tmp_path: Path) -> None:
     ("rows", "words"),
     [("a,x\nb,x\nc,y\n", "1 label has fewer than 2 texts: 'y'"), ("a,x\nb,y\n", "2 labels have fewer than 2 texts")],
 )
-def test_labels_with_too_few_texts_are_counted(tmp_path: Path, rows: str, words: str) -> None:
+def test_the_error_for_labels_with_too_few_texts_states_their_number(tmp_path: Path, rows: str, words: str) -> None:
     path = tmp_path / "train.csv"
     path.write_text(f"text,label\n{rows}")
     with pytest.raises(ExportError, match=words):
         training_examples(read_labelled(path))
 
 
-def test_only_the_start_of_a_file_is_read_for_its_columns(tmp_path: Path) -> None:
+def test_check_columns_reads_only_the_start_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "train.csv"
     path.write_text('text,label\na,x\n"open\n')
     check_columns(path, ["text", "label"])

@@ -1,4 +1,4 @@
-"""The export of encoders: whatever we write, sentence-transformers must read it and give the same vectors."""
+"""The export of encoders: sentence-transformers must read every bundle and give equal vectors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 class Interrupt:
-    """A progress that is interrupted at its call of a number, as by Ctrl-C."""
+    """A progress function that raises KeyboardInterrupt at its call number `at`, as Ctrl-C does."""
 
     def __init__(self, at: int) -> None:
         self._left = at
@@ -73,11 +73,11 @@ class Interrupt:
 
 
 def leftovers(folder: Path) -> set[str]:
-    """Names of what is in a folder that an export was to be written to, but for its source."""
+    """Return the names of files and folders in the target folder of an export, except for the source."""
     return {path.name for path in folder.iterdir()} - {"source"}
 
 
-def test_minilm_gives_what_pytorch_gives(minilm_bundle: Path) -> None:
+def test_exported_minilm_gives_the_vectors_of_pytorch(minilm_bundle: Path) -> None:
     manifest = read_bundle(minilm_bundle).manifest
     assert manifest.task is Task.EMBEDDING
     assert (manifest.dimensions, manifest.pooling, manifest.normalize) == (384, "mean", True)
@@ -90,20 +90,20 @@ def test_minilm_gives_what_pytorch_gives(minilm_bundle: Path) -> None:
     assert parity.max_abs_diff <= 1e-4
 
 
-def test_sentence_transformers_loads_ours_and_gives_the_same(minilm_bundle: Path) -> None:
+def test_sentence_transformers_loads_the_bundle_and_gives_equal_vectors(minilm_bundle: Path) -> None:
     texts = sample_texts(8)
     theirs = sentence_transformers_vectors(minilm_bundle, texts, backend="onnx")
     assert cosines(theirs, our_vectors(minilm_bundle, texts)).min() >= 0.9999
 
 
-def test_the_bundle_has_all_that_readers_look_for(minilm_bundle: Path) -> None:
+def test_the_bundle_has_all_files_and_settings_that_other_libraries_read(minilm_bundle: Path) -> None:
     assert set(read_bundle(minilm_bundle).manifest.files) == FILES
     tokenizer = Tokenizer.from_file(str(minilm_bundle / "tokenizer.json"))
     assert tokenizer.truncation is None
     assert tokenizer.padding is None
     config = json.loads((minilm_bundle / "tokenizer_config.json").read_text())
     assert config["model_max_length"] == 256
-    # MiniLM's own tokenizer.json cuts at 128; who reads this key would go on doing so.
+    # tokenizer.json of MiniLM truncates at 128 tokens, and so would libraries that read this key.
     assert "max_length" not in config
     assert json.loads((minilm_bundle / "1_Pooling" / "config.json").read_text())["pooling_mode_mean_tokens"] is True
     card = (minilm_bundle / "README.md").read_text()
@@ -123,7 +123,7 @@ def test_the_graph_has_named_dynamic_axes_and_its_outputs_in_order(minilm_bundle
     assert shapes["sentence_embedding"] == ["batch_size", 384]
 
 
-def test_the_reference_is_what_pytorch_gave(minilm_bundle: Path) -> None:
+def test_the_reference_has_the_vectors_of_pytorch(minilm_bundle: Path) -> None:
     reference = Reference.read(minilm_bundle)
     theirs = sentence_transformers_vectors(minilm_source(), list(reference.texts))
     np.testing.assert_allclose(reference.vectors, theirs, atol=1e-5)
@@ -137,12 +137,12 @@ def test_the_reference_is_what_pytorch_gave(minilm_bundle: Path) -> None:
         ("mean", True),
         ("cls", True),
         ("max", False),
-        # Normalising comes after the pooling, whatever that is.
+        # Normalization comes after every pooling.
         pytest.param("cls", False, marks=pytest.mark.slow),
         pytest.param("max", True, marks=pytest.mark.slow),
     ],
 )
-def test_every_pooling_is_that_of_sentence_transformers(
+def test_every_pooling_gives_the_vectors_of_sentence_transformers(
     make_source: MakeSource, tmp_path: Path, mode: str, normalize: bool
 ) -> None:
     kinds = ["Transformer", "Pooling", *(["Normalize"] if normalize else [])]
@@ -156,7 +156,7 @@ def test_every_pooling_is_that_of_sentence_transformers(
     np.testing.assert_allclose(onnx_backend, expected, atol=1e-4)
 
 
-def test_a_plain_encoder_is_mean_pooled_as_sentence_transformers_has_it(tiny_source: Path, tiny_bundle: Path) -> None:
+def test_a_plain_encoder_gets_mean_pooling_like_in_sentence_transformers(tiny_source: Path, tiny_bundle: Path) -> None:
     manifest = read_bundle(tiny_bundle).manifest
     assert (manifest.pooling, manifest.normalize, manifest.max_tokens) == ("mean", False, 32)
     texts = sample_texts(16)
@@ -187,7 +187,7 @@ def test_distilbert_with_another_size_key_and_two_inputs_is_exported(make_source
 
 
 @pytest.mark.whole_exports
-def test_options_go_into_the_manifest_and_the_folder(tiny_source: Path, tmp_path: Path) -> None:
+def test_options_are_written_to_the_manifest_and_the_folder(tiny_source: Path, tmp_path: Path) -> None:
     prompts = Prompts(query="query: ", passage="passage: ")
     target = tmp_path / "bundle"
     manifest = export_embedding(str(tiny_source), target, name="me/mine", max_tokens=12, prompts=prompts)
@@ -207,12 +207,12 @@ def test_options_go_into_the_manifest_and_the_folder(tiny_source: Path, tmp_path
     np.testing.assert_allclose(plain, prompted, atol=1e-6)
 
 
-def test_two_exports_of_one_model_have_one_fingerprint(tiny_source: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_two_exports_of_one_model_have_equal_fingerprints(tiny_source: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     export_embedding(str(tiny_source), tmp_path / "again")
     assert read_bundle(tmp_path / "again").fingerprint() == read_bundle(tiny_bundle).fingerprint()
 
 
-def test_weights_that_do_not_fit_into_the_file_go_beside_it(
+def test_weights_above_the_limit_of_an_onnx_file_are_written_to_another_file(
     tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graph, "_MOST_BYTES", 1000)
@@ -221,14 +221,14 @@ def test_weights_that_do_not_fit_into_the_file_go_beside_it(
     assert verify_bundle(tmp_path / "bundle").ok
 
 
-def test_the_progress_comes_in_stages(tiny_source: Path, tmp_path: Path) -> None:
+def test_an_export_reports_progress_in_stages(tiny_source: Path, tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     export_embedding(str(tiny_source), tmp_path / "bundle", progress=lambda *args: told.append(args))
     assert len({stage for stage, *_ in told}) >= 2
     assert all(0 <= done <= total and total >= 1 for _, done, total, *_ in told)
 
 
-def test_a_bundle_is_replaced_only_if_asked(tiny_source: Path, tmp_path: Path) -> None:
+def test_a_bundle_is_replaced_only_with_overwrite(tiny_source: Path, tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     first = export_embedding(str(tiny_source), target)
     with pytest.raises(BundleError, match="--overwrite"):
@@ -240,7 +240,7 @@ def test_a_bundle_is_replaced_only_if_asked(tiny_source: Path, tmp_path: Path) -
     assert leftovers(tmp_path) == {"bundle"}
 
 
-def test_ctrl_c_at_any_stage_leaves_nothing(tiny_source: Path, tmp_path: Path) -> None:
+def test_ctrl_c_at_any_stage_leaves_no_files(tiny_source: Path, tmp_path: Path) -> None:
     stages: list[str] = []
     export_embedding(str(tiny_source), tmp_path / "whole", progress=lambda stage, *_: stages.append(stage))
     for i in range(len(stages)):
@@ -249,11 +249,11 @@ def test_ctrl_c_at_any_stage_leaves_nothing(tiny_source: Path, tmp_path: Path) -
         assert leftovers(tmp_path) == {"whole"}
 
 
-def test_a_model_that_does_not_agree_with_pytorch_is_not_written(
+def test_a_graph_with_other_vectors_than_pytorch_is_not_written(
     tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong_mean(self: graph.GraphEditor) -> str:
-        """Padding counts: the mistake that this check is for."""
+        """Count padding in the mean: an error that the parity check must find."""
         return self._node("ReduceMean", ["last_hidden_state", "axis_1"], keepdims=0)
 
     monkeypatch.setattr(graph.GraphEditor, "_mean", wrong_mean)
@@ -263,10 +263,10 @@ def test_a_model_that_does_not_agree_with_pytorch_is_not_written(
 
 
 @pytest.mark.parametrize("change", ["output", "name"])
-def test_outputs_of_another_shape_than_pytorchs_are_refused(
+def test_outputs_of_another_shape_than_those_of_pytorch_are_refused(
     make_source: MakeSource, tmp_path: Path, change: str
 ) -> None:
-    """sentence-transformers leaves the layer out; numpy then could not broadcast the two shapes."""
+    """sentence-transformers ignores the dense layer here; numpy could not broadcast the two shapes to compare them."""
     from safetensors.numpy import save_file
 
     modules = modules_json("Transformer", "Pooling", "Dense", "Normalize")
@@ -283,7 +283,7 @@ def test_outputs_of_another_shape_than_pytorchs_are_refused(
     assert leftovers(tmp_path) == set()
 
 
-def test_weights_that_lack_a_tensor_are_refused_rather_than_made_up(make_source: MakeSource, tmp_path: Path) -> None:
+def test_weights_without_a_needed_tensor_are_refused(make_source: MakeSource, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     source = make_source()
@@ -305,7 +305,7 @@ def test_an_unsupported_encoder_is_refused_with_the_reason(make_source: MakeSour
     assert leftovers(tmp_path) == {"original"}
 
 
-def test_a_model_with_code_of_its_own_is_refused_and_the_code_not_run(make_source: MakeSource, tmp_path: Path) -> None:
+def test_a_model_with_its_own_code_is_refused_and_the_code_is_not_run(make_source: MakeSource, tmp_path: Path) -> None:
     config = json.loads((make_source(name="original") / "config.json").read_text())
     trap = tmp_path / "trap"
     auto_map = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
@@ -327,7 +327,7 @@ def test_damaged_weights_are_refused(make_source: MakeSource, tmp_path: Path, ke
 
 
 @pytest.mark.whole_exports
-def test_a_local_folder_never_touches_the_network(
+def test_an_export_of_a_local_folder_does_not_use_the_network(
     tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -350,9 +350,9 @@ export_embedding(sys.argv[1], sys.argv[2])
 """
 
 
-# The same with the imports of all libraries, which take 8 s of CPU time.
+# The same as the test above, but including the imports of all libraries, which take 8 s of CPU time.
 @pytest.mark.slow
-def test_a_first_export_never_touches_the_network_and_prints_nothing(tiny_source: Path, tmp_path: Path) -> None:
+def test_an_export_in_a_new_process_prints_nothing_and_uses_no_network(tiny_source: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", _WITHOUT_NETWORK, str(tiny_source), str(tmp_path / "bundle")]
     run = subprocess.run(command, check=False, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -1,4 +1,4 @@
-"""What a source says of itself, and what is refused by name because it cannot be exported yet."""
+"""Settings that are read from a source, and sources that are refused since they cannot be exported yet."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MEAN = pooling_json("mean")
         ({"pooling_mode": "cls", "pooling_mode_mean_tokens": True}, "cls"),
     ],
 )
-def test_the_pooling_is_read_in_every_form(make_source: MakeSource, config: object, expected: str) -> None:
+def test_the_pooling_is_read_from_every_config_form(make_source: MakeSource, config: object, expected: str) -> None:
     source = make_source({"modules.json": modules_json("Transformer", "Pooling"), "1_Pooling/config.json": config})
     assert read_encoder(source).pooling == expected
 
@@ -53,7 +53,9 @@ def test_the_pooling_is_read_in_every_form(make_source: MakeSource, config: obje
         ([], "holds no JSON object"),
     ],
 )
-def test_a_pooling_that_cannot_be_exported_is_named(make_source: MakeSource, config: object, words: str) -> None:
+def test_the_error_for_an_unsupported_pooling_names_the_pooling(
+    make_source: MakeSource, config: object, words: str
+) -> None:
     source = make_source({"modules.json": modules_json("Transformer", "Pooling"), "1_Pooling/config.json": config})
     with pytest.raises(ExportError, match=words):
         read_encoder(source)
@@ -75,13 +77,15 @@ def test_a_pooling_that_cannot_be_exported_is_named(make_source: MakeSource, con
         ("[" * 100_000, "is not JSON"),
     ],
 )
-def test_a_module_that_cannot_be_exported_is_named(make_source: MakeSource, modules: object, words: str) -> None:
+def test_the_error_for_an_unsupported_module_names_the_module(
+    make_source: MakeSource, modules: object, words: str
+) -> None:
     source = make_source({"modules.json": modules, "1_Pooling/config.json": MEAN})
     with pytest.raises(ExportError, match=words):
         read_encoder(source)
 
 
-def test_files_that_nothing_reads_without_modules_json_are_reported(
+def test_files_that_are_ignored_without_modules_json_are_reported(
     make_source: MakeSource, caplog: pytest.LogCaptureFixture
 ) -> None:
     files = {"1_Pooling/config.json": pooling_json("cls"), "sentence_bert_config.json": {"max_seq_length": 20}}
@@ -93,7 +97,7 @@ def test_files_that_nothing_reads_without_modules_json_are_reported(
     assert not caplog.text
 
 
-def test_a_refusal_leaves_nothing_behind(make_source: MakeSource, tmp_path: Path) -> None:
+def test_a_refused_source_leaves_no_files(make_source: MakeSource, tmp_path: Path) -> None:
     source = make_source({"modules.json": modules_json("Transformer", "Pooling", "LSTM")})
     with pytest.raises(ExportError, match="LSTM"):
         export_embedding(source, tmp_path / "deep" / "bundle")
@@ -101,7 +105,7 @@ def test_a_refusal_leaves_nothing_behind(make_source: MakeSource, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["CrossEncoder", "SparseEncoder"])
-def test_another_kind_of_model_is_named(make_source: MakeSource, kind: str) -> None:
+def test_the_error_for_another_kind_of_model_names_the_kind(make_source: MakeSource, kind: str) -> None:
     source = make_source({"config_sentence_transformers.json": {"model_type": kind}})
     with pytest.raises(ExportError, match=kind):
         read_encoder(source)
@@ -115,7 +119,7 @@ def test_weights_that_are_not_safetensors_are_refused(make_source: MakeSource) -
 
 
 @pytest.mark.parametrize("name", ["config.json", "config_sentence_transformers.json", "sentence_bert_config.json"])
-def test_a_file_that_is_not_json_is_named(make_source: MakeSource, name: str) -> None:
+def test_a_file_that_is_not_json_is_named_in_the_error(make_source: MakeSource, name: str) -> None:
     with pytest.raises(ExportError, match=f"{name} is not JSON"):
         read_encoder(make_source({**MODULES, name: "{"}))
 
@@ -140,7 +144,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
         ({"prompts": {"any": "a: "}, "default_prompt_name": "any"}, Prompts("a: ", "a: ")),
     ],
 )
-def test_prompts_are_read_by_every_name(make_source: MakeSource, stated: object, expected: Prompts) -> None:
+def test_prompts_are_read_under_every_known_name(make_source: MakeSource, stated: object, expected: Prompts) -> None:
     assert read_encoder(make_source({"config_sentence_transformers.json": stated})).prompts == expected
 
 
@@ -191,7 +195,7 @@ def test_settings_are_read_by_each_name_that_sentence_transformers_reads(make_so
         ({**MODULES, "sentence_bert_config.json": {"max_seq_length": None}}, 32),
     ],
 )
-def test_the_limit_is_the_one_that_sentence_transformers_takes(
+def test_the_token_limit_equals_that_of_sentence_transformers(
     make_source: MakeSource, files: dict[str, object], limit: int
 ) -> None:
     source = make_source(files)
@@ -199,7 +203,7 @@ def test_the_limit_is_the_one_that_sentence_transformers_takes(
     torch_vectors(str(source), ["a"], limit)  # compares the limits
 
 
-def test_parity_does_not_hide_another_limit(make_source: MakeSource) -> None:
+def test_the_parity_check_finds_another_token_limit(make_source: MakeSource) -> None:
     source = make_source({**MODULES, "sentence_roberta_config.json": {"max_seq_length": 12}})
     long = "a b c d e f g h i j k l m n o p"
     with pytest.raises(ExportError, match="truncated at 32 tokens, but sentence-transformers truncates them at 12"):
@@ -208,7 +212,7 @@ def test_parity_does_not_hide_another_limit(make_source: MakeSource) -> None:
     assert not np.allclose(torch_vectors(str(source), [long], 32, stated=True), own, atol=1e-3)
 
 
-def test_verify_compares_the_limit_with_that_of_the_source(
+def test_verify_compares_the_token_limit_with_that_of_the_source(
     make_source: MakeSource, tiny_source: Path, tmp_path: Path
 ) -> None:
     manifest = export_embedding(tiny_source, tmp_path / "stated", max_tokens=12)
@@ -222,7 +226,7 @@ def test_verify_compares_the_limit_with_that_of_the_source(
 
 
 def old_form(source: Path) -> Path:
-    """Lay a source out as sentence-transformers 0 did: the encoder in `0_Transformer`, its vectors pooled by `cls`."""
+    """Change a source to the layout of sentence-transformers 0: the encoder in `0_Transformer`, with pooling `cls`."""
     inner = source.parent / "0_Transformer"
     source.rename(inner)
     source.mkdir()
@@ -236,7 +240,7 @@ def old_form(source: Path) -> Path:
     return source
 
 
-def test_an_encoder_in_a_folder_of_its_own_is_exported_with_its_pooling(
+def test_an_encoder_in_a_subfolder_is_exported_with_the_pooling_of_the_model(
     make_source: MakeSource, tmp_path: Path
 ) -> None:
     source = old_form(make_source())
@@ -261,7 +265,9 @@ def test_a_module_outside_the_folder_is_refused(make_source: MakeSource, place: 
 
 
 @pytest.mark.parametrize("wanted", [-1, 0, 2, 33])
-def test_a_limit_that_the_model_cannot_keep_is_refused(make_source: MakeSource, tmp_path: Path, wanted: int) -> None:
+def test_a_token_limit_that_the_model_does_not_support_is_refused(
+    make_source: MakeSource, tmp_path: Path, wanted: int
+) -> None:
     with pytest.raises(ExportError, match=str(wanted)):
         export_embedding(make_source(), tmp_path / "bundle", max_tokens=wanted)
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
@@ -293,7 +299,7 @@ PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 32}
         ({"sentence_bert_config.json": {"max_seq_length": 24, "processor_kwargs": LEFT}}, False),  # it is not read
     ],
 )
-def test_a_model_whose_texts_lose_their_start_is_refused(
+def test_a_model_that_truncates_texts_at_their_start_is_refused(
     make_source: MakeSource, files: dict[str, object], refused: bool
 ) -> None:
     source = make_source(files)
@@ -308,10 +314,10 @@ def test_a_model_whose_texts_lose_their_start_is_refused(
     ("direction", "stated", "refused"),
     [("Left", {}, True), ("Right", {}, False), ("Left", {"truncation_side": "right"}, False)],
 )
-def test_the_side_that_tokenizer_json_states_counts(
+def test_the_truncation_side_of_tokenizer_json_applies(
     make_source: MakeSource, direction: str, stated: dict[str, object], refused: bool
 ) -> None:
-    """As in transformers, tokenizer_config.json goes before it."""
+    """As in transformers, the side in tokenizer_config.json overrides that of tokenizer.json."""
     source = make_source({"tokenizer_config.json": PLAIN | stated})
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     tokenizer["truncation"] = {"direction": direction, "max_length": 16, "strategy": "LongestFirst", "stride": 0}
@@ -331,7 +337,7 @@ def test_without_a_tokenizer_limit_the_positions_limit_the_tokens(make_source: M
     assert verify_bundle(tmp_path / "bundle", against=source).ok
 
 
-def test_robertas_first_positions_do_not_count(make_source: MakeSource) -> None:
+def test_the_first_two_positions_of_roberta_do_not_count(make_source: MakeSource) -> None:
     source = make_source({"tokenizer_config.json": {"model_max_length": 512}})
     config = json.loads((source / "config.json").read_text())
     changed = {**config, "model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}
@@ -339,7 +345,7 @@ def test_robertas_first_positions_do_not_count(make_source: MakeSource) -> None:
     assert read_encoder(source).max_tokens == 512
 
 
-def test_the_hash_is_of_the_weights_alone(make_source: MakeSource, tiny_source: Path) -> None:
+def test_the_weights_hash_covers_only_the_weights(make_source: MakeSource, tiny_source: Path) -> None:
     with_prompt = make_source({"config_sentence_transformers.json": {"prompts": {"query": "q"}}}, name="a")
     assert read_encoder(with_prompt).weights_sha256 == read_encoder(tiny_source).weights_sha256
     other = make_source(name="b")
@@ -349,8 +355,8 @@ def test_the_hash_is_of_the_weights_alone(make_source: MakeSource, tiny_source: 
     assert read_encoder(other).weights_sha256 != read_encoder(tiny_source).weights_sha256
 
 
-def test_the_bundle_of_a_lower_casing_model_lower_cases(make_source: MakeSource, tmp_path: Path) -> None:
-    """sentence-transformers lower-cases outside the tokenizer; here with a tokenizer that keeps the case."""
+def test_the_bundle_of_a_lower_casing_model_lower_cases_texts(make_source: MakeSource, tmp_path: Path) -> None:
+    """sentence-transformers lower-cases texts before the tokenizer. The tokenizer of this source keeps the case."""
     source = make_source(
         {
             "modules.json": modules_json("Transformer", "Pooling"),

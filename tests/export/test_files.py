@@ -1,4 +1,4 @@
-"""Files of the export are whole or not there; links are followed, and what is no file is never replaced."""
+"""Files of the export are written whole or not at all; links are followed, and only regular files are replaced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from emberpc.export.errors import ExportError
 from emberpc.export.files import staged, write_text
 
 
-def test_a_link_is_followed(tmp_path: Path) -> None:
+def test_write_text_writes_to_the_target_of_a_link(tmp_path: Path) -> None:
     link, target = tmp_path / "link", tmp_path / "target"
     link.symlink_to(target)
     for text in ("first", "second"):
@@ -30,7 +30,7 @@ def test_a_pipe_is_refused_and_stays(tmp_path: Path) -> None:
     assert stat.S_ISFIFO(pipe.lstat().st_mode)
 
 
-def test_a_file_stays_if_the_block_fails(tmp_path: Path) -> None:
+def test_a_failing_block_keeps_the_old_file(tmp_path: Path) -> None:
     path = write_text(tmp_path / "file", "before")
     with pytest.raises(RuntimeError), staged(path) as beside:
         beside.write_text("half")

@@ -1,4 +1,4 @@
-"""Fine-tuning an embedding model: it finds more than before, or nothing is written."""
+"""Fine-tuning an embedding model: the data, the training, and that only improved models are written."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def functions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
-def test_pairs_of_the_same_query_become_one_query(tmp_path: Path, suffix: str) -> None:
+def test_pairs_with_equal_queries_become_one_query(tmp_path: Path, suffix: str) -> None:
     rows = [*pairs(12), {"query": "query 3", "passage": "another"}, {"query": "query 4", "passage": "passage 3"}]
     data = read_data(Files(write(tmp_path / f"train{suffix}", rows)), 0)
     assert len(data.passages) == 13
@@ -87,26 +87,26 @@ def test_pairs_of_the_same_query_become_one_query(tmp_path: Path, suffix: str) -
     assert not set(data.train.texts) & set(data.held_out.texts)
 
 
-def test_parquet_is_read(tmp_path: Path) -> None:
+def test_training_pairs_are_read_from_parquet(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.Table.from_pylist(list(pairs(10))), tmp_path / "train.parquet")
     assert len(read_data(Files(tmp_path / "train.parquet"), 0).passages) == 10
 
 
-def test_a_split_is_the_same_for_the_same_seed(tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_splits(tmp_path: Path) -> None:
     path = write(tmp_path / "train.csv", pairs(40))
     first, again, other = (read_data(Files(path), seed).held_out.texts for seed in (0, 0, 1))
     assert first == again != other
 
 
-def test_triplets_state_negatives(tmp_path: Path) -> None:
+def test_negatives_of_triplets_are_read(tmp_path: Path) -> None:
     rows = [{**row, "negative": f"passage {i + 1}"} for i, row in enumerate(pairs(12))]
     data = read_data(Files(write(tmp_path / "train.csv", rows)), 0)
     for text, stated in zip(data.train.texts, data.train.negatives, strict=True):
         assert [data.passages[i] for i in stated] == [f"passage {int(text.split()[1]) + 1}"]
 
 
-def test_texts_of_a_label_answer_each_other_and_held_out_texts_are_not_trained_on(tmp_path: Path) -> None:
+def test_texts_of_a_label_are_answers_of_each_other_except_held_out_texts(tmp_path: Path) -> None:
     rows = [{"text": f"{label}{i}", "label": label} for label in "abc" for i in range(8)]
     data = read_data(Files(write(tmp_path / "train.csv", rows)), 0)
     assert len(data.passages) == 24
@@ -119,7 +119,7 @@ def test_texts_of_a_label_answer_each_other_and_held_out_texts_are_not_trained_o
         assert {data.passages[i] for i in known} == {f"{text[0]}{i}" for i in range(8)} - {text}
 
 
-def test_texts_of_a_label_answer_those_of_other_files_that_are_measured(tmp_path: Path) -> None:
+def test_texts_of_a_label_are_answers_of_validation_and_test_texts(tmp_path: Path) -> None:
     train = write(tmp_path / "t.csv", [{"text": f"{label}{i}", "label": label} for label in "ab" for i in range(3)])
     validation = write(tmp_path / "v.csv", [{"text": "a7", "label": "a"}, {"text": "b7", "label": "b"}])
     test = write(tmp_path / "e.csv", [{"text": "a9", "label": "a"}])
@@ -127,7 +127,7 @@ def test_texts_of_a_label_answer_those_of_other_files_that_are_measured(tmp_path
     assert data.test is not None
     assert {data.passages[i] for i in data.held_out.relevant[0]} == {"a0", "a1", "a2", "a9"}
     assert {data.passages[i] for i in data.test.relevant[0]} == {"a0", "a1", "a2", "a7"}
-    # Nothing that is measured on is learnt from.
+    # No text of the validation or test file is trained on.
     assert {data.passages[i] for known in data.train.relevant for i in known} == {
         f"{a}{i}" for a in "ab" for i in range(3)
     }
@@ -174,12 +174,12 @@ def test_a_corpus_adds_passages_with_their_titles(tmp_path: Path) -> None:
         (pairs(9), "has 9 queries; give at least 10"),
     ],
 )
-def test_bad_data_is_named_with_its_row(tmp_path: Path, rows: Rows, problem: str) -> None:
+def test_invalid_training_data_is_refused_with_its_line(tmp_path: Path, rows: Rows, problem: str) -> None:
     with pytest.raises(ExportError, match=re.escape(problem)):
         read_data(Files(write(tmp_path / "train.csv", rows)), 0)
 
 
-def test_a_query_to_validate_on_must_not_be_learnt_from(tmp_path: Path) -> None:
+def test_a_validation_query_that_is_a_training_query_is_refused(tmp_path: Path) -> None:
     train, validation = write(tmp_path / "t.csv", pairs(10)), write(tmp_path / "v.csv", [*pairs(11)[9:]])
     with pytest.raises(
         ExportError, match=r"v\.csv, line 2: the query is also in .*t\.csv \(line 11\); both files share 1 queries"
@@ -190,7 +190,7 @@ def test_a_query_to_validate_on_must_not_be_learnt_from(tmp_path: Path) -> None:
 # --- measuring and mining
 
 
-def test_ndcg_and_recall_are_as_counted_by_hand() -> None:
+def test_ndcg_and_recall_equal_hand_computed_values() -> None:
     found = np.eye(12, dtype=np.float32)
     asked = np.array([[12 - i for i in range(12)]], dtype=np.float32)  # passage 0 is the nearest, 11 the farthest
     figures = measure(asked, found, queries([{1, 11}]))
@@ -198,7 +198,7 @@ def test_ndcg_and_recall_are_as_counted_by_hand() -> None:
     assert figures["ndcg_at_10"] == pytest.approx((1 / math.log2(3)) / ideal)
     assert figures["recall_at_10"] == 0.5
     assert figures["recall_at_100"] == 1
-    # The query itself is not looked for, so that what was second is first.
+    # The passage of the query itself is left out, so the second hit becomes the first.
     assert measure(asked, found, queries([{1}], own=[0]))["ndcg_at_10"] == pytest.approx(1)
     # Among some of the passages, which have their names.
     some = np.array([3, 1, 5])
@@ -239,7 +239,7 @@ def test_the_index_refuses_input_that_would_crash_hnswlib() -> None:
             PassageGraph(wrong)
 
 
-def test_other_answers_of_a_query_count_as_no_negatives() -> None:
+def test_other_answers_of_a_query_are_no_negatives_in_the_loss() -> None:
     generator = torch.Generator().manual_seed(0)
     asked, found = torch.randn(3, 5, generator=generator), torch.randn(5, 5, generator=generator)
     known = torch.zeros(3, 5, dtype=torch.bool)
@@ -282,7 +282,7 @@ def tiny(tiny_source: Path) -> SourceEncoder:
     return read_encoder(tiny_source)
 
 
-def test_a_seed_gives_the_same_weights(tiny: SourceEncoder, tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_weights(tiny: SourceEncoder, tmp_path: Path) -> None:
     data = tiny_data(tmp_path)
     first, again = tune(data, tiny, QUICK), tune(data, tiny, QUICK)
     assert first.figures["share"] > 0
@@ -343,7 +343,7 @@ def test_a_sample_of_judged_queries_keeps_their_answers(most_queries: int, most:
 
 
 @pytest.mark.parametrize("room", [0, 2000, 10**9])
-def test_vectors_are_the_same_however_many_states_are_kept(tiny: SourceEncoder, room: int) -> None:
+def test_vectors_do_not_depend_on_the_number_of_stored_states(tiny: SourceEncoder, room: int) -> None:
     texts = ["abc def", "a", "xyz", "hello there you"] * 80 + [f"text {c}" for c in "abcdefgh"]
     texts = [f"{text} {'abcdefghij'[i % 10]} {'klmnopqrst'[i // 10 % 10]}" for i, text in enumerate(texts)]
 
@@ -360,8 +360,8 @@ def test_vectors_are_the_same_however_many_states_are_kept(tiny: SourceEncoder, 
     np.testing.assert_allclose(embed(some, Embedder(some, 1, room=room)), expected, atol=5e-3)
 
 
-def test_a_model_that_became_no_better_is_not_written(tiny_source: Path, tmp_path: Path) -> None:
-    # A letter alone says which passage belongs to it: all is found before anything is learnt.
+def test_a_model_that_training_did_not_improve_is_not_written(tiny_source: Path, tmp_path: Path) -> None:
+    # Each passage has the letter of its query, so the model finds all passages before the training.
     rows = [{"query": letter, "passage": f"{letter} {letter}"} for letter in "abcdefghijkl"]
     train = write(tmp_path / "train.csv", rows)
     with pytest.raises(ExportError, match=r"fine-tuning did not help: nDCG@10 of 2 held-out queries was 1\.0000"):
@@ -369,7 +369,7 @@ def test_a_model_that_became_no_better_is_not_written(tiny_source: Path, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"train.csv"}
 
 
-def test_an_interruption_leaves_nothing(tiny_source: Path, tmp_path: Path) -> None:
+def test_an_interruption_leaves_no_files(tiny_source: Path, tmp_path: Path) -> None:
     def progress(stage: str, done: int, total: int, detail: str = "") -> None:
         if stage == "training":
             raise KeyboardInterrupt
@@ -401,7 +401,7 @@ def test_the_next_export_removes_all_files_of_a_killed_one(
 
 
 @pytest.mark.slow
-def test_minilm_finds_more_docstrings_by_their_names_than_before(functions: Path, tmp_path: Path) -> None:
+def test_fine_tuned_minilm_finds_more_docstrings_by_their_names(functions: Path, tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     manifest = finetune_embedding(Files(functions), minilm_source(), target, epochs=1, max_tokens=64)
     quality = manifest.quality

@@ -15,7 +15,7 @@ from emberpc.export.retrieval.queries import Files, read_data
 
 @pytest.mark.parametrize("files", ["split", "given"])
 def test_held_out_texts_of_a_label_are_not_mined_as_its_negatives(tmp_path: Path, files: str) -> None:
-    """Held-out and test texts are among the passages, and a query to learn from does not know that they answer it."""
+    """Held-out and test texts are among the passages, but are not listed as answers of training queries."""
 
     def write(name: str, numbers: range) -> Path:
         path = tmp_path / name

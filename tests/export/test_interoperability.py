@@ -1,4 +1,4 @@
-"""Folders that emberpc did not write are served by what they say, or with the one option that the error names."""
+"""Foreign folders are served by the settings in their files, or with the model option that the error names."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Vectors = npt.NDArray[np.float32]
 
 @contextmanager
 def their_warnings() -> Iterator[None]:
-    """Leave what other libraries warn of to them, temporary folders that they forget included."""
+    """Ignore warnings of other libraries, also those about temporary folders that they do not delete."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -44,7 +44,7 @@ def their_warnings() -> Iterator[None]:
 
 
 def by_sentence_transformers(source: Path, folder: Path) -> None:
-    """Write what sentence-transformers makes of an encoder for ONNX."""
+    """Export an encoder to a folder with sentence-transformers."""
     with their_warnings():
         model = SentenceTransformer(str(source), backend="onnx", model_kwargs={"export": True}, device="cpu")
         model.save_pretrained(str(folder))
@@ -52,19 +52,19 @@ def by_sentence_transformers(source: Path, folder: Path) -> None:
 
 
 def by_optimum(source: Path, folder: Path, task: str, library: str) -> None:
-    """Write what optimum makes of a model."""
+    """Export a model to a folder with optimum."""
     with their_warnings():
         main_export(str(source), str(folder), task=task, library_name=library)
 
 
 def encoded(source: Path) -> Vectors:
-    """Return what sentence-transformers makes of the texts in PyTorch, without a prompt."""
+    """Return the vectors that sentence-transformers gives the texts with PyTorch and without a prompt."""
     found = SentenceTransformer(str(source), device="cpu").encode(TEXTS, prompt="", convert_to_numpy=True)
     return np.asarray(found, dtype=np.float32)
 
 
 def served(folder: Path, options: Mapping[str, str] | None = None) -> Vectors:
-    """Return what the server's engine makes of the texts: all in one batch, so that there is padding."""
+    """Return the vectors that the engine of the server gives the texts in one batch, which has padding."""
     model = Model.load("m", folder, options=options)
     tokens = model.tokenizer.tokenize(TEXTS, "", Truncation.END, items_of("texts"))
     return model.encoder.run([text.ids for text in tokens])
@@ -114,7 +114,7 @@ def rename(model: onnx.ModelProto, names: Mapping[str, str]) -> None:
         node.output[:] = [names.get(name, name) for name in node.output]
 
 
-def test_a_folder_by_sentence_transformers_is_served_as_it_is(foreign_folder: Path, expected: Vectors) -> None:
+def test_a_folder_written_by_sentence_transformers_is_served(foreign_folder: Path, expected: Vectors) -> None:
     assert not (foreign_folder / "emberpc.json").exists()
     np.testing.assert_allclose(served(foreign_folder), expected, atol=1e-5)
     report = verify_bundle(foreign_folder)
@@ -122,7 +122,9 @@ def test_a_folder_by_sentence_transformers_is_served_as_it_is(foreign_folder: Pa
 
 
 @pytest.mark.parametrize("pooling", ["cls", "max"])
-def test_its_pooling_and_normalisation_are_done(make_source: MakeSource, tmp_path: Path, pooling: str) -> None:
+def test_pooling_and_normalization_of_a_foreign_folder_are_applied(
+    make_source: MakeSource, tmp_path: Path, pooling: str
+) -> None:
     source = make_source(
         {
             "modules.json": modules_json("Transformer", "Pooling", "Normalize"),
@@ -137,7 +139,7 @@ def test_its_pooling_and_normalisation_are_done(make_source: MakeSource, tmp_pat
     assert (prompts.query, prompts.passage) == ("q: ", "d: ")
 
 
-def test_a_folder_by_optimum_is_served_as_it_is(make_source: MakeSource, expected: Vectors, tmp_path: Path) -> None:
+def test_a_folder_written_by_optimum_is_served(make_source: MakeSource, expected: Vectors, tmp_path: Path) -> None:
     source = make_source(
         {"modules.json": modules_json("Transformer", "Pooling"), "1_Pooling/config.json": pooling_json("mean")}
     )
@@ -155,7 +157,7 @@ def test_a_folder_by_optimum_is_served_as_it_is(make_source: MakeSource, expecte
 
 
 def two_inputs(model: onnx.ModelProto) -> None:
-    """Leave the token types out: they are zeros."""
+    """Remove the input for token types; the graph computes zeros instead."""
     model.graph.input.remove(next(each for each in model.graph.input if each.name == "token_type_ids"))
     model.graph.node.insert(0, helper.make_node("Sub", ["input_ids", "input_ids"], ["token_type_ids"]))
 
@@ -170,7 +172,7 @@ def int32_inputs(model: onnx.ModelProto) -> None:
 
 
 def a_second_output(model: onnx.ModelProto) -> None:
-    """Add what BERT's pooler gives, which is no vector of the text."""
+    """Add an output like that of BERT's pooler, which is no vector of the text."""
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0), "zero"))
     model.graph.node.append(helper.make_node("Gather", ["last_hidden_state", "zero"], ["pooler_output"], axis=1))
     model.graph.output.append(helper.make_tensor_value_info("pooler_output", TensorProto.FLOAT, ["batch_size", 32]))
@@ -183,7 +185,7 @@ def test_graphs_with_other_inputs_and_outputs_are_served(
     np.testing.assert_allclose(served(edited(change)), expected, atol=1e-5)
 
 
-def test_inputs_are_found_by_name_or_stated(edited: Callable[[Edit], Path], expected: Vectors) -> None:
+def test_inputs_are_found_by_name_or_by_a_model_option(edited: Callable[[Edit], Path], expected: Vectors) -> None:
     known = {"input_ids": "tokens", "attention_mask": "padding_mask", "token_type_ids": "segments"}
     folder = edited(lambda model: rename(model, known))
     np.testing.assert_allclose(served(folder), expected, atol=1e-5)
@@ -201,7 +203,7 @@ def test_inputs_are_found_by_name_or_stated(edited: Callable[[Edit], Path], expe
 
 
 def position_inputs(model: onnx.ModelProto) -> None:
-    """Have the graph take positions, and no token types."""
+    """Add an input for positions, and remove the input for token types."""
     two_inputs(model)
     lookup = next(node for node in model.graph.node if node.op_type == "Gather" and "position_emb" in node.input[0])
     lookup.input[1] = "position_ids"
@@ -209,11 +211,11 @@ def position_inputs(model: onnx.ModelProto) -> None:
     model.graph.input.append(helper.make_tensor_value_info("position_ids", TensorProto.INT64, shape))
 
 
-def test_positions_are_computed(edited: Callable[[Edit], Path], expected: Vectors) -> None:
+def test_position_inputs_are_computed(edited: Callable[[Edit], Path], expected: Vectors) -> None:
     folder = edited(position_inputs)
     np.testing.assert_allclose(served(folder), expected, atol=1e-5)
     assert verify_bundle(folder).ok
-    # The error once advised this, and zeros were taken for the positions.
+    # An earlier error advised this option, with which the positions were zeros.
     said = refused(folder, {"inputs": "input_ids:attention_mask:position_ids"})
     right = "input_ids=input_ids:attention_mask=attention_mask:position_ids=position_ids"
     assert f"state the role of each input: inputs={right}" in said
@@ -225,7 +227,7 @@ def test_positions_are_computed(edited: Callable[[Edit], Path], expected: Vector
     assert "takes positions, and config.json states no model_type" in refused(folder)
 
 
-def test_outputs_are_found_by_shape_or_stated(edited: Callable[[Edit], Path], expected: Vectors) -> None:
+def test_outputs_are_found_by_shape_or_by_a_model_option(edited: Callable[[Edit], Path], expected: Vectors) -> None:
     folder = edited(lambda model: rename(model, {"last_hidden_state": "out"}))
     np.testing.assert_allclose(served(folder), expected, atol=1e-5)
     shutil.rmtree(folder)
@@ -273,7 +275,7 @@ def test_an_onnx_file_of_another_name_is_found_and_several_need_a_model_option(
     assert served(folder, {"file": "encoder_O4.onnx"}).shape == (len(TEXTS), 32)
 
 
-def test_each_model_has_a_fingerprint_of_all_that_shapes_its_vectors(foreign_folder: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_covers_all_options_that_change_vectors(foreign_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(foreign_folder, folder)
     first = Model.load("m", foreign_folder)
@@ -326,7 +328,7 @@ def foreign_server(foreign_folder: Path, foreign_classifier: Path, tmp_path: Pat
         yield server
 
 
-def test_a_real_server_serves_them_and_binds_collections_to_them(
+def test_a_server_serves_foreign_folders_and_binds_collections_to_them(
     foreign_server: ServerProcess, expected: Vectors
 ) -> None:
     with Client(foreign_server.address) as client:
@@ -386,7 +388,7 @@ def test_a_model_that_cannot_be_served_is_refused_with_the_reason(
     assert said in report.checks[-1].detail
 
 
-def test_a_link_out_of_the_folder_is_not_followed(foreign_folder: Path, tmp_path: Path) -> None:
+def test_a_link_to_a_file_outside_the_folder_is_refused(foreign_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "linked"
     shutil.copytree(foreign_folder, folder)
     (folder / "tokenizer.json").unlink()
@@ -394,5 +396,5 @@ def test_a_link_out_of_the_folder_is_not_followed(foreign_folder: Path, tmp_path
     assert "leads out of the model's folder; copy the files there" in refused(folder)
 
 
-def test_a_bundle_needs_no_options(tiny_bundle: Path) -> None:
+def test_model_options_for_a_bundle_are_refused(tiny_bundle: Path) -> None:
     assert "whose manifest has all settings; leave out the model options" in refused(tiny_bundle, {"pooling": "mean"})

@@ -1,7 +1,7 @@
-"""The kinds of embedding models that people have: each, with faithful but random weights, is exported or refused.
+"""Common kinds of embedding models, with small random weights, are exported or refused.
 
-E5, BGE and GTE are BERTs that differ in what is around them; Qwen3-Embedding is a decoder; gte v1.5, nomic and
-jina are code of their own.
+E5, BGE and GTE are BERT models that differ in pooling and prompts; Qwen3-Embedding is a decoder; gte v1.5, nomic and
+jina have code of their own.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def test_e5_bge_and_gte_agree_with_sentence_transformers_with_prompts(
 
 
 def test_weights_stored_as_fp16_are_exported_as_fp32(make_source: MakeSource, tmp_path: Path) -> None:
-    """GTE's are; config.json says so, too."""
+    """The weights of GTE are stored as fp16, which config.json also states."""
     source = make_source()
     BertModel.from_pretrained(source).half().save_pretrained(source)
     assert json.loads((source / "config.json").read_text())["dtype"] == "float16"
@@ -107,7 +107,7 @@ def test_weights_stored_as_fp16_are_exported_as_fp32(make_source: MakeSource, tm
         pytest.param(Qwen3Config(**DECODER, head_dim=16), "left", id="qwen3-left"),
         pytest.param(Qwen3Config(**DECODER, head_dim=16), "right", id="qwen3-right"),
         pytest.param(Qwen2Config(**DECODER), "left", id="qwen2-left"),
-        # The side is the tokenizer's, whatever the architecture.
+        # The padding side depends on the tokenizer and not on the architecture.
         pytest.param(Qwen2Config(**DECODER), "right", id="qwen2-right", marks=pytest.mark.slow),
     ],
 )
@@ -152,7 +152,7 @@ def test_a_custom_module_is_not_mistaken_for_one_of_sentence_transformers(make_s
         read_encoder(source)
 
 
-def test_weights_in_pieces_are_exported(make_source: MakeSource, tmp_path: Path) -> None:
+def test_weights_in_several_files_are_exported(make_source: MakeSource, tmp_path: Path) -> None:
     whole, source = make_source(name="whole"), make_source()
     (source / "model.safetensors").unlink()
     BertModel.from_pretrained(whole).save_pretrained(source, max_shard_size="50KB")
@@ -183,7 +183,7 @@ def without_tokenizer(source: Path) -> None:
 
 
 def with_slow_tokenizer(source: Path) -> None:
-    """A tokenizer of bytes, which is code in transformers and nothing else."""
+    """Set a tokenizer of bytes, which exists only as code in transformers."""
     without_tokenizer(source)
     lay_out(source, {"tokenizer_config.json": {"tokenizer_class": "ByT5Tokenizer", "model_max_length": 32}})
 
@@ -236,7 +236,7 @@ CARD = """# A model
         ({"matryoshka_dimensions": [8]}, CARD, (8,)),
     ],
 )
-def test_matryoshka_dimensions_are_read_and_may_be_stated(
+def test_matryoshka_dimensions_are_read_from_config_and_model_card(
     make_source: MakeSource, in_config: dict[str, object], card: str, expected: tuple[int, ...]
 ) -> None:
     source = make_source({"README.md": card})
@@ -245,7 +245,7 @@ def test_matryoshka_dimensions_are_read_and_may_be_stated(
     assert read_encoder(source).matryoshka_dimensions == expected
 
 
-def test_stated_dimensions_go_before_those_of_the_source(make_source: MakeSource, tmp_path: Path) -> None:
+def test_stated_matryoshka_dimensions_override_those_of_the_source(make_source: MakeSource, tmp_path: Path) -> None:
     source = make_source({"README.md": CARD})
     assert export_embedding(source, tmp_path / "bundle").matryoshka_dimensions == (32, 16)
     manifest = export_embedding(source, tmp_path / "bundle", matryoshka=[4, 8], overwrite=True)
@@ -255,7 +255,7 @@ def test_stated_dimensions_go_before_those_of_the_source(make_source: MakeSource
 
 
 @pytest.mark.parametrize("stated", ["16", [0], [1.5], [True], [10**12]])
-def test_wrong_dimensions_are_named(make_source: MakeSource, stated: object) -> None:
+def test_invalid_matryoshka_dimensions_are_refused(make_source: MakeSource, stated: object) -> None:
     source = make_source()
     config = json.loads((source / "config.json").read_text())
     lay_out(source, {"config.json": {**config, "matryoshka_dimensions": stated}})

@@ -1,4 +1,4 @@
-"""Linear heads: what logistic regression gives, and how its C is chosen."""
+"""Linear heads: logistic regression, and the choice of its C."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def blobs(labels: int, texts: int = 200, noise: float = 0.3) -> tuple[np.ndarray
 
 
 @pytest.mark.parametrize("c", [1.0, 100.0])
-def test_the_probabilities_are_scikit_learns(c: float) -> None:
+def test_a_linear_head_gives_the_probabilities_of_scikit_learn(c: float) -> None:
     vectors, classes = blobs(3, noise=1.5)
     found = probabilities(fit_head(vectors, one_hot(classes), c).logits(vectors))
     expected = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(unit(vectors), classes).predict_proba(unit(vectors))
     np.testing.assert_allclose(found, expected, atol=5e-3)
 
 
-def test_labels_that_do_not_exclude_each_other_are_fitted_each_by_itself() -> None:
+def test_multi_label_heads_fit_each_label_separately() -> None:
     vectors, classes = blobs(4, noise=1.0)
     targets = one_hot(classes)[:, :3] | one_hot(classes)[:, 1:]  # 0: a, 1: a b, 2: b c, 3: c
     head = fit_head(vectors, targets, 10.0, multi_label=True)
@@ -52,20 +52,20 @@ def test_a_linear_head_learns_separable_labels(labels: int) -> None:
     assert (found.logits.argmax(axis=1) == classes[found.rows]).mean() > 0.9
 
 
-def test_only_the_direction_of_vectors_counts() -> None:
+def test_the_length_of_vectors_does_not_change_a_linear_head() -> None:
     vectors, classes = blobs(3)
     short, long = cross_validate(vectors, one_hot(classes)), cross_validate(vectors * 1000, one_hot(classes))
     assert short.c == long.c
     np.testing.assert_allclose(short.head.logits(vectors), long.head.logits(vectors * 1000), atol=1e-2)
 
 
-def test_descriptions_are_learnt_from_and_never_measured_on() -> None:
+def test_descriptions_are_used_to_train_and_never_held_out() -> None:
     vectors, classes = blobs(3, texts=60)
     found = cross_validate(vectors, one_hot(classes), always=10)
     assert found.rows.max() < 50
 
 
-def test_balanced_gives_rare_and_frequent_labels_equal_weight() -> None:
+def test_balanced_weights_give_rare_and_frequent_labels_equal_weight() -> None:
     targets = one_hot(np.array([0] * 90 + [1] * 10))
     weights = balanced_weights(targets)
     assert weights.mean() == pytest.approx(1)
@@ -73,7 +73,7 @@ def test_balanced_gives_rare_and_frequent_labels_equal_weight() -> None:
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(0, 3))
-def test_folds_are_even_and_never_hold_a_labels_only_text(drawn: list[int], seed: int) -> None:
+def test_folds_have_equal_sizes_and_no_single_text_of_a_label(drawn: list[int], seed: int) -> None:
     classes = np.unique(drawn, return_inverse=True)[1]
     folds = stratify(one_hot(classes), seed)
     for label in range(classes.max() + 1):

@@ -1,4 +1,4 @@
-"""all-mpnet-base-v2 itself: the real weights of an architecture with a relative bias and no token types."""
+"""The real weights of all-mpnet-base-v2, an architecture with a relative bias and no token types."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def source() -> Path:
     return Path(folder)
 
 
-def test_it_gives_what_sentence_transformers_gives(source: Path, tmp_path: Path) -> None:
+def test_exported_mpnet_gives_the_vectors_of_sentence_transformers(source: Path, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
     manifest = export_embedding(source, tmp_path / "bundle")
@@ -47,7 +47,9 @@ def test_it_gives_what_sentence_transformers_gives(source: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("strategy", ["linear", "top-layers"])
-def test_a_classifier_over_it_is_exported(source: Path, training_file: Path, tmp_path: Path, strategy: str) -> None:
+def test_a_classifier_based_on_mpnet_is_exported(
+    source: Path, training_file: Path, tmp_path: Path, strategy: str
+) -> None:
     manifest = export_classifier(ClassifierData(training_file), source, tmp_path / "bundle", strategy=strategy)
     assert manifest.variant().parity.label_agreement == 1
     assert manifest.quality["accuracy"] > 0.8

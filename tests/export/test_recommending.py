@@ -1,4 +1,4 @@
-"""What a comparison says: uncertainty, the recommendation, the crossover, and warnings."""
+"""Results of a comparison: uncertainty, the recommendation, the crossover, and warnings."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_strategies_of_similar_cost_are_compared_by_their_accuracy_only() -> Non
 
 
 def test_a_gain_that_may_be_chance_counts_unless_it_costs_much_more() -> None:
-    # 2.5 points, but on other texts than those that linear decides rightly: this may be chance.
+    # A gain of 2.5 points, but with errors on other texts than those of linear: this may be chance.
     linear = outcome("linear", 16, 0.80, cpu_seconds=2)
     for seconds, taken in ((300.0, "full"), (3000.0, "linear")):
         tuned = outcome("full", 16, 0.825, first_wrong=200, cpu_seconds=seconds)
@@ -61,14 +61,14 @@ def test_a_gain_that_may_be_chance_counts_unless_it_costs_much_more() -> None:
         assert "so this may be chance" in " ".join(recommendation(found))
 
 
-def test_serving_can_be_the_cost_to_save() -> None:
+def test_the_cost_of_serving_can_decide_the_recommendation() -> None:
     linear, tuned = outcome("linear", 16, 0.900, cpu_seconds=500), outcome("top-layers", 16, 0.905, cpu_seconds=5)
     assert Recommendation(summary([linear, tuned])).taken.way.strategy == "top-layers"
     assert Recommendation(summary([linear, tuned]), cost="serving").taken.way.strategy == "linear"
 
 
-def test_what_is_not_known_is_said_first_with_the_time_to_know_it() -> None:
-    """The case of the question types: the tuned strategy leads with few texts and was not measured with all."""
+def test_a_recommendation_begins_with_unmeasured_strategies_and_the_needed_time() -> None:
+    """As in the data set of question types: the tuned strategy leads with few texts and was not measured with all."""
     outcomes = [outcome("linear", 16, 0.64), outcome("linear", 512, 0.895), outcome("contrastive", 16, 0.91)]
     found = Recommendation(summary(outcomes, {"contrastive": 720.0, "full": 3000.0}))
     assert found.taken.way.strategy == "contrastive"
@@ -85,7 +85,7 @@ def test_what_is_not_known_is_said_first_with_the_time_to_know_it() -> None:
     assert not fewer.startswith("Fewer")
 
 
-def test_a_quick_training_decides_until_the_full_one_is_measured() -> None:
+def test_a_quick_training_decides_only_if_the_full_one_is_not_measured() -> None:
     outcomes = [outcome("linear", 16, 0.81), outcome("top-layers", 16, 0.87, quick=True)]
     found = Recommendation(summary(outcomes, {"top-layers": 100.0}))
     assert found.taken.way.strategy == "top-layers"
@@ -102,7 +102,7 @@ def test_a_strategy_that_can_hardly_win_is_not_named_as_unknown() -> None:
     assert Recommendation(summary(outcomes, {"full": 100.0})).unknown == []
 
 
-def test_fewer_texts_that_do_as_well_are_named() -> None:
+def test_a_recommendation_names_a_smaller_budget_of_equal_accuracy() -> None:
     outcomes = [outcome("linear", budget, a) for budget, a in ((4, 0.7), (16, 0.9), (64, 0.9025))]
     found = Recommendation(summary(outcomes))
     assert recommendation(found)[-1] == (
@@ -112,7 +112,7 @@ def test_fewer_texts_that_do_as_well_are_named() -> None:
     assert Recommendation(summary(outcomes[:1])).fewer is None
 
 
-def test_nearest_examples_and_baselines_are_recommended_only_where_nothing_else_can_be() -> None:
+def test_nearest_is_recommended_only_without_exportable_strategies() -> None:
     nearest, words = outcome("nearest", 16, 0.95), outcome("tf-idf", 16, 0.99)
     assert Recommendation(summary([words, nearest, outcome("linear", 16, 0.90)])).taken.way.strategy == "linear"
     assert Recommendation(summary([words, nearest])).taken.way.strategy == "nearest"
@@ -213,7 +213,7 @@ def test_an_interval_is_that_of_a_binomial_for_one_seed_and_wider_if_seeds_diffe
     assert 1.2 * (once.high - once.low) < apart.high - apart.low < 0.2
 
 
-def test_the_difference_of_strategies_with_the_same_errors_is_certain() -> None:
+def test_the_difference_of_strategies_with_common_errors_has_a_narrow_interval() -> None:
     points = summary([outcome("linear", 4, 0.80), outcome("top-layers", 4, 0.84)]).points
     linear, tuned = points
     between = difference(tuned, linear)
@@ -223,7 +223,7 @@ def test_the_difference_of_strategies_with_the_same_errors_is_certain() -> None:
     assert difference(other[1], other[0]).low < 0
 
 
-def test_the_bootstrap_gives_the_figures_that_are_reported() -> None:
+def test_the_bootstrap_computes_the_reported_figures() -> None:
     generator = np.random.default_rng(0)
     targets = generator.random((300, 3)) < 0.4
     decided = targets ^ (generator.random((300, 3)) < 0.1)
@@ -240,7 +240,7 @@ def test_the_bootstrap_gives_the_figures_that_are_reported() -> None:
         assert bootstrap.samples(metric, [decisions]).mean() == pytest.approx(value, abs=0.01)
 
 
-def test_a_label_that_a_sample_of_the_bootstrap_lacks_does_not_lower_its_macro_f1() -> None:
+def test_a_label_missing_in_a_bootstrap_sample_does_not_lower_its_macro_f1() -> None:
     targets = np.eye(50, dtype=bool)
     right = Decisions(list(range(50)), [[i] for i in range(50)], [0.9] * 50)
     assert Bootstrap(targets).samples("macro_f1", [right]).min() == 1

@@ -1,4 +1,4 @@
-"""The choice of a rejection at export, with classifiers on made-up vectors: no encoder runs."""
+"""The choice of a rejection score at export, with classifiers on generated vectors and without an encoder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LABELS, DIMENSIONS, TEXTS = 3, 16, 180
 
 
 def vectors_of(texts: Sequence[str], shift: float = 0.0) -> np.ndarray:
-    """Return vectors near one of 4 centres of the text's label, such as `1.17`; label 9 is outside all labels.
+    """Return vectors near one of 4 centres of each text's label; the text `1.17` has label 1. Label 9 is out of scope.
 
     A text of label 9 has the logit of a label, but is near to no centre of a label.
     """
@@ -77,7 +77,7 @@ def validated() -> tuple[Fitted, Examples, Examples | None]:
 
 
 def tuned() -> tuple[Fitted, Examples, Examples | None]:
-    """Return a classifier whose encoder was trained a second time on all texts, and that embeds otherwise since."""
+    """Return a classifier whose encoder was trained a second time on all texts and gives other vectors since then."""
     examples, rows = examples_of(range(TEXTS)), range(60)
     first = fitted_of(examples, examples.take(rows), (), tuned=object())
     second = fitted_of(examples, examples.take(rows), rows, tuned=object(), held_out_by=first)
@@ -86,7 +86,7 @@ def tuned() -> tuple[Fitted, Examples, Examples | None]:
 
 
 @pytest.mark.parametrize("case", [cross_validated, validated, tuned])
-def test_the_score_that_separates_best_is_chosen_and_its_rates_hold_for_new_texts(case: Case) -> None:
+def test_the_best_rejection_score_is_chosen_and_stores_vectors_of_the_final_encoder(case: Case) -> None:
     fitted, examples, validation = case()
     found, scope = reject_outside(fitted, examples, validation, OUTSIDE, 0.05)
     assert found.score is RejectionScore.NEAREST_PROTOTYPE
@@ -108,8 +108,8 @@ def test_the_score_that_separates_best_is_chosen_and_its_rates_hold_for_new_text
     assert (outside >= found.threshold).mean() == pytest.approx(found.figures["false_acceptance_rate"], abs=0.1)
 
 
-def test_no_score_of_a_held_out_text_knows_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Class means and prototypes are made from other texts only, whose vectors all differ from the text's."""
+def test_rejection_scores_of_held_out_texts_use_vectors_of_other_texts_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Class means and prototypes are made only from other texts, whose vectors all differ from that of the text."""
     fitted, examples, _ = cross_validated()
     nearest: list[float] = []
     original = rejection._scores
@@ -131,7 +131,9 @@ def test_a_classifier_without_a_head_is_refused() -> None:
         reject_outside(fitted, examples, None, OUTSIDE, 0.05)
 
 
-def test_with_too_many_labels_for_stored_vectors_the_logits_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_of_logits_is_chosen_if_there_are_too_many_labels_for_stored_vectors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("emberpc.bundle.prototypes.MAX_SCOPE_NUMBERS", LABELS * DIMENSIONS - 1)
     fitted, examples, _ = cross_validated()
     found, scope = reject_outside(fitted, examples, None, OUTSIDE, 0.05)

@@ -1,4 +1,4 @@
-"""Where a SOURCE may be."""
+"""Places that the SOURCE of an export can name: folders, packages and hubs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_an_installed_package_is_found_without_importing_it(name: str) -> None:
 
 
 def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> Path:
-    """Install a package that must never be imported."""
+    """Install a package that raises an error if it is imported."""
     folder = tmp_path / "site" / name
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("raise AssertionError('imported')")
@@ -33,7 +33,7 @@ def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> Path:
     return folder
 
 
-def test_the_folder_may_be_deep_in_the_package_and_have_parts_with_weights(
+def test_a_model_folder_deep_in_a_package_is_found(
     make_source: MakeSource, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = package(monkeypatch, tmp_path, "some_model")
@@ -45,7 +45,7 @@ def test_the_folder_may_be_deep_in_the_package_and_have_parts_with_weights(
     assert source.name == "some_model"
 
 
-def test_a_package_with_several_models_is_refused_with_their_folders(
+def test_a_package_with_several_models_is_refused_with_a_list_of_folders(
     make_source: MakeSource, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = package(monkeypatch, tmp_path, "two_models")
@@ -97,9 +97,7 @@ def test_an_invalid_source_is_refused_without_using_the_network() -> None:
         find_source("./no/such/folder")
 
 
-def test_offline_a_hub_id_that_is_not_in_the_cache_is_refused_in_words(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_uncached_hub_id_is_refused_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -110,7 +108,7 @@ def test_offline_a_hub_id_that_is_not_in_the_cache_is_refused_in_words(
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_an_adapter_is_refused_with_the_model_that_it_belongs_to(tmp_path: Path, whole: bool) -> None:
+def test_an_adapter_is_refused_with_the_name_of_its_base_model(tmp_path: Path, whole: bool) -> None:
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/encoder"}')
     if whole:  # the configuration of the base model lies beside it
         (tmp_path / "config.json").write_text('{"model_type": "bert"}')

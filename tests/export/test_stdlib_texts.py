@@ -1,4 +1,4 @@
-"""Docstrings of the running Python."""
+"""Docstrings of the standard library of the running Python."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from emberpc.export.data.stdlib_texts import read_stdlib, sample_texts
 
 
-def test_there_are_thousands_and_all_are_public() -> None:
+def test_thousands_of_docstrings_are_read_and_all_are_public() -> None:
     docs = read_stdlib()
     names = [doc.name for doc in docs]
     assert len(docs) > 3000
@@ -34,7 +34,7 @@ def test_docstrings_of_c_modules_and_methods_are_read() -> None:
 
 
 def test_python_sources_are_parsed_and_not_imported() -> None:
-    """All but a few names are left out, since parsing all sources takes a second."""
+    """The test reads only a few modules, since parsing all sources takes 1 s."""
     code = (
         "import sys; sys.stdlib_module_names = {'turtle', 'tkinter', 'smtplib'}; "
         "from emberpc.export.data.stdlib_texts import read_stdlib; docs = read_stdlib(); "
@@ -45,7 +45,7 @@ def test_python_sources_are_parsed_and_not_imported() -> None:
     assert run.stdout == "True set()\n"
 
 
-def test_samples_are_of_all_lengths_and_always_the_same() -> None:
+def test_sample_texts_are_reproducible_and_of_all_lengths() -> None:
     texts = sample_texts(64)
     assert len(texts) == 64
     assert sample_texts(64) == texts

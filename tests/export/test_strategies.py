@@ -1,4 +1,4 @@
-"""The strategies: each learns, is exported as what it is in PyTorch, and can be interrupted."""
+"""Strategies: each learns, gives the same logits exported as in PyTorch, and can be interrupted."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
 
 @pytest.fixture
 def train(tmp_path: Path) -> Path:
-    """Twenty texts of two labels that single words tell apart."""
+    """Twenty texts of two labels; single words decide the label."""
     rows = [(f"{a} {b}", label) for label, words in WORDS.items() for a in words for b in words[:2]]
     return write(tmp_path / "train.csv", rows)
 
@@ -66,7 +66,7 @@ def tiny_encoder(tiny_source: Path, tiny_bundle: Path) -> CachedEncoder:
 def of_modules(training_file: Path, per_label: int) -> tuple[Examples, Examples]:
     """Return docstrings to learn from, `per_label` of each module, and the rest to measure on.
 
-    Long docstrings are left out: they teach no more about a strategy, and cost several times as much.
+    Long docstrings are left out: they test a strategy no better, and take several times as long.
     """
     with training_file.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if len(row["text"]) < 220]
@@ -77,7 +77,7 @@ def of_modules(training_file: Path, per_label: int) -> tuple[Examples, Examples]
     return everything.take(first), everything.take(np.setdiff1d(np.arange(len(rows)), first))
 
 
-#: Those that train the most; the others are as real, and quicker.
+#: Strategies that train for the longest time; the fast tests use the others.
 _LONG = ("contrastive", "full")
 
 
@@ -97,7 +97,7 @@ def test_a_strategy_classifies_texts_that_it_was_not_trained_on(
     assert (fitted.tuned is not None) == STRATEGIES[name].tunes
 
 
-def test_tuned_weights_are_a_mean_with_the_original_ones(
+def test_tuned_weights_are_a_mean_of_trained_and_original_weights(
     tiny_encoder: CachedEncoder, train: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = training_examples(read_labelled(train))
@@ -130,7 +130,9 @@ def test_a_fitted_classifier_is_not_changed_by_another_fit(tiny_encoder: CachedE
 
 
 @pytest.mark.parametrize("name", EXPORTABLE)
-def test_a_bundle_of_each_strategy_equals_pytorch(tiny_source: Path, train: Path, tmp_path: Path, name: str) -> None:
+def test_a_bundle_of_each_strategy_gives_the_logits_of_pytorch(
+    tiny_source: Path, train: Path, tmp_path: Path, name: str
+) -> None:
     manifest = export_classifier(ClassifierData(train), str(tiny_source), tmp_path / "bundle", strategy=name, epochs=2)
     assert manifest.strategy == name
     assert verify_bundle(tmp_path / "bundle").ok
@@ -165,7 +167,7 @@ def test_texts_may_have_several_labels(tiny_source: Path, tmp_path: Path) -> Non
         assert "Sigmoid" in operators
 
 
-def test_cached_lower_states_give_the_same_vectors(minilm_bundle: Path) -> None:
+def test_cached_lower_states_give_equal_vectors(minilm_bundle: Path) -> None:
     encoder = TrainableEncoder(read_encoder(minilm_source()))
     tokens = encoder.tokenize(["one", "a text of several words", "and\nanother, longer still, of two lines"])
     whole = encoder.embed(tokens)
@@ -221,7 +223,7 @@ def test_an_interrupted_training_resumes(tiny_source: Path, train: Path, tmp_pat
         export("resumed", stop_at=0, checkpoints=kept)
     assert steps[0] > 1
     assert "training without the held-out texts" not in stages
-    # Both trainings are done, and are there until the bundle is.
+    # Both trainings are finished; their checkpoints are kept until the bundle is written.
     resumed = export("resumed", checkpoints=kept)
     assert steps == []
     assert resumed.weights_sha256 == plain.weights_sha256
@@ -285,7 +287,7 @@ def test_invalid_options_are_refused(
     assert not (tmp_path / "bundle").exists()
 
 
-def test_out_of_scope_texts_set_the_threshold(tiny_source: Path, tmp_path: Path) -> None:
+def test_out_of_scope_texts_set_the_rejection_threshold(tiny_source: Path, tmp_path: Path) -> None:
     def texts(letters: str, count: int) -> list[str]:
         rows = np.random.default_rng(0).choice(list(letters), (count, 6))
         return [" ".join(row) for row in rows]
@@ -301,14 +303,14 @@ def test_out_of_scope_texts_set_the_threshold(tiny_source: Path, tmp_path: Path)
     assert quality["out_of_scope_auroc"] == quality[f"auroc_{rule.rejection_score.value}"]
     assert rule.rejection_threshold is not None
     assert "rejection_rate" not in quality
-    # 48 texts are held out, but there are only 15 others.
+    # 48 texts are held out, but there are only 15 out-of-scope texts.
     assert manifest.rejection_measured_on.startswith("the texts that chose")
     assert read_bundle(tmp_path / "bundle").manifest == manifest
     assert rule.rejection_score.value in (tmp_path / "bundle" / "README.md").read_text(encoding="utf-8")
     assert verify_bundle(tmp_path / "bundle").ok
 
 
-def test_label_names_become_words() -> None:
+def test_label_names_are_divided_into_words() -> None:
     assert label_names(["card_arrival", "cardArrival", "A/B-test", "7", "__"]) == (
         "card arrival",
         "card arrival",
@@ -336,7 +338,7 @@ def test_the_contrastive_loss_is_less_if_positive_pairs_are_near() -> None:
     assert alone.item() == 0
 
 
-def test_the_time_before_an_interruption_is_counted(tmp_path: Path) -> None:
+def test_the_cost_of_a_training_includes_the_time_before_an_interruption(tmp_path: Path) -> None:
     Checkpoints(tmp_path).of(seed=0).write(TrainingState({}, 3, [0.5], Cost(20.0, 30.0)))
     checkpoints = Checkpoints(tmp_path)
     state = checkpoints.of(seed=0).read()

@@ -1,4 +1,4 @@
-"""Threads of the export: no more than the process may use, the same results with any number, and settings restored."""
+"""Threads of the export: their number is limited and does not change results, and settings are restored."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Cores = Callable[[int], None]
 
 
 class LimitError(Exception):
-    """A time limit has passed."""
+    """Raised by a test when its time limit has passed."""
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_process_with_one_cpu_uses_one_thread(one_cpu: None) -> None:
 
 
 @pytest.mark.parametrize(("value", "expected"), [("1", 1), ("2,1", 2), ("16", 4), ("0", 4), ("many", 4), ("", 4)])
-def test_omp_num_threads_lowers_the_number(
+def test_omp_num_threads_lowers_the_number_of_threads(
     value: str, expected: int, cores: Cores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cores(4)
@@ -71,7 +71,7 @@ def test_omp_num_threads_lowers_the_number(
     assert usable_threads() == expected
 
 
-def test_tasks_run_side_by_side_and_their_results_are_in_order(cores: Cores) -> None:
+def test_tasks_run_concurrently_and_their_results_are_in_order(cores: Cores) -> None:
     cores(3)
     meeting = threading.Barrier(3)  # no task passes until three tasks have come
     reported: list[int] = []
@@ -87,7 +87,7 @@ def test_tasks_run_side_by_side_and_their_results_are_in_order(cores: Cores) -> 
     assert sorted(set(reported) - {0}) == list(range(1, 7))
 
 
-def test_no_more_tasks_run_at_a_time_than_asked_for(cores: Cores) -> None:
+def test_the_option_most_limits_the_tasks_that_run_at_once(cores: Cores) -> None:
     cores(8)
     running: set[int] = set()
 
@@ -102,9 +102,7 @@ def test_no_more_tasks_run_at_a_time_than_asked_for(cores: Cores) -> None:
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("error", [LimitError, KeyboardInterrupt])
-def test_what_the_report_raises_stops_tasks_that_would_never_end(
-    count: int, error: type[BaseException], cores: Cores
-) -> None:
+def test_an_exception_of_the_report_stops_endless_tasks(count: int, error: type[BaseException], cores: Cores) -> None:
     cores(count)
     stopped: list[bool] = []
 
@@ -153,11 +151,11 @@ def test_cpu_seconds_count_the_work_of_all_threads(cores: Cores) -> None:
     assert cost.cpu_seconds >= sum(spent)
 
 
-def test_no_task_gives_no_result() -> None:
+def test_an_empty_list_of_tasks_gives_no_results() -> None:
     assert run_in_threads([]) == []
 
 
-def test_cross_validation_gives_the_same_with_any_number_of_threads(cores: Cores) -> None:
+def test_cross_validation_does_not_depend_on_the_number_of_threads(cores: Cores) -> None:
     vectors, targets = numbers()
     found = []
     for count in (1, 2, 5):
@@ -193,7 +191,7 @@ def test_a_time_limit_stops_cross_validation_inside_a_fit(
         cross_validate(*numbers(), progress=report)
 
 
-def test_vectors_are_the_same_with_any_number_of_threads(cores: Cores) -> None:
+def test_vectors_do_not_depend_on_the_number_of_threads(cores: Cores) -> None:
     texts = [f"text {'and more ' * (number % 7)}{number}" for number in range(60)]
     found = []
     for count in (1, 2, 5):
@@ -218,7 +216,7 @@ def three_threads() -> Iterator[None]:
     torch.set_num_threads(own)
 
 
-def test_the_callers_settings_are_restored(three_threads: None, cores: Cores) -> None:
+def test_thread_settings_of_the_caller_are_restored(three_threads: None, cores: Cores) -> None:
     cores(2)
     before = settings()
     with bounded_threads():
@@ -248,7 +246,7 @@ def test_torch_uses_one_thread_if_its_threads_may_spin(
         assert torch.get_num_threads() == 1
 
 
-#: Stands in for torch, which takes a second to load: what `bounded_threads` calls.
+#: A module in place of torch, which takes 1 s to load, with the functions that `bounded_threads` calls.
 _TORCH = "def get_num_threads(): return 1\ndef set_num_threads(count): pass\n"
 
 
@@ -262,10 +260,10 @@ _TORCH = "def get_num_threads(): return 1\ndef set_num_threads(count): pass\n"
         ("import torch", "PASSIVE", "PASSIVE PASSIVE True", False),
     ],
 )
-def test_waiting_threads_sleep_unless_the_user_decided_otherwise(
+def test_waiting_threads_sleep_unless_the_user_set_another_policy(
     first: str, own: str | None, expected: str, real: bool, tmp_path: Path
 ) -> None:
-    """torch reads the setting when it is loaded: it is there before, and gone afterwards."""
+    """torch reads OMP_WAIT_POLICY when it is loaded: emberpc sets it before and removes it afterwards."""
     if not real:
         (tmp_path / "torch.py").write_text(_TORCH)
     script = (

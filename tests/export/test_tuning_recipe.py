@@ -65,7 +65,7 @@ def test_a_quick_training_has_no_more_epochs_than_a_full_one(texts: int, epochs:
 @pytest.mark.parametrize(
     ("texts", "trainings", "held_out"), [(100, 2, 20), (1999, 2, 400), (2000, 1, 200), (10_000, 1, 500)]
 )
-def test_many_texts_are_trained_on_once(texts: int, trainings: int, held_out: int) -> None:
+def test_many_texts_are_trained_once_with_fewer_held_out_texts(texts: int, trainings: int, held_out: int) -> None:
     examples = examples_of(texts)
     trained: list[int] = []
     stopped: list[int | None] = []

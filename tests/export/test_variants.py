@@ -1,4 +1,4 @@
-"""Variants: what is written keeps to its bound, what does not is not written, and what is written can be served."""
+"""Variants: only those within their bounds are written, and the written ones can be served."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from emberpc.server.engine import Model, ModelLoadError
 from examples.server_process import ServerProcess
 from fixtures_bundles import minilm_source
 
-#: Of MiniLM; fusing it takes a while, and a tiny model shows the same.
+#: Variants of MiniLM. `optimized` is tested with a tiny model, since fusing MiniLM takes long.
 NAMES = ("int8", "int8-fast", "fp16")
 ALL = {"fp32", "optimized", *NAMES}
 
@@ -54,13 +54,13 @@ def bundle(short_minilm_source: Path, measured_texts: list[str], tmp_path_factor
 
 @pytest.fixture(scope="module")
 def manifest(bundle: Path) -> Manifest:
-    """Its manifest; reading it checks 170 MB."""
+    """The manifest of `bundle`, read once, since reading it checks 170 MB."""
     return read_bundle(bundle).manifest
 
 
 @pytest.fixture(scope="module")
 def others(bundle: Path, manifest: Manifest, measured_texts: list[str]) -> tuple[list[str], np.ndarray]:
-    """Short texts that it was not measured on, with the vectors that fp32 gives them."""
+    """Short texts that `bundle` was not measured on, with the vectors that fp32 gives them."""
     texts = [text for text in sample_texts(150) if len(text) < 200 and text not in measured_texts][:16]
     assert len(texts) == 16
     return texts, vectors(bundle, manifest.variant(), texts)
@@ -94,21 +94,21 @@ def test_fp32_is_first_and_requested_variants_meet_their_bounds(bundle: Path, ma
     assert sizes["fp16"] < 0.51 * sizes["fp32"]
 
 
-def test_the_names_of_the_files_are_those_of_peers() -> None:
+def test_variant_files_have_the_names_that_other_libraries_use() -> None:
     paths = {candidate.name: candidate.path for candidate in CANDIDATES}
     assert paths["optimized"] == "onnx/model_O2.onnx"
     assert paths["int8"] == "onnx/model_qint8_avx2.onnx"
     assert paths["fp16"] == "onnx/model_fp16.onnx"
 
 
-def test_the_fingerprints_differ_so_that_no_collection_mixes_them(bundle: Path) -> None:
+def test_each_variant_has_a_fingerprint_of_its_own(bundle: Path) -> None:
     read = read_bundle(bundle)
     variants = read.manifest.variants
     assert len({read.fingerprint(variant.name) for variant in variants}) == len(variants)
 
 
 @pytest.mark.parametrize(("name", "least"), [("fp16", 0.9999), ("int8", 0.97), ("int8-fast", 0.95)])
-def test_a_variant_gives_the_vectors_of_fp32_on_other_texts(
+def test_each_variant_gives_nearly_the_vectors_of_fp32(
     bundle: Path, manifest: Manifest, others: tuple[list[str], np.ndarray], name: str, least: float
 ) -> None:
     texts, expected = others
@@ -116,7 +116,7 @@ def test_a_variant_gives_the_vectors_of_fp32_on_other_texts(
     assert cosines.min() >= least
 
 
-def test_outliers_are_split_exactly_and_int8_is_nearer_to_fp32(bundle: Path, manifest: Manifest) -> None:
+def test_splitting_outliers_is_exact_and_brings_int8_nearer_to_fp32(bundle: Path, manifest: Manifest) -> None:
     model = onnx.load(str(bundle / "onnx" / "model.onnx"))
     runner = OnnxRunner(bundle / "onnx" / "model.onnx", bundle / "tokenizer.json", 64, manifest.pad_token_id)
     texts = sample_texts(12)
@@ -150,7 +150,7 @@ def test_weights_have_the_type_of_the_variant(bundle: Path, manifest: Manifest) 
             assert np.abs(numpy_helper.to_array(tensor).astype(int)).max() <= 64
 
 
-def test_a_fused_graph_has_the_exact_gelu_and_gives_the_same(
+def test_a_fused_graph_has_the_exact_gelu_and_gives_equal_vectors(
     tiny_source: Path, some_texts: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "bundle"
@@ -184,14 +184,14 @@ def test_sentence_transformers_loads_a_variant_by_its_file_name(bundle: Path, ma
 
 
 def scale_a_table(graph: onnx.GraphProto) -> None:
-    """Look every row up as another one's: the vectors are of other texts."""
+    """Exchange the scales of the rows of the word table, so that all vectors are wrong."""
     scales = next(tensor for tensor in graph.initializer if tensor.name.endswith("word_embeddings.weight_int8"))
     values = numpy_helper.to_array(scales)[::-1].copy()
     scales.CopyFrom(numpy_helper.from_array(values, scales.name))
 
 
 def forget_a_layer(graph: onnx.GraphProto) -> None:
-    """Make the weights of some products nothing."""
+    """Set the weights of some products to zero."""
     for tensor in [tensor for tensor in graph.initializer if tensor.name.endswith("_quantized")][:6]:
         values = np.zeros_like(numpy_helper.to_array(tensor))
         tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
@@ -214,7 +214,7 @@ def test_a_broken_int8_is_found_by_verify_and_refused_by_the_server(
     assert Model.load("m", folder, "int8-fast").variant.name == "int8-fast"
 
 
-def test_a_server_serves_the_variant_that_is_chosen(bundle: Path, tmp_path: Path) -> None:
+def test_a_server_serves_the_chosen_variant(bundle: Path, tmp_path: Path) -> None:
     manifest = read_bundle(bundle).manifest
     texts = ["merge two dictionaries", "read a file line by line"]
     flags = ("--variant", "small=int8")
@@ -229,7 +229,7 @@ def test_a_server_serves_the_variant_that_is_chosen(bundle: Path, tmp_path: Path
             "full": read_bundle(bundle).fingerprint("fp32"),
         }
     np.testing.assert_allclose(full, vectors(bundle, manifest.variant("fp32"), texts), atol=1e-5)
-    # Activations have one scale for a whole batch, so the batches must be alike to compare int8 with int8.
+    # Activations have one scale for a whole batch, so a comparison of int8 with int8 needs equal batches.
     assert (np.asarray(small) * np.asarray(full)).sum(axis=1).min() > 0.95
     assert np.abs(np.asarray(small) - np.asarray(full)).max() > 1e-4
 
@@ -242,7 +242,7 @@ def test_auto_keeps_variants_with_a_gain_and_gives_reasons_for_the_others(
     assert "fp32" in kept
     assert kept | set(manifest.dropped) == ALL
     assert not kept & set(manifest.dropped)
-    # Of this model hardly anything is worth quantising, and nothing is faster.
+    # Quantization changes little of this model and makes no variant faster.
     assert manifest.dropped
     assert all(len(reason) > 10 for reason in manifest.dropped.values())
     files = {path.name for path in (tmp_path / "bundle" / "onnx").iterdir()}
@@ -280,12 +280,12 @@ def test_a_variant_that_cannot_be_made_is_reported(
 @pytest.mark.parametrize(
     ("names", "message"), [(["int4"], "no variant 'int4'; there are: fp32, optimized"), (["auto", "int8"], "alone")]
 )
-def test_unknown_names_are_refused_at_once(tmp_path: Path, names: list[str], message: str) -> None:
+def test_unknown_variant_names_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
     with pytest.raises(ExportError, match=message):
         export_embedding("./nothing", tmp_path / "bundle", variants=names)
 
 
-def test_an_embedder_is_measured_on_the_users_texts(tiny_source: Path, tmp_path: Path) -> None:
+def test_variants_of_an_embedding_model_are_measured_on_validation_texts(tiny_source: Path, tmp_path: Path) -> None:
     path = tmp_path / "texts.csv"
     path.write_text("text\n" + "".join(f"text number {i}\n" for i in range(20)))
     manifest = export_embedding(str(tiny_source), tmp_path / "b", variants=["fp16"], validation=path)
@@ -297,7 +297,7 @@ def test_an_embedder_is_measured_on_the_users_texts(tiny_source: Path, tmp_path:
         export_embedding(str(tiny_source), tmp_path / "c", variants=["fp16"], validation=path)
 
 
-def test_an_embedding_model_is_measured_by_retrieval(
+def test_variants_of_an_embedding_model_are_measured_by_retrieval(
     tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queries, corpus = tmp_path / "queries.csv", tmp_path / "corpus.csv"
@@ -319,7 +319,7 @@ def test_an_embedding_model_is_measured_by_retrieval(
     assert 0.5 < found.ndcg_at_10 <= 1
 
     def broken(material: Material) -> onnx.ModelProto:
-        """Forget all words."""
+        """Return a graph in which all words have equal vectors."""
         table = next(t for t in material.model.graph.initializer if t.name.endswith("word_embeddings.weight"))
         table.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(table)), table.name))
         return material.model
@@ -338,11 +338,11 @@ def test_a_corpus_without_queries_is_refused(tiny_source: Path, tmp_path: Path) 
         export_embedding(str(tiny_source), tmp_path / "b", corpus=corpus)
 
 
-def test_a_classifiers_vectors_are_held_to_the_bound_too(
+def test_variants_of_a_classifier_must_keep_the_bound_of_vectors(
     few_labelled: Path, tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(material: Material) -> onnx.ModelProto:
-        """Leave the logits alone, and double the vectors: they go by direction, as the head does."""
+        """Double the vectors but not the logits; the head uses only the direction of vectors."""
         graph = material.model.graph
         for node in graph.node:
             node.input[:] = ["inner" if name == "sentence_embedding" else name for name in node.input]
@@ -383,7 +383,9 @@ def test_the_manifest_says_whether_variants_were_measured_on_training_texts(
 
 
 @pytest.mark.slow
-def test_a_classifier_is_measured_by_its_labels(training_file: Path, tiny_source: Path, tmp_path: Path) -> None:
+def test_variants_of_a_classifier_are_measured_by_its_labels(
+    training_file: Path, tiny_source: Path, tmp_path: Path
+) -> None:
     source = str(minilm_source())
     folder = tmp_path / "bundle"
     manifest = export_classifier(ClassifierData(training_file), source, folder, variants=["int8", "fp16"])
@@ -410,7 +412,7 @@ def test_the_manifest_stores_measurements_and_is_read_without_them(manifest: Man
     assert read.variant().measured is None
 
 
-def test_neighbours_agree_where_the_order_of_similarity_is_kept() -> None:
+def test_neighbour_agreement_depends_on_the_order_of_scores() -> None:
     generator = np.random.default_rng(0)
     rows = generator.normal(size=(60, 16)).astype(np.float32)
     assert neighbour_agreement(rows, rows * 3) == 1.0

@@ -1,4 +1,4 @@
-"""Verification finds what is wrong, says where, and never falls over."""
+"""Verification of bundles finds damage, names the failed check, and raises no exception."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from emberpc.export.verify import VerifyReport, verify_bundle
 
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny bundle, to damage."""
+    """A copy of the tiny bundle that a test may damage."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
 
 
@@ -29,7 +29,7 @@ def failed(report: VerifyReport) -> list[str]:
     return [check.name for check in report.checks if not check.ok]
 
 
-def test_a_good_bundle_passes_every_check(tiny_bundle: Path) -> None:
+def test_verify_passes_every_check_of_a_whole_bundle(tiny_bundle: Path) -> None:
     report = verify_bundle(tiny_bundle)
     assert report.ok
     assert [check.name for check in report.checks] == [
@@ -45,7 +45,7 @@ def test_a_good_bundle_passes_every_check(tiny_bundle: Path) -> None:
     assert report.figures["fp32.texts_per_second"] > 0
 
 
-def test_it_needs_no_pytorch(tiny_bundle: Path) -> None:
+def test_verify_loads_no_pytorch(tiny_bundle: Path) -> None:
     code = (
         "import sys; from emberpc.export.verify import verify_bundle; report = verify_bundle(sys.argv[1]); "
         "print(report.ok, {'torch', 'transformers', 'optimum', 'onnx', 'sklearn', 'grpc'} & set(sys.modules))"
@@ -60,7 +60,7 @@ def test_a_missing_bundle_is_a_failed_check_and_not_an_exception(tmp_path: Path)
     assert failed(verify_bundle(tmp_path)) == ["files"]
 
 
-def test_a_flipped_bit_is_found_among_the_files(bundle: Path) -> None:
+def test_verify_finds_a_flipped_bit_by_the_file_hash(bundle: Path) -> None:
     path = bundle / "onnx" / "model.onnx"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -149,7 +149,9 @@ def widen_the_reference(folder: Path) -> None:
         (widen_the_reference, ["reference"]),
     ],
 )
-def test_damage_with_matching_hashes_is_found(bundle: Path, damage: Callable[[Path], None], checks: list[str]) -> None:
+def test_verify_finds_damage_with_matching_hashes(
+    bundle: Path, damage: Callable[[Path], None], checks: list[str]
+) -> None:
     manifest = read_bundle(bundle).manifest
     damage(bundle)
     finish_bundle(bundle, manifest)
@@ -174,7 +176,7 @@ def test_verify_finds_a_manifest_that_differs_from_its_model(bundle: Path, chang
     assert check in failed(verify_bundle(bundle))
 
 
-def test_a_classifiers_logits_are_checked_too(tiny_classifier_bundle: Path, tmp_path: Path) -> None:
+def test_verify_checks_the_logits_of_a_classifier(tiny_classifier_bundle: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_classifier_bundle, tmp_path / "bundle"))
     path = folder / "onnx" / "model.onnx"
     model = onnx.load(path)
