@@ -1,4 +1,4 @@
-"""Backups for the tests: taken, restored, and changed as somebody might who means harm."""
+"""Helpers that take backups, restore them, and change them as an attacker would."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from emberpc.server.index.jobs.backup import LAST_LINE_SIZE, last_line
 
 
 def accept_all(spec: CollectionSpec) -> None:
-    """What a service would check of a collection: nothing."""
+    """Accept every collection, where a service would check the spec."""
 
 
 def taken(collection: Collection) -> bytes:
-    """The whole file of a backup."""
+    """Return the whole file of a backup of a collection."""
     pieces = list(collection.backup(lambda: False))
     whole = b"".join(piece.data for piece in pieces)
     assert pieces[0].total == len(whole)
@@ -27,7 +27,7 @@ def taken(collection: Collection) -> bytes:
 
 
 def restored(index: Index, name: str, whole: bytes, *, step: int = 100_000) -> Collection:
-    """The collection of a file that came in pieces."""
+    """Restore a backup that arrives in pieces of `step` bytes; return the collection."""
     restoration = index.restore(name, len(whole), accept_all)
     try:
         for start in range(0, len(whole), step):
@@ -38,7 +38,7 @@ def restored(index: Index, name: str, whole: bytes, *, step: int = 100_000) -> C
 
 
 def changed(whole: bytes, path: Path, *change: str | Callable[[sqlite3.Connection], object]) -> bytes:
-    """A backup whose database was changed, with a last line that is right again."""
+    """Return a backup whose database was changed, with a last line that matches the changed bytes."""
     path.write_bytes(whole[:-LAST_LINE_SIZE])
     with closing(sqlite3.connect(path, isolation_level=None)) as database:
         for each in change:
@@ -50,10 +50,10 @@ def changed(whole: bytes, path: Path, *change: str | Callable[[sqlite3.Connectio
 
 
 def sealed(body: bytes) -> bytes:
-    """Bytes with the last line of a backup."""
+    """Return bytes followed by the last line of a backup that matches them."""
     return body + last_line(hashlib.sha256(body).hexdigest())
 
 
 def folders(data_dir: Path) -> int:
-    """How many folders there are among those of the collections."""
+    """Return the number of folders in the folder of collections."""
     return len(list((data_dir / "collections").iterdir()))

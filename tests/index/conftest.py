@@ -15,7 +15,7 @@ from index_helpers import DIMENSIONS
 
 @pytest.fixture(scope="module", autouse=True)
 def small_reserve() -> Iterator[None]:
-    """Give each index a small reserve. One of 16 MiB in memory takes 5 ms of CPU time, and each copy of it as much."""
+    """Give each index a small reserve. Creating or copying one of 16 MiB in memory takes 5 ms of CPU time each."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reserve, "_SIZE", 2**16)
         yield
@@ -35,6 +35,6 @@ def collection(index: Index) -> Collection:
 
 @pytest.fixture(autouse=True)
 def memory_agrees_with_the_store(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """A search that finds them apart answers from the store, rightly; only the log tells that it had to."""
+    """Fail a test if the log reports that memory and store disagree. Searches then still give right results."""
     yield
     assert not [record.message for record in caplog.get_records("call") if "disagree" in record.message]

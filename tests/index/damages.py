@@ -1,4 +1,4 @@
-"""A collection of which one record is damaged on disk."""
+"""A collection with one record that is damaged on disk."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def _make(folder: Path, distance: Distance) -> None:
 def damaged(
     folder: Path, assignment: str, *parameters: object, distance: Distance = Distance.COSINE, older: int | None = None
 ) -> Iterator[Collection]:
-    """Make a collection, change one of its records behind the index's back, and open it again.
+    """Create a collection, change one of its records in the database file, and open the collection again.
 
-    With `older`, a version wrote it that had done that many steps.
+    With `older`, the database has the form of an older version that had run so many steps of conversion.
     """
     copy_made(folder, _make, distance)
     (path,) = folder.rglob("records.db")
@@ -54,7 +54,7 @@ def damaged(
 
 
 def check_pages(collection: Collection, *, with_vectors: bool) -> None:
-    """Check that the pages of a collection have all records but the lost one, in order."""
+    """Check that the pages of a collection have all records but the damaged one, in order."""
     token, found = "", []
     for _ in range(COUNT):
         page, token = collection.page(7, token, with_vectors=with_vectors)

@@ -1,4 +1,4 @@
-"""What several tests of the index need: the share of hits that are right, and the error expected."""
+"""Helpers of the tests of the index: records, recall, databases of older versions, and expected errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def numbered(count: int, first: int = 0) -> list[NewRecord]:
 
 
 def recall(collection: Collection, truth: Mapping[str, Matrix], queries: Matrix, k: int) -> float:
-    """The share of the true k nearest that a search finds; a hit as near as the k-th counts."""
+    """Return the share of the true k nearest records that searches find; a hit as near as the k-th counts."""
     vectors = np.stack(list(truth.values()))
     found = 0
     for query, outcome in zip(queries, collection.search(queries, k), strict=True):
@@ -44,7 +44,7 @@ def recall(collection: Collection, truth: Mapping[str, Matrix], queries: Matrix,
 
 
 def make_older(connection: sqlite3.Connection, version: int) -> None:
-    """Give the database of a collection the tables of an older version, which had done that many steps: 0, 4 or 6."""
+    """Change the tables of a collection's database to those of an older format, whose `user_version` is 0, 4 or 6."""
     connection.execute("ALTER TABLE state DROP COLUMN unconverted")
     connection.execute("ALTER TABLE records DROP COLUMN row_checksum")
     if version < 6:
@@ -69,7 +69,7 @@ def _make_much_older(connection: sqlite3.Connection, version: int) -> None:
 
 
 def make_checksums_right(connection: sqlite3.Connection) -> None:
-    """Give each record of a database the checksums that go with its values, unless they can have none."""
+    """Set the checksums of each record of a database to those of its values, if its values can have checksums."""
     connection.text_factory = lenient_text
     for row in [Row(*values) for values in connection.execute(f"SELECT {ROW_COLUMNS} FROM records")]:
         with suppress(*DAMAGE_ERRORS):

@@ -1,4 +1,4 @@
-"""A backup is one state of a collection, whole, whatever is written and searched meanwhile."""
+"""A backup has one consistent state of a whole collection, despite concurrent writes and searches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from index_helpers import DIMENSIONS, records, vectors
 
 
 def everything(collection: Collection) -> list[tuple[object, ...]]:
-    """All that a collection says of its records."""
+    """Return all values of all records of a collection."""
     found: list[StoredRecord] = []
     token = ""
     while not found or token:
@@ -36,7 +36,7 @@ def everything(collection: Collection) -> list[tuple[object, ...]]:
     return [tuple(each.tobytes() if isinstance(each, np.ndarray) else each for each in record) for record in found]
 
 
-def test_a_restored_collection_is_the_same_in_all_but_its_name(tmp_path: Path) -> None:
+def test_a_restored_collection_equals_the_first_one_except_for_its_name(tmp_path: Path) -> None:
     spec = CollectionSpec("c", 8, distance=Distance.EUCLIDEAN, m=8, ef_construction=50, indexed_fields=("kind", "a.b"))
     with closing(Index(tmp_path, buffer_limit=8)) as index:
         collection = index.create(spec)
@@ -59,7 +59,7 @@ def test_a_restored_collection_is_the_same_in_all_but_its_name(tmp_path: Path) -
         assert worded[0] == worded[1]
         assert len(worded[0]) == 39
         assert [problem for step in copy.verify() for problem in step.problems] == []
-        # It goes on from there.
+        # The sequence of the copy continues that of the first collection.
         assert copy.upsert(new[:1], matrix[:1], [copy.get(["r0"])[0].revision]).sequence == 9
     with closing(Index(tmp_path)) as index:
         assert index.get("copy").count() == 298
@@ -75,8 +75,8 @@ def test_a_collection_with_a_damaged_record_is_not_backed_up_until_it_is_repaire
     assert taken(collection)
 
 
-def test_a_time_to_live_goes_on_in_the_copy(index: Index, collection: Collection) -> None:
-    """What is up by then is gone from it."""
+def test_a_restored_record_expires_at_its_first_expire_time(index: Index, collection: Collection) -> None:
+    """A record that expires before the restore is missing in the copy."""
     collection.upsert([NewRecord("long", time_to_live=3600), NewRecord("short", time_to_live=0.3)], vectors(2))
     whole = taken(collection)
     assert soon(lambda: collection.count() == 1)
@@ -94,8 +94,8 @@ def test_an_empty_collection_and_one_of_vectors_only_are_restored(index: Index, 
     assert copy.upsert([NewRecord("w")], gaussian(1, DIMENSIONS)).sequence == 3
 
 
-def test_a_backup_is_one_state_while_writers_and_searches_hammer_it(tmp_path: Path) -> None:
-    """Each write is a pair with a number; a pair that is half there, or of two numbers, was copied in between."""
+def test_a_backup_is_one_consistent_state_despite_concurrent_writes_and_searches(tmp_path: Path) -> None:
+    """Each write replaces a pair of records with a number. A backup with half a pair or two numbers is inconsistent."""
     stop, written = threading.Event(), threading.Event()
     failures: list[BaseException] = []
 
@@ -105,7 +105,7 @@ def test_a_backup_is_one_state_while_writers_and_searches_hammer_it(tmp_path: Pa
                 number = 0
                 while not stop.is_set():
                     work(number := number + 1)
-            except BaseException as error:  # told at the end of the test
+            except BaseException as error:  # reported at the end of the test
                 failures.append(error)
 
         thread = threading.Thread(target=run)
@@ -138,7 +138,7 @@ def test_a_backup_is_one_state_while_writers_and_searches_hammer_it(tmp_path: Pa
         try:
             sequences = []
             for i in range(3):
-                # However slow the host is, there is a write between two backups.
+                # Also on a slow host, there is a write between two backups.
                 written.clear()
                 assert written.wait(600)
                 before = collection.info().sequence
@@ -162,7 +162,7 @@ def test_a_backup_is_one_state_while_writers_and_searches_hammer_it(tmp_path: Pa
     assert failures == []
 
 
-def test_a_copy_that_nobody_wants_any_more_leaves_nothing(collection: Collection, tmp_path: Path) -> None:
+def test_a_cancelled_backup_leaves_no_files(collection: Collection, tmp_path: Path) -> None:
     collection.upsert(numbered(5000), gaussian(5000, DIMENSIONS))
     asked: list[None] = []
 
@@ -190,7 +190,7 @@ def test_a_backup_outlives_its_collection_and_leaves_no_file(
         next(collection.backup(lambda: False))
 
 
-def test_a_backup_that_is_closed_lets_go_of_its_file(tmp_path: Path) -> None:
+def test_closing_a_backup_closes_its_file(tmp_path: Path) -> None:
     (tmp_path / "copy").write_bytes(b"x" * 3_000_000)
     with (tmp_path / "copy").open("rb") as copy:
         backup = pieces(copy)
@@ -205,7 +205,7 @@ class Usage(NamedTuple):
     free: int
 
 
-def test_no_room_for_a_copy_is_said_in_bytes_before_it_is_made(
+def test_a_backup_without_room_on_the_disk_is_refused_with_the_needed_bytes(
     collection: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collection.upsert(numbered(100), gaussian(100, DIMENSIONS))
@@ -217,7 +217,7 @@ def test_no_room_for_a_copy_is_said_in_bytes_before_it_is_made(
     assert collection.upsert(records("a"), vectors(1)).sequence == 2
 
 
-# Backs up and restores for ever, and says what it is at.
+# Backs up and restores endlessly, and prints each step.
 LOOP = """
 import sys, hashlib
 from pathlib import Path
@@ -240,7 +240,7 @@ while True:
 
 
 def crash(folder: Path, lines: int) -> list[str]:
-    """Run the loop, kill it with SIGKILL after so many lines, and return all that it said."""
+    """Run the loop, kill it with SIGKILL after so many lines, and return all lines that it printed."""
     child = subprocess.Popen([sys.executable, "-c", LOOP, str(folder)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     said = [child.stdout.readline() for _ in range(lines)]
@@ -252,7 +252,7 @@ def crash(folder: Path, lines: int) -> list[str]:
 
 
 def crash_repeatedly(folder: Path, rounds: Sequence[int]) -> None:
-    """Crash after so many lines each time, and check that there are whole collections and nothing else."""
+    """Crash after each of these numbers of lines, and check that only whole collections are left."""
     with closing(Index(folder)) as index:
         collection = index.create(CollectionSpec("c", 64))
         collection.upsert(numbered(2000), gaussian(2000, 64))
@@ -271,11 +271,11 @@ def crash_repeatedly(folder: Path, rounds: Sequence[int]) -> None:
                 index.delete(name)
 
 
-def test_crashes_in_a_backup_and_in_a_restore_leave_whole_collections_and_nothing_else(tmp_path: Path) -> None:
+def test_two_crashes_in_backup_and_restore_leave_only_whole_collections(tmp_path: Path) -> None:
     # In the first backup; between the last piece of the second restore and its end (7 lines are one round).
     crash_repeatedly(tmp_path, [1, 13])
 
 
 @pytest.mark.slow
-def test_sixty_crashes_leave_whole_collections_and_nothing_else(tmp_path: Path) -> None:
+def test_sixty_crashes_in_backup_and_restore_leave_only_whole_collections(tmp_path: Path) -> None:
     crash_repeatedly(tmp_path, range(1, 61))

@@ -1,4 +1,4 @@
-"""The buffer against a dict."""
+"""The buffer has the contents of a dict after the same operations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ STEPS = st.lists(
 
 @pytest.mark.parametrize("chunk", [2**19, 64], ids=["one chunk", "many"])
 @given(steps=STEPS, k=st.integers(1, 40))
-def test_it_holds_what_was_added_and_not_removed(chunk: int, steps: list[tuple[str, int | set[int]]], k: int) -> None:
+def test_the_buffer_has_exactly_the_vectors_added_and_not_removed(
+    chunk: int, steps: list[tuple[str, int | set[int]]], k: int
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("emberpc.server.index.graph.buffer._CHUNK", chunk)
         buffer = Buffer(4, Distance.EUCLIDEAN)

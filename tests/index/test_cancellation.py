@@ -1,4 +1,4 @@
-"""A cancelled call of the index stops within a few steps, and leaves nothing half done."""
+"""A cancelled call of the index stops within a few steps, and leaves no partial changes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from index_helpers import DIMENSIONS, vectors
 
 COUNT = 300
 MATRIX = vectors(COUNT)
-#: Looks that may follow the one at which a call is to stop: SQLite's handler, our loop, and the error's translation.
+#: Checks that may follow the one at which a call must stop: in the handler of SQLite, in a loop of emberpc, and in the
+#: translation of the error.
 FEW = 10
 
 
 class Looks:
-    """Counts how often a call looks whether it is wanted; from one look on it is not."""
+    """Counts the checks for cancellation of a call; after `wanted` checks, the call is cancelled."""
 
     def __init__(self, wanted: float = inf) -> None:
         self.count, self.wanted = 0, wanted
@@ -42,7 +43,7 @@ class Looks:
 
 @pytest.fixture
 def collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Collection]:
-    """A collection whose connections look every few steps, so that little work has many looks."""
+    """A collection whose connections check for cancellation every few steps, so that little work has many checks."""
     monkeypatch.setattr(database, "STEPS_BETWEEN_LOOKS", 200)
     with closing(Index(tmp_path, buffer_limit=50)) as index:
         made = index.create(CollectionSpec("c", DIMENSIONS))
@@ -55,7 +56,7 @@ _numbers = count()
 
 
 def all_records() -> Filter:
-    """A filter that every record meets, by the last of many prefixes; another one each time, as some are kept."""
+    """Return a filter that every record meets by the last of many prefixes; a new one each time, as some are cached."""
     unmet = (f"{next(_numbers)}-{i}" for i in range(20))
     return AnyOf((*(Prefix("id", each) for each in unmet), Prefix("id", "r0")))
 
@@ -77,7 +78,7 @@ CALLS: dict[str, Callable[[Collection], object]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_call_stops_a_few_looks_after_it_is_cancelled(collection: Collection, name: str) -> None:
+def test_a_call_stops_within_a_few_checks_after_its_cancellation(collection: Collection, name: str) -> None:
     work = CALLS[name]
     work(collection)
     whole = Looks()
@@ -89,13 +90,13 @@ def test_a_call_stops_a_few_looks_after_it_is_cancelled(collection: Collection, 
         with refused(Code.DEADLINE_EXCEEDED, "stopped"), cancelled_when(looks):
             work(collection)
         assert looks.count <= wanted + FEW
-    # The connection, the snapshot and what is kept are as before.
+    # The connection, the snapshot and the caches are usable as before.
     work(collection)
     assert collection.count(all_records()) == COUNT
     assert len(collection.search(MATRIX[:1], COUNT, conditions=[all_records()])[0].hits) == COUNT
 
 
-def test_a_cancelled_delete_deletes_nothing_and_a_committed_one_is_in_memory_too(collection: Collection) -> None:
+def test_a_cancelled_delete_deletes_nothing_and_a_committed_one_also_updates_memory(collection: Collection) -> None:
     whole = Looks()
     with cancelled_when(whole):
         assert collection.delete_matching(Prefix("id", "r0000")).deleted == 10
@@ -111,7 +112,7 @@ def test_a_cancelled_delete_deletes_nothing_and_a_committed_one_is_in_memory_too
     assert collection.search(MATRIX[:1], 1)[0].hits == []
 
 
-def test_clusters_stop_while_their_first_centres_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clustering_can_be_cancelled_while_first_centres_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
     squared = clusters._squared_distances
 
@@ -127,25 +128,25 @@ def test_clusters_stop_while_their_first_centres_are_drawn(monkeypatch: pytest.M
     assert len(drawn) < 40 < whole
 
 
-def test_clusters_stop_while_vectors_are_assigned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clustering_can_be_cancelled_while_vectors_are_assigned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clusters, "_ASSIGNED_AT_ONCE", 100)
     looks = Looks(10)
     k_means(MATRIX, 8, directions=True, stop=looks)
     assert looks.count == 11
 
 
-def test_equal_clusters_come_out_whatever_is_assigned_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clusters_do_not_depend_on_the_number_of_vectors_assigned_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = k_means(MATRIX, 8, directions=False)
     monkeypatch.setattr(clusters, "_ASSIGNED_AT_ONCE", 7)
     assert np.allclose(k_means(MATRIX, 8, directions=False), at_once)
 
 
-def test_a_call_past_its_deadline_does_not_begin() -> None:
+def test_a_call_after_its_deadline_does_not_begin() -> None:
     with refused(Code.DEADLINE_EXCEEDED), cancelled_when(Cancellation(seconds=0)):
         pytest.fail("it began")
 
 
-def test_threads_are_cancelled_one_by_one() -> None:
+def test_a_cancellation_applies_only_to_its_thread() -> None:
     stop = Cancellation()
     seen = []
     with cancelled_when(stop):

@@ -20,7 +20,7 @@ from index.support import refused
 from index_helpers import DIMENSIONS
 
 
-def test_a_reembedding_that_lacks_a_descriptor_waits_for_the_next_start(
+def test_a_reembedding_without_a_free_descriptor_waits_for_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def begin(index: Index) -> None:
@@ -59,7 +59,7 @@ def test_a_reembedding_replaces_one_that_could_not_be_opened(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("change", ["update", "update_fingerprint"])
-def test_a_change_of_a_collection_that_is_replaced_meanwhile_can_be_tried_again(
+def test_a_change_of_a_collection_that_is_replaced_meanwhile_can_be_repeated(
     index: Index, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     source = index.create(CollectionSpec("c", DIMENSIONS, model="old", model_fingerprint="f"))
@@ -100,7 +100,7 @@ def test_a_directory_that_cannot_be_locked_or_examined_is_refused_with_the_reaso
     Index(tmp_path).close()
 
 
-def test_a_disk_error_at_the_start_is_an_error_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_error_at_the_start_raises_a_startup_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from emberpc.server import app
 
     failing = Mock(side_effect=OSError(errno.EIO, "Input/output error"))

@@ -1,4 +1,4 @@
-"""Work in a child process: done with this process's memory, apart from it, and told of if it fails."""
+"""Work in a child process uses a copy of the parent's memory, and a failure raises an error in the parent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from index_helpers import DIMENSIONS
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is a child on Linux only")
 
 
-def test_the_work_is_done_elsewhere_on_what_is_here(tmp_path: Path) -> None:
+def test_a_child_process_works_with_a_copy_of_the_memory(tmp_path: Path) -> None:
     here = {"seen": "this"}
 
     def work() -> None:
@@ -34,14 +34,14 @@ def test_the_work_is_done_elsewhere_on_what_is_here(tmp_path: Path) -> None:
     assert seen == here["seen"] == "this"
 
 
-def test_it_has_none_of_the_files_that_are_open_here(tmp_path: Path) -> None:
+def test_a_child_process_has_no_open_files_of_its_parent(tmp_path: Path) -> None:
     with (tmp_path / "lock").open("wb") as file:
         with pytest.raises(OSError, match="ended with 1"):
             in_child(lambda: os.fstat(file.fileno()))()
         os.fstat(file.fileno())
 
 
-# A process of its own: what is tested would hang it.
+# In another process, since a failure of this test blocks the process for ever.
 MULTIPLYING = """
 import threading
 import numpy as np
@@ -66,19 +66,19 @@ print("all came back")
 """
 
 
-def test_a_thread_that_multiplies_matrices_goes_on() -> None:
+def test_threads_that_multiply_matrices_continue_after_a_fork() -> None:
     found = subprocess.run(
         [sys.executable, "-c", MULTIPLYING], stdout=subprocess.PIPE, text=True, check=True, timeout=300
     )
     assert found.stdout == "all came back\n"
 
 
-def test_one_that_is_killed_is_told_of() -> None:
+def test_a_killed_child_process_raises_an_error() -> None:
     with pytest.raises(ChildKilledError, match=f"signal {int(signal.SIGKILL)} "):
         in_child(lambda: os.kill(os.getpid(), signal.SIGKILL))()
 
 
-def test_a_snapshot_whose_process_is_killed_is_written_by_the_next(
+def test_a_snapshot_whose_process_was_killed_is_written_by_the_next_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     children = []
@@ -96,16 +96,14 @@ def test_a_snapshot_whose_process_is_killed_is_written_by_the_next(
         assert len(list(tmp_path.rglob("graph-*.bin"))) == 1
 
 
-def test_a_snapshot_being_written_keeps_neither_writes_nor_searches_waiting(
-    collection: Collection, tmp_path: Path
-) -> None:
-    """A waiting write holds off every search after it, so it must not wait for a disk."""
+def test_writing_a_snapshot_blocks_neither_writes_nor_searches(collection: Collection, tmp_path: Path) -> None:
+    """A waiting write blocks every later search, so a write must not wait for a disk."""
     vectors = gaussian(101, DIMENSIONS)
     collection.upsert(numbered(100), vectors[:100])
     collection.maintain()
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    # The child stands still until somebody reads from the pipe.
+    # The child is blocked until the pipe is read.
     saving = collection._neighbours.save(pipe)
     collection.upsert(numbered(1, first=100), vectors[100:])
     (outcome,) = collection.search(vectors[100:], 1)

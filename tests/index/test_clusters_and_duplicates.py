@@ -1,4 +1,4 @@
-"""Duplicates and clusters are those that comparing everything with everything shows."""
+"""Duplicates and clusters equal those of a comparison of all pairs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def true_pairs(matrix: np.ndarray, min_score: float) -> dict[tuple[str, str], fl
     }
 
 
-def test_every_pair_so_much_alike_is_found_most_alike_first(collection: Collection) -> None:
+def test_all_pairs_above_the_least_score_are_found_in_order_of_score(collection: Collection) -> None:
     matrix = vectors(300)
     matrix[7] = 2 * matrix[3]
     collection.upsert(numbered(300), matrix)
@@ -57,7 +57,9 @@ def test_every_pair_so_much_alike_is_found_most_alike_first(collection: Collecti
     assert (found[0].first_id, found[0].second_id) == ("r00003", "r00007")
 
 
-def test_large_collections_are_searched_in_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duplicates_of_large_collections_are_found_with_the_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(duplicates, "EXACT_LIMIT", 100)
     matrix = vectors(600, dimensions=32)
     with closing(Index(tmp_path, buffer_limit=50)) as index:
@@ -70,7 +72,9 @@ def test_large_collections_are_searched_in_the_graph(tmp_path: Path, monkeypatch
     assert len(found) >= 0.98 * len(true)
 
 
-def test_more_pairs_than_are_kept_leave_the_most_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_there_are_too_many_pairs_those_with_the_greatest_scores_are_returned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(duplicates, "MOST_PAIRS", 40)
     monkeypatch.setattr(duplicates, "_BLOCK", 1000)
     matrix = vectors(200)
@@ -82,7 +86,7 @@ def test_more_pairs_than_are_kept_leave_the_most_alike(tmp_path: Path, monkeypat
     assert [pair.score for pair in found] == pytest.approx(best, abs=1e-5)
 
 
-def test_clusters_that_are_far_apart_are_found_whole(collection: Collection) -> None:
+def test_distant_clusters_are_found_whole(collection: Collection) -> None:
     generator = np.random.default_rng(0)
     centres = 20 * np.eye(DIMENSIONS, dtype=np.float32)[:5]
     sizes = [60, 50, 40, 30, 20]
@@ -98,7 +102,7 @@ def test_clusters_that_are_far_apart_are_found_whole(collection: Collection) -> 
         assert all(first <= int(record.id[1:]) < last for record in cluster.examples)
 
 
-def test_examples_are_those_nearest_to_the_centre(tmp_path: Path) -> None:
+def test_examples_of_a_cluster_are_nearest_to_its_centre(tmp_path: Path) -> None:
     matrix = vectors(500)
     with closing(Index(tmp_path)) as index:
         collection = index.create(CollectionSpec("c", DIMENSIONS))
@@ -114,7 +118,9 @@ def test_examples_are_those_nearest_to_the_centre(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 40), st.integers(2, 12), st.booleans(), st.integers(0, 100))
-def test_k_means_has_no_more_centres_than_vectors_and_ends(count: int, k: int, directions: bool, seed: int) -> None:
+def test_k_means_ends_with_at_most_as_many_centres_as_distinct_vectors(
+    count: int, k: int, directions: bool, seed: int
+) -> None:
     matrix = vectors(count, seed)
     matrix[count // 2 :] = matrix[0]
     if directions:
@@ -124,7 +130,7 @@ def test_k_means_has_no_more_centres_than_vectors_and_ends(count: int, k: int, d
     assert np.isfinite(centres).all()
 
 
-def test_nothing_and_equal_vectors_are_no_trouble(collection: Collection) -> None:
+def test_empty_collections_and_equal_vectors_have_duplicates_and_clusters(collection: Collection) -> None:
     assert collection.duplicates(0.9, never) == []
     assert collection.clusters(3, 5, never) == []
     collection.upsert(numbered(10), np.ones((10, DIMENSIONS), dtype=np.float32))
@@ -133,7 +139,7 @@ def test_nothing_and_equal_vectors_are_no_trouble(collection: Collection) -> Non
 
 
 @pytest.mark.parametrize("distance", [Distance.COSINE, Distance.DOT_PRODUCT])
-def test_directions_do_not_depend_on_the_length(tmp_path: Path, distance: Distance) -> None:
+def test_duplicates_and_clusters_do_not_depend_on_the_length_of_vectors(tmp_path: Path, distance: Distance) -> None:
     """The squares of numbers below 1e-23 are 0 in float32."""
     matrix = np.zeros((40, DIMENSIONS), dtype=np.float32)
     matrix[:20, 0] = matrix[20:, 1] = 1
@@ -157,7 +163,7 @@ def test_damaged_vectors_are_in_no_cluster(collection: Collection) -> None:
     assert collection.duplicates(-1, never) == []
 
 
-def test_a_collection_that_is_deleted_ends_what_looks_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deleting_a_collection_ends_its_search_for_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duplicates, "_BLOCK", 1000)
     with closing(Index(tmp_path)) as index:
         collection = index.create(CollectionSpec("c", DIMENSIONS))

@@ -1,4 +1,4 @@
-"""A collection: what goes in comes out, whatever way its vectors take."""
+"""A collection returns records as they were written, with vectors in the buffer or in the graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from emberpc.server.index import Collection, Index
 from index_helpers import DIMENSIONS, records, true_scores, vectors
 
 
-def test_a_record_comes_back_as_it_was_given(collection: Collection) -> None:
+def test_a_record_is_read_as_written(collection: Collection) -> None:
     vector = vectors(1)
     given_record = NewRecord("ä/1", "some text", {"n": 1, "list": [1, "two", None], "deep": {"x": True}}, "a label")
     assert collection.upsert([given_record], vector).inserted == 1
@@ -34,7 +34,7 @@ def test_a_record_comes_back_as_it_was_given(collection: Collection) -> None:
     assert stored.create_time == stored.update_time
 
 
-def test_an_update_keeps_when_it_was_created_and_gets_a_new_revision(collection: Collection) -> None:
+def test_an_update_keeps_the_create_time_and_gives_a_new_revision(collection: Collection) -> None:
     collection.upsert(records("a"), vectors(1))
     (first,) = collection.get(["a"])
     result = collection.upsert(records("a", "b", text="new"), vectors(2))
@@ -46,12 +46,12 @@ def test_an_update_keeps_when_it_was_created_and_gets_a_new_revision(collection:
     assert collection.count() == 2
 
 
-def test_get_keeps_the_order_and_leaves_out_what_is_missing(collection: Collection) -> None:
+def test_get_keeps_the_order_of_ids_and_leaves_out_missing_records(collection: Collection) -> None:
     collection.upsert(records("a", "b", "c"), vectors(3))
     assert [record.id for record in collection.get(["c", "none", "a"])] == ["c", "a"]
 
 
-def test_delete_counts_what_was_there(collection: Collection) -> None:
+def test_delete_counts_the_existing_records(collection: Collection) -> None:
     collection.upsert(records("a", "b", "c"), vectors(3))
     assert collection.delete(["a", "none", "a"]).deleted == 1
     assert collection.count() == 2
@@ -59,7 +59,7 @@ def test_delete_counts_what_was_there(collection: Collection) -> None:
     assert collection.delete(["none"]).sequence == sequence
 
 
-def test_a_batch_with_another_revision_than_expected_writes_nothing(collection: Collection) -> None:
+def test_an_upsert_with_an_outdated_expected_revision_writes_nothing(collection: Collection) -> None:
     collection.upsert(records("a"), vectors(1))
     revision = collection.get(["a"])[0].revision
     with pytest.raises(ServiceError) as refused:
@@ -72,7 +72,7 @@ def test_a_batch_with_another_revision_than_expected_writes_nothing(collection: 
 
 @pytest.mark.parametrize("distance", list(Distance))
 @pytest.mark.parametrize("count", [5, 300])
-def test_hits_and_scores_are_those_of_a_full_comparison(index: Index, distance: Distance, count: int) -> None:
+def test_hits_and_scores_equal_those_of_an_exact_comparison(index: Index, distance: Distance, count: int) -> None:
     collection = index.create(CollectionSpec("c", DIMENSIONS, distance=distance))
     matrix = vectors(count)
     collection.upsert(records(*(str(i) for i in range(count))), matrix)
@@ -83,13 +83,13 @@ def test_hits_and_scores_are_those_of_a_full_comparison(index: Index, distance: 
         found = [int(record.id) for record, _ in outcome.hits]
         assert np.allclose([score for _, score in outcome.hits], expected[found], rtol=1e-3, atol=1e-3)
         assert [score for _, score in outcome.hits] == sorted((score for _, score in outcome.hits), reverse=True)
-        # Over a dot product the graph may rank a near miss third; a full comparison never does.
+        # With a dot product, the graph may return a slightly worse third hit; an exact search does not.
         best = set(np.argsort(-expected)[:3])
         assert len(best & set(found)) >= (3 if count == 5 else 2)
         assert outcome.plan.strategy is (SearchStrategy.EXACT if count == 5 else SearchStrategy.HNSW)
 
 
-def test_a_search_asks_for_more_than_there_are(collection: Collection) -> None:
+def test_a_top_k_above_the_number_of_records_returns_all_with_a_reason(collection: Collection) -> None:
     collection.upsert(records("a", "b", "c"), vectors(3))
     (outcome,) = collection.search(vectors(1), [10_000])
     assert len(outcome.hits) == 3
@@ -99,13 +99,13 @@ def test_a_search_asks_for_more_than_there_are(collection: Collection) -> None:
     assert "left out" in outcome.plan.shortfall_reason
 
 
-def test_an_empty_collection_finds_nothing_and_says_why(collection: Collection) -> None:
+def test_a_search_of_an_empty_collection_states_the_reason_for_no_hits(collection: Collection) -> None:
     (outcome,) = collection.search(vectors(1), [10])
     assert outcome.hits == []
     assert outcome.plan.shortfall_reason == "the collection holds 0 records"
 
 
-def test_what_is_deleted_is_not_found_wherever_its_vector_is(collection: Collection) -> None:
+def test_deleted_records_of_buffer_and_graph_are_not_found(collection: Collection) -> None:
     matrix = vectors(60)
     collection.upsert(records(*(str(i) for i in range(60))), matrix)
     collection.maintain()
@@ -116,7 +116,7 @@ def test_what_is_deleted_is_not_found_wherever_its_vector_is(collection: Collect
         assert len(outcome.hits) == 30
 
 
-def test_a_graph_with_many_deleted_nodes_is_built_anew(collection: Collection) -> None:
+def test_a_graph_with_many_deleted_nodes_is_rebuilt(collection: Collection) -> None:
     matrix = vectors(100)
     for _ in range(5):
         collection.upsert(records(*(str(i) for i in range(100))), matrix)
@@ -141,7 +141,7 @@ bad_values = st.sampled_from(["narrow", "wide", "nan", "infinite", "huge", "zero
 
 
 @given(kind=bad_values, row=st.integers(0, 2), where=st.integers(0, DIMENSIONS - 1))
-def test_a_hostile_vector_is_refused_by_name_and_nothing_is_written(
+def test_an_invalid_vector_is_refused_with_its_index_and_nothing_is_written(
     pair: Collection, kind: str, row: int, where: int
 ) -> None:
     matrix = vectors(3)
@@ -162,7 +162,7 @@ def test_a_hostile_vector_is_refused_by_name_and_nothing_is_written(
 
 
 @given(ids=st.lists(st.text(max_size=4), max_size=5))
-def test_ids_are_kept_or_refused_by_name(tmp_path_factory: pytest.TempPathFactory, ids: list[str]) -> None:
+def test_ids_are_stored_unchanged_or_refused(tmp_path_factory: pytest.TempPathFactory, ids: list[str]) -> None:
     index = Index(tmp_path_factory.mktemp("index"))
     collection = index.create(CollectionSpec("c", DIMENSIONS))
     try:
@@ -174,7 +174,7 @@ def test_ids_are_kept_or_refused_by_name(tmp_path_factory: pytest.TempPathFactor
     index.close()
 
 
-def test_pages_meet_every_record_once_whatever_is_written_meanwhile(collection: Collection) -> None:
+def test_paging_returns_every_record_once_despite_writes(collection: Collection) -> None:
     stay = [f"r{i:03}" for i in range(0, 100, 2)]
     collection.upsert(records(*stay), vectors(50))
     seen: list[str] = []
@@ -190,7 +190,7 @@ def test_pages_meet_every_record_once_whatever_is_written_meanwhile(collection: 
     assert len(seen) == len(set(seen))
 
 
-def test_a_token_that_was_never_given_is_refused(collection: Collection, index: Index) -> None:
+def test_an_invalid_page_token_is_refused(collection: Collection, index: Index) -> None:
     for page in (collection.page, index.page):
         with pytest.raises(ServiceError) as refused:
             page(10, "!?")
@@ -204,7 +204,7 @@ def numbered(version: int) -> np.ndarray:
 
 
 def torn(outcomes: list[SearchOutcome]) -> list[str]:
-    """Return what no reader may see: a record whose text and vector carry different numbers, or a record twice."""
+    """Return the errors of outcomes: records whose text and vector have different numbers, and repeated records."""
     found = []
     for outcome in outcomes:
         ids = [record.id for record, _ in outcome.hits]
@@ -215,7 +215,7 @@ def torn(outcomes: list[SearchOutcome]) -> list[str]:
     return found
 
 
-def test_readers_and_writers_at_once_see_whole_records_only(collection: Collection) -> None:
+def test_concurrent_readers_see_only_whole_records(collection: Collection) -> None:
     stop = threading.Event()
     errors: list[str] = []
 
@@ -248,7 +248,9 @@ def test_readers_and_writers_at_once_see_whole_records_only(collection: Collecti
         pytest.param(384, 20_000, marks=pytest.mark.slow),
     ],
 )
-def test_default_recall_on_clustered_vectors(tmp_path: Path, dimensions: int, count: int) -> None:
+def test_default_searches_of_clustered_vectors_reach_the_expected_recall(
+    tmp_path: Path, dimensions: int, count: int
+) -> None:
     index = Index(tmp_path)
     collection = index.create(CollectionSpec("c", dimensions))
     matrix = vectors(count, dimensions=dimensions)

@@ -1,4 +1,4 @@
-"""Damaged counters of a collection are named; nothing is written or backed up with them."""
+"""Damaged counters of a collection are reported, and writes and backups that need them are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from index.damages import COUNT, VECTORS, WIDTH, damaged
 from index.support import refused
 
 MOST = 2**63 - 1
-#: Writes that the damage refuses: an upsert needs both counters, a delete only the sequence.
+#: Writes that are refused for each damage: an upsert needs both counters, a delete only the sequence.
 SEQUENCE, LABEL, NEITHER = ("upsert", "delete"), ("upsert",), ()
 
 
@@ -48,7 +48,7 @@ def change(folder: Path, statement: str) -> None:
         ("INSERT INTO sqlite_sequence VALUES ('other', 5)", LABEL),
     ],
 )
-def test_a_damaged_counter_is_named_and_refused(
+def test_a_damaged_counter_is_reported_and_writes_that_need_it_are_refused(
     tmp_path: Path, statement: str, refused_writes: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     change(tmp_path, statement)
@@ -73,8 +73,8 @@ def test_a_damaged_counter_is_named_and_refused(
         assert ("a counter" in caplog.text) is bool(refused_writes)
 
 
-def test_a_damaged_label_leaves_labels_for_other_records(tmp_path: Path) -> None:
-    """The greatest integer as one record's label must not make every upsert fail."""
+def test_a_record_with_the_greatest_label_does_not_prevent_upserts(tmp_path: Path) -> None:
+    """A record with the greatest integer as its label must not make every upsert fail."""
     with damaged(tmp_path, f"label = {MOST}") as collection:
         collection.upsert([NewRecord("new", "")], VECTORS[:1])
         assert problems(collection) == [("r00007", "RECORD_DAMAGED")]

@@ -1,4 +1,4 @@
-"""A record that is damaged on disk costs no other its service."""
+"""A record that is damaged on disk does not affect other records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from index.support import gaussian, recall, refused
 
 
 def check_all_but_the_lost(collection: Collection, *, maintained: bool) -> None:
-    """Check that searches of every kind, pages and counts give the other records, each with what is its own."""
+    """Check that searches of every kind, pages and counts return the other records with their own values."""
     if maintained:
         collection.maintain()
     others = {key: vector for key, vector in TRUTH.items() if key != LOST}
@@ -69,7 +69,7 @@ BLOBS = {
     [*((change, True) for change in (METADATA | TEXTS).values()), (METADATA["cut"], False)],
     ids=[*METADATA, *TEXTS, "cut, not in the graph"],
 )
-def test_a_record_that_cannot_be_read_is_left_out(
+def test_an_unreadable_record_is_left_out_of_results(
     tmp_path: Path, change: tuple[str, object], maintained: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     with damaged(tmp_path, *change) as collection:
@@ -89,7 +89,7 @@ def test_a_record_that_cannot_be_read_is_left_out(
             list(collection.backup(lambda: False))
 
 
-#: What was changed reads well; only the checksum shows it.
+#: Changes that give a readable record; only the checksum shows the damage.
 FLIPPED = VECTORS[7] * np.where(np.arange(WIDTH) == 3, -1, 1)
 READABLE = {
     "text": ("text = ?", f"text of {LOST[:-1]}6"),
@@ -97,7 +97,7 @@ READABLE = {
     "metadata": ("metadata = ?", '{"even": false, "n": 1}'),
     "vector": ("vector = ?", FLIPPED.astype("<f4").tobytes()),
 }
-#: Of a revision that is no number and a time that is none, nothing can be served.
+#: Damaged numbers and times, also values that are no number or no time.
 NUMBERS = {
     "revision": ("revision = ?", 1_000_001),
     "revision text": ("revision = ?", "abc"),
@@ -133,10 +133,10 @@ CHECKSUMS = {
     ],
     ids=[*READABLE, *NUMBERS, *CHECKSUMS, *(f"{name}, older" for name in READABLE)],
 )
-def test_a_record_that_was_changed_on_disk_is_left_out_though_it_reads_well(
+def test_a_readable_record_with_a_wrong_checksum_is_left_out_of_results(
     tmp_path: Path, change: tuple[str, object], older: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # Without its vector such a record is as it was written.
+    # A record with a damaged vector is right if the vector is not read.
     right_without_vector = change[0].startswith("vector") and not older
     with damaged(tmp_path, *change, older=4 if older else None) as collection:
         for with_vectors in (False, True):
@@ -162,7 +162,7 @@ def test_a_record_that_was_changed_on_disk_is_left_out_though_it_reads_well(
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["", "older"])
-def test_an_id_that_was_changed_on_disk_is_never_given_out(tmp_path: Path, older: bool) -> None:
+def test_a_record_with_a_changed_id_is_left_out_of_results(tmp_path: Path, older: bool) -> None:
     with damaged(tmp_path, "id = ?", "changed", older=4 if older else None) as collection:
         for found in (
             collection.search(VECTORS[7:8], COUNT)[0],
@@ -187,7 +187,7 @@ def test_an_id_that_was_changed_on_disk_is_never_given_out(tmp_path: Path, older
     ],
     ids=["blob", "no UTF-8", "text"],
 )
-def test_a_record_whose_id_is_damaged_is_deleted_by_the_name_that_it_is_given(
+def test_a_record_with_a_damaged_id_is_deleted_by_the_id_that_verify_states(
     tmp_path: Path, change: tuple[str, object], name: str
 ) -> None:
     with damaged(tmp_path, *change) as collection:
@@ -198,7 +198,7 @@ def test_a_record_whose_id_is_damaged_is_deleted_by_the_name_that_it_is_given(
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["", "older"])
-def test_reembedding_does_not_make_a_damaged_record_look_whole(tmp_path: Path, older: bool) -> None:
+def test_reembedding_refuses_damaged_records(tmp_path: Path, older: bool) -> None:
     with (
         damaged(tmp_path / "source", "text = 'another'", older=4 if older else None) as source,
         closing(Index(tmp_path / "target")) as index,
@@ -216,10 +216,10 @@ def test_reembedding_does_not_make_a_damaged_record_look_whole(tmp_path: Path, o
 
 @pytest.mark.parametrize("older", [0, 4])
 @pytest.mark.parametrize("change", (METADATA | TEXTS).values(), ids=[*METADATA, *TEXTS])
-def test_a_record_that_cannot_be_read_does_not_keep_an_older_collection_from_being_opened(
+def test_an_unreadable_record_does_not_prevent_the_opening_of_an_older_collection(
     tmp_path: Path, change: tuple[str, object], older: int
 ) -> None:
-    """Version 0 wrote no checksums, so a record gets them though its metadata is no JSON object."""
+    """Version 0 wrote no checksums, so a record gets them even if its metadata is no JSON object."""
     with damaged(tmp_path, *change, older=older) as collection:
         check_all_but_the_lost(collection, maintained=True)
         check_pages(collection, with_vectors=False)
@@ -235,10 +235,10 @@ def checksums(connection: sqlite3.Connection) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("version", [0, 4, 6])
-def test_rows_of_an_older_version_are_given_checksums(
+def test_rows_of_an_older_version_get_checksums(
     tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Some at a time: what was done when the server dies stays done."""
+    """Rows are converted in batches; converted rows stay converted if the server dies."""
     monkeypatch.setattr(schema, "_CONVERTED_AT_ONCE", 7)
     with damaged(tmp_path, "revision = revision", older=version) as collection:
         assert checksums(collection._store._writer) == [(COUNT, COUNT, COUNT, COUNT)]
@@ -261,10 +261,10 @@ def test_rows_of_an_older_version_are_given_checksums(
         (6, "text_checksum = NULL, checksum = NULL, text = 'another'"),
     ],
 )
-def test_a_damaged_row_of_an_older_version_is_given_no_checksum(
+def test_a_damaged_row_of_an_older_version_gets_no_checksum(
     tmp_path: Path, version: int, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With one it would pass for whole; and no other row goes without."""
+    """With a checksum, the damaged row would count as whole. All other rows get one."""
     monkeypatch.setattr(schema, "_CONVERTED_AT_ONCE", 7)
     with damaged(tmp_path, change, older=version) as collection:
         connection = collection._store._writer
@@ -274,7 +274,7 @@ def test_a_damaged_row_of_an_older_version_is_given_no_checksum(
 
 
 @pytest.mark.parametrize("statement", ["UPDATE state SET sequence = 'x'", "UPDATE state SET unconverted = 'x'"])
-def test_a_counter_that_is_damaged_is_said_to_be(tmp_path: Path, statement: str) -> None:
+def test_opening_a_collection_with_a_damaged_counter_states_the_damage(tmp_path: Path, statement: str) -> None:
     with damaged(tmp_path, "revision = revision"):
         pass
     (path,) = tmp_path.rglob("records.db")
@@ -285,13 +285,13 @@ def test_a_counter_that_is_damaged_is_said_to_be(tmp_path: Path, statement: str)
         index.get("c")
 
 
-def test_a_damaged_time_deletes_no_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_expire_time_deletes_no_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with damaged(tmp_path, "expires = ?", 1.0) as collection:
         collection.upsert(
             [NewRecord("due", "", time_to_live=1e-6), NewRecord("later", "", time_to_live=1e6)], VECTORS[:2]
         )
         (later,) = collection.get(["later"])
-        # The damaged one would be due at once, again and again.
+        # Without the checksum, the damaged record would expire immediately.
         assert later.expire_time is not None
         assert collection.expire() == pytest.approx(later.expire_time.timestamp())
         assert collection.count() == COUNT + 1
@@ -301,7 +301,7 @@ def test_a_damaged_time_deletes_no_record(tmp_path: Path, caplog: pytest.LogCapt
         assert [problem.id for step in collection.verify() for problem in step.problems] == [LOST]
 
 
-def test_a_write_takes_nothing_over_from_a_damaged_record(tmp_path: Path) -> None:
+def test_an_upsert_keeps_no_values_of_a_damaged_record(tmp_path: Path) -> None:
     with damaged(tmp_path, "created = ?, revision = ?", 1e9, 5) as collection:
         again = [NewRecord(LOST, f"text of {LOST}")]
         with refused(Code.DATA_LOSS, LOST, "upsert it again"):
@@ -311,8 +311,8 @@ def test_a_write_takes_nothing_over_from_a_damaged_record(tmp_path: Path) -> Non
         assert record.create_time == record.update_time
 
 
-def test_times_are_checked_as_they_are_served(tmp_path: Path) -> None:
-    """Microseconds from SQLite and from Python are the same, whatever the last digits of the stored seconds are."""
+def test_checksums_of_times_are_right_for_all_fractions_of_seconds(tmp_path: Path) -> None:
+    """SQLite and Python compute equal microseconds for all last digits of the stored seconds."""
     lives = [10.0 ** (i % 11) + i / 7 for i in range(COUNT)]
     with closing(Index(tmp_path)) as index:
         collection = index.create(CollectionSpec("c", WIDTH))
@@ -323,13 +323,13 @@ def test_times_are_checked_as_they_are_served(tmp_path: Path) -> None:
         assert collection.get([record.id for record in records]) == records
 
 
-def test_damaged_metadata_costs_no_warning_of_a_filter(tmp_path: Path) -> None:
+def test_damaged_metadata_gives_no_filter_warning(tmp_path: Path) -> None:
     with damaged(tmp_path, *METADATA["cut"]) as collection:
         assert collection.mismatches(Comparison("even", Operator.EQUAL, 1)) == []
 
 
 @pytest.mark.parametrize("change", METADATA.values(), ids=METADATA)
-def test_it_is_whole_again_once_it_is_written_anew(tmp_path: Path, change: tuple[str, object]) -> None:
+def test_upserting_a_damaged_record_repairs_it(tmp_path: Path, change: tuple[str, object]) -> None:
     with damaged(tmp_path, *change) as collection:
         check_all_but_the_lost(collection, maintained=True)
         collection.upsert([NewRecord(LOST, f"text of {LOST}", {"even": False})], VECTORS[7:8])
@@ -342,40 +342,40 @@ def test_it_is_whole_again_once_it_is_written_anew(tmp_path: Path, change: tuple
 @pytest.mark.parametrize(
     ("blob", "distance"), [*((blob, Distance.COSINE) for blob in BLOBS), ("huge", Distance.EUCLIDEAN)]
 )
-def test_a_damaged_vector_shifts_no_other(tmp_path: Path, blob: str, distance: Distance) -> None:
-    """With filters labels and vectors are kept side by side."""
+def test_a_damaged_vector_does_not_affect_other_records(tmp_path: Path, blob: str, distance: Distance) -> None:
+    """Filtered searches cache labels and vectors in parallel arrays, which must not shift against each other."""
     with damaged(tmp_path, "vector = ?", BLOBS[blob], distance=distance) as collection:
         collection.maintain()
         check_pages(collection, with_vectors=True)
         conditions = [EVEN if i % 2 == 0 else Not(EVEN) for i in range(COUNT)]
-        for _ in range(2):  # the second time by what was kept
+        for _ in range(2):  # the second time with the cached arrays
             for found in (collection.search(VECTORS, 1, conditions=conditions), collection.search(VECTORS, 1)):
                 hits = [(outcome.hits[0][0].id, outcome.hits[0][1]) for outcome in found]
                 assert np.isfinite([score for _, score in hits]).all()
                 assert [hit for (hit, _), wanted in zip(hits, TRUTH, strict=True) if wanted != LOST] == [
                     each for each in TRUTH if each != LOST
                 ]
-            # What was kept is brought past a write.
+            # The cached arrays are updated after a write.
             collection.upsert([NewRecord("new", "new", {"even": True})], gaussian(1, WIDTH, seed=5))
         found_problems = [problem.id for step in collection.verify() for problem in step.problems]
         assert found_problems == [LOST]
 
 
-def test_a_vector_of_zeros_is_never_searched(tmp_path: Path) -> None:
-    """A page that was lost reads as zeros: no direction, and NaN once it is made of length 1."""
+def test_a_damaged_vector_of_zeros_is_not_searched(tmp_path: Path) -> None:
+    """A lost page reads as zeros: the vector has no direction, and normalizing it gives NaN."""
     with damaged(tmp_path, "vector = ?", bytes(4 * WIDTH)) as collection:
         assert collection._neighbours.count == COUNT - 1
         collection.maintain()
         assert LOST not in {record.id for record, _ in collection.search(VECTORS[:1], 100)[0].hits}
 
 
-def test_damaged_metadata_is_passed_over_where_a_filter_is_explained(tmp_path: Path) -> None:
+def test_explaining_a_filter_skips_incomplete_metadata(tmp_path: Path) -> None:
     with damaged(tmp_path, "metadata = ?", '{"even": "x"') as collection:
         assert collection.mismatches(Comparison("even", Operator.EQUAL, 1.0)) == []
 
 
-def test_an_index_on_damaged_metadata_keeps_nobody_from_writing(tmp_path: Path) -> None:
-    """It reads the metadata of a row that is deleted, to let go of it."""
+def test_an_index_on_damaged_metadata_does_not_prevent_writes(tmp_path: Path) -> None:
+    """SQLite reads the metadata of a deleted row to remove it from the index."""
     index = Index(tmp_path, buffer_limit=8)
     index.create(CollectionSpec("c", WIDTH, indexed_fields=("n",))).upsert(
         [NewRecord(each, "", {"n": i}) for i, each in enumerate(TRUTH)], VECTORS
@@ -391,7 +391,7 @@ def test_an_index_on_damaged_metadata_keeps_nobody_from_writing(tmp_path: Path) 
     index = Index(tmp_path, buffer_limit=8)
     collection = index.get("c")
     assert collection.delete([LOST]).deleted == 1
-    # The other one keeps the index from being made again.
+    # The second damaged record prevents SQLite from building the index again.
     below = Comparison("n", Operator.LESS, 20)
     assert len(collection.search(VECTORS[:1], 100, conditions=[below])[0].hits) == 18
     index.close()
@@ -405,7 +405,7 @@ def test_an_index_on_damaged_metadata_keeps_nobody_from_writing(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("metadata", ["'{'", "CAST(x'ff' AS TEXT)", "'[1]'", "7"])
-def test_the_warning_of_a_numeric_filter_reads_past_damaged_metadata(tmp_path: Path, metadata: str) -> None:
+def test_the_warning_of_a_numeric_filter_skips_damaged_metadata(tmp_path: Path, metadata: str) -> None:
     records = [NewRecord(each, metadata={"year": "1999"}) for each in TRUTH]
     with damaged(tmp_path, f"metadata = {metadata}") as collection:
         collection.upsert(records[8:], VECTORS[8:])

@@ -24,15 +24,15 @@ def test_an_id_that_only_looks_like_a_damaged_id_is_deleted(tmp_path: Path, name
         assert collection.count() == 0
 
 
-def test_the_reason_for_few_fused_hits_counts_those_with_damaged_vectors(tmp_path: Path) -> None:
+def test_the_shortfall_reason_of_a_hybrid_search_counts_records_with_damaged_vectors(tmp_path: Path) -> None:
     with damaged(tmp_path, "vector = zeroblob(7)") as collection:
         (outcome,) = collection.search_hybrid(VECTORS[:1], ["text"], [100], dense_weight=0.5)
         assert len(outcome.hits) == COUNT
         assert outcome.plan.shortfall_reason.startswith(f"{COUNT} records have an undamaged vector or a word")
 
 
-def test_missing_texts_and_metadata_prevent_nothing(tmp_path: Path) -> None:
-    """No statement writes NULL there, but damage may."""
+def test_null_texts_and_metadata_are_reported_by_verify_and_skipped(tmp_path: Path) -> None:
+    """No statement of emberpc writes NULL to these columns, but damage can."""
     with damaged(tmp_path, "revision = revision"):
         pass
     (path,) = tmp_path.rglob("records.db")

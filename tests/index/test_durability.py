@@ -1,4 +1,4 @@
-"""What is acknowledged stays, and what is not is not half there; whatever becomes of the process or its files."""
+"""Acknowledged writes survive crashes and damaged files, and other writes are stored whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from emberpc.server.index import Collection, Index
 from index.support import copy_made
 from index_helpers import DIMENSIONS, records, true_scores, vectors
 
-# Writes batches of a size that tells of half-written ones, and says of each before and after.
+# Writes batches of a known size, so that partial ones are found, and prints a line before and after each batch.
 WRITER = """
 import sys, numpy as np
 from pathlib import Path
@@ -56,17 +56,18 @@ for number in range(start + 1, start + 100_000):
 """
 
 
-#: Seconds after a line of the writer's in which it is killed: some operations, each with its commit and its fsync.
+#: Greatest delay in seconds between a line of the writer and its kill: a few operations, each with a commit and an
+#: fsync.
 LATEST = 0.02
 
 
 def crash(folder: Path, seed: int, lines: int, delay: float) -> list[str]:
-    """Run the writer, kill it with SIGKILL so many seconds after so many lines, and return all that it said."""
+    """Run the writer, kill it with SIGKILL `delay` seconds after `lines` lines, and return all printed lines."""
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(folder), str(seed)], stdout=subprocess.PIPE, text=True)
     assert writer.stdout is not None
     said = [writer.stdout.readline() for _ in range(lines)]
-    # This waits for nothing: killed upon the line itself, it would die at the beginning of an operation every time, and
-    # hardly ever in the middle of a commit.
+    # The delay synchronises nothing: without it, the writer would always be killed at the beginning of an operation,
+    # and hardly ever during a commit.
     time.sleep(delay)
     writer.kill()
     said += writer.stdout.readlines()
@@ -76,7 +77,7 @@ def crash(folder: Path, seed: int, lines: int, delay: float) -> list[str]:
 
 
 def replay(said: list[str], state: dict[int, str]) -> list[dict[int, str]]:
-    """Return the states that may be on disk: that of all acknowledged writes, and that with the one under way."""
+    """Return the states that may be on disk: that of all acknowledged writes, and that with the write in progress."""
     pending: tuple[str, int, str] | None = None
     for line in said:
         words = line.split()
@@ -100,7 +101,7 @@ def apply(state: dict[int, str], action: str, group: int, number: str) -> None:
 
 
 def check(collection: Collection, possible: list[dict[int, str]]) -> dict[int, str]:
-    """Check that the store holds one of the possible states, whole, and that search finds it; return which."""
+    """Check that the store has one whole state of the possible ones, and that searches find it; return the state."""
     page, token = collection.page(1000, "", with_vectors=True)
     assert token == ""
     groups: dict[int, set[str]] = {}
@@ -125,7 +126,7 @@ def check(collection: Collection, possible: list[dict[int, str]]) -> dict[int, s
 
 
 def passing_states(said: list[str], state: str | None) -> set[str | None]:
-    """Return what there may be of the collection that comes and goes: None, "" (nothing in it yet), or a number."""
+    """Return the possible states of the collection `d`: None if it is missing, "" if it is empty, or its number."""
     possible = {state}
     for line in said:
         words = line.split() if line.endswith("\n") else []
@@ -139,7 +140,7 @@ def passing_states(said: list[str], state: str | None) -> set[str | None]:
 
 
 def check_passing(index: Index, possible: set[str | None]) -> str | None:
-    """Check that there is all of the collection that comes and goes, or nothing, and of one life only."""
+    """Check that the collection `d` is missing, empty or whole, with records of one number only."""
     try:
         collection = index.get("d")
     except ServiceError as error:
@@ -175,16 +176,16 @@ def crash_repeatedly(folder: Path, rounds: int, seed: int) -> None:
         index.close()
 
 
-def test_four_crashes_lose_nothing_acknowledged(tmp_path: Path) -> None:
+def test_four_crashes_lose_no_acknowledged_write(tmp_path: Path) -> None:
     crash_repeatedly(tmp_path, rounds=4, seed=1)
 
 
 @pytest.mark.slow
-def test_two_hundred_crashes_lose_nothing_acknowledged(tmp_path: Path) -> None:
+def test_two_hundred_crashes_lose_no_acknowledged_write(tmp_path: Path) -> None:
     crash_repeatedly(tmp_path, rounds=200, seed=2)
 
 
-# Kills itself at a moment that a kill from outside would hardly hit.
+# A process that kills itself at a moment that another process could hardly hit.
 KILLED = """
 import os, pathlib, signal, sys
 from emberpc.server.index import Index
@@ -229,7 +230,7 @@ print("still here", flush=True)
 @pytest.mark.parametrize(
     "moment", ["half of a graph built anew", "half of a file", "no sidecar", "sidecar under another name"]
 )
-def test_a_crash_in_the_middle_of_maintenance_loses_nothing(tmp_path: Path, moment: str) -> None:
+def test_a_crash_during_maintenance_loses_no_write(tmp_path: Path, moment: str) -> None:
     matrix = filled(tmp_path)
     found = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), moment],
@@ -277,7 +278,7 @@ def make_filled(folder: Path) -> None:
 
 @pytest.mark.parametrize("which", ["newest", "both"])
 @pytest.mark.parametrize("harm", ["cut", "flipped", "empty", "missing graph", "missing sidecar", "other sidecar"])
-def test_a_damaged_snapshot_is_left_aside(
+def test_a_damaged_snapshot_is_not_used(
     tmp_path: Path, harm: str, which: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     matrix = filled(tmp_path)
@@ -312,7 +313,7 @@ def test_a_damaged_snapshot_is_left_aside(
     index.close()
 
 
-def test_a_full_disk_is_said_and_changes_nothing(collection: Collection) -> None:
+def test_an_upsert_on_a_full_disk_is_refused_and_changes_nothing(collection: Collection) -> None:
     collection.upsert(records("a"), vectors(1))
     pages = collection._store._writer.execute("PRAGMA page_count").fetchone()[0]
     # SQLite reports the same as on a disk without room once a database may not grow.

@@ -1,4 +1,4 @@
-"""Records with equal vectors share a node of the graph, so they cut no other record off."""
+"""Records with equal vectors share a node of the graph, so they do not cut off other records."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def built(vectors: Matrix) -> PersistentGraph:
     return graph
 
 
-def test_copies_hide_no_other_record() -> None:
+def test_many_equal_vectors_do_not_hide_other_records() -> None:
     vectors, others = with_copies(500, 1000)
     labels, _ = built(vectors).search(vectors[others], 1)
     assert np.mean(labels[:, 0] == others + 1) >= 0.99
 
 
-def test_hits_count_records_and_a_node_stays_until_its_last_label_goes() -> None:
+def test_a_node_returns_all_its_records_and_stays_until_the_last_is_removed() -> None:
     vectors, others = with_copies(300, 200)
     graph = built(vectors)
     copies = sorted(set(range(1, 501)) - set((others + 1).tolist()))
@@ -87,7 +87,7 @@ def test_a_snapshot_keeps_the_labels_of_each_node(tmp_path: Path) -> None:
     assert loaded.dead_share == graph.dead_share
 
 
-def test_a_snapshot_of_the_former_format_is_left_aside(tmp_path: Path) -> None:
+def test_a_snapshot_of_the_former_format_is_not_used(tmp_path: Path) -> None:
     snapshots.save(built(with_copies(20, 5)[0]).save, SPEC, "identity", tmp_path)
     (sidecar,) = tmp_path.glob("*.json")
     facts = json.loads(sidecar.read_text(encoding="utf-8"))["facts"]
@@ -98,7 +98,7 @@ def test_a_snapshot_of_the_former_format_is_left_aside(tmp_path: Path) -> None:
     assert snapshots.load(SPEC, "identity", 500, tmp_path) is None
 
 
-def test_a_search_of_a_collection_counts_records(index: Index) -> None:
+def test_a_search_returns_as_many_records_of_equal_vectors_as_requested(index: Index) -> None:
     collection = index.create(SPEC)
     vectors, others = with_copies(100, 200)
     collection.upsert(numbered(300), vectors)

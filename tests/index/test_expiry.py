@@ -1,4 +1,4 @@
-"""Records with a time to live: there until then, gone after it."""
+"""Records with a time to live exist until it is over, and are deleted afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from emberpc.server.index import Collection, Index
 from emberpc.server.index.storage.store import Store
 from index_helpers import DIMENSIONS, records, vectors
 
-#: Seconds that a record lives which a test reads before its end: enough on a host ten times slower.
+#: Time to live in seconds of records that a test reads before they expire, also on a host that is ten times slower.
 LIFE = 2.0
 
 
@@ -29,7 +29,7 @@ def short_lived(*ids: str, seconds: float) -> list[NewRecord]:
     return [NewRecord(each, f"text of {each}", time_to_live=seconds) for each in ids]
 
 
-def test_a_record_goes_when_its_time_is_up_and_others_stay(collection: Collection) -> None:
+def test_a_record_is_deleted_after_its_time_to_live_and_others_stay(collection: Collection) -> None:
     matrix = vectors(3)
     collection.upsert(records("stays"), matrix[:1])
     before = time.time()
@@ -48,14 +48,14 @@ def test_a_record_goes_when_its_time_is_up_and_others_stay(collection: Collectio
     assert not [problem for step in collection.verify() for problem in step.problems]
 
 
-def test_a_record_that_is_written_again_lives_as_the_last_write_says(collection: Collection) -> None:
+def test_an_upsert_replaces_the_time_to_live(collection: Collection) -> None:
     collection.upsert(short_lived("a", "b", seconds=0.2), vectors(2))
     collection.upsert(records("a"), vectors(1))
     assert soon(lambda: not collection.get(["b"]))
     assert collection.get(["a"])[0].expire_time is None
 
 
-def test_what_goes_while_the_index_is_closed_is_never_found_again(tmp_path: Path) -> None:
+def test_records_that_expire_while_the_index_is_closed_are_not_found(tmp_path: Path) -> None:
     matrix = vectors(20)
     index = Index(tmp_path, buffer_limit=8)
     collection = index.create(CollectionSpec("c", DIMENSIONS))
@@ -73,7 +73,7 @@ def test_what_goes_while_the_index_is_closed_is_never_found_again(tmp_path: Path
         reopened.close()
 
 
-def test_what_is_to_go_after_a_restart_goes(tmp_path: Path) -> None:
+def test_records_expire_after_a_restart(tmp_path: Path) -> None:
     index = Index(tmp_path)
     index.create(CollectionSpec("c", DIMENSIONS)).upsert(short_lived("a", seconds=1), vectors(1))
     index.close()
@@ -84,7 +84,9 @@ def test_what_is_to_go_after_a_restart_goes(tmp_path: Path) -> None:
         reopened.close()
 
 
-def test_many_go_in_writes_of_a_limited_size(collection: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_expired_records_are_deleted_in_writes_of_a_limited_size(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("emberpc.server.index.collection._EXPIRED_AT_ONCE", 100)
     ids = [str(i) for i in range(230)]
     collection.upsert(short_lived(*ids, seconds=0.5), vectors(len(ids)))
@@ -92,7 +94,9 @@ def test_many_go_in_writes_of_a_limited_size(collection: Collection, monkeypatch
     assert collection.info().sequence == 4
 
 
-def test_a_full_disk_does_not_keep_a_collection_shut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collection_with_expired_records_opens_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     index = Index(tmp_path)
     index.create(CollectionSpec("c", DIMENSIONS)).upsert(records("a"), vectors(1))
     index.close()

@@ -1,4 +1,4 @@
-"""Filtered search, lists, counts and deletes: what matches and all of it, whatever is written meanwhile."""
+"""Filtered searches, pages, counts and deletes cover exactly the matching records, despite concurrent writes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from index.support import gaussian, refused
 from index_helpers import true_scores, vectors
 
 COUNT = 4000
-#: A number below so many is what a record has with this share.
+#: Limits of the numbers of records, by the share of the records with a number below the limit.
 SHARES = {0.5: 2000.0, 0.1: 400.0, 0.01: 40.0, 0.001: 4.0}
 
 
@@ -57,7 +57,7 @@ def large(tmp_path_factory: pytest.TempPathFactory, matrix: np.ndarray, numbers:
 
 
 @pytest.mark.parametrize("share", SHARES)
-def test_filtered_searches_find_what_is_nearest(
+def test_filtered_searches_find_the_nearest_matching_records(
     large: Collection, matrix: np.ndarray, numbers: np.ndarray, share: float
 ) -> None:
     allowed = np.flatnonzero(numbers < SHARES[share])
@@ -73,7 +73,7 @@ def test_filtered_searches_find_what_is_nearest(
     assert found / 20 >= 0.98
 
 
-def test_the_plan_tells_how_and_how_many_match(large: Collection) -> None:
+def test_the_plan_states_the_strategy_and_the_number_of_matching_records(large: Collection) -> None:
     query = vectors(1, seed=7)
     (many,) = large.search(query, 10, conditions=[below(2000)])
     assert (many.plan.strategy, many.plan.shortfall_reason) == (SearchStrategy.HNSW, "")
@@ -86,8 +86,8 @@ def test_the_plan_tells_how_and_how_many_match(large: Collection) -> None:
     assert (none.hits, none.plan.shortfall_reason) == ([], "0 records match the filter")
 
 
-def test_what_matches_is_found_however_far_from_the_query_it_is(large: Collection, matrix: np.ndarray) -> None:
-    """Near the query nothing matches, so that every first candidate of the graph is a miss."""
+def test_matching_records_far_from_the_query_are_found(large: Collection, matrix: np.ndarray) -> None:
+    """No record near the query matches, so none of the first candidates of the graph does."""
     query = np.zeros((1, matrix.shape[1]), dtype=np.float32)
     query[0, 0] = -1
     far = Comparison("far", Operator.EQUAL, True)
@@ -106,7 +106,7 @@ def test_each_query_has_its_own_filter(large: Collection) -> None:
     assert outcomes[0].hits == outcomes[3].hits
 
 
-def test_pages_counts_and_deletes_go_by_filter(collection: Collection) -> None:
+def test_pages_counts_and_deletes_apply_a_filter(collection: Collection) -> None:
     new = [NewRecord(f"r{i:02}", metadata={"odd": i % 2 == 1}) for i in range(20)]
     collection.upsert(new, gaussian(20, 16))
     odd = Comparison("odd", Operator.EQUAL, True)
@@ -133,10 +133,10 @@ def test_pages_counts_and_deletes_go_by_filter(collection: Collection) -> None:
 @pytest.mark.parametrize(
     ("bound", "value"), [("_MAX_BYTES", 2**20), ("_MAX_BYTES", 100), ("_MAX_WRITES", 1)], ids=["all", "little", "late"]
 )
-def test_a_filter_sees_every_write_at_once(
+def test_a_filter_applies_to_every_write_immediately(
     collection: Collection, monkeypatch: pytest.MonkeyPatch, bound: str, value: int
 ) -> None:
-    """The same filter again and again, so that what is remembered of it is brought up to date, or is not there."""
+    """The test repeats a filter, so that its cached matches are updated, or missing because of the patched limits."""
     monkeypatch.setattr(filtered, bound, value)
     data = gaussian(60, 16)
     query = data[:1]
@@ -163,8 +163,8 @@ def test_a_filter_sees_every_write_at_once(
         assert found() == {key for key, kind in truth.items() if kind != "c"}
 
 
-def test_a_record_that_is_always_there_is_always_found(collection: Collection) -> None:
-    """It is replaced over and over; a search that mixed old labels with new vectors would miss it."""
+def test_a_record_that_is_constantly_replaced_is_found_by_every_search(collection: Collection) -> None:
+    """The record is replaced repeatedly; a search that combined old labels with new vectors would miss it."""
     data = gaussian(40, 16)
     new = [NewRecord(f"r{i}", metadata={"kind": "a"}) for i in range(40)]
     collection.upsert(new, data)
@@ -187,10 +187,10 @@ def test_a_record_that_is_always_there_is_always_found(collection: Collection) -
         writer.join()
 
 
-def test_a_filtered_search_is_done_once_though_other_records_are_written_meanwhile(
+def test_a_filtered_search_is_not_repeated_for_writes_of_other_records(
     large: Collection, matrix: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under steady writes it would be done again and again, and at last wait for one of them."""
+    """Otherwise a search would be repeated under steady writes, and finally wait for one of them."""
     searches = 0
     search = Neighbours.search
 
@@ -207,7 +207,7 @@ def test_a_filtered_search_is_done_once_though_other_records_are_written_meanwhi
     large.delete(["other"])
 
 
-def test_declared_fields_have_an_index_also_where_there_was_none(tmp_path: Path) -> None:
+def test_a_missing_index_of_a_declared_field_is_created(tmp_path: Path) -> None:
     spec = CollectionSpec("c", 16, indexed_fields=("lang", 'odd"key'))
     index = Index(tmp_path)
     index.create(spec)
@@ -226,7 +226,7 @@ def test_declared_fields_have_an_index_also_where_there_was_none(tmp_path: Path)
     connection.close()
 
 
-def test_a_database_of_a_newer_version_is_not_touched(tmp_path: Path) -> None:
+def test_a_database_of_a_newer_version_is_refused_and_not_changed(tmp_path: Path) -> None:
     index = Index(tmp_path)
     index.create(CollectionSpec("c", 16))
     index.close()

@@ -1,4 +1,4 @@
-"""Filters: what they mean, and that SQL means the same."""
+"""Filters: the records that they match, and that the compiled SQL matches the same records."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from emberpc.server.index.storage.filter_sql import compile_filter, index_statem
 from index_helpers import vectors
 
 KEYS = ["a", "b", "a.b", 'q"uote', "it's", "br[0]", "back\\slash", "ключ", "", "$", "new\nline", "7"]
-#: No NUL, at which SQLite ends a string; the service refuses it in filters and metadata.
+#: Texts without NUL, at which SQLite ends a string; the service refuses NUL in filters and metadata.
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=3) | st.sampled_from(
     ["en", "enough", "e\U0010ffff", "\ud7ff", "\ue000", "1", "true", "null"]
 )
@@ -81,7 +81,7 @@ CONDITIONS: st.SearchStrategy[Filter] = st.recursive(
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[sqlite3.Connection]:
-    """A table as the store's, with an index on each field that can have one."""
+    """A table like that of the store, with an index on each field that can have one."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
     connection.execute("CREATE TABLE records (label INTEGER PRIMARY KEY, metadata TEXT NOT NULL, vector BLOB)")
     for key in ("a", "it's", "br[0]"):
@@ -97,7 +97,7 @@ def matching(database: sqlite3.Connection, condition: Filter) -> list[int]:
 
 
 @given(documents=st.lists(METADATA, max_size=4), conditions=st.lists(CONDITIONS, min_size=1, max_size=4))
-def test_sql_finds_what_matches(
+def test_compiled_sql_matches_the_same_records_as_the_filter(
     database: sqlite3.Connection, documents: list[dict[str, Any]], conditions: list[Filter]
 ) -> None:
     database.execute("DELETE FROM records")
@@ -111,10 +111,10 @@ def test_sql_finds_what_matches(
 
 
 @given(documents=st.lists(METADATA, min_size=1, max_size=4), data=st.data())
-def test_sql_finds_values_that_are_there(
+def test_compiled_sql_finds_values_of_the_metadata(
     database: sqlite3.Connection, documents: list[dict[str, Any]], data: st.DataObject
 ) -> None:
-    """Random values hardly ever meet; these conditions ask for what the metadata holds."""
+    """Random values are hardly ever equal, so these conditions use values of the metadata."""
     database.execute("DELETE FROM records")
     database.executemany(
         "INSERT INTO records (label, metadata) VALUES (?, ?)",
@@ -170,7 +170,7 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
         (AnyOf((Existence("a.b"), Existence("a\\.b"))), {"nested", "empty"}),
     ],
 )
-def test_what_filters_mean(database: sqlite3.Connection, condition: Filter, found: set[str]) -> None:
+def test_filters_match_the_documented_records(database: sqlite3.Connection, condition: Filter, found: set[str]) -> None:
     documents: dict[str, dict[str, Any]] = {
         "english": {"lang": "en", "year": 2020},
         "both": {"lang": ["en", "de"], "year": "2020"},
@@ -200,7 +200,7 @@ def test_what_filters_mean(database: sqlite3.Connection, condition: Filter, foun
         AllOf((Comparison("a", Operator.EQUAL, "x"), Comparison("b", Operator.LESS, 3.0))),
     ],
 )
-def test_indexed_fields_are_looked_up(database: sqlite3.Connection, condition: Filter) -> None:
+def test_filters_on_indexed_fields_use_the_index(database: sqlite3.Connection, condition: Filter) -> None:
     clause = compile_filter(condition)
     plan = database.execute(f"EXPLAIN QUERY PLAN SELECT label FROM records WHERE {clause.sql}", clause.parameters)
     details = [row[3] for row in plan]
@@ -208,7 +208,7 @@ def test_indexed_fields_are_looked_up(database: sqlite3.Connection, condition: F
     assert not any(detail.startswith("SCAN records") for detail in details), details
 
 
-def test_fields_name_keys() -> None:
+def test_field_names_are_parsed_to_keys() -> None:
     assert keys("a") == ("a",)
     assert keys("a.b") == ("a", "b")
     assert keys("a\\.b.c\\\\") == ("a.b", "c\\")
@@ -219,7 +219,7 @@ def test_fields_name_keys() -> None:
 
 
 ODD = ".".join(['"'] * MAX_KEYS)
-#: Each takes as much of SQLite's limits as one condition can.
+#: Conditions that each use as much of the limits of SQLite as one condition can.
 LARGE = {
     kind: Membership(name, ("x", 1.0, True, False, None))
     for kind, name in {"plain": "plain", "odd": ODD, "long": "'" * 1000}.items()
@@ -227,7 +227,7 @@ LARGE = {
 
 
 def chain(levels: int, beside: int, leaf: Filter) -> Filter:
-    """A condition at the end of nested lists; each list has others before and after it."""
+    """Return a condition inside nested lists; each list has other conditions before and after it."""
     found = leaf
     for level in range(levels):
         kind = AllOf if level % 2 else AnyOf
@@ -265,7 +265,7 @@ def largest(leaf: Filter) -> list[Filter]:
     "filters",
     [
         pytest.param(largest(LARGE["plain"]), id="plain"),
-        # The deepest, and the one with the most bytes and parameters.
+        # The deepest filter, and the one with the most bytes and parameters.
         pytest.param(largest(LARGE["long"])[:3], id="long"),
         pytest.param(largest(LARGE["long"])[3:], id="long, others", marks=pytest.mark.slow),
         pytest.param(largest(LARGE["odd"])[1:2], id="odd, deepest"),
@@ -273,19 +273,19 @@ def largest(leaf: Filter) -> list[Filter]:
         pytest.param(largest(LARGE["odd"]), id="odd", marks=pytest.mark.slow),
     ],
 )
-def test_sqlite_takes_the_largest_filters(filters: list[Filter]) -> None:
+def test_sqlite_accepts_the_largest_filters(filters: list[Filter]) -> None:
     with closing(sqlite3.connect(":memory:")) as database:
         database.execute("CREATE TABLE records (metadata TEXT)")
         database.execute("INSERT INTO records VALUES (?)", (json.dumps({"plain": "x"}),))
         for each in filters:
             clause = compile_filter(each)
-            # Nested as the deepest statement of the index nests it.
+            # Nested like in the deepest statement of the index.
             statement = f"SELECT count(*) FROM records WHERE rowid IN (SELECT rowid FROM records WHERE ({clause.sql}))"
             found = database.execute(statement, clause.parameters).fetchone()
             assert found == (matches(each, {"plain": "x"}),)
 
 
-def test_metadata_is_read_until_the_fields_of_a_filter_are_found() -> None:
+def test_explaining_a_filter_reads_metadata_until_its_fields_are_found() -> None:
     def documents() -> Iterator[dict[str, Any]]:
         for i in range(10):
             read.append(i)
@@ -319,7 +319,7 @@ def test_metadata_is_read_until_the_fields_of_a_filter_are_found() -> None:
         (Existence("empty"), ""),
     ],
 )
-def test_a_filter_without_matches_is_explained(condition: Filter, expected: str) -> None:
+def test_the_reason_for_a_filter_without_matches_is_returned(condition: Filter, expected: str) -> None:
     documents = [{"length": 3, "lang": "en"}, {"length": 4, "empty": []}]
     found = mismatches(condition, documents)
     assert len(found) == bool(expected)
@@ -327,7 +327,7 @@ def test_a_filter_without_matches_is_explained(condition: Filter, expected: str)
     assert mismatches(condition, []) == []
 
 
-def test_only_so_much_metadata_is_read_to_explain_a_filter(
+def test_explaining_a_filter_reads_a_limited_amount_of_metadata(
     collection: Collection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collection.upsert([NewRecord(f"r{i}", "", {"a": "1" * 1000}) for i in range(20)], vectors(20))

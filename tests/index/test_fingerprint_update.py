@@ -1,4 +1,4 @@
-"""A collection bound under the old scheme of fingerprints is bound under the present one, once and for good."""
+"""Binding a collection of the old scheme of fingerprints again under the present scheme."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OLD, NEW = "0" * 64, "1" * 64
 SPEC = CollectionSpec("c", DIMENSIONS, model="m", model_fingerprint=OLD)
 
 
-def test_a_collection_is_bound_again_and_stays_so(tmp_path: Path) -> None:
+def test_a_changed_binding_survives_a_restart(tmp_path: Path) -> None:
     index = Index(tmp_path)
     index.create(SPEC)
     assert index.update_fingerprint("c", OLD, NEW).spec.model_fingerprint == NEW
@@ -30,14 +30,14 @@ def test_a_collection_is_bound_again_and_stays_so(tmp_path: Path) -> None:
     index.close()
 
 
-def test_a_collection_of_another_model_is_left_alone(index: Index) -> None:
+def test_a_collection_of_another_model_is_not_bound_again(index: Index) -> None:
     index.create(SPEC)
     assert index.update_fingerprint("c", "2" * 64, NEW).spec.model_fingerprint == OLD
     with refused(Code.NOT_FOUND, "'d'"):
         index.update_fingerprint("d", OLD, NEW)
 
 
-def test_its_graph_is_not_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_binding_a_collection_again_keeps_its_graph(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     index = Index(tmp_path, buffer_limit=8, snapshot_every=8)
     collection = index.create(SPEC)
     collection.upsert(numbered(40), vectors(40))

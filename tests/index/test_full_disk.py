@@ -1,4 +1,4 @@
-"""A disk that is really full: acknowledged writes stay, deletions work, and writes go on once there is room."""
+"""A full disk: acknowledged writes stay, deletions work, and writes work again when there is room."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from index.support import gaussian, recall, refused
 
 WIDTH, BATCH = 64, 20
 MEGABYTE = 2**20
-#: The size of the product; `conftest.py` gives other tests less.
+#: The size of the reserve in production; `conftest.py` gives other tests a smaller one.
 RESERVE_SIZE = reserve_module._SIZE
 
 
@@ -43,14 +43,14 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 
 def batch(number: int) -> tuple[list[NewRecord], Matrix]:
-    """Some records, half of which take the place of the batch before."""
+    """Return a batch of records, of which half replace records of the batch before."""
     ids = [f"r{i:05}" for i in range(number * BATCH // 2, number * BATCH // 2 + BATCH)]
     records = [NewRecord(each, f"{number} " + "word " * 100, {"batch": number}) for each in ids]
     return records, gaussian(BATCH, WIDTH, seed=number)
 
 
 def fill(collection: Collection, first: int) -> tuple[dict[str, tuple[int, Matrix]], int]:
-    """Write batches until the disk is full; return what was acknowledged, and the number of the batch that was not."""
+    """Write batches until the disk is full; return the acknowledged records, and the number of the refused batch."""
     written: dict[str, tuple[int, Matrix]] = {}
     for number in range(first, first + 10_000):
         records, vectors = batch(number)
@@ -66,7 +66,7 @@ def fill(collection: Collection, first: int) -> tuple[dict[str, tuple[int, Matri
 
 
 def check(collection: Collection, written: dict[str, tuple[int, Matrix]]) -> None:
-    """Check that just what was acknowledged is there, and that search finds it."""
+    """Check that exactly the acknowledged records are stored, and that searches find them."""
     found: list[StoredRecord] = []
     token = ""
     while not found or token:
@@ -82,7 +82,7 @@ def check(collection: Collection, written: dict[str, tuple[int, Matrix]]) -> Non
 
 
 @pytest.mark.slow
-def test_a_full_disk_loses_nothing_that_was_acknowledged(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_loses_no_acknowledged_write(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(3 * MEGABYTE))
     data = small_disk / "data"
@@ -113,18 +113,18 @@ def fill_to_the_last_byte(path: Path) -> None:
             pass
 
 
-def test_records_and_collections_are_deleted_on_a_full_disk(small_disk: Path) -> None:
+def test_records_and_collections_can_be_deleted_on_a_full_disk(small_disk: Path) -> None:
     data = small_disk / "data"
     with closing(Index(data, buffer_limit=8, snapshot_every=10**6)) as index:
-        # The space of the first one is more than what is reserved for deletions. Maintenance would write snapshots at
-        # any time, so there are none.
+        # The first collection is larger than the reserve for deletions. Snapshots are switched off, since maintenance
+        # could write them at any time.
         for name, batches in (("c", 80), ("d", 8)):
             collection = index.create(CollectionSpec(name, WIDTH))
             for number in range(batches):
                 collection.upsert(*batch(number))
         assert index.get("c").info().size_bytes > MEGABYTE
         fill_to_the_last_byte(small_disk / "ballast")
-        # Until the log is full, writes still find room.
+        # Writes find room in the write-ahead log until it is full.
         _, number = fill(collection, 8)
         count = collection.count()
         for i in range(0, count, 5):
@@ -134,7 +134,7 @@ def test_records_and_collections_are_deleted_on_a_full_disk(small_disk: Path) ->
         ids = [record.id for record in collection.page(1000, "")[0]]
         assert len(ids) == collection.count() < count
         assert collection.delete_matching(Comparison("batch", Operator.LESS, 4)).deleted > 0
-        # What the deletions need is not left to other writes.
+        # Other writes do not get the space that deletions need.
         while True:
             try:
                 collection.upsert(*batch(number))
@@ -151,8 +151,8 @@ def test_records_and_collections_are_deleted_on_a_full_disk(small_disk: Path) ->
         assert [spec.name for spec in index.page(10, "")[0]] == ["d"]
 
 
-def test_a_deletion_empties_a_log_that_a_reader_kept_an_earlier_one_from_emptying(small_disk: Path) -> None:
-    """Maintenance may read the database while a deletion uses the reserve, and then the log keeps the space."""
+def test_a_deletion_empties_the_log_that_a_reader_kept_full_before(small_disk: Path) -> None:
+    """If maintenance reads the database while a deletion uses the reserve, the log keeps the space."""
     with closing(Index(small_disk / "data")) as index:
         collection = index.create(CollectionSpec("c", WIDTH))
         for number in range(60):
@@ -172,7 +172,7 @@ def test_a_deletion_empties_a_log_that_a_reader_kept_an_earlier_one_from_emptyin
         assert collection.count() == left - 1
 
 
-def test_a_server_that_starts_on_a_full_disk_can_delete(small_disk: Path) -> None:
+def test_a_server_started_on_a_full_disk_can_delete(small_disk: Path) -> None:
     data = small_disk / "data"
     with closing(Index(data)) as index:
         for name in ("c", "d"):
@@ -191,7 +191,7 @@ def test_a_server_that_starts_on_a_full_disk_can_delete(small_disk: Path) -> Non
 
 
 def test_a_closed_collection_on_a_full_disk_is_opened_for_deletions_only(small_disk: Path) -> None:
-    """Reads removed the reserve, and without it they were INTERNAL."""
+    """In an earlier version, reads removed the reserve, and failed with INTERNAL without it."""
     data = small_disk / "data"
     names = ("c", "d", "e")
     with closing(Index(data)) as index:
@@ -206,7 +206,7 @@ def test_a_closed_collection_on_a_full_disk_is_opened_for_deletions_only(small_d
         assert index.get("c").delete(["r00001"]).deleted == 1
         assert not (data / "reserve").exists()
         fill_to_the_last_byte(small_disk / "still more")
-        # The reserve is used up.
+        # No space of the reserve is left.
         for call in calls_of(index.get("d")):
             with refused(Code.RESOURCE_EXHAUSTED, "the disk is full", "make room"):
                 call()
@@ -238,8 +238,8 @@ def check_closed(index: Index, data: Path) -> None:
 
 
 @pytest.mark.parametrize("free", [0, 16, 32, 48, 64, 80, 96, 128])
-def test_a_collection_is_not_made_on_a_nearly_full_disk(small_disk: Path, free: int) -> None:
-    """SQLite says "disk I/O error", which was INTERNAL."""
+def test_creating_a_collection_on_a_nearly_full_disk_is_refused_as_disk_full(small_disk: Path, free: int) -> None:
+    """SQLite reports "disk I/O error" here, which an earlier version returned as INTERNAL."""
     with closing(Index(small_disk / "data")) as index:
         fill_to_the_last_byte(small_disk / "ballast")
         os.truncate(small_disk / "ballast", (small_disk / "ballast").stat().st_size - free * 1024)
@@ -251,7 +251,7 @@ def test_a_collection_is_not_made_on_a_nearly_full_disk(small_disk: Path, free: 
         index.create(CollectionSpec("d", WIDTH))
 
 
-def test_what_only_deletions_may_use_is_allocated_again_once_there_is_room(small_disk: Path) -> None:
+def test_the_reserve_for_deletions_is_allocated_again_when_there_is_room(small_disk: Path) -> None:
     data = small_disk / "data"
     with closing(Index(data)) as index:
         collection = index.create(CollectionSpec("c", WIDTH))

@@ -1,4 +1,4 @@
-"""Nearly equal vectors hide no other record, and a record that the links of the graph do not lead to is found."""
+"""Nearly equal vectors hide no other record, and searches also find records without links to their nodes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def recalls(
 
 @pytest.mark.parametrize("distance", [Distance.COSINE, Distance.EUCLIDEAN])
 @pytest.mark.parametrize("noise", [0.0, 0.001, 0.01])
-def test_nearly_equal_vectors_hide_no_other_and_not_each_other(distance: Distance, noise: float) -> None:
+def test_nearly_equal_vectors_hide_neither_others_nor_each_other(distance: Distance, noise: float) -> None:
     vectors, others = crowd(500, 1000, noise)
     vectors = prepare(vectors, distance)
     graph = built(vectors, CollectionSpec("c", WIDTH, distance=distance))
@@ -85,7 +85,7 @@ def test_scores_within_a_group_are_exact(near: int) -> None:
 
 
 @pytest.mark.parametrize("near", [60, 400], ids=["compared", "with a graph of their own"])
-def test_a_group_outlives_its_leader_and_goes_with_its_last_label(near: int) -> None:
+def test_a_group_survives_its_leader_and_is_removed_with_its_last_record(near: int) -> None:
     vectors, others = crowd(300, near, 0.001)
     vectors = prepare(vectors, Distance.COSINE)
     graph = built(vectors)
@@ -97,7 +97,7 @@ def test_a_group_outlives_its_leader_and_goes_with_its_last_label(near: int) -> 
     assert labels[0, 0] == last
     assert leader not in labels
     assert graph.dead_share == 0
-    # The vector of the leader is taken in again.
+    # The vector of the leader is added again.
     graph.add(np.array([9000], dtype=np.int64), vectors[leader - 1][None])
     assert graph.search(vectors[leader - 1][None], 1)[0][0, 0] == 9000
     graph.remove({9000, *group[:-1]})
@@ -110,7 +110,7 @@ def test_a_group_outlives_its_leader_and_goes_with_its_last_label(near: int) -> 
 
 
 def unchecked(monkeypatch: pytest.MonkeyPatch, build: Callable[[], object]) -> None:
-    """Build without the check whether a node is found."""
+    """Build without the check that searches find each node."""
     with monkeypatch.context() as patch:
         patch.setattr(Hnsw, "missed", lambda self, nodes, vectors: nodes[:0])
         build()
@@ -121,7 +121,7 @@ def missed(graph: PersistentGraph, vectors: Matrix) -> list[int]:
     return [row for row, label in enumerate(labels[:, 0].tolist()) if label != row + 1]
 
 
-def test_a_node_that_later_ones_cut_off_is_compared_with_every_query() -> None:
+def test_a_node_that_later_nodes_cut_off_becomes_a_stray() -> None:
     vectors = prepare(gaussian(1500, WIDTH), Distance.COSINE)
     graph = built(vectors, POOR)
     lost = missed(graph, vectors)
@@ -136,7 +136,7 @@ def test_a_node_that_later_ones_cut_off_is_compared_with_every_query() -> None:
     assert graph.stray_share == 0
 
 
-def test_a_node_of_a_group_that_is_cut_off_is_compared_with_every_query(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_of_a_group_that_is_cut_off_becomes_a_stray(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = prepare(gaussian(1, WIDTH, seed=1) + 0.01 * gaussian(400, WIDTH), Distance.COSINE)
     graph = built(vectors)
     assert graph.nodes == 1
@@ -148,7 +148,7 @@ def test_a_node_of_a_group_that_is_cut_off_is_compared_with_every_query(monkeypa
     assert graph.search(vectors[99][None], 1)[0].tolist() == [[100]]
 
 
-def test_a_leader_that_is_cut_off_still_leads_to_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_is_found_through_a_leader_that_is_a_stray(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, others = crowd(300, 100, 0.001)
     vectors = prepare(vectors, Distance.COSINE)
     graph = built(vectors)
@@ -190,7 +190,7 @@ def test_a_snapshot_keeps_groups_and_strays(tmp_path: Path) -> None:
     assert np.array_equal(loaded.search(vectors, 3)[1], graph.search(vectors, 3)[1])
 
 
-def test_a_leader_without_records_goes_with_the_group_that_is_gone(tmp_path: Path) -> None:
+def test_a_leader_without_records_is_removed_with_its_deleted_group(tmp_path: Path) -> None:
     vectors, others = crowd(300, 100, 0.001)
     graph = built(prepare(vectors, Distance.COSINE))
     group = set(range(1, 401)) - set((others + 1).tolist())
@@ -204,21 +204,19 @@ def test_a_leader_without_records_goes_with_the_group_that_is_gone(tmp_path: Pat
 
 
 def problems(collection: Collection) -> list[str]:
-    """Return the records that verify names; it has searches compare them from then on."""
+    """Return the records that verify reports; it makes them strays, which every later search covers."""
     return [problem.id for step in collection.verify(full=True) for problem in step.problems]
 
 
 def not_found(collection: Collection) -> int:
-    """Return how many records a search for their own vectors does not find."""
+    """Return the number of records that a search for their own vectors does not find."""
     labels = collection._store.labels()
     vectors = collection._read_vectors(labels.tolist())[1]
     found = collection._neighbours.search(vectors, 1, 800)
     return sum(each is not None and each.labels[0] != label for each, label in zip(found, labels.tolist(), strict=True))
 
 
-def test_a_record_that_verify_names_is_found_after_it_is_upserted_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_that_verify_reports_is_found_after_an_upsert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = np.vstack([gaussian(600, WIDTH), gaussian(600, WIDTH)[:160]])  # some with a copy, which shares the node
     index = Index(tmp_path, buffer_limit=8)
     collection = index.create(POOR_EUCLIDEAN)
@@ -237,9 +235,7 @@ def test_a_record_that_verify_names_is_found_after_it_is_upserted_again(
     index.close()
 
 
-def test_all_nodes_are_checked_when_the_graph_has_grown_by_a_half(
-    index: Index, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_nodes_are_checked_after_the_graph_grew_by_half(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     collection = index.create(POOR_EUCLIDEAN)
     monkeypatch.setattr(collection, "_wake", lambda: None)
     vectors = gaussian(960, WIDTH)
@@ -251,8 +247,8 @@ def test_all_nodes_are_checked_when_the_graph_has_grown_by_a_half(
     assert not_found(collection) == 0
 
 
-def test_the_default_ef_follows_from_distinct_vectors(index: Index) -> None:
-    """Many nearly equal records, which a search finds easily, do not hide that the others need more candidates."""
+def test_the_default_ef_depends_on_distinct_vectors(index: Index) -> None:
+    """Nearly equal records are found easily; they must not hide that searches for the others need more candidates."""
     collection = index.create(CollectionSpec("c", WIDTH, m=8, ef_construction=60))
     vectors, others = crowd(1100, 2200, 0.001)
     collection.upsert(numbered(len(vectors)), vectors)
@@ -268,7 +264,7 @@ def test_the_default_ef_follows_from_distinct_vectors(index: Index) -> None:
 
 
 def read_of(vectors: Matrix) -> Callable[[list[int]], tuple[Labels, Matrix]]:
-    """Return what reads prepared vectors, of which row i has the label i + 1."""
+    """Return a function that reads prepared vectors by labels; row i has the label i + 1."""
 
     def read(labels: list[int]) -> tuple[Labels, Matrix]:
         found = np.array(labels, dtype=np.int64)
@@ -278,7 +274,7 @@ def read_of(vectors: Matrix) -> Callable[[list[int]], tuple[Labels, Matrix]]:
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_a_graph_that_is_built_again_finds_every_vector(shuffled: bool) -> None:
+def test_a_rebuilt_graph_finds_every_vector(shuffled: bool) -> None:
     vectors, _ = crowd(1000, 1000, 0.1)
     vectors = prepare(vectors, Distance.COSINE)
     graph = built(vectors, POOR)
@@ -289,7 +285,7 @@ def test_a_graph_that_is_built_again_finds_every_vector(shuffled: bool) -> None:
     assert [each.labels[0] for each in found if each] == list(range(1, len(vectors) + 1))
 
 
-def test_an_equal_vector_is_looked_up_once_for_all_its_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_node_of_equal_vectors_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = prepare(gaussian(40, WIDTH), Distance.COSINE)
     graph = built(vectors)
     looked_up: list[int] = []
@@ -307,7 +303,7 @@ def test_an_equal_vector_is_looked_up_once_for_all_its_copies(monkeypatch: pytes
 
 @pytest.fixture
 def cut_off(index: Index, monkeypatch: pytest.MonkeyPatch) -> Collection:
-    """Return a collection that was checked, and then grew by less than a half, which cut off some nodes."""
+    """A collection that grew by less than half since its last check; the growth cut off some nodes."""
     collection = index.create(POOR_EUCLIDEAN)
     monkeypatch.setattr(collection, "_wake", lambda: None)
     monkeypatch.setattr(collection, "_wake_at_rest", lambda seconds: None)
@@ -321,7 +317,7 @@ def cut_off(index: Index, monkeypatch: pytest.MonkeyPatch) -> Collection:
     return collection
 
 
-def test_a_graph_at_rest_is_checked_though_it_grew_little(cut_off: Collection) -> None:
+def test_a_graph_without_recent_writes_is_checked_after_little_growth(cut_off: Collection) -> None:
     cut_off._graph_maintenance._next_check = 0
     assert cut_off._graph_maintenance.due_at_rest is not None
     cut_off._graph_maintenance._last_write -= 5000
@@ -330,7 +326,7 @@ def test_a_graph_at_rest_is_checked_though_it_grew_little(cut_off: Collection) -
     assert cut_off._graph_maintenance.due_at_rest is None
 
 
-def test_checks_of_a_graph_at_rest_take_a_small_share_of_the_time(cut_off: Collection) -> None:
+def test_checks_of_a_graph_without_recent_writes_are_delayed(cut_off: Collection) -> None:
     maintenance = cut_off._graph_maintenance
     maintenance._last_write -= 5000
     maintenance._next_check += 1000
@@ -341,7 +337,7 @@ def test_checks_of_a_graph_at_rest_take_a_small_share_of_the_time(cut_off: Colle
     assert not_found(cut_off), "it was checked before the time"
 
 
-def test_a_graph_that_is_loaded_is_checked_for_what_was_added_before(cut_off: Collection, tmp_path: Path) -> None:
+def test_a_loaded_graph_is_checked_for_nodes_added_before_the_snapshot(cut_off: Collection, tmp_path: Path) -> None:
     graph = cut_off._neighbours._graph
     snapshots.save(graph.save, POOR_EUCLIDEAN, "identity", tmp_path)
     loaded = snapshots.load(POOR_EUCLIDEAN, "identity", 2000, tmp_path)
@@ -353,7 +349,7 @@ def test_a_graph_that_is_loaded_is_checked_for_what_was_added_before(cut_off: Co
     assert not neighbours.needs_check
 
 
-def test_members_of_a_group_that_is_not_in_a_snapshot_are_found_and_grouped_again(
+def test_members_of_a_group_missing_in_a_snapshot_are_found_and_grouped_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("emberpc.server.index.graph.persistent_graph._MAX_SAVED_GROUP", 150)
@@ -374,8 +370,8 @@ def test_members_of_a_group_that_is_not_in_a_snapshot_are_found_and_grouped_agai
     assert (neighbours.waiting, loaded.nodes, len(loaded.labels())) == (0, 301, 500)
 
 
-def test_a_record_that_verify_names_is_found_from_then_on(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Upserted again it does not become a node, which would cut off others."""
+def test_a_record_that_verify_reports_is_found_afterwards(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an upsert, the record does not become a node again, which would cut off others."""
     collection = index.create(POOR_EUCLIDEAN)
     monkeypatch.setattr(collection, "_wake", lambda: None)
     vectors = gaussian(600, WIDTH)
@@ -394,7 +390,7 @@ def test_a_record_that_verify_names_is_found_from_then_on(index: Index, monkeypa
 
 
 @pytest.mark.parametrize("near", [60, 400], ids=["compared", "with a graph of their own"])
-def test_a_member_of_a_group_can_be_compared_always(near: int) -> None:
+def test_a_member_of_a_group_can_be_made_a_stray(near: int) -> None:
     vectors, others = crowd(300, near, 0.001)
     vectors = prepare(vectors, Distance.COSINE)
     graph = built(vectors)

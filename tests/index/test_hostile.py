@@ -1,4 +1,4 @@
-"""Vectors and numbers that no honest caller sends: refused, or answered rightly, and no memory is left behind."""
+"""Hostile vectors and numbers are refused or answered correctly, and leak no memory."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ def collection(index: Index, request: pytest.FixtureRequest) -> Collection:
 
 
 @pytest.mark.parametrize("kind", list(BAD))
-def test_a_bad_query_is_refused_however_it_is_searched(collection: Collection, kind: str) -> None:
+def test_an_invalid_query_vector_is_refused_in_every_kind_of_search(collection: Collection, kind: str) -> None:
     for ef, min_recall in ((0, 0), (1, 0), (0, 1)):
         with refused(Code.INVALID_ARGUMENT):
             collection.search(BAD[kind], 10, ef=ef, min_recall=min_recall)
 
 
 @pytest.mark.parametrize("top_k", [0, -1, MAX_TOP_K + 1, 10**6, 2**31 - 1])
-def test_a_bad_number_of_hits_is_refused(collection: Collection, top_k: int) -> None:
+def test_a_top_k_outside_its_limits_is_refused(collection: Collection, top_k: int) -> None:
     with refused(Code.INVALID_ARGUMENT, "1 to 10000"):
         collection.search(gaussian(1, WIDTH), top_k)
 
 
 @pytest.mark.parametrize("top_k", [1, 299, 300, 301, MAX_TOP_K])
-def test_more_hits_than_there_are_are_all_there_are(collection: Collection, top_k: int) -> None:
+def test_a_top_k_above_the_number_of_records_returns_all_records(collection: Collection, top_k: int) -> None:
     count = collection.count()
     for ef, min_recall in ((0, 0), (1, 0), (0, 0.5), (0, 1)):
         (outcome,) = collection.search(gaussian(1, WIDTH), top_k, ef=ef, min_recall=min_recall)
@@ -55,7 +55,7 @@ def test_more_hits_than_there_are_are_all_there_are(collection: Collection, top_
         assert bool(outcome.plan.shortfall_reason) == (count < top_k)
 
 
-def test_the_zero_vector_has_a_place_where_it_has_a_distance(index: Index) -> None:
+def test_the_zero_vector_is_accepted_except_with_cosine(index: Index) -> None:
     for distance in (Distance.DOT_PRODUCT, Distance.EUCLIDEAN):
         made = index.create(CollectionSpec(distance.value, WIDTH, distance=distance))
         made.upsert(numbered(1), BAD["zero"])
@@ -104,23 +104,23 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 def grown(queries: int, answered: int) -> float:
-    """MiB that a process grows by over so many bad queries."""
+    """Return the growth of the memory of a process in MiB over so many invalid queries."""
     command = [sys.executable, "-c", LOOP, str(queries), str(answered)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert ended.returncode == 0, ended.stderr
     return float(ended.stdout)
 
 
-def test_thousands_of_bad_queries_leave_no_memory_behind() -> None:
+def test_thousands_of_invalid_queries_leak_no_memory() -> None:
     assert grown(4000, 0) < 4
 
 
 @pytest.mark.slow
-def test_two_hundred_thousand_bad_queries_leave_no_memory_behind() -> None:
+def test_two_hundred_thousand_invalid_queries_leak_no_memory() -> None:
     assert grown(200_000, 1) < 16
 
 
-def test_a_bad_write_among_good_ones_writes_nothing(collection: Collection) -> None:
+def test_an_upsert_with_one_invalid_vector_writes_nothing(collection: Collection) -> None:
     before = collection.info().sequence
     matrix = gaussian(3, WIDTH)
     matrix[1, 3] = np.nan

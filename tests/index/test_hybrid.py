@@ -44,7 +44,7 @@ def words(collection: Collection, text: str, k: int = 10, conditions: Sequence[F
     return [record.id for record, _ in outcome.hits]
 
 
-def test_words_are_found_however_they_are_written(books: Collection) -> None:
+def test_words_are_found_in_any_case_and_inflection(books: Collection) -> None:
     assert words(books, "HONEY") == ["honey", "bees"]
     assert words(books, "hunting whales") == ["whale"]
     assert set(words(books, "ring, or whale?")) == {"ring", "whale"}
@@ -52,7 +52,7 @@ def test_words_are_found_however_they_are_written(books: Collection) -> None:
     assert words(books, "zebra") == []
 
 
-def test_the_plan_tells_that_words_were_looked_up(books: Collection) -> None:
+def test_the_plan_of_a_lexical_search_states_strategy_and_counts(books: Collection) -> None:
     one, none = books.search_lexical(["volcano", "…"], [3, 3])
     assert (one.plan.strategy, one.plan.ef, one.plan.compared_count) == (SearchStrategy.LEXICAL, 0, 0)
     assert one.plan.shortfall_reason == "1 record has a word of the query"
@@ -60,7 +60,7 @@ def test_the_plan_tells_that_words_were_looked_up(books: Collection) -> None:
     assert none.plan.shortfall_reason == "0 records have a word of the query"
 
 
-def test_filters_apply_to_words_and_to_both(books: Collection) -> None:
+def test_filters_apply_to_lexical_and_hybrid_searches(books: Collection) -> None:
     long = Comparison("long", Operator.EQUAL, True)
     assert set(words(books, "honey whale", conditions=[long])) == {"whale", "honey"}
     (outcome,) = books.search_hybrid(gaussian(1, 16), ["honey"], [10], dense_weight=0.5, conditions=[long])
@@ -68,7 +68,7 @@ def test_filters_apply_to_words_and_to_both(books: Collection) -> None:
     assert outcome.plan.shortfall_reason == "3 records match the filter"
 
 
-def test_words_follow_every_write(books: Collection) -> None:
+def test_words_of_every_write_are_found_immediately(books: Collection) -> None:
     books.upsert([NewRecord("bees", "Wax")], gaussian(1, 16))
     assert words(books, "honey") == ["honey"]
     assert words(books, "wax") == ["bees"]
@@ -78,7 +78,7 @@ def test_words_follow_every_write(books: Collection) -> None:
     assert words(books, "whale ring wax") == ["bees"]
 
 
-def test_both_are_fused_by_score(books: Collection) -> None:
+def test_hybrid_search_joins_rankings_by_scores(books: Collection) -> None:
     query = gaussian(1, 16)  # the vector of `whale`
     (dense,) = books.search(query, 5)
     (both,) = books.search_hybrid(query, ["honey"], [5], dense_weight=0.5)
@@ -99,7 +99,7 @@ def test_both_are_fused_by_score(books: Collection) -> None:
     assert fused([], [], 0.5, Fusion.SCORES, all_lexical=True) == []
 
 
-def test_both_are_fused_by_rank(books: Collection) -> None:
+def test_hybrid_search_joins_rankings_by_ranks(books: Collection) -> None:
     query = gaussian(1, 16)
     (dense,), (lexical,) = books.search(query, 5), books.search_lexical(["honey"], [5])
     places = [{record.id: rank for rank, (record, _) in enumerate(each.hits, 1)} for each in (dense, lexical)]
@@ -118,7 +118,7 @@ def test_both_are_fused_by_rank(books: Collection) -> None:
     assert fused([], [], 0.5, Fusion.RANKS, all_lexical=True) == []
 
 
-def test_in_a_large_collection_words_of_most_texts_count_only_if_there_are_no_others(
+def test_words_of_most_texts_are_ignored_in_large_collections_unless_alone(
     books: Collection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hybrid, "_LARGE", 10)
@@ -129,7 +129,7 @@ def test_in_a_large_collection_words_of_most_texts_count_only_if_there_are_no_ot
     assert len(common.hits) == 11
 
 
-def test_a_text_for_each_vector(books: Collection) -> None:
+def test_hybrid_search_needs_a_text_for_each_vector(books: Collection) -> None:
     with refused(Code.INVALID_ARGUMENT, "one for each"):
         books.search_hybrid(gaussian(2, 16), ["honey"], [5, 5], dense_weight=0.5)
 
@@ -144,7 +144,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collection]:
 
 
 @given(st.text(max_size=40) | st.text("\"'*():^-+ ANDORTE{}\\\0é", max_size=20))
-def test_any_text_is_a_query(searched: Collection, text: str) -> None:
+def test_any_text_is_accepted_as_a_lexical_query(searched: Collection, text: str) -> None:
     (outcome,) = searched.search_lexical([text], [5])
     assert len(outcome.hits) <= 1
     (found,) = searched.search_lexical([f'{text} "near"'], [5])
@@ -173,7 +173,7 @@ def test_texts_of_an_older_database_are_found(tmp_path: Path, version: int) -> N
     index.close()
 
 
-#: Texts, what version 6 indexed of them (None: the text itself), and a query that finds them now.
+#: Texts, the words that version 6 indexed of them (None: the text itself), and a query that finds them now.
 _FORMER = {
     "shy": ("Der Bundes\u00adkanzler sprach", "der bundes kanzler sprach", "Bundeskanzler"),
     "variation": ("葛\U000e0100城市", " 葛 \U000e0100 城 城市 市 ", "葛城"),
@@ -183,7 +183,7 @@ _FORMER = {
 }
 
 
-def test_words_of_the_former_rule_are_converted(tmp_path: Path) -> None:
+def test_words_indexed_by_the_former_rule_are_converted(tmp_path: Path) -> None:
     with closing(Index(tmp_path)) as index:
         new = [NewRecord(key, text) for key, (text, _, _) in _FORMER.items()]
         index.create(CollectionSpec("c", 16)).upsert(new, gaussian(len(new), 16))
@@ -211,8 +211,8 @@ def test_words_of_the_former_rule_are_converted(tmp_path: Path) -> None:
         assert writer.execute("SELECT count(*) FROM words WHERE words MATCH 'bundes OR kanzler'").fetchone() == (0,)
 
 
-def test_a_text_does_not_grow_without_bound_by_its_forms() -> None:
-    """One character stands for up to 18, and runs without spaces are indexed by characters and pairs."""
+def test_the_index_text_has_at_most_twice_the_length_of_a_long_text() -> None:
+    """One character can be replaced by up to 18, and runs without spaces are indexed by characters and pairs."""
     for form in "\ufdfa\u3316\u337f":
         whole = form * 5000
         assert len(_folded(whole)) <= 2 * len(whole) + 1000
@@ -220,8 +220,8 @@ def test_a_text_does_not_grow_without_bound_by_its_forms() -> None:
     assert words_of("\u337f") == ["株式", "式会", "会社"]
 
 
-def test_forms_of_letters_and_digits_are_those_that_unicode_names() -> None:
-    """But fractions, and letters of Hangul outside syllables."""
+def test_compatibility_forms_of_letters_and_digits_are_replaced() -> None:
+    """All compatibility forms of NFKC are replaced, except for fractions and Hangul letters outside of syllables."""
     left = set[str]()
     for code in range(0x80, 0x20000):
         form = chr(code)
@@ -247,8 +247,8 @@ _MARKS = [
 
 
 @pytest.mark.parametrize("piece", _MARKS)
-def test_normalising_never_sees_a_long_run_of_marks(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its time goes by the square of the run."""
+def test_normalization_is_never_called_with_a_long_run_of_marks(piece: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of a normalization grows with the square of the length of a run."""
     seen: list[str] = []
     normalize = unicodedata.normalize
 
@@ -269,12 +269,12 @@ def test_normalising_never_sees_a_long_run_of_marks(piece: str, monkeypatch: pyt
 
 
 @given(st.lists(st.sampled_from("aéßІ中\u0301\u0323\u3099カ가 ")).map("".join).filter(lambda text: len(text) < 30))
-def test_words_are_those_of_the_composed_text(text: str) -> None:
+def test_words_do_not_depend_on_the_unicode_normal_form(text: str) -> None:
     composed = unicodedata.normalize("NFC", text)
     assert words_of(text) == words_of(composed) == words_of(unicodedata.normalize("NFD", text))
 
 
-#: What is written, and queries that find it.
+#: Texts, and queries that find them.
 _FOUND = {
     "Gib der Hund der Fuß": ["Fuß", "FUSS", "fuss", "fuß"],
     "Die STRASSE ist lang": ["Straße", "strasse", "straße"],
@@ -304,7 +304,7 @@ _FOUND = {
     "Foo™ 20℃ 2½ ⽇本 トヨタ㍿": ["foo", "tm", "20", "2½", "日本", "株式会社", "タ株"],
     "ㅋㅋㅏ ﾊﾝ": ["ㅋㅏ", "ハン"],
 }
-#: What is written, and queries that must not find it.
+#: Texts, and queries that must not find them.
 _NOT_FOUND = {
     "我在北京大学学习": ["京北", "上海", "北学"],
     "ガラス": ["カ", "カナ"],
@@ -315,7 +315,7 @@ _NOT_FOUND = {
 }
 
 
-def test_words_are_found_in_any_script_however_they_are_written(collection: Collection) -> None:
+def test_words_are_found_in_many_scripts_and_spellings(collection: Collection) -> None:
     texts = [*_FOUND, *_NOT_FOUND]
     collection.upsert([NewRecord(str(i), text) for i, text in enumerate(texts)], gaussian(len(texts), 16))
     missed = [
@@ -326,7 +326,7 @@ def test_words_are_found_in_any_script_however_they_are_written(collection: Coll
         (text, query) for text, queries in _NOT_FOUND.items() for query in queries if text in found(collection, query)
     ]
     assert wrong == []
-    # What a deletion leaves of the words would be found for other records.
+    # Words that a deletion did not remove would be found for other records.
     collection.delete([str(i) for i in range(len(texts))])
     words_left = collection._store._writer.execute("SELECT count(*) FROM words_docsize").fetchone()
     assert words_left == (0,)
@@ -343,7 +343,7 @@ def found(collection: Collection, query: str) -> list[str]:
 def test_every_word_of_a_text_finds_it(searched: Collection, text: str) -> None:
     searched.upsert([NewRecord("b", text)], gaussian(1, 16, seed=1))
     for word in words_of(text):
-        # SQLite's own version of Unicode may know fewer letters than Python's.
+        # The Unicode version of SQLite may have fewer letters than that of Python.
         if all(each in _KNOWN or each.isascii() for each in word):
             assert "b" in {record.id for record, _ in searched.search_lexical([word], [5])[0].hits}
 
@@ -351,7 +351,7 @@ def test_every_word_of_a_text_finds_it(searched: Collection, text: str) -> None:
 _KNOWN = set("ßå我是ガが학교กำที่é हिन्दी")
 
 
-def test_a_long_query_is_read_as_far_as_words_are_looked_up() -> None:
+def test_a_long_query_is_read_up_to_a_limit_of_characters() -> None:
     assert words_of("wörd " * 20_000 + "late") == ["word"]
     assert words_of("word " * 20_000 + "late") == ["word"]
     assert words_of("wörd " * 10_000 + "late") == ["word", "late"]

@@ -25,7 +25,7 @@ from index.support import refused
 from index_helpers import DIMENSIONS, records, vectors
 
 
-def test_a_collection_is_there_again_with_its_spec(tmp_path: Path) -> None:
+def test_a_collection_has_its_spec_after_a_restart(tmp_path: Path) -> None:
     spec = CollectionSpec(
         "c", DIMENSIONS, model="m", model_fingerprint="f", distance=Distance.EUCLIDEAN, truncation="end", m=8,
         ef_construction=50, indexed_fields=("lang",),
@@ -39,7 +39,7 @@ def test_a_collection_is_there_again_with_its_spec(tmp_path: Path) -> None:
     index.close()
 
 
-def test_names_page_in_order(index: Index) -> None:
+def test_collections_are_listed_in_order_of_names(index: Index) -> None:
     for name in ("b", "a", "d", "c", "e"):
         index.create(CollectionSpec(name, 3))
     first, token = index.page(2, "")
@@ -48,7 +48,9 @@ def test_names_page_in_order(index: Index) -> None:
     assert end == ""
 
 
-def test_a_name_is_taken_until_it_is_deleted(index: Index, collection: Collection, tmp_path: Path) -> None:
+def test_a_name_can_be_used_again_after_the_collection_is_deleted(
+    index: Index, collection: Collection, tmp_path: Path
+) -> None:
     collection.upsert(records("a"), vectors(1))
     with pytest.raises(ServiceError) as refused:
         index.create(CollectionSpec("c", 3))
@@ -89,14 +91,14 @@ def test_calls_on_a_deleted_collection_are_unavailable(index: Index, collection:
         ({"ef_construction": 2001}, "collection.hnsw.ef_construction"),
     ],
 )
-def test_a_wrong_spec_is_refused_by_field(index: Index, changes: dict[str, object], field: str) -> None:
+def test_an_invalid_spec_is_refused_with_its_field(index: Index, changes: dict[str, object], field: str) -> None:
     fields: dict[str, object] = {"name": "c", "dimensions": 3, **changes}
     with pytest.raises(ServiceError) as refused:
         index.create(CollectionSpec(**fields))  # type: ignore[arg-type]  # that is the point
     assert refused.value.violations[0].field == field
 
 
-def test_a_second_process_is_kept_out_until_the_first_is_gone(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> None:
     code = (
         "import pathlib, sys; from emberpc.server.index import Index; index = Index(pathlib.Path(sys.argv[1])); "
         "print('in', flush=True); sys.stdin.read()"
@@ -119,7 +121,7 @@ def test_a_second_process_is_kept_out_until_the_first_is_gone(tmp_path: Path) ->
 
 
 def test_a_folder_that_the_catalogue_does_not_name_is_removed(tmp_path: Path) -> None:
-    """It is what a crash leaves between making a collection's folder and naming it, or while deleting one."""
+    """A crash leaves this folder if it happens before a new collection is in the catalogue, or during a deletion."""
     Index(tmp_path).close()
     orphan = tmp_path / "collections" / ("0123abcd" * 4)
     orphan.mkdir(parents=True)
@@ -128,7 +130,7 @@ def test_a_folder_that_the_catalogue_does_not_name_is_removed(tmp_path: Path) ->
     assert not orphan.exists()
 
 
-def test_a_directory_that_cannot_be_used_says_why(tmp_path: Path) -> None:
+def test_the_error_for_an_unusable_data_directory_states_the_reason(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(ServiceError, match="--data-dir"):
@@ -145,7 +147,7 @@ def test_a_directory_that_cannot_be_used_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tables", [("collections",), ("collections", "reembeddings")])
-def test_a_catalogue_that_a_failed_start_left_half_made_is_completed(tmp_path: Path, tables: tuple[str, ...]) -> None:
+def test_an_incomplete_catalogue_of_a_failed_start_is_completed(tmp_path: Path, tables: tuple[str, ...]) -> None:
     Index(tmp_path).close()
     with closing(sqlite3.connect(tmp_path / "catalogue.db")) as database:
         for table in {"collections", "reembeddings"} - set(tables):
@@ -179,7 +181,7 @@ _DAMAGED_SPECS: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", _DAMAGED_SPECS)
-def test_a_damaged_entry_hides_no_other_and_can_be_deleted(tmp_path: Path, kind: str) -> None:
+def test_a_damaged_catalogue_entry_hides_no_other_and_can_be_deleted(tmp_path: Path, kind: str) -> None:
     index = Index(tmp_path)
     for name in "abc":
         index.create(CollectionSpec(name, 16)).upsert(records("1"), vectors(1))
@@ -207,7 +209,7 @@ def test_a_damaged_entry_hides_no_other_and_can_be_deleted(tmp_path: Path, kind:
 
 
 @pytest.mark.parametrize("created", [1e300, float("inf"), "soon"])
-def test_a_damaged_time_is_a_damaged_entry(tmp_path: Path, created: object) -> None:
+def test_a_catalogue_entry_with_a_damaged_time_is_reported_as_damaged(tmp_path: Path, created: object) -> None:
     index = Index(tmp_path)
     index.create(CollectionSpec("a", 16))
     index.close()
@@ -219,7 +221,7 @@ def test_a_damaged_time_is_a_damaged_entry(tmp_path: Path, created: object) -> N
 
 
 @pytest.mark.parametrize("folder", ["0123abcd" * 4, "../elsewhere", b"\xff"])
-def test_a_damaged_name_of_a_folder_costs_no_data(tmp_path: Path, folder: str | bytes) -> None:
+def test_a_damaged_folder_name_in_the_catalogue_loses_no_data(tmp_path: Path, folder: str | bytes) -> None:
     index = Index(tmp_path)
     index.create(CollectionSpec("a", 16)).upsert(records("1"), vectors(1))
     index.close()
@@ -232,7 +234,7 @@ def test_a_damaged_name_of_a_folder_costs_no_data(tmp_path: Path, folder: str | 
     index.close()
 
 
-def test_a_damaged_schema_is_an_error_of_ours(tmp_path: Path) -> None:
+def test_a_damaged_catalogue_schema_raises_a_service_error(tmp_path: Path) -> None:
     Index(tmp_path).close()
     path = tmp_path / "catalogue.db"
     data = path.read_bytes()
@@ -252,7 +254,8 @@ def test_a_damaged_schema_is_an_error_of_ours(tmp_path: Path) -> None:
     assert failed
 
 
-# The superuser may write anywhere, so it becomes nobody first; who may import nothing where Python is the superuser's.
+# Root can write to read-only folders, so the process changes its user to nobody. It imports first, since nobody may not
+# be able to read the files of Python.
 READ_ONLY = """
 import os, pathlib, sys
 from emberpc.server.errors import ServiceError
@@ -289,7 +292,7 @@ finally:
 """
 
 
-def test_a_directory_that_is_read_only_says_so_and_what_is_there_stays() -> None:
+def test_a_read_only_data_directory_is_reported_and_not_changed() -> None:
     with tempfile.TemporaryDirectory() as parent:
         Path(parent).chmod(0o777)
         folder = Path(parent) / "data"
@@ -312,9 +315,7 @@ def test_a_directory_that_is_read_only_says_so_and_what_is_there_stays() -> None
             assert index.get("c").count() == 1
 
 
-def test_who_opens_a_collection_keeps_nobody_waiting_for_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_opening_a_collection_does_not_block_other_collections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = Index(tmp_path)
     for name in ("large", "small"):
         index.create(CollectionSpec(name, DIMENSIONS)).upsert(records("a"), vectors(1))
@@ -342,7 +343,7 @@ def test_who_opens_a_collection_keeps_nobody_waiting_for_another(
     index.close()
 
 
-def test_a_collection_that_could_not_be_opened_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_a_collection_is_tried_again_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = Index(tmp_path)
     index.create(CollectionSpec("c", DIMENSIONS)).upsert(records("a"), vectors(1))
     index.close()

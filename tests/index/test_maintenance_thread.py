@@ -10,7 +10,7 @@ from emberpc.server.index.jobs.maintenance_thread import Maintained, Maintenance
 
 
 class Watched(MaintenanceThread):
-    """Sets an event when the thread has looked for what is due."""
+    """Sets an event when the thread has looked for collections that are due."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Resting:
         self.maintained.set()
 
 
-def test_a_request_for_an_earlier_time_replaces_a_later_one() -> None:
+def test_an_earlier_maintenance_request_replaces_a_later_one() -> None:
     with closing(Watched()) as thread:
         collection = Resting()
         thread.wake_at_rest(collection, 3600)

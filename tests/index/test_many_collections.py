@@ -1,4 +1,4 @@
-"""Many small collections: what they cost in memory and file descriptors, and what closing them gives back."""
+"""Many small collections: their memory and file descriptors, which closing and deleting returns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from textwrap import dedent
 
-#: Makes the functions of the scripts below: the memory and the descriptors of the process that runs them.
+#: Functions for the scripts below: memory and descriptors of the process, and calls on collections.
 _PRELUDE = f"""
 import os, resource, sys, tempfile, time
 sys.path[:0] = {sys.path!r}
@@ -55,7 +55,7 @@ def on_threads(work, count):
 
 
 def run(script: str, folder: Path) -> None:
-    """Run a script in a process of its own, with its temporary files in a folder."""
+    """Run a script in another process, with its temporary files in a folder."""
     done = subprocess.run(
         [sys.executable, "-c", _PRELUDE + dedent(script)],
         check=False,
@@ -67,8 +67,8 @@ def run(script: str, folder: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_small_collection_takes_little_memory_and_gives_it_back(tmp_path: Path) -> None:
-    """Each took 3.2 MB, most of it for a graph that a collection of so few records does not use."""
+def test_a_small_collection_uses_little_memory_and_returns_it(tmp_path: Path) -> None:
+    """In an earlier version, each took 3.2 MB, mostly for a graph that a collection of few records does not use."""
     run(
         """
         keep_freed_memory()
@@ -89,7 +89,7 @@ def test_a_small_collection_takes_little_memory_and_gives_it_back(tmp_path: Path
 
 
 def test_50_collections_fit_in_100_descriptors(tmp_path: Path) -> None:
-    """Each took 6 or 7, so that creates, searches and lists failed at some 150 collections of 1,024 descriptors."""
+    """In an earlier version, each took 6 or 7: with 1024 descriptors, calls failed at about 150 collections."""
     run(
         """
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
@@ -110,8 +110,8 @@ def test_50_collections_fit_in_100_descriptors(tmp_path: Path) -> None:
     )
 
 
-def test_a_shortage_of_descriptors_is_said_and_passes(tmp_path: Path) -> None:
-    """It was INTERNAL."""
+def test_calls_fail_with_files_exhausted_only_during_a_shortage_of_descriptors(tmp_path: Path) -> None:
+    """An earlier version returned INTERNAL."""
     run(
         """
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
@@ -144,8 +144,8 @@ def test_a_shortage_of_descriptors_is_said_and_passes(tmp_path: Path) -> None:
     )
 
 
-def test_a_start_without_a_free_descriptor_does_not_blame_the_data_directory(tmp_path: Path) -> None:
-    """The remedy was another data directory."""
+def test_the_error_of_a_start_without_free_descriptors_names_the_limit(tmp_path: Path) -> None:
+    """The error of an earlier version advised another data directory."""
     run(
         """
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))

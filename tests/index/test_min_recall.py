@@ -1,4 +1,4 @@
-"""A wanted recall instead of a number of candidates: what it takes is measured of each collection."""
+"""`min_recall` in place of `ef`: each collection measures the ef that reaches a recall."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COUNT, WIDTH = 1000, 32
 
 
 def filled(index: Index, distance: Distance = Distance.COSINE) -> tuple[Collection, np.ndarray]:
-    """Make a collection whose graph is poor enough for recall to depend on ef."""
+    """Create a collection with a poor graph, so that recall depends on ef; return it with its vectors."""
     matrix = gaussian(COUNT, WIDTH)
     collection = index.create(CollectionSpec("c", WIDTH, distance=distance, m=6, ef_construction=40))
     collection.upsert(numbered(COUNT), matrix)
@@ -30,7 +30,7 @@ def filled(index: Index, distance: Distance = Distance.COSINE) -> tuple[Collecti
 
 
 def found(collection: Collection, matrix: np.ndarray, queries: np.ndarray, **options: float) -> float:
-    """The share of the true ten nearest that a search finds."""
+    """Return the share of the true 10 nearest records that searches find."""
     right = 0
     for query, outcome in zip(queries, collection.search(queries, 10, **options), strict=True):  # type: ignore[arg-type]  # floats or ints by name
         best = np.argsort(-true_scores(query, matrix, collection.spec.distance))[:10]
@@ -39,7 +39,7 @@ def found(collection: Collection, matrix: np.ndarray, queries: np.ndarray, **opt
 
 
 @pytest.mark.parametrize("distance", list(Distance))
-def test_what_is_asked_for_is_found_with_fewer_candidates_for_less(index: Index, distance: Distance) -> None:
+def test_min_recall_is_reached_and_a_lower_one_uses_a_lower_ef(index: Index, distance: Distance) -> None:
     collection, matrix = filled(index, distance)
     queries = gaussian(100, WIDTH, seed=1)
     assert found(collection, matrix, queries, ef=11) < 0.9, "the graph is too good to show anything"
@@ -51,7 +51,7 @@ def test_what_is_asked_for_is_found_with_fewer_candidates_for_less(index: Index,
     assert used[0] < used[1]
 
 
-def test_a_recall_of_one_compares_every_vector(index: Index) -> None:
+def test_a_min_recall_of_1_compares_every_vector(index: Index) -> None:
     collection, matrix = filled(index)
     queries = gaussian(20, WIDTH, seed=1)
     plan = collection.search(queries[:1], 10, min_recall=1)[0].plan
@@ -59,7 +59,7 @@ def test_a_recall_of_one_compares_every_vector(index: Index) -> None:
     assert found(collection, matrix, queries, min_recall=1) == 1
 
 
-def test_where_nothing_is_measured_every_vector_is_compared(index: Index) -> None:
+def test_min_recall_without_measurements_compares_every_vector(index: Index) -> None:
     collection = index.create(CollectionSpec("c", 8))
     collection.upsert(numbered(200), gaussian(200, 8))
     collection.maintain()
@@ -67,7 +67,7 @@ def test_where_nothing_is_measured_every_vector_is_compared(index: Index) -> Non
     assert collection.search(gaussian(1, 8), 3)[0].plan.strategy is SearchStrategy.HNSW
 
 
-def test_what_was_measured_outlasts_a_restart_and_a_file_that_was_not_written_by_us(tmp_path: Path) -> None:
+def test_recall_measurements_survive_a_restart_and_invalid_files_are_replaced(tmp_path: Path) -> None:
     index = Index(tmp_path, buffer_limit=8)
     filled(index)
     query = gaussian(1, WIDTH, seed=1)
@@ -110,7 +110,7 @@ MEASURED = RecallMap(5000, (RecallPoint(10, 25, 0.85), RecallPoint(10, 400, 1.0)
         None,
     ],
 )
-def test_measurements_that_cannot_be_are_set_aside(
+def test_impossible_recall_measurements_are_discarded(
     tmp_path: Path, point: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "recall.json").write_text(json.dumps({"format": 1, "size": 5000, "points": [point]}))
@@ -134,12 +134,12 @@ def test_measurements_that_cannot_be_are_set_aside(
         "[" * 100_000,
     ],
 )
-def test_a_file_of_other_values_is_set_aside(tmp_path: Path, content: str) -> None:
+def test_a_recall_file_with_invalid_content_is_discarded(tmp_path: Path, content: str) -> None:
     (tmp_path / "recall.json").write_text(content)
     assert recall_map.load(tmp_path) is None
 
 
-def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
+def test_a_flipped_bit_in_a_recall_file_is_found(tmp_path: Path) -> None:
     recall_map.save(MEASURED, tmp_path)
     path = tmp_path / "recall.json"
     data = path.read_bytes()
@@ -151,13 +151,13 @@ def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
         assert recall_map.load(tmp_path) in (None, MEASURED), bytes(flipped)
 
 
-def test_a_file_without_a_checksum_is_read(tmp_path: Path) -> None:
-    """Older versions wrote none."""
+def test_a_recall_file_without_a_checksum_is_read(tmp_path: Path) -> None:
+    """Older versions wrote no checksum."""
     (tmp_path / "recall.json").write_text(json.dumps({"format": 1, **asdict(MEASURED)}))
     assert recall_map.load(tmp_path) == MEASURED
 
 
-def test_a_graph_that_grew_by_a_half_is_measured_again(index: Index) -> None:
+def test_recall_is_measured_again_after_the_graph_grew_by_half(index: Index) -> None:
     collection, _ = filled(index)
     first = collection._graph_maintenance.ef_chooser._measured
     assert first is not None
@@ -169,13 +169,13 @@ def test_a_graph_that_grew_by_a_half_is_measured_again(index: Index) -> None:
     assert second.size == COUNT + 500
 
 
-def test_the_map_keeps_a_reserve_and_grows_with_what_is_wanted() -> None:
+def test_the_recall_map_has_a_reserve_and_gives_a_greater_ef_for_a_greater_top_k() -> None:
     measured = RecallMap(
         5000,
         (RecallPoint(10, 25, 0.9), RecallPoint(10, 50, 0.97), RecallPoint(100, 200, 0.99), RecallPoint(10, 100, 0.999)),
     )
     assert measured.ef(10, 0.5) == 25
-    assert measured.ef(10, 0.9) == 50  # 0.9 as measured may be less in truth
+    assert measured.ef(10, 0.9) == 50  # the true recall may be less than the measured 0.9
     assert measured.ef(11, 0.9) == 200
     assert measured.ef(1000, 0.9) == 2000
     assert measured.ef(10, 0.9999) is None
@@ -183,11 +183,11 @@ def test_the_map_keeps_a_reserve_and_grows_with_what_is_wanted() -> None:
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), float("inf")])
-def test_a_recall_that_is_none_is_refused(collection: Collection, value: float) -> None:
+def test_a_min_recall_outside_0_to_1_is_refused(collection: Collection, value: float) -> None:
     with refused(Code.INVALID_ARGUMENT, field="min_recall"):
         collection.search(vectors(1), 10, min_recall=value)
 
 
-def test_both_ef_and_a_recall_are_refused(collection: Collection) -> None:
+def test_ef_together_with_min_recall_is_refused(collection: Collection) -> None:
     with refused(Code.INVALID_ARGUMENT, "one of the two", field="min_recall"):
         collection.search(vectors(1), 10, ef=50, min_recall=0.9)

@@ -1,4 +1,4 @@
-"""NUL characters: refused in metadata, compared rightly in records that older versions wrote, no end of a text."""
+"""NUL characters are refused in metadata, compared correctly in records of older versions, and do not end texts."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def older(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Collection
         yield index.get("c")
 
 
-def test_filters_on_older_records_are_right(older: Collection) -> None:
+def test_filters_on_older_records_with_nul_are_right(older: Collection) -> None:
     for condition in CONDITIONS:
         wanted = expected(condition)
         assert older.count(condition) == len(wanted), condition
@@ -92,22 +92,22 @@ def test_filters_on_older_records_are_right(older: Collection) -> None:
             assert sorted(record.id for record, _ in outcome.hits) == wanted
 
 
-def test_a_filter_deletes_no_other_record(older: Collection) -> None:
+def test_a_filtered_delete_deletes_only_matching_records(older: Collection) -> None:
     condition = Comparison("tag", Operator.EQUAL, "a")
     assert older.delete_matching(condition).deleted == len(expected(condition))
     assert older.count() == len(DOCUMENTS) - len(expected(condition))
     assert older.count(condition) == 0
 
 
-def test_older_records_are_restored(older: Collection, tmp_path: Path) -> None:
+def test_older_records_with_nul_are_restored(older: Collection, tmp_path: Path) -> None:
     with closing(Index(tmp_path / "other")) as index:
         copy = restored(index, "d", taken(older))
         for condition in CONDITIONS:
             assert copy.count(condition) == len(expected(condition))
 
 
-def test_without_an_index_the_filters_are_right(older: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a full disk, where the index cannot be made."""
+def test_filters_are_right_without_the_index_of_nul(older: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This is the case on a full disk, where the index cannot be created."""
     older._store._writer.execute("DROP INDEX metadata_nul")
     monkeypatch.setattr(nul_metadata, "_INDEX", "CREATE INDEX metadata_nul ON missing (a)")
     nul_metadata.make_index(older._store._writer, "collection 'c'")
@@ -130,14 +130,14 @@ def test_metadata_with_nul_is_refused(collection: Collection, metadata: dict[str
     assert collection.count() == 0
 
 
-def test_an_escaped_backslash_is_no_nul(collection: Collection) -> None:
+def test_an_escaped_backslash_is_not_read_as_nul(collection: Collection) -> None:
     metadata = {"tag": "a\\u0000b"}
     collection.upsert([NewRecord("a", "", metadata)], gaussian(1, collection.spec.dimensions))
     assert collection.count(Comparison("tag", Operator.EQUAL, "a\\u0000b")) == 1
     assert collection.count(Comparison("tag", Operator.EQUAL, "a")) == 0
 
 
-def test_nul_ends_no_text_or_label(collection: Collection) -> None:
+def test_texts_and_labels_continue_after_a_nul(collection: Collection) -> None:
     texts = ["cat\0dog", "\0", "fish\0", "cat"]
     records = [NewRecord(f"r{i}", text, {}, f"label\0{i}") for i, text in enumerate(texts)]
     collection.upsert(records, gaussian(len(texts), collection.spec.dimensions))

@@ -1,4 +1,4 @@
-"""Collections that are closed while nobody uses them: bounded in number, opened by their next call, nothing lost."""
+"""Open collections are limited in number; unused ones are closed, and reopened by their next call without loss."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def descriptors_of(collection: Collection) -> list[str]:
     return names
 
 
-def test_the_least_recently_used_are_closed_and_their_next_call_opens_them(index: Index) -> None:
+def test_least_recently_used_collections_are_closed_and_reopened_by_calls(index: Index) -> None:
     collections = [made(index, i) for i in range(8)]
     assert [is_open(each) for each in collections] == [False] * 5 + [True] * 3
     assert found(collections[5], 5) == ["r00005"]
@@ -69,7 +69,7 @@ def test_the_least_recently_used_are_closed_and_their_next_call_opens_them(index
         assert len(index._open_collections) == MOST
 
 
-def test_one_that_is_closed_can_be_described_and_deleted_and_is_not_opened_for_it(index: Index) -> None:
+def test_a_closed_collection_is_described_and_deleted_without_opening_it(index: Index) -> None:
     collection = made(index, 0, count=5)
     before = collection.info()
     assert collection.close_idle()
@@ -107,8 +107,10 @@ def test_a_snapshot_is_saved_only_if_the_graph_changed(index: Index) -> None:
     assert [*collection._folder.glob("graph-*.json")] == [saved]
 
 
-def test_one_whose_snapshot_cannot_be_written_stays_open(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise its graph would have to be built once more."""
+def test_a_collection_whose_snapshot_cannot_be_written_stays_open(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the graph would have to be rebuilt."""
     collection = made(index, 0, count=40)
     collection.maintain()
     monkeypatch.setattr(collection._graph_maintenance, "snapshot", lambda: None)
@@ -119,7 +121,7 @@ def test_one_whose_snapshot_cannot_be_written_stays_open(index: Index, monkeypat
     assert is_open(collection)
 
 
-def test_one_with_a_snapshot_to_write_is_closed_while_nobody_waits(index: Index) -> None:
+def test_a_collection_with_an_unsaved_graph_is_closed_in_the_background(index: Index) -> None:
     first = made(index, 0, count=40)
     first.maintain()
     others = [made(index, i) for i in range(1, 4)]
@@ -128,14 +130,14 @@ def test_one_with_a_snapshot_to_write_is_closed_while_nobody_waits(index: Index)
     assert list(first._folder.glob("graph-*.json"))
 
 
-def test_records_of_a_closed_collection_go_when_their_time_is_up(index: Index) -> None:
+def test_records_of_a_closed_collection_expire(index: Index) -> None:
     collection = index.create(CollectionSpec("c", WIDTH))
     collection.upsert([NewRecord("goes", time_to_live=0.5), NewRecord("stays")], gaussian(2, WIDTH))
     assert collection.close_idle()
     until(lambda: collection.info().record_count == 1)
 
 
-def test_a_verification_goes_on_in_a_collection_that_was_closed_meanwhile(index: Index) -> None:
+def test_a_verification_continues_after_the_collection_was_closed(index: Index) -> None:
     collection = made(index, 0, count=40)
     steps = collection.verify()
     checked = []
@@ -146,7 +148,7 @@ def test_a_verification_goes_on_in_a_collection_that_was_closed_meanwhile(index:
     assert checked[-1] == 40
 
 
-def test_reembedding_goes_on_between_closed_collections(index: Index) -> None:
+def test_reembedding_continues_after_its_collections_were_closed(index: Index) -> None:
     source = index.create(CollectionSpec("c", WIDTH))
     source.upsert([NewRecord(f"r{i}", "text") for i in range(3)], gaussian(3, WIDTH))
     reembedding = index.reembed(index.get("c"), model="other", fingerprint="", dimensions=4)
@@ -163,7 +165,7 @@ def test_reembedding_goes_on_between_closed_collections(index: Index) -> None:
     assert not is_open(source)
 
 
-def test_those_that_nobody_uses_for_a_while_are_closed(tmp_path: Path) -> None:
+def test_collections_without_calls_are_closed_after_the_idle_time(tmp_path: Path) -> None:
     with closing(Index(tmp_path, idle_seconds=0.01)) as index:
         collection = made(index, 0)
         until(lambda: not len(index._open_collections))
@@ -171,8 +173,8 @@ def test_those_that_nobody_uses_for_a_while_are_closed(tmp_path: Path) -> None:
         until(lambda: not descriptors_of(collection))
 
 
-def test_calls_and_closing_do_not_disturb_each_other(index: Index) -> None:
-    """Every call is answered rightly, whatever is closed before, meanwhile and after."""
+def test_calls_succeed_while_their_collections_are_closed(index: Index) -> None:
+    """Every call succeeds, though collections are closed before, during and after it."""
     collections = [index.create(CollectionSpec(f"c{i}", WIDTH)) for i in range(5)]
     left = [*range(4)]
 
@@ -203,8 +205,8 @@ def test_calls_and_closing_do_not_disturb_each_other(index: Index) -> None:
     assert sum(each.count() for each in collections) == 60
 
 
-def test_the_connections_of_a_collection_are_shared(index: Index) -> None:
-    """However many threads read: each had one for itself."""
+def test_threads_share_the_connections_of_a_collection(index: Index) -> None:
+    """In an earlier version, each thread that read had its own connection."""
     collection = made(index, 0)
     inside = threading.Barrier(12)
 
@@ -218,7 +220,7 @@ def test_the_connections_of_a_collection_are_shared(index: Index) -> None:
         together(*[read] * 12)
         inside.reset()
     open_files = descriptors_of(collection)
-    # SQLite keeps those of the database for the next connections.
+    # SQLite keeps the descriptors of the database for the next connections.
     assert open_files.count("records.db") <= 13
     assert len(open_files) - open_files.count("records.db") <= (MOST_DESCRIPTORS + 1) // 2
 
@@ -239,7 +241,7 @@ def test_more_collections_than_the_limit_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("limit", "most"), [(16, 4), (1024, 69), (2**20, 500)])
-def test_the_number_of_open_collections_follows_from_the_limit_of_descriptors(
+def test_the_limit_of_open_collections_depends_on_the_limit_of_descriptors(
     monkeypatch: pytest.MonkeyPatch, limit: int, most: int
 ) -> None:
     monkeypatch.setattr("emberpc.server.descriptors.limit", lambda: limit)
@@ -247,7 +249,7 @@ def test_the_number_of_open_collections_follows_from_the_limit_of_descriptors(
 
 
 class Stubborn:
-    """One that fails when it is to be closed."""
+    """A collection that raises an error when it is closed."""
 
     last_used = 0.0
     is_saved = True
@@ -256,7 +258,7 @@ class Stubborn:
         raise OSError
 
 
-def test_one_that_cannot_be_closed_does_not_keep_others_from_being_opened() -> None:
+def test_a_collection_that_cannot_be_closed_does_not_prevent_opening_others() -> None:
     limited = OpenCollections(1, 0)
     for each in (Stubborn(), Stubborn()):
         limited.admit(each)

@@ -1,4 +1,4 @@
-"""Probes: what they say of live searches is right, and costs little."""
+"""Probes measure the recall of live searches correctly and at a small cost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def index(tmp_path: Path) -> Iterator[Index]:
 
 @pytest.fixture
 def collection(index: Index, monkeypatch: pytest.MonkeyPatch) -> Collection:
-    """A collection with a poor graph, which is maintained by the test alone."""
+    """A collection with a poor graph, which only the test maintains."""
     made = index.create(CollectionSpec("c", WIDTH, m=4, ef_construction=16))
     monkeypatch.setattr(made, "_wake", lambda: None)
     made.upsert(numbered(COUNT), gaussian(COUNT, WIDTH))
@@ -33,7 +33,7 @@ def collection(index: Index, monkeypatch: pytest.MonkeyPatch) -> Collection:
     return made
 
 
-def test_the_recall_measured_is_that_of_the_searches(collection: Collection) -> None:
+def test_the_probed_recall_equals_that_of_the_searches(collection: Collection) -> None:
     true = []
     for row in range(30):
         collection._probe._rest_until = 0
@@ -48,7 +48,7 @@ def test_the_recall_measured_is_that_of_the_searches(collection: Collection) -> 
     assert probed.recall == pytest.approx(sum(true) / 30)
 
 
-def test_writes_since_the_search_are_not_held_against_it(collection: Collection) -> None:
+def test_writes_after_a_search_do_not_lower_its_probed_recall(collection: Collection) -> None:
     for seed in range(100):
         collection._probe._waiting.clear()
         query = gaussian(1, WIDTH, seed=seed)
@@ -64,7 +64,7 @@ def test_writes_since_the_search_are_not_held_against_it(collection: Collection)
     assert (collection.probed.count, collection.probed.recall) == (1, 1.0)
 
 
-def test_it_rests_after_each_and_keeps_no_more_than_it_can_do(collection: Collection) -> None:
+def test_probes_pause_after_a_run_and_keep_a_limited_number_of_searches(collection: Collection) -> None:
     for row in range(50):
         collection.search(gaussian(1, WIDTH, seed=row), 10)
     assert 0 < len(collection._probe._waiting) <= 8
@@ -76,7 +76,9 @@ def test_it_rests_after_each_and_keeps_no_more_than_it_can_do(collection: Collec
     assert collection.probed.count == done, "it did not rest"
 
 
-def test_without_a_share_nothing_is_probed_and_exact_answers_never_are(collection: Collection, index: Index) -> None:
+def test_searches_are_not_probed_without_a_probe_share_or_if_they_are_exact(
+    collection: Collection, index: Index
+) -> None:
     assert not any(Probe(0).should_sample() for _ in range(1000))
     collection.search(gaussian(1, WIDTH), 10, min_recall=1)
     collection.maintain()

@@ -1,4 +1,4 @@
-"""Hits come from memory the second time, as they were written, and never outlive a change."""
+"""Repeated hits come from memory; they equal the written records, and a change of a record removes them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from emberpc.server.index import Collection, Index
 from emberpc.server.index.storage.record_cache import RecordCache
 from index_helpers import DIMENSIONS, records, vectors
 
-#: No NUL, which metadata must not hold.
+#: Texts without NUL, which metadata must not contain.
 TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
@@ -27,14 +27,14 @@ JSON = st.recursive(
 
 @pytest.fixture(params=[0, 2**20])
 def collection(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Collection]:
-    """Without a cache and with one."""
+    """A collection without a record cache, and one with a record cache."""
     with closing(Index(tmp_path, record_cache_bytes=request.param)) as index:
         yield index.create(CollectionSpec("c", DIMENSIONS))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(), label=st.text(), metadata=st.dictionaries(TEXTS, JSON, max_size=4))
-def test_a_hit_is_the_record_as_it_was_written(
+def test_a_hit_has_the_record_as_written(
     collection: Collection, text: str, label: str, metadata: dict[str, Any]
 ) -> None:
     vector = vectors(1)
@@ -46,7 +46,7 @@ def test_a_hit_is_the_record_as_it_was_written(
         assert (found.text, found.label, found.metadata) == (text, label, metadata)
 
 
-def test_a_change_is_seen_by_the_next_search(collection: Collection) -> None:
+def test_the_next_search_returns_a_changed_record(collection: Collection) -> None:
     matrix = vectors(3)
     collection.upsert(records("a", "b", "c"), matrix)
     for step in range(3):
@@ -58,7 +58,7 @@ def test_a_change_is_seen_by_the_next_search(collection: Collection) -> None:
     assert "a" not in [record.id for record, _ in collection.search(matrix, 3)[0].hits]
 
 
-def test_collections_do_not_see_each_others_records(tmp_path: Path) -> None:
+def test_cached_records_are_returned_only_by_their_collection(tmp_path: Path) -> None:
     matrix = vectors(1)
     with closing(Index(tmp_path, record_cache_bytes=2**20)) as index:
         both = [index.create(CollectionSpec(name, DIMENSIONS)) for name in ("one", "two")]
@@ -69,7 +69,7 @@ def test_collections_do_not_see_each_others_records(tmp_path: Path) -> None:
             assert found.text == f"text of {one.spec.name}"
 
 
-def test_what_is_kept_is_bounded(tmp_path: Path) -> None:
+def test_the_record_cache_has_a_limit_of_bytes(tmp_path: Path) -> None:
     cache = RecordCache(20_000)
     matrix = vectors(200)
     with closing(Index(tmp_path, record_cache_bytes=2**20)) as index:

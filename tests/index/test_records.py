@@ -1,4 +1,4 @@
-"""Records: what is stored, what is refused, and in what order they are listed."""
+"""Records: stored values, refused values, revisions, and the order of pages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def put(collection: Collection, *new: NewRecord, expected: list[int] | None = No
     return collection.upsert(list(new), gaussian(len(new), 4), expected).sequence
 
 
-def test_get_keeps_the_order_asked_for_and_leaves_out_what_is_missing(collection: Collection) -> None:
+def test_get_keeps_the_order_of_ids_and_leaves_out_missing_records(collection: Collection) -> None:
     put(collection, *numbered(2000))
     ids = [f"r{i:05}" for i in (1999, 3, 0, 1000)]
     assert [record.id for record in collection.get([*ids, "nobody"])] == ids
@@ -54,7 +54,7 @@ def test_get_keeps_the_order_asked_for_and_leaves_out_what_is_missing(collection
         ("a\ud800", "surrogate"),
     ],
 )
-def test_a_bad_id_is_refused_and_nothing_is_written(collection: Collection, record_id: str, word: str) -> None:
+def test_an_invalid_id_is_refused_and_nothing_is_written(collection: Collection, record_id: str, word: str) -> None:
     with refused(Code.INVALID_ARGUMENT, word, field="records[1].id"):
         put(collection, NewRecord("good"), NewRecord(record_id))
     assert collection.count() == 0
@@ -65,7 +65,7 @@ def test_the_longest_id_is_accepted(collection: Collection) -> None:
     assert ids_of(collection, 10) == ["ü" * 256]
 
 
-def test_an_id_twice_in_one_write_is_refused(collection: Collection) -> None:
+def test_a_repeated_id_in_one_write_is_refused(collection: Collection) -> None:
     with refused(Code.INVALID_ARGUMENT, "records[0]", field="records[2].id"):
         put(collection, NewRecord("a"), NewRecord("b"), NewRecord("a"))
 
@@ -90,7 +90,7 @@ def deep() -> dict[str, Any]:
     ],
     ids=["nan", "infinity", "object", "surrogate", "large", "list", "deep"],
 )
-def test_metadata_that_is_no_small_json_object_is_refused(collection: Collection, metadata: Any) -> None:
+def test_metadata_that_is_too_large_or_no_json_object_is_refused(collection: Collection, metadata: Any) -> None:
     with refused(Code.INVALID_ARGUMENT, field="records[0].metadata"):
         put(collection, NewRecord("a", metadata=metadata))
     assert collection.count() == 0
@@ -103,7 +103,7 @@ def test_metadata_of_64_kib_is_accepted(collection: Collection) -> None:
         put(collection, NewRecord("a", metadata={"a": "x" * (size + 1)}))
 
 
-def test_text_and_label_must_be_unicode(collection: Collection) -> None:
+def test_a_text_or_label_of_invalid_unicode_is_refused(collection: Collection) -> None:
     with refused(Code.INVALID_ARGUMENT, field="records[0].text"):
         put(collection, NewRecord("a", text="\udfff"))
     with refused(Code.INVALID_ARGUMENT, field="records[0].label"):
@@ -115,7 +115,7 @@ def test_an_empty_write_is_refused(collection: Collection) -> None:
         put(collection)
 
 
-def test_a_write_with_another_revision_than_expected_changes_nothing(collection: Collection) -> None:
+def test_a_write_with_an_outdated_expected_revision_changes_nothing(collection: Collection) -> None:
     put(collection, NewRecord("a", "1"))
     put(collection, NewRecord("b", "1"))
     assert put(collection, NewRecord("a", "2"), NewRecord("c", "1"), expected=[1, 0]) == 3
@@ -132,7 +132,7 @@ def test_a_write_with_another_revision_than_expected_changes_nothing(collection:
         put(collection, NewRecord("a"), expected=[3, 3])
 
 
-def test_a_deleted_record_has_no_revision_and_a_new_one_starts_anew(collection: Collection) -> None:
+def test_a_deleted_record_has_revision_0_and_a_new_one_a_new_create_time(collection: Collection) -> None:
     put(collection, NewRecord("a"))
     before = collection.get(["a"])[0].create_time
     collection.delete(["a"])
@@ -142,7 +142,7 @@ def test_a_deleted_record_has_no_revision_and_a_new_one_starts_anew(collection: 
     assert after.create_time > before
 
 
-def test_records_are_listed_in_byte_order_whatever_the_page_size(collection: Collection) -> None:
+def test_records_are_listed_in_byte_order_with_any_page_size(collection: Collection) -> None:
     ids = ["a", "A", "b", "é", "z", "\U0001f600", "\uffee", "aa", "a b", "10", "9"]
     put(collection, *[NewRecord(record_id) for record_id in ids])
     expected = sorted(ids, key=str.encode)
@@ -150,7 +150,7 @@ def test_records_are_listed_in_byte_order_whatever_the_page_size(collection: Col
         assert ids_of(collection, size) == expected
 
 
-def test_pages_miss_and_repeat_nothing_that_stays_while_others_come_and_go(collection: Collection) -> None:
+def test_paging_returns_each_staying_record_once_despite_writes_and_deletes(collection: Collection) -> None:
     put(collection, *[NewRecord(f"stays{i:03}") for i in range(100)])
     put(collection, *[NewRecord(f"stays{i:03}-goes") for i in range(100)])
     ids, token = [], ""
@@ -159,8 +159,8 @@ def test_pages_miss_and_repeat_nothing_that_stays_while_others_come_and_go(colle
         ids += [record.id for record in page]
         if not token:
             break
-        # The very record that the token stands for goes, others come before and behind it, and one that stays is
-        # written anew.
+        # The record of the page token is deleted, others are inserted before and after it, and a staying one is
+        # written again.
         collection.delete([page[-1].id] if page[-1].id.endswith("goes") else [])
         put(collection, NewRecord("aaa"), NewRecord(f"stays{step:03}-comes"), NewRecord("stays050", f"{step}"))
     assert [record_id for record_id in ids if record_id.removeprefix("stays").isdigit()] == [
@@ -177,7 +177,7 @@ def test_a_page_size_out_of_bounds_is_refused(collection: Collection, index: Ind
         index.page(size, "")
 
 
-def test_info_says_how_the_collection_stands(collection: Collection) -> None:
+def test_info_returns_counts_sequence_times_and_size(collection: Collection) -> None:
     before = collection.info()
     assert (before.record_count, before.sequence) == (0, 0)
     put(collection, *numbered(200))
@@ -187,8 +187,8 @@ def test_info_says_how_the_collection_stands(collection: Collection) -> None:
     assert after.size_bytes > before.size_bytes > 0
 
 
-def test_metadata_is_decoded_each_time_and_never_shared(collection: Collection) -> None:
-    """A response of 400 records with nested metadata took 200 MB while it was held as Python objects."""
+def test_metadata_is_decoded_on_each_access(collection: Collection) -> None:
+    """The metadata of a response of 400 records, nested and held as Python objects, took 200 MB."""
     metadata = {"a": [{"k": 1}], "b": "ü"}
     put(collection, NewRecord("a", metadata=metadata), NewRecord("b"))
     first, second = collection.get(["a", "b"])

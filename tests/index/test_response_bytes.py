@@ -1,4 +1,4 @@
-"""The bytes of an answer: only the parts that it holds count, and what is read for it is bounded."""
+"""The bytes of a response: only its parts count, and the bytes that are read for it are limited."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LIMIT = 50_000
 COUNT = 40
 MATRIX = vectors(COUNT)
 IDS = [f"r{i:02}" for i in range(COUNT)]
-#: The texts of six records are more than an answer.
+#: A text of which six are more than a response may have.
 LONG = "word " * 2000
 NO_TEXT = RecordParts(text=False)
 NO_METADATA = RecordParts(metadata=False)
@@ -59,12 +59,12 @@ READS: dict[str, Callable[[Collection, RecordParts, bool], list[StoredRecord]]] 
 
 @pytest.mark.parametrize("vector", [False, True], ids=["", "vectors"])
 @pytest.mark.parametrize("kind", READS)
-def test_parts_that_are_left_out_do_not_count(collection: Collection, kind: str, vector: bool) -> None:
+def test_omitted_parts_do_not_count_as_response_bytes(collection: Collection, kind: str, vector: bool) -> None:
     for parts in (NO_TEXT, NEITHER):
         found = READS[kind](collection, parts, vector)
         assert sorted(record.id for record in found) == IDS
         assert all((record.vector is not None) == vector for record in found)
-        # Whole records of one answer may be read, and as many may come from the cache.
+        # Whole records of one response may be read, and as many may come from the cache.
         assert sum(len(record.text) for record in found) <= 2 * LIMIT
         if parts.metadata:
             assert sorted(record.metadata["number"] for record in found) == list(range(COUNT))
@@ -73,12 +73,14 @@ def test_parts_that_are_left_out_do_not_count(collection: Collection, kind: str,
 @pytest.mark.parametrize("vector", [False, True], ids=["", "vectors"])
 @pytest.mark.parametrize("kind", READS)
 @pytest.mark.parametrize("parts", [RecordParts(), NO_METADATA])
-def test_parts_that_are_asked_for_count(collection: Collection, kind: str, vector: bool, parts: RecordParts) -> None:
+def test_requested_parts_count_as_response_bytes(
+    collection: Collection, kind: str, vector: bool, parts: RecordParts
+) -> None:
     with refused(Code.RESOURCE_EXHAUSTED, f"more than {LIMIT} bytes"):
         READS[kind](collection, parts, vector)
 
 
-def test_metadata_that_is_left_out_does_not_count(collection: Collection) -> None:
+def test_omitted_metadata_does_not_count_as_response_bytes(collection: Collection) -> None:
     new = [NewRecord(each, "short", {"long": LONG}) for each in IDS]
     collection.upsert(new, MATRIX)
     for read in (READS["get"], READS["search"]):
@@ -88,7 +90,7 @@ def test_metadata_that_is_left_out_does_not_count(collection: Collection) -> Non
         assert [record.text for record in found] == ["short"] * COUNT
 
 
-def test_a_page_has_as_many_records_as_fit_without_the_parts_left_out(collection: Collection) -> None:
+def test_a_page_without_texts_has_more_records(collection: Collection) -> None:
     whole, token = collection.page(COUNT, "")
     assert len(whole) < COUNT
     assert token
@@ -99,7 +101,7 @@ def test_a_page_has_as_many_records_as_fit_without_the_parts_left_out(collection
 
 
 @pytest.mark.parametrize("kind", ["search of one hit each", "words"])
-def test_few_hits_of_each_query_are_counted_as_they_are_read(
+def test_response_bytes_of_many_queries_are_counted_during_reading(
     collection: Collection, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     read = 0
@@ -117,7 +119,7 @@ def test_few_hits_of_each_query_are_counted_as_they_are_read(
     assert read <= LIMIT + len(LONG) + 10
 
 
-def test_records_are_whole_where_they_fit(collection: Collection) -> None:
+def test_records_below_the_limit_are_returned_whole(collection: Collection) -> None:
     for parts in (NEITHER, RecordParts()):
         found = collection.get(IDS[:2], parts=parts)
         assert [record.metadata for record in found] == [{"number": 0}, {"number": 1}]

@@ -1,4 +1,4 @@
-"""A file that is not the whole backup of a collection is refused by what is wrong with it, and leaves nothing."""
+"""A file that is no whole backup of a collection is refused with the reason, and leaves no files."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(index: Index, tmp_path: Path) -> Iterator[None]:
-    """After each test there are folders of collections only."""
+    """Check that each test leaves only folders of existing collections."""
     yield
     assert folders(tmp_path) == len(index.page(100, "")[0]) if (tmp_path / "collections").exists() else True
 
 
-def test_a_file_cut_off_anywhere_is_refused(index: Index, whole: bytes) -> None:
+def test_a_backup_cut_off_at_any_place_is_refused(index: Index, whole: bytes) -> None:
     for size in (0, 1, 50, 87, 88, 5000, len(whole) // 2, len(whole) - 88, len(whole) - 1):
         with refused(Code.INVALID_ARGUMENT, "cut off"):
             restored(index, "d", whole[:size])
 
 
-def test_a_bit_flipped_anywhere_is_found(index: Index, whole: bytes) -> None:
+def test_a_backup_with_a_flipped_bit_is_refused(index: Index, whole: bytes) -> None:
     chance = random.Random(0)
     places = [0, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(30))]
     for place in places:
@@ -60,8 +60,8 @@ def test_a_bit_flipped_anywhere_is_found(index: Index, whole: bytes) -> None:
         assert caught.value.reason == "BACKUP_DAMAGED"
 
 
-def test_pages_that_are_garbage_under_a_right_last_line_harm_nothing(index: Index, whole: bytes) -> None:
-    """As one would make who knows the form: SQLite reads what may be anything."""
+def test_random_pages_with_a_right_last_line_do_no_harm(index: Index, whole: bytes) -> None:
+    """Such files can come from an attacker who knows the format: SQLite reads arbitrary pages."""
     chance = random.Random(1)
     page = 4096
     came_through = 0
@@ -74,7 +74,7 @@ def test_pages_that_are_garbage_under_a_right_last_line_harm_nothing(index: Inde
         except ServiceError as error:
             assert error.code is Code.INVALID_ARGUMENT
             continue
-        # A byte of a text, or one that nothing uses.
+        # The changed bytes are in a text, or unused.
         came_through += 1
         assert collection.count() == 49
         assert [problem for step in collection.verify() for problem in step.problems] == []
@@ -84,12 +84,12 @@ def test_pages_that_are_garbage_under_a_right_last_line_harm_nothing(index: Inde
 
 
 @pytest.mark.parametrize("body", [b"", b"x", b"no database at all" * 1000, b"SQLite format 3\0" + b"\0" * 4080])
-def test_what_is_no_database_is_refused_though_its_last_line_is_right(index: Index, body: bytes) -> None:
+def test_bytes_that_are_no_database_are_refused_despite_a_right_last_line(index: Index, body: bytes) -> None:
     with refused(Code.INVALID_ARGUMENT):
         restored(index, "d", sealed(body))
 
 
-def test_the_database_of_something_else_is_refused(index: Index, tmp_path: Path) -> None:
+def test_a_database_of_another_program_is_refused(index: Index, tmp_path: Path) -> None:
     path = tmp_path / "other.db"
     with closing(sqlite3.connect(path)) as other:
         other.execute("CREATE TABLE bookmarks (url TEXT)")
@@ -99,7 +99,9 @@ def test_the_database_of_something_else_is_refused(index: Index, tmp_path: Path)
 
 
 @pytest.mark.parametrize("change", ["PRAGMA user_version = 99", "UPDATE backup SET format = 2"])
-def test_a_backup_of_a_newer_version_is_told_as_such(index: Index, whole: bytes, tmp_path: Path, change: str) -> None:
+def test_a_backup_of_a_newer_version_is_refused_with_the_reason(
+    index: Index, whole: bytes, tmp_path: Path, change: str
+) -> None:
     with refused(Code.FAILED_PRECONDITION, "newer version"):
         restored(index, "d", changed(whole, tmp_path / "changed.db", change))
 
@@ -121,13 +123,15 @@ def test_a_backup_of_a_newer_version_is_told_as_such(index: Index, whole: bytes,
         "DROP TABLE backup",
     ],
 )
-def test_any_table_trigger_or_view_but_ours_is_refused(index: Index, whole: bytes, tmp_path: Path, change: str) -> None:
+def test_unknown_tables_triggers_views_and_indexes_are_refused(
+    index: Index, whole: bytes, tmp_path: Path, change: str
+) -> None:
     with refused(Code.INVALID_ARGUMENT) as caught:
         restored(index, "d", changed(whole, tmp_path / "changed.db", change))
     assert caught.value.reason == "NOT_A_BACKUP"
 
 
-def test_names_that_are_not_utf8_are_refused(index: Index, whole: bytes, tmp_path: Path) -> None:
+def test_column_and_table_names_that_are_not_utf8_are_refused(index: Index, whole: bytes, tmp_path: Path) -> None:
     for name in (b"sequence", b"metadata", b"record"):
         body = changed(whole, tmp_path / "changed.db")[:-LAST_LINE_SIZE].replace(name, b"\xff\xfe" + name[2:])
         with refused(Code.INVALID_ARGUMENT):
@@ -180,16 +184,14 @@ NAN = np.full(DIMENSIONS, np.nan, dtype="<f4").tobytes().hex()
         "UPDATE backup SET format = 'x'",
     ],
 )
-def test_a_value_that_could_not_have_been_written_is_refused(
-    index: Index, whole: bytes, tmp_path: Path, change: str
-) -> None:
-    # Somebody who means harm makes the checksums right, too.
+def test_a_value_that_emberpc_never_writes_is_refused(index: Index, whole: bytes, tmp_path: Path, change: str) -> None:
+    # An attacker would make the checksums right, too.
     with refused(Code.INVALID_ARGUMENT) as caught:
         restored(index, "d", changed(whole, tmp_path / "changed.db", change, make_checksums_right))
     assert caught.value.reason == "BACKUP_DAMAGED"
 
 
-def test_a_record_that_is_not_as_it_was_written_is_refused(index: Index, whole: bytes, tmp_path: Path) -> None:
+def test_a_record_with_a_wrong_checksum_is_refused(index: Index, whole: bytes, tmp_path: Path) -> None:
     change = "UPDATE records SET text = 'another' WHERE id = 'r7'"
     with refused(Code.INVALID_ARGUMENT, "'r7' is not as it was written"):
         restored(index, "d", changed(whole, tmp_path / "changed.db", change))
@@ -210,7 +212,7 @@ def test_a_record_that_is_not_as_it_was_written_is_refused(index: Index, whole: 
         {"unknown": 1},
     ],
 )
-def test_settings_that_a_collection_cannot_have_are_refused(
+def test_invalid_settings_of_a_collection_are_refused(
     index: Index, whole: bytes, tmp_path: Path, setting: dict[str, object]
 ) -> None:
     def change(database: sqlite3.Connection) -> None:
@@ -223,13 +225,13 @@ def test_settings_that_a_collection_cannot_have_are_refused(
 
 
 @pytest.mark.parametrize("created", ["1e17", "1e300", "-1e17"])
-def test_a_time_that_cannot_be_is_refused(index: Index, whole: bytes, tmp_path: Path, created: str) -> None:
+def test_an_impossible_create_time_is_refused(index: Index, whole: bytes, tmp_path: Path, created: str) -> None:
     with refused(Code.INVALID_ARGUMENT, "what it says of the collection") as caught:
         restored(index, "d", changed(whole, tmp_path / "changed.db", f"UPDATE backup SET created = {created}"))
     assert caught.value.reason == "BACKUP_DAMAGED"
 
 
-def test_a_service_may_refuse_a_collection_that_it_cannot_serve(index: Index, whole: bytes) -> None:
+def test_a_collection_that_the_service_refuses_is_not_restored(index: Index, whole: bytes) -> None:
     def refuse(spec: CollectionSpec) -> None:
         raise ValueError(spec.name)
 
@@ -240,8 +242,8 @@ def test_a_service_may_refuse_a_collection_that_it_cannot_serve(index: Index, wh
             restoration.finish(hashlib.sha256(whole).hexdigest())
 
 
-def test_words_are_made_anew_from_the_texts(index: Index, whole: bytes, tmp_path: Path) -> None:
-    """Whatever the file says of them: a search goes by the texts that are there."""
+def test_the_word_index_is_rebuilt_from_the_texts(index: Index, whole: bytes, tmp_path: Path) -> None:
+    """The word index of the file is ignored: a lexical search uses the texts of the records."""
     gone = "INSERT INTO words (words) VALUES ('delete-all')"
     lie = "INSERT INTO words (rowid, text) VALUES (3, 'a lie')"
     other = "UPDATE records SET search_text = 'a lie'"
@@ -258,14 +260,12 @@ def test_a_record_without_a_checksum_is_refused(index: Index, whole: bytes, tmp_
 
 
 @pytest.mark.parametrize("version", [0, 4, 6])
-def test_the_backup_of_an_older_version_is_brought_up_to_this_one(
-    index: Index, whole: bytes, tmp_path: Path, version: int
-) -> None:
+def test_a_backup_of_an_older_version_is_converted(index: Index, whole: bytes, tmp_path: Path, version: int) -> None:
     collection = restored(index, "d", changed(whole, tmp_path / "changed.db", partial(make_older, version=version)))
     assert len(collection.search_lexical(["text"], [100])[0].hits) == 49
 
 
-def test_a_sha256_that_is_missing_or_wrong_is_refused(index: Index, whole: bytes) -> None:
+def test_a_missing_or_wrong_sha256_is_refused(index: Index, whole: bytes) -> None:
     for sha256, words in (("", "is missing"), ("0" * 64, "send it again"), ("x" * 1000, "send it again")):
         with closing(index.restore("d", len(whole), accept_all)) as restoration:
             restoration.write(whole)
@@ -273,9 +273,7 @@ def test_a_sha256_that_is_missing_or_wrong_is_refused(index: Index, whole: bytes
                 restoration.finish(sha256)
 
 
-def test_a_name_that_is_taken_or_none_is_refused_before_anything_is_sent(
-    index: Index, collection: Collection, whole: bytes
-) -> None:
+def test_a_used_or_invalid_name_is_refused_before_any_data(index: Index, collection: Collection, whole: bytes) -> None:
     with refused(Code.ALREADY_EXISTS, "'c'"):
         index.restore("c", 0, accept_all)
     for name in ("", "../c", "a/b", "x" * 129):
@@ -283,7 +281,7 @@ def test_a_name_that_is_taken_or_none_is_refused_before_anything_is_sent(
             index.restore(name, 0, accept_all)
 
 
-def test_of_two_restores_to_one_name_the_second_is_refused_and_harms_nothing(index: Index, whole: bytes) -> None:
+def test_the_later_of_two_restores_to_one_name_is_refused(index: Index, whole: bytes) -> None:
     slow = index.restore("d", len(whole), accept_all)
     with closing(slow):
         slow.write(whole)
@@ -294,7 +292,7 @@ def test_of_two_restores_to_one_name_the_second_is_refused_and_harms_nothing(ind
     assert index.get("d") is collection
 
 
-def test_a_restore_that_is_closed_takes_nothing_more(index: Index, whole: bytes) -> None:
+def test_calls_on_a_closed_restore_are_refused(index: Index, whole: bytes) -> None:
     restoration = index.restore("d", len(whole), accept_all)
     restoration.write(whole)
     restoration.close()
@@ -303,7 +301,7 @@ def test_a_restore_that_is_closed_takes_nothing_more(index: Index, whole: bytes)
             call()
 
 
-def test_a_restored_collection_is_there_after_a_start_and_goes_with_its_folder(tmp_path: Path, whole: bytes) -> None:
+def test_a_restored_collection_survives_a_restart_and_can_be_deleted(tmp_path: Path, whole: bytes) -> None:
     data_dir = tmp_path / "data"
     with closing(Index(data_dir)) as first:
         restored(first, "d", whole, step=1000).upsert(records("new"), vectors(1))
@@ -314,7 +312,7 @@ def test_a_restored_collection_is_there_after_a_start_and_goes_with_its_folder(t
         assert folders(data_dir) == 0
 
 
-def test_a_restore_under_way_ends_with_the_index(tmp_path: Path, whole: bytes) -> None:
+def test_closing_the_index_ends_a_restore_in_progress(tmp_path: Path, whole: bytes) -> None:
     data_dir = tmp_path / "data"
     index = Index(data_dir)
     restoration = index.restore("d", 0, accept_all)
@@ -333,7 +331,7 @@ class Usage(NamedTuple):
     free: int
 
 
-def test_no_room_is_said_in_bytes_at_the_first_message_or_when_it_comes_to_it(
+def test_a_restore_without_room_on_the_disk_is_refused_with_the_needed_bytes(
     index: Index, whole: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = [64 * 2**20 + 150_000]
@@ -347,14 +345,14 @@ def test_no_room_is_said_in_bytes_at_the_first_message_or_when_it_comes_to_it(
             restoration.write(whole)
 
 
-def test_a_file_that_may_not_grow_is_told_as_a_full_disk_and_nothing_is_restored(index: Index, whole: bytes) -> None:
+def test_a_file_size_limit_is_reported_as_a_full_disk_and_nothing_is_restored(index: Index, whole: bytes) -> None:
     with largest_file(20_000), refused(Code.RESOURCE_EXHAUSTED, "disk is full", "nothing was restored"):
         restored(index, "d", whole)
     with refused(Code.NOT_FOUND):
         index.get("d")
 
 
-def test_every_distance_is_restored(index: Index) -> None:
+def test_collections_of_every_distance_are_restored(index: Index) -> None:
     for distance in Distance:
         collection = index.create(CollectionSpec(f"of-{distance.value}", 4, distance=distance))
         matrix = gaussian(20, 4)
@@ -362,5 +360,5 @@ def test_every_distance_is_restored(index: Index) -> None:
         copy = restored(index, f"copy-{distance.value}", taken(collection))
         for of_copy, of_original in zip(copy.search(matrix, 3), collection.search(matrix, 3), strict=True):
             assert [record for record, _ in of_copy.hits] == [record for record, _ in of_original.hits]
-            # The graph and the buffer sum up in different orders.
+            # The graph and the buffer add the products in different orders.
             assert [score for _, score in of_copy.hits] == pytest.approx([score for _, score in of_original.hits])

@@ -1,4 +1,4 @@
-"""Nobody's data is lost by a mistake: not what lies beside ours, and not ours when a file of it is gone."""
+"""No data is lost by a mistake: neither files of other programs, nor collections of which a file is missing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from index.support import gaussian, numbered, refused
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Let the system cut off every file at so many bytes, as a full disk does."""
+    """Limit files to so many bytes; writes beyond the limit fail, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -47,8 +47,8 @@ def make(data_dir: Path, count: int) -> None:
     index.close()
 
 
-def test_folders_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
-    """A user may well point the data directory at a folder that has others in it."""
+def test_folders_of_other_programs_in_the_data_directory_are_kept(tmp_path: Path) -> None:
+    """A user may choose a data directory that has other folders in it."""
     strangers = [tmp_path / "photos", tmp_path / ("0" * 32), tmp_path / "collections" / "notes"]
     for path in strangers:
         path.mkdir(parents=True)
@@ -58,7 +58,7 @@ def test_folders_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
     assert [(path / "file").read_text() for path in strangers] == ["precious"] * 3
 
 
-def test_collections_without_their_catalogue_are_kept_and_the_server_does_not_start(tmp_path: Path) -> None:
+def test_a_start_without_the_catalogue_is_refused_and_keeps_collections(tmp_path: Path) -> None:
     make(tmp_path, 3)
     catalogue = tmp_path / "catalogue.db"
     copy = tmp_path / "copy"
@@ -73,7 +73,7 @@ def test_collections_without_their_catalogue_are_kept_and_the_server_does_not_st
     index.close()
 
 
-def test_a_collection_without_its_database_is_an_error_and_not_empty(tmp_path: Path) -> None:
+def test_opening_a_collection_without_its_database_is_an_error(tmp_path: Path) -> None:
     make(tmp_path, 3)
     folder = folder_of(tmp_path)
     for path in folder.glob("records.db*"):
@@ -82,14 +82,16 @@ def test_a_collection_without_its_database_is_an_error_and_not_empty(tmp_path: P
     with refused(Code.INTERNAL, "'c'"):
         index.get("c")
     assert not list(folder.glob("records.db*"))
-    # It does not keep anybody from deleting it and starting again.
+    # The collection can be deleted and created again.
     index.delete("c")
     assert not folder.exists()
     assert index.create(CollectionSpec("c", 8)).count() == 0
     index.close()
 
 
-def test_a_damaged_database_is_said_without_sqlites_own_words(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_error_for_a_damaged_database_hides_the_text_of_sqlite(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     make(tmp_path, 3)
     (folder_of(tmp_path) / "records.db").write_bytes(b"no database at all" * 1000)
     index = Index(tmp_path)
@@ -111,7 +113,7 @@ _DAMAGED_SCHEMAS = {
 
 
 @pytest.mark.parametrize(("before", "after"), _DAMAGED_SCHEMAS.values(), ids=_DAMAGED_SCHEMAS)
-def test_a_damaged_schema_costs_only_its_collection(tmp_path: Path, before: bytes, after: bytes) -> None:
+def test_a_damaged_schema_affects_only_its_collection(tmp_path: Path, before: bytes, after: bytes) -> None:
     with closing(Index(tmp_path)) as index:
         for name in "cd":
             index.create(CollectionSpec(name, 8)).upsert(numbered(3), gaussian(3, 8))
@@ -129,7 +131,7 @@ def test_a_damaged_schema_costs_only_its_collection(tmp_path: Path, before: byte
 
 
 @pytest.mark.parametrize("version", [0, 2, 5, -1])
-def test_a_wrong_version_of_a_database_is_damage(tmp_path: Path, version: int) -> None:
+def test_a_database_with_an_impossible_version_is_reported_as_damaged(tmp_path: Path, version: int) -> None:
     make(tmp_path, 3)
     with closing(sqlite3.connect(folder_of(tmp_path) / "records.db")) as connection:
         connection.execute(f"PRAGMA user_version = {version}")
@@ -137,8 +139,8 @@ def test_a_wrong_version_of_a_database_is_damage(tmp_path: Path, version: int) -
         index.get("c")
 
 
-def test_a_snapshot_cut_off_by_a_full_disk_never_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """hnswlib reports that it was saved; what there is of it would pass for a graph."""
+def test_a_snapshot_cut_off_by_a_full_disk_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """hnswlib reports success, and the incomplete file would be read as a graph."""
     index = Index(tmp_path, buffer_limit=8)
     collection = index.create(CollectionSpec("c", 64))
     vectors = gaussian(1000, 64)
@@ -153,7 +155,7 @@ def test_a_snapshot_cut_off_by_a_full_disk_never_counts(tmp_path: Path, caplog: 
     index.close()
 
 
-def test_a_write_that_the_disk_refuses_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
+def test_a_failed_disk_write_is_an_error_and_changes_nothing(tmp_path: Path) -> None:
     index = Index(tmp_path, buffer_limit=8)
     collection = index.create(CollectionSpec("c", 64))
     collection.upsert(numbered(5), gaussian(5, 64))
@@ -165,7 +167,7 @@ def test_a_write_that_the_disk_refuses_is_an_error_and_changes_nothing(tmp_path:
     index.close()
 
 
-def test_a_snapshot_is_used_so_that_nothing_waits_for_the_graph_again(tmp_path: Path) -> None:
+def test_a_loaded_snapshot_leaves_no_vectors_in_the_buffer(tmp_path: Path) -> None:
     make(tmp_path, 200)
     index = Index(tmp_path, buffer_limit=8)
     collection = index.get("c")
@@ -174,7 +176,7 @@ def test_a_snapshot_is_used_so_that_nothing_waits_for_the_graph_again(tmp_path: 
     index.close()
 
 
-def test_a_snapshot_is_made_on_the_way_and_two_are_kept(tmp_path: Path) -> None:
+def test_snapshots_are_saved_during_writes_and_two_are_kept(tmp_path: Path) -> None:
     index = Index(tmp_path, buffer_limit=8, snapshot_every=50)
     collection = index.create(CollectionSpec("c", 8))
     for first in range(0, 400, 100):
@@ -185,8 +187,8 @@ def test_a_snapshot_is_made_on_the_way_and_two_are_kept(tmp_path: Path) -> None:
     index.close()
 
 
-def test_the_larger_a_graph_is_the_less_often_it_is_saved(tmp_path: Path) -> None:
-    """Each time it is written as a whole: at a fixed pace a million vectors would be fifty files of up to 1.7 GB."""
+def test_larger_graphs_are_saved_less_often(tmp_path: Path) -> None:
+    """Each snapshot has the whole graph: at a fixed interval, a million vectors would give 50 files of up to 1.7 GB."""
     index = Index(tmp_path, buffer_limit=8, snapshot_every=10)
     collection = index.create(CollectionSpec("c", 8))
     newest = set()
@@ -198,8 +200,8 @@ def test_the_larger_a_graph_is_the_less_often_it_is_saved(tmp_path: Path) -> Non
     assert 10 <= len(newest) <= 25
 
 
-def test_a_graph_of_another_collection_is_left_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With the same dimensions hnswlib would load it: only what the sidecar says tells them apart."""
+def test_a_snapshot_of_another_collection_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """hnswlib would load a graph of the same dimensions; only the sidecar file names its collection."""
     index = Index(tmp_path, buffer_limit=8)
     mine = index.create(CollectionSpec("mine", 8, m=8))
     other = index.create(CollectionSpec("other", 8, m=32))
@@ -228,16 +230,16 @@ def put(files: dict[str, bytes], folder: Path) -> None:
 
 
 def check_found(collection: Collection, vectors: Matrix) -> None:
-    """Check that each vector finds its own record, and that memory has what the store has."""
+    """Check that each vector finds its own record, and that memory and store agree."""
     for i, outcome in enumerate(collection.search(vectors, 1)):
         assert outcome.hits[0][0].id == f"r{i:05}"
     assert [problem for step in collection.verify() for problem in step.problems] == []
 
 
-def test_a_graph_of_a_collection_of_the_same_kind_is_left_aside(
+def test_a_snapshot_of_a_collection_with_equal_settings_is_not_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Same dimensions, same parameters, same labels: only whose it is tells them apart."""
+    """Dimensions, parameters and labels are equal; only the identity of the database differs."""
     index = Index(tmp_path, buffer_limit=8)
     vectors = {name: gaussian(100, 8, seed=seed) for seed, name in enumerate(("mine", "other"))}
     for name, matrix in vectors.items():
@@ -252,8 +254,8 @@ def test_a_graph_of_a_collection_of_the_same_kind_is_left_aside(
     index.close()
 
 
-def test_a_restored_collection_takes_over_no_graph_of_the_first(tmp_path: Path) -> None:
-    """A backup has the first one's records; what is written later gets the same labels in both."""
+def test_a_restored_collection_uses_no_snapshot_of_the_first_one(tmp_path: Path) -> None:
+    """The backup has the records of the first collection; later records get the same labels in both collections."""
     index = Index(tmp_path, buffer_limit=8)
     first = index.create(CollectionSpec("c", 8))
     first.upsert(numbered(50), gaussian(50, 8))
@@ -273,10 +275,8 @@ def test_a_restored_collection_takes_over_no_graph_of_the_first(tmp_path: Path) 
     index.close()
 
 
-def test_an_older_database_beside_a_newer_graph_is_what_counts(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As after a copy of the database alone was put back: labels that the graph has come to stand for others."""
+def test_an_older_database_overrides_a_newer_snapshot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """This happens if an older copy replaces only the database: labels of the graph then belong to other records."""
     make(tmp_path, 50)
     folder = folder_of(tmp_path)
     older = (folder / "records.db").read_bytes()
@@ -289,7 +289,7 @@ def test_an_older_database_beside_a_newer_graph_is_what_counts(
     index = Index(tmp_path, buffer_limit=1000)
     check_found(index.get("c"), gaussian(50, 8))
     assert "its database is older than its graph" in caplog.text
-    # The same labels, and none of the graph's vectors.
+    # The labels are those of the graph, but all vectors differ.
     later = gaussian(60, 8, seed=2)
     index.get("c").upsert(numbered(60, first=50), later)
     index.close()
@@ -319,7 +319,7 @@ def test_a_call_after_close_is_unavailable(tmp_path: Path) -> None:
             call()
 
 
-def test_a_refused_directory_is_free_again_for_the_next_try(tmp_path: Path) -> None:
+def test_a_refused_data_directory_is_not_locked_for_the_next_try(tmp_path: Path) -> None:
     make(tmp_path, 3)
     catalogue = tmp_path / "catalogue.db"
     kept = catalogue.read_bytes()

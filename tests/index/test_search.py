@@ -1,4 +1,4 @@
-"""Search: the right hits, as many as there are, from buffer, graph and store alike."""
+"""Searches return the right hits from buffer, graph and store."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_small_collection_is_searched_exactly(collection: Collection) -> None:
     assert recall(collection, truth, gaussian(20, 8, seed=5), 10) == 1
 
 
-def test_a_larger_one_is_searched_in_the_graph_and_the_newest_records_beside_it(collection: Collection) -> None:
+def test_a_larger_collection_is_searched_in_the_graph_and_the_buffer(collection: Collection) -> None:
     truth = filled(collection, 300)
     query = gaussian(1, 8, seed=5)
     assert collection.search(query, 3)[0].plan.strategy is SearchStrategy.HNSW
@@ -51,19 +51,19 @@ def test_a_larger_one_is_searched_in_the_graph_and_the_newest_records_beside_it(
     assert recall(collection, truth, gaussian(50, 8, seed=6), 10) >= 0.98
 
 
-def test_ef_is_used_as_given_and_chosen_by_top_k_otherwise(collection: Collection) -> None:
+def test_ef_is_used_as_stated_or_chosen_by_top_k(collection: Collection) -> None:
     filled(collection, 1200)
     query = gaussian(1, 8, seed=5)
     assert collection.search(query, 10, ef=37)[0].plan.ef == 37
     assert collection.search(query, 10, ef=12)[0].plan.ef == 12
-    # No fewer candidates than hits, whatever was asked for.
+    # There are never fewer candidates than hits.
     assert collection.search(query, 50, ef=12)[0].plan.ef >= 50
     few, many = collection.search(query, 1)[0].plan.ef, collection.search(query, 500)[0].plan.ef
     assert 1 < few < many
 
 
 @pytest.mark.parametrize("count", [10, 200], ids=["buffer", "graph"])
-def test_the_excluded_record_is_left_out_and_its_place_is_filled(collection: Collection, count: int) -> None:
+def test_the_excluded_record_is_replaced_by_the_next_hit(collection: Collection, count: int) -> None:
     truth = filled(collection, count)
     queries = np.stack([truth["r00003"], truth["r00003"], truth["r00004"]])
     own, without, other = collection.search(queries, [5, 5, 4], exclude_ids=[None, "r00003", "nobody"])
@@ -76,7 +76,7 @@ def test_the_excluded_record_is_left_out_and_its_place_is_filled(collection: Col
     assert "left out" in everything.plan.shortfall_reason
 
 
-def test_each_query_has_its_own_number_of_hits(collection: Collection) -> None:
+def test_each_query_has_its_own_top_k(collection: Collection) -> None:
     filled(collection, 300)
     outcomes = collection.search(gaussian(100, 8, seed=5), [1 + i % 7 for i in range(100)])
     assert [len(outcome.hits) for outcome in outcomes] == [1 + i % 7 for i in range(100)]
@@ -101,7 +101,7 @@ def test_options_out_of_bounds_are_refused(
         collection.search(gaussian(2, 8), top_k, ef=ef, exclude_ids=excluded)
 
 
-def test_a_graph_with_many_deleted_nodes_is_built_anew(collection: Collection) -> None:
+def test_a_graph_with_many_deleted_nodes_is_rebuilt(collection: Collection) -> None:
     truth = filled(collection, 400)
     neighbours = collection._neighbours
     collection.delete(list(truth)[:90])
@@ -113,7 +113,7 @@ def test_a_graph_with_many_deleted_nodes_is_built_anew(collection: Collection) -
     assert recall(collection, dict(list(truth.items())[120:]), gaussian(50, 8, seed=6), 10) >= 0.98
 
 
-def test_a_collection_that_was_emptied_fills_again(collection: Collection) -> None:
+def test_an_emptied_collection_can_be_filled_again(collection: Collection) -> None:
     truth = filled(collection, 100)
     collection.delete(list(truth))
     assert collection.search(gaussian(1, 8), 5)[0].hits == []
@@ -122,8 +122,8 @@ def test_a_collection_that_was_emptied_fills_again(collection: Collection) -> No
     assert recall(collection, filled(collection, 100, seed=3), gaussian(50, 8, seed=6), 10) >= 0.98
 
 
-def test_what_the_graph_does_not_reach_is_still_found(collection: Collection) -> None:
-    """Nodes are taken away behind the collection's back, so that hnswlib finds too few and raises."""
+def test_records_that_the_graph_does_not_reach_are_found_by_exact_search(collection: Collection) -> None:
+    """Nodes are removed directly in hnswlib, which then finds too few and raises an error."""
     truth = filled(collection, 200)
     graph = collection._neighbours._graph
     for label in sorted(graph.labels())[5:]:
@@ -134,13 +134,13 @@ def test_what_the_graph_does_not_reach_is_still_found(collection: Collection) ->
     assert recall(collection, truth, gaussian(40, 8, seed=5), 10) == 1
 
 
-def test_more_than_half_of_a_graph_is_found_exactly(collection: Collection) -> None:
+def test_a_top_k_above_half_of_the_graph_is_searched_exactly(collection: Collection) -> None:
     truth = filled(collection, 200)
     assert collection.search(gaussian(1, 8), 120)[0].plan.strategy is SearchStrategy.EXACT
     assert recall(collection, truth, gaussian(5, 8, seed=5), 120) == 1
 
 
-def test_tight_and_distant_clusters_are_searched_through(index: Index) -> None:
+def test_all_hits_of_tight_and_distant_clusters_are_found(index: Index) -> None:
     collection = index.create(CollectionSpec("c", 8, distance=Distance.EUCLIDEAN, m=4, ef_construction=16))
     near = gaussian(60, 8) * np.float32(1e-3)
     far = gaussian(600, 8, seed=1) * np.float32(1e-3) + np.float32(1000)
@@ -164,7 +164,7 @@ def test_many_copies_of_one_vector_are_all_found(collection: Collection) -> None
     assert len(collection.search(np.ones((1, 8), dtype=np.float32), 500)[0].hits) == 500
 
 
-def test_what_is_deleted_while_the_graph_is_built_anew_stays_deleted(
+def test_records_deleted_during_a_rebuild_stay_deleted(
     collection: Collection, caplog: pytest.LogCaptureFixture
 ) -> None:
     truth = filled(collection, 200)
@@ -183,11 +183,11 @@ def test_what_is_deleted_while_the_graph_is_built_anew_stays_deleted(
     assert "disagree" not in caplog.text
 
 
-def test_a_new_graph_has_what_the_old_one_took_in_while_it_was_built(collection: Collection) -> None:
-    """Writes go on meanwhile, and what waits must not grow without an end: the old graph takes it in."""
+def test_a_rebuilt_graph_has_the_records_added_during_the_rebuild(collection: Collection) -> None:
+    """Writes continue during a rebuild; the old graph takes their vectors, so that the buffer does not keep growing."""
     truth = filled(collection, 200)
     neighbours = collection._neighbours
-    collection._wake = lambda: None  # the maintenance thread would begin to fill the graph, too
+    collection._wake = lambda: None  # otherwise the maintenance thread would fill the graph, too
     late = gaussian(60, 8, seed=9)
 
     def read(labels: list[int]) -> tuple[Labels, Matrix]:
@@ -202,24 +202,24 @@ def test_a_new_graph_has_what_the_old_one_took_in_while_it_was_built(collection:
     assert recall(collection, truth, gaussian(50, 8, seed=6), 10) >= 0.98
 
 
-def test_the_graph_takes_in_all_that_waits_when_writes_rest(tmp_path: Path) -> None:
-    """Else every search compares up to thousands of vectors for as long as nothing is written."""
+def test_the_graph_takes_the_whole_buffer_when_writes_pause(tmp_path: Path) -> None:
+    """Otherwise every search would compare up to thousands of vectors of the buffer until the next write."""
     with closing(Index(tmp_path, buffer_limit=100)) as index:
         collection = index.create(CollectionSpec("c", 8))
         collection.upsert(numbered(90), gaussian(90, 8))
-        assert collection._graph_maintenance.due_at_rest is None  # so few are compared one by one for good
+        assert collection._graph_maintenance.due_at_rest is None  # so few vectors stay in the buffer
         collection.upsert(numbered(90, first=90), gaussian(90, 8, seed=1))
         collection.maintain()
         collection.upsert(numbered(50, first=500), gaussian(50, 8, seed=2))
         assert collection._graph_maintenance.due_at_rest is not None
         collection._graph_maintenance._last_write -= 1000
-        collection._graph_maintenance._next_check = 0  # the last check is long ago, too
+        collection._graph_maintenance._next_check = 0  # the last check of the graph was long ago, too
         collection.maintain()
         assert (collection._neighbours.waiting, collection._neighbours.graph_size) == (0, 230)
         assert collection._graph_maintenance.due_at_rest is None
 
 
-def test_maintenance_at_rest_comes_once_and_after_the_last_write(index: Index) -> None:
+def test_maintenance_runs_once_after_the_last_write(index: Index) -> None:
     maintained: list[float] = []
     done = threading.Event()
 

@@ -55,15 +55,15 @@ def test_very_short_vectors_are_found(index: Index, min_recall: float) -> None:
 
 
 class Missing:
-    """Neighbours whose hits for the second, shorter query are ten times too far."""
+    """Neighbours whose hit for the second, shorter query is ten times too far away."""
 
     def search(self, queries: Matrix, k: int, ef: int) -> list[Candidates]:
         scores = [-1e10, -1e-4]
         return [Candidates([0], [score], False, Plan(SearchStrategy.HNSW, ef, 0)) for score in scores[: len(queries)]]
 
 
-def test_the_recall_of_short_queries_is_measured_by_their_own_distances() -> None:
-    """By the longest of all distances, every hit of a short query was near enough."""
+def test_recall_of_short_queries_is_measured_with_their_own_distances() -> None:
+    """Compared with the longest of all distances, every hit of a short query would be near enough."""
     truth = np.array([[-1e10], [-1e-5]], dtype=np.float32)
     found = recall._recall(cast("Neighbours", Missing()), np.zeros((2, WIDTH), np.float32), truth, 1, 10, lambda: False)
     assert found == 0.5
@@ -71,7 +71,7 @@ def test_the_recall_of_short_queries_is_measured_by_their_own_distances() -> Non
 
 @pytest.mark.parametrize("min_recall", [0, 1])
 @pytest.mark.parametrize("scale", [1e-15, 1e-12, 1])
-def test_products_of_short_vectors_are_right(index: Index, scale: float, min_recall: float) -> None:
+def test_dot_products_of_short_vectors_are_exact(index: Index, scale: float, min_recall: float) -> None:
     collection = index.create(CollectionSpec("c", WIDTH, distance=Distance.DOT_PRODUCT))
     vectors = gaussian(300, WIDTH) * np.float32(scale)
     collection.upsert(numbered(300), vectors)
@@ -83,7 +83,7 @@ def test_products_of_short_vectors_are_right(index: Index, scale: float, min_rec
         assert np.allclose([score for _, score in outcome.hits], np.sort(row)[::-1][:5], rtol=1e-5, atol=0)
 
 
-def test_vectors_whose_products_vanish_are_refused(index: Index) -> None:
+def test_vectors_whose_dot_products_would_be_zero_are_refused(index: Index) -> None:
     collection = index.create(CollectionSpec("c", WIDTH, distance=Distance.DOT_PRODUCT))
     short = gaussian(2, WIDTH) * np.float32(1e-20)
     with refused(Code.INVALID_ARGUMENT, "is shorter than 1e-16; their products would be zero; scale the vectors up"):

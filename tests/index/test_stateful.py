@@ -1,4 +1,4 @@
-"""An index against a plain dict and a full comparison, through any sequence of writes, restarts and maintenance."""
+"""An index agrees with a dict and an exact comparison after any sequence of writes, restarts and maintenance."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ids = st.lists(st.sampled_from([f"r{i}" for i in range(40)]), min_size=1, max_si
 
 
 class IndexAgainstDict(RuleBasedStateMachine):
-    """The buffer takes four vectors, so that graph, tombstones and rebuilds all come into play."""
+    """The buffer takes only four vectors, so that graphs, deleted nodes and rebuilds are tested, too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class IndexAgainstDict(RuleBasedStateMachine):
             return
         scores = true_scores(query[0], np.stack([self.model[name] for name in names]), Distance.COSINE)
         expected = np.sort(scores)[::-1][: len(outcome.hits)]
-        # With 40 vectors and 128 candidates the graph's search reaches every node: it must be exact.
+        # With 40 vectors and 128 candidates, a search of the graph reaches every node, so it must be exact.
         assert np.allclose([score for _, score in outcome.hits], expected, atol=1e-4)
         by_name = dict(zip(names, scores, strict=True))
         for record, score in outcome.hits:

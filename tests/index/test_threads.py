@@ -1,4 +1,4 @@
-"""Many callers at once: each sees every write whole, and none waits for ever."""
+"""Concurrent callers: each sees only whole writes, and none waits for ever."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from index.support import gaussian, numbered
 
 
 def together(*calls: Callable[[], None]) -> None:
-    """Run calls on threads of their own, and raise the first error of any."""
+    """Run each call on another thread, and raise the first error."""
     errors: list[BaseException] = []
 
     def guarded(call: Callable[[], None]) -> None:
         try:
             call()
-        except BaseException as error:  # told below, on the test's own thread
+        except BaseException as error:  # raised below, on the thread of the test
             errors.append(error)
 
     threads = [threading.Thread(target=guarded, args=(call,), daemon=True) for call in calls]
@@ -44,8 +44,8 @@ def together(*calls: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("versions", [130, pytest.param(400, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("limit", [1000, 8], ids=["buffer", "graph"])
-def test_a_record_is_found_at_every_moment_of_its_updates(index: Index, limit: int, versions: int) -> None:
-    """Between an old version that is gone and a new one that has not come there must be no gap."""
+def test_a_record_is_found_during_its_updates(index: Index, limit: int, versions: int) -> None:
+    """There must be no moment at which the old version is removed and the new one is not visible yet."""
     collection = index.create(CollectionSpec("c", 8))
     collection._graph_maintenance._limits = MaintenanceLimits(limit)
     query = gaussian(1, 8)
@@ -74,8 +74,8 @@ def test_a_record_is_found_at_every_moment_of_its_updates(index: Index, limit: i
 
 
 @pytest.mark.parametrize("versions", [4, pytest.param(25, marks=pytest.mark.slow)])
-def test_a_batch_is_seen_whole_or_not_at_all(index: Index, versions: int) -> None:
-    """Though it is more than one statement takes to read."""
+def test_a_batch_of_records_is_visible_whole_or_not_at_all(index: Index, versions: int) -> None:
+    """This holds although a batch takes more than one statement to read."""
     collection = index.create(CollectionSpec("c", 4))
     ids, vectors = [f"r{i:04}" for i in range(1000)], gaussian(1000, 4)
     done = threading.Event()
@@ -99,8 +99,8 @@ def test_a_batch_is_seen_whole_or_not_at_all(index: Index, versions: int) -> Non
     together(write, read, read)
 
 
-def test_a_search_finds_what_its_own_thread_has_written(index: Index) -> None:
-    """Through drains, rebuilds and snapshots of the graph."""
+def test_a_search_finds_the_writes_of_its_thread(index: Index) -> None:
+    """This holds while the buffer is moved to the graph, and during rebuilds and snapshots."""
     collection = index.create(CollectionSpec("c", 16))
     collection._graph_maintenance._limits = MaintenanceLimits(8, snapshot_every=100)
 
@@ -120,7 +120,7 @@ def test_a_search_finds_what_its_own_thread_has_written(index: Index) -> None:
     together(*(work(number) for number in range(4)), *([collection.maintain] * 2))
 
 
-def test_a_collection_can_be_deleted_and_made_again_under_searches(index: Index) -> None:
+def test_a_collection_can_be_deleted_and_created_again_during_searches(index: Index) -> None:
     done = threading.Event()
 
     def refill() -> None:
@@ -172,10 +172,10 @@ def test_close_waits_for_calls_and_ends_maintenance(index: Index) -> None:
     together(*(call(work) for work in works), close)
 
 
-def test_a_search_that_a_write_came_across_does_not_wait_for_the_next_write(
+def test_a_search_repeated_because_of_a_write_does_not_wait_for_the_next_write(
     index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next one may be large, and hold writes off others for seconds."""
+    """The next write may be large, and block other writes for seconds."""
     collection = index.create(CollectionSpec("c", 8))
     collection.upsert(numbered(50), gaussian(50, 8))
     gone: list[dict[int, StoredRecord]] = [{}]
@@ -195,15 +195,15 @@ def test_a_search_that_a_write_came_across_does_not_wait_for_the_next_write(
 
 
 def until(come_so_far: Callable[[], bool]) -> None:
-    """Let other threads run until they have come so far."""
+    """Let other threads run until the condition holds."""
     deadline = time.monotonic() + 300
     while not come_so_far():
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
-def test_a_reader_that_waited_for_one_writer_goes_before_the_next() -> None:
-    """The thread that fills the graph asks again at once, slice by slice; a search must get in between."""
+def test_a_waiting_reader_gets_the_lock_before_the_next_writer() -> None:
+    """The thread that fills the graph takes the lock again for each slice; a search must get the lock in between."""
     lock = ReadWriteLock()
     order: list[str] = []
 
@@ -223,8 +223,8 @@ def test_a_reader_that_waited_for_one_writer_goes_before_the_next() -> None:
     assert order == ["reader", "writer"]
 
 
-def test_a_writer_that_asks_again_at_once_does_not_go_before_one_that_waits() -> None:
-    """The thread that fills the graph, slice by slice, kept a write waiting for all of its slices: seconds."""
+def test_a_waiting_writer_gets_the_lock_before_the_last_writer_again() -> None:
+    """In an earlier version, a write waited for all slices of the thread that fills the graph, which took seconds."""
     lock = ReadWriteLock()
     order: list[str] = []
 
@@ -243,7 +243,7 @@ def test_a_writer_that_asks_again_at_once_does_not_go_before_one_that_waits() ->
     assert sorted(order) == ["first"] * 3 + ["other"] * 3
 
 
-def test_readers_that_overlap_for_ever_let_a_writer_in() -> None:
+def test_overlapping_readers_let_a_writer_get_the_lock() -> None:
     lock = ReadWriteLock()
     stop = threading.Event()
     inside = threading.Barrier(2)
@@ -252,7 +252,7 @@ def test_readers_that_overlap_for_ever_let_a_writer_in() -> None:
         while not stop.is_set():
             with lock.read():
                 try:
-                    # Each reader stays until another is in too, so that the lock is never free by itself.
+                    # Each reader keeps the lock until another has it, too, so that the lock is never free.
                     inside.wait(0.01)
                 except threading.BrokenBarrierError:
                     inside.reset()
@@ -266,7 +266,7 @@ def test_readers_that_overlap_for_ever_let_a_writer_in() -> None:
     together(read, read, read, write)
 
 
-def test_the_lock_lets_no_reader_in_beside_a_writer() -> None:
+def test_the_lock_excludes_readers_during_a_write() -> None:
     lock = ReadWriteLock()
     state = {"writers": 0, "value": 0}
 
@@ -289,12 +289,12 @@ def test_the_lock_lets_no_reader_in_beside_a_writer() -> None:
     assert state["value"] == 600
 
 
-def test_groups_of_a_graph_may_come_while_they_are_counted() -> None:
-    """A search counts strays without the lock of the graph; a write that added a group made it fail with INTERNAL."""
+def test_groups_can_be_added_while_strays_are_counted() -> None:
+    """A search counts strays without the graph's lock; in an earlier version, a concurrent new group made it fail."""
     groups: dict[int, Any] = {}
 
     class Group:
-        """Adds a group when the type of this one is looked at, as a write on another thread may."""
+        """Adds another group when its type is read, as a write on another thread may."""
 
         @property  # type: ignore[misc]
         def __class__(self) -> type:

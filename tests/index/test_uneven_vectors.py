@@ -1,4 +1,4 @@
-"""Vectors of uneven density or length are found, though a plain graph cuts off many of them."""
+"""Vectors of uneven density or length are found, although a simple graph would cut off many of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from index.test_grouped_graph import DEFAULT_EF, SPEC, WIDTH, built, problems, r
 
 
 def one_cone(count: int = 1500) -> Matrix:
-    """Return vectors round one mean, some of them a hundred times as near to it as others."""
+    """Return vectors around one mean; some are a hundred times as near to the mean as others."""
     mean = gaussian(1, WIDTH, seed=1) / WIDTH**0.5
     noises = (0.01, 0.02, 0.05, 0.1, 1)
     return np.vstack(
@@ -31,7 +31,7 @@ def one_cone(count: int = 1500) -> Matrix:
 
 
 def with_a_hub(count: int) -> Matrix:
-    """Return vectors that are nearer to one in their middle than to each other."""
+    """Return vectors that are nearer to a vector in their centre than to each other."""
     vectors = gaussian(count, WIDTH)
     vectors[0] = 0
     return vectors
@@ -42,7 +42,7 @@ def of_many_lengths(count: int) -> Matrix:
     return np.asarray(gaussian(count, WIDTH) * np.exp(1.5 * gaussian(count, 1, seed=1)), dtype=np.float32)
 
 
-#: Vectors among which a plain graph cuts off many, or that it cannot tell apart.
+#: Vectors of which a simple graph cuts off many, or which it cannot distinguish.
 UNEVEN = {
     "one cone": (one_cone, Distance.COSINE),
     "a hub": (with_a_hub, Distance.EUCLIDEAN),
@@ -105,7 +105,7 @@ def test_uneven_vectors_are_found_after_writes_and_deletions(
         assert problems(collection) == []
 
 
-def test_queries_much_shorter_than_the_vectors_are_told_apart(index: Index) -> None:
+def test_queries_much_shorter_than_the_vectors_find_their_hits(index: Index) -> None:
     collection = index.create(CollectionSpec("c", WIDTH, distance=Distance.DOT_PRODUCT))
     collection.upsert(numbered(1500), gaussian(1500, WIDTH))
     collection.maintain()
@@ -116,7 +116,7 @@ def test_queries_much_shorter_than_the_vectors_are_told_apart(index: Index) -> N
         assert collection_recalls(collection, queries * np.float32(scale))[1] >= 0.95
 
 
-def test_shells_outlast_a_restart(tmp_path: Path) -> None:
+def test_shells_survive_a_restart(tmp_path: Path) -> None:
     vectors = prepare(one_cone(), Distance.COSINE)
     neighbours = Neighbours(SPEC, built(vectors))
     neighbours.rebuild(read_of(vectors), lambda: False, shuffled=True)
@@ -134,7 +134,7 @@ def test_shells_outlast_a_restart(tmp_path: Path) -> None:
     assert recalls(loaded, vectors, vectors[::5])[0] >= 0.99
 
 
-def test_many_strays_have_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_strays_get_a_graph_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("emberpc.server.index.graph.grouped_graph._MAX_COMPARED_STRAYS", 100)
     vectors = prepare(one_cone(), Distance.COSINE)
     graph = built(vectors)

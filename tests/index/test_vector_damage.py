@@ -1,4 +1,4 @@
-"""A search that compares vectors on disk finds out the damaged ones among its hits."""
+"""A search that compares vectors on disk finds damaged ones among its hits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from index_helpers import true_scores
 
 @pytest.fixture
 def one_of_many(tmp_path: Path) -> Iterator[Callable[..., Collection]]:
-    """Open a collection of 400 records, and then give some rows the vector of the first one on disk."""
+    """Return a function that opens a collection of 400 records, and then overwrites vectors of some rows on disk."""
     indexes: list[Index] = []
 
     def make(damaged_rows: Sequence[int], distance: Distance = Distance.COSINE, *, older: bool = False) -> Collection:
@@ -50,7 +50,7 @@ def one_of_many(tmp_path: Path) -> Iterator[Callable[..., Collection]]:
 
 @pytest.mark.parametrize("older", [False, True], ids=["", "older"])
 @pytest.mark.parametrize("distance", Distance)
-def test_a_damaged_vector_that_would_be_a_hit_is_found_out_by_every_search_of_the_store(
+def test_every_exact_search_leaves_out_hits_with_damaged_vectors(
     one_of_many: Callable[..., Collection], distance: Distance, older: bool
 ) -> None:
     lost = [100, 102, 104, 106, 108, 110]
@@ -65,10 +65,10 @@ def test_a_damaged_vector_that_would_be_a_hit_is_found_out_by_every_search_of_th
         assert np.allclose([score for _, score in found.hits], right, rtol=1e-4)
 
 
-def test_the_vectors_that_are_compared_are_not_all_checked(
+def test_searches_check_only_the_vectors_of_hits(
     one_of_many: Callable[..., Collection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Checking every vector takes an eighth of a search. Only hits are checked, with a filter that is kept once."""
+    """Checking every vector would take an eighth of a search's time. With a cached filter, hits are checked once."""
     collection = one_of_many([])
     query = gaussian(400, WIDTH)[:1]
     checked: list[int] = []
@@ -91,7 +91,7 @@ def test_the_vectors_that_are_compared_are_not_all_checked(
     assert len(checked) >= 400, "reading very many hits again would take longer"
 
 
-def test_many_damaged_vectors_cost_one_search_more(
+def test_many_damaged_vectors_cause_one_more_scan(
     one_of_many: Callable[..., Collection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collection = one_of_many(range(100, 200))
@@ -112,8 +112,8 @@ def test_many_damaged_vectors_cost_one_search_more(
     assert not {f"r{i:05}" for i in range(100, 200)} & {record.id for record, _ in found.hits}
 
 
-def test_a_damaged_vector_that_is_no_hit_is_found_by_verify(one_of_many: Callable[..., Collection]) -> None:
-    """It is left out of the answer as it would be if it was checked."""
+def test_verify_finds_a_damaged_vector_that_is_no_hit(one_of_many: Callable[..., Collection]) -> None:
+    """A search would leave the vector out of its hits, too, if it checked the vector."""
     collection = one_of_many([100])
     query = -gaussian(400, WIDTH)[:1]
     (found,) = collection.search(query, 3, min_recall=1)

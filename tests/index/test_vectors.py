@@ -1,4 +1,4 @@
-"""Vectors: which are refused, and that scores mean what index.proto says."""
+"""Vectors: refused values, and scores as documented in index.proto."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BAD = {
     ("row", "distance", "word"),
     [pytest.param(row, d, word, id=f"{name}-{d.value}") for name, (row, ds, word) in BAD.items() for d in ds],
 )
-def test_a_bad_vector_is_refused_by_name_in_writes_and_queries(
+def test_an_invalid_vector_is_refused_with_its_index_in_writes_and_queries(
     index: Index, row: list[float], distance: Distance, word: str
 ) -> None:
     collection = index.create(CollectionSpec("c", 4, distance=distance))
@@ -48,7 +48,7 @@ def test_a_bad_vector_is_refused_by_name_in_writes_and_queries(
         collection.search(with_row(row), 1)
 
 
-def test_another_type_or_shape_is_refused(index: Index) -> None:
+def test_vectors_of_another_type_or_shape_are_refused(index: Index) -> None:
     collection = index.create(CollectionSpec("c", 4))
     with refused(Code.INVALID_ARGUMENT, "float64"):
         collection.upsert(numbered(3), GOOD.astype(np.float64))
@@ -62,7 +62,7 @@ def test_another_type_or_shape_is_refused(index: Index) -> None:
     matrix=arrays(np.float32, (3, 5), elements=st.floats(width=32, allow_nan=True, allow_infinity=True)),
     distance=st.sampled_from(Distance),
 )
-def test_whatever_passes_the_check_can_be_compared(matrix: Matrix, distance: Distance) -> None:
+def test_accepted_vectors_have_finite_scores(matrix: Matrix, distance: Distance) -> None:
     try:
         check_vectors(matrix, 5, distance, items_of("vectors"))
     except ServiceError:
@@ -79,7 +79,7 @@ def test_whatever_passes_the_check_can_be_compared(matrix: Matrix, distance: Dis
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 @pytest.mark.parametrize("buffer_limit", [1000, 10], ids=["buffer", "graph"])
 @pytest.mark.parametrize("distance", Distance)
-def test_scores_are_as_documented_from_buffer_and_graph_alike(
+def test_scores_of_buffer_and_graph_are_as_documented(
     tmp_path: Path, distance: Distance, buffer_limit: int, scale: float
 ) -> None:
     index = Index(tmp_path, buffer_limit=buffer_limit)
@@ -95,7 +95,7 @@ def test_scores_are_as_documented_from_buffer_and_graph_alike(
     index.close()
 
 
-def test_small_distances_between_long_vectors_are_not_lost(index: Index) -> None:
+def test_small_distances_between_long_vectors_are_exact(index: Index) -> None:
     collection = index.create(CollectionSpec("c", 4, distance=Distance.EUCLIDEAN))
     base = np.full(4, 5000, dtype=np.float32)
     vectors = np.stack([base + np.float32(step) for step in (0.25, 0.5, 1.0)])
@@ -104,7 +104,7 @@ def test_small_distances_between_long_vectors_are_not_lost(index: Index) -> None
     np.testing.assert_allclose([score for _, score in outcome.hits], [-0.5, -1.0, -2.0])
 
 
-def test_a_stored_vector_comes_back_as_it_was_given(index: Index) -> None:
+def test_a_stored_vector_is_read_as_written(index: Index) -> None:
     collection = index.create(CollectionSpec("c", 4, distance=Distance.COSINE))
     collection.upsert(numbered(3), GOOD * 7)
     found = collection.get([record.id for record in numbered(3)], with_vectors=True)

@@ -1,4 +1,4 @@
-"""A verification finds what is damaged, and nothing else, whatever goes on meanwhile."""
+"""A verification reports damage and nothing else, also during concurrent writes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COUNT, WIDTH = 60, 16
 
 
 def filled(index: Index, distance: Distance = Distance.COSINE) -> Collection:
-    """Make a collection of which some is in the graph and some in the buffer."""
+    """Create a collection with some vectors in the graph and some in the buffer."""
     collection = index.create(CollectionSpec("c", WIDTH, distance=distance))
     collection.upsert(numbered(COUNT), gaussian(COUNT, WIDTH))
     collection.maintain()
@@ -39,17 +39,17 @@ def problems(collection: Collection) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("distance", list(Distance))
-def test_a_sound_collection_has_no_problem(index: Index, distance: Distance) -> None:
+def test_verify_reports_no_problem_of_an_undamaged_collection(index: Index, distance: Distance) -> None:
     collection = filled(index, distance)
     collection.delete([f"r{i:05}" for i in range(0, COUNT, 9)])
     assert problems(collection) == []
-    # The very same vector many times over hides none of the records.
+    # Many records with one vector hide none of the records.
     collection.upsert(numbered(50, first=900), np.repeat(gaussian(1, WIDTH, seed=2), 50, axis=0))
     collection.maintain()
     assert problems(collection) == []
 
 
-def test_an_empty_collection_has_none_either(collection: Collection) -> None:
+def test_verify_reports_no_problem_of_an_empty_collection(collection: Collection) -> None:
     assert problems(collection) == []
 
 
@@ -76,15 +76,13 @@ def flip(blob: bytearray) -> bytes:
     ],
     ids=["flipped", "cut", "longer", "NaN", "zero"],
 )
-def test_a_stored_vector_that_is_damaged_is_named(
-    index: Index, change: Callable[[bytearray], bytes], reason: str
-) -> None:
+def test_verify_reports_a_damaged_vector(index: Index, change: Callable[[bytearray], bytes], reason: str) -> None:
     collection = filled(index)
     set_vector(collection, change)
     assert problems(collection) == [("r00007", reason)]
 
 
-def test_the_vector_is_compared_with_the_one_in_memory(index: Index) -> None:
+def test_verify_reports_a_vector_that_differs_from_memory(index: Index) -> None:
     collection = filled(index)
     set_vector(collection, flip)
     make_checksums_right(collection._store._writer)
@@ -98,7 +96,7 @@ def make_filled(folder: Path) -> None:
 
 
 def reopened_after(folder: Path, statement: str, *parameters: object) -> Index:
-    """Change a database behind the index's back, between two runs, and take the graph's file away."""
+    """Change the database of a closed index, remove the snapshots of the graph, and open the index again."""
     copy_made(folder, make_filled)
     (path,) = folder.rglob("records.db")
     with closing(sqlite3.connect(path)) as connection:
@@ -126,7 +124,7 @@ def reopened_after(folder: Path, statement: str, *parameters: object) -> Index:
         "row_checksum = NULL",
     ],
 )
-def test_what_was_changed_on_disk_is_named_though_it_reads_well(tmp_path: Path, change: str) -> None:
+def test_verify_reports_readable_records_with_wrong_checksums(tmp_path: Path, change: str) -> None:
     index = reopened_after(tmp_path, f"UPDATE records SET {change} WHERE id = 'r00007'")
     found = problems(index.get("c"))
     index.close()
@@ -138,7 +136,7 @@ def test_what_was_changed_on_disk_is_named_though_it_reads_well(tmp_path: Path, 
     [b"", b"123", bytes(4 * WIDTH + 4), "text", np.full(WIDTH, np.nan, dtype="<f4").tobytes()],
     ids=["empty", "cut", "longer", "text", "NaN"],
 )
-def test_a_damaged_vector_costs_its_own_record_only(tmp_path: Path, vector: bytes | str) -> None:
+def test_verify_reports_only_the_record_of_a_damaged_vector(tmp_path: Path, vector: bytes | str) -> None:
     index = reopened_after(tmp_path, "UPDATE records SET vector = ? WHERE id = 'r00007'", vector)
     collection = index.get("c")
     query = gaussian(1, WIDTH, seed=3)
@@ -162,19 +160,22 @@ WORDS = {
 
 
 @pytest.mark.parametrize("change", WORDS.values(), ids=WORDS)
-def test_a_damaged_word_index_is_named_and_built_again(tmp_path: Path, change: str) -> None:
+def test_verify_reports_and_rebuilds_a_damaged_word_index(tmp_path: Path, change: str) -> None:
     """A lexical search may miss texts without an error."""
     index = reopened_after(tmp_path, change)
     collection = index.get("c")
-    assert problems(collection) in ([("", "WORDS_DAMAGED")], [])  # built when it was opened: nothing could be written
+    assert problems(collection) in (
+        [("", "WORDS_DAMAGED")],
+        [],
+    )  # rebuilt when it was opened, since no word could be written
     assert problems(collection) == []
     (found,) = collection.search_lexical(["text"], [COUNT + 5])
     assert len(found.hits) == COUNT + 5
     index.close()
 
 
-def test_a_bit_that_flipped_in_the_word_index_is_found(index: Index) -> None:
-    """The page reads well, so that only the texts tell."""
+def test_verify_finds_a_flipped_bit_in_the_word_index(index: Index) -> None:
+    """The page is readable, so only a comparison with the texts finds the flipped bit."""
     collection = filled(index)
     writer = collection._store._writer
     blocks = writer.execute("SELECT id, block FROM words_data").fetchall()
@@ -185,7 +186,7 @@ def test_a_bit_that_flipped_in_the_word_index_is_found(index: Index) -> None:
 
 
 @pytest.mark.parametrize("words", ["'another'", "NULL"])
-def test_words_of_a_record_that_are_not_those_of_its_text_are_named(index: Index, words: str) -> None:
+def test_verify_reports_records_whose_words_differ_from_the_text(index: Index, words: str) -> None:
     collection = filled(index)
     collection.upsert([NewRecord("foot", "der Fuß"), NewRecord("city", "北京大学")], gaussian(2, WIDTH, seed=7))
     collection._store._writer.execute(f"UPDATE records SET search_text = {words} WHERE id = 'foot'")
@@ -196,7 +197,7 @@ def test_words_of_a_record_that_are_not_those_of_its_text_are_named(index: Index
     assert problems(collection) == []
 
 
-def test_a_word_index_that_cannot_be_built_again_is_named(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_reports_a_word_index_that_cannot_be_rebuilt(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     collection = filled(index)
     collection._store._writer.execute(WORDS["no sizes"])
 
@@ -211,7 +212,7 @@ def test_a_word_index_that_cannot_be_built_again_is_named(index: Index, monkeypa
         collection.search_lexical(["text"], [COUNT])
 
 
-def test_metadata_that_is_damaged_is_named(index: Index) -> None:
+def test_verify_reports_damaged_metadata(index: Index) -> None:
     collection = filled(index)
     collection._store._writer.execute("UPDATE records SET metadata = '[' WHERE id = 'r00007'")
     collection._store._writer.commit()
@@ -224,20 +225,20 @@ def label_of(collection: Collection, record_id: str) -> int:
 
 
 @pytest.mark.parametrize("record_id", ["r00007", f"r{COUNT:05}"], ids=["graph", "buffer"])
-def test_a_record_that_memory_has_lost_is_named(index: Index, record_id: str) -> None:
+def test_verify_reports_a_record_that_is_not_in_memory(index: Index, record_id: str) -> None:
     collection = filled(index)
     collection._neighbours.remove({label_of(collection, record_id)})
     assert problems(collection) == [(record_id, "NOT_IN_MEMORY")]
 
 
-def test_vectors_of_no_record_are_found(index: Index) -> None:
+def test_verify_reports_vectors_without_a_record(index: Index) -> None:
     collection = filled(index)
     collection._neighbours.change(np.array([10_000], dtype=np.int64), gaussian(1, WIDTH), set())
     assert problems(collection) == [("", "UNKNOWN_VECTORS")]
 
 
-def test_a_node_that_no_link_leads_to_is_named(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has its vector, and asked for by label it answers; only a search tells."""
+def test_verify_reports_a_node_without_links_to_it(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node has its vector and can be read by label; only a search shows that it is not found."""
     collection = filled(index)
     lost, graph = label_of(collection, "r00007"), collection._neighbours._graph
     search = graph.search
@@ -249,7 +250,7 @@ def test_a_node_that_no_link_leads_to_is_named(index: Index, monkeypatch: pytest
 
     monkeypatch.setattr(graph, "search", blind)
     assert problems(collection) == [("r00007", "UNREACHABLE")]
-    # A sample may miss it, all records do not.
+    # A verification of a sample may miss the node, one of all records does not.
     monkeypatch.setattr(verify, "_SAMPLE", 0)
     assert problems(collection) == []
     found = [problem.id for step in collection.verify(full=True) for problem in step.problems]
@@ -257,7 +258,7 @@ def test_a_node_that_no_link_leads_to_is_named(index: Index, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("count", [11, 12])
-def test_a_node_of_a_small_graph_that_no_link_leads_to_is_named(
+def test_verify_reports_a_node_without_links_to_it_in_a_small_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     with closing(Index(tmp_path, buffer_limit=1)) as index:
@@ -276,8 +277,8 @@ def test_a_node_of_a_small_graph_that_no_link_leads_to_is_named(
         assert problems(collection) == [("r00007", "UNREACHABLE")]
 
 
-def test_a_damaged_database_is_found(tmp_path: Path) -> None:
-    """SQLite reads over a wrong key in its own index, and misses the record."""
+def test_verify_finds_a_damaged_index_of_sqlite(tmp_path: Path) -> None:
+    """SQLite does not notice a wrong key in its index, and does not find the record."""
     copy_made(tmp_path, make_filled)
     (path,) = tmp_path.rglob("records.db")
     data = path.read_bytes()
@@ -291,7 +292,7 @@ def test_a_damaged_database_is_found(tmp_path: Path) -> None:
     assert set(found) == {("", "DATABASE_DAMAGED")}
 
 
-def test_writes_beside_it_are_no_problems(index: Index) -> None:
+def test_verify_reports_no_problem_of_concurrent_writes(index: Index) -> None:
     collection = filled(index)
     done = threading.Event()
 

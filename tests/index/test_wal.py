@@ -1,4 +1,4 @@
-"""Writes that a damaged write-ahead log loses are reported, and nothing else is."""
+"""Writes that are lost by a damaged write-ahead log are reported, and a whole log is not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WRITES = 6
 
 @pytest.fixture(scope="module")
 def crashed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data directory as a crash left it after some writes."""
+    """A data directory as a crash leaves it after some writes."""
     folder = tmp_path_factory.mktemp("data")
     copy = tmp_path_factory.mktemp("copies") / "copy"
     with closing(Index(folder)) as index:
@@ -48,7 +48,7 @@ def offset_of(frame: int) -> int:
 
 
 def damaged(crashed: Path, folder: Path, offset: Callable[[list[int]], int]) -> tuple[Path, int]:
-    """Copy what the crash left and flip a bit of the log; return the copy and its commits."""
+    """Copy the data directory of the crash, and flip a bit of the log; return the copy and its number of commits."""
     data = folder / "data"
     shutil.copytree(crashed, data)
     path = log_of(data)
@@ -65,9 +65,7 @@ def count_of(data: Path) -> int:
         return index.get("c").count()
 
 
-def test_nothing_is_reported_of_a_log_that_is_whole(
-    crashed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_whole_log_is_not_reported(crashed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = tmp_path / "data"
     shutil.copytree(crashed, data)
     assert count_of(data) == 3 * WRITES
@@ -104,7 +102,7 @@ def test_writes_that_a_damaged_log_loses_are_reported(
     assert lost in message
     missing = WRITES - records // 3
     assert f"{missing} acknowledged writes are lost: number {WRITES} was" in caplog.text
-    # What was reported once is in order from then on.
+    # A loss is reported only once.
     caplog.clear()
     assert count_of(data) == records
     assert "log" not in caplog.text
@@ -134,9 +132,7 @@ def test_a_damaged_log_of_the_catalogue_is_reported(tmp_path: Path, caplog: pyte
     assert "the catalogue: its write-ahead log is damaged" in caplog.text
 
 
-def test_frames_that_were_never_committed_or_are_stale_are_not_reported(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_uncommitted_and_stale_frames_are_not_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "records.db"
     with closing(connect(path, create=True)) as connection:
         connection.execute("CREATE TABLE t (data BLOB)")
@@ -152,7 +148,7 @@ def test_frames_that_were_never_committed_or_are_stale_are_not_reported(
         check_nothing_is_reported(path, tmp_path / "spilled", caplog)
         for _ in range(9):
             connection.execute("INSERT INTO t VALUES (zeroblob(4000))")
-        # From here on the log is written from its beginning, over frames of an older generation.
+        # From here on, the log is written from its beginning, over frames of an older generation.
         connection.execute("PRAGMA wal_checkpoint(RESTART)")
         connection.execute("INSERT INTO t VALUES (2)")
         check_nothing_is_reported(path, tmp_path / "stale", caplog)
@@ -180,7 +176,7 @@ def check_nothing_is_reported(path: Path, copy: Path, caplog: pytest.LogCaptureF
     ],
     ids=["missing", "empty", "zeros", "damaged", "of another database"],
 )
-def test_a_note_of_the_last_write_that_cannot_be_read_is_ignored(
+def test_an_unreadable_file_of_the_last_write_is_ignored(
     crashed: Path, tmp_path: Path, change: Callable[[Path], object], caplog: pytest.LogCaptureFixture
 ) -> None:
     data = tmp_path / "data"
@@ -192,7 +188,7 @@ def test_a_note_of_the_last_write_that_cannot_be_read_is_ignored(
 
 
 def test_a_lost_log_is_reported(crashed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """SQLite takes a database without a log for one that was closed."""
+    """SQLite treats a database without a log as one that was closed."""
     data = tmp_path / "data"
     with closing(Index(data)) as index:
         index.create(CollectionSpec("c", 8)).upsert(numbered(3), gaussian(3, 8))
@@ -206,7 +202,7 @@ def test_a_lost_log_is_reported(crashed: Path, tmp_path: Path, caplog: pytest.Lo
     assert "collection 'c': 2 acknowledged writes are lost: number 3 was" in caplog.text
 
 
-def test_a_note_that_cannot_be_written_does_not_fail_the_write(tmp_path: Path) -> None:
+def test_a_write_succeeds_if_the_file_of_the_last_write_cannot_be_written(tmp_path: Path) -> None:
     with closing(Index(tmp_path)) as index:
         collection = index.create(CollectionSpec("c", 8))
         (folder,) = (tmp_path / "collections").iterdir()

@@ -1,4 +1,4 @@
-"""A word index that is damaged on disk is built again from the texts."""
+"""A word index that is damaged on disk is rebuilt from the texts."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ def damage_words(folder: Path, statement: str) -> None:
 
 
 @pytest.mark.parametrize("dense_weight", [None, 0.5])
-def test_a_search_that_meets_damage_in_the_word_index_has_it_built_again(
-    tmp_path: Path, dense_weight: float | None
-) -> None:
+def test_a_search_rebuilds_a_damaged_word_index(tmp_path: Path, dense_weight: float | None) -> None:
     with damaged(tmp_path, "revision = revision") as collection:
         damage_words(tmp_path, "DELETE FROM words_docsize WHERE id = 8")
 
@@ -44,7 +42,7 @@ def test_a_search_that_meets_damage_in_the_word_index_has_it_built_again(
         assert [problem for step in collection.verify() for problem in step.problems] == []
 
 
-def test_a_write_that_meets_damage_in_the_word_index_has_it_built_again(tmp_path: Path) -> None:
+def test_a_write_rebuilds_a_damaged_word_index(tmp_path: Path) -> None:
     with damaged(tmp_path, "revision = revision") as collection:
         damage_words(tmp_path, "UPDATE words_data SET block = x'00'")
         assert collection.delete([LOST]).deleted == 1
@@ -54,7 +52,7 @@ def test_a_write_that_meets_damage_in_the_word_index_has_it_built_again(tmp_path
         assert [problem for step in collection.verify() for problem in step.problems] == []
 
 
-def test_a_collection_opens_though_its_word_index_does_not(tmp_path: Path) -> None:
+def test_a_collection_with_an_unreadable_word_index_can_be_opened(tmp_path: Path) -> None:
     with damaged(tmp_path, "revision = revision"):
         pass
     damage_words(tmp_path, "DELETE FROM words_config")
@@ -62,8 +60,8 @@ def test_a_collection_opens_though_its_word_index_does_not(tmp_path: Path) -> No
         assert len(index.get("c").search_lexical(["text"], [COUNT])[0].hits) == COUNT
 
 
-def test_a_damaged_text_leaves_no_words_behind(tmp_path: Path) -> None:
-    """They would be found without a record, which FTS5 takes for damage."""
+def test_deleting_a_record_with_a_damaged_text_removes_its_words(tmp_path: Path) -> None:
+    """Left words would be found without a record, which FTS5 reports as damage."""
     with damaged(tmp_path, "text = 'another'") as collection:
         assert collection.delete([LOST]).deleted == 1
         collection.maintain()
@@ -73,7 +71,7 @@ def test_a_damaged_text_leaves_no_words_behind(tmp_path: Path) -> None:
         assert [problem for step in collection.verify() for problem in step.problems] == []
 
 
-def test_a_rebuild_that_succeeds_ends_the_state_beyond_repair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_successful_rebuild_ends_the_state_beyond_repair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: sqlite3.Connection) -> None:
         raise sqlite3.DatabaseError("database disk image is malformed")
 

@@ -1,4 +1,4 @@
-"""Parts of a search side by side: all are done, by whomever, and nobody is at one when the search is over."""
+"""Concurrent parts of a search: each runs once on any thread, and all have ended when the search ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from emberpc.server.index.graph.worker_threads import WorkerThreads
 
 @pytest.mark.parametrize("most", [0, 1, 3])
 @pytest.mark.parametrize("parts", [1, 2, 5])
-def test_each_part_is_done_once_and_in_its_place(most: int, parts: int) -> None:
+def test_each_part_runs_once_and_results_are_in_order(most: int, parts: int) -> None:
     helpers: WorkerThreads[int, int] = WorkerThreads(most)
     done: list[int] = []
 
@@ -30,7 +30,7 @@ def test_each_part_is_done_once_and_in_its_place(most: int, parts: int) -> None:
     assert sorted(done) == list(range(parts))
 
 
-def test_a_helper_that_is_busy_is_not_waited_for() -> None:
+def test_a_call_does_not_wait_for_a_busy_helper_thread() -> None:
     helpers: WorkerThreads[int, int] = WorkerThreads(1)
     begun, free = threading.Event(), threading.Event()
 
@@ -51,7 +51,7 @@ def test_a_helper_that_is_busy_is_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize("wrong", [0, 1])
-def test_what_fails_is_told_when_nobody_is_at_it_any_more(wrong: int) -> None:
+def test_an_error_is_raised_after_all_parts_have_ended(wrong: int) -> None:
     helpers: WorkerThreads[int, int] = WorkerThreads(1)
     begun, over = threading.Event(), threading.Event()
 
@@ -71,7 +71,7 @@ def test_what_fails_is_told_when_nobody_is_at_it_any_more(wrong: int) -> None:
     assert over.is_set() is (wrong == 0)
 
 
-def test_without_threads_the_caller_does_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_caller_runs_all_parts_if_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -79,7 +79,7 @@ def test_without_threads_the_caller_does_it_all(monkeypatch: pytest.MonkeyPatch)
     assert WorkerThreads[int, int](2).each(lambda part: part + 1, [1, 2, 3]) == [2, 3, 4]
 
 
-def test_many_queries_find_what_each_finds_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_on_several_threads_find_the_same_hits_as_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hnsw, "_helpers", WorkerThreads(2))
     spec = CollectionSpec("c", 16)
     vectors = prepare(np.random.default_rng(0).standard_normal((600, 16), dtype=np.float32), Distance.COSINE)
