@@ -1,4 +1,4 @@
-"""Backup and restore over the wire and at the prompt; callers who go away, stall, or send nonsense."""
+"""Backup and restore with the clients and the command line; callers that leave, stall or send invalid messages."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def points(address: str) -> Iterator[Client]:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait for what a server does after its answer."""
+    """Wait for an effect that the server produces after its response."""
     end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end
@@ -104,7 +104,7 @@ def test_a_backup_is_written_and_restored_with_progress(points: Client, tmp_path
         points.restore_collection("copy", path)
 
 
-async def test_the_asynchronous_client_does_the_same(points: Client, address: str, tmp_path: Path) -> None:
+async def test_the_asynchronous_client_backs_up_and_restores(points: Client, address: str, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     async with AsyncClient(address) as client:
         path = tmp_path / "points.backup"
@@ -122,9 +122,7 @@ async def test_the_asynchronous_client_does_the_same(points: Client, address: st
     assert names_in(tmp_path) == ["cut", "points.backup"]
 
 
-def test_a_collection_comes_back_without_its_model_and_takes_texts_with_it(
-    client: Client, points: Client, tmp_path: Path
-) -> None:
+def test_a_restored_collection_needs_its_model_only_for_texts(client: Client, points: Client, tmp_path: Path) -> None:
     client.create_collection("pets", model="minilm", indexed_fields=["kind"])
     client.upsert("pets", [{"id": "a", "text": "a kitten asleep", "metadata": {"kind": "cat"}}])
     path = tmp_path / "pets.backup"
@@ -141,7 +139,7 @@ def test_a_collection_comes_back_without_its_model_and_takes_texts_with_it(
         points.search("pets", "a sleeping cat")
 
 
-def test_at_the_prompt_nothing_is_replaced_unless_told(
+def test_the_command_backup_replaces_a_file_only_with_overwrite(
     points: Client, address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EMBERPC_TARGET", address)
@@ -163,14 +161,14 @@ def test_at_the_prompt_nothing_is_replaced_unless_told(
     assert names_in(tmp_path) == [path.name]
 
 
-def test_a_backup_that_cannot_be_written_is_not_asked_for(points: Client, tmp_path: Path) -> None:
+def test_a_backup_to_an_invalid_file_is_refused_before_any_call(points: Client, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a folder"):
         points.backup_collection("points", tmp_path)
     with pytest.raises(FileNotFoundError):
         points.backup_collection("points", tmp_path / "none" / "file")
 
 
-def test_what_the_caller_says_of_progress_going_wrong_is_what_it_hears(points: Client, tmp_path: Path) -> None:
+def test_an_exception_of_the_progress_callback_is_raised_to_the_caller(points: Client, tmp_path: Path) -> None:
     path = tmp_path / "points.backup"
     points.backup_collection("points", path)
 
@@ -203,7 +201,7 @@ WRONG: dict[str, tuple[Requests, str]] = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_messages_out_of_order_are_refused_and_leave_nothing(
+def test_restore_messages_out_of_order_are_refused_and_leave_no_files(
     points: Client, address: str, data_dir: Path, what: str
 ) -> None:
     sent, words = WRONG[what]
@@ -215,7 +213,7 @@ def test_messages_out_of_order_are_refused_and_leave_nothing(
     until(lambda: nothing_but_points(data_dir))
 
 
-async def test_a_caller_who_goes_away_leaves_nothing(points: Client, address: str, data_dir: Path) -> None:
+async def test_a_cancelled_backup_or_restore_leaves_no_files(points: Client, address: str, data_dir: Path) -> None:
     async with grpc.aio.insecure_channel(address) as channel:
         stub = index_pb2_grpc.IndexServiceStub(channel)
         for _ in range(3):
@@ -226,7 +224,7 @@ async def test_a_caller_who_goes_away_leaves_nothing(points: Client, address: st
             restore = stub.RestoreCollection()
             await restore.write(pb.RestoreCollectionRequest(name="copy", chunk=first.chunk))
             restore.cancel()
-        # More than may run at a time have gone: one that stays has its turn.
+        # More calls than may run at once were cancelled; a later call must still run.
         backup = stub.BackupCollection(pb.BackupCollectionRequest(name="points"))
         whole = b""
         async for piece in backup:
@@ -248,11 +246,11 @@ async def impatient(
     count: int = 2000,
     observe: Observe | None = None,
 ) -> AsyncIterator[index_pb2_grpc.IndexServiceAsyncStub]:
-    """Serve a collection of 16 MB, and give up callers that stop reading or sending.
+    """Serve a collection of 16 MB with short times after which callers that stop reading or sending are ended.
 
     Args:
         tmp_path: the data directory.
-        stall_seconds: seconds after which a caller is given up.
+        stall_seconds: seconds without progress after which a call is ended.
         contended_seconds: the same while another caller waits.
         count: number of records, of 8 kB each.
         observe: called when a call ends; see `Handlers`.
@@ -293,7 +291,7 @@ async def read_on(call: grpc.aio.UnaryStreamCall[Any, Any]) -> str:
     return ""
 
 
-async def test_a_caller_who_stops_reading_is_given_up(tmp_path: Path) -> None:
+async def test_a_backup_whose_caller_stops_reading_is_ended(tmp_path: Path) -> None:
     ended = asyncio.Event()
     async with impatient(tmp_path, observe=lambda *_: ended.set()) as stub:
         call = stub.BackupCollection(pb.BackupCollectionRequest(name="points"))
@@ -301,7 +299,7 @@ async def test_a_caller_who_stops_reading_is_given_up(tmp_path: Path) -> None:
         assert "nothing was read for 0.5 s" in await read_on(call)
 
 
-async def test_a_caller_who_stops_sending_is_given_up(tmp_path: Path) -> None:
+async def test_a_restore_whose_caller_stops_sending_is_ended(tmp_path: Path) -> None:
     async with impatient(tmp_path) as stub:
         restore = stub.RestoreCollection()
         await restore.write(pb.RestoreCollectionRequest(name="copy", chunk=b"x" * 1000))
@@ -315,7 +313,7 @@ def first_message(name: str) -> pb.RestoreCollectionRequest:
 
 
 async def whole_backup(stub: index_pb2_grpc.IndexServiceAsyncStub) -> tuple[bytes, str]:
-    """A backup of the collection, and its SHA-256."""
+    """Return a backup of the collection, and its SHA-256."""
     pieces = [piece async for piece in stub.BackupCollection(pb.BackupCollectionRequest(name="points"))]
     return b"".join(piece.chunk for piece in pieces), pieces[-1].sha256
 
@@ -332,7 +330,7 @@ async def restored(stub: index_pb2_grpc.IndexServiceAsyncStub, data: bytes, sha2
     await stub.RestoreCollection(messages())
 
 
-async def test_streams_that_never_send_a_message_keep_no_restore_waiting(tmp_path: Path) -> None:
+async def test_streams_without_a_message_do_not_delay_other_restores(tmp_path: Path) -> None:
     async with impatient(tmp_path, stall_seconds=1e6, contended_seconds=1e6, count=200) as stub:
         silent = [stub.RestoreCollection() for _ in range(20)]
         for call in silent:
@@ -342,13 +340,13 @@ async def test_streams_that_never_send_a_message_keep_no_restore_waiting(tmp_pat
             call.cancel()
 
 
-async def test_streams_that_fall_silent_are_given_up_when_others_wait(tmp_path: Path) -> None:
+async def test_silent_restores_are_ended_if_others_wait(tmp_path: Path) -> None:
     async with impatient(tmp_path, stall_seconds=1e6, contended_seconds=0.1, count=200) as stub:
         silent = [stub.RestoreCollection() for _ in range(2)]
         for i, call in enumerate(silent):
             await call.write(first_message(f"silent-{i}"))
         await asyncio.wait_for(restored(stub, *await whole_backup(stub)), 300)
-        # The third restore ran, so one of the two was given up; its error may arrive later.
+        # The third restore ran, so one of the two was ended; its error may arrive later.
         ends = [asyncio.ensure_future(code_of(call)) for call in silent]
         await asyncio.wait(ends, timeout=300, return_when=asyncio.FIRST_COMPLETED)
         given_up = [call for call in silent if call.done()]
@@ -360,7 +358,7 @@ async def test_streams_that_fall_silent_are_given_up_when_others_wait(tmp_path: 
             call.cancel()
 
 
-async def test_more_restores_than_may_wait_are_refused_with_a_time(tmp_path: Path) -> None:
+async def test_restores_beyond_the_waiting_limit_are_refused_with_a_retry_delay(tmp_path: Path) -> None:
     async with impatient(tmp_path, stall_seconds=1e6, contended_seconds=1e6, count=200) as stub:
         calls = [stub.RestoreCollection() for _ in range(2 + 8 + 3)]
         for i, call in enumerate(calls):
@@ -373,15 +371,15 @@ async def test_more_restores_than_may_wait_are_refused_with_a_time(tmp_path: Pat
         assert [each.result() for each in refused] == [(grpc.StatusCode.RESOURCE_EXHAUSTED, "5000")] * 3
         for call in calls:
             call.cancel()
-        # Those that are gone keep nobody waiting.
+        # Cancelled restores do not delay the next one.
         await asyncio.wait_for(restored(stub, *await whole_backup(stub)), 300)
 
 
-async def test_more_backups_than_may_wait_are_refused_with_a_time(tmp_path: Path) -> None:
+async def test_backups_beyond_the_waiting_limit_are_refused_with_a_retry_delay(tmp_path: Path) -> None:
     request = pb.BackupCollectionRequest(name="points")
     async with impatient(tmp_path, stall_seconds=1e6, contended_seconds=1e6) as stub:
         calls = [stub.BackupCollection(request) for _ in range(2 + 8 + 3)]
-        # Whoever has its turn gets a first piece and reads no other one.
+        # A backup that runs sends a first piece; the test reads no other.
         reading = {asyncio.ensure_future(call.read()) for call in calls}
         ended: list[asyncio.Future[object]] = []
         while len(ended) < 2 + 3:
@@ -397,19 +395,19 @@ async def test_more_backups_than_may_wait_are_refused_with_a_time(tmp_path: Path
 
 
 async def code_of(call: grpc.aio.StreamUnaryCall[Any, Any]) -> tuple[grpc.StatusCode, str]:
-    """How a call ended, and after how many milliseconds it may be made again."""
+    """Return the status code of a call, and the milliseconds after which it may be repeated."""
     metadata = dict(tuple(await call.trailing_metadata() or ()))
     return await call.code(), str(metadata.get("grpc-retry-pushback-ms", ""))
 
 
-async def test_callers_who_stop_reading_do_not_keep_others_from_their_turn(tmp_path: Path) -> None:
+async def test_stalled_backups_are_ended_if_others_wait(tmp_path: Path) -> None:
     request = pb.BackupCollectionRequest(name="points")
-    # The stall time is so long here that a slow host does not give up the third caller, who does read.
+    # The stall time is long, so that a slow host does not end the third call, whose caller does read.
     async with impatient(tmp_path, stall_seconds=1e6, contended_seconds=0.1) as stub:
         stalled = [stub.BackupCollection(request) for _ in range(2)]
         for call in stalled:
             await call.read()
-        # Two backups run at a time, so the third has its turn only if one of the two was given up.
+        # Two backups run at once, so the third runs only if one of the two was ended.
         assert await asyncio.wait_for(size_of(stub.BackupCollection(request)), 300) > 16_000_000
         given_up = [message for call in stalled if (message := await read_on(call))]
     assert given_up

@@ -1,4 +1,4 @@
-"""Classify: labels, probabilities and rejections over the wire."""
+"""Classify: labels, probabilities and rejections in responses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from emberpc.server.services.classification import classify_row
 from examples.server_process import ServerProcess
 
 
-def test_texts_get_their_labels(client: Client, training_file: Path) -> None:
+def test_classify_returns_the_labels_of_texts(client: Client, training_file: Path) -> None:
     with training_file.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))[::3]
     found = client.classify([row["text"] for row in rows], "modules", truncation="end")
@@ -29,12 +29,12 @@ def test_texts_get_their_labels(client: Client, training_file: Path) -> None:
         assert not prediction.rejected
 
 
-def test_top_k_cuts_the_list_of_labels(client: Client) -> None:
+def test_top_k_limits_the_returned_labels(client: Client) -> None:
     (prediction,) = client.classify(["write a log record"], top_k=2)
     assert len(prediction.scores) == 2
 
 
-def test_the_served_logits_are_those_of_pytorch(client: Client, classifier_bundle: Path) -> None:
+def test_served_probabilities_equal_those_of_pytorch(client: Client, classifier_bundle: Path) -> None:
     bundle = read_bundle(classifier_bundle)
     reference: Reference = bundle.reference()
     assert reference.logits is not None
@@ -44,7 +44,7 @@ def test_the_served_logits_are_those_of_pytorch(client: Client, classifier_bundl
         assert np.allclose([scores[label] for label in bundle.manifest.labels], row, atol=1e-3)
 
 
-def test_the_models_describe_themselves(client: Client) -> None:
+def test_list_models_describes_the_served_models(client: Client) -> None:
     embedder, classifier = client.models()
     assert (embedder.name, embedder.task, embedder.dimensions) == ("minilm", "embedding", 384)
     assert (classifier.name, classifier.task) == ("modules", "classification")
@@ -52,15 +52,15 @@ def test_the_models_describe_themselves(client: Client) -> None:
     assert embedder.fingerprint != classifier.fingerprint
 
 
-def test_a_classifier_on_the_encoder_of_another_model_has_its_fingerprint(tiny_server: ServerProcess) -> None:
-    """So their vectors may be in one collection."""
+def test_a_classifier_has_the_fingerprint_of_the_model_with_its_encoder(tiny_server: ServerProcess) -> None:
+    """Vectors of models with equal fingerprints may be in one collection."""
     with Client(tiny_server.address) as client:
         fingerprints = {model.name: model.fingerprint for model in client.models()}
     assert fingerprints["letters"] == fingerprints["tiny"]
     assert fingerprints["other"] != fingerprints["tiny"]
 
 
-def test_the_served_labels_and_probabilities_are_those_of_the_export(client: Client, classifier_bundle: Path) -> None:
+def test_served_labels_and_probabilities_equal_those_of_the_export(client: Client, classifier_bundle: Path) -> None:
     bundle = read_bundle(classifier_bundle)
     reference = bundle.reference()
     assert reference.logits is not None
@@ -78,7 +78,7 @@ def test_the_served_labels_and_probabilities_are_those_of_the_export(client: Cli
         assert found[row].rejected == decided.rejected[row]
 
 
-def test_the_reply_lists_the_best_labels_and_no_label_of_a_rejected_text(classifier_bundle: Path) -> None:
+def test_the_response_lists_the_best_labels_and_no_label_of_a_rejected_text(classifier_bundle: Path) -> None:
     manifest = replace(
         read_bundle(classifier_bundle).manifest,
         labels=("a", "b", "c"),

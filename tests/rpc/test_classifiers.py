@@ -87,7 +87,7 @@ def test_a_classifier_is_described_by_its_manifest(
     assert found.model.revision == manifest.revision
     assert len(found.model.fingerprint) == 64
     assert found.fit_time.ToJsonString().removesuffix("Z") == manifest.created.removesuffix("+00:00")
-    # An empty name is the only classifier.
+    # An empty name stands for the only classifier.
     assert stub.GetClassifier(pb.GetClassifierRequest()).classifier == found
 
 
@@ -101,7 +101,7 @@ def test_only_classifiers_are_listed(stub: classification_pb2_grpc.Classificatio
 @pytest.mark.parametrize(
     ("name", "code"), [("none", grpc.StatusCode.NOT_FOUND), ("minilm", grpc.StatusCode.FAILED_PRECONDITION)]
 )
-def test_what_is_no_classifier_is_refused(
+def test_getting_a_missing_classifier_or_another_model_is_refused(
     stub: classification_pb2_grpc.ClassificationServiceStub, name: str, code: grpc.StatusCode
 ) -> None:
     with pytest.raises(grpc.RpcError) as caught:
@@ -111,7 +111,7 @@ def test_what_is_no_classifier_is_refused(
 
 
 @pytest.mark.parametrize("fields", [{"page_size": -1}, {"page_size": 1001}, {"page_token": "?"}])
-def test_a_wrong_page_is_refused(
+def test_an_invalid_page_size_or_token_is_refused(
     stub: classification_pb2_grpc.ClassificationServiceStub, fields: dict[str, Any]
 ) -> None:
     with pytest.raises(grpc.RpcError) as caught:
@@ -130,7 +130,7 @@ def test_a_multi_label_classifier_states_the_threshold_of_each_label(model: Mode
     assert not found.HasField("fit_time")
 
 
-def test_pages_follow_each_other_by_name(model: Model) -> None:
+def test_pages_of_classifiers_are_in_order_of_names(model: Model) -> None:
     service = service_of(*[replace(model, name=name) for name in "dbeca"])
     first = listed(service, page_size=2)
     second = listed(service, page_size=2, page_token=first.next_page_token)
@@ -140,7 +140,7 @@ def test_pages_follow_each_other_by_name(model: Model) -> None:
     assert third.next_page_token == ""
 
 
-def test_a_page_ends_before_its_limit_in_bytes(model: Model) -> None:
+def test_a_page_of_classifiers_ends_before_its_limit_of_bytes(model: Model) -> None:
     labels = tuple(f"{i}{'x' * 900}" for i in range(600))
     long = replace(model, manifest=replace(model.manifest, labels=labels, thresholds=()))
     models = [replace(long, name=name) for name in "abc"]
@@ -150,7 +150,7 @@ def test_a_page_ends_before_its_limit_in_bytes(model: Model) -> None:
     assert [each.name for each in listed(service_of(*models), page_token=first.next_page_token).classifiers] == ["b"]
 
 
-def test_a_classifier_beyond_the_limit_of_a_response_is_an_error_that_names_the_remedy(model: Model) -> None:
+def test_the_error_for_a_classifier_beyond_the_response_limit_names_the_remedy(model: Model) -> None:
     long = replace(model, manifest=replace(model.manifest, labels=("a" * 1000, "b" * 1000)))
     service = service_of(long, max_response_bytes=2500)
     with pytest.raises(ServiceError, match="'tags' are too long; start the server with a higher --max-response") as hit:
@@ -160,7 +160,7 @@ def test_a_classifier_beyond_the_limit_of_a_response_is_an_error_that_names_the_
         asyncio.run(service.GetClassifier(pb.GetClassifierRequest(name="tags"), NO_CONTEXT))
 
 
-def test_the_client_returns_all_of_a_classifier(tiny_server: ServerProcess) -> None:
+def test_the_client_returns_all_fields_of_a_classifier(tiny_server: ServerProcess) -> None:
     with Client(tiny_server.address, timeout=300) as client:
         (listed,) = client.classifiers()
         assert client.get_classifier("letters") == client.get_classifier() == listed

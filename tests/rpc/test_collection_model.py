@@ -1,4 +1,4 @@
-"""A collection bound under the old scheme of fingerprints is bound again by itself, if that scheme proves its model."""
+"""The server binds a collection of the old scheme of fingerprints again if the legacy fingerprint proves its model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Service:
         return asyncio.run(self._service.Search(request, cast("Any", Context())))
 
     def resume(self, until: Callable[[str], bool] = lambda problem: False) -> None:
-        """Go on with the reembedding of `c` until its collection is in place, or its problem is that of a test."""
+        """Continue the reembedding of `c` until its end, or until `until` is true for its problem."""
 
         async def run() -> None:
             await self._reembedder.resume()
@@ -68,7 +68,7 @@ class Service:
 
 
 class Context:
-    """What a handler asks of a call."""
+    """A context of a call with the methods that handlers use."""
 
     def invocation_metadata(self) -> tuple[()]:
         return ()
@@ -89,7 +89,7 @@ def service(tmp_path: Path) -> Iterator[Service]:
 
 
 def foreign(tiny_bundle: Path, folder: Path, location: str) -> Path:
-    """Write the tiny encoder without a manifest, its weights in a file of this name."""
+    """Write the tiny encoder without a manifest, and with its weights in a file of this name."""
     shutil.copytree(tiny_bundle, folder)
     (folder / "emberpc.json").unlink()
     save_with_external_weights(folder / "onnx" / "model.onnx", location)
@@ -97,7 +97,7 @@ def foreign(tiny_bundle: Path, folder: Path, location: str) -> Path:
 
 
 @pytest.mark.parametrize("location", ["", "model.onnx_data"])
-def test_a_collection_whose_model_the_old_scheme_proves_is_bound_again(
+def test_a_collection_with_a_matching_legacy_fingerprint_is_bound_again(
     service: Service, tiny_bundle: Path, other_tiny_bundle: Path, tmp_path: Path, location: str
 ) -> None:
     folder = foreign(tiny_bundle, tmp_path / "foreign", location) if location else tiny_bundle
@@ -114,14 +114,14 @@ def test_a_collection_whose_model_the_old_scheme_proves_is_bound_again(
     assert service.bound_by() == model.fingerprint
 
 
-def test_a_search_binds_it_too(service: Service, tiny_bundle: Path) -> None:
+def test_a_search_binds_a_collection_of_the_old_scheme(service: Service, tiny_bundle: Path) -> None:
     model = service.engine.registry.load("m", tiny_bundle)
     service.create(model, model.legacy_fingerprint)
     assert service.search("a b c")
     assert service.index.get("c").spec.model_fingerprint == model.fingerprint
 
 
-def test_a_collection_whose_model_the_old_scheme_does_not_prove_stays_as_it_is(
+def test_a_collection_without_a_matching_legacy_fingerprint_is_not_bound_again(
     service: Service, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     model = service.engine.registry.load("m", foreign(tiny_bundle, tmp_path / "foreign", "model.onnx.data"))
@@ -132,7 +132,7 @@ def test_a_collection_whose_model_the_old_scheme_does_not_prove_stays_as_it_is(
         collection_model(service.engine, service.index.get("c"))
 
 
-def test_on_a_full_disk_the_collection_stays_usable(
+def test_a_collection_of_the_old_scheme_is_usable_on_a_full_disk(
     service: Service, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = service.engine.registry.load("m", tiny_bundle)
@@ -153,7 +153,7 @@ TEXTS = {"a": "the dog runs over green hills", "b": "rain at night"}
 
 @pytest.fixture
 def begun(tmp_path: Path, tiny_bundle: Path) -> Model:
-    """Leave a reembedding to model `m` behind, of which one record is done, as a server of the old scheme did."""
+    """Begin a reembedding to model `m` with one finished record, as a server of the old scheme left it."""
     model = Model.load("m", tiny_bundle)
     index = Index(tmp_path / "data")
     index.create(CollectionSpec("c", 4)).upsert(
@@ -171,9 +171,7 @@ def embedded(model: Model, texts: list[str]) -> np.ndarray:
     return model.finish(model.encoder.run(tokens))
 
 
-def test_a_reembedding_that_was_begun_under_the_old_scheme_goes_on(
-    begun: Model, service: Service, tiny_bundle: Path
-) -> None:
+def test_a_reembedding_of_the_old_scheme_continues(begun: Model, service: Service, tiny_bundle: Path) -> None:
     model = service.engine.registry.load("m", tiny_bundle)
     service.resume()
     assert service.bound_by() == model.fingerprint
@@ -185,7 +183,7 @@ def test_a_reembedding_that_was_begun_under_the_old_scheme_goes_on(
     assert np.allclose(vectors, embedded(begun, list(TEXTS.values())), atol=1e-5)
 
 
-def test_a_reembedding_does_not_go_on_with_another_model(
+def test_a_reembedding_of_the_old_scheme_does_not_continue_with_another_model(
     begun: Model, service: Service, other_tiny_bundle: Path
 ) -> None:
     service.engine.registry.load("m", other_tiny_bundle)

@@ -1,4 +1,4 @@
-"""Collections over the wire: records in, records and hits out."""
+"""Calls on collections of a server: records, searches and settings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def books(client: Client) -> Iterator[str]:
     client.delete_collection("books")
 
 
-def test_search_by_text_finds_what_is_meant(client: Client, books: str) -> None:
+def test_search_by_text_finds_records_by_meaning(client: Client, books: str) -> None:
     for query, best in (("making loaves at home", "bread"), ("sea adventure", "whale"), ("insects", "bees")):
         hits = client.search(books, query, top_k=3)
         assert hits[0].record.id == best
@@ -54,7 +54,7 @@ def test_search_by_vector_and_by_record_agree_with_search_by_text(client: Client
     assert "whale" not in {hit.record.id for hit in neighbours}
 
 
-def test_queries_of_one_call_have_options_of_their_own(client: Client, books: str) -> None:
+def test_queries_of_one_call_have_their_own_options(client: Client, books: str) -> None:
     queries: list[str | SearchQuery] = [
         SearchQuery("sea adventure", top_k=1),
         SearchQuery("sea adventure", where='tags = "bees"'),
@@ -66,13 +66,13 @@ def test_queries_of_one_call_have_options_of_their_own(client: Client, books: st
     assert len(insects.hits) == 3
 
 
-def test_a_search_for_the_neighbours_of_a_missing_record_is_not_found(client: Client, books: str) -> None:
+def test_a_search_by_a_missing_record_raises_not_found(client: Client, books: str) -> None:
     with pytest.raises(NotFound) as missing:
         client.search(books, RecordId("none"))
     assert missing.value.reason == "RECORD_NOT_FOUND"
 
 
-def test_a_recall_can_be_asked_for_and_one_compares_every_vector(client: Client, books: str) -> None:
+def test_min_recall_is_accepted_and_invalid_values_are_refused(client: Client, books: str) -> None:
     assert [hit.record.id for hit in client.search(books, "making loaves at home", top_k=1, min_recall=1)] == ["bread"]
     with pytest.raises(InvalidArgument, match="one of the two"):
         client.search(books, "sea", ef=20, min_recall=0.9)
@@ -80,14 +80,14 @@ def test_a_recall_can_be_asked_for_and_one_compares_every_vector(client: Client,
         client.search(books, "sea", min_recall=float("nan"))
 
 
-def test_a_result_tells_its_plan(client: Client, books: str) -> None:
+def test_a_search_result_states_its_plan(client: Client, books: str) -> None:
     (result,) = client.search_batch(books, ["sea"], top_k=50)
     assert result.plan.strategy == "exact"
     assert result.plan.compared_count == 5
     assert result.plan.shortfall_reason == "the collection holds 5 records"
 
 
-def test_stored_vectors_are_those_of_embed(client: Client, books: str) -> None:
+def test_stored_vectors_equal_those_of_embed(client: Client, books: str) -> None:
     stored = client.get(books, list(TEXTS), with_vectors=True)
     embedded = client.embed(list(TEXTS.values()), model="minilm")
     assert np.allclose(np.stack([record.vector for record in stored if record.vector is not None]), embedded, atol=1e-5)
@@ -104,7 +104,7 @@ def test_records_are_listed_counted_and_deleted(client: Client, books: str) -> N
     assert "ring" not in {hit.record.id for hit in client.search(books, TEXTS["ring"], top_k=10)}
 
 
-def test_a_collection_describes_itself(client: Client, books: str) -> None:
+def test_get_collection_returns_model_count_and_size(client: Client, books: str) -> None:
     found = client.get_collection(books)
     assert (found.model, found.dimensions, found.record_count, found.distance) == ("minilm", 384, 5, "cosine")
     assert found.model_fingerprint == client.get_model("minilm").fingerprint
@@ -123,7 +123,7 @@ def test_a_collection_of_vectors_needs_no_model(client: Client) -> None:
         client.delete_collection("points")
 
 
-def test_over_long_texts_follow_the_collections_policy(client: Client) -> None:
+def test_over_long_texts_follow_the_truncation_of_the_collection(client: Client) -> None:
     client.create_collection("long", model="minilm", truncation="end")
     try:
         client.upsert("long", [{"id": "a", "text": "honey bees " * 1000}])
@@ -133,7 +133,7 @@ def test_over_long_texts_follow_the_collections_policy(client: Client) -> None:
         client.delete_collection("long")
 
 
-def test_parts_of_a_record_come_as_asked_for(server: ServerProcess, books: str) -> None:
+def test_records_have_only_the_requested_parts(server: ServerProcess, books: str) -> None:
     with grpc.insecure_channel(server.address) as channel:
         stub = index_pb2_grpc.IndexServiceStub(channel)
         request = index_pb2.BatchGetRecordsRequest(
@@ -147,7 +147,7 @@ def test_parts_of_a_record_come_as_asked_for(server: ServerProcess, books: str) 
         assert not response.HasField("vectors")
 
 
-def test_a_write_tells_its_number_and_that_it_is_on_disk(server: ServerProcess, books: str) -> None:
+def test_the_response_of_a_write_states_sequence_and_durability(server: ServerProcess, books: str) -> None:
     with grpc.insecure_channel(server.address) as channel:
         stub = index_pb2_grpc.IndexServiceStub(channel)
         request = index_pb2.UpsertRecordsRequest(
@@ -208,7 +208,7 @@ def test_a_collection_without_a_model_has_lexical_search(client: Client) -> None
     client.delete_collection("notes")
 
 
-def test_what_does_not_go_with_a_mode_is_refused(server: ServerProcess, client: Client, books: str) -> None:
+def test_options_that_do_not_fit_the_search_mode_are_refused(server: ServerProcess, client: Client, books: str) -> None:
     for mode in ("lexical", "hybrid"):
         with pytest.raises(InvalidArgument, match=f"which {mode!r} search goes by; set text, or search 'dense'"):
             client.search(books, RecordId("ring"), mode=mode)
@@ -238,7 +238,7 @@ def test_a_collection_is_verified_with_progress(client: Client, books: str) -> N
         client.verify_collection("none")
 
 
-def test_a_record_with_a_time_to_live_tells_what_is_left_and_goes(client: Client, books: str) -> None:
+def test_a_record_returns_its_remaining_time_to_live_and_expires(client: Client, books: str) -> None:
     client.upsert(books, [Record("lasting", "a lamp", time_to_live=3600), {"id": "short", "text": "a match"}])
     lasting, short = client.get(books, ["lasting", "short"])
     assert lasting.time_to_live is not None
@@ -251,7 +251,7 @@ def test_a_record_with_a_time_to_live_tells_what_is_left_and_goes(client: Client
 
 
 async def test_a_collection_that_is_deleted_while_it_is_listed_does_not_hide_the_others() -> None:
-    """Its database closes after it was found and before it is described."""
+    """The database closes after the collection was found and before it is described."""
 
     class Access(CollectionAccess):
         def __init__(self) -> None:

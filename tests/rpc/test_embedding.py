@@ -1,4 +1,4 @@
-"""Embeddings over the wire: those of sentence-transformers, whatever the company a text is in."""
+"""Served vectors equal those of sentence-transformers, and do not depend on the other texts of a call."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TEXTS = 50
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """Real texts from a few words to over the model's limit, the short and the long mixed."""
+    """Real texts, from a few words to more tokens than the model takes, in mixed order."""
     docs = [doc.text for doc in read_stdlib()]
     chosen = random.Random(0).sample(docs, TEXTS - 12)
     long = [" ".join(docs[i : i + 12]) for i in range(0, 48, 12)]
@@ -41,7 +41,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def expected(texts: list[str]) -> np.ndarray:
-    """What sentence-transformers gives for them, from the same weights."""
+    """The vectors that sentence-transformers gives `texts` with the same weights."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(minilm_source()), device="cpu", local_files_only=True)
@@ -55,7 +55,7 @@ def cosines(got: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return found
 
 
-def test_vectors_are_those_of_sentence_transformers(client: Client, texts: list[str], expected: np.ndarray) -> None:
+def test_vectors_equal_those_of_sentence_transformers(client: Client, texts: list[str], expected: np.ndarray) -> None:
     got = client.embed(texts, model="minilm", truncation="end")
     assert got.shape == (TEXTS, 384)
     assert got.dtype == np.float32
@@ -63,7 +63,7 @@ def test_vectors_are_those_of_sentence_transformers(client: Client, texts: list[
     assert np.allclose(np.linalg.norm(got, axis=1), 1, atol=1e-5)
 
 
-def test_neither_order_nor_batches_nor_company_change_a_vector(
+def test_order_and_batches_of_texts_do_not_change_vectors(
     client: Client, texts: list[str], expected: np.ndarray
 ) -> None:
     order = list(range(TEXTS))
@@ -85,7 +85,7 @@ def test_concurrent_calls_each_get_their_own_vectors(client: Client, texts: list
             assert cosines(got, expected[list(span)]).min() >= 0.9999
 
 
-def test_a_text_of_a_megabyte_does_not_stall_the_others(server: ServerProcess) -> None:
+def test_a_text_of_a_megabyte_does_not_delay_other_calls(server: ServerProcess) -> None:
     huge = "It was the best of times, it was the worst of times. " * 20_000
     with grpc.insecure_channel(server.address) as channel:
         stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
@@ -93,12 +93,12 @@ def test_a_text_of_a_megabyte_does_not_stall_the_others(server: ServerProcess) -
             stub.CountTokens.future(embedding_pb2.CountTokensRequest(model="minilm", texts=[huge])) for _ in range(2)
         ]
         small = [stub.Embed(embedding_pb2.EmbedRequest(model="minilm", texts=["short"])) for _ in range(3)]
-        # The short calls came later and are answered; whether the long ones still run is what must not matter.
+        # The short calls were sent later and are answered, no matter whether the long ones still run.
         assert all(response.embeddings.rows == 1 for response in small)
         assert all(call.result().token_counts[0] > 250_000 for call in slow)
 
 
-def test_usage_tells_tokens_and_truncation(server: ServerProcess) -> None:
+def test_usages_state_tokens_and_truncation(server: ServerProcess) -> None:
     with grpc.insecure_channel(server.address) as channel:
         response = embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed(
             embedding_pb2.EmbedRequest(
@@ -112,14 +112,14 @@ def test_usage_tells_tokens_and_truncation(server: ServerProcess) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.0), ("float16", 1e-3), ("int8", 2e-3)])
-def test_other_element_types_are_the_same_vectors(
+def test_other_element_types_give_nearly_equal_vectors(
     client: Client, dtype: Literal["float32", "float16", "int8"], tolerance: float
 ) -> None:
     exact = client.embed(["a text", "another"], model="minilm")
     assert np.abs(client.embed(["a text", "another"], model="minilm", dtype=dtype) - exact).max() <= tolerance
 
 
-def test_binary_vectors_are_the_signs(client: Client) -> None:
+def test_binary_vectors_have_the_signs_of_the_components(client: Client) -> None:
     exact = client.embed(["a text"], model="minilm")
     binary = client.embed(["a text"], model="minilm", dtype="binary")
     assert np.array_equal(binary, np.where(exact > 0, 1, -1))
@@ -135,11 +135,11 @@ def test_similarity_is_the_cosine_of_the_vectors(client: Client) -> None:
     assert scores[0][0] > scores[0][1]
 
 
-def test_counting_knows_no_limit(client: Client) -> None:
+def test_count_tokens_has_no_token_limit(client: Client) -> None:
     assert client.count_tokens(["", "hello world", "word " * 500], model="minilm") == [2, 4, 502]
 
 
-def test_sts_benchmark(client: Client) -> None:
+def test_vectors_reach_the_expected_correlation_on_the_sts_benchmark(client: Client) -> None:
     """Spearman's rank correlation on the STS benchmark's test pairs; EMBERPC_TEST_DATA is the folder of data sets."""
     folder = os.environ.get("EMBERPC_TEST_DATA", "")
     path = Path(folder) / "stsbenchmark" / "test.csv"
@@ -154,7 +154,7 @@ def test_sts_benchmark(client: Client) -> None:
 
 
 def spearman(left: np.ndarray, right: np.ndarray) -> float:
-    """Pearson's correlation of the ranks, ties sharing their mean rank."""
+    """Return Pearson's correlation of the ranks; equal values share their mean rank."""
     from scipy.stats import spearmanr
 
     return float(spearmanr(left, right).statistic)
@@ -167,7 +167,7 @@ def spearman(left: np.ndarray, right: np.ndarray) -> float:
         )
     )
 )
-def test_vectors_survive_the_wire(matrix: list[list[float]]) -> None:
+def test_vectors_are_equal_after_encoding_and_decoding(matrix: list[list[float]]) -> None:
     array = np.array(matrix, dtype=np.float32)
     assert np.array_equal(vectors.decode(vectors.encode(array)), array)
     int8 = vectors.decode(vectors.encode(array, types_pb2.DATA_TYPE_INT8))
@@ -176,7 +176,7 @@ def test_vectors_survive_the_wire(matrix: list[list[float]]) -> None:
     assert np.array_equal(binary, np.where(array > 0, 1, -1))
 
 
-def test_a_model_is_loaded_without_a_server_too(minilm_bundle: Path) -> None:
+def test_a_model_can_be_loaded_without_a_server(minilm_bundle: Path) -> None:
     model = Model.load("m", minilm_bundle)
     assert model.manifest.dimensions == 384
     assert model.fingerprint == read_bundle(minilm_bundle).fingerprint("fp32")

@@ -1,4 +1,4 @@
-"""Bad input over the wire: the code of the design, and a field violation that names the item."""
+"""Invalid requests: the documented status code, and a field violation that names the item."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def collection(server: ServerProcess) -> Iterator[str]:
 
 
 class Failure:
-    """What a failed call told."""
+    """Code, message and details of a failed call."""
 
     def __init__(self, error: grpc.RpcError) -> None:
         assert isinstance(error, grpc.Call)
@@ -90,7 +90,9 @@ EMBED_CASES = [
 
 
 @pytest.mark.parametrize(("fields", "field", "words"), EMBED_CASES)
-def test_embed_names_the_wrong_field(channel: grpc.Channel, fields: dict[str, Any], field: str, words: str) -> None:
+def test_the_error_of_embed_names_the_invalid_field(
+    channel: grpc.Channel, fields: dict[str, Any], field: str, words: str
+) -> None:
     found = failure(
         embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed, embedding_pb2.EmbedRequest(model="minilm", **fields)
     )
@@ -99,7 +101,7 @@ def test_embed_names_the_wrong_field(channel: grpc.Channel, fields: dict[str, An
     assert words in found.message
 
 
-def test_all_wrong_texts_are_named_at_once(channel: grpc.Channel) -> None:
+def test_the_error_of_embed_lists_all_invalid_texts(channel: grpc.Channel) -> None:
     found = failure(
         embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed,
         embedding_pb2.EmbedRequest(model="minilm", texts=["", "good", ""]),
@@ -107,7 +109,7 @@ def test_all_wrong_texts_are_named_at_once(channel: grpc.Channel) -> None:
     assert found.fields == ["texts[0]", "texts[2]"]
 
 
-def test_a_wrong_text_is_named_at_all_its_places(channel: grpc.Channel) -> None:
+def test_the_error_of_embed_lists_repeated_invalid_texts(channel: grpc.Channel) -> None:
     found = failure(
         embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed,
         embedding_pb2.EmbedRequest(model="minilm", texts=[LONG, "good", f"{LONG} else", LONG, "good"]),
@@ -117,7 +119,7 @@ def test_a_wrong_text_is_named_at_all_its_places(channel: grpc.Channel) -> None:
     assert found.message.endswith("(and 2 more)")
 
 
-def test_many_wrong_texts_are_named_as_far_as_there_is_room(channel: grpc.Channel) -> None:
+def test_the_error_of_embed_lists_a_limited_number_of_invalid_texts(channel: grpc.Channel) -> None:
     found = failure(
         embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed,
         embedding_pb2.EmbedRequest(model="minilm", texts=[LONG] * 100),
@@ -155,14 +157,14 @@ def test_a_model_of_the_wrong_kind_is_a_failed_precondition(channel: grpc.Channe
     assert found.reason == "WRONG_MODEL_TASK"
 
 
-def test_counting_without_a_model_is_by_the_only_embedding_model(channel: grpc.Channel) -> None:
+def test_count_tokens_without_a_model_uses_the_only_embedding_model(channel: grpc.Channel) -> None:
     counted = embedding_pb2_grpc.EmbeddingServiceStub(channel).CountTokens(
         embedding_pb2.CountTokensRequest(texts=["x"])
     )
     assert counted.model.name == "minilm"
 
 
-def test_counting_needs_a_model_named_where_there_are_two(tiny_server: ServerProcess) -> None:
+def test_count_tokens_needs_a_model_name_if_there_are_two(tiny_server: ServerProcess) -> None:
     with grpc.insecure_channel(tiny_server.address) as two:
         found = failure(
             embedding_pb2_grpc.EmbeddingServiceStub(two).CountTokens, embedding_pb2.CountTokensRequest(texts=["x"])
@@ -182,7 +184,7 @@ CLASSIFY_CASES = [
 
 
 @pytest.mark.parametrize(("fields", "code", "paths"), CLASSIFY_CASES)
-def test_classify_names_the_wrong_field(
+def test_the_error_of_classify_names_the_invalid_field(
     channel: grpc.Channel, fields: dict[str, Any], code: grpc.StatusCode, paths: list[str]
 ) -> None:
     found = failure(
@@ -232,7 +234,7 @@ SEARCH_CASES = [
 
 
 @pytest.mark.parametrize(("fields", "field"), SEARCH_CASES)
-def test_search_names_the_wrong_field(channel: grpc.Channel, fields: dict[str, Any], field: str) -> None:
+def test_the_error_of_search_names_the_invalid_field(channel: grpc.Channel, fields: dict[str, Any], field: str) -> None:
     found = failure(
         index_pb2_grpc.IndexServiceStub(channel).Search, index_pb2.SearchRequest(collection="errors", **fields)
     )
@@ -260,7 +262,7 @@ UPSERT_CASES = [
 
 
 @pytest.mark.parametrize(("fields", "field"), UPSERT_CASES)
-def test_upsert_names_the_wrong_field_and_writes_nothing(
+def test_the_error_of_upsert_names_the_invalid_field_and_nothing_is_written(
     channel: grpc.Channel, client: Client, fields: dict[str, Any], field: str
 ) -> None:
     found = failure(
@@ -272,7 +274,7 @@ def test_upsert_names_the_wrong_field_and_writes_nothing(
     assert client.count("errors") == 1
 
 
-def test_vectors_of_another_size_are_refused(channel: grpc.Channel) -> None:
+def test_vectors_of_other_dimensions_are_refused(channel: grpc.Channel) -> None:
     found = failure(
         index_pb2_grpc.IndexServiceStub(channel).UpsertRecords,
         index_pb2.UpsertRecordsRequest(
@@ -309,7 +311,7 @@ COLLECTION_CASES = [
 
 
 @pytest.mark.parametrize(("fields", "code", "paths"), COLLECTION_CASES)
-def test_a_wrong_collection_is_not_created(
+def test_an_invalid_collection_is_not_created(
     channel: grpc.Channel, fields: dict[str, Any], code: grpc.StatusCode, paths: list[str]
 ) -> None:
     found = failure(
@@ -320,7 +322,7 @@ def test_a_wrong_collection_is_not_created(
     assert found.fields == paths
 
 
-def test_every_call_on_a_missing_collection_is_not_found(channel: grpc.Channel) -> None:
+def test_every_call_on_a_missing_collection_raises_not_found(channel: grpc.Channel) -> None:
     stub = index_pb2_grpc.IndexServiceStub(channel)
     for call, request in (
         (stub.GetCollection, index_pb2.GetCollectionRequest(name="none")),
@@ -342,7 +344,7 @@ def test_every_call_on_a_missing_collection_is_not_found(channel: grpc.Channel) 
         assert found.reason == "COLLECTION_NOT_FOUND"
 
 
-def test_a_collection_without_a_model_takes_no_texts(channel: grpc.Channel) -> None:
+def test_a_collection_without_a_model_refuses_texts(channel: grpc.Channel) -> None:
     stub = index_pb2_grpc.IndexServiceStub(channel)
     search = index_pb2.SearchRequest(collection="plain", queries=[index_pb2.SearchQuery(text="x")])
     upsert = index_pb2.UpsertRecordsRequest(collection="plain", records=[index_pb2.Record(id="a", text="x")])
@@ -352,7 +354,7 @@ def test_a_collection_without_a_model_takes_no_texts(channel: grpc.Channel) -> N
         assert found.reason == "COLLECTION_WITHOUT_MODEL"
 
 
-def test_pages_refuse_a_wrong_size_and_a_made_up_token(channel: grpc.Channel) -> None:
+def test_invalid_page_sizes_and_tokens_are_refused(channel: grpc.Channel) -> None:
     index, models = index_pb2_grpc.IndexServiceStub(channel), model_pb2_grpc.ModelServiceStub(channel)
     for call, request in (
         (index.ListCollections, index_pb2.ListCollectionsRequest),
@@ -364,14 +366,14 @@ def test_pages_refuse_a_wrong_size_and_a_made_up_token(channel: grpc.Channel) ->
         assert failure(call, request(page_token="!?")).fields == ["page_token"]
 
 
-def test_what_is_designed_but_not_built_says_so(channel: grpc.Channel) -> None:
+def test_planned_rpcs_are_unimplemented_with_the_reason(channel: grpc.Channel) -> None:
     stub = classification_pb2_grpc.ClassificationServiceStub(channel)
     found = failure(stub.CreateClassifier, classification_pb2.CreateClassifierRequest())
     assert found.code is grpc.StatusCode.UNIMPLEMENTED
     assert "this version" in found.message
 
 
-def test_a_callers_request_id_comes_back_and_a_strange_one_does_not(channel: grpc.Channel) -> None:
+def test_a_valid_request_id_is_returned_and_an_invalid_one_replaced(channel: grpc.Channel) -> None:
     stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
     request = embedding_pb2.EmbedRequest(model="minilm", texts=[])
     for sent, kept in (("call-17", True), ("x" * 129, False), ("with space", False)):

@@ -1,4 +1,4 @@
-"""Filters over the wire: what they choose, and how a wrong one is refused."""
+"""Filters of calls: the matching records, and errors for invalid filters."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_records_are_searched_listed_counted_and_deleted_by_filter(client: Clien
     assert [record.id for record in client.records(points)] == ["c"]
 
 
-def test_a_query_has_a_filter_of_its_own(stub: index_pb2_grpc.IndexServiceStub, points: str) -> None:
+def test_a_query_has_its_own_filter(stub: index_pb2_grpc.IndexServiceStub, points: str) -> None:
     own = pb.Filter(prefix=pb.Prefix(field="lang", prefix="f"))
     common = pb.Filter(existence=pb.Existence(field="year"))
     queries = [index_pb2.SearchQuery(record_id="b", filter=own), index_pb2.SearchQuery(record_id="b")]
@@ -93,7 +93,7 @@ LIST = pb.FilterList(filters=[comparing()] * 90)
         (pb.Filter(membership=pb.Membership(field="x")), "filter.membership.values", "1 to 10000"),
     ],
 )
-def test_a_wrong_filter_is_refused_by_its_place(
+def test_an_invalid_filter_is_refused_with_its_field(
     client: Client, points: str, wrong: pb.Filter, field: str, words: str
 ) -> None:
     calls: list[Callable[[], object]] = [
@@ -140,21 +140,21 @@ def test_the_largest_filters_are_answered(client: Client, points: str) -> None:
     assert client.count(points, where=nested(31)) == 3
 
 
-def test_what_cannot_be_indexed_is_refused(client: Client) -> None:
+def test_invalid_indexed_fields_are_refused(client: Client) -> None:
     for fields, field in ((['a"b'], "collection.indexed_fields[0]"), (["a"] * 17, "collection.indexed_fields")):
         with pytest.raises(InvalidArgument) as refused:
             client.create_collection("unindexed", dimensions=2, indexed_fields=fields)
         assert [violation.field for violation in refused.value.violations] == [field]
 
 
-def test_ids_and_a_filter_exclude_each_other(stub: index_pb2_grpc.IndexServiceStub, points: str) -> None:
+def test_ids_together_with_a_filter_are_refused(stub: index_pb2_grpc.IndexServiceStub, points: str) -> None:
     request = index_pb2.DeleteRecordsRequest(collection=points, ids=["a"], filter=comparing())
     with pytest.raises(grpc.RpcError) as refused:
         stub.DeleteRecords(request)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_a_number_compared_with_strings_is_warned_of(
+def test_comparing_strings_with_a_number_gives_a_warning(
     client: Client, points: str, stub: index_pb2_grpc.IndexServiceStub
 ) -> None:
     client.upsert(points, [Record("s", "", {"size": "12", "sizes": ["1", "2"], "year": "old"})], vectors=[[1.0, 0.0]])
@@ -172,7 +172,7 @@ def test_a_number_compared_with_strings_is_warned_of(
         assert len(answer.warnings) == 2
         assert "'size'" in answer.warnings[0]
         assert "'sizes'" in answer.warnings[1]
-    # A field with numbers in some records, and one that finds something.
+    # A field with numbers in some records, and a filter that matches records.
     for right in (
         comparing(field="year", operator=pb.COMPARISON_OPERATOR_LESS),
         pb.Filter(existence=pb.Existence(field="lang")),
@@ -180,7 +180,7 @@ def test_a_number_compared_with_strings_is_warned_of(
         assert not stub.CountRecords(index_pb2.CountRecordsRequest(collection=points, filter=right)).warnings
 
 
-def test_a_filter_on_a_label_is_warned_of(client: Client, points: str) -> None:
+def test_a_filter_on_a_label_gives_a_warning(client: Client, points: str) -> None:
     client.upsert(points, [Record("d", label="news")], vectors=[[1.0, 9]])
     with pytest.warns(FilterWarning, match="'label'.*filters compare metadata only, not the label of a record"):
         assert client.search(points, [0.0, 1.0], where='label = "news"') == []

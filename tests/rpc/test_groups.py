@@ -1,4 +1,4 @@
-"""Duplicates and clusters of real texts, over the wire and on the command line."""
+"""Duplicates and clusters of real texts, with the RPCs and the clients."""
 
 from __future__ import annotations
 
@@ -32,14 +32,16 @@ def texts(server: ServerProcess) -> Iterator[str]:
         client.delete_collection("asked")
 
 
-def test_what_says_the_same_is_a_pair(client: Client, texts: str) -> None:
+def test_texts_of_equal_meaning_are_duplicates(client: Client, texts: str) -> None:
     pairs = list(client.duplicates(texts, min_score=0.6))
     assert (pairs[0].first_id, pairs[0].second_id) == ("card-0", "card-1")
     assert all(pair.first_id.partition("-")[0] == pair.second_id.partition("-")[0] for pair in pairs)
     assert list(client.duplicates(texts, min_score=1.0)) == []
 
 
-def test_pages_follow_each_other_though_records_come(server: ServerProcess, client: Client, texts: str) -> None:
+def test_pages_of_duplicates_are_complete_despite_new_records(
+    server: ServerProcess, client: Client, texts: str
+) -> None:
     every = [(pair.first_id, pair.second_id) for pair in client.duplicates(texts, min_score=0.01)]
     with grpc.insecure_channel(server.address) as channel:
         stub = index_pb2_grpc.IndexServiceStub(channel)
@@ -57,14 +59,16 @@ def test_pages_follow_each_other_though_records_come(server: ServerProcess, clie
     assert walked == every
 
 
-def test_clusters_are_what_is_asked_about(client: Client, texts: str) -> None:
+def test_clusters_group_texts_by_topic(client: Client, texts: str) -> None:
     found = client.clusters(texts, 3, examples=3)
     assert [cluster.record_count for cluster in found] == [3, 3, 3]
     kinds = [{record.id.partition("-")[0] for record in cluster.examples} for cluster in found]
     assert sorted(map(sorted, kinds)) == [["bees"], ["card"], ["rate"]]
 
 
-async def test_the_asynchronous_client_does_the_same(server: ServerProcess, client: Client, texts: str) -> None:
+async def test_the_asynchronous_client_returns_equal_duplicates_and_clusters(
+    server: ServerProcess, client: Client, texts: str
+) -> None:
     async with AsyncClient(server.address) as asynchronous:
         pairs = [pair async for pair in asynchronous.duplicates(texts, min_score=0.6)]
         clusters = await asynchronous.clusters(texts, 3)
@@ -82,7 +86,9 @@ async def test_the_asynchronous_client_does_the_same(server: ServerProcess, clie
         (lambda client: client.clusters("asked", 5, examples=101), "examples_per_cluster"),
     ],
 )
-def test_what_is_out_of_bounds_is_named(client: Client, texts: str, ask: Callable[[Client], Any], field: str) -> None:
+def test_options_outside_their_limits_are_refused_with_the_field(
+    client: Client, texts: str, ask: Callable[[Client], Any], field: str
+) -> None:
     with pytest.raises(InvalidArgument) as raised:
         ask(client)
     assert [violation.field for violation in raised.value.violations] == [field]
@@ -103,7 +109,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize("kind", FORGED)
-def test_a_page_token_of_elsewhere_is_refused(server: ServerProcess, texts: str, kind: str) -> None:
+def test_a_forged_page_token_is_refused(server: ServerProcess, texts: str, kind: str) -> None:
     token = FORGED[kind]
     with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError, match="page_token: is not"):
         index_pb2_grpc.IndexServiceStub(channel).FindDuplicates(

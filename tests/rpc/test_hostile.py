@@ -1,4 +1,4 @@
-"""The most expensive requests stop no server, legal or not; the short form of benchmarks/server/hostile.py."""
+"""The most expensive requests, valid or invalid, stop no server; a short form of benchmarks/server/hostile.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.server.hostile_requests import SHORT, Hostile
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc
 from examples.server_process import ServerProcess
 
-#: Codes of a request that is refused or given up as the API says. Neither INTERNAL nor UNKNOWN is one.
+#: Documented codes of a refused or ended request. INTERNAL and UNKNOWN are not among them.
 REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -26,9 +26,9 @@ REFUSALS = {
     grpc.StatusCode.PERMISSION_DENIED,
 }
 CASES = hostile_requests.requests(SHORT)
-#: Megabytes that the server may use beyond what it used before the first request.
+#: Megabytes by which the memory of the server may grow after the first request.
 MOST_MEGABYTES = 600
-#: Seconds; nothing here takes a hundredth of it on a usual host.
+#: Timeout of a request in seconds; on a usual host, none takes a hundredth of it.
 TIMEOUT = 300
 
 
@@ -59,14 +59,14 @@ def connected(server: ServerProcess) -> grpc.Channel:
 
 
 def megabytes(server: ServerProcess) -> int:
-    """The most memory that the server has used so far."""
+    """Return the greatest memory of the server so far, in megabytes."""
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     (line,) = [line for line in status.splitlines() if line.startswith("VmHWM:")]
     return int(line.split()[1]) // 1024
 
 
 def send(channel: grpc.Channel, hostile: Hostile, timeout: float = TIMEOUT) -> grpc.StatusCode:
-    """Send a request; return how it ended."""
+    """Send a request; return its status code."""
     kind = ["unary_unary", "unary_stream", "stream_unary", "stream_stream"]
     call: Any = getattr(channel, kind[2 * hostile.streams[0] + hostile.streams[1]])(hostile.method)
     data: Any = iter(hostile.data) if hostile.streams[0] else hostile.data[0]
@@ -90,7 +90,7 @@ def check_alive(channel: grpc.Channel) -> None:
     assert response_.embeddings.rows == 1
 
 
-#: Kinds of long texts that one call of Embed has in the fast tests, and the other calls only in the slow ones.
+#: Kinds of long texts that the fast tests send only with one call of Embed, and the slow tests with all calls.
 OTHER_KINDS = set(hostile_requests.KINDS) - {"one letter", "only marks", "unsegmented"}
 
 
@@ -109,7 +109,7 @@ def test_a_hostile_request_is_answered_or_refused(channel: grpc.Channel, name: s
     check_alive(channel)
 
 
-def test_eight_hostile_requests_from_two_connections(server: ServerProcess) -> None:
+def test_eight_concurrent_hostile_requests_are_answered_or_refused(server: ServerProcess) -> None:
     with connected(server) as one, connected(server) as other, ThreadPoolExecutor(8) as pool:
         channels = [one, other]
         jobs = [pool.submit(send, channels[i % 2], hostile) for i, hostile in enumerate(CASES.values())]
@@ -119,8 +119,8 @@ def test_eight_hostile_requests_from_two_connections(server: ServerProcess) -> N
     assert wrong == {}
 
 
-def test_requests_whose_callers_leave_hold_up_nobody(server: ServerProcess, channel: grpc.Channel) -> None:
-    """A caller leaves once the server has begun with its request, which a second connection then does not notice."""
+def test_cancelled_heavy_requests_do_not_block_other_calls(server: ServerProcess, channel: grpc.Channel) -> None:
+    """Callers cancel calls that the server has begun; calls of another connection must not be delayed."""
     heavy = [CASES[name] for name in ("a wide filter", "many clusters", "all pairs", "a similarity of many")]
     with connected(server) as abandoned:
         calls = []

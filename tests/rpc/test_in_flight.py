@@ -1,4 +1,4 @@
-"""Callers who send much, read nothing or say nothing take a bounded part of the server."""
+"""Callers that send much, read nothing or send nothing use a limited part of the server."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
         yield started
 
 
-def test_responses_that_nobody_reads_are_bounded(process: ServerProcess) -> None:
-    """A caller who stops reading is refused more, and others are served again when it has gone."""
+def test_unread_responses_are_limited(process: ServerProcess) -> None:
+    """A caller that stops reading is refused further calls, and others are served again after it has left."""
     with PingProxy(process.address, 1) as proxy, grpc.insecure_channel(proxy.target) as silent:
         stub = index_pb2_grpc.IndexServiceStub(silent)
         assert len(stub.BatchGetRecords(REQUEST).records) == 2
@@ -48,7 +48,7 @@ def test_responses_that_nobody_reads_are_bounded(process: ServerProcess) -> None
             refused = wait_until(lambda: failure(other))
             assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert "max_in_flight_bytes" in refused.details()
-            # Small responses need no room.
+            # Small responses do not count.
             assert other.CountRecords(pb.CountRecordsRequest(collection="long")).count == 1
             proxy.cut()
             wait_until(lambda: failure(other) is None)
@@ -73,15 +73,15 @@ def wait_until(look: Callable[[], Any]) -> Any:
     return found
 
 
-def test_a_connection_that_says_nothing_is_closed(process: ServerProcess) -> None:
+def test_a_silent_connection_is_closed(process: ServerProcess) -> None:
     host, _, port = process.address.rpartition(":")
     with closing(socket.create_connection((host, int(port)), timeout=300)) as connection:
         while connection.recv(1024):  # the server's own first frames
             pass
 
 
-def test_the_server_states_the_most_calls_of_a_connection(process: ServerProcess) -> None:
-    """With any number, one connection that opens and resets calls has gRPC cancel calls of other connections."""
+def test_the_server_states_its_limit_of_calls_of_a_connection(process: ServerProcess) -> None:
+    """Without a limit, one connection that opens and resets calls makes gRPC cancel calls of other connections."""
     host, _, port = process.address.rpartition(":")
     with socket.create_connection((host, int(port)), timeout=300) as connection, connection.makefile("rb") as answer:
         # The preface of HTTP/2 and an empty frame of settings (RFC 9113, sections 3.4 and 6.5).
@@ -95,7 +95,7 @@ def test_the_server_states_the_most_calls_of_a_connection(process: ServerProcess
 
 
 async def test_no_call_of_300_callers_on_one_connection_is_lost(process: ServerProcess) -> None:
-    """gRPC refuses calls above its limit for one connection, and well below that limit if callers go on at once."""
+    """gRPC refuses calls above its limit for a connection, and even below it if callers send the next call at once."""
     async with grpc.aio.insecure_channel(process.address) as channel:
         stub = index_pb2_grpc.IndexServiceStub(channel)
 

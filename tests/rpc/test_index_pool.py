@@ -1,4 +1,4 @@
-"""Blocking calls of the index: abandoned ones end, heavy ones leave threads to the others, and queues are bounded."""
+"""Blocking calls of the index: cancelled ones end, heavy ones leave threads to others, and queues are limited."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELEC
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what happens in another thread."""
+    """Wait until a condition holds that another thread sets."""
 
     async def look() -> None:
         while not condition():  # noqa: ASYNC110 - what is waited for is in another thread, not an event
@@ -47,7 +47,7 @@ async def until(condition: Callable[[], bool]) -> None:
     await asyncio.wait_for(look(), 300)
 
 
-async def test_slots_are_given_in_order_and_a_user_who_left_gets_none() -> None:
+async def test_slots_are_given_in_order_and_not_to_cancelled_waiters() -> None:
     slots = Slots(1, 2, "calls", retry_seconds=3)
     await slots.take()
     first, second = (asyncio.create_task(slots.take()) for _ in range(2))
@@ -65,7 +65,7 @@ async def test_slots_are_given_in_order_and_a_user_who_left_gets_none() -> None:
     assert slots.idle
 
 
-async def test_a_slot_given_to_a_user_who_leaves_at_that_moment_goes_on() -> None:
+async def test_a_slot_of_a_waiter_cancelled_meanwhile_is_passed_on() -> None:
     slots = Slots(1, 2, "calls")
     await slots.take()
     leaving, staying = (asyncio.create_task(slots.take()) for _ in range(2))
@@ -74,7 +74,7 @@ async def test_a_slot_given_to_a_user_who_leaves_at_that_moment_goes_on() -> Non
     leaving.cancel()
     await staying
     slots.release()
-    # And one that leaves before its slot is given.
+    # The same for a waiter that is cancelled before it gets its slot.
     await slots.take()
     leaving = asyncio.create_task(slots.take())
     await asyncio.sleep(0)
@@ -84,7 +84,7 @@ async def test_a_slot_given_to_a_user_who_leaves_at_that_moment_goes_on() -> Non
     assert slots.idle
 
 
-async def test_a_call_whose_caller_left_stops_and_one_that_waits_does_not_begin() -> None:
+async def test_a_cancelled_call_stops_and_a_cancelled_waiting_call_does_not_begin() -> None:
     began: list[str] = []
     entered, ended = threading.Event(), threading.Event()
 
@@ -112,7 +112,7 @@ async def test_a_call_whose_caller_left_stops_and_one_that_waits_does_not_begin(
     assert began == ["running"]
 
 
-async def test_a_slot_is_free_when_the_thread_is_and_not_when_the_caller_leaves() -> None:
+async def test_a_slot_is_free_when_its_thread_ends_and_not_when_the_call_is_cancelled() -> None:
     entered, go_on = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -133,7 +133,7 @@ async def test_a_slot_is_free_when_the_thread_is_and_not_when_the_caller_leaves(
         assert await pool.run(lambda: 5, heavy=True) == 5
 
 
-async def test_a_deadline_ends_the_work_whether_or_not_the_caller_is_there() -> None:
+async def test_a_deadline_ends_the_work_of_a_call() -> None:
     def work() -> None:
         while True:
             cancellation.check()
@@ -143,7 +143,7 @@ async def test_a_deadline_ends_the_work_whether_or_not_the_caller_is_there() -> 
     assert stopped.value.code is Code.DEADLINE_EXCEEDED
 
 
-async def test_closing_ends_what_runs_and_lets_the_loop_go_on_meanwhile() -> None:
+async def test_close_ends_running_work_and_does_not_block_the_event_loop() -> None:
     entered = threading.Event()
 
     def work() -> None:
@@ -153,7 +153,7 @@ async def test_closing_ends_what_runs_and_lets_the_loop_go_on_meanwhile() -> Non
 
     with ThreadPoolExecutor(1) as executor:
         pool = IndexPool(executor, heavy=1)
-        # A handler that was cancelled, and has not noticed yet when the pool is closed.
+        # The handler is cancelled, and its thread has not noticed it yet when the pool is closed.
         running = asyncio.create_task(pool.run(work, Caller()))
         await asyncio.to_thread(entered.wait, 300)
         await pool.close()
@@ -163,7 +163,7 @@ async def test_closing_ends_what_runs_and_lets_the_loop_go_on_meanwhile() -> Non
             await pool.run(work, Caller())
 
 
-async def test_slots_of_writers_that_nobody_uses_are_forgotten() -> None:
+async def test_unused_slots_of_writers_are_removed() -> None:
     with ThreadPoolExecutor(1) as executor:
         pool = IndexPool(executor, heavy=1)
         for name in map(str, range(100)):
@@ -173,7 +173,7 @@ async def test_slots_of_writers_that_nobody_uses_are_forgotten() -> None:
 
 
 class Served:
-    """A server of two collections, one of which counts without end; in SQLite, as a wide filter does for long."""
+    """A server of two collections; counts of `endless` never end in SQLite, like a long count with a wide filter."""
 
     def __init__(self, pool: IndexPool, stub: index_pb2_grpc.IndexServiceAsyncStub) -> None:
         self.pool, self.stub = pool, stub
@@ -215,7 +215,7 @@ def vector(values: np.ndarray) -> types_pb2.Vectors:
     return types_pb2.Vectors(data=values.astype("<f4").tobytes(), rows=len(values), dimensions=DIMENSIONS)
 
 
-async def test_writes_gets_and_searches_are_answered_beside_heavy_calls_that_end_with_their_callers(
+async def test_writes_reads_and_searches_run_beside_heavy_calls_that_can_be_cancelled(
     served: Served,
 ) -> None:
     counts = [served.count() for _ in range(8)]
@@ -238,7 +238,7 @@ async def test_writes_gets_and_searches_are_answered_beside_heavy_calls_that_end
     assert (await stub.CountRecords(other)).count == 20
 
 
-async def test_heavy_calls_end_with_their_deadlines(served: Served) -> None:
+async def test_heavy_calls_end_at_their_deadlines(served: Served) -> None:
     counts = [served.count(timeout=0.2) for _ in range(8)]
     for each in await asyncio.gather(*counts, return_exceptions=True):
         assert isinstance(each, grpc.aio.AioRpcError)
@@ -246,7 +246,7 @@ async def test_heavy_calls_end_with_their_deadlines(served: Served) -> None:
     await until(lambda: served.pool.heavy.idle)
 
 
-async def test_filtered_searches_wait_with_heavy_calls_and_leave_with_their_callers(served: Served) -> None:
+async def test_filtered_searches_wait_like_heavy_calls_and_can_be_cancelled(served: Served) -> None:
     counts = [served.count() for _ in range(HEAVY)]
     await until(lambda: not served.pool.heavy._free)
     query = pb.SearchQuery(vector=vector(vectors(1)))
@@ -261,7 +261,7 @@ async def test_filtered_searches_wait_with_heavy_calls_and_leave_with_their_call
 
 
 @pytest.mark.parametrize("rpc", ["CountRecords", "ListRecords", "DeleteRecords", "Search"])
-async def test_what_explains_why_a_filter_finds_nothing_is_heavy_and_ends_with_its_caller(
+async def test_explaining_a_filter_runs_as_a_heavy_call_and_can_be_cancelled(
     served: Served, monkeypatch: pytest.MonkeyPatch, rpc: str
 ) -> None:
     began, free = threading.Event(), []
@@ -294,7 +294,7 @@ async def test_what_explains_why_a_filter_finds_nothing_is_heavy_and_ends_with_i
     await until(lambda: served.pool.heavy.idle)
 
 
-async def test_too_many_heavy_calls_are_refused_and_may_come_again(
+async def test_too_many_heavy_calls_are_refused_with_a_retry_delay(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(served.pool.heavy, "_max_waiting", 3)
@@ -321,7 +321,9 @@ async def test_too_many_heavy_calls_are_refused_and_may_come_again(
         assert len(each.results[0].hits) == 1
 
 
-async def test_writes_of_one_collection_take_two_threads(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_writes_of_one_collection_use_at_most_two_threads(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go_on = threading.Event()
     began: list[int] = []
     real = Collection.upsert
@@ -340,7 +342,7 @@ async def test_writes_of_one_collection_take_two_threads(served: Served, monkeyp
         return served.stub.UpsertRecords(request)
 
     writes = [write("endless", i) for i in range(THREADS + 2)]
-    # A write has a slot while its records are read, too: all are read before the second one begins.
+    # A write has its slot also while its records are read, so all are read before the second write begins.
     await until(lambda: len(began) == 2 and served.pool.writers("endless").waiting == THREADS)
     assert (await write("other", 0)).inserted_count == 1
     assert len(began) == 2

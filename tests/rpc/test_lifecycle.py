@@ -1,4 +1,4 @@
-"""The server as a process: how it starts, how it fails to, how it stops, what it survives."""
+"""The server as a process: start, failed starts, stop, restart and kill."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from examples.server_process import ServerProcess
 
 
 def start_failing(*flags: str) -> tuple[int, str]:
-    """Run a server that should not start; return its exit code and what it wrote."""
+    """Run a server that must not start; return its exit code and its output."""
     run = subprocess.run(
         [sys.executable, "-m", "emberpc.cli.main", "serve", *flags],
         check=False,
@@ -38,7 +38,7 @@ def start_failing(*flags: str) -> tuple[int, str]:
     return run.returncode, run.stderr
 
 
-def test_a_second_server_on_the_same_port_fails_loudly(server: ServerProcess, tmp_path: Path) -> None:
+def test_a_second_server_on_the_same_port_fails_with_an_error(server: ServerProcess, tmp_path: Path) -> None:
     code, error = start_failing("--listen", server.address, "--data-dir", str(tmp_path))
     assert code != 0
     assert server.address in error
@@ -46,7 +46,7 @@ def test_a_second_server_on_the_same_port_fails_loudly(server: ServerProcess, tm
     assert "Traceback" not in error
 
 
-def test_a_second_server_on_the_same_data_directory_fails_loudly(server: ServerProcess) -> None:
+def test_a_second_server_on_the_same_data_directory_fails_with_an_error(server: ServerProcess) -> None:
     data_dir = server.arguments[server.arguments.index("--data-dir") + 1]
     code, error = start_failing("--listen", "127.0.0.1:0", "--data-dir", data_dir)
     assert code != 0
@@ -54,7 +54,7 @@ def test_a_second_server_on_the_same_data_directory_fails_loudly(server: ServerP
     assert "Traceback" not in error
 
 
-def test_too_little_address_space_is_an_error_and_no_crash(tmp_path: Path) -> None:
+def test_too_little_address_space_ends_the_start_with_an_error(tmp_path: Path) -> None:
     limit = ["prlimit", f"--as={500 * 2**20}"]
     serve = [sys.executable, "-m", "emberpc.cli.main", "serve", "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path)]
     run = subprocess.run(
@@ -70,8 +70,8 @@ def test_too_little_address_space_is_an_error_and_no_crash(tmp_path: Path) -> No
     assert "Traceback" not in run.stderr
 
 
-def test_too_few_open_files_are_said_with_the_remedy(tmp_path: Path) -> None:
-    """The error blamed the data directory or the address."""
+def test_the_error_for_too_few_open_files_names_the_remedy(tmp_path: Path) -> None:
+    """The error of an earlier version named the data directory or the address as the cause."""
     limit = ["prlimit", "--nofile=16:16"]
     serve = [sys.executable, "-m", "emberpc.cli.main", "serve", "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path)]
     run = subprocess.run([*limit, *serve], check=False, capture_output=True, text=True, timeout=300)
@@ -101,7 +101,9 @@ def test_too_few_open_files_are_said_with_the_remedy(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_wrong_bundle_is_refused_with_its_reason(tiny_bundle: Path, tmp_path: Path, damage: str, words: str) -> None:
+def test_an_invalid_bundle_is_refused_with_the_reason(
+    tiny_bundle: Path, tmp_path: Path, damage: str, words: str
+) -> None:
     folder = tmp_path / "bundle"
     if damage == "empty":
         folder.mkdir()
@@ -133,7 +135,7 @@ def harm(folder: Path, damage: str) -> None:
         manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 3'))
 
 
-def test_health_and_reflection_answer(server: ServerProcess) -> None:
+def test_health_and_reflection_services_answer(server: ServerProcess) -> None:
     with grpc.insecure_channel(server.address) as channel:
         check = channel.unary_unary(
             "/grpc.health.v1.Health/Check",
@@ -151,13 +153,13 @@ def test_health_and_reflection_answer(server: ServerProcess) -> None:
         assert set(SERVICE_NAMES) < {service.name for service in answer.list_services_response.service}
 
 
-def test_stopping_lets_a_call_in_flight_finish(minilm_bundle: Path, tmp_path: Path) -> None:
+def test_a_stopping_server_finishes_the_calls_in_flight(minilm_bundle: Path, tmp_path: Path) -> None:
     server = ServerProcess({"minilm": minilm_bundle}, tmp_path, "--drain-seconds", "250")
     texts = [f"text number {i} " + "word " * (i % 100) for i in range(100)]
     with grpc.insecure_channel(server.address) as channel:
         stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
         long = stub.Embed.future(embedding_pb2.EmbedRequest(texts=texts))
-        # On the same connection, and answered: so the long call before it has arrived.
+        # The answer to a later call on the same connection shows that the long call has arrived.
         stub.Embed(embedding_pb2.EmbedRequest(texts=["short"]))
         assert not long.done()
         assert server.stop() == 0
@@ -210,15 +212,15 @@ def after_restart(
 
 @pytest.fixture
 def restarted(after_restart: Restarted) -> Client:
-    """Return a client of that server."""
+    """A client of the server of `after_restart`."""
     return after_restart.client
 
 
-def test_sigint_stops_it_too(after_restart: Restarted) -> None:
+def test_sigint_stops_the_server_with_exit_code_0(after_restart: Restarted) -> None:
     assert after_restart.exit_code == 0
 
 
-def test_the_size_of_micro_batches_is_measured_unless_it_is_stated(after_restart: Restarted) -> None:
+def test_the_size_of_micro_batches_is_measured_by_default(after_restart: Restarted) -> None:
     """`tests/conftest.py` states a size for most servers of the tests."""
     end = time.monotonic() + 300
     while not (found := re.search(r"micro-batches of (\d+) tokens; measured", after_restart.server.output)):
@@ -227,11 +229,11 @@ def test_the_size_of_micro_batches_is_measured_unless_it_is_stated(after_restart
     assert int(found[1]) in (128, 256, 512, 1024)
 
 
-def test_a_change_of_a_collection_outlives_a_restart(restarted: Client) -> None:
+def test_a_changed_setting_of_a_collection_survives_a_restart(restarted: Client) -> None:
     assert restarted.get_collection("plays").truncation == "start"
 
 
-def test_collections_are_there_again_after_a_restart(restarted: Client) -> None:
+def test_collections_survive_a_restart(restarted: Client) -> None:
     (hit,) = restarted.search("books", "hunting whales")
     assert (hit.record.id, hit.record.text) == ("a", "a whale hunt")
     assert hit.record.metadata == {"year": 1851, "tags": ["sea"]}
@@ -261,7 +263,7 @@ def test_a_damaged_collection_does_not_hide_the_others(restarted: Client) -> Non
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_no_acknowledged_record_is_lost_to_kill_9(tiny_bundle: Path, tmp_path: Path, seed: int) -> None:
-    """Upserts run until the server is killed at a random moment; what was acknowledged must be there, whole."""
+    """Upserts run until the server is killed at a random moment; every acknowledged record must be stored whole."""
     server = ServerProcess({"tiny": tiny_bundle}, tmp_path)
     chance = random.Random(seed)
     acknowledged: dict[str, str] = {}
@@ -293,7 +295,7 @@ def test_no_acknowledged_record_is_lost_to_kill_9(tiny_bundle: Path, tmp_path: P
     with ServerProcess({"tiny": tiny_bundle}, tmp_path) as again, Client(again.address) as client:
         stored = {record.id: record.text for record in client.records("c")}
         for key, text in acknowledged.items():
-            # The one batch that was under way at the kill may have been written without its answer arriving.
+            # The batch in progress at the kill may have been written though its response did not arrive.
             assert stored[key] in (text, attempted[key])
         assert set(stored) <= set(attempted)
         last = next(reversed(acknowledged))

@@ -95,7 +95,7 @@ def test_records_and_their_vectors_are_limited_together(stub: index_pb2_grpc.Ind
         get(RESPONSE // of_one)  # of records alone, as many fit
 
 
-def test_a_page_ends_where_its_records_are_too_large(stub: index_pb2_grpc.IndexServiceStub) -> None:
+def test_a_page_ends_before_its_limit_of_bytes(stub: index_pb2_grpc.IndexServiceStub) -> None:
     found, token, pages = [], "", 0
     while pages == 0 or token:
         response = stub.ListRecords(pb.ListRecordsRequest(collection="long", page_size=1000, page_token=token))
@@ -105,7 +105,7 @@ def test_a_page_ends_where_its_records_are_too_large(stub: index_pb2_grpc.IndexS
     assert pages > 1
 
 
-def test_few_records_are_returned_whole(stub: index_pb2_grpc.IndexServiceStub) -> None:
+def test_records_below_the_response_limit_are_returned_whole(stub: index_pb2_grpc.IndexServiceStub) -> None:
     response = stub.BatchGetRecords(pb.BatchGetRecordsRequest(collection="long", ids=["r01", "none", "r00"]))
     assert [record.text[:2] for record in response.records] == ["1 ", "0 "]
     assert list(response.missing_ids) == ["none"]
@@ -114,7 +114,7 @@ def test_few_records_are_returned_whole(stub: index_pb2_grpc.IndexServiceStub) -
 
 
 @pytest.mark.usefixtures("stub")
-async def test_the_clients_get_many_long_records_in_smaller_requests(address: str) -> None:
+async def test_the_clients_divide_a_get_of_many_long_records(address: str) -> None:
     ids = [f"r{i:02}" for i in range(COUNT)]
     with Client(address) as client:
         found = client.get("long", ids, with_vectors=True)
@@ -124,7 +124,7 @@ async def test_the_clients_get_many_long_records_in_smaller_requests(address: st
 
 
 @pytest.mark.usefixtures("stub")
-async def test_the_clients_search_for_many_long_hits_in_smaller_requests(address: str) -> None:
+async def test_the_clients_divide_a_search_with_many_long_hits(address: str) -> None:
     queries = np.array([[1.0, i] for i in range(COUNT)], dtype=np.float32)
     with Client(address) as client:
         found = client.search_batch("long", list(queries), top_k=2)
@@ -133,7 +133,7 @@ async def test_the_clients_search_for_many_long_hits_in_smaller_requests(address
         assert await asynchronous.search_batch("long", list(queries), top_k=2) == found
 
 
-def test_parts_that_are_left_out_do_not_count(stub: index_pb2_grpc.IndexServiceStub) -> None:
+def test_omitted_parts_do_not_count_as_response_bytes(stub: index_pb2_grpc.IndexServiceStub) -> None:
     parts, ids = [pb.RECORD_PART_METADATA], [f"r{i:02}" for i in range(COUNT)]
     got = stub.BatchGetRecords(pb.BatchGetRecordsRequest(collection="long", ids=ids, parts=parts))
     assert [record.id for record in got.records] == ids
@@ -156,7 +156,7 @@ def test_the_server_states_its_limits(channel: grpc.Channel) -> None:
         assert getattr(info.limits, field.name) > 0
 
 
-def test_a_stated_limit_is_the_one_that_is_checked(tiny_server: ServerProcess) -> None:
+def test_stated_limits_are_the_ones_that_are_checked(tiny_server: ServerProcess) -> None:
     options = [("grpc.max_receive_message_length", -1)]
     with grpc.insecure_channel(tiny_server.address, options) as channel:
         try:
@@ -176,7 +176,7 @@ def check_limits(channel: grpc.Channel) -> None:
         return stub.UpsertRecords(pb.UpsertRecordsRequest(collection="limits", records=records, vectors=matrix))
 
     def upsert_values(total: int) -> object:
-        """Upsert records whose metadata have this many map entries and list items in all."""
+        """Upsert records with metadata of `total` map entries and list items together."""
         sizes = [_VALUES] * (total // _VALUES) + [total % _VALUES]
         records = [pb.Record(id=f"new{i}") for i in range(len(sizes))]
         for record, size in zip(records, sizes, strict=True):
@@ -216,7 +216,7 @@ def check_limits(channel: grpc.Channel) -> None:
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_a_stated_size_of_a_message_is_the_one_that_is_checked(
+def test_the_stated_limit_of_message_bytes_is_the_one_that_is_checked(
     channel: grpc.Channel, stub: index_pb2_grpc.IndexServiceStub
 ) -> None:
     limit = server_pb2_grpc.ServerServiceStub(channel).GetServerInfo(server_pb2.GetServerInfoRequest()).limits

@@ -1,4 +1,4 @@
-"""Requests that cannot be decoded: refused with the caller's mistake, a request id, and no text of an exception."""
+"""Requests that cannot be decoded are refused as INVALID_ARGUMENT with a request id, without an exception's text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from examples.server_process import ServerProcess
 
 
 def nested(levels: int) -> bytes:
-    """A CountRecordsRequest whose filter is a negation of a negation, `levels` deep."""
+    """Return a CountRecordsRequest whose filter has `levels` nested negations."""
     number = filter_pb2.Filter.DESCRIPTOR.fields_by_name["not"].number
     inner = b""
     for _ in range(levels):
@@ -95,7 +95,7 @@ def test_a_malformed_request_to_a_service_of_grpc_is_refused(
     assert "Traceback" not in server.output
 
 
-def test_the_services_of_grpc_answer_as_they_do_without_emberpc(channel: grpc.Channel) -> None:
+def test_valid_requests_to_services_of_grpc_are_answered(channel: grpc.Channel) -> None:
     stub: Any = health_pb2_grpc.HealthStub(channel)
     serving = health_pb2.HealthCheckResponse.SERVING
     assert stub.Check(health_pb2.HealthCheckRequest(), timeout=300).status == serving
@@ -114,7 +114,7 @@ def test_the_services_of_grpc_answer_as_they_do_without_emberpc(channel: grpc.Ch
         assert {"emberpc.v1.IndexService", "grpc.health.v1.Health"} <= names
 
 
-def test_many_wrong_items_are_an_invalid_argument(channel: grpc.Channel) -> None:
+def test_a_request_with_many_invalid_items_is_an_invalid_argument(channel: grpc.Channel) -> None:
     request = embedding_pb2.EmbedRequest(model="minilm", texts=[" "] * 400)
     with pytest.raises(grpc.RpcError) as raised:
         embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed(request, timeout=300)
@@ -123,7 +123,7 @@ def test_many_wrong_items_are_an_invalid_argument(channel: grpc.Channel) -> None
     assert "(and 399 more)" in str(raised.value.details())
 
 
-def test_long_names_are_a_refusal_that_arrives(channel: grpc.Channel) -> None:
+def test_the_error_for_a_very_long_model_name_reaches_the_caller(channel: grpc.Channel) -> None:
     request = embedding_pb2.EmbedRequest(model="é" * 100_000, texts=["a"])
     with pytest.raises(grpc.RpcError) as raised:
         embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed(request, timeout=300)
@@ -131,7 +131,7 @@ def test_long_names_are_a_refusal_that_arrives(channel: grpc.Channel) -> None:
     assert raised.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-def test_the_server_takes_the_pings_of_the_client() -> None:
+def test_the_server_accepts_the_ping_interval_of_the_client() -> None:
     connection = ConnectionSettings("localhost:50051", timeout=1, tls=None, token=None, in_flight=1, own_channel=False)
     client, server = dict(connection.options), dict(_KEEPALIVE)
     assert int(client["grpc.keepalive_time_ms"]) >= 2 * server["grpc.http2.min_ping_interval_without_data_ms"]

@@ -1,4 +1,4 @@
-"""Figures for Prometheus: they count what was done, and are nobody's to read unless asked for."""
+"""Metrics for Prometheus: their values, and the port that serves them if `--metrics-listen` is set."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def figures(process: ServerProcess) -> dict[str, float]:
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
 
-def test_they_count_calls_batches_and_what_the_cache_knew(measured: ServerProcess) -> None:
+def test_metrics_count_calls_batches_and_cache_hits(measured: ServerProcess) -> None:
     before = figures(measured)
     with Client(measured.address) as client:
         client.embed(["a b c", "d e"])
@@ -59,8 +59,8 @@ def test_they_count_calls_batches_and_what_the_cache_knew(measured: ServerProces
     assert after["process_resident_memory_bytes"] > 0
 
 
-def test_they_tell_the_recall_of_searches_of_a_graph(measured: ServerProcess) -> None:
-    """Searches too, each query of a call with the `ef` of its own: a graph takes more records than others here have."""
+def test_metrics_state_the_recall_of_graph_searches(measured: ServerProcess) -> None:
+    """The queries of a call have different values of ef. A graph needs more records than other collections here."""
     matrix = np.random.default_rng(0).standard_normal((4200, 8), dtype=np.float32)
     with Client(measured.address) as client:
         client.create_collection("points", dimensions=8)
@@ -79,8 +79,8 @@ def test_they_tell_the_recall_of_searches_of_a_graph(measured: ServerProcess) ->
     assert found['emberpc_search_recall{collection="points"}'] >= 0.9
 
 
-def test_silent_connections_add_no_threads_and_stop_no_scrape(measured: ServerProcess) -> None:
-    """Also one that sends its request a byte at a time, one that sends no end, and one that takes no answer."""
+def test_silent_connections_add_no_threads_and_block_no_scrape(measured: ServerProcess) -> None:
+    """The connections send nothing, an incomplete request or an endless line, or do not read the response."""
     host, port = re.findall(r"figures at http://(\S+):(\d+)", measured.output)[0]
     tasks = Path(f"/proc/{measured.process.pid}/task")
     figures(measured)
@@ -91,12 +91,12 @@ def test_silent_connections_add_no_threads_and_stop_no_scrape(measured: ServerPr
             with suppress(OSError):  # it was closed for newer ones
                 silent.sendall((b"", b"GET /metr", b"x" * 30_000, b"GET /metrics HTTP/1.1\r\n\r\n")[i % 4])
         assert figures(measured)["emberpc_models"] == 1
-        # Other work may start some threads meanwhile; one for each connection would be far more.
+        # Other work may start a few threads meanwhile, but far fewer than there are connections.
         assert len(list(tasks.iterdir())) < before + MOST_CONNECTIONS // 2
 
 
 @pytest.mark.parametrize("request_line", [b"nonsense", b"POST /metrics HTTP/1.1", b"GET / a b c"])
-def test_a_wrong_request_for_figures_is_refused(measured: ServerProcess, request_line: bytes) -> None:
+def test_an_invalid_http_request_for_metrics_is_refused(measured: ServerProcess, request_line: bytes) -> None:
     host, port = re.findall(r"figures at http://(\S+):(\d+)", measured.output)[0]
     with socket.create_connection((host, int(port)), timeout=300) as connection:
         connection.sendall(request_line + b"\r\n\r\n")
@@ -105,12 +105,12 @@ def test_a_wrong_request_for_figures_is_refused(measured: ServerProcess, request
     assert figures(measured)["emberpc_models"] == 1
 
 
-def test_a_host_that_is_no_valid_name_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_host_of_metrics_listen_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="cannot listen on xxxx.* choose another --metrics-listen"):
         ServerProcess({}, tmp_path, "--metrics-listen", f"{'x' * 64}:0")
 
 
-def test_an_address_that_is_taken_is_told(measured: ServerProcess, tmp_path: Path) -> None:
+def test_a_used_address_of_metrics_listen_is_refused(measured: ServerProcess, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="another --metrics-listen"):
         ServerProcess({}, tmp_path, "--metrics-listen", measured.address)
 
@@ -126,7 +126,7 @@ def test_an_address_that_is_taken_is_told(measured: ServerProcess, tmp_path: Pat
         f"text/plain;version={'9' * 5000}.0.0",
     ],
 )
-def test_an_accept_header_with_an_odd_version_gets_the_plain_format(measured: ServerProcess, accept: str) -> None:
+def test_an_accept_header_with_an_invalid_version_gets_the_plain_format(measured: ServerProcess, accept: str) -> None:
     found = re.search(r"figures at (http://\S+)", measured.output)
     assert found is not None
     request = urllib.request.Request(found[1], headers={"Accept": accept.encode().decode("latin-1")})
@@ -135,7 +135,7 @@ def test_an_accept_header_with_an_odd_version_gets_the_plain_format(measured: Se
         assert b"emberpc_models 1.0" in answer.read()
 
 
-def test_requests_that_fail_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_requests_for_metrics_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
     def fail(environ: object, start_response: object) -> list[bytes]:
         raise ZeroDivisionError("no figures")
 
@@ -150,7 +150,7 @@ def test_requests_that_fail_are_logged_once_a_minute(caplog: pytest.LogCaptureFi
     assert [record.getMessage() for record in caplog.records] == ["the metrics port: a request failed: no figures"]
 
 
-def test_connections_that_cannot_be_accepted_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_accepts_of_connections_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
     server = PageServer("127.0.0.1", 0, lambda environ, start: [])
     loop = asyncio.new_event_loop()
     try:

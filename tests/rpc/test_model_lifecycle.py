@@ -1,4 +1,4 @@
-"""Models that change while the server serves: no call fails, no answer mixes two, and the old one is let go of."""
+"""Models that change while the server runs: no call fails, no response mixes two models, and old ones are freed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TEXT = "a cab is here"
 
 
 def until(condition: Callable[[], Any], seconds: float = 300) -> None:
-    """Ask again and again until something holds."""
+    """Wait until a condition holds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come to hold in time"
@@ -69,7 +69,7 @@ def admin_process(admin_models: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def admin(admin_process: ServerProcess) -> Iterator[ServerProcess]:
-    """Return a server that lets its models be changed; the test's models and collections are removed afterwards."""
+    """A server whose models callers may change; the models and collections of a test are removed afterwards."""
     yield admin_process
     with Client(admin_process.address) as client:
         for collection in client.collections():
@@ -86,7 +86,7 @@ def connected(admin: ServerProcess) -> Iterator[Client]:
         yield client
 
 
-def test_reloads_under_load_fail_no_call_and_mix_no_answer(
+def test_reloads_under_load_fail_no_call_and_mix_no_vectors(
     admin: ServerProcess, connected: Client, admin_models: Path
 ) -> None:
     wanted = dict(expected(admin_models / name) for name in "ab")
@@ -124,7 +124,7 @@ def test_reloads_under_load_fail_no_call_and_mix_no_answer(
             assert np.allclose(row, wanted[answer.model.fingerprint], atol=1e-5)
 
 
-def test_a_bad_bundle_leaves_the_old_one_serving(connected: Client, admin_models: Path) -> None:
+def test_a_failed_reload_keeps_the_old_model_serving(connected: Client, admin_models: Path) -> None:
     before = connected.embed([TEXT], model="a")
     tokenizer = admin_models / "a" / "tokenizer.json"
     whole = tokenizer.read_bytes()
@@ -145,7 +145,7 @@ def test_a_bad_bundle_leaves_the_old_one_serving(connected: Client, admin_models
     assert [model.name for model in connected.models()] == ["a", "b"]
 
 
-def test_progress_is_told_and_the_state_is_honest(admin: ServerProcess, connected: Client) -> None:
+def test_load_reports_stages_and_the_state_of_the_model(admin: ServerProcess, connected: Client) -> None:
     with grpc.insecure_channel(admin.address) as channel:
         stub = model_pb2_grpc.ModelServiceStub(channel)
         messages = list(stub.LoadModel(model_pb2.LoadModelRequest(name="m", path="b")))
@@ -165,7 +165,7 @@ def test_progress_is_told_and_the_state_is_honest(admin: ServerProcess, connecte
     assert stages[-1] == "ready"
 
 
-async def test_the_async_client_does_the_same(admin: ServerProcess) -> None:
+async def test_the_asynchronous_client_loads_reloads_and_unloads_models(admin: ServerProcess) -> None:
     stages: list[str] = []
     async with AsyncClient(admin.address) as client:
         loaded = await client.load_model("m", "a", progress=stages.append)
@@ -183,7 +183,7 @@ def test_an_unloaded_model_finishes_its_calls(minilm_bundle: Path, tmp_path: Pat
         with grpc.insecure_channel(server.address) as channel:
             stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
             long = stub.Embed.future(embedding_pb2.EmbedRequest(texts=texts))
-            # On the same connection, and answered: so the long call before it has arrived.
+            # The answer to a later call on the same connection shows that the long call has arrived.
             stub.CountTokens(embedding_pb2.CountTokensRequest(texts=["short"]))
             assert not long.done()
             model_pb2_grpc.ModelServiceStub(channel).UnloadModel(model_pb2.UnloadModelRequest(name="m"))
@@ -202,7 +202,7 @@ def test_an_unloaded_model_finishes_its_calls(minilm_bundle: Path, tmp_path: Pat
             assert client.models() == []
 
 
-def test_two_loads_of_one_name_come_one_after_the_other(connected: Client) -> None:
+def test_concurrent_loads_of_one_name_run_one_after_the_other(connected: Client) -> None:
     outcomes: list[str] = []
 
     def load() -> None:
@@ -219,7 +219,7 @@ def test_two_loads_of_one_name_come_one_after_the_other(connected: Client) -> No
     assert sorted(outcomes) == ["MODEL_EXISTS", "MODEL_EXISTS", "m"]
 
 
-def test_a_load_goes_on_when_its_caller_leaves(admin: ServerProcess, connected: Client) -> None:
+def test_a_load_continues_after_its_call_is_cancelled(admin: ServerProcess, connected: Client) -> None:
     with grpc.insecure_channel(admin.address) as channel:
         call = model_pb2_grpc.ModelServiceStub(channel).LoadModel(model_pb2.LoadModelRequest(name="m", path="a"))
         next(call)
@@ -227,7 +227,9 @@ def test_a_load_goes_on_when_its_caller_leaves(admin: ServerProcess, connected: 
     until(lambda: "m" in [model.name for model in connected.models()])
 
 
-def test_paths_lead_only_into_the_models_directory(connected: Client, admin_models: Path, tiny_bundle: Path) -> None:
+def test_paths_outside_the_models_directory_are_refused(
+    connected: Client, admin_models: Path, tiny_bundle: Path
+) -> None:
     (admin_models / "link").symlink_to(tiny_bundle)
     for path in ("../data", str(tiny_bundle), "link", "link/onnx", ""):
         with pytest.raises(InvalidArgument) as refused:
@@ -238,7 +240,9 @@ def test_paths_lead_only_into_the_models_directory(connected: Client, admin_mode
                 connected.reload_model("a", path)
 
 
-def test_without_a_models_directory_only_a_models_own_folder_is_read(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_without_a_models_directory_only_reloads_of_the_same_folder_are_allowed(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
     with (
         ServerProcess({"m": tiny_bundle}, tmp_path, "--model-admin") as server,
         Client(server.address) as client,
@@ -260,7 +264,7 @@ def test_without_a_models_directory_only_a_models_own_folder_is_read(tiny_bundle
 
 @pytest.fixture(scope="module")
 def watched_models(tiny_bundle: Path, other_tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the models directory of the server `watching`: with the bundle `a`, the hidden `.b`, and a bad one."""
+    """The models directory of the server `watching`, with the bundle `a`, the hidden bundle `.b` and an invalid one."""
     folder = copied(tiny_bundle, other_tiny_bundle, tmp_path_factory.mktemp("watched") / "models")
     shutil.move(folder / "b", folder / ".b")
     (folder / "bad").mkdir()
@@ -272,13 +276,13 @@ def watched_models(tiny_bundle: Path, other_tiny_bundle: Path, tmp_path_factory:
 def watching(
     watched_models: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
-    """Return a server that follows its models directory, and whose models callers may not change."""
+    """A server that watches its models directory, and whose models callers may not change."""
     flags = ("--models-dir", str(watched_models), "--watch-models", "0.05")
     with ServerProcess({"pinned": tiny_bundle}, tmp_path_factory.mktemp("data"), *flags) as process:
         yield process
 
 
-def test_models_stay_as_they_are_unless_the_server_allows_otherwise(watching: ServerProcess) -> None:
+def test_changes_of_models_are_refused_without_model_admin(watching: ServerProcess) -> None:
     with Client(watching.address) as client:
         calls: tuple[Callable[[], object], ...] = (
             lambda: client.load_model("m", "a"),
@@ -293,7 +297,7 @@ def test_models_stay_as_they_are_unless_the_server_allows_otherwise(watching: Se
         assert [model.name for model in before] == ["a", "pinned"]
 
 
-def test_a_collection_refuses_another_model_until_its_own_is_back(connected: Client) -> None:
+def test_a_collection_refuses_another_model_of_its_name(connected: Client) -> None:
     connected.load_model("m", "a")
     connected.create_collection("books", model="m")
     connected.upsert("books", [{"id": "1", "text": TEXT}])
@@ -306,7 +310,7 @@ def test_a_collection_refuses_another_model_until_its_own_is_back(connected: Cli
     assert hit.record.id == "1"
 
 
-def test_the_watch_loads_reloads_and_unloads(
+def test_a_watched_models_directory_loads_reloads_and_unloads_models(
     watching: ServerProcess, watched_models: Path, other_tiny_bundle: Path
 ) -> None:
     models = watched_models
@@ -332,7 +336,7 @@ def test_the_watch_loads_reloads_and_unloads(
         assert watching.output.count(f"{models / 'bad'} is not served") == 1
 
 
-def test_a_models_directory_that_is_not_there_is_refused_at_the_start(tmp_path: Path) -> None:
+def test_a_missing_models_directory_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="there is no folder"):
         ServerProcess({}, tmp_path, "--models-dir", str(tmp_path / "none"))
 
@@ -345,8 +349,8 @@ def resident_bytes(process_id: int) -> int:
 
 
 @pytest.mark.slow
-def test_the_memory_of_old_versions_is_returned(minilm_bundle: Path, tmp_path: Path) -> None:
-    """Ten reloads of 90 MB each; calls that fail are among those that the old versions served."""
+def test_the_memory_of_replaced_models_is_returned(minilm_bundle: Path, tmp_path: Path) -> None:
+    """Ten reloads of a model of 90 MB; the replaced versions also served calls that failed."""
     texts = [f"text number {i} " + "word " * (i % 50) for i in range(64)]
     with ServerProcess({"m": minilm_bundle}, tmp_path, "--model-admin") as server, Client(server.address) as client:
 
@@ -356,13 +360,13 @@ def test_the_memory_of_old_versions_is_returned(minilm_bundle: Path, tmp_path: P
                 client.embed(["word " * 1000])
 
         def settled(bound: float) -> bool:
-            work()  # what a worker did last, it holds until it gets something else to do
+            work()  # a worker keeps its last batch until it gets another one
             return resident_bytes(server.process.pid) < bound
 
         client.reload_model("m")
-        # Two versions are more than 180 MB on their own.
+        # Two versions of the model alone take more than 180 MB.
         until(lambda: settled(320 * 2**20), 60)
         first = resident_bytes(server.process.pid)
         for _ in range(10):
             client.reload_model("m")
-            until(lambda: settled(first + 70 * 2**20), 60)  # less than one version takes; work itself takes 50
+            until(lambda: settled(first + 70 * 2**20), 60)  # less than one version; the calls themselves take 50 MB

@@ -1,4 +1,4 @@
-"""ModelService in this process: bounded pages of ListModels, bundles beyond the limits, and changes of models."""
+"""ModelService in this process: limited pages of ListModels, bundles beyond the limits, and changes of models."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def test_a_page_of_models_with_many_labels_ends_early_and_all_are_listed(
     assert pages == [["a"], ["b"], ["c"]]
 
 
-def test_a_change_that_outlives_the_event_loop_runs_to_its_end(
+def test_a_model_change_that_outlives_the_event_loop_ends_without_errors(
     engine: Engine, loader: Loader, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its next stage failed, and its end wrote "exception calling callback … Event loop is closed" to the log."""
+    """In an earlier version, the next stage failed; the log had "exception calling callback … Event loop is closed"."""
     go_on, done = threading.Event(), threading.Event()
 
     def change(tell: Callable[[str], None]) -> Any:

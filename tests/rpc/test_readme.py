@@ -1,4 +1,4 @@
-"""The README's example is run as it stands there."""
+"""The example of the README runs unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from examples.server_process import ServerProcess
 README = Path(__file__).resolve().parent.parent.parent / "README.md"
 
 
-def test_the_fifteen_lines_do_what_they_say(server: ServerProcess, client: Client) -> None:
+def test_the_example_of_the_readme_runs_and_has_at_most_15_lines(server: ServerProcess, client: Client) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     try:

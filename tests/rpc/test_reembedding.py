@@ -1,4 +1,4 @@
-"""A collection goes over to another model while it is searched and written to."""
+"""Reembedding of a collection with another model during searches and writes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def server(models: dict[str, Path], data_dir: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def client(server: ServerProcess) -> Iterator[Client]:
-    """Return a client of that server; the test's collections are deleted afterwards."""
+    """A client of `server`; the collections of a test are deleted afterwards."""
     with Client(server.address) as connected:
         yield connected
         for collection in connected.collections():
@@ -73,7 +73,7 @@ def under(client: Client, model: str) -> bool:
 
 
 def check(client: Client, model: str, expected: dict[str, str]) -> None:
-    """Each record is there, with the vector that the model gives its text, and found by it."""
+    """Check that each record is stored with the vector that the model gives its text, and that a search finds it."""
     records = {record.id: record for record in client.records("c", with_vectors=True, page_size=1000)}
     assert {key: record.text for key, record in records.items()} == expected
     wanted = client.embed([expected[key] for key in records], model=model)
@@ -85,7 +85,7 @@ def check(client: Client, model: str, expected: dict[str, str]) -> None:
     assert client.verify_collection("c").ok
 
 
-def test_calls_go_on_and_none_is_lost_while_a_collection_changes_models(
+def test_calls_succeed_and_no_record_is_lost_during_a_reembedding(
     server: ServerProcess, client: Client, data_dir: Path
 ) -> None:
     expected = filled(client, 1500)
@@ -143,7 +143,9 @@ def test_calls_go_on_and_none_is_lost_while_a_collection_changes_models(
 
 
 @pytest.mark.parametrize("count", [3000, pytest.param(6000, id="with a graph", marks=pytest.mark.slow)])
-def test_a_killed_server_goes_on_where_it_was(models: dict[str, Path], tmp_path: Path, count: int) -> None:
+def test_a_reembedding_continues_after_the_server_was_killed(
+    models: dict[str, Path], tmp_path: Path, count: int
+) -> None:
     crashed = ServerProcess(models, tmp_path)
     with Client(crashed.address) as client:
         expected = filled(client, count)
@@ -163,7 +165,7 @@ def test_a_killed_server_goes_on_where_it_was(models: dict[str, Path], tmp_path:
         assert "Traceback" not in server.output
 
 
-def test_a_collection_can_stay_under_its_model_after_all(client: Client, data_dir: Path) -> None:
+def test_a_reembedding_can_be_cancelled(client: Client, data_dir: Path) -> None:
     expected = filled(client, 3000)
     client.reembed_collection("c", "b")
     with pytest.raises(FailedPrecondition, match="on its way to another model already; wait, or cancel that"):
@@ -178,7 +180,7 @@ def test_a_collection_can_stay_under_its_model_after_all(client: Client, data_di
     assert list(client.collections()) == []
 
 
-def test_a_record_that_cannot_be_embedded_holds_the_switch_until_it_is_changed(client: Client) -> None:
+def test_a_record_that_cannot_be_embedded_delays_the_switch_until_it_is_changed(client: Client) -> None:
     expected = filled(client, 300)
     client.reembed_collection("c", "b")
     dimensions = client.get_collection("c").dimensions
@@ -196,7 +198,7 @@ def test_a_record_that_cannot_be_embedded_holds_the_switch_until_it_is_changed(c
     check(client, "b", {**expected, "bare": "with a text now"})
 
 
-def test_what_makes_no_sense_is_refused(client: Client) -> None:
+def test_invalid_reembeddings_are_refused(client: Client) -> None:
     filled(client, 5)
     with pytest.raises(FailedPrecondition, match="of model 'a' with .* dimensions already"):
         client.reembed_collection("c", "a")
@@ -212,7 +214,7 @@ def test_what_makes_no_sense_is_refused(client: Client) -> None:
         client.reembed_collection("bare", "a")
 
 
-def test_vectors_of_the_callers_own_give_way_to_a_model(client: Client) -> None:
+def test_a_collection_of_vectors_can_be_reembedded_with_a_model(client: Client) -> None:
     client.create_collection("c", dimensions=4)
     client.upsert("c", [Record("x", "the dog", vector=axis(0)), Record("y", "rain", vector=axis(1))])
     client.reembed_collection("c", "a")
@@ -220,7 +222,7 @@ def test_vectors_of_the_callers_own_give_way_to_a_model(client: Client) -> None:
     check(client, "a", {"x": "the dog", "y": "rain"})
 
 
-def test_the_command_line_waits_until_it_is_done(
+def test_the_command_reembed_waits_for_the_end_of_the_reembedding(
     server: ServerProcess, client: Client, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = filled(client, 300)
@@ -238,7 +240,7 @@ def test_the_command_line_waits_until_it_is_done(
 
 
 @pytest.mark.parametrize("with_vectors", [True, False])
-def test_a_stream_of_vectors_does_not_go_on_under_another_model(client: Client, with_vectors: bool) -> None:
+def test_an_upsert_stream_with_vectors_ends_if_the_model_changes(client: Client, with_vectors: bool) -> None:
     client.create_collection("c", model="a")
     vectors = client.embed(["first text", "second text"], model="a") if with_vectors else [None, None]
 

@@ -1,4 +1,4 @@
-"""A caller of ReembedCollection or CancelReembedding who leaves does not leave a job half begun or half ended."""
+"""Cancelled calls of ReembedCollection and CancelReembedding leave no job half begun or half ended."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class SteeredIndex:
         return self.replaced.get(name) or getattr(self._index, name)
 
     def delay(self, name: str) -> tuple[threading.Event, threading.Event]:
-        """Let a method wait before it runs; return events for its call, and for going on."""
+        """Let a method wait before it runs; return the event of its call, and the event that lets it continue."""
         called, go_on = threading.Event(), threading.Event()
         method = getattr(self._index, name)
 
@@ -66,7 +66,7 @@ class Steered:
         await self.jobs.start(self.index.get("c"), "b", 0)
 
     async def reembed(self, *_: object) -> None:
-        """Reembed the collection, unless this was done before."""
+        """Reembed the collection, unless it is reembedded already."""
         if self.index.get("c").spec.model == "a":
             await self.start()
             await self.until_reembedded()
@@ -98,13 +98,13 @@ def steered(tiny_bundle: Path, other_tiny_bundle: Path, tmp_path: Path) -> Itera
             yield Steered(index, engine, pool)
 
 
-async def test_a_job_whose_caller_leaves_at_its_start_runs(steered: Steered) -> None:
+async def test_a_reembedding_runs_though_its_starting_call_was_cancelled(steered: Steered) -> None:
     await steered.leave(asyncio.create_task(steered.start()), steered.index.delay("reembed"))
     await asyncio.wait_for(steered.until_reembedded(), 300)
     await steered.jobs.close()
 
 
-async def test_a_cancellation_whose_caller_leaves_is_completed(steered: Steered) -> None:
+async def test_a_cancel_reembedding_is_completed_though_its_call_was_cancelled(steered: Steered) -> None:
     steered.index.replaced["switch"] = lambda reembedding: False
     await steered.start()
     assert await steered.jobs.status("c") is not None
@@ -117,7 +117,7 @@ async def test_a_cancellation_whose_caller_leaves_is_completed(steered: Steered)
     await steered.jobs.close()
 
 
-async def test_without_a_model_name_the_job_uses_the_only_model_and_stores_its_name(steered: Steered) -> None:
+async def test_a_reembedding_without_a_model_name_uses_the_only_model(steered: Steered) -> None:
     steered.engine.registry.remove("a")
     collection = steered.index.get("c")
     await steered.jobs.start(collection, "", 0)
@@ -128,7 +128,7 @@ async def test_without_a_model_name_the_job_uses_the_only_model_and_stores_its_n
     await steered.jobs.close()
 
 
-async def test_closing_waits_for_a_start_whose_caller_left(steered: Steered) -> None:
+async def test_close_waits_for_a_start_whose_call_was_cancelled(steered: Steered) -> None:
     called, go_on = steered.index.delay("reembed")
     call = asyncio.create_task(steered.start())
     assert await asyncio.to_thread(called.wait, 300)
@@ -140,7 +140,7 @@ async def test_closing_waits_for_a_start_whose_caller_left(steered: Steered) -> 
     await asyncio.wait_for(closed, 300)
 
 
-async def test_a_job_goes_on_after_an_unexpected_error(
+async def test_a_reembedding_continues_after_an_unexpected_error(
     steered: Steered, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(reembedding, "_PAUSE", 0.001)
@@ -157,7 +157,7 @@ async def test_a_job_goes_on_after_an_unexpected_error(
 
 
 @pytest.mark.parametrize("has_vectors", [True, False])
-async def test_a_write_that_waits_while_the_model_changes_does_not_bring_vectors_of_the_old_one(
+async def test_a_write_that_waits_for_a_model_change_stores_no_vectors_of_the_old_model(
     steered: Steered, monkeypatch: pytest.MonkeyPatch, has_vectors: bool
 ) -> None:
     monkeypatch.setattr(steered.jobs, "wait_writable", steered.reembed)
@@ -178,7 +178,7 @@ async def test_a_write_that_waits_while_the_model_changes_does_not_bring_vectors
 
 
 @pytest.mark.parametrize("has_vectors", [True, False])
-async def test_work_with_vectors_is_not_repeated_under_another_model(steered: Steered, has_vectors: bool) -> None:
+async def test_a_call_with_vectors_is_not_repeated_after_a_model_change(steered: Steered, has_vectors: bool) -> None:
     models = []
 
     async def work(collection: CollectionBackend) -> int:
@@ -197,7 +197,7 @@ async def test_work_with_vectors_is_not_repeated_under_another_model(steered: St
     await steered.jobs.close()
 
 
-async def test_a_waiting_reembedding_leaves_a_collection_that_got_the_name_meanwhile(steered: Steered) -> None:
+async def test_a_reembedding_does_not_change_a_new_collection_of_the_same_name(steered: Steered) -> None:
     called, go_on = steered.index.delay("reembed")
     call = asyncio.create_task(steered.start())
     assert await asyncio.to_thread(called.wait, 300)
@@ -212,7 +212,7 @@ async def test_a_waiting_reembedding_leaves_a_collection_that_got_the_name_meanw
     assert steered.index.reembeddings() == []
 
 
-async def test_a_waiting_reembedding_keeps_what_is_updated_meanwhile(steered: Steered) -> None:
+async def test_a_reembedding_keeps_a_setting_changed_at_its_start(steered: Steered) -> None:
     called, go_on = steered.index.delay("reembed")
     call = asyncio.create_task(steered.start())
     assert await asyncio.to_thread(called.wait, 300)
@@ -253,7 +253,7 @@ class OneRecord:
 async def test_a_record_that_failed_once_does_not_prevent_the_switch(
     monkeypatch: pytest.MonkeyPatch, rewound: bool
 ) -> None:
-    """It is tried again after some pauses, and also when another failure makes the job read all records again."""
+    """The record is tried again after some pauses, or when another failure makes the job read all records again."""
     monkeypatch.setattr(reembedding, "_PAUSE", 0.0)
     monkeypatch.setattr(reembedding, "_WAITS", 10**9 if rewound else 3)
     failures = [ServiceError(Code.INTERNAL, "for once")]

@@ -81,7 +81,7 @@ def rejecting(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize("score", RejectionScore)
-def test_a_text_is_rejected_by_the_score_that_is_returned(
+def test_a_text_is_rejected_by_the_returned_rejection_score(
     rejecting: ServerProcess, expected: dict[RejectionScore, np.ndarray], score: RejectionScore
 ) -> None:
     with Client(rejecting.address) as client:
@@ -109,13 +109,13 @@ def test_a_classifier_that_rejects_nothing_returns_no_score(rejecting: ServerPro
         assert found.HasField("rejection_score")
 
 
-def test_every_score_of_the_bundle_is_one_of_the_api() -> None:
+def test_every_rejection_score_of_bundles_is_in_the_api() -> None:
     names = [name.removeprefix("REJECTION_SCORE_").lower() for name in list(pb.RejectionScore.keys())]
     assert names == ["unspecified", *(score.value for score in RejectionScore)]
 
 
 @pytest.mark.parametrize("score", COSINES)
-def test_a_bundle_whose_score_lacks_its_vectors_is_not_served(
+def test_a_bundle_without_the_vectors_of_its_rejection_score_is_refused(
     tiny_classifier_bundle: Path, vectors: np.ndarray, tmp_path: Path, score: RejectionScore
 ) -> None:
     short = with_rejection(tiny_classifier_bundle, tmp_path / "short", score, 0.5, vectors[:2, :5])
@@ -128,7 +128,7 @@ def test_a_bundle_whose_score_lacks_its_vectors_is_not_served(
         Model.load("m", short)
 
 
-def test_many_texts_are_compared_on_a_thread(
+def test_rejection_scores_of_many_texts_are_computed_on_a_thread(
     folders: dict[str, Path],
     vectors: np.ndarray,
     expected: dict[RejectionScore, np.ndarray],

@@ -1,4 +1,4 @@
-"""Searches that are done together have the outcomes that each would have alone."""
+"""Searches that run together have the outcomes that each has alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MATRIX = vectors(300)
 
 
 class Watched:
-    """A collection whose first search waits, so that others come meanwhile."""
+    """A collection whose first search waits, so that other searches arrive meanwhile."""
 
     def __init__(self, collection: Collection) -> None:
         self._collection = collection
@@ -61,7 +61,7 @@ def watched(tmp_path: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[SearchGroups]:
-    # A collection that waits for the test would else pass for a slow one.
+    # Otherwise a collection that waits for the test would be treated as a slow one.
     monkeypatch.setattr(search_groups, "_GROUP_SECONDS", 1000.0)
     with ThreadPoolExecutor(4) as pool:
         yield SearchGroups(IndexPool(pool, heavy=2), at_once=1)
@@ -72,7 +72,7 @@ def one(collection: Any, row: int, top_k: int = 3, **options: Any) -> VectorSear
 
 
 async def first(groups: SearchGroups, watched: Any) -> asyncio.Task[list[SearchOutcome]]:
-    """Begin a search that waits."""
+    """Begin a search that waits for `go_on`."""
     running = asyncio.create_task(groups.search(one(watched, 0)))
     await asyncio.to_thread(watched.entered.wait, 300)
     return running
@@ -82,7 +82,7 @@ def ids(outcomes: list[SearchOutcome]) -> list[list[str]]:
     return [[record.id for record, _ in outcome.hits] for outcome in outcomes]
 
 
-async def test_what_waits_is_done_together_each_with_its_own_outcome(watched: Any, groups: SearchGroups) -> None:
+async def test_waiting_searches_run_together_and_get_their_own_outcomes(watched: Any, groups: SearchGroups) -> None:
     running = await first(groups, watched)
     searches = [one(watched, row) for row in range(1, 40)]
     searches.append(VectorSearch(watched, MATRIX[40:45], [3] * 5, ["40", *[None] * 4]))
@@ -97,7 +97,7 @@ async def test_what_waits_is_done_together_each_with_its_own_outcome(watched: An
     assert "40" not in ids(found[40])[0]
 
 
-async def test_no_group_has_more_than_64_queries(watched: Any, groups: SearchGroups) -> None:
+async def test_a_group_of_searches_has_at_most_64_queries(watched: Any, groups: SearchGroups) -> None:
     running = await first(groups, watched)
     waiting = [asyncio.create_task(groups.search(one(watched, row))) for row in range(1, 200)]
     await asyncio.sleep(0)
@@ -106,7 +106,7 @@ async def test_no_group_has_more_than_64_queries(watched: Any, groups: SearchGro
     assert watched.sizes == [1, 64, 64, 64, 7]
 
 
-async def test_slow_searches_have_groups_of_their_own_side_by_side(watched: Any) -> None:
+async def test_slow_searches_run_concurrently_in_separate_groups(watched: Any) -> None:
     watched.go_on.set()
     with ThreadPoolExecutor(4) as pool:
         groups = SearchGroups(IndexPool(pool, heavy=2), at_once=2)
@@ -116,7 +116,7 @@ async def test_slow_searches_have_groups_of_their_own_side_by_side(watched: Any)
     assert watched.most == 2
 
 
-async def test_searches_of_different_kinds_do_not_wait_for_each_other(watched: Any, groups: SearchGroups) -> None:
+async def test_searches_with_different_options_do_not_wait_for_each_other(watched: Any, groups: SearchGroups) -> None:
     running = await first(groups, watched)
     others = [one(watched, 1, top_k=5), one(watched, 2, ef=300), one(watched, 3, with_vectors=True)]
     waiting = [asyncio.create_task(groups.search(search)) for search in others]
@@ -127,7 +127,7 @@ async def test_searches_of_different_kinds_do_not_wait_for_each_other(watched: A
     assert watched.sizes == [1, 1, 1, 1]
 
 
-async def test_a_wrong_search_fails_alone(watched: Any, groups: SearchGroups) -> None:
+async def test_an_invalid_search_fails_alone(watched: Any, groups: SearchGroups) -> None:
     running = await first(groups, watched)
     wrong = VectorSearch(watched, np.full((1, DIMENSIONS), np.nan, dtype=np.float32), [3], [None])
     waiting = [asyncio.create_task(groups.search(search)) for search in (one(watched, 1), wrong, one(watched, 2))]
@@ -143,7 +143,7 @@ async def test_a_wrong_search_fails_alone(watched: Any, groups: SearchGroups) ->
     assert ids(other)[0][0] == "2"
 
 
-async def test_what_a_caller_who_left_wanted_is_not_searched(watched: Any, groups: SearchGroups) -> None:
+async def test_a_cancelled_waiting_search_does_not_run(watched: Any, groups: SearchGroups) -> None:
     running = await first(groups, watched)
     gone = asyncio.create_task(groups.search(one(watched, 1)))
     await asyncio.sleep(0)

@@ -23,12 +23,12 @@ DRAIN = ("--drain-seconds", "0.1")
 
 @contextmanager
 def never_read_to_its_end(path: Path) -> Iterator[None]:
-    """Hold a pipe open that the server reads in place of a file: its thread never comes back from that."""
+    """Keep a pipe open that the server reads in place of a file, so that the read of its thread never ends."""
     held, deadline = None, time.monotonic() + 300
     while held is None:
         try:
             held = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:  # nobody reads yet
+        except OSError:  # the server does not read yet
             assert time.monotonic() < deadline
             time.sleep(0.01)
     try:
@@ -37,7 +37,7 @@ def never_read_to_its_end(path: Path) -> Iterator[None]:
         os.close(held)
 
 
-def test_a_thread_of_the_pool_that_never_ends_does_not_hold_up_the_end(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_an_endless_pool_thread_does_not_delay_the_end_of_the_server(tiny_bundle: Path, tmp_path: Path) -> None:
     calibration = tmp_path / "calibration.json"
     os.mkfifo(calibration)
     server = ServerProcess({"tiny": tiny_bundle}, tmp_path, "--batch-tokens", "0", *DRAIN)
@@ -53,8 +53,8 @@ def test_a_thread_of_the_pool_that_never_ends_does_not_hold_up_the_end(tiny_bund
         assert [record.id for record in index.get("books").get(["a"])] == ["a"]
 
 
-def test_a_session_that_is_loaded_for_ever_does_not_hold_up_the_end(tiny_bundle: Path, tmp_path: Path) -> None:
-    """A lone text has a session with several threads loaded beside it, and the model's file is a pipe by then."""
+def test_an_endless_session_load_does_not_delay_the_end_of_the_server(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A call with one text starts loading a session with several threads; the model file is a pipe by then."""
     bundle = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, bundle)
     server = ServerProcess({"tiny": bundle}, tmp_path / "data", "--workers", "2", "--batch-tokens", "64", *DRAIN)
@@ -69,7 +69,7 @@ def test_a_session_that_is_loaded_for_ever_does_not_hold_up_the_end(tiny_bundle:
     assert "Traceback" not in server.output
 
 
-#: An event loop that serves and does no more than wait for a signal, then work that never ends.
+#: A server that runs `work` in its event loop, which waits for a signal or never ends.
 SCRIPT = """
 import asyncio, logging, re, sys
 from concurrent.futures import ThreadPoolExecutor
@@ -92,7 +92,7 @@ stopping.end(ThreadPoolExecutor(1))
 print("ended", flush=True)
 """
 
-#: Python code that keeps the event loop: signals are handled, nothing else is.
+#: Python code that blocks the event loop: only signals are handled.
 LOOP_KEPT = "while True: pass"
 
 
@@ -102,15 +102,15 @@ LOOP_KEPT = "while True: pass"
         ("await stopping.requested.wait()", 0, ""),
         (LOOP_KEPT, 0, "the process ends though its shutdown takes longer than 0.1"),
         ("await stopping.finish(asyncio.sleep(3600))\n    while True: pass", 0, "its shutdown takes longer than 0.1"),
-        # One call into a library that keeps the interpreter: no Python code runs any more.
+        # A call into a library that blocks the interpreter: no Python code runs any more.
         ("await stopping.requested.wait()\n    re.match('(a+)+$', 'a' * 60 + 'b')", 1, "Timeout"),
     ],
     ids=["nothing", "loop kept", "work of the shutdown", "interpreter kept"],
 )
-def test_the_process_ends_whatever_keeps_it(work: str, code: int, words: str) -> None:
-    # The dump of an interpreter that is kept must not come before the end of one that is not, on a slow host.
+def test_the_process_ends_in_time_despite_blocking_work(work: str, code: int, words: str) -> None:
+    # On a slow host, the dump for a blocked interpreter must not be written before the end of one that is not blocked.
     held = 0.5 if code else 250.0
-    # The watching thread may end a loop that is kept at once, but not a process that ends by itself.
+    # The watching thread may end a blocked loop early, but not a process that ends by itself.
     end = 0.1 if work == LOOP_KEPT else 1.6
     run = subprocess.Popen(
         [sys.executable, "-c", SCRIPT.format(work=work, held=held, end=end)],
@@ -121,7 +121,7 @@ def test_the_process_ends_whatever_keeps_it(work: str, code: int, words: str) ->
     assert run.stdout is not None
     assert run.stdout.readline() == "ready\n"
     run.send_signal(signal.SIGTERM)
-    if words:  # otherwise the process may be so far that the system's own handler is back
+    if words:  # otherwise the process may have restored the default handler already
         run.send_signal(signal.SIGINT)  # a second one changes nothing
     output, errors = run.communicate(timeout=300)
     assert run.returncode == code, errors

@@ -1,4 +1,4 @@
-"""Streams of requests hold a bounded number of bytes and characters, and all that they hold is counted."""
+"""Streams of requests keep a limited number of bytes and characters, and all unprocessed messages are counted."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 class GatedPool:
-    """Runs the work of the index when a gate is open."""
+    """Runs the work of the index after a gate is opened."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
@@ -63,14 +63,14 @@ class GatedPool:
 
 
 class Writable:
-    """Lets all writes go on."""
+    """Delays no write."""
 
     async def wait_writable(self, name: str) -> None:
         pass
 
 
 @pytest.mark.parametrize(("size", "held_messages"), [(16 * MIB, 1), (MIB, 4), (3 * MIB, 2), (1000, 64)])
-async def test_an_upsert_stream_reads_no_more_bytes_than_it_may_hold(
+async def test_an_upsert_stream_limits_the_bytes_that_it_reads_ahead(
     tmp_path: Path, size: int, held_messages: int
 ) -> None:
     held: list[int] = []
@@ -117,10 +117,10 @@ def large_message(number: int) -> pb.UpsertRecordsStreamRequest:
     return pb.UpsertRecordsStreamRequest(collection="c", batch_number=number, records=[record], vectors=rows)
 
 
-async def test_all_messages_that_upsert_streams_hold_are_counted(
+async def test_all_unprocessed_messages_of_upsert_streams_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One stream holds four messages of 1 MiB; another is refused, and served when the first one has ended."""
+    """One stream keeps four messages of 1 MiB; another is refused, and served after the first one has ended."""
     gate = threading.Event()
 
     def gated(*arguments: Any) -> Any:
@@ -140,7 +140,7 @@ async def test_all_messages_that_upsert_streams_hold_are_counted(
             stack.callback(engine.close)
             stack.push_async_callback(pool.close)
             channel = await stack.enter_async_context(channel_to(server))
-            # After a failure, the server stops only when its threads do not wait for the gate any more.
+            # After a failed assertion, the server can stop only if its threads do not wait for the gate any more.
             stack.callback(gate.set)
             stub: Any = index_pb2_grpc.IndexServiceStub(channel)
             first = stub.UpsertRecordsStream(large_message(number) for number in range(1, 11))
@@ -172,7 +172,7 @@ class GatedEngine(Engine):
 
 
 class Embedded:
-    """An EmbeddingStream of the tiny model; `read` counts its messages, `released` those of which no text waits."""
+    """An EmbeddingStream of the tiny model; `read` counts its messages, `released` those without a waiting text."""
 
     def __init__(self, engine: Engine, messages: Sequence[Sequence[StreamText]], limits: Limits = LIMITS) -> None:
         options = EmbeddingOptions(InputKind.PASSAGE, Truncation.END, 0, None)
@@ -209,7 +209,7 @@ async def engine(tiny_bundle: Path) -> AsyncIterator[GatedEngine]:
         made.close()
 
 
-#: Items of which a message has one: long texts, texts as long as groups, long ids.
+#: Items, one for each message: long texts, texts as long as groups, long ids.
 ITEMS = {
     "text of 400,000": lambda i: StreamText(str(i), "a " * 200_000),
     "text of 62,000": lambda i: StreamText(str(i), "a " * 31_000),
@@ -219,7 +219,7 @@ ITEMS = {
 
 
 @pytest.mark.parametrize("kind", ITEMS)
-async def test_an_embed_stream_reads_no_more_characters_than_it_may_hold(engine: GatedEngine, kind: str) -> None:
+async def test_an_embed_stream_limits_the_characters_that_it_reads_ahead(engine: GatedEngine, kind: str) -> None:
     items = [ITEMS[kind](i) for i in range(30)]
     size = len(items[0].id) + len(items[0].text)
     # A group of refused texts ends at once, so others run before them.
@@ -228,9 +228,9 @@ async def test_an_embed_stream_reads_no_more_characters_than_it_may_hold(engine:
     running = asyncio.create_task(streamed.run())
     await settle()
     read = streamed.read - len(slow)
-    # At most the groups that run, one of them over their limit, and the texts that wait, again one over the limit.
+    # At most the running groups, with one text over their limit, and the waiting texts, with one over their limit.
     assert read * size < (GROUPS + 1) * GROUP_CHARACTERS + 2 * size
-    # Of short messages too little waits to be counted.
+    # Too few characters of short messages wait to be counted.
     assert streamed.released == (engine.groups if size >= GROUP_CHARACTERS else streamed.read)
     engine.gate.set()
     await asyncio.wait_for(running, 300)
@@ -238,7 +238,7 @@ async def test_an_embed_stream_reads_no_more_characters_than_it_may_hold(engine:
     assert streamed.released == streamed.read
 
 
-async def test_a_text_that_is_too_long_is_not_kept_until_it_is_answered(engine: GatedEngine) -> None:
+async def test_a_too_long_text_is_freed_before_its_answer(engine: GatedEngine) -> None:
     limits = Limits(1000, 1000, 2**24, 2**25, 2**20)
     slow = [[StreamText(f"slow-{i}", text)] for i, text in enumerate(texts_of(GROUPS))]
     large = [[StreamText(f"large-{i}", "x" * 100_000)] for i in range(30)]

@@ -1,4 +1,4 @@
-"""EmbedStream under pressure: what is under way is bounded, and what fails, fails no more than it must."""
+"""EmbedStream under load: texts in progress are limited, and a failure affects as few texts as possible."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from stream_helpers import LETTERS, Answers, messages, texts_of
 
 
 class WatchedEngine(Engine):
-    """The real engine, with something awaited before each inference; it may raise."""
+    """The real engine; it awaits `before` before each inference, which may raise an error."""
 
     def __init__(self, pool: ThreadPoolExecutor, max_queue_tokens: int = 2**20) -> None:
         super().__init__(Registry(pool), pool, workers=1, batch_tokens=512, max_queue_tokens=max_queue_tokens)
@@ -55,7 +55,7 @@ class WatchedEngine(Engine):
 
 @asynccontextmanager
 async def serving(bundle: Path, **settings: Any) -> AsyncIterator[tuple[WatchedEngine, Any]]:
-    """A server in this loop, on a real port; gives its engine and the method EmbedStream of a stub."""
+    """Run a server in this event loop on a real port; yield its engine and the method EmbedStream of a stub."""
     with ThreadPoolExecutor(2) as pool:
         engine = WatchedEngine(pool, **settings)
         engine.registry.load("tiny", bundle)
@@ -68,7 +68,7 @@ async def serving(bundle: Path, **settings: Any) -> AsyncIterator[tuple[WatchedE
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Let the loop run until something holds."""
+    """Let the event loop run until a condition holds."""
 
     async def hold() -> None:
         while not condition():  # noqa: ASYNC110 - what is waited for is state of the engine, not an event
@@ -78,7 +78,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def still(count: Callable[[], int]) -> None:
-    """Wait until something has grown and no longer does; nothing tells the latter but a second without it."""
+    """Wait until a count has grown and then stayed the same for 1 s; no event signals that it no longer grows."""
     await until(lambda: count() > 0)
     same, before = 0, 0
     while same < 5:
@@ -87,7 +87,7 @@ async def still(count: Callable[[], int]) -> None:
         await asyncio.sleep(0.2)
 
 
-async def test_what_is_there_is_answered_before_more_is_sent(tiny_bundle: Path) -> None:
+async def test_texts_are_answered_before_the_next_message_arrives(tiny_bundle: Path) -> None:
     async with serving(tiny_bundle) as (_, embed_stream):
         call = embed_stream()
         await call.write(pb.EmbedStreamRequest(config=pb.EmbedStreamConfig()))
@@ -99,8 +99,8 @@ async def test_what_is_there_is_answered_before_more_is_sent(tiny_bundle: Path) 
         assert await call.read() is grpc.aio.EOF
 
 
-async def test_a_reader_that_does_not_read_stops_the_reading(tiny_bundle: Path) -> None:
-    """20,000 texts whose answers are 20 MB: neither the server nor gRPC's buffers hold them."""
+async def test_the_server_stops_reading_if_its_responses_are_not_read(tiny_bundle: Path) -> None:
+    """The responses to 20,000 texts have 20 MB, which neither the server nor the buffers of gRPC keep."""
     total, sent = 20_000, 0
     keys = [f"{i}".zfill(1000) for i in range(total)]
 
@@ -124,7 +124,7 @@ async def test_a_reader_that_does_not_read_stops_the_reading(tiny_bundle: Path) 
         assert answered == Counter(keys)
 
 
-async def test_what_is_under_way_is_bounded_and_shares_the_bulk_lane(tiny_bundle: Path) -> None:
+async def test_texts_in_progress_are_limited_and_run_in_the_bulk_lane(tiny_bundle: Path) -> None:
     gate = asyncio.Event()
     lanes, most = set(), 0
     async with serving(tiny_bundle) as (engine, embed_stream):
@@ -146,7 +146,7 @@ async def test_what_is_under_way_is_bounded_and_shares_the_bulk_lane(tiny_bundle
     assert lanes == {Lane.BULK}
 
 
-async def test_a_caller_that_leaves_takes_its_work_along(tiny_bundle: Path) -> None:
+async def test_cancelling_a_stream_ends_its_work(tiny_bundle: Path) -> None:
     async with serving(tiny_bundle) as (engine, embed_stream):
 
         async def forever(texts: Sequence[str], caller: Caller) -> None:
@@ -162,8 +162,8 @@ async def test_a_caller_that_leaves_takes_its_work_along(tiny_bundle: Path) -> N
         assert set(answers.vectors) == {"again"}
 
 
-async def test_a_caller_that_leaves_without_having_read_takes_its_work_along(tiny_bundle: Path) -> None:
-    """The stream is then at writing an answer, not at waiting for one."""
+async def test_cancelling_a_stream_with_unread_responses_ends_its_work(tiny_bundle: Path) -> None:
+    """The stream is then writing a response, and not waiting for an inference."""
     async with serving(tiny_bundle) as (engine, embed_stream):
 
         async def hold_one(texts: Sequence[str], caller: Caller) -> None:
@@ -189,7 +189,7 @@ async def _write_all(call: Any, requests: Iterator[pb.EmbedStreamRequest]) -> No
         await call.write(request)
 
 
-async def test_a_model_that_fails_fails_the_texts_of_its_group_only(
+async def test_a_failed_inference_fails_only_the_texts_of_its_group(
     tiny_bundle: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serving(tiny_bundle) as (engine, embed_stream):
@@ -211,7 +211,7 @@ async def test_a_model_that_fails_fails_the_texts_of_its_group_only(
     assert "stream-1" in caplog.text
 
 
-async def test_a_full_queue_is_waited_for(tiny_bundle: Path) -> None:
+async def test_a_stream_waits_for_a_full_queue(tiny_bundle: Path) -> None:
     refusals = 3
     async with serving(tiny_bundle) as (engine, embed_stream):
 
@@ -228,7 +228,7 @@ async def test_a_full_queue_is_waited_for(tiny_bundle: Path) -> None:
 
 
 class Blocked:
-    """A model that stands still until it is let go."""
+    """A model that blocks until `let_go` is set."""
 
     def __init__(self) -> None:
         self.entered, self.let_go = threading.Event(), threading.Event()
@@ -239,7 +239,7 @@ class Blocked:
         return np.zeros((len(batch), 1), dtype=np.float32)
 
 
-async def test_a_stream_that_opens_while_the_queue_is_full_is_refused_at_once(tiny_bundle: Path) -> None:
+async def test_a_new_stream_is_refused_while_the_queue_is_full(tiny_bundle: Path) -> None:
     async with serving(tiny_bundle, max_queue_tokens=40) as (engine, embed_stream):
         blocked, texts = Blocked(), [np.zeros(40, dtype=np.int64)]
         running = [asyncio.create_task(engine._scheduler.run(blocked, texts))]
@@ -257,7 +257,7 @@ async def test_a_stream_that_opens_while_the_queue_is_full_is_refused_at_once(ti
     assert int(dict(raised.value.trailing_metadata() or ())[status.PUSHBACK_KEY]) >= 0
 
 
-async def test_a_group_that_would_be_too_late_fails_at_once(tiny_bundle: Path) -> None:
+async def test_a_group_that_cannot_meet_its_deadline_fails_without_a_retry(tiny_bundle: Path) -> None:
     async with serving(tiny_bundle) as (engine, embed_stream):
         asked = 0
 
@@ -272,9 +272,7 @@ async def test_a_group_that_would_be_too_late_fails_at_once(tiny_bundle: Path) -
     assert asked == 1
 
 
-async def test_a_queue_that_stays_full_fails_the_texts_in_the_end(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_texts_fail_if_the_queue_stays_full(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bulk_embedding, "_RETRY_SECONDS", 0.2)
     async with serving(tiny_bundle) as (engine, embed_stream):
 
@@ -289,14 +287,14 @@ async def test_a_queue_that_stays_full_fails_the_texts_in_the_end(
     assert retry.retry_delay.ToNanoseconds() == 10_000_000
 
 
-async def test_a_group_that_is_more_than_the_queue_may_hold_is_cut_up(tiny_bundle: Path) -> None:
+async def test_a_group_larger_than_the_queue_is_divided(tiny_bundle: Path) -> None:
     async with serving(tiny_bundle, max_queue_tokens=40) as (_, embed_stream):
         items = [(str(i), " ".join(LETTERS[:18])) for i in range(20)]
         answers = Answers([response async for response in embed_stream(messages(items, 20))])
     assert len(answers.vectors) == 20
 
 
-async def test_a_server_that_cannot_go_on_ends_the_stream(tiny_bundle: Path) -> None:
+async def test_a_stopping_server_ends_the_stream(tiny_bundle: Path) -> None:
     async with serving(tiny_bundle) as (engine, embed_stream):
 
         async def stopping(texts: Sequence[str], caller: Caller) -> None:

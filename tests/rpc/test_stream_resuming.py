@@ -16,7 +16,7 @@ from emberpc.client.types import DType
 from examples.server_process import ServerProcess
 from stream_helpers import LETTERS, texts_of
 
-#: The stream that is still open when the server is stopped has this time to end.
+#: Time that a stopping server gives open streams to end.
 FLAGS = ("--drain-seconds", "0.2")
 
 
@@ -46,9 +46,9 @@ def of_module(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture
 def server(of_module: Restartable) -> Restartable:
-    """Return a server that runs, which the test may end."""
+    """A running server that a test may end."""
     if of_module.ended:
-        of_module.start("127.0.0.1:0")  # another process may have the former port by now
+        of_module.start("127.0.0.1:0")  # another process may use the former port now
     return of_module
 
 
@@ -57,7 +57,7 @@ def address(server: Restartable) -> str:
     return server.address
 
 
-def test_a_corpus_of_20000_is_read_no_further_than_the_window(address: str) -> None:
+def test_the_window_limits_the_texts_read_ahead_of_20000(address: str) -> None:
     total, window = 20_000, 512
     read = taken = most = 0
     texts = texts_of(100)
@@ -78,11 +78,11 @@ def test_a_corpus_of_20000_is_read_no_further_than_the_window(address: str) -> N
             assert result.vector is not None
             assert np.abs(result.vector - expected[int(result.id) % 100]).max() < 1e-5
     assert seen == Counter({str(i): 1 for i in range(total)})
-    # Besides what is not answered: the answer that is being taken.
+    # Beside the unanswered texts, those of the response that the client reads may count.
     assert most <= window + 64
 
 
-def test_bad_texts_fail_alone_in_both_clients(address: str) -> None:
+def test_invalid_texts_fail_alone_in_both_clients(address: str) -> None:
     items = [("gut", "a b"), ("leer", ""), ("lang", " ".join(LETTERS * 2)), ("schön 🦊", "c d")]
 
     async def run() -> list[StreamedEmbedding]:
@@ -102,7 +102,7 @@ def test_bad_texts_fail_alone_in_both_clients(address: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8", "binary"])
-def test_other_element_types_are_those_of_embed(address: str, dtype: DType) -> None:
+def test_other_element_types_equal_those_of_embed(address: str, dtype: DType) -> None:
     texts = texts_of(20)
     with Client(address) as client:
         expected = client.embed(texts, dtype=dtype, dimensions=0)
@@ -113,7 +113,7 @@ def test_other_element_types_are_those_of_embed(address: str, dtype: DType) -> N
 
 
 def interrupted(server: Restartable, end: Callable[[ServerProcess], int]) -> tuple[list[StreamedEmbedding], int]:
-    """Run a stream whose server is ended and started again on the way; return the results, and how many came before."""
+    """Run a stream whose server is restarted meanwhile; return the results, and their number before the restart."""
     first = server.process.process
     before = 0
     results: list[StreamedEmbedding] = []
@@ -137,7 +137,7 @@ def interrupted(server: Restartable, end: Callable[[ServerProcess], int]) -> tup
 
 
 def iter_forever(thread: threading.Thread) -> Iterator[tuple[str, str]]:
-    """Texts until the thread has ended, and 1000 more."""
+    """Yield texts until the thread has ended, and then 1000 more."""
     texts, left, number = texts_of(50), 1000, 0
     while left:
         if thread.ident is not None and not thread.is_alive():
@@ -146,22 +146,22 @@ def iter_forever(thread: threading.Thread) -> Iterator[tuple[str, str]]:
         number += 1
 
 
-def test_every_text_is_answered_once_though_the_server_was_killed(server: Restartable) -> None:
+def test_every_text_is_answered_once_after_a_kill_of_the_server(server: Restartable) -> None:
     results, before = interrupted(server, ServerProcess.kill)
     assert 1000 <= before < len(results)
     assert Counter(result.id for result in results) == Counter({f"text-{i}": 1 for i in range(len(results))})
     assert all(result.error is None and result.vector is not None for result in results)
 
 
-def test_every_text_is_answered_once_though_the_server_was_stopped(server: Restartable) -> None:
-    """A stream that is still open when the time to drain is over goes on with the next server."""
+def test_every_text_is_answered_once_after_a_stop_of_the_server(server: Restartable) -> None:
+    """A stream that is still open when the drain time is over continues with the next server."""
     results, before = interrupted(server, ServerProcess.stop)
     assert 1000 <= before < len(results)
     assert Counter(result.id for result in results) == Counter({f"text-{i}": 1 for i in range(len(results))})
     assert all(result.error is None and result.vector is not None for result in results)
 
 
-async def test_the_asynchronous_client_goes_on_after_a_kill_too(server: Restartable) -> None:
+async def test_the_asynchronous_client_resumes_a_stream_after_a_kill(server: Restartable) -> None:
     texts = texts_of(50)
     seen: Counter[str] = Counter()
     restarting: asyncio.Task[None] | None = None
@@ -189,7 +189,7 @@ async def test_the_asynchronous_client_goes_on_after_a_kill_too(server: Restarta
     assert not server.ended
 
 
-def test_a_server_that_stays_away_is_not_waited_for_for_ever(server: Restartable) -> None:
+def test_a_stream_fails_if_the_server_does_not_return(server: Restartable) -> None:
     with Client(server.address) as client:
         results = client.embed_stream(
             ("a b" for _ in range(10**9)), timeout=5
@@ -200,7 +200,7 @@ def test_a_server_that_stays_away_is_not_waited_for_for_ever(server: Restartable
             list(results)
 
 
-def test_another_model_under_the_name_is_not_taken_for_the_first(
+def test_a_stream_fails_if_the_model_of_its_name_changed(
     server: Restartable, other_tiny_bundle: Path, tmp_path: Path
 ) -> None:
     with Client(server.address) as client:

@@ -1,4 +1,4 @@
-"""UpsertRecordsStream: every record is there once whatever becomes of the server, and bad ones fail alone."""
+"""UpsertRecordsStream: every record is stored once, also if the server is killed, and invalid ones fail alone."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def records_of(count: int) -> list[Record]:
     return [Record(f"id-{i:05}", text, {"number": i}) for i, text in enumerate(texts_of(count))]
 
 
-def test_texts_are_embedded_and_checkpoints_tell_how_many_are_on_disk(client: Client) -> None:
+def test_texts_are_embedded_and_checkpoints_state_the_stored_number(client: Client) -> None:
     client.create_collection("c", model="tiny")
     records = records_of(500)
     seen = []
@@ -74,7 +74,7 @@ def test_texts_are_embedded_and_checkpoints_tell_how_many_are_on_disk(client: Cl
     assert (again.inserted, again.updated) == (0, 7)
 
 
-def test_bad_records_fail_alone_in_both_clients(tiny_server: ServerProcess, client: Client) -> None:
+def test_invalid_records_fail_alone_in_both_clients(tiny_server: ServerProcess, client: Client) -> None:
     bad: list[Any] = [
         {"id": "long", "text": LONG},
         {"id": "", "text": "a"},
@@ -115,7 +115,7 @@ def test_failures_of_records_with_one_id_have_their_own_indexes(client: Client) 
         assert checkpoints[-1].done == 4
 
 
-def test_vectors_may_be_given_and_bad_ones_fail_alone(client: Client) -> None:
+def test_records_with_invalid_vectors_fail_alone(client: Client) -> None:
     client.create_collection("v", dimensions=4)
     rows = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)
     rows[17] = 0
@@ -133,7 +133,7 @@ def test_vectors_may_be_given_and_bad_ones_fail_alone(client: Client) -> None:
         assert record.vector.tobytes() == rows[int(record.id)].tobytes()
 
 
-def test_a_stream_that_cannot_be_is_refused_with_the_reason(client: Client) -> None:
+def test_an_invalid_stream_is_refused_with_the_reason(client: Client) -> None:
     client.create_collection("v", dimensions=4)
     with pytest.raises(NotFound, match="'none'"):
         list(client.upsert_stream("none", records_of(1)))
@@ -175,7 +175,7 @@ def test_messages_out_of_order_end_the_stream(
     assert str(raised.value.details()).startswith(words)
 
 
-def test_the_command_line_tells_of_bad_records_by_their_lines(
+def test_the_command_upsert_reports_invalid_records_by_their_lines(
     tiny_server: ServerProcess, client: Client, tmp_path: Path
 ) -> None:
     client.create_collection("c", model="tiny")
@@ -196,7 +196,7 @@ def test_the_command_line_tells_of_bad_records_by_their_lines(
 
 @pytest.fixture
 def serve(tiny_bundle: Path, tmp_path: Path) -> Iterator[Serve]:
-    """Starts servers of the tiny model on one data directory; all are ended with the test."""
+    """A function that starts servers of the tiny model on one data directory; all are ended after the test."""
     started: list[ServerProcess] = []
 
     def start(listen: str = "127.0.0.1:0") -> ServerProcess:
@@ -209,8 +209,8 @@ def serve(tiny_bundle: Path, tmp_path: Path) -> Iterator[Serve]:
             server.kill()
 
 
-def test_every_record_is_there_once_though_the_server_was_killed(serve: Serve) -> None:
-    """No checkpoint is taken back, and the stream ends by itself with all records."""
+def test_every_record_is_stored_once_after_a_kill_of_the_server(serve: Serve) -> None:
+    """No acknowledged record is lost, and the stream ends by itself with all records."""
     first = serve()
     texts, given, acknowledged = texts_of(50), 0, 0
     restarted = threading.Event()
@@ -224,7 +224,7 @@ def test_every_record_is_there_once_though_the_server_was_killed(serve: Serve) -
             with Client(second.address) as other:
                 counted.append(other.count("c") - told)
         finally:
-            restarted.set()  # whatever went wrong, the corpus must end
+            restarted.set()  # the corpus must end also after an error
 
     thread = threading.Thread(target=restart)
 
@@ -251,7 +251,7 @@ def test_every_record_is_there_once_though_the_server_was_killed(serve: Serve) -
     assert ids == [f"{i:06}" for i in range(given)]
 
 
-def test_a_corpus_is_read_no_further_than_the_window(client: Client) -> None:
+def test_the_window_limits_the_records_read_ahead(client: Client) -> None:
     client.create_collection("c", dimensions=4)
     read = done = most = 0
 
@@ -265,5 +265,5 @@ def test_a_corpus_is_read_no_further_than_the_window(client: Client) -> None:
     for checkpoint in client.upsert_stream("c", corpus(), batch_size=50, window=200):
         done = checkpoint.done
     assert done == read == client.count("c") == 5000
-    # Besides what is not acknowledged: the records of the checkpoint that is being taken.
+    # Beside the unacknowledged records, those of the checkpoint that the client reads may count.
     assert most <= 250

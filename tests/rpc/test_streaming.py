@@ -1,4 +1,4 @@
-"""EmbedStream over the wire: every text is answered once, and a bad one fails alone."""
+"""EmbedStream of a server: every text is answered once, and an invalid one fails alone."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from emberpc.wire import status
 from examples.server_process import ServerProcess
 from stream_helpers import LETTERS, Answers, messages, texts_of
 
-#: More tokens than the tiny model takes.
+#: A text with more tokens than the tiny model takes.
 LONG = " ".join(LETTERS * 2)
 
 
 @pytest.fixture(scope="module")
 def tiny_server(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server of the tiny model, where a text may have 1000 bytes."""
+    """A server of the tiny model with a limit of 1000 bytes for a text."""
     process = ServerProcess({"tiny": tiny_bundle}, tmp_path_factory.mktemp("data"), "--max-text-bytes", "1000")
     yield process
     assert process.stop() == 0, process.output
@@ -40,7 +40,7 @@ def stub(tiny_server: ServerProcess) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("size", [1, 7, 500])
-def test_every_text_gets_its_vector_once_whatever_the_size_of_the_messages(
+def test_every_text_is_answered_once_with_any_size_of_messages(
     tiny_server: ServerProcess, stub: Any, size: int
 ) -> None:
     texts = texts_of(500)
@@ -64,7 +64,7 @@ def test_every_text_gets_its_vector_once_whatever_the_size_of_the_messages(
 BAD_TEXTS = {"empty": "", "blank": " \n", "long": LONG, "large": "x" * 1001}
 
 
-def test_a_bad_text_fails_alone_with_what_a_unary_call_would_say(tiny_server: ServerProcess, stub: Any) -> None:
+def test_an_invalid_text_fails_alone_with_the_error_of_a_unary_call(tiny_server: ServerProcess, stub: Any) -> None:
     items = [(f"good-{i}", text) for i, text in enumerate(texts_of(100))]
     for i, (key, text) in enumerate(BAD_TEXTS.items()):
         items.insert(20 * i + 3, (key, text))
@@ -91,7 +91,7 @@ def test_a_bad_text_fails_alone_with_what_a_unary_call_would_say(tiny_server: Se
     assert answers.failures[""].message.startswith("id: is empty")
 
 
-def test_over_long_texts_are_cut_if_asked(stub: Any) -> None:
+def test_over_long_texts_are_truncated_if_configured(stub: Any) -> None:
     config = pb.EmbedStreamConfig(truncation=types_pb2.TRUNCATION_END)
     answers = Answers(stub.EmbedStream(messages([("long", LONG), ("short", "a")], 2, config)))
     assert (answers.usages["long"].tokens, answers.usages["long"].truncated) == (32, True)
@@ -99,29 +99,31 @@ def test_over_long_texts_are_cut_if_asked(stub: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "binary"])
-def test_element_types_are_those_of_a_unary_call(tiny_server: ServerProcess, stub: Any, dtype: DType) -> None:
+def test_vectors_of_all_element_types_equal_those_of_a_unary_call(
+    tiny_server: ServerProcess, stub: Any, dtype: DType
+) -> None:
     texts = texts_of(30)
     config = pb.EmbedStreamConfig(dtype=types_pb2.DataType.Value(f"DATA_TYPE_{dtype.upper()}"), normalize=True)
     answers = Answers(stub.EmbedStream(messages(((str(i), text) for i, text in enumerate(texts)), 30, config)))
     with Client(tiny_server.address) as client:
         expected = client.embed(texts, dtype=dtype, normalize=True)
     got = np.stack([answers.vectors[str(i)] for i in range(30)])
-    # Another batch rounds otherwise; where a value is next to zero its sign may turn.
+    # Another batch gives other rounding errors, which can change the sign of a value near zero.
     assert np.abs(got - expected).max() < 5e-3 or (dtype == "binary" and (got != expected).mean() < 0.01)
 
 
-def test_ids_come_back_as_they_were_whatever_they_are(stub: Any) -> None:
+def test_any_ids_are_returned_unchanged(stub: Any) -> None:
     ids = ["ключ", "🦊/٣", "a\x00b", " ", "x" * 5000, "e\u0301", "é"]
     answers = Answers(stub.EmbedStream(messages(((key, "a b") for key in ids), 3)))
     assert set(answers.vectors) == set(ids)
 
 
-def test_two_texts_of_one_id_are_both_answered(stub: Any) -> None:
+def test_texts_with_equal_ids_are_all_answered(stub: Any) -> None:
     answers = Answers(stub.EmbedStream(messages([("same", "a"), ("same", "b"), ("same", "")], 3)))
     assert answers.times == {"same": 3}
 
 
-def test_a_stream_without_texts_names_its_model(stub: Any) -> None:
+def test_a_stream_without_texts_states_its_model(stub: Any) -> None:
     (response,) = stub.EmbedStream(messages([], 1))
     assert response.model.name == "tiny"
 
@@ -157,7 +159,7 @@ WRONG: list[tuple[list[pb.EmbedStreamRequest], grpc.StatusCode, list[str]]] = [
 
 
 @pytest.mark.parametrize(("requests", "code", "fields"), WRONG)
-def test_a_wrong_stream_is_ended_with_the_reason(
+def test_an_invalid_stream_is_ended_with_the_reason(
     stub: Any, requests: list[pb.EmbedStreamRequest], code: grpc.StatusCode, fields: list[str]
 ) -> None:
     with pytest.raises(grpc.RpcError) as raised:

@@ -1,4 +1,4 @@
-"""Over-long texts: queries are cut and say so, writes follow the collection's setting or their own."""
+"""Over-long texts: queries are truncated and report it, writes follow their own setting or that of the collection."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def update(stub: index_pb2_grpc.IndexServiceStub, truncation: types_pb2.Truncati
     return stub.UpdateCollection(request).collection
 
 
-def test_a_long_query_is_cut_and_says_so(stub: index_pb2_grpc.IndexServiceStub) -> None:
+def test_a_long_query_is_truncated_and_the_usage_states_it(stub: index_pb2_grpc.IndexServiceStub) -> None:
     queries = [pb.SearchQuery(text=LONG), pb.SearchQuery(text="word")]
     response = stub.Search(pb.SearchRequest(collection="cut", queries=queries))
     assert [result.usage.truncated for result in response.results] == [True, False]
@@ -67,13 +67,13 @@ def test_a_search_may_refuse_long_queries(stub: index_pb2_grpc.IndexServiceStub)
         stub.Search(request)
 
 
-def test_an_upsert_chooses_how_its_texts_are_cut(stub: index_pb2_grpc.IndexServiceStub) -> None:
+def test_an_upsert_can_set_the_truncation_of_its_texts(stub: index_pb2_grpc.IndexServiceStub) -> None:
     with pytest.raises(grpc.RpcError, match="set the call's `truncation`"):
         upsert(stub)
     assert upsert(stub, types_pb2.TRUNCATION_END) != upsert(stub, types_pb2.TRUNCATION_START)
 
 
-def test_a_message_of_a_stream_chooses_how_its_texts_are_cut(stub: index_pb2_grpc.IndexServiceStub) -> None:
+def test_a_message_of_a_stream_can_set_the_truncation_of_its_texts(stub: index_pb2_grpc.IndexServiceStub) -> None:
     start = upsert(stub, types_pb2.TRUNCATION_START)
     truncations = (types_pb2.TRUNCATION_END, types_pb2.TRUNCATION_START, types_pb2.TRUNCATION_UNSPECIFIED)
     messages = [
@@ -87,7 +87,7 @@ def test_a_message_of_a_stream_chooses_how_its_texts_are_cut(stub: index_pb2_grp
     assert np.allclose(stored(stub), start, atol=1e-6)
 
 
-def test_the_setting_of_a_collection_can_be_changed(stub: index_pb2_grpc.IndexServiceStub) -> None:
+def test_the_truncation_of_a_collection_can_be_changed(stub: index_pb2_grpc.IndexServiceStub) -> None:
     assert update(stub, types_pb2.TRUNCATION_END).truncation == types_pb2.TRUNCATION_END
     end = upsert(stub)
     update(stub, types_pb2.TRUNCATION_START)
@@ -116,7 +116,7 @@ def test_the_setting_of_a_collection_can_be_changed(stub: index_pb2_grpc.IndexSe
         ),
     ],
 )
-def test_a_wrong_change_is_refused_by_its_field(
+def test_an_invalid_update_of_a_collection_is_refused_with_the_field(
     stub: index_pb2_grpc.IndexServiceStub, request_: pb.UpdateCollectionRequest, field: str
 ) -> None:
     with pytest.raises(grpc.RpcError, match=f"{field}: ") as refused:
@@ -125,7 +125,7 @@ def test_a_wrong_change_is_refused_by_its_field(
 
 
 @pytest.mark.usefixtures("stub")
-async def test_both_clients_truncate(server: ServerProcess, client: Client) -> None:
+async def test_both_clients_set_the_truncation_of_writes_and_searches(server: ServerProcess, client: Client) -> None:
     records = [Record("long", LONG)]
     with pytest.raises(InvalidArgument, match="tokens"):
         client.upsert("cut", records)
@@ -143,7 +143,7 @@ async def test_both_clients_truncate(server: ServerProcess, client: Client) -> N
 
 
 @pytest.mark.usefixtures("stub")
-def test_a_filter_that_compares_strings_with_a_number_is_warned_of(
+def test_a_filter_that_compares_strings_with_a_number_gives_a_warning(
     server: ServerProcess, client: Client, capsys: pytest.CaptureFixture[str]
 ) -> None:
     client.upsert("cut", [Record("a", "text", {"year": "1999"})])
@@ -175,7 +175,7 @@ def test_details_state_whether_a_query_was_truncated(client: Client) -> None:
 
 
 @pytest.mark.usefixtures("stub")
-def test_the_command_line_changes_a_setting_and_shows_limits(
+def test_commands_change_the_truncation_and_print_limits(
     server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = ["--target", server.address]

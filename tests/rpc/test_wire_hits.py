@@ -1,4 +1,4 @@
-"""A response that is put together from kept bytes is the one that messages would make."""
+"""A response that is joined from cached bytes equals the one that messages give."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MOMENTS = st.datetimes(datetime(1970, 1, 2), datetime(2200, 1, 1), timezones=st.
 RECORDS = st.builds(
     StoredRecord,
     id=st.text(min_size=1),
-    # A length takes one byte, two, or three.
+    # Texts whose length takes one, two or three bytes.
     text=st.text() | st.sampled_from(["x" * 200, "ä" * 20_000]),
     metadata_text=METADATA.map(json.dumps),
     label=st.text(),
@@ -93,14 +93,14 @@ def message_of(
 
 
 @given(data=st.data(), outcomes=st.lists(OUTCOMES, max_size=3), lookup_seconds=st.floats(0, 10))
-def test_the_bytes_are_those_of_the_message(
+def test_search_responses_joined_from_bytes_equal_the_messages(
     data: st.DataObject, outcomes: list[SearchOutcome], lookup_seconds: float
 ) -> None:
     rest = pb.SearchResponse(timings=types_pb2.Timings(lookup_seconds=lookup_seconds))
     count = len(outcomes)
     usages = data.draw(st.just([]) | st.lists(USAGES, min_size=count, max_size=count))
     wanted = st.lists(st.sampled_from([pb.RECORD_PART_TEXT, pb.RECORD_PART_METADATA, pb.RECORD_PART_VECTOR]))
-    # Of the same records again and again: what is kept of them for one request must not go into the answer of another.
+    # The same records are serialized repeatedly: bytes cached for one request must not appear in another response.
     for asked in data.draw(st.lists(wanted, min_size=1, max_size=4)):
         parts = RequestedParts.of(asked)
         written = response_bytes(outcomes, parts, rest, usages)
@@ -115,7 +115,9 @@ def test_metadata_is_serialized_as_a_struct(metadata: dict[str, Any]) -> None:
 
 
 @given(st.lists(RECORDS, max_size=4, unique_by=lambda record: record.id), st.data())
-def test_a_page_and_clusters_have_the_records(records: list[StoredRecord], data: st.DataObject) -> None:
+def test_responses_of_pages_gets_and_clusters_have_the_records(
+    records: list[StoredRecord], data: st.DataObject
+) -> None:
     asked = data.draw(st.lists(st.sampled_from([pb.RECORD_PART_METADATA, pb.RECORD_PART_VECTOR])))
     parts = RequestedParts.of(asked)
     messages = [pb.Record() for _ in records]
@@ -144,8 +146,8 @@ def record(**fields: Any) -> StoredRecord:
 
 
 @pytest.mark.parametrize(("stays", "kept"), [(True, 1), (False, 0)])
-def test_what_changes_with_time_is_written_anew(stays: bool, kept: int) -> None:
-    """The time that a record still has is told from the moment of the answer on."""
+def test_a_record_with_a_time_to_live_is_serialized_each_time(stays: bool, kept: int) -> None:
+    """The remaining time to live of a record counts from the moment of the response."""
     expires = None if stays else datetime.now(timezone.utc) + timedelta(seconds=100)
     found = record(expire_time=expires)
     outcome = SearchOutcome([(found, 0.5)], Plan(SearchStrategy.EXACT, 0, 1))
