@@ -1,4 +1,4 @@
-"""The cache of exports: a test gets the export of its own inputs, and no other test can change it."""
+"""The cache of exports: a test gets a copy of the export of its inputs, which no other test can change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.export  # the cache sets a constant of the export
 
 
 class Builder:
-    """Writes a file, and counts how often."""
+    """Writes a file, and counts its runs."""
 
     def __init__(self) -> None:
         self.runs = 0
@@ -30,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_the_same_inputs_are_built_once_and_each_caller_has_a_copy(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_equal_inputs_are_built_once_and_each_caller_gets_a_copy(tmp_path_factory: pytest.TempPathFactory) -> None:
     build = Builder()
     first = shared_export("a", build.write, tmp_path_factory, "text", 1)
     (first / "file").write_text("spoilt")
@@ -69,7 +69,7 @@ def test_the_toolchain_changes_with_a_source_and_a_version(tmp_path: Path, monke
     assert len(set(found)) == 3
 
 
-def test_a_build_that_fails_leaves_nothing_that_is_taken_for_whole(
+def test_a_failed_build_is_not_used_as_a_whole_one(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     def fail(folder: Path) -> None:

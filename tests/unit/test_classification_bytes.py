@@ -1,4 +1,4 @@
-"""The estimate of a classification's bytes is no less than the bytes, and not much more."""
+"""The estimate of the bytes of a classification is at least the number of bytes, and not much more."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from emberpc.v1 import classification_pb2, types_pb2
 @pytest.mark.parametrize("length", [1, 20, 127, 128, 16_384])
 @pytest.mark.parametrize("top_k", [0, 1, 2, 9])
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_no_result_has_more_bytes_than_estimated(length: int, top_k: int, multi_label: bool) -> None:
+def test_no_classification_has_more_bytes_than_estimated(length: int, top_k: int, multi_label: bool) -> None:
     labels = [name * length for name in "abc"]
     result = classification_pb2.Classification(
         scores=[classification_pb2.LabelScore(label=label, score=0.3) for label in labels[: top_k or None]],

@@ -1,4 +1,4 @@
-"""The README as a package page shows it: no link leads to a file that is not there."""
+"""The README as the page of a package shows it has no links to files that the page lacks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def build() -> ModuleType:
 
 
 @pytest.mark.parametrize("address", ["", "https://host/owner/emberpc/blob/v1"])
-def test_the_description_has_no_relative_links(build: ModuleType, address: str) -> None:
+def test_the_description_of_the_package_has_no_relative_links(build: ModuleType, address: str) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert RELATIVE.search(readme)
     found = build.absolute(readme, address)

@@ -1,4 +1,4 @@
-"""The limit of file descriptors: raised as far as the system allows, and found out when it is reached."""
+"""The limit of file descriptors is raised as far as the system allows, and a shortage is found."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ assert not descriptors.none_free()
 """
 
 
-def test_the_limit_is_raised_and_a_shortage_noticed() -> None:
+def test_the_limit_of_descriptors_is_raised_and_a_shortage_is_found() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What the documents say and what the code does cannot drift apart."""
+"""Documents agree with the code: settings, RPCs, links, modules, test selections and commands."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_setting_is_documented_with_its_default_and_its_help() -> None:
         assert line in table
 
 
-def test_every_rpc_is_documented_as_built_or_to_come() -> None:
+def test_every_rpc_is_documented() -> None:
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     named = {
         "UpsertRecordsStream", "ReembedCollection", "CancelReembedding", "VerifyCollection",
@@ -47,12 +47,12 @@ def test_every_rpc_is_documented_as_built_or_to_come() -> None:
 
 
 def test_the_namespace_has_no_init_file() -> None:
-    """With one, an editable install would lose the other rooms."""
+    """With an __init__.py, an editable install would not find the packages of the other folders."""
     assert list(ROOT.glob("*/emberpc/__init__.py")) == []
     assert len(list(ROOT.glob("*/emberpc"))) == 4
 
 
-def test_no_module_is_too_long() -> None:
+def test_no_module_has_more_than_420_lines() -> None:
     long = {
         str(path.relative_to(ROOT)): lines
         for folder in ("protos", "server", "client", "export", "tests", "tools", "examples")
@@ -62,7 +62,7 @@ def test_no_module_is_too_long() -> None:
     assert long == {}
 
 
-def test_every_link_between_documents_leads_somewhere() -> None:
+def test_every_link_between_documents_has_a_target() -> None:
     documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
     broken = []
     for document in documents:
@@ -84,7 +84,7 @@ def test_a_decision_record_has_four_parts_on_one_page(record: Path) -> None:
     assert len(text.split()) <= 600, "Move measurements and details to an appendix in docs/decisions/measurements/"
 
 
-#: Folders that the paths in documents start from: the repository, and the rooms.
+#: Folders that paths in documents are relative to: the repository and its packages.
 ROOTS = (".", "protos/emberpc", "client/emberpc", "client/emberpc/client", "server/emberpc/server", "export/emberpc")
 
 
@@ -111,7 +111,7 @@ def test_the_matrix_runs_the_tests_of_the_make_targets() -> None:
 
 
 def packages_of(extra: str) -> set[str]:
-    """Return the names of the packages that an extra installs, those of the extras that it includes too."""
+    """Return the names of the packages that an extra installs, including those of the extras in it."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     found: set[str] = set()
     for requirement in extras[extra]:
@@ -122,7 +122,7 @@ def packages_of(extra: str) -> set[str]:
     return found
 
 
-def test_base_install_is_the_client() -> None:
+def test_the_base_install_needs_only_packages_of_the_client() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert {re.split(r"[><=]", each)[0] for each in project["dependencies"]} == {"grpcio", "protobuf", "numpy"}
 

@@ -1,4 +1,4 @@
-"""The elements of a request are counted on its bytes, without decoding it."""
+"""The elements of a request are counted in its bytes, without decoding the request."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_too_many_elements_are_refused(message: Any, one: bytes, field: str) -> 
         (index_pb2.UpsertRecordsRequest, within(4, b"\x81\x08" * (SIZE // 2))),
         (index_pb2.BatchGetRecordsRequest, within(3, b"\x01" * SIZE)),
         (index_pb2.SearchRequest, within(2, within(2, within(5, b"\0\0\0\0" * (SIZE // 2))))),
-        # Each list is short enough, all of them are not: 2,000,000 items.
+        # Each list is short enough, but all together have too many items: 2,000,000.
         (
             index_pb2.UpsertRecordsRequest,
             within(2, within(3, within(1, within(2, within(6, b"\x0a\x00" * 1000))))) * 2000,
@@ -93,7 +93,7 @@ def test_nested_elements_are_refused_before_they_are_decoded(
     ("times", "numbers", "words"), [(100, (), "more than 1000 fields"), (6000, (2,), "a Record with more than 65536")]
 )
 def test_fields_of_several_numbers_are_counted_together(times: int, numbers: tuple[int, ...], words: str) -> None:
-    """Each number by itself would be within the limit, and all together would be counted in one long step."""
+    """The fields of each number alone are within the limit; all together would be counted in one long step."""
     data = b"".join(UNKNOWN_NUMBERS[:200]) * times
     for number in numbers:
         data = within(number, data)
@@ -109,7 +109,7 @@ def test_a_group_does_not_hide_elements(place: int) -> None:
         check(data, index_pb2.UpsertRecordsRequest.DESCRIPTOR)
 
 
-def test_a_request_within_its_limits_is_taken() -> None:
+def test_a_request_within_its_limits_is_accepted() -> None:
     request = embedding_pb2.EmbedRequest(model="m", texts=["x" * 100] * 4096, dimensions=64)
     limits = {"texts": 4096}
     check(request.SerializeToString(), request.DESCRIPTOR, limits)
@@ -151,7 +151,7 @@ JSON = st.recursive(
 
 @given(st.lists(st.dictionaries(st.text(max_size=3), JSON, max_size=5), max_size=6), st.randoms())
 def test_counts_agree_with_the_decoder(documents: list[dict[str, Any]], chance: random.Random) -> None:
-    """At a limit of the true number of elements a request is taken, at one less it is refused."""
+    """A request is accepted at a limit of its number of elements, and refused at one less."""
     request = index_pb2.UpsertRecordsRequest(collection="x" * chance.randint(0, 300))
     for document in documents:
         request.records.add(id="a", text="b" * chance.randint(0, 9)).metadata.update(document)
@@ -167,7 +167,7 @@ def test_counts_agree_with_the_decoder(documents: list[dict[str, Any]], chance: 
 
 
 @given(st.binary(max_size=200), st.integers(1, 5))
-def test_malformed_bytes_are_refused_in_one_of_two_ways(data: bytes, limit: int) -> None:
+def test_malformed_bytes_raise_only_service_error_or_value_error(data: bytes, limit: int) -> None:
     padding = embedding_pb2.EmbedRequest(texts=["x" * SIZE]).SerializeToString()
     for request in (data + padding, padding + data, padding[:-1] + data):
         try:

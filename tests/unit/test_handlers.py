@@ -1,4 +1,4 @@
-"""What happens around a call: decoding in steps, and nothing kept after an error."""
+"""Handling of calls: decoding in steps, counting of messages, and freeing of objects after errors."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ METHOD = "/emberpc.v1.ServerService/GetServerInfo"
 
 
 class Marker:
-    """Something that a handler holds, as it holds its request."""
+    """An object that a handler references, like its request."""
 
 
 class Failing(server_pb2_grpc.ServerServiceServicer):
-    """Raises an error that its own frame holds."""
+    """Raises an error that the frame of the handler references."""
 
     def __init__(self) -> None:
         self.markers: list[weakref.ref[Marker]] = []
@@ -53,7 +53,7 @@ async def served(servicer: Any, **options: Any) -> AsyncIterator[grpc.aio.Channe
         yield channel
 
 
-async def test_nothing_of_a_failed_call_is_kept_until_garbage_is_collected() -> None:
+async def test_objects_of_a_failed_call_are_freed_without_garbage_collection() -> None:
     servicer = Failing()
     async with served(servicer) as channel:
         call: Any = channel.unary_unary(METHOD)
@@ -64,7 +64,7 @@ async def test_nothing_of_a_failed_call_is_kept_until_garbage_is_collected() -> 
                 with pytest.raises(grpc.aio.AioRpcError) as raised:
                     await call(b"")
                 assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-            # The server's task for the last call may still be about to end. The limit of the test ends the wait.
+            # The task of the server for the last call may not have ended yet. The timeout of the test ends this wait.
             while any(marker() is not None for marker in servicer.markers):  # noqa: ASYNC110 - nothing signals it
                 await asyncio.sleep(0)
         finally:
@@ -72,7 +72,7 @@ async def test_nothing_of_a_failed_call_is_kept_until_garbage_is_collected() -> 
     assert len(servicer.markers) == 5
 
 
-async def test_other_calls_go_on_while_a_request_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_other_calls_are_answered_while_a_request_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     going_on = asyncio.Event()
 
     def count(data: bytes, message: Any, limits: Any) -> Iterator[None]:
@@ -93,7 +93,7 @@ async def test_other_calls_go_on_while_a_request_is_counted(monkeypatch: pytest.
         await counted
 
 
-async def test_a_large_request_and_its_large_response_need_not_fit_together() -> None:
+async def test_the_bytes_of_a_request_are_released_before_its_response() -> None:
     class Answering(server_pb2_grpc.ServerServiceServicer):
         async def GetServerInfo(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
             return server_pb2.GetServerInfoResponse(version="x" * LARGE)
@@ -107,7 +107,7 @@ async def test_a_large_request_and_its_large_response_need_not_fit_together() ->
 
 @pytest.mark.parametrize("rounds", range(10))
 async def test_a_cancelled_read_of_a_stream_loses_no_message(rounds: int) -> None:
-    """Whatever the read was waiting for: the message, its turn, a step of decoding, or other calls."""
+    """The read is cancelled while it waits for the message, its turn, a step of decoding, or other calls."""
 
     def decode(data: bytes) -> Iterator[Any]:
         yield None
@@ -131,7 +131,7 @@ async def test_a_cancelled_read_of_a_stream_loses_no_message(rounds: int) -> Non
 
 
 async def test_other_calls_are_served_between_the_messages_of_streams() -> None:
-    """Streams with messages at hand do not decode all of them in one round of the event loop."""
+    """Streams with available messages do not decode all of them in one round of the event loop."""
     streams = Streams(20)
 
     async def messages() -> AsyncIterator[bytes]:
@@ -184,7 +184,7 @@ async def test_a_message_of_a_stream_is_counted_until_the_next_one_or_until_it_i
     assert in_flight.total == 0
 
 
-async def test_the_log_has_an_internal_error_under_the_request_id_of_its_message(
+async def test_the_log_has_an_internal_error_with_its_request_id(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     error = ServiceError(Code.INTERNAL, "the database of collection 'c' failed")

@@ -1,4 +1,4 @@
-"""What an import really loads, in a fresh process."""
+"""Modules that an import loads in a new process."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def loaded_by(statement: str) -> set[str]:
         ("import emberpc.bundle", (*TRAINING, "onnxruntime", "tokenizers", "grpc", "google")),
         ("import emberpc.export.verify", (*TRAINING[:-1], "grpc", "emberpc.server")),
         ("import emberpc.cli.main", (*TRAINING, "onnxruntime", "hnswlib", "grpc")),
-        # How soon a server serves counts.
+        # Fewer imports make a server start sooner.
         (
             "from emberpc.cli.app import app_with; app_with('serve')",
             (*TRAINING, "onnxruntime", "hnswlib", "grpc", "emberpc.client", "emberpc.bundle", "rich.progress"),
         ),
     ],
 )
-def test_a_room_loads_only_what_it_needs(statement: str, never: tuple[str, ...]) -> None:
+def test_importing_a_package_loads_only_what_it_needs(statement: str, never: tuple[str, ...]) -> None:
     assert loaded_by(statement) & set(never) == set()
 
 
-def test_grpc_is_imported_by_serve_when_forks_are_known_to_be_none_of_its_business(tmp_path: Path) -> None:
-    """It reads the variable once; a snapshot's child, with gRPC's own handlers of forks, aborted now and then."""
+def test_serve_disables_fork_support_of_grpc_before_it_imports_grpc(tmp_path: Path) -> None:
+    """gRPC reads the variable once. With gRPC's fork handlers, the child process of a snapshot sometimes aborted."""
     code = """
 import os, sys
 class Watch:
@@ -63,8 +63,8 @@ sys.exit(main(["serve", "--data-dir", sys.argv[1], "--model", f"none={sys.argv[1
     assert (run.returncode, run.stdout) == (2, "0\n")
 
 
-def test_garbage_is_collected_once_a_server_serves(tmp_path: Path) -> None:
-    """Not before: while modules are imported it takes an eighth of the time."""
+def test_garbage_collection_is_enabled_when_a_server_serves(tmp_path: Path) -> None:
+    """It is disabled before, since it would take an eighth of the time of the imports."""
     code = """
 import gc, logging, os, signal, sys
 from emberpc.cli.main import main

@@ -1,4 +1,4 @@
-"""The bytes of large messages that the server holds at a time."""
+"""The limit of the bytes of large messages that the server keeps at once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ LIMIT = 10 * LARGE
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-2, 2 * LIMIT)), max_size=60))
-def test_no_more_bytes_are_held_than_the_limit_but_for_one_message(steps: list[tuple[int, int]]) -> None:
-    """Four calls read messages, and answer their oldest ones: a negative size."""
+def test_bytes_in_flight_exceed_the_limit_only_for_a_single_message(steps: list[tuple[int, int]]) -> None:
+    """Four calls read messages of given sizes; a negative size means that a call answers its oldest message."""
     in_flight = BytesInFlight(LIMIT)
     calls = [Held(in_flight, Streams(4)) for _ in range(4)]
     held: list[list[int]] = [[] for _ in calls]
@@ -61,7 +61,7 @@ def test_one_message_may_have_more_bytes_than_the_limit() -> None:
     in_flight.add(LARGE)
 
 
-def test_no_more_streams_are_open_than_the_limit() -> None:
+def test_open_streams_have_a_limit() -> None:
     streams = Streams(2)
     calls = [Held(BytesInFlight(LIMIT), streams) for _ in range(3)]
     calls[0].open_stream()

@@ -1,4 +1,4 @@
-"""What the server logs of gRPC's own messages."""
+"""Messages of gRPC in the log of the server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from emberpc.server.start import _GRPC_LOGGER, set_up_logging
 
 @pytest.fixture
 def grpc_logger() -> Iterator[logging.Logger]:
-    """Return gRPC's logger as `serve` sets it up."""
+    """The logger of gRPC as `serve` configures it."""
     logger = logging.getLogger(_GRPC_LOGGER)
     before = list(logger.filters)
     set_up_logging("info")
@@ -24,7 +24,7 @@ def grpc_logger() -> Iterator[logging.Logger]:
     logger.filters[:] = before
 
 
-async def test_a_response_that_cannot_be_sent_is_a_warning_without_traceback(
+async def test_a_response_that_cannot_be_sent_is_logged_as_a_warning_without_traceback(
     grpc_logger: logging.Logger, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def answer(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
@@ -44,7 +44,7 @@ async def test_a_response_that_cannot_be_sent_is_a_warning_without_traceback(
     assert "/Service/Method" in record.getMessage()
 
 
-def test_other_errors_of_grpc_are_logged_as_they_are(
+def test_other_errors_of_grpc_are_logged_unchanged(
     grpc_logger: logging.Logger, caplog: pytest.LogCaptureFixture
 ) -> None:
     grpc_logger.error("Unexpected [%s] raised by servicer method", "ValueError", exc_info=ValueError("x"))

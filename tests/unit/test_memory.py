@@ -1,4 +1,4 @@
-"""The allocator's settings: taken where there is a glibc, and left to the operator who sets them."""
+"""Settings of the allocator are set with glibc, unless the environment sets them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GLIBC = platform.libc_ver()[0] == "glibc"
 
 
 @pytest.mark.parametrize(("environment", "taken"), [({}, GLIBC), ({"MALLOC_ARENA_MAX": "4"}, False)])
-def test_heaps_are_limited_unless_the_operator_did(environment: dict[str, str], taken: bool) -> None:
+def test_malloc_heaps_are_limited_unless_the_environment_sets_a_limit(environment: dict[str, str], taken: bool) -> None:
     run = subprocess.run(
         [sys.executable, "-c", "from emberpc.server.memory import limit_heaps; print(limit_heaps(2))"],
         env={"PYTHONPATH": ":".join(sys.path), **environment},

@@ -1,4 +1,4 @@
-"""An hnswlib that this processor cannot run is told with its remedy, and a sound one is tried once only."""
+"""An hnswlib that this processor cannot run is reported with the remedy, and a working one is checked once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAKE = "import os, signal\nopen(os.environ['TRIED'], 'a').write('x')\n"
 
 @pytest.fixture
 def tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file with a letter for each time that the fake hnswlib was imported."""
+    """A file with one letter for each import of the fake hnswlib."""
     path = tmp_path / "tried"
     path.write_text("")
     monkeypatch.setenv("TRIED", str(path))
@@ -30,7 +30,7 @@ def fake(folder: Path, last: str) -> None:
     (folder / "hnswlib.py").write_text(FAKE + last)
 
 
-def test_an_illegal_instruction_is_told_with_the_remedy_and_not_remembered(tmp_path: Path, tried: Path) -> None:
+def test_an_illegal_instruction_is_reported_with_the_remedy_each_time(tmp_path: Path, tried: Path) -> None:
     fake(tmp_path, "os.kill(os.getpid(), signal.SIGILL)\n")
     for _ in range(2):
         assert "HNSWLIB_NO_NATIVE=1" in hnswlib_problem(tmp_path)
@@ -38,13 +38,13 @@ def test_an_illegal_instruction_is_told_with_the_remedy_and_not_remembered(tmp_p
     assert not (tmp_path / "hnswlib-checked").exists()
 
 
-def test_another_failure_is_left_to_the_import(tmp_path: Path, tried: Path) -> None:
+def test_another_failure_of_hnswlib_is_not_reported_by_the_check(tmp_path: Path, tried: Path) -> None:
     fake(tmp_path, "raise ImportError\n")
     assert hnswlib_problem(tmp_path) == ""
     assert not (tmp_path / "hnswlib-checked").exists()
 
 
-def test_a_sound_one_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_working_hnswlib_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hnswlib_problem(tmp_path) == ""
     calls: list[object] = []
     start = subprocess.Popen
@@ -61,7 +61,7 @@ def test_a_sound_one_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert calls
 
 
-def test_what_fails_meanwhile_ends_the_try(tmp_path: Path, tried: Path) -> None:
+def test_an_error_during_the_check_ends_the_check(tmp_path: Path, tried: Path) -> None:
     fake(tmp_path, "import time\ntime.sleep(600)\n")
 
     def fail() -> None:
@@ -72,12 +72,12 @@ def test_what_fails_meanwhile_ends_the_try(tmp_path: Path, tried: Path) -> None:
     assert not (tmp_path / "hnswlib-checked").exists()
 
 
-def test_a_directory_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+def test_the_check_does_not_create_a_missing_data_directory(tmp_path: Path) -> None:
     assert hnswlib_problem(tmp_path / "new") == ""
     assert not (tmp_path / "new").exists()
 
 
-def test_serve_says_so(tmp_path: Path, tried: Path) -> None:
+def test_serve_fails_with_the_remedy_for_an_unusable_hnswlib(tmp_path: Path, tried: Path) -> None:
     fake(tmp_path, "os.kill(os.getpid(), signal.SIGILL)\n")
     command = [sys.executable, "-m", "emberpc.cli.main", "serve", "--data-dir", str(tmp_path / "data")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

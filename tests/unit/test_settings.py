@@ -1,4 +1,4 @@
-"""Settings: one declaration, three places, one order."""
+"""Settings from flags, the environment and the configuration file, and their limits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from emberpc.server.settings import Settings, SettingsError, load_settings
 
 
-def test_a_flag_goes_before_the_environment_the_environment_before_the_file(tmp_path: Path) -> None:
+def test_flags_override_the_environment_and_the_environment_overrides_the_file(tmp_path: Path) -> None:
     file = tmp_path / "emberpc.toml"
     file.write_text('workers = 1\nbatch_tokens = 100\nlisten = "0.0.0.0:1"\nmodel = ["a=x", "y"]\n')
     loaded = load_settings(
@@ -35,7 +35,7 @@ def test_a_flag_goes_before_the_environment_the_environment_before_the_file(tmp_
     assert set(loaded.sources) == {field.name for field in dataclasses.fields(Settings)}
 
 
-def test_the_file_may_be_named_by_the_environment(tmp_path: Path) -> None:
+def test_the_configuration_file_can_be_named_by_the_environment(tmp_path: Path) -> None:
     file = tmp_path / "emberpc.toml"
     file.write_text("workers = 7\n")
     assert load_settings({}, environ={"EMBERPC_CONFIG": str(file)}).settings.workers == 7
@@ -46,7 +46,7 @@ def test_models_in_the_environment_are_separated_by_commas() -> None:
     assert loaded.settings.named_models() == {"a": Path("x"), "b": Path("y")}
 
 
-def test_milvus_is_chosen_with_its_address_and_its_token_shows_nowhere(tmp_path: Path) -> None:
+def test_milvus_is_configured_and_its_token_is_not_shown(tmp_path: Path) -> None:
     file = tmp_path / "emberpc.toml"
     file.write_text(
         'index_backend = "milvus"\nmilvus_uri = "https://milvus:19530/texts"\nmilvus_token = "root:secret"\n'
@@ -69,17 +69,17 @@ def test_milvus_is_chosen_with_its_address_and_its_token_shows_nowhere(tmp_path:
         ("milvus", "data.db", "must be such as"),
     ],
 )
-def test_an_index_backend_and_its_address_must_fit(backend: str, uri: str, words: str) -> None:
+def test_an_index_backend_with_an_invalid_address_is_refused(backend: str, uri: str, words: str) -> None:
     with pytest.raises(SettingsError, match=words):
         Settings(index_backend=backend, milvus_uri=uri)
 
 
-def test_variants_are_chosen_by_the_names_of_their_models() -> None:
+def test_variants_are_set_by_the_names_of_models() -> None:
     environ = {"EMBERPC_MODEL": "a=x,b=x", "EMBERPC_VARIANT": "b=int8"}
     assert load_settings({}, environ=environ).settings.named_variants() == {"b": "int8"}
 
 
-def test_a_models_directory_may_hold_models_that_variants_and_options_are_for() -> None:
+def test_variants_and_options_can_name_models_of_the_models_directory() -> None:
     environ = {
         "EMBERPC_MODELS_DIR": "models",
         "EMBERPC_VARIANT": "later=int8",
@@ -122,14 +122,14 @@ def test_a_models_directory_may_hold_models_that_variants_and_options_are_for() 
         ({"data_dir": 1}, "a path"),
     ],
 )
-def test_a_wrong_value_is_refused_with_its_name(overrides: dict[str, object], words: str) -> None:
+def test_an_invalid_value_is_refused_with_the_name_of_the_setting(overrides: dict[str, object], words: str) -> None:
     with pytest.raises(SettingsError, match=words) as refused:
         load_settings(overrides, environ={})
     assert next(iter(overrides)) in str(refused.value)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "1e-9"])
-def test_no_server_closes_connections_before_their_handshake(value: str) -> None:
+def test_handshake_seconds_below_1_are_refused(value: str) -> None:
     with pytest.raises(SettingsError, match=r"handshake_seconds is .*; it must be at least 1 \(default: 20\)"):
         load_settings({"handshake_seconds": value}, environ={})
 
@@ -137,33 +137,33 @@ def test_no_server_closes_connections_before_their_handshake(value: str) -> None
 @pytest.mark.parametrize(
     "field", [field for field in dataclasses.fields(Settings) if isinstance(field.default, (int, float))]
 )
-def test_every_number_has_a_least_value(field: dataclasses.Field[object]) -> None:
+def test_every_number_setting_refuses_minus_1(field: dataclasses.Field[object]) -> None:
     if isinstance(field.default, bool):
         return
     with pytest.raises(SettingsError, match=f"{field.name} is -1(\\.0)?; it must "):
         load_settings({"models_dir": "m", field.name: "-1"}, environ={})
 
 
-def test_the_cores_limit_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_cores_limits_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("emberpc.bundle.cores.usable_cores", lambda: 2)
     assert load_settings({"workers": 16}, environ={}).settings.workers == 16
     with pytest.raises(SettingsError, match=r"workers is 17; it must be at most 16: 8 for each core .* \(2\)"):
         load_settings({"workers": 17}, environ={})
 
 
-def test_settings_need_no_engine() -> None:
+def test_importing_settings_loads_no_engine() -> None:
     script = f"import sys; sys.path[:0] = {sys.path!r}; import emberpc.server.settings; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
     assert not {"numpy", "grpc", "onnxruntime", "emberpc.server.engine"} & set(loaded)
 
 
 @pytest.mark.parametrize("name", ["data_dir", "models_dir"])
-def test_an_empty_path_is_refused_and_not_the_working_directory(name: str) -> None:
+def test_an_empty_path_is_refused(name: str) -> None:
     with pytest.raises(SettingsError, match=f"{name} is '' .* it must be a path"):
         load_settings({}, environ={f"EMBERPC_{name.upper()}": ""})
 
 
-def test_no_server_waits_longer_for_its_calls_than_a_thread_can() -> None:
+def test_drain_seconds_above_the_limit_of_a_thread_are_refused() -> None:
     most = 2**31 // 1000
     assert load_settings({"drain_seconds": most}, environ={}).settings.drain_seconds < threading.TIMEOUT_MAX
     with pytest.raises(SettingsError, match=f"drain_seconds is .* at most {most}"):
@@ -174,7 +174,7 @@ def test_no_server_waits_longer_for_its_calls_than_a_thread_can() -> None:
 @pytest.mark.parametrize(
     "name", [field.name for field in dataclasses.fields(Settings) if isinstance(field.default, (int, float))]
 )
-def test_a_number_out_of_range_is_refused_with_its_name(name: str, value: str) -> None:
+def test_a_number_out_of_range_is_refused_with_the_name_of_the_setting(name: str, value: str) -> None:
     if isinstance(getattr(Settings(), name), bool):
         return
     with pytest.raises(SettingsError, match=name):
@@ -193,7 +193,7 @@ def test_a_number_out_of_range_is_refused_with_its_name(name: str, value: str) -
         (None, "cannot be read"),
     ],
 )
-def test_a_wrong_file_is_refused(tmp_path: Path, text: bytes | None, words: str) -> None:
+def test_an_invalid_configuration_file_is_refused(tmp_path: Path, text: bytes | None, words: str) -> None:
     file = tmp_path / "emberpc.toml"
     if text is not None:
         file.write_bytes(text)
@@ -203,7 +203,7 @@ def test_a_wrong_file_is_refused(tmp_path: Path, text: bytes | None, words: str)
 
 
 @given(listen=st.text(max_size=30))
-def test_an_address_is_taken_or_refused_never_more(listen: str) -> None:
+def test_any_listen_address_is_accepted_or_refused_with_a_settings_error(listen: str) -> None:
     try:
         settings = Settings(listen=listen)
     except SettingsError:

@@ -1,4 +1,4 @@
-"""If one side of a comparison fails, the other side is not embedded any more."""
+"""If the sources or the targets of a similarity fail, the others are not embedded any more."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from emberpc.server.pipelines.limits import Limits
 
 @pytest.mark.server
 @pytest.mark.parametrize(("sources", "targets"), [(["bad"], ["good"]), (["good"], ["bad"])])
-async def test_a_side_that_fails_ends_the_other(sources: list[str], targets: list[str]) -> None:
+async def test_a_failure_of_sources_or_targets_ends_the_other_inference(sources: list[str], targets: list[str]) -> None:
     ended: list[str] = []
 
     async def infer(request: InferenceRequest) -> None:

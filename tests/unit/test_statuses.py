@@ -1,4 +1,4 @@
-"""Errors in the form that travels: whatever is in them, they fit in the metadata of a reply."""
+"""Errors as sent to callers: any error fits into the metadata of a response."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from emberpc.server.statuses import status_of
 from emberpc.v1 import errors_pb2
 from emberpc.wire import status
 
-#: gRPC refuses the metadata of a reply above 8 KiB, by default.
+#: By default, gRPC refuses metadata of a response above 8 KiB.
 _METADATA_BYTES = 8 * 1024
 
 texts = st.builds(lambda text, times: text * times, st.text(min_size=1, max_size=5), st.sampled_from([1, 100, 20_000]))
 
 
 def size_on_the_wire(told: errors_pb2.ErrorStatus) -> int:
-    """The bytes of the metadata at most: the message percent-encoded, the details in base64."""
+    """Return the greatest size of the metadata in bytes: the message percent-encoded, the details in base64."""
     return 3 * len(told.message.encode()) + 4 * (len(told.SerializeToString()) + 2) // 3
 
 
@@ -33,7 +33,7 @@ def violations_of(told: errors_pb2.ErrorStatus) -> list[errors_pb2.BadRequest.Fi
     times=st.sampled_from([1, 1000]),
     metadata=st.dictionaries(st.text(min_size=1, max_size=20), texts, max_size=5),
 )
-def test_any_error_fits_in_the_metadata_of_a_reply(
+def test_any_error_fits_into_the_metadata_of_a_response(
     message: str, violations: list[Violation], times: int, metadata: dict[str, str]
 ) -> None:
     error = ServiceError(
@@ -50,7 +50,7 @@ def test_the_first_violations_are_listed_and_the_others_counted() -> None:
     assert listed[-1].description == f"{401 - len(listed)} more violations are not listed"
 
 
-def test_a_single_violation_is_listed_whatever_its_length() -> None:
+def test_a_single_violation_of_any_length_is_listed() -> None:
     (only,) = violations_of(status_of(invalid_fields([Violation("f" * 10_000, "d" * 10_000)]), "id"))
     assert only.field.startswith("fff")
     assert only.description.endswith("ddd")
@@ -62,7 +62,7 @@ def test_a_long_message_keeps_its_remedy() -> None:
     assert told.message.endswith("; load it first")
 
 
-def test_short_errors_are_sent_as_they_are() -> None:
+def test_short_errors_are_sent_unchanged() -> None:
     error = ServiceError(
         Code.INVALID_ARGUMENT, "wrong", violations=[Violation("a", "b"), Violation("c", "d")], metadata={"k": "v"}
     )
