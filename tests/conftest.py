@@ -1,4 +1,4 @@
-"""Fixtures of real things: bundles exported once, and a server that serves them."""
+"""Fixtures with exported bundles and with servers that serve them, and the settings of all tests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# As in `emberpc.server`, which the tests import after the client: gRPC's fork handlers start threads in the child that
-# writes a snapshot, and the child closes their files. A test then found an empty snapshot.
+# As in `emberpc.server`, which the tests import after the client. Otherwise the fork handlers of gRPC start threads in
+# the child process that writes a snapshot, and the child closes their files; a test then found an empty snapshot.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 # PyTorch in the test processes computes with one thread, and the threads of OpenMP wait without spinning: with as many
@@ -25,34 +25,34 @@ from examples.server_process import ServerProcess
 
 pytest_plugins = ["fixtures_bundles"]
 
-# A slow host must not fail a test: calls without a timeout of their own have ten times that of users.
+# Calls without a timeout of their own have ten times the default of users, so that no test fails on a slow host.
 for kind in (Client, AsyncClient):
     assert kind.__init__.__kwdefaults__ is not None
     kind.__init__.__kwdefaults__["timeout"] = 300.0
-# A fifth of Hypothesis's own number of examples: `make test-all` takes the thorough profile.
+# A fifth of the default number of examples of Hypothesis; `make test-all` uses the thorough profile.
 settings.register_profile("emberpc", deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=20)
 settings.register_profile("thorough", settings.get_profile("emberpc"), max_examples=400)
 settings.load_profile("emberpc")
 
-#: Seconds for a slow test; `timeout` in pyproject.toml is for the others.
+#: Timeout of a slow test in seconds; `timeout` in pyproject.toml is that of the others.
 SLOW_TIMEOUT = 3600
 
 
-#: Tests with one of these fixtures need PyTorch, and have the marker `export`.
+#: Tests with one of these fixtures need PyTorch and get the marker `export`.
 EXPORTED = {
     *("minilm_bundle", "classifier_bundle", "training_file", "tiny_source", "make_source", "short_minilm_source"),
 }
 
 
-#: Where the temporary files of tests lie if it has this many free bytes.
+#: Folder of the temporary files of tests, if it has at least this many free bytes.
 MEMORY_FILES, MEMORY_FILES_BYTES = Path("/dev/shm"), 4 * 2**30
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the temporary files of the fast tests in memory, or where PYTEST_DEBUG_TEMPROOT says.
+    """Keep the temporary files of the fast tests in memory, or in the folder of PYTEST_DEBUG_TEMPROOT.
 
-    On a disk, each commit of an index waits for the disk, and threads of a test search or poll meanwhile: that took
-    40 % of the CPU time of the tests of the index. Slow tests write too much for the memory of a small host.
+    On a disk, each commit of an index waits for the disk, while threads of a test search or poll: this took 40 % of the
+    CPU time of the tests of the index. Slow tests write too much for the memory of a small host.
     """
     if (
         "not slow" in config.getoption("markexpr")
@@ -64,10 +64,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """Collect without garbage collection, and leave the collected objects out of all later ones.
+    """Collect tests without garbage collection, and exclude their objects from all later garbage collections.
 
-    Modules and test items live as long as the process. Looking through them took 0.9 of 5.5 CPU-seconds of the
-    collection and 6 % of the CPU time of the tests after it. Collecting less often saves 5 % more.
+    Modules and test items live as long as the process. Garbage collection of them took 0.9 of 5.5 CPU-seconds of the
+    collection of tests and 6 % of the CPU time of the tests after it. A higher threshold saves another 5 %.
     """
     gc.disable()
     try:
@@ -92,7 +92,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def start_servers_faster() -> Iterator[None]:
-    """Give later servers the record of the first one's check of hnswlib, and state the size of micro-batches.
+    """Give later servers the record of the first server's check of hnswlib, and state the size of micro-batches.
 
     Each server in a new data directory starts a process for the check, which takes a fifth of the CPU time of its
     start. Without a stated size, each server measures the best one, and on a busy host repeats that: with MiniLM, this
@@ -143,6 +143,6 @@ def tiny_server(
 
 @pytest.fixture
 def client(server: ServerProcess) -> Iterator[Client]:
-    """A client of that server, whose calls have time on a busy host, too."""
+    """A client of `server`, with a timeout of 300 s for busy hosts."""
     with Client(server.address, timeout=300) as connected:
         yield connected

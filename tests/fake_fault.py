@@ -14,7 +14,7 @@ from emberpc.wire import status
 
 @dataclass(frozen=True)
 class Fault:
-    """How a call is to fail. Without a reason it fails as gRPC itself would, with no details."""
+    """A failure of a call. Without a reason, the call fails as with an error of gRPC itself, without details."""
 
     code: grpc.StatusCode
     message: str
@@ -25,12 +25,12 @@ class Fault:
 
     @staticmethod
     def status_of(message: str) -> errors_pb2.ErrorStatus:
-        """Return the status of one bad text in a stream."""
+        """Return the status of one invalid text in a stream."""
         info = errors_pb2.ErrorInfo(reason="INVALID_FIELD", domain="emberpc")
         return status.make(grpc.StatusCode.INVALID_ARGUMENT.value[0], message, [info])
 
     def end(self, context: grpc.ServicerContext) -> None:
-        """End a call so, in the form that the real server uses."""
+        """End a call with this failure, in the form of the real server."""
         metadata: list[tuple[str, str | bytes]] = []
         if self.pushback_ms is not None:
             metadata.append((status.PUSHBACK_KEY, str(self.pushback_ms)))

@@ -1,11 +1,11 @@
-"""A small emberpc server of canned models over real gRPC on a real port: for what a real one does only by bad luck.
+"""A fake emberpc server on a real port, for responses and failures that a real server gives only by chance.
 
-It records what it is asked, and fails or waits on command.
+It has models with fixed results, records calls, and fails or waits as a test demands.
 """
 
 from __future__ import annotations
 
-# An RPC's method has the RPC's name.
+# The method of an RPC has the name of the RPC.
 # ruff: noqa: N802
 import hashlib
 import threading
@@ -41,7 +41,7 @@ DIMENSIONS = 8
 
 @dataclass
 class Asked:
-    """A call that came in."""
+    """A call that the server received."""
 
     request: Any
     metadata: dict[str, str | bytes]
@@ -49,7 +49,7 @@ class Asked:
 
 
 def vector_of(text: str) -> np.ndarray:
-    """The canned embedding of a text: float32 (DIMENSIONS,), of length 1."""
+    """Return the vector of a text: float32 (DIMENSIONS,), of length 1, computed from a hash of the text."""
     values = np.frombuffer(hashlib.sha256(text.encode()).digest()[: DIMENSIONS * 2], dtype="<i2").astype(np.float32)
     unit: np.ndarray = values / np.linalg.norm(values)
     return unit
@@ -57,23 +57,23 @@ def vector_of(text: str) -> np.ndarray:
 
 @dataclass
 class FakeServer:
-    """The server; a context manager. `asked` and `faults` are by the name of the RPC."""
+    """The server; a context manager. The keys of `asked` and `faults` are names of RPCs."""
 
     credentials: grpc.ServerCredentials | None = None
     port: int = 0
     #: More options of gRPC's server.
     options: Sequence[tuple[str, int]] = ()
-    #: Of the model that streams name.
+    #: Fingerprint of the model that streams state.
     fingerprint: str = "one"
-    #: After so many messages a stream ends, whatever is still to come.
+    #: Number of messages after which a stream ends, even if more would come.
     stream_ends_after: int | None = None
-    #: Whether a stream gives each answer twice.
+    #: Whether a stream sends each result twice.
     stream_repeats: bool = False
     #: Set when a stream has ended.
     streams_ended: threading.Event = field(default_factory=threading.Event)
     asked: dict[str, list[Asked]] = field(default_factory=lambda: defaultdict(list))
     faults: dict[str, deque[Fault | None]] = field(default_factory=lambda: defaultdict(deque))
-    #: What it warns of with every search, page and count.
+    #: Warnings in the response of every search, page and count.
     warnings: Sequence[str] = ()
     #: The bytes of every backup.
     backup: bytes = b"a backup"
@@ -113,7 +113,7 @@ class FakeServer:
         return f"127.0.0.1:{self.port}"
 
     def begin(self, name: str, request: Any, context: grpc.ServicerContext) -> None:
-        """Note a call, and fail it if it is to fail."""
+        """Record a call, and fail it if the next fault of its RPC is set."""
         metadata = dict(context.invocation_metadata())
         self.asked[name].append(Asked(request, metadata, context.time_remaining() or 0.0))
         if name in self.hooks:
@@ -137,7 +137,7 @@ class _Embedding(_Service, embedding_pb2_grpc.EmbeddingServiceServicer):
         return embedding_pb2.EmbedResponse(embeddings=vectors.encode(matrix, request.dtype), model=model)
 
     def EmbedStream(self, requests: Any, context: Any) -> Any:
-        """Answer each message with its texts in reverse; one that is `bad` fails. Each message counts as asked."""
+        """Answer each message with its texts in reverse; the text `bad` fails. Record each message in `asked`."""
         context.add_callback(self.server.streams_ended.set)
         dtype = None
         for number, request in enumerate(requests):
@@ -200,7 +200,7 @@ class _Classification(_Service, classification_pb2_grpc.ClassificationServiceSer
         return classification_pb2.GetClassifierResponse(classifier=self._CLASSIFIER)
 
     def Classify(self, request: Any, context: Any) -> Any:
-        """Say whether a text is a question; an `outside` one is neither."""
+        """Classify texts as questions or statements; reject the text `outside`."""
         self.server.begin("Classify", request, context)
         response = classification_pb2.ClassifyResponse()
         for text in request.texts:

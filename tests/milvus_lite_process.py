@@ -1,4 +1,4 @@
-"""Runs milvus-lite's gRPC server, from its package, as a child process."""
+"""Runs the gRPC server of the package milvus-lite as a child process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-#: milvus-lite's own command prints the port that it was given, which is of no use if that is 0.
+#: A script in place of the command of milvus-lite, which prints 0 as the port if it was given 0.
 _SERVE = """
 import sys
 from milvus_lite.adapter.grpc.server import start_server_in_thread
@@ -32,8 +32,8 @@ class MilvusLiteProcess:
     """A Milvus on a real port, ready when the constructor returns.
 
     Args:
-        folder: where its data are.
-        port: its port; 0 takes a free one.
+        folder: the data directory of Milvus.
+        port: the port of Milvus; 0 chooses a free one.
     """
 
     def __init__(self, folder: Path, port: int = 0) -> None:
@@ -52,15 +52,15 @@ class MilvusLiteProcess:
 
     @property
     def uri(self) -> str:
-        """Where it is."""
+        """The URI of this Milvus."""
         return f"http://127.0.0.1:{self.port}"
 
     def stop(self) -> None:
-        """Let it end by itself."""
+        """Close its stdin, so that it ends, and wait until it has ended."""
         self._process.communicate(timeout=300)
         self._log.close()
 
     def kill(self) -> None:
-        """End it as a crash would."""
+        """Kill it, as a crash would."""
         self._process.kill()
         self.stop()

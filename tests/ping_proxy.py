@@ -1,4 +1,4 @@
-"""A TCP proxy before a gRPC server in plain text: it counts the pings of clients, pauses and cuts connections."""
+"""A TCP proxy for a gRPC server without TLS: it counts pings of clients, and can pause and break connections."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from contextlib import suppress
 from types import TracebackType
 
-#: What a client says before its first frame.
+#: Number of bytes that a client sends before its first frame.
 _PREFACE = len(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
 _HEADER = 9
 _PING, _ACK = 0x6, 0x1
@@ -18,11 +18,11 @@ class PingProxy:
 
     Args:
         target: the server's HOST:PORT.
-        pings: how many pings of clients make `enough` true.
+        pings: number of pings of clients at which `enough` is set.
 
     Attributes:
-        count: pings that clients have sent so far, answers to the server's own left out.
-        enough: set when there were as many as asked for.
+        count: number of pings that clients have sent so far, without their answers to pings of the server.
+        enough: set when `count` has reached `pings`.
     """
 
     def __init__(self, target: str, pings: int) -> None:
@@ -39,7 +39,7 @@ class PingProxy:
         self._reading.set()
 
     def pause(self) -> None:
-        """Hand no more of the server's bytes to clients, as a client that has stopped reading."""
+        """Send clients no more bytes of the server, as if the clients had stopped reading."""
         self._reading.clear()
 
     @property
@@ -61,7 +61,7 @@ class PingProxy:
         self.cut()
 
     def cut(self) -> None:
-        """Break all connections, as a network does."""
+        """Break all connections, as a network failure does."""
         self._reading.set()
         with self._lock:
             sockets, self._sockets = self._sockets, []
@@ -103,7 +103,7 @@ class PingProxy:
             pass  # one of the two ends is gone, and so is the connection
 
     def _count(self, unread: bytearray) -> None:
-        """Take whole frames off the front, and count the pings among them."""
+        """Remove whole frames from the front of `unread`, and count the pings among them."""
         while len(unread) >= _HEADER:
             size = _HEADER + int.from_bytes(unread[:3], "big")
             if len(unread) < size:

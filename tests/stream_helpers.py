@@ -1,4 +1,4 @@
-"""What a test of EmbedStream sends, and what it got."""
+"""Texts and messages that tests of EmbedStream send, and the responses that they receive."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def texts_of(count: int) -> list[str]:
-    """Texts of 1 to 20 tokens."""
+    """Return texts of 1 to 20 tokens."""
     return [" ".join(LETTERS[(i + k) % 26] for k in range(1 + i % 20)) for i in range(count)]
 
 
 def messages(
     items: Iterable[tuple[str, str]], size: int, config: pb.EmbedStreamConfig | None = None
 ) -> Iterator[pb.EmbedStreamRequest]:
-    """The config, then the items, so many to a message."""
+    """Yield a message with the config, and then the items in messages of `size` items."""
     yield pb.EmbedStreamRequest(config=config or pb.EmbedStreamConfig())
     listed = [pb.EmbedStreamItem(id=key, text=text) for key, text in items]
     for first in range(0, len(listed), size):
@@ -30,7 +30,7 @@ def messages(
 
 
 class Answers:
-    """All that a stream answered."""
+    """The responses of a stream: vectors, usages and failures by id, and the number of answers of each id."""
 
     def __init__(self, responses: Iterable[pb.EmbedStreamResponse]) -> None:
         self.responses = list(responses)
