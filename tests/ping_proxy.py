@@ -55,7 +55,7 @@ class PingProxy:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`
+            self._listener.shutdown(socket.SHUT_RDWR)  # `accept` returns
         self._acceptor.join()
         self._listener.close()
         self.cut()
@@ -100,7 +100,7 @@ class PingProxy:
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
         except OSError:
-            pass  # one of the two ends is gone, and so is the connection
+            pass  # one of the two ends closed the connection
 
     def _count(self, unread: bytearray) -> None:
         """Remove whole frames from the front of `unread`, and count the pings among them."""

@@ -151,7 +151,7 @@ def test_a_reference_with_pickles_is_refused(tmp_path: Path) -> None:
 def test_a_reference_with_a_large_unpacked_size_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "reference.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("texts.npy", bytes(1000))
-        archive.infolist()[0].file_size = 300 * 2**20  # what the directory of the file says
+        archive.infolist()[0].file_size = 300 * 2**20  # the size that the directory of the archive states
     with pytest.raises(BundleError, match="unpacks to"):
         Reference.read(tmp_path)
 

@@ -242,7 +242,7 @@ def test_ctrl_c_during_a_training_leaves_nothing(
         training.set()
         thread.join()
     assert outcome.code == 130, outcome.err
-    assert len(left) == 1  # there was something to clean up
+    assert len(left) == 1  # there was a file to remove
     assert "Traceback" not in outcome.err
     assert list(out.iterdir()) == []
     assert [path for path in scratch.iterdir() if path.is_dir()] == []

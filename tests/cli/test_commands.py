@@ -19,7 +19,7 @@ Emberpc = Any
 
 @pytest.fixture
 def books(fake: FakeServer, emberpc: Emberpc, tmp_path: Path) -> Path:
-    """A collection `books` of three records, and the file they came from."""
+    """A collection `books` of three records, and the file with these records."""
     path = tmp_path / "books.jsonl"
     records = [
         {"id": "a", "text": "a whale hunt", "metadata": {"year": 1851, "tags": ["sea"]}, "label": "novel"},

@@ -280,7 +280,9 @@ def test_a_stdout_pipe_that_is_closed_early_is_no_error(
 ) -> None:
     emberpc("collection", "create", "c")
     path = tmp_path / "r.csv"
-    path.write_text("id,text\n" + "".join(f"{i:05},{'word ' * 40}\n" for i in range(1000)))  # 3 times what a pipe holds
+    path.write_text(
+        "id,text\n" + "".join(f"{i:05},{'word ' * 40}\n" for i in range(1000))
+    )  # 3 times the capacity of a pipe
     assert emberpc("upsert", "c", path).code == 0
     command = [sys.executable, "-m", "emberpc.cli.main", "collection", "records", "c", "--limit", "0"]
     process = subprocess.Popen(

@@ -29,7 +29,7 @@ class NotFound(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The address of a hub that refuses connections, takes them and never answers, or does not have the model."""
+    """The address of a hub that refuses connections, accepts them and never answers, or does not have the model."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         if request.param == "silent":
@@ -46,7 +46,7 @@ def hub(request: pytest.FixtureRequest) -> Iterator[str]:
         thread.join()
 
 
-@pytest.mark.parametrize("hub", ["closed", "silent", "without it"], indirect=True)
+@pytest.mark.parametrize("hub", ["closed", "silent", "without the model"], indirect=True)
 def test_an_export_from_a_hub_without_an_answer_or_the_model_fails(hub: str, tmp_path: Path) -> None:
     environment = {
         **{name: value for name, value in os.environ.items() if "proxy" not in name.lower()},

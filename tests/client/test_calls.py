@@ -53,7 +53,7 @@ def test_in_flight_limits_the_requests_that_run_at_once(fake: FakeServer, shell_
         with lock:
             here += 1
             most = max(most, here)
-        together.wait(300)  # breaks, and fails the call, unless so many are here at once
+        together.wait(300)  # fails unless enough calls wait here concurrently
         with lock:
             here -= 1
 
@@ -178,7 +178,7 @@ def test_upserts_are_sent_in_order_and_added_up(fake: FakeServer, shell: Shell) 
     assert len(fake.asked["UpsertRecords"]) == 3
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["in the records", "beside them"])
+@pytest.mark.parametrize("own", [True, False], ids=["vectors in the records", "vectors as an argument"])
 def test_vectors_of_the_caller_are_sent_with_the_records(fake: FakeServer, shell: Shell, own: bool) -> None:
     shell("create_collection", "c")
     matrix = np.arange(40, dtype=np.float64).reshape(5, DIMENSIONS)
@@ -186,7 +186,7 @@ def test_vectors_of_the_caller_are_sent_with_the_records(fake: FakeServer, shell
     shell("upsert", "c", records, vectors=None if own else matrix, batch_size=2)
     found = shell("get", "c", [str(i) for i in range(5)], with_vectors=True)
     assert np.array_equal(np.stack([record.vector for record in found]), matrix)
-    found[0].vector[0] = 7  # the caller's to change
+    found[0].vector[0] = 7  # the array is writable
 
 
 def test_records_copied_with_their_vectors_are_not_embedded_again(fake: FakeServer, shell: Shell) -> None:

@@ -70,7 +70,7 @@ def test_every_method_of_a_closed_client_says_that_it_is_closed(shell_type: Any,
     shell = shell_type("localhost:1")
     if isinstance(shell.client, Client):
         shell.client.close()
-        shell.client.close()  # once more does no harm
+        shell.client.close()  # a second close changes nothing
     else:
         shell.loop.run_until_complete(shell.client.close())
         shell.loop.run_until_complete(shell.client.close())

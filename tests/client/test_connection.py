@@ -159,7 +159,7 @@ def test_a_private_key_without_a_certificate_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a certificate for `embeddings.test`, signed by itself."""
+    """A folder with a self-signed certificate for `embeddings.test`."""
     if not shutil.which("openssl"):
         pytest.skip("making certificates needs the program openssl")
     folder = tmp_path_factory.mktemp("certificates")

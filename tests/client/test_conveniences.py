@@ -43,8 +43,8 @@ def test_a_filter_warning_names_the_line_of_the_caller(fake: FakeServer) -> None
                 await client.count("c", where="n = 1")  # counted asynchronously
             assert "# counted asynchronously" in line_of(found.list)
             with pytest.warns(FilterWarning, match="nothing") as found:
-                assert [record.id async for record in client.records("c", where="n = 1")] == ["a"]  # walked over
-            assert "# walked over" in line_of(found.list)
+                assert [record.id async for record in client.records("c", where="n = 1")] == ["a"]  # iterated
+            assert "# iterated" in line_of(found.list)
 
     fake.warnings = ["it matches nothing"]
     with Client(fake.target) as client:

@@ -154,7 +154,7 @@ def test_damaged_details_do_not_hide_the_error(fake: FakeServer, shell: Shell) -
 def test_the_error_for_a_request_over_the_limit_names_limit_and_remedy(
     shell_type: Any, call: str, arguments: tuple[Any, ...]
 ) -> None:
-    """gRPC itself refuses the request, with a message that names neither a setting nor a remedy."""
+    """gRPC refuses the request with a message that names neither a setting nor a remedy."""
     with FakeServer(options=[("grpc.max_receive_message_length", 5000)]) as fake:
         shell = shell_type(fake.target)
         words = rf"the request has 90\d\d bytes, .*{fake.target} takes at most 5000 bytes .*higher --max-message-bytes"
@@ -374,7 +374,7 @@ def test_a_broken_call_that_ran_for_long_is_not_repeated(
         shell = shell_type(proxy.target, timeout=300)
         try:
             shell("create_collection", "c")
-            monkeypatch.setattr(retries, "_SOON", -1.0)  # every call has run for long
+            monkeypatch.setattr(retries, "_SOON", -1.0)  # every call counts as long
             fake.hooks[rpc] = lambda _: proxy.cut()
             with pytest.raises(
                 Unavailable, match=rf"the connection to .* broke while .*/{rpc} was running; it was not"
@@ -392,7 +392,7 @@ def test_a_broken_call_that_ran_for_long_is_not_repeated(
 def test_a_call_that_breaks_soon_is_repeated(
     fake: FakeServer, shell_type: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retries, "_SOON", 1000.0)  # however slow the host is
+    monkeypatch.setattr(retries, "_SOON", 1000.0)  # every call counts as short, also on a slow host
     with PingProxy(fake.target, 1) as proxy:
         shell = shell_type(proxy.target, timeout=300)
         broken = iter([proxy.cut])

@@ -288,7 +288,7 @@ def test_a_list_in_place_of_a_callback_is_refused_before_any_request(
     fake: FakeServer, shell: Shell, method: str, arguments: Any, name: str
 ) -> None:
     if name == "progress" and method not in ("embed", "classify", "upsert"):
-        return  # these report no progress
+        return  # these methods report no progress
     with pytest.raises(InputTypeError, match=f"{name} is of type list; it must be a function, such as the `append`"):
         shell(method, *arguments, **{name: []})
     assert not fake.asked

@@ -69,7 +69,7 @@ def test_paging_returns_each_unchanged_record_once_despite_writes(client: Client
     met = []
     for i, record in enumerate(client.records(collection, page_size=7)):
         met.append(record.id)
-        if i % 10 == 5:  # before and behind where the walk is; one that it met, one that is to come
+        if i % 10 == 5:  # a listed record and one that is not listed yet
             client.delete(collection, [ids[i - 3], ids[59 - i // 10]])
             fill(client, collection, [f"a{i}", record.id])
     gone = {ids[i - 3] for i in range(5, 60, 10)} | {ids[59 - i // 10] for i in range(5, 60, 10)}

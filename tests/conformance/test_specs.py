@@ -63,7 +63,7 @@ def test_a_changed_truncation_survives_a_restart(open_index: OpenIndex) -> None:
         for truncation in ("end", "start", "refuse", "end"):
             index.update(NAME, truncation)
             assert spec_of(index).truncation == truncation
-        assert index.get(NAME) is collection  # whose lock lets one write in at a time
+        assert index.get(NAME) is collection  # its lock allows one write at a time
         assert collection.spec.truncation == "end"
     with closing(open_index()) as index:
         assert spec_of(index) == CollectionSpec(NAME, 4, model="m", model_fingerprint=OLD, truncation="end")

@@ -74,7 +74,7 @@ def test_weights_under_a_forged_manifest_get_their_own_encoder(
     shutil.copytree(other_tiny_bundle, folder)
     forged(folder, tiny_bundle)
     served, other = registry.load("served", tiny_bundle), registry.load("other", folder)
-    assert served.legacy_fingerprint == other.legacy_fingerprint  # the old scheme could not tell them apart
+    assert served.legacy_fingerprint == other.legacy_fingerprint  # the old scheme gave both the same value
     assert served.fingerprint != other.fingerprint
     assert served.encoder is not other.encoder
 
@@ -149,7 +149,7 @@ def test_foreign_folders_with_one_graph_and_different_data_files_are_two_models(
     assert one.manifest.revision != other.manifest.revision
     tokens = [np.array([2, 7, 8, 9, 3])]
     assert not np.allclose(one.encoder.run(tokens), other.encoder.run(tokens), atol=1e-3)
-    assert not one.legacy_fingerprint  # it did not cover model.onnx.data, so it binds nothing
+    assert not one.legacy_fingerprint  # it did not cover model.onnx.data, so it is not used
 
 
 def test_external_weights_are_refused_where_onnx_runtime_cannot_take_them_from_memory(
@@ -226,7 +226,7 @@ def test_the_fingerprint_covers_the_bytes_that_are_served(
         return session
 
     monkeypatch.setattr(model, "OnnxSession", load)
-    if file == "tokenizer.json":  # it is read later, and both hash and tokenizer see what is there then
+    if file == "tokenizer.json":  # it is read after the change
         with pytest.raises(ModelLoadError, match="tokenizer"):
             Model.load("m", foreign)
     else:

@@ -109,12 +109,12 @@ def test_a_models_directory_is_served_and_watched_for_changes(
     directory.poll()
     os.utime(models / "a" / "emberpc.json", (1, 1))
     directory.poll()
-    assert registry.get("a") is first  # nothing in it has changed
+    assert registry.get("a") is first  # its files have not changed
 
     shutil.copytree(other_tiny_bundle, models / ".new")
     shutil.move(models / "a", models / ".old")
     directory.poll()
-    assert registry.get("a") is first  # it may be about to be replaced, as here
+    assert registry.get("a") is first  # another folder may replace it soon, as here
     (models / ".new").rename(models / "a")
     directory.poll()
     assert registry.get("a").fingerprint != first.fingerprint
@@ -153,7 +153,7 @@ def test_an_invalid_folder_is_logged_once_and_tried_again_after_changes_end(
 
     (models / "a" / "onnx" / "model.onnx").write_bytes(weights)
     directory.poll()
-    assert registry.get("a") is first  # somebody was writing just now
+    assert registry.get("a") is first  # its files were changed just before
     directory.poll()
     assert registry.get("a").fingerprint != first.fingerprint
     assert len(caplog.records) == 1
@@ -185,7 +185,7 @@ def test_models_and_folders_that_the_directory_does_not_own_are_not_changed(
 
     loader.unload("b")
     directory.poll()
-    assert sorted(served(registry)) == ["a"]  # a call unloaded it, and nothing has changed since
+    assert sorted(served(registry)) == ["a"]  # a call unloaded `b`, and its files have not changed since
 
     models.rename(tmp_path / "elsewhere")
     caplog.clear()

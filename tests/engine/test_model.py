@@ -138,7 +138,7 @@ def test_a_classifier_uses_the_reloaded_encoder_of_its_embedding_model(
         reloaded = registry.load("embedder", bundle, fresh=True)
         assert registry.get("classifier").encoder is reloaded.encoder is not old()
         assert registry.get("classifier").head is not None
-        pool.submit(gc.collect).result()  # after what let go of the old versions
+        pool.submit(gc.collect).result()  # after the tasks that released the old versions
         assert old() is None
 
 

@@ -33,7 +33,7 @@ async def test_a_call_keeps_its_version_until_its_task_is_done(registry: Registr
 
     async def call() -> Model:
         model = registry.find("m")
-        assert registry.find("m") is model  # twice is still one call
+        assert registry.find("m") is model  # a second lookup belongs to the same call
         found.set()
         await finish.wait()
         return model
@@ -45,7 +45,7 @@ async def test_a_call_keeps_its_version_until_its_task_is_done(registry: Registr
     assert registry.get("m") is not first()
     assert registry.calls("m") == 0
     gone = registry.remove("m")
-    await done(gone)  # nobody holds the second version
+    await done(gone)  # no call uses the second version
 
     assert first() is not None
     finish.set()

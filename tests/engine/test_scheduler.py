@@ -192,7 +192,7 @@ async def test_a_call_that_is_still_queued_at_its_deadline_is_dropped(scheduler:
     busy, gate = scheduler(workers=1), Gate()
     running = await hold(busy, gate, 50)
     late = asyncio.create_task(busy.run(gate, texts(7), Caller(deadline=perf_counter() + 0.5)))
-    await asyncio.sleep(0.51)  # it is in the queue, and its time passes while the only worker is busy
+    await asyncio.sleep(0.51)  # its deadline passes while the only worker is busy
     gate.open.set()
     with pytest.raises(ServiceError) as dropped:
         await late

@@ -249,7 +249,7 @@ def test_training_texts_get_the_passage_prompt(
 ) -> None:
     prompted = make_source({"config_sentence_transformers.json": {"prompts": {"passage": "zzzz "}}})
     manifest = export_classifier(ClassifierData(few_labelled), str(prompted), tmp_path / "prompted")
-    assert manifest.prompts.passage == "zzzz "  # the server puts it before what it classifies
+    assert manifest.prompts.passage == "zzzz "  # the server adds it before each text
     plain = export_classifier(ClassifierData(few_labelled), str(tiny_source), tmp_path / "plain")
     assert manifest.files["onnx/model.onnx"] != plain.files["onnx/model.onnx"]
 

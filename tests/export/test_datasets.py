@@ -155,7 +155,7 @@ def test_the_error_for_another_encoding_names_line_and_byte(tmp_path: Path) -> N
     path = write(tmp_path, "data.csv", "text,label\ncafé,x\n", "latin-1")
     with pytest.raises(ExportError, match="line 2, byte 4: it is not UTF-8"):
         read_labelled(path)
-    path.write_bytes(b"text,label\n" + b"a,x\n" * 9000 + b"caf\xe9,x\n")  # more than is decoded at once
+    path.write_bytes(b"text,label\n" + b"a,x\n" * 9000 + b"caf\xe9,x\n")  # more bytes than one part that is decoded
     with pytest.raises(ExportError, match="line 9002, byte 4: it is not UTF-8"):
         read_labelled(path)
 

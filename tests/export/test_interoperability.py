@@ -146,7 +146,7 @@ def test_a_folder_written_by_optimum_is_served(make_source: MakeSource, expected
     whole, plain = tmp_path / "whole", tmp_path / "plain"
     by_optimum(source, whole, "feature-extraction", "sentence_transformers")
     names = [output.name for output in onnx.load(str(whole / "model.onnx")).graph.output]
-    assert names == ["token_embeddings", "sentence_embedding"]  # pooled in the graph, and the file beside the JSON
+    assert names == ["token_embeddings", "sentence_embedding"]  # the graph has the pooling
     np.testing.assert_allclose(served(whole), expected, atol=1e-5)
 
     by_optimum(source, plain, "feature-extraction", "transformers")

@@ -73,7 +73,7 @@ def test_omp_num_threads_lowers_the_number_of_threads(
 
 def test_tasks_run_concurrently_and_their_results_are_in_order(cores: Cores) -> None:
     cores(3)
-    meeting = threading.Barrier(3)  # no task passes until three tasks have come
+    meeting = threading.Barrier(3)  # each task waits until three tasks have begun
     reported: list[int] = []
 
     def task(number: int) -> Callable[[Check], int]:

@@ -301,7 +301,7 @@ def test_variants_of_an_embedding_model_are_measured_by_retrieval(
     tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queries, corpus = tmp_path / "queries.csv", tmp_path / "corpus.csv"
-    letters = "abcdefghijklmnopqrst"  # what the tiny model has words for
+    letters = "abcdefghijklmnopqrst"  # each letter is in the vocabulary of the tiny model
     queries.write_text("query,passage\n" + "".join(f"{x} {x} {x},{x} {x} {x} {x}\n" for x in letters))
     corpus.write_text("text\n" + "".join(f"{x} {y}\n" for x, y in pairwise(letters)))
 

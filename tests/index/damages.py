@@ -38,7 +38,7 @@ def damaged(
 ) -> Iterator[Collection]:
     """Create a collection, change one of its records in the database file, and open the collection again.
 
-    With `older`, the database has the form of an older version that had run so many steps of conversion.
+    With `older`, the database has the form of an older version, whose `user_version` is `older`.
     """
     copy_made(folder, _make, distance)
     (path,) = folder.rglob("records.db")

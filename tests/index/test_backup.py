@@ -168,7 +168,7 @@ def test_a_cancelled_backup_leaves_no_files(collection: Collection, tmp_path: Pa
 
     def stop() -> bool:
         asked.append(None)
-        assert folders(tmp_path) == 2  # the copy is under way
+        assert folders(tmp_path) == 2  # the copy has begun
         return True
 
     assert list(collection.backup(stop)) == []
@@ -240,7 +240,7 @@ while True:
 
 
 def crash(folder: Path, lines: int) -> list[str]:
-    """Run the loop, kill it with SIGKILL after so many lines, and return all lines that it printed."""
+    """Run the loop, kill it with SIGKILL after `lines` lines, and return all lines that it printed."""
     child = subprocess.Popen([sys.executable, "-c", LOOP, str(folder)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     said = [child.stdout.readline() for _ in range(lines)]

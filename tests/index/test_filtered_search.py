@@ -131,7 +131,9 @@ def test_pages_counts_and_deletes_apply_a_filter(collection: Collection) -> None
 
 
 @pytest.mark.parametrize(
-    ("bound", "value"), [("_MAX_BYTES", 2**20), ("_MAX_BYTES", 100), ("_MAX_WRITES", 1)], ids=["all", "little", "late"]
+    ("bound", "value"),
+    [("_MAX_BYTES", 2**20), ("_MAX_BYTES", 100), ("_MAX_WRITES", 1)],
+    ids=["large cache", "small cache", "few cached writes"],
 )
 def test_a_filter_applies_to_every_write_immediately(
     collection: Collection, monkeypatch: pytest.MonkeyPatch, bound: str, value: int
@@ -159,7 +161,7 @@ def test_a_filter_applies_to_every_write_immediately(
         if i % 5 == 4:
             collection.delete([f"r{i - 1}"])
             truth.pop(f"r{i - 1}", None)
-            collection.delete(["nobody"])  # no write, so it has the number of the one before
+            collection.delete(["nobody"])  # not a write: the sequence number stays
         assert found() == {key for key, kind in truth.items() if kind != "c"}
 
 

@@ -70,7 +70,7 @@ def test_nearly_equal_vectors_hide_neither_others_nor_each_other(distance: Dista
         assert at_ten >= 0.95
 
 
-@pytest.mark.parametrize("near", [60, 400], ids=["compared", "with a graph of their own"])
+@pytest.mark.parametrize("near", [60, 400], ids=["group without a graph", "group with a graph"])
 def test_scores_within_a_group_are_exact(near: int) -> None:
     vectors, _ = crowd(300, near, 0.01)
     vectors = prepare(vectors, Distance.COSINE)
@@ -84,7 +84,7 @@ def test_scores_within_a_group_are_exact(near: int) -> None:
     assert np.mean(scores >= nearest(queries, vectors, 20, Distance.COSINE)[1][:, 19:] - 1e-6) >= 0.99
 
 
-@pytest.mark.parametrize("near", [60, 400], ids=["compared", "with a graph of their own"])
+@pytest.mark.parametrize("near", [60, 400], ids=["group without a graph", "group with a graph"])
 def test_a_group_survives_its_leader_and_is_removed_with_its_last_record(near: int) -> None:
     vectors, others = crowd(300, near, 0.001)
     vectors = prepare(vectors, Distance.COSINE)
@@ -389,7 +389,7 @@ def test_a_record_that_verify_reports_is_found_afterwards(index: Index, monkeypa
     assert problems(collection) == []
 
 
-@pytest.mark.parametrize("near", [60, 400], ids=["compared", "with a graph of their own"])
+@pytest.mark.parametrize("near", [60, 400], ids=["group without a graph", "group with a graph"])
 def test_a_member_of_a_group_can_be_made_a_stray(near: int) -> None:
     vectors, others = crowd(300, near, 0.001)
     vectors = prepare(vectors, Distance.COSINE)

@@ -104,7 +104,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 def grown(queries: int, answered: int) -> float:
-    """Return the growth of the memory of a process in MiB over so many invalid queries."""
+    """Return by how many MiB a process grows during `queries` invalid queries; with `answered`, some are valid."""
     command = [sys.executable, "-c", LOOP, str(queries), str(answered)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert ended.returncode == 0, ended.stderr

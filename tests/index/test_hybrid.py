@@ -265,7 +265,7 @@ def test_normalization_is_never_called_with_a_long_run_of_marks(piece: str, monk
     for character in normalize("NFD", " ".join(seen)):
         run = run + 1 if unicodedata.combining(character) else 0
         longest = max(longest, run)
-    assert longest <= 3 * 30  # a character that is a mark decomposes into three at most
+    assert longest <= 3 * 30  # a mark decomposes into at most three characters
 
 
 @given(st.lists(st.sampled_from("aéßІ中\u0301\u0323\u3099カ가 ")).map("".join).filter(lambda text: len(text) < 30))

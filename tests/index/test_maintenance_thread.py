@@ -1,4 +1,4 @@
-"""The thread that maintains collections wakes up when the first of them is due."""
+"""The maintenance thread runs when the first collection is due."""
 
 from __future__ import annotations
 

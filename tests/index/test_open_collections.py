@@ -47,7 +47,7 @@ def found(collection: Collection, i: int) -> list[str]:
 def descriptors_of(collection: Collection) -> list[str]:
     names = []
     for path in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed meanwhile
+        with suppress(FileNotFoundError):  # the collection was closed meanwhile
             link = path.readlink()
             if link.parent == collection._folder.absolute():
                 names.append(link.name)

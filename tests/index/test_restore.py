@@ -185,7 +185,7 @@ NAN = np.full(DIMENSIONS, np.nan, dtype="<f4").tobytes().hex()
     ],
 )
 def test_a_value_that_emberpc_never_writes_is_refused(index: Index, whole: bytes, tmp_path: Path, change: str) -> None:
-    # An attacker would make the checksums right, too.
+    # An attacker would also set matching checksums.
     with refused(Code.INVALID_ARGUMENT) as caught:
         restored(index, "d", changed(whole, tmp_path / "changed.db", change, make_checksums_right))
     assert caught.value.reason == "BACKUP_DAMAGED"

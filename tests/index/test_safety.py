@@ -23,7 +23,7 @@ from index.support import gaussian, numbered, refused
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """Limit files to so many bytes; writes beyond the limit fail, as on a full disk."""
+    """Limit files to `size` bytes; writes beyond the limit fail, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))

@@ -207,7 +207,7 @@ def test_the_graph_takes_the_whole_buffer_when_writes_pause(tmp_path: Path) -> N
     with closing(Index(tmp_path, buffer_limit=100)) as index:
         collection = index.create(CollectionSpec("c", 8))
         collection.upsert(numbered(90), gaussian(90, 8))
-        assert collection._graph_maintenance.due_at_rest is None  # so few vectors stay in the buffer
+        assert collection._graph_maintenance.due_at_rest is None  # few vectors stay in the buffer
         collection.upsert(numbered(90, first=90), gaussian(90, 8, seed=1))
         collection.maintain()
         collection.upsert(numbered(50, first=500), gaussian(50, 8, seed=2))

@@ -167,7 +167,7 @@ def test_verify_reports_and_rebuilds_a_damaged_word_index(tmp_path: Path, change
     assert problems(collection) in (
         [("", "WORDS_DAMAGED")],
         [],
-    )  # rebuilt when it was opened, since no word could be written
+    )  # the word index was rebuilt during the opening
     assert problems(collection) == []
     (found,) = collection.search_lexical(["text"], [COUNT + 5])
     assert len(found.hits) == COUNT + 5

@@ -81,7 +81,7 @@ def test_a_whole_log_is_not_reported(crashed: Path, tmp_path: Path, caplog: pyte
             lambda commits: offset_of(commits[-2]) + 8,
             3 * (WRITES - 2),
             "is not whole",
-        ),  # a salt: this one is not counted
+        ),  # a salt: the write with this frame is not counted
         (lambda commits: offset_of(commits[-2]) + 17, 3 * (WRITES - 2), "2 acknowledged writes"),  # the checksum
         (lambda commits: offset_of(commits[-1]) + 24, 3 * (WRITES - 1), "is not whole"),
     ],
@@ -115,7 +115,7 @@ def test_a_damaged_header_of_a_log_is_reported(
     data, _ = damaged(crashed, tmp_path, lambda _: place)
     with closing(Index(data)) as index:
         assert [spec.name for spec in index.page(10, "")[0]] == ["c"]
-        with refused(Code.INTERNAL, "'c'", "damaged", "restore a backup"):  # its tables were still in the log
+        with refused(Code.INTERNAL, "'c'", "damaged", "restore a backup"):  # only the log had its tables
             index.get("c")
     assert "the header of its write-ahead log is damaged" in caplog.text
 

@@ -57,7 +57,7 @@ def test_an_error_is_raised_after_all_parts_have_ended(wrong: int) -> None:
 
     def work(part: int) -> int:
         if part == 0:
-            begun.wait(300)  # the helper has the other part
+            begun.wait(300)  # the helper thread runs the other part
         else:
             begun.set()
         if part == wrong:

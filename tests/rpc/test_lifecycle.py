@@ -64,7 +64,7 @@ def test_too_little_address_space_ends_the_start_with_an_error(tmp_path: Path) -
         text=True,
         timeout=300,
     )
-    assert run.returncode > 0  # a signal's would be negative
+    assert run.returncode > 0  # a signal would give a negative code
     assert "limited to 500 MiB (RLIMIT_AS" in run.stderr
     assert "needs at least 832 MiB" in run.stderr
     assert "Traceback" not in run.stderr

@@ -92,7 +92,7 @@ def test_records_and_their_vectors_are_limited_together(stub: index_pb2_grpc.Ind
     of_one = get(1).records[0].ByteSize()
     assert len(get(RESPONSE // (of_one + 8 + 4)).records)
     with pytest.raises(grpc.RpcError, match=f"more than {RESPONSE} bytes"):
-        get(RESPONSE // of_one)  # of records alone, as many fit
+        get(RESPONSE // of_one)  # records without vectors
 
 
 def test_a_page_ends_before_its_limit_of_bytes(stub: index_pb2_grpc.IndexServiceStub) -> None:

@@ -88,7 +88,7 @@ def test_silent_connections_add_no_threads_and_block_no_scrape(measured: ServerP
     with ExitStack() as stack:
         for i in range(3 * MOST_CONNECTIONS):
             silent = stack.enter_context(socket.create_connection((host, int(port)), timeout=300))
-            with suppress(OSError):  # it was closed for newer ones
+            with suppress(OSError):  # the server closed it to accept newer ones
                 silent.sendall((b"", b"GET /metr", b"x" * 30_000, b"GET /metrics HTTP/1.1\r\n\r\n")[i % 4])
         assert figures(measured)["emberpc_models"] == 1
         # Other work may start a few threads meanwhile, but far fewer than there are connections.

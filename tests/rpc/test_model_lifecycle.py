@@ -369,4 +369,4 @@ def test_the_memory_of_replaced_models_is_returned(minilm_bundle: Path, tmp_path
         first = resident_bytes(server.process.pid)
         for _ in range(10):
             client.reload_model("m")
-            until(lambda: settled(first + 70 * 2**20), 60)  # less than one version; the calls themselves take 50 MB
+            until(lambda: settled(first + 70 * 2**20), 60)  # less than one version; the calls alone use 50 MB

@@ -1,4 +1,4 @@
-"""SIGTERM ends the server in time with exit code 0, also beside work that never ends."""
+"""SIGTERM ends the server within its time limit with exit code 0, even if work never ends."""
 
 from __future__ import annotations
 
@@ -105,12 +105,12 @@ LOOP_KEPT = "while True: pass"
         # A call into a library that blocks the interpreter: no Python code runs any more.
         ("await stopping.requested.wait()\n    re.match('(a+)+$', 'a' * 60 + 'b')", 1, "Timeout"),
     ],
-    ids=["nothing", "loop kept", "work of the shutdown", "interpreter kept"],
+    ids=["no work", "blocked event loop", "blocked shutdown", "blocked interpreter"],
 )
 def test_the_process_ends_in_time_despite_blocking_work(work: str, code: int, words: str) -> None:
     # On a slow host, the dump for a blocked interpreter must not be written before the end of one that is not blocked.
     held = 0.5 if code else 250.0
-    # The watching thread may end a blocked loop early, but not a process that ends by itself.
+    # The watching thread may end a blocked loop early, but not a process that ends without its help.
     end = 0.1 if work == LOOP_KEPT else 1.6
     run = subprocess.Popen(
         [sys.executable, "-c", SCRIPT.format(work=work, held=held, end=end)],

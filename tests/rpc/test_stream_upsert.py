@@ -210,7 +210,7 @@ def serve(tiny_bundle: Path, tmp_path: Path) -> Iterator[Serve]:
 
 
 def test_every_record_is_stored_once_after_a_kill_of_the_server(serve: Serve) -> None:
-    """No acknowledged record is lost, and the stream ends by itself with all records."""
+    """No acknowledged record is lost, and the resumed stream ends after all records."""
     first = serve()
     texts, given, acknowledged = texts_of(50), 0, 0
     restarted = threading.Event()
@@ -224,7 +224,7 @@ def test_every_record_is_stored_once_after_a_kill_of_the_server(serve: Serve) ->
             with Client(second.address) as other:
                 counted.append(other.count("c") - told)
         finally:
-            restarted.set()  # the corpus must end also after an error
+            restarted.set()  # the input must end also after an error
 
     thread = threading.Thread(target=restart)
 

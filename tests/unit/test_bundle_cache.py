@@ -9,7 +9,7 @@ import pytest
 import bundle_cache
 from bundle_cache import shared_export
 
-pytestmark = pytest.mark.export  # the cache sets a constant of the export
+pytestmark = pytest.mark.export  # the cache changes a constant of the export
 
 
 class Builder:
