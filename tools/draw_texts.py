@@ -1,5 +1,7 @@
 """Draw texts at random for a reading test: docstrings with signatures, comment blocks and paragraphs of documents.
 
+A test function without a docstring gives a text as well: its signature, since its name says what it asserts.
+
 A reader who sees only a drawn text says what goes in, what comes out and what can fail. Half of the draw is divided
 equally among the rooms (parts of the repository, see `ROOMS`), the other half in proportion to their numbers of texts.
 
@@ -34,13 +36,15 @@ ROOMS = {
     "export": ("export",),
     "benchmarks": ("benchmarks",),
     "tools": ("tools", "examples"),
+    "tests": ("tests",),
     "docs": ("docs", "README.md", "CONTRIBUTING.md"),
 }
 #: Paths that are left out, since their texts are copies, or nearly copies, of texts in other files: generated files,
 #: and the folder `_aio`. Most files of `_aio` are generated from `_sync`; the texts of the others are nearly those of
 #: `_sync`.
 _GENERATED = re.compile(r"_pb2(_grpc)?\.py|/_aio/|^docs/reports/|\.pyi$")
-#: Fewest words of a text that can be drawn, with its signature or line of code. Shorter texts are mostly titles.
+#: Fewest words of a text that can be drawn, with its signature or line of code. Shorter texts are mostly titles. For a
+#: test function without a docstring, only the words of its name count, without `test`.
 _LEAST_WORDS = 4
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -49,8 +53,8 @@ class Text(NamedTuple):
     """A text to read, with its place.
 
     `path` is relative to the root of the repository. `line` is the line, from 1, where the text starts; for a
-    docstring, the line of its `class` or `def`, or 1 for a module. `text` is a docstring after the signature, a comment
-    block before the next line, or a paragraph.
+    docstring, the line of its `class` or `def`, or 1 for a module. `text` is a docstring after the signature, the
+    signature of a test function without a docstring, a comment block before the next line, or a paragraph.
     """
 
     path: str
@@ -131,6 +135,7 @@ def _texts(file: Path) -> Iterator[Text]:
 def _docstrings(source: str, path: str) -> Iterator[Text]:
     """Yield the docstrings of a module, and of all classes and functions in it, each after its signature.
 
+    A test function without a docstring gives its signature if its name has at least `_LEAST_WORDS` words after `test`.
     Nested classes and functions, such as methods, count too. Outer docstrings come before inner ones.
 
     Args:
@@ -141,10 +146,11 @@ def _docstrings(source: str, path: str) -> Iterator[Text]:
         if not isinstance(node, ast.Module | ast.ClassDef | _Function):
             continue
         text = ast.get_docstring(node)
-        if text is None:
-            continue
         line = 1 if isinstance(node, ast.Module) else node.lineno
-        yield Text(path, line, f'{_signature(node)}\n    """{text}"""'.strip())
+        if text is not None:
+            yield Text(path, line, f'{_signature(node)}\n    """{text}"""'.strip())
+        elif isinstance(node, _Function) and node.name.startswith("test_") and node.name.count("_") >= _LEAST_WORDS:
+            yield Text(path, line, _signature(node))
 
 
 def _signature(node: ast.Module | ast.ClassDef | _Function) -> str:
