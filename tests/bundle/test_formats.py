@@ -25,7 +25,7 @@ def test_each_format_of_bundles_has_a_fixture() -> None:
 
 
 @pytest.mark.parametrize("name", FIXTURES)
-def test_a_bundle_is_read(name: str, bundle: Path) -> None:
+def test_a_bundle_of_each_earlier_export_is_read(name: str, bundle: Path) -> None:
     expected = description(name)["expected"]
     found = read_bundle(bundle)
     manifest = found.manifest
@@ -41,7 +41,7 @@ def test_a_bundle_is_read(name: str, bundle: Path) -> None:
 
 @pytest.mark.server
 @pytest.mark.parametrize("name", FIXTURES)
-def test_a_model_gives_the_outputs_that_it_gave_at_export(name: str, bundle: Path) -> None:
+def test_a_served_model_gives_the_outputs_of_its_export(name: str, bundle: Path) -> None:
     from emberpc.server.engine import Model, Truncation
     from emberpc.server.errors import items_of
 

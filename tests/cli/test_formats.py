@@ -14,7 +14,7 @@ from emberpc.cli.parquet import ParquetRecords
 
 
 @pytest.mark.parametrize("name", names("collection-export"))
-def test_an_exported_collection_is_read(name: str) -> None:
+def test_a_collection_file_of_an_earlier_version_is_read(name: str) -> None:
     expected = description(name)["expected"]
     source = ParquetRecords(str(FORMATS / name / "export.parquet"))
     assert json.loads(json.dumps(dataclasses.asdict(source.settings))) == expected["settings"]

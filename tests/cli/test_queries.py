@@ -84,14 +84,18 @@ def test_each_hit_has_the_line_of_its_query(emberpc: Emberpc, fake: FakeServer, 
         ('{"vector": []}', "query has shape (0,)"),
     ],
 )
-def test_a_line_that_is_no_query(emberpc: Emberpc, fake: FakeServer, seas: str, line: str, words: str) -> None:
+def test_the_error_for_an_invalid_query_names_its_line(
+    emberpc: Emberpc, fake: FakeServer, seas: str, line: str, words: str
+) -> None:
     outcome = emberpc("search", seas, "--file", "-", stdin=f'{{"text": "a"}}\n{line}\n')
     assert outcome.code == 2
     assert outcome.err.startswith(f"error: stdin:2: {words}")
     assert not fake.asked["Search"]
 
 
-def test_an_error_of_the_server_names_the_line(emberpc: Emberpc, fake: FakeServer, seas: str, tmp_path: Path) -> None:
+def test_an_error_of_the_server_names_the_line_of_the_query(
+    emberpc: Emberpc, fake: FakeServer, seas: str, tmp_path: Path
+) -> None:
     path = tmp_path / "queries.jsonl"
     path.write_text('\n{"text": "a"}\n{"id": "z"}\n')
     fake.faults["Search"].append(Fault(grpc.StatusCode.NOT_FOUND, "queries[1].record_id: is 'z'", "RECORD_NOT_FOUND"))
@@ -99,7 +103,7 @@ def test_an_error_of_the_server_names_the_line(emberpc: Emberpc, fake: FakeServe
     assert (outcome.code, outcome.err) == (4, f"error: {path}:3: record_id: is 'z'\n")
 
 
-def test_there_is_one_source_of_queries(emberpc: Emberpc, fake: FakeServer, seas: str) -> None:
+def test_search_needs_exactly_one_source_of_queries(emberpc: Emberpc, fake: FakeServer, seas: str) -> None:
     for arguments in ([], ["a", "--id", "b"], ["a", "--file", "-"], ["--id", "b", "--file", "-"]):
         outcome = emberpc("search", seas, *arguments)
         assert outcome.code == 2
@@ -108,7 +112,7 @@ def test_there_is_one_source_of_queries(emberpc: Emberpc, fake: FakeServer, seas
     assert (outcome.code, "stdin holds no queries" in outcome.err) == (2, True)
 
 
-def test_the_vector_of_an_embedding_is_a_query(emberpc: Emberpc, tiny_client: Client) -> None:
+def test_a_vector_printed_by_embed_is_accepted_as_a_query(emberpc: Emberpc, tiny_client: Client) -> None:
     tiny_client.create_collection("c", model="tiny")
     tiny_client.upsert("c", [{"id": text, "text": text} for text in ("a", "b", "c")])
     (embedded,) = emberpc("embed", "b", "--model", "tiny", "--json").objects
@@ -118,7 +122,7 @@ def test_the_vector_of_an_embedding_is_a_query(emberpc: Emberpc, tiny_client: Cl
     assert hit["score"] == pytest.approx(1, abs=1e-5)
 
 
-def test_a_least_score_of_zero_is_not_the_default(emberpc: Emberpc, fake: FakeServer, seas: str) -> None:
+def test_a_min_score_of_zero_is_refused(emberpc: Emberpc, fake: FakeServer, seas: str) -> None:
     outcome = emberpc("collection", "duplicates", seas, "--min-score", 0)
     assert (outcome.code, outcome.err) == (2, "error: --min-score is 0; it must be above 0 and at most 1\n")
     assert not fake.asked["FindDuplicates"]

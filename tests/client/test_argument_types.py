@@ -60,7 +60,9 @@ def parameters() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("method", "parameter"), list(parameters()))
-def test_a_value_of_a_wrong_type(fake: FakeServer, shell: Shell, method: str, parameter: str) -> None:
+def test_the_error_for_a_wrong_type_names_argument_and_types(
+    fake: FakeServer, shell: Shell, method: str, parameter: str
+) -> None:
     names = [name for each, name in parameters() if each == method]
     for kind, value in KINDS.items():
         if {parameter, f"{method}.{parameter}"} & ACCEPTED.get(kind, set()):
@@ -101,14 +103,14 @@ def test_the_error_of_a_query_names_all_kinds_of_queries(
 
 
 @pytest.mark.parametrize("query", [np.ones((2, 3)), [[1.0, 2.0]], [np.ones(2)]])
-def test_several_vectors_are_no_query(fake: FakeServer, shell: Shell, query: Any) -> None:
+def test_a_list_of_vectors_is_refused_as_a_query(fake: FakeServer, shell: Shell, query: Any) -> None:
     words = r"has shape \(\d, \d\); it must be one vector, \(dimensions,\), or use `search_batch` for several"
     with pytest.raises(InputTypeError, match=f"query is of type {type(query).__name__} and {words}"):
         shell("search", "c", query)
     assert not fake.asked
 
 
-def test_vectors_of_other_sequences_are_queries(fake: FakeServer, shell: Shell) -> None:
+def test_sequences_of_numbers_are_accepted_as_queries(fake: FakeServer, shell: Shell) -> None:
     import array
     from collections import deque
 
@@ -121,7 +123,7 @@ def test_vectors_of_other_sequences_are_queries(fake: FakeServer, shell: Shell) 
 
 
 @pytest.mark.parametrize("vector", [{"a": 1.0}, b"ab", bytearray(b"ab"), 3, {1.0}, letters()])
-def test_a_vector_of_a_record_is_an_array(fake: FakeServer, shell: Shell, vector: Any) -> None:
+def test_a_vector_of_a_record_of_a_wrong_type_is_refused(fake: FakeServer, shell: Shell, vector: Any) -> None:
     kind = type(vector).__name__
     with pytest.raises(InputTypeError, match=rf"records\[0\]\.vector is of type {kind}; it must be a list of numbers"):
         shell("upsert", "c", [{"id": "a", "vector": vector}])
@@ -143,7 +145,7 @@ def test_a_blocking_client_refuses_an_asynchronous_stream(
 
 
 @pytest.mark.parametrize("name", ["root_certificates", "private_key", "certificate_chain"])
-def test_paths_of_certificates(name: str) -> None:
+def test_paths_of_certificates_of_a_wrong_type_are_refused(name: str) -> None:
     wrong: dict[str, Any] = {name: {}}
     with pytest.raises(InputTypeError, match=f"{name} is of type dict; it must be a str or a pathlib.Path"):
         TLS.from_files(**wrong)

@@ -84,7 +84,7 @@ OTHER_DEFAULTS = {"embed_stream": {"priority": "bulk", "batch_size": 64}, "searc
     ("options", "first", "second"),
     [(EmbedOptions, "embed", "embed_stream"), (SearchOptions, "search", "search_batch")],
 )
-def test_two_methods_with_the_same_options_declare_them_alike(
+def test_two_methods_with_the_same_options_have_equal_parameters(
     client: type, options: type, first: str, second: str
 ) -> None:
     def keywords(method: str) -> dict[str, inspect.Parameter]:

@@ -50,7 +50,7 @@ def refused(folder: Path) -> str:
     return str(error.value)
 
 
-def test_a_good_bundle_loads(bundle: Path) -> None:
+def test_a_valid_bundle_is_loaded(bundle: Path) -> None:
     model = Model.load("m", bundle)
     assert model.manifest.dimensions == 32
     assert model.size_bytes == (bundle / "onnx" / "model.onnx").stat().st_size
@@ -95,7 +95,7 @@ def test_a_graph_with_other_inputs_is_refused(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["onnx/model.onnx", "tokenizer.json", "reference.npz"])
-def test_a_file_of_rubbish_is_refused(bundle: Path, name: str) -> None:
+def test_a_model_file_with_invalid_content_is_refused(bundle: Path, name: str) -> None:
     (bundle / name).write_bytes(b"rubbish")
     resign(bundle)
     message = refused(bundle)

@@ -46,13 +46,13 @@ def data(name: str, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def opened(data: Path) -> Iterator[Collection]:
-    """The collection of the fixture, with a buffer that takes all of its records."""
+    """The collection of the fixture, with a buffer that is large enough for all its records."""
     with closing(Index(data, buffer_limit=1000)) as index:
         yield index.get("fixture")
 
 
 def the(data: Path, file: str) -> Path:
-    """The only file of a name, or of a pattern, in a data directory."""
+    """Return the only file in a data directory whose name equals `file` or matches it as a pattern."""
     (found,) = data.rglob(file)
     return found
 
@@ -67,7 +67,7 @@ def whole_backup(name: str, tmp_path: Path) -> bytes:
 
 
 def check(collection: Collection, name: str) -> None:
-    """Check records, searches and the verification of a collection against what its fixture says."""
+    """Check records, searches and the verification of a collection against the expected values of its fixture."""
     expected = description(name)["expected"]
     check_records(collection, expected)
     check_searches(collection, expected)
@@ -143,13 +143,13 @@ def test_a_fixture_has_the_formats_that_it_names(name: str, data: Path, tmp_path
 
 
 @pytest.mark.parametrize("name", FIXTURES)
-def test_a_data_directory_is_read(name: str, data: Path, opened: Collection) -> None:
+def test_a_data_directory_of_each_version_is_read(name: str, data: Path, opened: Collection) -> None:
     assert the(data, "records.db-wal").stat().st_size > 0, "the last writes are in the write-ahead log"
     check(opened, name)
 
 
 @pytest.mark.parametrize("name", FIXTURES)
-def test_a_snapshot_is_used_if_it_has_the_format_of_today(
+def test_a_snapshot_is_used_if_it_has_the_current_format(
     name: str, data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     version = versions(name)["snapshot"]
@@ -174,19 +174,19 @@ def test_a_graph_is_filled_and_saved_from_a_data_directory(name: str, data: Path
 
 
 @pytest.mark.parametrize("name", names("recall"))
-def test_recall_figures_are_read(data: Path) -> None:
+def test_recall_figures_of_each_version_are_read(data: Path) -> None:
     found = recall.load(the(data, "recall.json").parent)
     assert found is not None
     assert found.points
 
 
 @pytest.mark.parametrize("name", BACKUPS)
-def test_a_backup_is_restored(name: str, index: Index, tmp_path: Path) -> None:
+def test_a_backup_of_each_version_is_restored(name: str, index: Index, tmp_path: Path) -> None:
     check(restored(index, "fixture", whole_backup(name, tmp_path)), name)
 
 
 @pytest.mark.parametrize("version", CURRENT["database"])
-def test_a_database_gets_the_steps_that_it_lacks(version: int) -> None:
+def test_a_database_of_each_version_is_converted_to_the_current_schema(version: int) -> None:
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as older:
         schema.make(older, version)
         older.execute(f"PRAGMA user_version = {version}")
@@ -233,7 +233,7 @@ def test_a_newer_backup_is_refused(index: Index, tmp_path: Path, change: str, ne
 
 
 @pytest.mark.parametrize("name", [NEWEST])
-def test_a_newer_snapshot_is_left_aside(name: str, data: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_snapshot_of_a_newer_format_is_not_used(name: str, data: Path, caplog: pytest.LogCaptureFixture) -> None:
     newer, path = snapshots.FORMAT + 1, the(data, "graph-*.json")
     facts = {**json.loads(path.read_text(encoding="utf-8"))["facts"], "format": newer}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -246,7 +246,7 @@ def test_a_newer_snapshot_is_left_aside(name: str, data: Path, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("name", [NEWEST])
-def test_newer_recall_figures_are_measured_again(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_recall_figures_of_a_newer_format_are_not_read(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     newer, path = recall.FORMAT + 1, the(data, "recall.json")
     document = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**document, "format": newer}), encoding="utf-8")

@@ -60,7 +60,7 @@ def test_a_backup_with_a_flipped_bit_is_refused(index: Index, whole: bytes) -> N
         assert caught.value.reason == "BACKUP_DAMAGED"
 
 
-def test_random_pages_with_a_right_last_line_do_no_harm(index: Index, whole: bytes) -> None:
+def test_a_backup_with_changed_pages_and_a_valid_last_line_is_refused_or_sound(index: Index, whole: bytes) -> None:
     """Such files can come from an attacker who knows the format: SQLite reads arbitrary pages."""
     chance = random.Random(1)
     page = 4096
