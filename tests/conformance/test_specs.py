@@ -82,7 +82,7 @@ def test_a_truncation_that_does_not_exist_is_refused(open_index: OpenIndex) -> N
 def test_a_changed_binding_survives_a_restart(open_index: OpenIndex) -> None:
     with closing(open_index()) as index:
         collection = index.get(NAME)
-        assert index.update_fingerprint(NAME, "2" * 64, NEW).spec == SPEC  # it is bound by another one
+        assert index.update_fingerprint(NAME, "2" * 64, NEW).spec == SPEC  # the collection has another fingerprint
         assert index.update_fingerprint(NAME, OLD, NEW) is collection
         assert index.update_fingerprint(NAME, OLD, "3" * 64).spec.model_fingerprint == NEW
         assert spec_of(index).model_fingerprint == collection.spec.model_fingerprint == NEW

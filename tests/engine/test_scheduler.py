@@ -56,7 +56,7 @@ class Gate:
 
 
 async def hold(scheduler: Scheduler, gate: Gate, length: int) -> asyncio.Task[SubmissionResult]:
-    """Have a worker run a text of a length until the gate is opened; return the call."""
+    """Return a call of one text, in which a worker is blocked until the gate is opened."""
     running = asyncio.create_task(scheduler.run(gate, texts(length)))
     await asyncio.to_thread(gate.entered.wait, 300)
     return running

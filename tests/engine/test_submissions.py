@@ -1,4 +1,4 @@
-"""What a submission keeps of its batches: their lane, and the earliest start."""
+"""Submissions store the lane and the earliest start of their batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of a comparison that decide what is measured: samples, stored outcomes, estimates and plan."""
+"""Parts of a comparison that decide which measurements are made: samples, stored outcomes, estimates, plan."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_an_estimate_never_falls_with_more_texts_and_stays_a_share() -> None:
     assert 0 <= found.low <= found.value <= found.high <= 1
 
 
-def test_a_forecast_supports_budgets_with_equal_numbers_of_texts() -> None:
+def test_an_estimate_supports_budgets_with_equal_numbers_of_texts() -> None:
     figures = {
         (LINEAR, 16, False): MeasuredFigure(0.8, 0.01),
         (LINEAR, ALL, False): MeasuredFigure(0.8, 0.01),

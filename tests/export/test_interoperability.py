@@ -78,7 +78,7 @@ def refused(folder: Path, options: Mapping[str, str] | None = None) -> str:
 
 @pytest.fixture(scope="session")
 def foreign_folder(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What sentence-transformers makes of the tiny encoder for ONNX: token vectors in the graph, the rest in JSON."""
+    """The tiny encoder, exported by sentence-transformers: the graph gives token vectors, JSON files the pooling."""
     folder = tmp_path_factory.mktemp("foreign") / "sentence-transformers"
     by_sentence_transformers(tiny_source, folder)
     return folder
@@ -91,7 +91,7 @@ def expected(tiny_source: Path) -> Vectors:
 
 @pytest.fixture
 def edited(foreign_folder: Path, tmp_path: Path) -> Callable[[Edit], Path]:
-    """Gives a copy of the foreign folder without JSON that tells the pooling, its graph edited."""
+    """Return a function that copies the foreign folder without the JSON of the pooling, and edits the graph."""
 
     def edit(change: Edit) -> Path:
         folder = tmp_path / "edited"

@@ -14,7 +14,7 @@ from index.support import copy_made, gaussian, make_older
 
 COUNT, WIDTH = 30, 8
 LOST = "r00007"
-#: Rows around the lost record. Each lexical search reads every record, so these tests have few queries.
+#: Rows around the damaged record. Each lexical search reads every record, so these tests send few queries.
 NEAR = slice(5, 10)
 EVEN = Comparison("even", Operator.EQUAL, True)
 QUERIES = [f"text of r{i:05}" for i in range(COUNT)]

@@ -1,4 +1,4 @@
-"""Lexical and hybrid search: any text is a query, and what is written is found at once."""
+"""Lexical and hybrid search: any text is a valid query, and writes are found immediately."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ WORDS = {
 
 @pytest.mark.parametrize("change", WORDS.values(), ids=WORDS)
 def test_verify_reports_and_rebuilds_a_damaged_word_index(tmp_path: Path, change: str) -> None:
-    """A lexical search may miss texts without an error."""
+    """With such damage, a lexical search may miss texts without an error."""
     index = reopened_after(tmp_path, change)
     collection = index.get("c")
     assert problems(collection) in (

@@ -181,7 +181,7 @@ def test_lexical_and_hybrid_searches(client: Client, books: str) -> None:
 
 
 def test_queries_of_a_hybrid_search_have_an_ef_of_their_own(client: Client) -> None:
-    """Of a graph: it takes more records than other collections here have."""
+    """Only a graph has an ef, and it needs more records than other collections of these tests have."""
     client.create_collection("many", model="minilm")
     try:
         matrix = np.random.default_rng(0).standard_normal((4200, 384), dtype=np.float32)

@@ -39,6 +39,6 @@ def test_two_public_classes_share_a_name_only_for_a_listed_reason() -> None:
     assert {name: places for name, places in found.items() if len(places) > 1 and name not in SHARED} == {}
 
 
-def test_every_listed_name_is_shared() -> None:
+def test_every_listed_class_name_is_shared() -> None:
     found = classes()
     assert [name for name in SHARED if len(found.get(name, [])) < 2] == []
