@@ -369,7 +369,7 @@ def test_commands_send_the_filter_of_the_option_where(emberpc: Emberpc, fake: Fa
     assert emberpc("collection", "count", "books", "--json").objects == [{"count": 3}]
 
 
-def test_lexical_and_hybrid_search(emberpc: Emberpc, fake: FakeServer) -> None:
+def test_search_sends_mode_weight_and_fusion_of_a_hybrid_search(emberpc: Emberpc, fake: FakeServer) -> None:
     emberpc("collection", "create", "books", "--model", "canned")
     assert emberpc("search", "books", "an island", "--mode", "hybrid", "--dense-weight", 0.25).code == 0
     assert emberpc("search", "books", "an island", "--mode", "hybrid", "--fusion", "ranks").code == 0

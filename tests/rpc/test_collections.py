@@ -166,7 +166,7 @@ def test_the_response_of_a_write_states_sequence_and_durability(server: ServerPr
     assert refused.value.code() is grpc.StatusCode.ABORTED
 
 
-def test_lexical_and_hybrid_searches(client: Client, books: str) -> None:
+def test_lexical_and_hybrid_searches_find_words(client: Client, books: str) -> None:
     (lexical,) = client.search_batch(books, ["Honey, salt & kept bees"], mode="lexical", top_k=4)
     assert {hit.record.id for hit in lexical.hits} == {"bees", "bread"}
     assert (lexical.plan.strategy, lexical.plan.lexical_count) == ("lexical", 2)
@@ -180,7 +180,7 @@ def test_lexical_and_hybrid_searches(client: Client, books: str) -> None:
     assert 2 * 0.5 / 61 >= by_rank[0].score > by_rank[-1].score > 0
 
 
-def test_queries_of_a_hybrid_search_have_an_ef_of_their_own(client: Client) -> None:
+def test_queries_of_a_hybrid_search_have_their_own_ef(client: Client) -> None:
     """Only a graph has an ef, and it needs more records than other collections of these tests have."""
     client.create_collection("many", model="minilm")
     try:
@@ -199,7 +199,7 @@ def test_queries_of_a_hybrid_search_have_an_ef_of_their_own(client: Client) -> N
         client.delete_collection("many")
 
 
-def test_a_collection_without_a_model_has_lexical_search(client: Client) -> None:
+def test_a_collection_without_a_model_supports_only_lexical_search_of_texts(client: Client) -> None:
     client.create_collection("notes", dimensions=2)
     client.upsert("notes", [Record("a", "a note on bees"), Record("b", "another")], vectors=[[1, 0], [0, 1]])
     assert [hit.record.id for hit in client.search("notes", "bee", mode="lexical")] == ["a"]
