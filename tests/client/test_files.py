@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import stat
 import threading
@@ -13,8 +15,10 @@ import pytest
 
 from emberpc.client import InputError, Internal
 from emberpc.client._core.backups import BackupWriter
+from emberpc.client._core.files import NewFile
 from emberpc.v1 import index_pb2 as pb
 from fake_server import FakeServer
+from killed_writer import kills
 
 Shell = Any
 
@@ -85,3 +89,73 @@ def test_the_error_of_a_damaged_backup_names_the_pipe_that_received_it(tmp_path:
         writer.write(pb.BackupCollectionResponse(chunk=b"x", sha256="0" * 64))
         writer.finish()
     assert reader.all() == b"x"
+
+
+@pytest.fixture(params=[True, False], ids=["unnamed", "named"])
+def unnamed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the file system has files without a name. NFS has none."""
+    if not request.param:
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    elif not hasattr(os, "O_TMPFILE"):
+        pytest.skip("this system has no files without a name")
+    return bool(request.param)
+
+
+def test_a_kill_at_any_line_leaves_the_old_or_the_new_file(tmp_path: Path, unnamed: bool) -> None:
+    imports = "from emberpc.client._core import files as module"
+    if not unnamed:
+        imports += "\ndel os.O_TMPFILE"
+    write = "with module.NewFile(path) as file:\n        file.file.write(new.encode())\n        file.commit()"
+    found = kills(imports, write, tmp_path / "file")
+    assert set(found.contents) == {"old", "new"}
+    assert found.contents == sorted(found.contents, reverse=True)
+    # Killed writers leave files of their own names, which no other writer uses; without a name, hardly any.
+    left = found.left[-1]
+    assert all(name.startswith(".file-") and name.endswith(".part") for name in left)
+    assert len(left) == 1 if unnamed else len(left) > 1
+
+
+def test_a_new_file_that_is_not_committed_leaves_the_old_one(tmp_path: Path, unnamed: bool) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with NewFile(path) as new:
+        new.file.write(b"half")
+        assert len(list(tmp_path.iterdir())) == 1 + (not unnamed)
+    assert path.read_text() == "old"
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unnamed: bool, step: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "file"
+    path.write_text("old")
+    monkeypatch.setattr(os if step == "fsync" else Path, step, fail)
+    with pytest.raises(OSError, match="No space"), NewFile(path) as new:
+        new.file.write(b"new")
+        new.commit()
+    assert path.read_text() == "old"
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_writers_of_the_same_file_do_not_disturb_each_other(tmp_path: Path, unnamed: bool) -> None:
+    path = tmp_path / "file"
+    with NewFile(path) as first, NewFile(path) as second:
+        first.file.write(b"first")
+        second.file.write(b"second")
+        second.commit()
+        assert path.read_text() == "second"
+        first.commit()
+    assert path.read_text() == "first"
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_a_new_file_has_its_mode(tmp_path: Path, unnamed: bool, mode: int) -> None:
+    with NewFile(tmp_path / "file", mode) as new:
+        new.commit()
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode

@@ -209,15 +209,16 @@ elif moment == "half of a file":
     def torn(work):
         def write_half():
             work()
-            path = max(folder.rglob("graph-*.bin"))
+            (path,) = folder.rglob("graph-*.bin.*.tmp")
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getppid(), signal.SIGKILL)
         return in_child(write_half)
     persistent_graph.in_child = torn
 elif moment == "no sidecar":
-    snapshots.sync_to_disk = kill
+    snapshots.write_text_atomically = kill
 else:
-    pathlib.Path.rename = kill
+    replace = pathlib.Path.replace
+    pathlib.Path.replace = lambda path, target: kill() if target.suffix == ".json" else replace(path, target)
 collection = Index(folder, buffer_limit=8, snapshot_every=8).get("c")
 collection.delete([str(i) for i in range(80)])
 collection.upsert(records(*(str(i) for i in range(60, 100)), text="anew"), vectors(40, seed=9))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from emberpc.bundle.atomic_files import write_text_atomically
 from emberpc.server.collections import CollectionSpec, NewRecord
 from emberpc.server.collections.filters import Comparison, Operator
 from emberpc.server.collections.types import Matrix, StoredRecord
@@ -79,6 +80,15 @@ def check(collection: Collection, written: dict[str, tuple[int, Matrix]]) -> Non
     truth = {key: vector for key, (_, vector) in written.items()}
     assert recall(collection, truth, gaussian(20, WIDTH, seed=10**6), 10) >= 0.98
     assert [problem for step in collection.verify() for problem in step.problems] == []
+
+
+def test_a_file_that_the_disk_has_no_room_for_leaves_the_old_one(small_disk: Path) -> None:
+    path = small_disk / "file"
+    write_text_atomically(path, "old")
+    with pytest.raises(OSError, match="No space"):
+        write_text_atomically(path, "new" * 4 * MEGABYTE)
+    assert path.read_text() == "old"
+    assert list(small_disk.iterdir()) == [path]
 
 
 @pytest.mark.slow

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from dataclasses import asdict
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +151,20 @@ def test_a_flipped_bit_in_a_recall_file_is_found(tmp_path: Path) -> None:
         flipped[bit // 8] ^= 1 << bit % 8
         path.write_bytes(flipped)
         assert recall_map.load(tmp_path) in (None, MEASURED), bytes(flipped)
+
+
+def test_measurements_that_cannot_be_written_leave_the_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    recall_map.save(MEASURED, tmp_path)
+    monkeypatch.setattr(os, "fsync", fail)
+    recall_map.save(replace(MEASURED, size=1), tmp_path)
+    assert "not kept" in caplog.text
+    assert recall_map.load(tmp_path) == MEASURED
+    assert [path.name for path in tmp_path.iterdir()] == ["recall.json"]
 
 
 def test_a_recall_file_without_a_checksum_is_read(tmp_path: Path) -> None:

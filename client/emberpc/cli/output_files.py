@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from emberpc.cli.errors import CliError
 from emberpc.client import InputError
-from emberpc.client._core.files import Target, target_of
-
-#: Folder in which Linux has a link to each open file of the process. Through it, a file without a name gets one.
-_OPEN_FILES = Path("/proc/self/fd")
+from emberpc.client._core.files import NewFile, Target, target_of
 
 
 def check_output_path(path: Path, overwrite: bool, *, takes_streams: bool = True) -> Target:
@@ -53,10 +48,8 @@ def check_output_path(path: Path, overwrite: bool, *, takes_streams: bool = True
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Context manager that yields a new file, which replaces `path` if the block ends without an exception.
 
-    The new file is synced to disk before that. While the block runs, the file has no name, so nothing remains if the
-    process is killed. Without unnamed files (NFS, macOS), a killed process leaves `.NAME-….part`. If `path` is a link,
-    the file behind the link is replaced. A device, a pipe, or an open file such as `/dev/stdout` is not replaced, but
-    written to directly.
+    See `NewFile`. If `path` is a link, the file behind the link is replaced. A device, a pipe, or an open file such as
+    `/dev/stdout` is not replaced, but written to directly.
 
     Raises:
         CliError: the path is a folder, a disk or a socket, or cannot be resolved; the file cannot be written; or the
@@ -64,8 +57,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     target = _target(path)
     try:
-        with target.path.open("wb") if target.is_stream else _replacing(target.path) as file:
-            yield file
+        if target.is_stream:
+            with target.path.open("wb") as file:
+                yield file
+        else:
+            with NewFile(target.path) as new:
+                yield new.file
+                new.commit()
     except OSError as error:
         raise CliError(f"{path} cannot be written: {error.strerror or error}") from error
 
@@ -81,54 +79,3 @@ def _target(path: Path) -> Target:
         raise CliError(str(error)) from error
     except OSError as error:
         raise CliError(f"--output: {path} cannot be written: {error.strerror or error}") from error
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """Context manager that replaces `path` as `atomic_file` does; `path` is no stream and has no links.
-
-    Raises OSError, not CliError.
-    """
-    part = path.with_name(f".{path.name}-{secrets.token_hex(4)}.part")
-    try:
-        file, named = _opened(part)
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            if not named:
-                # The source is a link to the open file. link() would link the link itself. With any `src_dir_fd`,
-                # Python calls linkat(), which follows the link and so gives the file the name `part`.
-                os.link(_OPEN_FILES / str(file.fileno()), part, src_dir_fd=file.fileno())
-        part.replace(path)
-        _synchronise(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _opened(part: Path) -> tuple[BinaryIO, bool]:
-    """Open a new file in the folder of `part`. Return the file, and whether its name is `part`; else it has no name.
-
-    Raises OSError if no file can be created.
-    """
-    if hasattr(os, "O_TMPFILE") and _OPEN_FILES.is_dir():
-        # An error means that the file system has no unnamed files, or that no file can be created here. In the second
-        # case `part.open` below fails too, and raises the error.
-        with suppress(OSError):
-            return os.fdopen(os.open(part.parent, os.O_TMPFILE | os.O_WRONLY, 0o666), "wb"), False
-    return part.open("xb"), True
-
-
-def _synchronise(folder: Path) -> None:
-    """Sync the entries of a folder to disk, so that a renamed file keeps its new name after a crash of the host.
-
-    A folder that may be written but not read cannot be synced. The file is there all the same.
-    """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

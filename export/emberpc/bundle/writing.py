@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from emberpc.bundle.atomic_files import sync_to_disk
 from emberpc.bundle.errors import BundleError
 from emberpc.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest
 from emberpc.bundle.reading import sha256_of
@@ -179,11 +180,11 @@ def finish_bundle(folder: Path, manifest: Manifest) -> Manifest:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path != manifest_path:
             files[path.relative_to(folder).as_posix()] = FileEntry(sha256_of(path), path.stat().st_size)
-        _sync(path)
+        sync_to_disk(path)
     manifest = dataclasses.replace(manifest, files=files)
     manifest_path.write_text(manifest.to_json(), encoding="utf-8")
-    _sync(manifest_path)
-    _sync(folder)
+    sync_to_disk(manifest_path)
+    sync_to_disk(folder)
     return manifest
 
 
@@ -205,13 +206,4 @@ def _replace(staging: Path, target: Path) -> None:
             os.close(lock)
     else:
         staging.rename(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    """Sync a file, or a folder's directory entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_to_disk(target.parent)

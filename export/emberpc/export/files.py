@@ -1,4 +1,4 @@
-"""Write files atomically: under another name first; a complete file is renamed to its final name."""
+"""Write files atomically, see `emberpc.bundle.atomic_files`; follow links, and refuse devices and pipes."""
 
 from __future__ import annotations
 
@@ -7,31 +7,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from emberpc.bundle.atomic_files import atomic_path
 from emberpc.export.errors import ExportError
 
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path`, to which the block must write a new file; the new file then replaces `path`.
+    """Yield the path of a new file beside `path`, which the block must write; it then replaces `path`: `atomic_path`.
 
-    The folder of `path` must exist. If the block raises an exception, the new file is removed, and `path` stays
-    unchanged. If `path` is a symbolic link, the link stays, and the file that it leads to is replaced. Two blocks must
-    not write to the same `path` at the same time: their new files would have the same name.
+    The folder of `path` must exist. If `path` is a symbolic link, the link stays, and the file that it leads to is
+    replaced.
 
     Raises:
         ExportError: `path` is a device, a pipe or a folder, or leads to one.
-        OSError: the new file cannot be moved to `path`, or the block wrote no file.
+        OSError: the new file cannot be created, synced to disk or renamed.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise ExportError(f"{path} is not a file but a device, a pipe or a folder; move it, or choose another place")
-    beside = target.with_name(f"{target.name}.new")
-    try:
+    with atomic_path(target) as beside:
         yield beside
-        beside.replace(target)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from emberpc.bundle.atomic_files import write_text_atomically
+
 #: Name of the file in the data directory that records a passed check.
 _MARKER = "hnswlib-checked"
 #: Seconds to wait for the end of a check, after `meanwhile` has returned. A check that takes longer is stopped, and
@@ -74,7 +76,7 @@ def hnswlib_problem(data_dir: Path, meanwhile: Callable[[], object] = lambda: No
     if status == 0 and key:
         # If the directory does not exist yet or is read-only, the next start of the server repeats the check.
         with suppress(OSError):
-            marker.write_text(key, encoding="ascii")
+            write_text_atomically(marker, key)
     return ""
 
 

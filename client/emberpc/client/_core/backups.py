@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import BinaryIO
 
 from emberpc.client._core import checks
 from emberpc.client._core.collections import read_collection
-from emberpc.client._core.files import target_of
+from emberpc.client._core.files import NewFile, target_of
 from emberpc.client._core.rpc_call import Call, Method
 from emberpc.client.exceptions import Internal
 from emberpc.client.types import ByteProgress, Collection
@@ -48,9 +47,9 @@ def restore_collection(name: str) -> Call[pb.RestoreCollectionResponse, Collecti
 
 
 class BackupWriter:
-    """Writes a backup to a temporary file in the same folder; `finish` syncs it to disk and renames it to `path`.
+    """Writes a backup to a `NewFile`; `finish` syncs it to disk and gives it the name `path`.
 
-    A context manager, which removes the temporary file if it was not renamed. If `path` is a link, the file behind the
+    A context manager, which discards the new file unless `finish` ended. If `path` is a link, the file behind the
     link is replaced. A device, a pipe or the path of an open file, such as `/dev/stdout`, is not replaced: it receives
     the bytes as they arrive. Only the owner may read and write the new file (mode 0600).
 
@@ -61,20 +60,15 @@ class BackupWriter:
     Raises:
         InputTypeError: `progress` is not a function, or the path is neither a str nor a path object.
         InputError: the path is a folder, a disk or a socket.
-        OSError: the temporary file cannot be created.
+        OSError: the new file cannot be created.
     """
 
     def __init__(self, path: Path | str, progress: ByteProgress | None) -> None:
         checks.function(progress, "progress")
         self._target = target_of(path, "path")
         self._progress = progress
-        self._temporary: Path | None = None
-        self._file: BinaryIO | None = None
-        if not self._target.is_stream:
-            final = self._target.path
-            descriptor, name = tempfile.mkstemp(".part", f".{final.name}.", final.absolute().parent)
-            self._temporary = Path(name)
-            self._file = os.fdopen(descriptor, "wb")
+        self._new = None if self._target.is_stream else NewFile(self._target.path, 0o600)
+        self._file = self._new.file if self._new is not None else None
         self._digest = hashlib.sha256()
         self._stated = ""
         self._done = self._total = 0
@@ -85,12 +79,12 @@ class BackupWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._file is not None:
+        if self._new is not None:
+            self._new.close()
+        elif self._file is not None:
             # Closing a pipe may raise OSError, which must not replace the error that ended the block, if there is one.
             with suppress(OSError) if kind is not None else nullcontext():
                 self._file.close()
-        if self._temporary is not None:
-            self._temporary.unlink(missing_ok=True)
 
     def write(self, message: pb.BackupCollectionResponse) -> None:
         """Write the bytes of the next response, and count them for `report`; raise OSError if the write fails."""
@@ -120,26 +114,16 @@ class BackupWriter:
         """
         whole = self._stated == self._digest.hexdigest()
         path = self._target.path
-        if not whole and self._temporary is not None:
+        if not whole and self._new is not None:
             raise Internal(f"the backup that came is not the one that was sent; {path} was not written, try again")
         if not whole:
             raise Internal(
                 f"the backup that came is not the one that was sent; throw away what went into {path}, and try again"
             )
-        file = self._opened()
-        file.flush()
-        if self._temporary is None:
-            return self._done
-        os.fsync(file.fileno())
-        self._temporary.replace(path)
-        try:
-            folder = os.open(path.absolute().parent, os.O_RDONLY)
-        except PermissionError:  # a folder that may be written but not read cannot be synced
-            return self._done
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if self._new is not None:
+            self._new.commit()
+        else:
+            self._opened().flush()
         return self._done
 
     def _opened(self) -> BinaryIO:

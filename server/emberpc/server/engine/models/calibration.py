@@ -13,6 +13,7 @@ from time import perf_counter, thread_time, time
 import numpy as np
 import onnxruntime as ort
 
+from emberpc.bundle.atomic_files import write_text_atomically
 from emberpc.bundle.cores import quota, usable_cores
 from emberpc.server.engine.models.model import Model
 from emberpc.server.engine.tokenizing import Truncation
@@ -106,7 +107,7 @@ def calibrated_batch_tokens(model: Model, record: Path, stop: Callable[[], bool]
         "core_share": measured.share,
     }
     try:
-        record.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write_text_atomically(record, json.dumps(found, indent=2) + "\n")
     except OSError:
         log.warning("%s cannot be written; the size of micro-batches is measured again at the next start", record)
     return Calibration(best)

@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from emberpc.bundle.atomic_files import atomic_path, write_text_atomically
 from emberpc.server.collections.types import CollectionSpec
 from emberpc.server.index.graph.hnsw import GraphError
 from emberpc.server.index.graph.persistent_graph import GraphContents, PendingSave, PersistentGraph
 from emberpc.server.index.graph.shells import Shells
-from emberpc.server.index.storage.files import sha256_of, sync_to_disk
+from emberpc.server.index.storage.files import sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -50,26 +51,23 @@ def save(begin: Callable[[Path], PendingSave], spec: CollectionSpec, identity: s
     number = max((_number(path) for path in folder.glob("graph-*.json")), default=0) + 1
     path = folder / f"graph-{number:08}.bin"
     try:
-        saving = begin(path)
-        saving.wait()
-        size = path.stat().st_size
-        # The size is checked, since hnswlib reports success on a full disk too.
-        if size != saving.size:
-            raise OSError(f"{path.name} has {size} of {saving.size} bytes")
-        sync_to_disk(path)
-        facts = {
-            **_facts(spec, identity),
-            "size": size,
-            "sha256": sha256_of(path),
-            "count": saving.live,
-            **_contents_to_json(saving.contents),
-            "newest": saving.newest,
-        }
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"facts": facts, "facts_sha256": _digest(facts)}), encoding="utf-8")
-        sync_to_disk(temporary)
-        temporary.rename(path.with_suffix(".json"))
-        sync_to_disk(folder)
+        with atomic_path(path) as temporary:
+            saving = begin(temporary)
+            saving.wait()
+            size = temporary.stat().st_size
+            # The size is checked, since hnswlib reports success on a full disk too.
+            if size != saving.size:
+                raise OSError(f"{path.name} has {size} of {saving.size} bytes")
+            facts = {
+                **_facts(spec, identity),
+                "size": size,
+                "sha256": sha256_of(temporary),
+                "count": saving.live,
+                **_contents_to_json(saving.contents),
+                "newest": saving.newest,
+            }
+        document = json.dumps({"facts": facts, "facts_sha256": _digest(facts)})
+        write_text_atomically(path.with_suffix(".json"), document)
     finally:
         _clean(folder)
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from emberpc.bundle.atomic_files import write_text_atomically
 from emberpc.server.collections.metric import nearest, prepare
 from emberpc.server.collections.types import Distance, Matrix
 from emberpc.server.index.graph.neighbours import Neighbours
-from emberpc.server.index.storage.files import sync_to_disk
 from emberpc.server.index.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -146,15 +146,11 @@ def save(measured: RecallMap, folder: Path) -> None:
 
     An error of the file system is only logged; the file of an earlier measurement then stays.
     """
-    temporary = folder / f"{_NAME}.tmp"
+    values = {"format": FORMAT, **asdict(measured)}
     try:
-        values = {"format": FORMAT, **asdict(measured)}
-        temporary.write_text(json.dumps({**values, "checksum": _checksum(values)}), encoding="utf-8")
-        sync_to_disk(temporary)
-        temporary.rename(folder / _NAME)
+        write_text_atomically(folder / _NAME, json.dumps({**values, "checksum": _checksum(values)}))
     except OSError as error:
         log.warning("%s: not kept: %s", folder / _NAME, error)
-        temporary.unlink(missing_ok=True)
 
 
 def load(folder: Path) -> RecallMap | None:

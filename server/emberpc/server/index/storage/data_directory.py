@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from emberpc.bundle.atomic_files import sync_to_disk
 from emberpc.server import descriptors
 from emberpc.server.collections.types import CollectionSpec
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.storage import wal
 from emberpc.server.index.storage.database import DESCRIPTORS, connect, transaction, translated
-from emberpc.server.index.storage.files import sync_to_disk
 from emberpc.server.index.storage.reserve import Reserve
 
 log = logging.getLogger(__name__)

@@ -1,11 +1,10 @@
-"""Helpers for files in the data directory: full disks, errors, new folders, synchronisation to disk, checksums."""
+"""Helpers for files in the data directory: full disks, errors, new folders, checksums."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import logging
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -70,19 +69,6 @@ def new_folder(collections: Path) -> Path:
     folder = collections / uuid.uuid4().hex
     folder.mkdir(parents=True)
     return folder
-
-
-def sync_to_disk(path: Path) -> None:
-    """Wait until the content of a file, or the list of entries of a directory, is on disk.
-
-    Raises:
-        OSError: the path does not exist or cannot be written to disk.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:
