@@ -8,8 +8,8 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
-from time import perf_counter
 
 import pytest
 
@@ -19,6 +19,13 @@ from emberpc.server.engine.models.calibration import Calibration, calibrated_bat
 from emberpc.server.engine.models.encoders import Encoder
 from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenIds
+
+
+def give_share(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Let the measurement see a host on which its thread has a share of a core. Each run takes the same time."""
+    looks = count()
+    monkeypatch.setattr(calibration, "perf_counter", lambda: float(next(looks)))
+    monkeypatch.setattr(calibration, "thread_time", lambda: share * next(looks))
 
 
 def test_the_smallest_batch_size_near_the_best_rate_is_chosen() -> None:
@@ -38,7 +45,7 @@ def test_the_batch_size_is_measured_once_and_again_if_its_record_is_unusable(
 
     model, record = Model.load("m", tiny_bundle), tmp_path / "calibration.json"
     monkeypatch.setattr(Encoder, "run", counted)
-    monkeypatch.setattr(calibration, "thread_time", perf_counter)  # as on a host that is not busy
+    give_share(monkeypatch, 1.0)
     first = calibrated_batch_tokens(model, record)
     assert first is not None
     assert first.batch_tokens in (128, 256, 512, 1024)
@@ -59,7 +66,7 @@ def test_the_batch_size_is_measured_once_and_again_if_its_record_is_unusable(
 def measured(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Model, Path]:
     """A model, and the record of a calibration on an idle host; a new calibration would choose another batch size."""
     model, record = Model.load("m", tiny_bundle), tmp_path / "calibration.json"
-    monkeypatch.setattr(calibration, "thread_time", perf_counter)
+    give_share(monkeypatch, 1.0)
     calibrated_batch_tokens(model, record)
     monkeypatch.setattr(calibration, "choose", lambda _: 999)
     return model, record
@@ -72,11 +79,10 @@ def test_a_calibration_on_a_busy_host_is_used_but_not_stored(
     with ThreadPoolExecutor(1) as pool:
         engine = Engine(Registry(pool), pool, workers=1, batch_tokens=0, max_queue_tokens=1000)
         engine.registry.load("m", tiny_bundle)
-        # The thread has half a core.
-        monkeypatch.setattr(calibration, "thread_time", lambda: perf_counter() / 2)
+        give_share(monkeypatch, 0.5)
         assert not engine.calibrate(record)
         assert not record.exists()
-        monkeypatch.setattr(calibration, "thread_time", perf_counter)
+        give_share(monkeypatch, 1.0)
         assert engine.calibrate(record)
         assert record.exists()
         engine.close()

@@ -14,6 +14,7 @@ import pytest
 from emberpc.bundle import Task
 from emberpc.server.engine import Model, Registry
 from emberpc.server.errors import Code, ServiceError
+from waiting import Changes
 
 
 @pytest.fixture
@@ -56,11 +57,11 @@ async def test_a_call_keeps_its_version_until_its_task_is_done(registry: Registr
 
 async def until_dead(model: weakref.ref[Model]) -> None:
     """Wait until a model is freed, which happens in another thread."""
-
-    end = asyncio.get_running_loop().time() + 10
-    while model() is not None:
-        assert asyncio.get_running_loop().time() < end
-        await asyncio.to_thread(lambda: None)
+    changes = Changes()
+    if (alive := model()) is not None:
+        weakref.finalize(alive, changes.notify)
+    del alive
+    await changes.until(lambda: model() is None)
 
 
 async def test_removal_of_a_model_ends_after_its_last_call(registry: Registry, tiny_bundle: Path) -> None:

@@ -78,7 +78,7 @@ def test_tasks_run_concurrently_and_their_results_are_in_order(cores: Cores) -> 
 
     def task(number: int) -> Callable[[Check], int]:
         def run(_check: Check) -> int:
-            meeting.wait(timeout=60)
+            meeting.wait(timeout=300)
             return number
 
         return run

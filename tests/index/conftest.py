@@ -10,6 +10,7 @@ import pytest
 from emberpc.server.collections import CollectionSpec
 from emberpc.server.index import Collection, Index
 from emberpc.server.index.storage import reserve
+from index.support import Clock
 from index_helpers import DIMENSIONS
 
 
@@ -31,6 +32,12 @@ def index(tmp_path: Path) -> Iterator[Index]:
 @pytest.fixture
 def collection(index: Index) -> Collection:
     return index.create(CollectionSpec("c", DIMENSIONS))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of times to live, which the test moves on."""
+    return Clock(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

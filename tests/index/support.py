@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import sqlite3
 import tempfile
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime, tzinfo
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +19,13 @@ import pytest
 from emberpc.server.collections import NewRecord
 from emberpc.server.collections.types import Matrix
 from emberpc.server.errors import Code, ServiceError
-from emberpc.server.index import Collection
-from emberpc.server.index.storage import schema
+from emberpc.server.index import Collection, Index
+from emberpc.server.index.jobs.expiry import ExpiryThread
+from emberpc.server.index.storage import schema, store
 from emberpc.server.index.storage.damage import lenient_text
 from emberpc.server.index.storage.rows import DAMAGE_ERRORS, ROW_COLUMNS, Row
 from index_helpers import records, true_scores
+from waiting import Changes
 
 
 def gaussian(count: int, dimensions: int, seed: int = 0) -> Matrix:
@@ -106,3 +111,30 @@ def refused(code: Code, *words: str, field: str = "") -> Iterator[pytest.Excepti
         assert word in caught.value.message
     if field:
         assert field in [violation.field for violation in caught.value.violations]
+
+
+class Clock:
+    """The clock of the index. It stands still until the test moves it on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = time.time()
+        self._changes = Changes()
+        self._changes.watch(monkeypatch, ExpiryThread, "_handle")
+
+        class Now(datetime):
+            """Times of this clock."""
+
+            @classmethod
+            def now(cls, tz: tzinfo | None = None) -> Any:
+                return datetime.fromtimestamp(time.time(), tz)
+
+        monkeypatch.setattr(time, "time", lambda: self.now)
+        monkeypatch.setattr(store, "datetime", Now)
+
+    def move_on(self, index: Index, seconds: float, condition: Callable[[], object]) -> None:
+        """Move on by some seconds, and wait until the thread that deletes expired records makes a condition true."""
+        assert not condition()
+        self.now += seconds + 1e-3  # times are rounded to microseconds
+        with index._expiry_thread._changed:
+            index._expiry_thread._changed.notify()
+        self._changes.wait_for(condition)

@@ -21,8 +21,7 @@ from emberpc.server.errors import Code
 from emberpc.server.index import Collection, Index
 from emberpc.server.index.jobs.backup import pieces
 from index.backups import folders, restored, taken
-from index.support import gaussian, numbered, refused
-from index.test_expiry import soon
+from index.support import Clock, gaussian, numbered, refused
 from index_helpers import DIMENSIONS, records, vectors
 
 
@@ -75,11 +74,11 @@ def test_a_collection_with_a_damaged_record_is_not_backed_up_until_it_is_repaire
     assert taken(collection)
 
 
-def test_a_restored_record_expires_at_its_first_expire_time(index: Index, collection: Collection) -> None:
+def test_a_restored_record_expires_at_its_first_expire_time(index: Index, collection: Collection, clock: Clock) -> None:
     """A record that expires before the restore is missing in the copy."""
-    collection.upsert([NewRecord("long", time_to_live=3600), NewRecord("short", time_to_live=0.3)], vectors(2))
+    collection.upsert([NewRecord("long", time_to_live=3600), NewRecord("short", time_to_live=2)], vectors(2))
     whole = taken(collection)
-    assert soon(lambda: collection.count() == 1)
+    clock.move_on(index, 2, lambda: collection.count() == 1)
     copy = restored(index, "copy", whole)
     assert [record.id for record in copy.get(["long", "short"])] == ["long"]
     assert copy.get(["long"]) == collection.get(["long"])

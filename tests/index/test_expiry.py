@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,35 +10,29 @@ from emberpc.server.collections import CollectionSpec, NewRecord
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, Index
 from emberpc.server.index.storage.store import Store
+from index.support import Clock
 from index_helpers import DIMENSIONS, records, vectors
 
-#: Time to live in seconds of records that a test reads before they expire, also on a host that is ten times slower.
+#: Time to live of records in seconds, by the clock of the test.
 LIFE = 2.0
-
-
-def soon(condition: Callable[[], bool], seconds: float = 300) -> bool:
-    until = time.monotonic() + seconds
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.002)
-    return condition()
 
 
 def short_lived(*ids: str, seconds: float) -> list[NewRecord]:
     return [NewRecord(each, f"text of {each}", time_to_live=seconds) for each in ids]
 
 
-def test_a_record_is_deleted_after_its_time_to_live_and_others_stay(collection: Collection) -> None:
+def test_a_record_is_deleted_after_its_time_to_live_and_others_stay(
+    index: Index, collection: Collection, clock: Clock
+) -> None:
     matrix = vectors(3)
     collection.upsert(records("stays"), matrix[:1])
-    before = time.time()
     collection.upsert(short_lived("goes", seconds=LIFE), matrix[1:2])
     collection.upsert(short_lived("goes later", seconds=3600), matrix[2:])
     (there,) = collection.get(["goes"])
     assert there.expire_time is not None
-    assert before + LIFE <= there.expire_time.timestamp() + 1e-3
+    assert there.expire_time.timestamp() == pytest.approx(clock.now + LIFE, abs=1e-3)
     sequence = collection.info().sequence
-    assert soon(lambda: not collection.get(["goes"]))
-    assert time.time() >= there.expire_time.timestamp()
+    clock.move_on(index, LIFE, lambda: not collection.get(["goes"]))
     assert collection.info().sequence == sequence + 1
     hits = collection.search(matrix[1:2], 3)[0].hits
     assert {record.id for record, _ in hits} == {"stays", "goes later"}
@@ -48,23 +40,21 @@ def test_a_record_is_deleted_after_its_time_to_live_and_others_stay(collection: 
     assert not [problem for step in collection.verify() for problem in step.problems]
 
 
-def test_an_upsert_replaces_the_time_to_live(collection: Collection) -> None:
-    collection.upsert(short_lived("a", "b", seconds=0.2), vectors(2))
+def test_an_upsert_replaces_the_time_to_live(index: Index, collection: Collection, clock: Clock) -> None:
+    collection.upsert(short_lived("a", "b", seconds=LIFE), vectors(2))
     collection.upsert(records("a"), vectors(1))
-    assert soon(lambda: not collection.get(["b"]))
+    clock.move_on(index, LIFE, lambda: not collection.get(["b"]))
     assert collection.get(["a"])[0].expire_time is None
 
 
-def test_records_that_expire_while_the_index_is_closed_are_not_found(tmp_path: Path) -> None:
+def test_records_that_expire_while_the_index_is_closed_are_not_found(tmp_path: Path, clock: Clock) -> None:
     matrix = vectors(20)
     index = Index(tmp_path, buffer_limit=8)
     collection = index.create(CollectionSpec("c", DIMENSIONS))
     collection.upsert(records("stays"), matrix[:1])
     collection.upsert(short_lived(*map(str, range(19)), seconds=LIFE), matrix[1:])
-    expire_time = collection.get(["0"])[0].expire_time
     index.close()
-    assert expire_time is not None
-    assert soon(lambda: time.time() > expire_time.timestamp())
+    clock.now += 2 * LIFE
     reopened = Index(tmp_path, buffer_limit=8)
     try:
         collection = reopened.get("c")
@@ -73,24 +63,24 @@ def test_records_that_expire_while_the_index_is_closed_are_not_found(tmp_path: P
         reopened.close()
 
 
-def test_records_expire_after_a_restart(tmp_path: Path) -> None:
+def test_records_expire_after_a_restart(tmp_path: Path, clock: Clock) -> None:
     index = Index(tmp_path)
-    index.create(CollectionSpec("c", DIMENSIONS)).upsert(short_lived("a", seconds=1), vectors(1))
+    index.create(CollectionSpec("c", DIMENSIONS)).upsert(short_lived("a", seconds=LIFE), vectors(1))
     index.close()
     reopened = Index(tmp_path)
     try:
-        assert soon(lambda: reopened.get("c").count() == 0)
+        clock.move_on(reopened, LIFE, lambda: reopened.get("c").count() == 0)
     finally:
         reopened.close()
 
 
 def test_many_expired_records_are_deleted_in_writes_of_a_limited_size(
-    collection: Collection, monkeypatch: pytest.MonkeyPatch
+    index: Index, collection: Collection, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("emberpc.server.index.collection._EXPIRED_AT_ONCE", 100)
     ids = [str(i) for i in range(230)]
-    collection.upsert(short_lived(*ids, seconds=0.5), vectors(len(ids)))
-    assert soon(lambda: collection.count() == 0)
+    collection.upsert(short_lived(*ids, seconds=LIFE), vectors(len(ids)))
+    clock.move_on(index, LIFE, lambda: collection.count() == 0)
     assert collection.info().sequence == 4
 
 

@@ -13,12 +13,15 @@ import pytest
 from emberpc.server.collections import CollectionSpec, NewRecord
 from emberpc.server.deadlines import Deadline
 from emberpc.server.errors import Code
-from emberpc.server.index import Collection, Index
+from emberpc.server.index import Collection, Index, open_collections
+from emberpc.server.index.jobs.expiry import ExpiryThread
+from emberpc.server.index.jobs.maintenance_thread import MaintenanceThread
 from emberpc.server.index.open_collections import OpenCollections, derived_limit
 from emberpc.server.index.storage.readers import MOST_DESCRIPTORS
 from index.backups import restored, taken
 from index.support import gaussian, numbered, refused
-from index.test_threads import together, until
+from index.test_threads import together
+from waiting import Changes
 
 WIDTH = 8
 MOST = 3
@@ -28,6 +31,16 @@ MOST = 3
 def index(tmp_path: Path) -> Iterator[Index]:
     with closing(Index(tmp_path, buffer_limit=8, max_open=MOST)) as opened:
         yield opened
+
+
+@pytest.fixture
+def changes(monkeypatch: pytest.MonkeyPatch) -> Changes:
+    """Notified when a thread of the index has maintained a collection, closed one, or deleted expired records."""
+    found = Changes()
+    found.watch(monkeypatch, MaintenanceThread, "_handle")
+    found.watch(monkeypatch, ExpiryThread, "_handle")
+    found.watch(monkeypatch, open_collections, "_close")
+    return found
 
 
 def made(index: Index, i: int, count: int = 1) -> Collection:
@@ -96,14 +109,14 @@ def test_a_call_in_progress_keeps_its_collection_open(index: Index) -> None:
     assert found(collection, 0) == ["r00000"]
 
 
-def test_a_snapshot_is_saved_only_if_the_graph_changed(index: Index) -> None:
+def test_a_snapshot_is_saved_only_if_the_graph_changed(index: Index, changes: Changes) -> None:
     collection = made(index, 0, count=40)
     collection.maintain()
-    until(collection.close_idle)
+    changes.wait_for(collection.close_idle)
     (saved,) = collection._folder.glob("graph-*.json")
     assert found(collection, 0) == ["r00000"]
     assert collection._neighbours.graph_size
-    until(collection.close_idle)
+    changes.wait_for(collection.close_idle)
     assert [*collection._folder.glob("graph-*.json")] == [saved]
 
 
@@ -121,30 +134,30 @@ def test_a_collection_whose_snapshot_cannot_be_written_stays_open(
     assert is_open(collection)
 
 
-def test_a_collection_with_an_unsaved_graph_is_closed_in_the_background(index: Index) -> None:
+def test_a_collection_with_an_unsaved_graph_is_closed_in_the_background(index: Index, changes: Changes) -> None:
     first = made(index, 0, count=40)
     first.maintain()
     others = [made(index, i) for i in range(1, 4)]
     assert not is_open(others[0])
-    until(lambda: not is_open(first))
+    changes.wait_for(lambda: not is_open(first))
     assert list(first._folder.glob("graph-*.json"))
 
 
-def test_records_of_a_closed_collection_expire(index: Index) -> None:
+def test_records_of_a_closed_collection_expire(index: Index, changes: Changes) -> None:
     collection = index.create(CollectionSpec("c", WIDTH))
     collection.upsert([NewRecord("goes", time_to_live=0.5), NewRecord("stays")], gaussian(2, WIDTH))
     assert collection.close_idle()
-    until(lambda: collection.info().record_count == 1)
+    changes.wait_for(lambda: collection.info().record_count == 1)
 
 
-def test_a_verification_continues_after_the_collection_was_closed(index: Index) -> None:
+def test_a_verification_continues_after_the_collection_was_closed(index: Index, changes: Changes) -> None:
     collection = made(index, 0, count=40)
     steps = collection.verify()
     checked = []
     for step in steps:
         assert not step.problems
         checked.append(step.checked)
-        until(collection.close_idle)
+        changes.wait_for(collection.close_idle)
     assert checked[-1] == 40
 
 
@@ -165,12 +178,12 @@ def test_reembedding_continues_after_its_collections_were_closed(index: Index) -
     assert not is_open(source)
 
 
-def test_collections_without_calls_are_closed_after_the_idle_time(tmp_path: Path) -> None:
+def test_collections_without_calls_are_closed_after_the_idle_time(tmp_path: Path, changes: Changes) -> None:
     with closing(Index(tmp_path, idle_seconds=0.01)) as index:
         collection = made(index, 0)
-        until(lambda: not len(index._open_collections))
+        changes.wait_for(lambda: not len(index._open_collections))
         assert found(collection, 0) == ["r00000"]
-        until(lambda: not descriptors_of(collection))
+        changes.wait_for(lambda: not descriptors_of(collection))
 
 
 def test_calls_succeed_while_their_collections_are_closed(index: Index) -> None:

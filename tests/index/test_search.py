@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,10 @@ from emberpc.server.collections import CollectionSpec, Distance, SearchStrategy
 from emberpc.server.collections.types import Labels, Matrix
 from emberpc.server.errors import Code
 from emberpc.server.index import Collection, Index
+from emberpc.server.index.jobs import maintenance_thread
+from emberpc.server.index.jobs.maintenance_thread import Maintained, MaintenanceThread
 from index.support import gaussian, numbered, recall, refused
+from waiting import Changes
 
 
 @pytest.fixture
@@ -219,20 +221,39 @@ def test_the_graph_takes_the_whole_buffer_when_writes_pause(tmp_path: Path) -> N
         assert collection._graph_maintenance.due_at_rest is None
 
 
-def test_maintenance_runs_once_after_the_last_write(index: Index) -> None:
+def test_maintenance_runs_once_after_the_last_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    rests = 0
     maintained: list[float] = []
-    done = threading.Event()
+    changes = Changes()
 
     class Resting:
         def maintain(self) -> None:
-            maintained.append(time.monotonic())
-            done.set()
+            maintained.append(now)
 
+    class Thread(MaintenanceThread):
+        def _take(self) -> Maintained | float | None:
+            nonlocal rests
+            taken = super()._take()
+            rests += taken is None or isinstance(taken, float)
+            return taken
+
+    def look(thread: Thread, time: float) -> None:
+        """Have the thread look at a time, and wait until it has done what is due."""
+        nonlocal now
+        with thread._changed:
+            now, before = time, rests
+            thread._changed.notify()
+        changes.wait_for(lambda: rests > before)
+
+    changes.watch(monkeypatch, Thread, "_take")
+    monkeypatch.setattr(maintenance_thread, "time", SimpleNamespace(monotonic=lambda: now))
     resting: Any = Resting()
-    asked = 0.0
-    for _ in range(5):
-        index._maintenance_thread.wake_at_rest(resting, 2.0)  # longer than this loop on a slow host
-        asked = time.monotonic()
-    assert done.wait(300)
-    index._maintenance_thread.close()
-    assert [moment >= asked + 1.9 for moment in maintained] == [True]
+    with closing(Thread()) as thread:
+        for time in (0.0, 1.0, 2.0, 3.0):
+            if time:
+                look(thread, time)
+            thread.wake_at_rest(resting, 1.5)
+        for time in (4.4, 4.6, 10.0):
+            look(thread, time)
+    assert maintained == [4.6]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 from emberpc.server.collections import CollectionSpec, NewRecord
 from emberpc.server.collections.types import StoredRecord
+from emberpc.server.deadlines import Deadline
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, Index
 from emberpc.server.index.graph.grouped_graph_reader import _graphs_of
@@ -19,6 +19,7 @@ from emberpc.server.index.graph.read_write_lock import ReadWriteLock
 from emberpc.server.index.jobs.graph_maintenance import MaintenanceLimits
 from emberpc.server.index.storage.store import Store
 from index.support import gaussian, numbered
+from waiting import Changes
 
 
 def together(*calls: Callable[[], None]) -> None:
@@ -34,9 +35,9 @@ def together(*calls: Callable[[], None]) -> None:
     threads = [threading.Thread(target=guarded, args=(call,), daemon=True) for call in calls]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 500
+    deadline = Deadline(500)
     for thread in threads:
-        thread.join(max(0, deadline - time.monotonic()))
+        deadline.join(thread)
     assert not any(thread.is_alive() for thread in threads), "a thread hangs"
     if errors:
         raise errors[0]
@@ -194,17 +195,28 @@ def test_a_search_repeated_because_of_a_write_does_not_wait_for_the_next_write(
     assert not gone
 
 
-def until(come_so_far: Callable[[], bool]) -> None:
-    """Let other threads run until the condition holds."""
-    deadline = time.monotonic() + 300
-    while not come_so_far():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+class WatchedLock(ReadWriteLock):
+    """A lock that notifies `changes` when a thread begins to wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.changes = Changes()
+        self._changed = _WatchedCondition(self._mutex, self.changes)
+
+
+class _WatchedCondition(threading.Condition):
+    def __init__(self, mutex: threading.Lock, changes: Changes) -> None:
+        super().__init__(mutex)
+        self._changes = changes
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._changes.notify()
+        return super().wait(timeout)
 
 
 def test_a_waiting_reader_gets_the_lock_before_the_next_writer() -> None:
     """The thread that fills the graph takes the lock again for each slice; a search must get the lock in between."""
-    lock = ReadWriteLock()
+    lock = WatchedLock()
     order: list[str] = []
 
     def enter(how: Callable[[], AbstractContextManager[None]], name: str) -> None:
@@ -216,7 +228,7 @@ def test_a_waiting_reader_gets_the_lock_before_the_next_writer() -> None:
         writer = threading.Thread(target=enter, args=(lock.write, "writer"))
         for thread in (reader, writer):
             thread.start()
-        until(lambda: bool(lock.waiting_readers and lock.waiting_writers))
+        lock.changes.wait_for(lambda: lock.waiting_readers and lock.waiting_writers)
         assert not order
     for thread in (reader, writer):
         thread.join(300)
@@ -225,7 +237,7 @@ def test_a_waiting_reader_gets_the_lock_before_the_next_writer() -> None:
 
 def test_a_waiting_writer_gets_the_lock_before_the_last_writer_again() -> None:
     """In an earlier version, a write waited for all slices of the thread that fills the graph, which took seconds."""
-    lock = ReadWriteLock()
+    lock = WatchedLock()
     order: list[str] = []
 
     def again(name: str) -> None:
@@ -234,7 +246,7 @@ def test_a_waiting_writer_gets_the_lock_before_the_last_writer_again() -> None:
                 order.append(name)
                 if len(order) == 1:
                     other.start()
-                    until(lambda: lock.waiting_writers == 1)
+                    lock.changes.wait_for(lambda: lock.waiting_writers == 1)
 
     other = threading.Thread(target=again, args=("other",))
     again("first")
@@ -244,26 +256,32 @@ def test_a_waiting_writer_gets_the_lock_before_the_last_writer_again() -> None:
 
 
 def test_overlapping_readers_let_a_writer_get_the_lock() -> None:
-    lock = ReadWriteLock()
+    lock, readers = WatchedLock(), 3
     stop = threading.Event()
-    inside = threading.Barrier(2)
+    entries: list[None] = []
+    counting = threading.Lock()
 
     def read() -> None:
         while not stop.is_set():
             with lock.read():
-                try:
-                    # Each reader keeps the lock until another has it, too, so that the lock is never free.
-                    inside.wait(0.01)
-                except threading.BrokenBarrierError:
-                    inside.reset()
+                with counting:
+                    entries.append(None)
+                    own = len(entries)
+                lock.changes.notify()
+                # A reader leaves only after another one entered, or if no other reader can enter.
+                lock.changes.wait_for(
+                    lambda own=own: len(entries) > own or lock.waiting_readers == readers - 1 or stop.is_set()  # type: ignore[misc]
+                )
 
     def write() -> None:
+        lock.changes.wait_for(lambda: entries)
         for _ in range(20):
             with lock.write():
                 pass
         stop.set()
+        lock.changes.notify()
 
-    together(read, read, read, write)
+    together(*[read] * readers, write)
 
 
 def test_the_lock_excludes_readers_during_a_write() -> None:

@@ -17,6 +17,7 @@ from emberpc.server.pipelines.collection_access import CollectionAccess
 from emberpc.server.pipelines.collection_management import CollectionManagement
 from emberpc.v1 import index_pb2, index_pb2_grpc
 from examples.server_process import ServerProcess
+from waiting import wait_until
 
 TEXTS = {
     "whale": "A captain hunts a white whale across the oceans.",
@@ -245,8 +246,7 @@ def test_a_record_returns_its_remaining_time_to_live_and_expires(client: Client,
     assert 3500 < lasting.time_to_live <= 3600
     assert short.time_to_live is None
     client.upsert(books, [Record("short", "a match", time_to_live=0.05)])
-    while client.get(books, ["short"]):
-        pass
+    wait_until(lambda: not client.get(books, ["short"]))
     client.delete(books, ["lasting"])
 
 

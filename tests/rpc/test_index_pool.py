@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -32,19 +32,18 @@ from emberpc.server.services.index import IndexService, add_index_service
 from emberpc.v1 import filter_pb2, index_pb2_grpc, types_pb2
 from emberpc.v1 import index_pb2 as pb
 from index_helpers import DIMENSIONS, records, vectors
+from waiting import Changes
 
 THREADS, HEAVY = 6, 2
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait until a condition holds that another thread sets."""
-
-    async def look() -> None:
-        while not condition():  # noqa: ASYNC110 - what is waited for is in another thread, not an event
-            await asyncio.sleep(0.001)
-
-    await asyncio.wait_for(look(), 300)
+@pytest.fixture
+def changes(monkeypatch: pytest.MonkeyPatch) -> Changes:
+    """Notified when a call takes a slot, begins to wait for one, or releases one."""
+    found = Changes()
+    found.watch(monkeypatch, Slots, "take", "release")
+    return found
 
 
 async def test_slots_are_given_in_order_and_not_to_cancelled_waiters() -> None:
@@ -84,16 +83,18 @@ async def test_a_slot_of_a_waiter_cancelled_meanwhile_is_passed_on() -> None:
     assert slots.idle
 
 
-async def test_a_cancelled_call_stops_and_a_cancelled_waiting_call_does_not_begin() -> None:
+async def test_a_cancelled_call_stops_and_a_cancelled_waiting_call_does_not_begin(changes: Changes) -> None:
     began: list[str] = []
     entered, ended = threading.Event(), threading.Event()
 
     def work(name: str) -> None:
         began.append(name)
         entered.set()
-        while not cancellation.cancelled():
-            threading.Event().wait(0.001)
-        ended.set()
+        try:
+            while True:
+                cancellation.check()
+        finally:
+            ended.set()
 
     with ThreadPoolExecutor(1) as executor:
         pool = IndexPool(executor, heavy=1)
@@ -108,11 +109,11 @@ async def test_a_cancelled_call_stops_and_a_cancelled_waiting_call_does_not_begi
             task.cancel()
         await asyncio.gather(*waiting, running, return_exceptions=True)
         assert await asyncio.to_thread(ended.wait, 300)
-        await until(lambda: pool.heavy.idle)
+        await changes.until(lambda: pool.heavy.idle)
     assert began == ["running"]
 
 
-async def test_a_slot_is_free_when_its_thread_ends_and_not_when_the_call_is_cancelled() -> None:
+async def test_a_slot_is_free_when_its_thread_ends_and_not_when_the_call_is_cancelled(changes: Changes) -> None:
     entered, go_on = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -129,18 +130,25 @@ async def test_a_slot_is_free_when_its_thread_ends_and_not_when_the_call_is_canc
         assert not pool.heavy.idle
         assert not writers.idle
         go_on.set()
-        await until(lambda: pool.heavy.idle and writers.idle)
+        await changes.until(lambda: pool.heavy.idle and writers.idle)
         assert await pool.run(lambda: 5, heavy=True) == 5
 
 
-async def test_a_deadline_ends_the_work_of_a_call() -> None:
+async def test_a_deadline_ends_the_work_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, checks = 0.0, 0
+
     def work() -> None:
+        nonlocal now, checks
         while True:
             cancellation.check()
+            checks += 1
+            now += 10
 
+    monkeypatch.setattr(cancellation, "monotonic", lambda: now)
     with ThreadPoolExecutor(1) as executor, pytest.raises(ServiceError) as stopped:
-        await IndexPool(executor, heavy=1).run(work, Caller(deadline=perf_counter() + 0.05))
+        await IndexPool(executor, heavy=1).run(work, Caller(deadline=perf_counter() + 1000))
     assert stopped.value.code is Code.DEADLINE_EXCEEDED
+    assert 0 < checks <= 100
 
 
 async def test_close_ends_running_work_and_does_not_block_the_event_loop() -> None:
@@ -163,12 +171,12 @@ async def test_close_ends_running_work_and_does_not_block_the_event_loop() -> No
             await pool.run(work, Caller())
 
 
-async def test_unused_slots_of_writers_are_removed() -> None:
+async def test_unused_slots_of_writers_are_removed(changes: Changes) -> None:
     with ThreadPoolExecutor(1) as executor:
         pool = IndexPool(executor, heavy=1)
         for name in map(str, range(100)):
             await pool.run(lambda: None, within=pool.writers(name))
-            await until(lambda name=name: pool.writers(name).idle)  # type: ignore[misc]
+            await changes.until(lambda name=name: pool.writers(name).idle)  # type: ignore[misc]
         assert len(pool._writers) == 1
 
 
@@ -216,10 +224,10 @@ def vector(values: np.ndarray) -> types_pb2.Vectors:
 
 
 async def test_writes_reads_and_searches_run_beside_heavy_calls_that_can_be_cancelled(
-    served: Served,
+    served: Served, changes: Changes
 ) -> None:
     counts = [served.count() for _ in range(8)]
-    await until(lambda: served.pool.heavy.waiting == 8 - HEAVY)
+    await changes.until(lambda: served.pool.heavy.waiting == 8 - HEAVY)
     stub = served.stub
     for name in ("other", "endless"):
         await stub.UpsertRecords(
@@ -233,36 +241,36 @@ async def test_writes_reads_and_searches_run_beside_heavy_calls_that_can_be_canc
     assert not any(call.done() for call in counts)
     for call in counts:
         call.cancel()
-    await until(lambda: served.pool.heavy.idle)
+    await changes.until(lambda: served.pool.heavy.idle)
     other = pb.CountRecordsRequest(collection="other", filter=EXISTS)
     assert (await stub.CountRecords(other)).count == 20
 
 
-async def test_heavy_calls_end_at_their_deadlines(served: Served) -> None:
+async def test_heavy_calls_end_at_their_deadlines(served: Served, changes: Changes) -> None:
     counts = [served.count(timeout=0.2) for _ in range(8)]
     for each in await asyncio.gather(*counts, return_exceptions=True):
         assert isinstance(each, grpc.aio.AioRpcError)
         assert each.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    await until(lambda: served.pool.heavy.idle)
+    await changes.until(lambda: served.pool.heavy.idle)
 
 
-async def test_filtered_searches_wait_like_heavy_calls_and_can_be_cancelled(served: Served) -> None:
+async def test_filtered_searches_wait_like_heavy_calls_and_can_be_cancelled(served: Served, changes: Changes) -> None:
     counts = [served.count() for _ in range(HEAVY)]
-    await until(lambda: not served.pool.heavy._free)
+    await changes.until(lambda: not served.pool.heavy._free)
     query = pb.SearchQuery(vector=vector(vectors(1)))
     request = pb.SearchRequest(collection="other", queries=[query], filter=EXISTS, top_k=20)
     gone, kept = served.stub.Search(request), served.stub.Search(request)
-    await until(lambda: served.pool.heavy.waiting == 1)
+    await changes.until(lambda: served.pool.heavy.waiting == 1)
     gone.cancel()
     for call in counts:
         call.cancel()
     assert len((await kept).results[0].hits) == 20
-    await until(lambda: served.pool.heavy.idle)
+    await changes.until(lambda: served.pool.heavy.idle)
 
 
 @pytest.mark.parametrize("rpc", ["CountRecords", "ListRecords", "DeleteRecords", "Search"])
 async def test_explaining_a_filter_runs_as_a_heavy_call_and_can_be_cancelled(
-    served: Served, monkeypatch: pytest.MonkeyPatch, rpc: str
+    served: Served, changes: Changes, monkeypatch: pytest.MonkeyPatch, rpc: str
 ) -> None:
     began, free = threading.Event(), []
 
@@ -287,19 +295,19 @@ async def test_explaining_a_filter_runs_as_a_heavy_call_and_can_be_cancelled(
         ),
     }
     call = getattr(served.stub, rpc)(requests[rpc])
-    await until(began.is_set)
+    assert await asyncio.to_thread(began.wait, 300)
     # The slot of the search itself may not be free again yet.
     assert free[0] < HEAVY
     call.cancel()
-    await until(lambda: served.pool.heavy.idle)
+    await changes.until(lambda: served.pool.heavy.idle)
 
 
 async def test_too_many_heavy_calls_are_refused_with_a_retry_delay(
-    served: Served, monkeypatch: pytest.MonkeyPatch
+    served: Served, changes: Changes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(served.pool.heavy, "_max_waiting", 3)
     counts = [served.count() for _ in range(HEAVY + 3)]
-    await until(lambda: served.pool.heavy.waiting == 3)
+    await changes.until(lambda: served.pool.heavy.waiting == 3)
     query = pb.SearchQuery(vector=vector(vectors(1)))
     for refused in (
         served.count(),
@@ -322,7 +330,7 @@ async def test_too_many_heavy_calls_are_refused_with_a_retry_delay(
 
 
 async def test_writes_of_one_collection_use_at_most_two_threads(
-    served: Served, monkeypatch: pytest.MonkeyPatch
+    served: Served, changes: Changes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = threading.Event()
     began: list[int] = []
@@ -331,6 +339,7 @@ async def test_writes_of_one_collection_use_at_most_two_threads(
     def upsert(self: Collection, *arguments: Any) -> Any:
         if self.spec.name == "endless":
             began.append(1)
+            changes.notify()
             assert go_on.wait(300)
         return real(self, *arguments)
 
@@ -343,7 +352,7 @@ async def test_writes_of_one_collection_use_at_most_two_threads(
 
     writes = [write("endless", i) for i in range(THREADS + 2)]
     # A write has its slot also while its records are read, so all are read before the second write begins.
-    await until(lambda: len(began) == 2 and served.pool.writers("endless").waiting == THREADS)
+    await changes.until(lambda: len(began) == 2 and served.pool.writers("endless").waiting == THREADS)
     assert (await write("other", 0)).inserted_count == 1
     assert len(began) == 2
     go_on.set()

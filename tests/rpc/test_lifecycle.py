@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from emberpc.client import Client, FailedPrecondition, Internal, Unavailable
 from emberpc.server.app import SERVICE_NAMES
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc
 from examples.server_process import ServerProcess
+from waiting import wait_until
 
 
 def start_failing(*flags: str) -> tuple[int, str]:
@@ -222,10 +222,7 @@ def test_sigint_stops_the_server_with_exit_code_0(after_restart: Restarted) -> N
 
 def test_the_size_of_micro_batches_is_measured_by_default(after_restart: Restarted) -> None:
     """`tests/conftest.py` states a size for most servers of the tests."""
-    end = time.monotonic() + 300
-    while not (found := re.search(r"micro-batches of (\d+) tokens; measured", after_restart.server.output)):
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    found = wait_until(lambda: re.search(r"micro-batches of (\d+) tokens; measured", after_restart.server.output))
     assert int(found[1]) in (128, 256, 512, 1024)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emberpc.client import Client, InvalidArgument, Record, SearchQuery
+from emberpc.client import Client, InvalidArgument, Record, SearchQuery, SearchResult
 from emberpc.server.scraping import MOST_CONNECTIONS, PageServer
 from examples.server_process import ServerProcess
+from waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +67,14 @@ def test_metrics_state_the_recall_of_graph_searches(measured: ServerProcess) -> 
         client.upsert("points", [Record(str(i)) for i in range(len(matrix))], vectors=matrix)
         assert not [name for name in figures(measured) if name.startswith("emberpc_search_recall")]
         queries = [SearchQuery(matrix[0], ef=ef) for ef in (150, 0, 300, 150)]
-        found: dict[str, float] = {}
-        deadline = time.monotonic() + 300
-        while not found.get('emberpc_search_probes_total{collection="points"}'):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-            results = client.search_batch("points", queries, ef=120, top_k=5)
+        results: list[SearchResult] = []
+
+        def probed() -> dict[str, float] | None:
+            results[:] = client.search_batch("points", queries, ef=120, top_k=5)
             found = figures(measured)
+            return found if found.get('emberpc_search_probes_total{collection="points"}') else None
+
+        found = wait_until(probed)
     assert [result.plan.ef for result in results] == [150, 120, 300, 150]
     assert [result.hits[0].record.id for result in results] == ["0"] * 4
     assert found['emberpc_search_recall{collection="points"}'] >= 0.9

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -27,16 +25,9 @@ from emberpc.server.engine import Model
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc, model_pb2, model_pb2_grpc
 from emberpc.wire import vectors
 from examples.server_process import ServerProcess
+from waiting import wait_until
 
 TEXT = "a cab is here"
-
-
-def until(condition: Callable[[], Any], seconds: float = 300) -> None:
-    """Wait until a condition holds."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to hold in time"
-        time.sleep(0.01)
 
 
 def expected(folder: Path) -> tuple[str, np.ndarray]:
@@ -110,7 +101,7 @@ def test_reloads_under_load_fail_no_call_and_mix_no_vectors(
     served = []
     for i in range(6):
         before = len(answers)
-        until(lambda before=before: failures or len(answers) > before + 5)  # type: ignore[misc]  # the default's type
+        wait_until(lambda before=before: failures or len(answers) > before + 5)  # type: ignore[misc]  # the default's type
         served.append(connected.reload_model("m", "ba"[i % 2]).fingerprint)
     stop.set()
     for caller in callers:
@@ -224,7 +215,7 @@ def test_a_load_continues_after_its_call_is_cancelled(admin: ServerProcess, conn
         call = model_pb2_grpc.ModelServiceStub(channel).LoadModel(model_pb2.LoadModelRequest(name="m", path="a"))
         next(call)
         call.cancel()
-    until(lambda: "m" in [model.name for model in connected.models()])
+    wait_until(lambda: "m" in [model.name for model in connected.models()])
 
 
 def test_paths_outside_the_models_directory_are_refused(
@@ -322,16 +313,16 @@ def test_a_watched_models_directory_loads_reloads_and_unloads_models(
         assert sorted(fingerprints()) == ["a", "pinned"]
         first = fingerprints()["a"]
         (models / ".b").rename(models / "b")
-        until(lambda: "b" in fingerprints())
+        wait_until(lambda: "b" in fingerprints())
 
         staged = models / ".a"
         shutil.copytree(other_tiny_bundle, staged)
         shutil.move(models / "a", models / ".old")
         staged.rename(models / "a")
-        until(lambda: fingerprints()["a"] != first)
+        wait_until(lambda: fingerprints()["a"] != first)
 
         shutil.rmtree(models / "b")
-        until(lambda: "b" not in fingerprints())
+        wait_until(lambda: "b" not in fingerprints())
         assert sorted(fingerprints()) == ["a", "pinned"]
         assert watching.output.count(f"{models / 'bad'} is not served") == 1
 
@@ -365,8 +356,8 @@ def test_the_memory_of_replaced_models_is_returned(minilm_bundle: Path, tmp_path
 
         client.reload_model("m")
         # Two versions of the model alone take more than 180 MB.
-        until(lambda: settled(320 * 2**20), 60)
+        wait_until(lambda: settled(320 * 2**20))
         first = resident_bytes(server.process.pid)
         for _ in range(10):
             client.reload_model("m")
-            until(lambda: settled(first + 70 * 2**20), 60)  # less than one version; the calls alone use 50 MB
+            wait_until(lambda: settled(first + 70 * 2**20))  # less than one version; the calls alone use 50 MB

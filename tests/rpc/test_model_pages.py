@@ -78,7 +78,7 @@ def test_a_model_change_that_outlives_the_event_loop_ends_without_errors(
 
     def change(tell: Callable[[str], None]) -> Any:
         tell("first")
-        assert go_on.wait(60)
+        assert go_on.wait(300)
         tell("second")
         done.set()
 

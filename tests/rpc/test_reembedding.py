@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 from emberpc.cli.main import main
 from emberpc.client import Client, FailedPrecondition, NotFound, Record
 from examples.server_process import ServerProcess
+from waiting import wait_until
 
 WORDS = "a cab is here the dog runs over green hills and sings of rain at night".split()  # noqa: SIM905 - plainer
 
@@ -59,13 +59,6 @@ def filled(client: Client, count: int) -> dict[str, str]:
 def axis(number: int, dimensions: int = 4) -> np.ndarray:
     vector: np.ndarray = np.eye(dimensions, dtype=np.float32)[number]
     return vector
-
-
-def until(condition: Callable[[], bool], seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to hold in time"
-        time.sleep(0.01)
 
 
 def under(client: Client, model: str) -> bool:
@@ -127,7 +120,7 @@ def test_calls_succeed_and_no_record_is_lost_during_a_reembedding(
     assert described.model == "a"
     assert described.reembedding is not None
     assert (described.reembedding.model, described.reembedding.problem) == ("b", "")
-    until(lambda: bool(failures) or under(client, "b"))
+    wait_until(lambda: bool(failures) or under(client, "b"))
     after = client.get_collection("c")
     stop.set()
     for thread in threads:
@@ -155,12 +148,12 @@ def test_a_reembedding_continues_after_the_server_was_killed(
             now = client.get_collection("c").reembedding
             return now is None or now.done > 0
 
-        until(begun)
+        wait_until(begun)
         assert under(client, "a")
         crashed.kill()
     for _ in range(2):
         with ServerProcess(models, tmp_path) as server, Client(server.address) as client:
-            until(lambda: under(client, "b"))
+            wait_until(lambda: under(client, "b"))
             check(client, "b", expected)
         assert "Traceback" not in server.output
 
@@ -191,10 +184,10 @@ def test_a_record_that_cannot_be_embedded_delays_the_switch_until_it_is_changed(
         assert now is not None
         return "1 record cannot be embedded: change or delete it, such as 'bare'" in now.problem
 
-    until(told)
+    wait_until(told)
     assert under(client, "a")
     client.upsert("c", [Record("bare", "with a text now")])
-    until(lambda: under(client, "b"))
+    wait_until(lambda: under(client, "b"))
     check(client, "b", {**expected, "bare": "with a text now"})
 
 
@@ -218,7 +211,7 @@ def test_a_collection_of_vectors_can_be_reembedded_with_a_model(client: Client) 
     client.create_collection("c", dimensions=4)
     client.upsert("c", [Record("x", "the dog", vector=axis(0)), Record("y", "rain", vector=axis(1))])
     client.reembed_collection("c", "a")
-    until(lambda: under(client, "a"))
+    wait_until(lambda: under(client, "a"))
     check(client, "a", {"x": "the dog", "y": "rain"})
 
 
@@ -246,9 +239,9 @@ def test_an_upsert_stream_with_vectors_ends_if_the_model_changes(client: Client,
 
     def read() -> Iterator[Record]:
         yield Record("first", "first text", vector=vectors[0])
-        until(lambda: client.count("c") == 1)
+        wait_until(lambda: client.count("c") == 1)
         client.reembed_collection("c", "b")
-        until(lambda: under(client, "b"))
+        wait_until(lambda: under(client, "b"))
         yield Record("second", "second text", vector=vectors[1])
 
     checkpoints = client.upsert_stream("c", read(), batch_size=1)

@@ -25,22 +25,26 @@ from emberpc.server.pipelines.index_pool import IndexPool
 from emberpc.server.pipelines.limits import Limits
 from emberpc.server.pipelines.records import RecordWriter, UpsertRequest
 from emberpc.server.pipelines.reembedding import ReembeddingJobs
+from waiting import Changes
 
 
 class SteeredIndex:
     """An index in which a test can delay, replace or break one method."""
 
     def __init__(self, index: Index) -> None:
-        self._index = index
+        self.real = index
+        #: Notified after each call of a method.
+        self.changes = Changes()
         self.replaced: dict[str, Callable[..., object]] = {}
 
     def __getattr__(self, name: str) -> Any:
-        return self.replaced.get(name) or getattr(self._index, name)
+        found = self.replaced.get(name) or getattr(self.real, name)
+        return self.changes.watched(found) if callable(found) else found
 
     def delay(self, name: str) -> tuple[threading.Event, threading.Event]:
         """Let a method wait before it runs; return the event of its call, and the event that lets it continue."""
         called, go_on = threading.Event(), threading.Event()
-        method = getattr(self._index, name)
+        method = getattr(self.real, name)
 
         def wait(*arguments: object, **keywords: object) -> object:
             called.set()
@@ -72,8 +76,7 @@ class Steered:
             await self.until_reembedded()
 
     async def until_reembedded(self) -> None:
-        while self.index.get("c").spec.model != "b":  # noqa: ASYNC110 - a thread of the pool switches it
-            await asyncio.sleep(0)
+        await self.index.changes.until(lambda: self.index.real.get("c").spec.model == "b")
 
     async def leave(self, call: asyncio.Task[None], delayed: tuple[threading.Event, threading.Event]) -> None:
         """Cancel a call once its delayed method runs, then let that method go on."""
@@ -100,7 +103,7 @@ def steered(tiny_bundle: Path, other_tiny_bundle: Path, tmp_path: Path) -> Itera
 
 async def test_a_reembedding_runs_though_its_starting_call_was_cancelled(steered: Steered) -> None:
     await steered.leave(asyncio.create_task(steered.start()), steered.index.delay("reembed"))
-    await asyncio.wait_for(steered.until_reembedded(), 300)
+    await steered.until_reembedded()
     await steered.jobs.close()
 
 
@@ -110,10 +113,9 @@ async def test_a_cancel_reembedding_is_completed_though_its_call_was_cancelled(s
     assert await steered.jobs.status("c") is not None
     await steered.leave(asyncio.create_task(steered.jobs.cancel("c")), steered.index.delay("cancel_reembedding"))
     steered.index.replaced.clear()
-    while steered.index.reembeddings():  # noqa: ASYNC110 - a thread of the pool drops it
-        await asyncio.sleep(0)
+    await steered.index.changes.until(lambda: not steered.index.real.reembeddings())
     await steered.start()
-    await asyncio.wait_for(steered.until_reembedded(), 300)
+    await steered.until_reembedded()
     await steered.jobs.close()
 
 
@@ -121,7 +123,7 @@ async def test_a_reembedding_without_a_model_name_uses_the_only_model(steered: S
     steered.engine.registry.remove("a")
     collection = steered.index.get("c")
     await steered.jobs.start(collection, "", 0)
-    await asyncio.wait_for(steered.until_reembedded(), 300)
+    await steered.until_reembedded()
     with pytest.raises(ServiceError, match="has vectors of model 'b' with 32 dimensions already") as refused:
         await steered.jobs.start(steered.index.get("c"), "", 0)
     assert refused.value.metadata["model"] == "b"
@@ -151,7 +153,7 @@ async def test_a_reembedding_continues_after_an_unexpected_error(
 
     steered.index.replaced["switch"] = fail
     await steered.start()
-    await asyncio.wait_for(steered.until_reembedded(), 300)
+    await steered.until_reembedded()
     await steered.jobs.close()
     assert "a step of the reembedding failed" in caplog.text
 
@@ -219,7 +221,7 @@ async def test_a_reembedding_keeps_a_setting_changed_at_its_start(steered: Steer
     steered.index.update("c", "end")
     go_on.set()
     await call
-    await asyncio.wait_for(steered.until_reembedded(), 300)
+    await steered.until_reembedded()
     await steered.jobs.close()
     assert steered.index.get("c").spec.truncation == "end"
 

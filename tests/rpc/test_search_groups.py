@@ -20,6 +20,7 @@ from emberpc.server.pipelines import search_groups
 from emberpc.server.pipelines.index_pool import IndexPool
 from emberpc.server.pipelines.search_groups import SearchGroups, VectorSearch
 from index_helpers import DIMENSIONS, records, vectors
+from waiting import Changes
 
 MATRIX = vectors(300)
 
@@ -31,13 +32,16 @@ class Watched:
         self._collection = collection
         self.entered, self.go_on = threading.Event(), threading.Event()
         self.sizes: list[int] = []
-        self.seconds = 0.0
+        self.changes = Changes()
+        #: Seconds that each search takes, and those that all searches took, by a clock of the test.
+        self.seconds = self.passed = 0.0
         #: Set when two searches run at once; with `pairs`, all but the first wait for that.
         self.two, self.pairs = threading.Event(), False
         self.running = self.most = 0
 
     def search(self, queries: Any, *arguments: Any, **options: Any) -> list[SearchOutcome]:
         self.sizes.append(len(queries))
+        self.changes.notify()
         self.running += 1
         self.most = max(self.most, self.running)
         self.entered.set()
@@ -46,7 +50,7 @@ class Watched:
             self.two.set()
         if self.pairs and len(self.sizes) > 1:
             assert self.two.wait(300)
-        threading.Event().wait(self.seconds)
+        self.passed += self.seconds
         self.running -= 1
         return self._collection.search(queries, *arguments, **options)
 
@@ -106,8 +110,9 @@ async def test_a_group_of_searches_has_at_most_64_queries(watched: Any, groups: 
     assert watched.sizes == [1, 64, 64, 64, 7]
 
 
-async def test_slow_searches_run_concurrently_in_separate_groups(watched: Any) -> None:
+async def test_slow_searches_run_concurrently_in_separate_groups(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     watched.go_on.set()
+    monkeypatch.setattr(search_groups, "perf_counter", lambda: watched.passed)
     with ThreadPoolExecutor(4) as pool:
         groups = SearchGroups(IndexPool(pool, heavy=2), at_once=2)
         watched.seconds, watched.pairs = 0.02, True
@@ -120,8 +125,7 @@ async def test_searches_with_different_options_do_not_wait_for_each_other(watche
     running = await first(groups, watched)
     others = [one(watched, 1, top_k=5), one(watched, 2, ef=300), one(watched, 3, with_vectors=True)]
     waiting = [asyncio.create_task(groups.search(search)) for search in others]
-    while len(watched.sizes) < 4:  # noqa: ASYNC110 - what is waited for is a call in another thread, not an event
-        await asyncio.sleep(0.001)
+    await watched.changes.until(lambda: len(watched.sizes) == 4)
     watched.go_on.set()
     await asyncio.gather(running, *waiting)
     assert watched.sizes == [1, 1, 1, 1]

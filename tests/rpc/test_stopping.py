@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from emberpc.client import Client
 from emberpc.server.index import Index
 from examples.server_process import ServerProcess
+from waiting import wait_until
 
 DRAIN = ("--drain-seconds", "0.1")
 
@@ -24,13 +24,14 @@ DRAIN = ("--drain-seconds", "0.1")
 @contextmanager
 def never_read_to_its_end(path: Path) -> Iterator[None]:
     """Keep a pipe open that the server reads in place of a file, so that the read of its thread never ends."""
-    held, deadline = None, time.monotonic() + 300
-    while held is None:
+
+    def opened() -> int | None:
         try:
-            held = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+            return os.open(path, os.O_WRONLY | os.O_NONBLOCK)
         except OSError:  # the server does not read yet
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+            return None
+
+    held = wait_until(opened)
     try:
         yield
     finally:

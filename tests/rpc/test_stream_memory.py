@@ -17,6 +17,7 @@ from aio_server import channel_to
 from emberpc.server.collections import CollectionSpec
 from emberpc.server.engine import Caller, Engine, Inference, InferenceRequest, Registry, Truncation
 from emberpc.server.handlers import Handlers
+from emberpc.server.in_flight import BytesInFlight
 from emberpc.server.index import Index
 from emberpc.server.pipelines.bulk_embedding import GROUP_CHARACTERS, GROUPS
 from emberpc.server.pipelines.embedding import EmbeddingOptions, InputKind
@@ -32,23 +33,10 @@ from emberpc.v1 import index_pb2 as pb
 from emberpc.v1 import index_pb2_grpc, types_pb2
 from index_helpers import DIMENSIONS, vectors
 from stream_helpers import texts_of
+from waiting import Changes, until_idle
 
 MIB = 2**20
 LIMITS = Limits(1000, 2 * MIB, 2**24, 2**25, 2**20)
-
-
-async def settle() -> None:
-    """Let the event loop run all that does not wait for another event."""
-    for _ in range(2000):
-        await asyncio.sleep(0)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async def hold() -> None:
-        while not condition():  # noqa: ASYNC110 - what is waited for is state of the server, not an event
-            await asyncio.sleep(0.001)
-
-    await asyncio.wait_for(hold(), 300)
 
 
 class GatedPool:
@@ -102,7 +90,7 @@ async def test_an_upsert_stream_limits_the_bytes_that_it_reads_ahead(
                     batches.append(batch.batch_number)
 
         running = asyncio.create_task(run())
-        await settle()
+        await until_idle()
         assert len(held) == held_messages
         pool.gate.set()
         await asyncio.wait_for(running, 300)
@@ -128,6 +116,8 @@ async def test_all_unprocessed_messages_of_upsert_streams_are_counted(
         return read_each_record(*arguments)
 
     monkeypatch.setattr(index_service, "read_each_record", gated)
+    changes = Changes()
+    changes.watch(monkeypatch, BytesInFlight, "add", "remove")
     with closing(Index(tmp_path)) as index, ThreadPoolExecutor(4) as executor:
         index.create(CollectionSpec("c", DIMENSIONS))
         pool = IndexPool(executor, heavy=1)
@@ -144,7 +134,7 @@ async def test_all_unprocessed_messages_of_upsert_streams_are_counted(
             stack.callback(gate.set)
             stub: Any = index_pb2_grpc.IndexServiceStub(channel)
             first = stub.UpsertRecordsStream(large_message(number) for number in range(1, 11))
-            await until(lambda: handlers._in_flight.total >= 4 * MIB)
+            await changes.until(lambda: handlers._in_flight.total >= 4 * MIB)
             with pytest.raises(grpc.aio.AioRpcError, match="max_in_flight_bytes") as refused:
                 [answer async for answer in stub.UpsertRecordsStream(iter([large_message(1)]))]
             assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -152,7 +142,7 @@ async def test_all_unprocessed_messages_of_upsert_streams_are_counted(
             assert [answer.batch_number async for answer in first] == list(range(1, 11))
             again = stub.UpsertRecordsStream(iter([large_message(1)]))
             assert [answer.updated_count async for answer in again] == [1]
-            await until(lambda: handlers._in_flight.total == 0)
+            await changes.until(lambda: handlers._in_flight.total == 0)
 
 
 class GatedEngine(Engine):
@@ -226,7 +216,7 @@ async def test_an_embed_stream_limits_the_characters_that_it_reads_ahead(engine:
     slow = [StreamText(f"slow-{i}", "a") for i in range(GROUPS)] if "refused" in kind else []
     streamed = Embedded(engine, [[item] for item in [*slow, *items]])
     running = asyncio.create_task(streamed.run())
-    await settle()
+    await until_idle()
     read = streamed.read - len(slow)
     # At most the running groups, with one text over their limit, and the waiting texts, with one over their limit.
     assert read * size < (GROUPS + 1) * GROUP_CHARACTERS + 2 * size
@@ -244,7 +234,7 @@ async def test_a_too_long_text_is_freed_before_its_answer(engine: GatedEngine) -
     large = [[StreamText(f"large-{i}", "x" * 100_000)] for i in range(30)]
     streamed = Embedded(engine, [*slow, *large], limits)
     running = asyncio.create_task(streamed.run())
-    await settle()
+    await until_idle()
     assert engine.groups == GROUPS
     assert len(streamed.stream._waiting) == 30
     assert not any(text.text for text in streamed.stream._waiting)

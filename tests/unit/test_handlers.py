@@ -21,6 +21,7 @@ from emberpc.server.errors import Code, ServiceError, invalid
 from emberpc.server.handlers import Handlers
 from emberpc.server.in_flight import LARGE, BytesInFlight, Held, Streams
 from emberpc.v1 import server_pb2, server_pb2_grpc
+from waiting import Changes
 
 METHOD = "/emberpc.v1.ServerService/GetServerInfo"
 
@@ -34,10 +35,11 @@ class Failing(server_pb2_grpc.ServerServiceServicer):
 
     def __init__(self) -> None:
         self.markers: list[weakref.ref[Marker]] = []
+        self.changes = Changes()
 
     async def GetServerInfo(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
         marker = Marker()
-        self.markers.append(weakref.ref(marker))
+        self.markers.append(weakref.ref(marker, self.changes.notify))
         try:
             int("no number")
         except ValueError as cause:
@@ -64,9 +66,8 @@ async def test_objects_of_a_failed_call_are_freed_without_garbage_collection() -
                 with pytest.raises(grpc.aio.AioRpcError) as raised:
                     await call(b"")
                 assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-            # The task of the server for the last call may not have ended yet. The timeout of the test ends this wait.
-            while any(marker() is not None for marker in servicer.markers):  # noqa: ASYNC110 - nothing signals it
-                await asyncio.sleep(0)
+            # The task of the server for the last call may not have ended yet.
+            await servicer.changes.until(lambda: all(marker() is None for marker in servicer.markers))
         finally:
             gc.enable()
     assert len(servicer.markers) == 5
