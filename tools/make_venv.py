@@ -11,14 +11,16 @@ installs another build of PyTorch.
 
 hnswlib has no wheel, and is compiled. Its own default is to compile for the processor of this host. On x86-64, this
 script compiles it for x86-64-v3, or as CXXFLAGS in the environment says, so that the environment, or pip's cache, also
-works on other machines with x86-64-v3. An environment is only changed if its installation was not completed, or if
-pyproject.toml, constraints.txt or this script changed since.
+works on other machines with x86-64-v3. An environment is only changed in three cases: its installation was not
+completed; pyproject.toml, constraints.txt or this script changed since; or its emberpc is not the editable install of
+this checkout, for example because `pip install .` replaced this install by a copy.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import platform
 import subprocess
@@ -26,9 +28,12 @@ import sys
 import venv
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 INPUTS = (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__).resolve())
+#: File of an environment with the fingerprint of the inputs that were installed last.
+STAMP = "installed.sha256"
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,23 @@ def fingerprint() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in INPUTS)).hexdigest()
 
 
+def runs_this_checkout(folder: Path) -> bool:
+    """Return whether the emberpc of the environment in `folder` is the editable install of this checkout."""
+    origins = [json.loads(path.read_text()) for path in folder.glob("lib/*/site-packages/emberpc-*/direct_url.json")]
+    return len(origins) == 1 and all(
+        origin.get("dir_info", {}).get("editable") and Path(unquote(urlsplit(origin["url"]).path)).resolve() == ROOT
+        for origin in origins
+    )
+
+
+def is_current(environment: Environment) -> bool:
+    """Return whether nothing has to be installed in an environment."""
+    folder = ROOT / environment.folder
+    stamp = folder / STAMP
+    has_emberpc = any(arguments.startswith("-e .") for arguments, _ in environment.steps)
+    return stamp.exists() and stamp.read_text() == fingerprint() and (not has_emberpc or runs_this_checkout(folder))
+
+
 def build_environment() -> dict[str, str]:
     env = dict(os.environ)
     if platform.machine() == "x86_64":
@@ -84,8 +106,7 @@ def main() -> int:
     parser.add_argument("environment", nargs="?", default="all", choices=ENVIRONMENTS)
     environment = ENVIRONMENTS[parser.parse_args().environment]
     folder = ROOT / environment.folder
-    stamp = folder / "installed.sha256"
-    if stamp.exists() and stamp.read_text() == fingerprint():
+    if is_current(environment):
         return 0
     print(f"making {environment.folder}, or bringing it up to date: {environment.effort}", flush=True)
     python = folder / "bin" / "python"
@@ -97,7 +118,7 @@ def main() -> int:
     for number, (arguments, what) in enumerate(environment.steps, 1):
         print(f"step {number} of {len(environment.steps)}: {what} …", flush=True)
         subprocess.run(pip + arguments.split(), check=True, cwd=ROOT, env=build_environment())
-    stamp.write_text(fingerprint())
+    (folder / STAMP).write_text(fingerprint())
     return 0
 
 
