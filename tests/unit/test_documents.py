@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from emberpc.client import Client
 from emberpc.server.app import SERVICE_NAMES
 from emberpc.server.settings import Settings
 from emberpc.v1 import classification_pb2, embedding_pb2, index_pb2, model_pb2, server_pb2
@@ -44,6 +45,14 @@ def test_every_rpc_is_documented() -> None:
             assert service.full_name in SERVICE_NAMES
             for method in service.methods:
                 assert method.name in named or f"`{method.name}`" in text
+
+
+def test_every_method_of_the_client_is_documented_once() -> None:
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    _, _, table = text.partition("| task | methods of `Client` |\n|---|---|\n")
+    rows = table.partition("\n\n")[0].splitlines()
+    documented = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[2])]
+    assert sorted(documented) == sorted(name for name in dir(Client) if not name.startswith("_"))
 
 
 def test_the_namespace_has_no_init_file() -> None:
