@@ -288,9 +288,9 @@ def suggest(server: ServerProcess, *, keep: bool) -> None:
     if keep:
         console.print(f"The server is at [bold]{server.address}[/bold]. Try, in another terminal:")
     else:
-        console.print(f"The server at {server.address} stops now. Start it again, in another terminal, with")
+        console.print(f"The server at {server.address} stops now. Start it again with")
         console.print(f"  {program} {arguments}", soft_wrap=True, highlight=False)
-        console.print("and try:")
+        console.print("and try, in another terminal:")
     if server.address != KEPT_ADDRESS:  # which is the default
         console.print(f"  export EMBERPC_TARGET={server.address}", highlight=False)
     for command in (
