@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from emberpc.export.compare.comparison_run import ComparisonResult
+from emberpc.export.compare.comparison_settings import ComparisonResult
 from emberpc.export.compare.outcomes import Cell, Decisions, Outcome, Way
 from emberpc.export.compare.serving_cost import ServingCost
 from emberpc.export.compare.summary import Summary

@@ -233,11 +233,11 @@ def convert_once(
 @pytest.fixture
 def quick_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time few texts once, and draw small plots: no test compares the serving costs that a comparison measures."""
-    from emberpc.export.compare import plots, serving_cost
+    from emberpc.export.compare import figures, serving_cost
 
     monkeypatch.setattr(serving_cost, "_ROUNDS", 1)
     monkeypatch.setattr(serving_cost, "_TIMED", 4)
-    monkeypatch.setattr(plots, "_DOTS_PER_INCH", 30)
+    monkeypatch.setattr(figures, "_DOTS_PER_INCH", 30)
 
 
 class MakeSource(Protocol):

@@ -23,7 +23,7 @@ import numpy as np
 from emberpc.export.classifier import ClassifierData, read_data
 from emberpc.export.classify.strategies import STRATEGIES, Options
 from emberpc.export.compare.base_encoders import Base, open_base
-from emberpc.export.compare.comparison_run import ComparisonResult
+from emberpc.export.compare.comparison_settings import ComparisonResult
 from emberpc.export.compare.data_problems import suspects
 from emberpc.export.compare.measured_outcome import outcome_of
 from emberpc.export.compare.outcomes import ALL, Cell

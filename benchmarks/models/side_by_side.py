@@ -39,7 +39,8 @@ from rich.table import Table
 
 from benchmarks.shared.load import host
 from emberpc.export.classifier import ClassifierData, read_data
-from emberpc.export.compare.comparison_run import FOR_REPORT, ComparisonResult, ComparisonSettings, run
+from emberpc.export.compare.comparison_run import run
+from emberpc.export.compare.comparison_settings import ComparisonResult, ComparisonSettings
 from emberpc.export.compare.outcomes import ALL, Decisions, Outcome, take_budget
 from emberpc.export.compare.recommendation import Recommendation
 from emberpc.export.compare.summary import Summary
@@ -135,9 +136,7 @@ def run_emberpc(given: TextFiles, encoder: str, folder: Path, limit: float) -> R
     chosen, others = (path.read_text(encoding="utf-8") for path in (given.choosing, given.measured))
     both.write_text(chosen + others.partition("\n")[2], encoding="utf-8")
     # On one core of an idle host, wall and CPU time are about the same. No report is written.
-    settings = ComparisonSettings(
-        ClassifierData(given.train, min_examples=1), both, (encoder,), time_limit=limit + FOR_REPORT
-    )
+    settings = ComparisonSettings(ClassifierData(given.train, min_examples=1), both, (encoder,), time_limit=limit)
     folder.mkdir(exist_ok=True)
     with Cost() as cost:
         result = run(settings, folder)

@@ -121,7 +121,7 @@ def main() -> int:
             for budget in arguments.budget:
                 for seed in arguments.seeds:
                     sample = take_budget(train, ALL if budget == "all" else int(budget), seed)
-                    sample = described_examples(drawn(sample, arguments.most, seed), None, encoder)
+                    sample = described_examples(drawn(sample, arguments.most, seed), (), encoder)
                     for recipe in arguments.recipe:
                         found = fit(recipe, sample, test, encoder, seed)
                         rows.append({"data": folder.name, "budget": budget, "recipe": recipe, "seed": seed, **found})

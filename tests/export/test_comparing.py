@@ -256,4 +256,4 @@ def test_a_cell_that_exceeds_the_time_limit_is_skipped_with_its_estimate() -> No
     (skipped,) = host.planner.skipped([whole, quick], {}, 9)
     assert skipped.cell == whole
     assert f"about {seconds:.0f} s" in skipped.reason
-    assert "9 s were left" in skipped.reason
+    assert "9.0 s were left" in skipped.reason

@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comparison_helpers import TEXTS, outcome, summary
+from emberpc.bundle import DecisionRule
 from emberpc.export.compare.class_figures import class_figures
+from emberpc.export.compare.data_problems import confusions
+from emberpc.export.compare.measured_outcome import thresholds_without_labels
 from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Cell, Decisions, Outcome
 from emberpc.export.compare.planner import Skipped
 from emberpc.export.compare.recommendation import (
@@ -23,6 +26,7 @@ from emberpc.export.compare.recommendation import (
 )
 from emberpc.export.compare.summary import Summary, difference
 from emberpc.export.compare.uncertainty import Bootstrap, spread_over_seeds
+from emberpc.export.data.examples import Examples
 
 
 def test_the_cheapest_strategy_within_the_tolerance_of_the_best_is_recommended() -> None:
@@ -39,7 +43,7 @@ def test_the_cheapest_strategy_within_the_tolerance_of_the_best_is_recommended()
     assert found.taken.way.strategy == "linear"
     _, versus, beside = recommendation(found)
     assert versus.startswith("Top-layers adds 0.7 points (95 % interval +0.0 to +1.7, so this may be chance);")
-    assert beside == "Beside embeddings of the same encoder, linear costs almost nothing to serve."
+    assert beside == "If the same encoder embeds the texts anyway, linear costs almost nothing to serve."
 
 
 def test_strategies_of_similar_cost_are_compared_by_their_accuracy_only() -> None:
@@ -74,8 +78,12 @@ def test_a_recommendation_begins_with_unmeasured_strategies_and_the_needed_time(
     assert found.taken.way.strategy == "contrastive"
     assert not found.taken.estimate.measured
     first, second, take, *_, fewer = recommendation(found)
-    assert first.startswith("How good contrastive is at 512 of each label is not known: it is estimated at 0.9")
-    assert "from 0.910 at 16 of each label, where it leads linear on frozen vectors by 27.0 points" in first
+    assert first.startswith(
+        "How good contrastive is with up to 512 texts of each label is not known: it is estimated at 0.9"
+    )
+    assert (
+        "from 0.910 with up to 16 texts of each label, where it leads linear on frozen vectors by 27.0 points" in first
+    )
     assert first.endswith("To know, run this again with a time limit of 12 min or more.")
     assert second == (
         "It is not known how good full is: it was not measured. "
@@ -89,7 +97,7 @@ def test_a_quick_training_decides_only_if_the_full_one_is_not_measured() -> None
     outcomes = [outcome("linear", 16, 0.81), outcome("top-layers", 16, 0.87, quick=True)]
     found = Recommendation(summary(outcomes, {"top-layers": 100.0}))
     assert found.taken.way.strategy == "top-layers"
-    assert "from 0.870 at 16 of each label by a quick training." in recommendation(found)[0]
+    assert "from 0.870 with up to 16 texts of each label by a quick training." in recommendation(found)[0]
     outcomes.append(outcome("top-layers", 16, 0.86))
     found = Recommendation(summary(outcomes))
     assert [point.quick for point in found.summary.points] == [False, False]
@@ -105,9 +113,9 @@ def test_a_strategy_that_can_hardly_win_is_not_named_as_unknown() -> None:
 def test_a_recommendation_names_a_smaller_budget_of_equal_accuracy() -> None:
     outcomes = [outcome("linear", budget, a) for budget, a in ((4, 0.7), (16, 0.9), (64, 0.9025))]
     found = Recommendation(summary(outcomes))
-    assert recommendation(found)[-1] == (
-        "Fewer texts do as well: linear on frozen vectors reaches test accuracy 0.900 at 16 of each label (32 texts)."
-    )
+    fewer = recommendation(found)[-1]
+    assert fewer.startswith("Fewer texts do as well: linear on frozen vectors reaches test accuracy 0.900 (0.8")
+    assert fewer.endswith(") with up to 16 texts of each label (32 texts in all).")
     assert found.fewer is not None
     assert Recommendation(summary(outcomes[:1])).fewer is None
 
@@ -116,6 +124,9 @@ def test_nearest_is_recommended_only_without_exportable_strategies() -> None:
     nearest, words = outcome("nearest", 16, 0.95), outcome("tf-idf", 16, 0.99)
     assert Recommendation(summary([words, nearest, outcome("linear", 16, 0.90)])).taken.way.strategy == "linear"
     assert Recommendation(summary([words, nearest])).taken.way.strategy == "nearest"
+    only_words = recommendation(Recommendation(summary([words])))
+    assert only_words[0].startswith("No strategy that can be served was measured. The baseline TF-IDF")
+    assert not any("If the same encoder" in each for each in only_words)
     found = summary([words, nearest, outcome("zero-shot", NO_TEXTS, 0.6)])
     assert baselines(found) == (
         "Baselines, by test accuracy: the most frequent label 0.500, TF-IDF with logistic regression 0.990, "
@@ -149,12 +160,13 @@ def test_the_crossover_is_the_budget_from_which_fine_tuning_stays_ahead() -> Non
     tuned = [outcome("full", budget, a) for budget, a in ((1, 0.7), (4, 0.9), (16, 0.95))]
     found = summary([*linear, *tuned])
     assert found.ahead == {1: False, 4: True, 16: True}
-    assert "from 4 a label on; below that, it may be behind" in crossover(found)
-    assert crossover(summary([*linear, outcome("full", 4, 0.9), outcome("full", 16, 0.8)])).endswith(
-        "only at 4 a label."
+    assert "from 4 a label on; with fewer, it may be worse" in crossover(found)
+    assert "only at 4 a label." in crossover(summary([*linear, outcome("full", 4, 0.9), outcome("full", 16, 0.8)]))
+    assert "at every compared budget (4 a label, 16 a label)." in crossover(summary([*linear, *tuned[1:]]))
+    assert "not significantly better than frozen vectors at any compared budget (1 a label)." in crossover(
+        summary([*linear, tuned[0]])
     )
-    assert crossover(summary([*linear, *tuned[1:]])).endswith("at every compared budget (4 a label, 16 a label).")
-    assert crossover(summary([*linear, tuned[0]])).endswith("at no compared budget (1 a label).")
+    assert crossover(found).endswith("The test texts chose the best strategy of each kind for this.")
     nothing = "Full fine-tuning and frozen vectors were not both measured with any number of texts."
     assert crossover(summary(tuned)) == nothing
     assert crossover(summary([*linear, outcome("full", 16, 0.9, quick=True)])) == nothing
@@ -166,7 +178,7 @@ def test_warnings_about_the_figures_are_returned() -> None:
     (shared,) = caveats(found)  # the texts of `summary` are the same for training and test
     assert shared == (
         f"{TEXTS} test texts are training texts, too, for example “text 0”: "
-        "the accuracy is too high by up to their share."
+        "the accuracy is too high by up to this share of the texts."
     )
     apart = replace(found.result, train=replace(found.result.train, texts=()))
     assert caveats(Summary(apart)) == []
@@ -174,8 +186,49 @@ def test_warnings_about_the_figures_are_returned() -> None:
     bare.figures["held_out_texts"] = 0.0
     once, raw = caveats(Summary(replace(apart, outcomes=(*apart.outcomes, bare, outcome("full", 4, 0.9)),
         per_label={1: 1.0, 4: 4.0})))  # fmt: skip
-    assert once.endswith("is that of other strategies, if any: full at 1 a label, 4 a label.")
+    assert once.endswith("is that of other strategies, if any: full at 1, 4 a label.")
     assert raw.endswith("probabilities are not calibrated: full at 1 a label.")
+
+
+def test_few_test_texts_and_several_labels_are_named_in_warnings() -> None:
+    found = summary([outcome("linear", 4, 0.9, seed=seed) for seed in range(2)])
+    few = replace(found.result.test.take(range(40)), multi_label=True)
+    outcomes = tuple(replace(each, test=Decisions([], [], [])) for each in found.result.outcomes)
+    train = replace(found.result.train, texts=few.texts[:1])
+    assert caveats(Summary(replace(found.result, outcomes=outcomes, train=train, test=few))) == [
+        "There are 40 test texts only: one of them changes an accuracy by 2.5 points, so most differences may be "
+        "chance.",
+        "1 test text is a training text, too, for example “text 0”: the accuracy is too high by up to this share of "
+        "the texts.",
+        "A text counts for the accuracy only if it is given exactly its labels.",
+    ]
+
+
+def test_a_strategy_that_is_as_good_is_not_said_to_add_nothing() -> None:
+    found = Recommendation(summary([outcome("linear", 16, 0.9), outcome("top-layers", 16, 0.9, cpu_seconds=120)]))
+    _, versus, *_ = recommendation(found)
+    assert versus.startswith("Top-layers reaches the same accuracy (95 % interval +0.0 to +0.0 points of difference);")
+
+
+def test_a_strategy_that_may_be_no_better_than_the_most_frequent_label_is_named_as_this() -> None:
+    found = Recommendation(summary([outcome("linear", 16, 0.52)]))
+    assert "This may be no better than the most frequent label for every text (0.500)." in recommendation(found)
+    assert not any(
+        "no better" in each for each in recommendation(Recommendation(summary([outcome("linear", 16, 0.6)])))
+    )
+    for metric, value in (("macro_f1", "0.333"), ("micro_f1", "0.500")):
+        one = Summary(replace(found.summary.result, outcomes=(with_micro(outcome("linear", 16, 0.6)),)), metric)
+        assert f"by test {metric.replace('_f1', ' F1')}: the most frequent label {value}" in baselines(one)
+
+
+def test_an_unknown_serving_cost_is_not_the_lowest() -> None:
+    known = summary([outcome("linear", 16, 0.9), outcome("full", 16, 0.905)])  # that of full is not known
+    found = Recommendation(known, cost="serving")
+    assert found.taken.way.strategy == "linear"
+    assert "a text takes a time that was not measured against 0.0 ms" in " ".join(recommendation(found))
+    neither = Recommendation(Summary(replace(known.result, serving=())), cost="serving")
+    assert neither.taken.way.strategy == "linear"
+    assert "the time of serving was measured for neither" in " ".join(recommendation(neither))
 
 
 def test_skipped_cells_give_a_line_for_each_strategy_and_budget() -> None:
@@ -260,3 +313,32 @@ def test_figures_of_each_label_are_means_over_the_seeds() -> None:
     assert {each.label for each in figures} == {"label 0", "label 1"}
     assert all(each.recall == pytest.approx(0.98) == pytest.approx(each.precision) for each in figures)
     assert all(each.texts == TEXTS / 2 for each in figures)
+
+
+def test_a_missed_label_of_several_is_paired_with_each_label_that_was_given_wrongly() -> None:
+    names = ("bike", "car", "train")
+    targets = np.array([[1, 1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=bool)
+    test = Examples(tuple(f"text {row}" for row in range(4)), targets, names, multi_label=True)
+    # bike is missed in favour of train; car is missed and nothing else is given; train is given in addition.
+    decisions = Decisions(list(range(4)), [[1, 2], [2], [], [2]], [0.9] * 4)
+    found = summary([outcome("linear", ALL, 0.9)])
+    multi = Summary(replace(found.result, test=test, train=test))
+    point = replace(found.points[0], outcomes=(replace(found.result.outcomes[0], test=decisions),))
+    assert [(each.label, each.given, each.count, each.share) for each in confusions(multi, point)] == [
+        ("bike", "train", 2, 1.0),
+        ("car", "(none)", 1, 0.5),
+    ]
+
+
+def test_thresholds_without_labels_find_cosines_that_stand_out() -> None:
+    generator = np.random.default_rng(0)
+    targets = generator.random((300, 12)) < 0.12
+    # All cosines are above 0, and each label has its own mean.
+    cosines = generator.normal(np.linspace(0.1, 0.5, 12), 0.05, size=(300, 12)) + 0.25 * targets
+    logits = (10 * cosines).astype(np.float32)
+    thresholds = thresholds_without_labels(logits)
+    decided = DecisionRule(thresholds=thresholds, multi_label=True).labels(logits)
+    assert 0.6 < decided.any(axis=1).mean() < 0.9
+    assert 2 * (decided & targets).sum() / (decided.sum() + targets.sum()) > 0.85
+    assert DecisionRule(multi_label=True).labels(logits).mean() > 0.9
+    assert all(0 <= threshold <= 1 for threshold in thresholds_without_labels(logits[:1]))

@@ -19,6 +19,7 @@ from emberpc.bundle import Manifest, Prompts, probabilities, read_bundle
 from emberpc.export.classifier import ClassifierData, export_classifier
 from emberpc.export.classify.cached_encoder import CachedEncoder
 from emberpc.export.classify.strategies import EXPORTABLE, STRATEGIES, Options, layers
+from emberpc.export.classify.strategies.base import accuracy
 from emberpc.export.classify.strategies.contrastive import paired, supervised_contrastive
 from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.data.datasets import read_labelled
@@ -368,3 +369,14 @@ def test_a_checkpoint_depends_on_encoder_settings_and_split(tiny_source: Path, t
     assert len(list(tmp_path.iterdir())) == 4
     written(encoder, known, ("a.weight",))
     assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_score_by_cosines_tells_good_encoders_from_bad_ones_if_texts_have_several_labels() -> None:
+    generator = np.random.default_rng(0)
+    targets = generator.random((200, 4)) < 0.3
+    examples = Examples(tuple(map(str, range(200))), targets, ("a", "b", "c", "d"), multi_label=True)
+    # All cosines are above 0, as those of most encoders are.
+    good, bad = (10 * (0.4 + gap * targets).astype(np.float32) for gap in (0.3, 0.0))
+    good, bad = (logits + generator.normal(0, 0.5, logits.shape).astype(np.float32) for logits in (good, bad))
+    assert accuracy(good, examples) == accuracy(bad, examples)
+    assert accuracy(good, examples, cosines=True) > 0.95 > accuracy(bad, examples, cosines=True)

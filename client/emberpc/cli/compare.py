@@ -172,7 +172,7 @@ def compare(
         from emberpc.export.classifier import ClassifierData
         from emberpc.export.classify.strategies import STRATEGIES
         from emberpc.export.compare import comparison
-        from emberpc.export.compare.comparison_run import ComparisonSettings
+        from emberpc.export.compare.comparison_settings import ComparisonSettings
 
         settings = ComparisonSettings(
             data=ClassifierData(
@@ -310,8 +310,9 @@ def _figures(summary: Summary) -> tuple[list[str], tuple[list[Column], list[list
 def _show_labels(found: Recommendation) -> None:
     """Print the labels with the lowest F1 by the recommended strategy, at most 8, with precision, recall and F1.
 
-    Beside a label stands the label (or set of labels) that its test texts were given most often by mistake, if the pair
-    is one of the 12 most frequent confusions.
+    Beside a label stands the label that its test texts were given most often by mistake, if the pair is one of the 12
+    most frequent confusions. If the texts may have several labels, it is the label that was given most often by mistake
+    where this one was missed.
     """
     from emberpc.export.compare.class_figures import class_figures
     from emberpc.export.compare.data_problems import confusions
@@ -323,8 +324,9 @@ def _show_labels(found: Recommendation) -> None:
     figures = class_figures(summary.result.test, point.outcomes)
     name, where = summary.name(point.way, quick=point.quick), summary.where(point.budget)
     note(f"labels with the lowest F1 by {name} {where}, of {len(figures)}:")
+    confused = "missed, given instead" if summary.result.test.multi_label else "confused with"
     print_table(
-        [Column("label"), *(Column(name, "right") for name in ("precision", "recall", "F1")), Column("confused with")],
+        [Column("label"), *(Column(name, "right") for name in ("precision", "recall", "F1")), Column(confused)],
         [
             [each.label, f"{each.precision:.2f}", f"{each.recall:.2f}", f"{each.f1:.2f}", instead.get(each.label, "")]
             for each in figures[:_WEAKEST]

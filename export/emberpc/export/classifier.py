@@ -19,7 +19,7 @@ from emberpc.bundle.limits import check_labels
 from emberpc.bundle.rejection import MAX_FALSE_REJECTIONS
 from emberpc.export.card import model_card
 from emberpc.export.classify.cached_encoder import CachedEncoder
-from emberpc.export.classify.label_descriptions import described_examples
+from emberpc.export.classify.label_descriptions import described_examples, given_descriptions
 from emberpc.export.classify.rejection import reject_outside
 from emberpc.export.classify.strategies import EXPORTABLE, STRATEGIES, Fitted, Options
 from emberpc.export.convert.onnx_runner import OnnxRunner
@@ -143,6 +143,7 @@ def export_classifier(
     check_names(variants)
     examples, validation, outside = read_data(data)
     check_labels(examples.labels, f"{data.train}: the labels")
+    descriptions = given_descriptions(data.descriptions if label_texts else None, examples.labels)
     encoder = read_encoder(base, max_tokens=max_tokens, progress=progress)
     kept = Checkpoints(checkpoints)
     with staged_folder(target, overwrite=overwrite) as folder:
@@ -150,7 +151,7 @@ def export_classifier(
         converted.graph.save(folder / MODEL_PATH)
         cached_encoder = CachedEncoder(encoder, _runner(folder, encoder, converted), progress)
         if label_texts:
-            examples = described_examples(examples, data.descriptions, cached_encoder)
+            examples = described_examples(examples, descriptions, cached_encoder)
         elif strategy == "zero-shot":
             raise ExportError("the strategy zero-shot needs label texts; do not switch them off")
         options = Options(seed, balanced, validation, epochs, kept, progress)

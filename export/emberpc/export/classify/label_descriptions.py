@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,19 +18,26 @@ from emberpc.export.data.examples import Examples, label_names, read_description
 _LEAST_GAIN = 0.1
 
 
-def described_examples(examples: Examples, path: Path | str | None, cached_encoder: CachedEncoder) -> Examples:
-    """Return the examples with label descriptions, or without if there is no file and the labels' names do not help.
+def given_descriptions(path: Path | str | None, labels: Sequence[str]) -> tuple[str, ...]:
+    """Return the descriptions of a file for `labels`, in their order; empty without a file (`path` is None).
+
+    Raises:
+        ExportError: see `read_descriptions`.
+    """
+    return () if path is None else read_descriptions(path, labels)
+
+
+def described_examples(examples: Examples, descriptions: tuple[str, ...], cached_encoder: CachedEncoder) -> Examples:
+    """Return the examples with label descriptions, or without if none are given and the labels' names do not help.
 
     Args:
         examples: labelled texts.
-        path: file with descriptions; None: use the labels' names if they help to classify; see `names_help`.
+        descriptions: the description of each label, from `given_descriptions`; empty: use the labels' names if they
+            help to classify; see `names_help`.
         cached_encoder: the encoder to try the names with.
-
-    Raises:
-        ExportError: the file cannot be read, or does not describe exactly the labels of the examples.
     """
-    if path is not None:
-        return replace(examples, descriptions=read_descriptions(path, examples.labels))
+    if descriptions:
+        return replace(examples, descriptions=descriptions)
     named = replace(examples, descriptions=label_names(examples.labels))
     return named if names_help(named, cached_encoder) else examples
 

@@ -6,15 +6,18 @@ import shutil
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
+from time import perf_counter
 
 from emberpc.bundle import Manifest, check_target
 from emberpc.export.classifier import export_classifier
 from emberpc.export.classify.strategies import EXPORTABLE
-from emberpc.export.compare.comparison_run import ComparisonSettings, run
+from emberpc.export.compare.comparison_run import run
+from emberpc.export.compare.comparison_settings import ComparisonSettings
 from emberpc.export.compare.outcomes import ALL
 from emberpc.export.compare.recommendation import COSTS, Recommendation
 from emberpc.export.compare.report import write_report
 from emberpc.export.compare.summary import Summary
+from emberpc.export.compare.time_limit import TimeLimit
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
 
@@ -43,7 +46,8 @@ def compare(
         start: time, in seconds of `time.perf_counter`, from which the time limit counts; default: now.
 
     Returns:
-        The recommendation, with the summary; `report.html`, `report.json` and PNG files are in the folder.
+        The recommendation, with the summary; `report.html`, `report.json` and PNG files are in the folder. If the time
+        limit passes while the report is written, the other plots are left out.
 
     Raises:
         ExportError: `cost` is unknown, data or a base cannot be used, the folder holds another comparison, a checkpoint
@@ -52,6 +56,7 @@ def compare(
     """
     if cost not in COSTS:
         raise ExportError(f"there is no cost {cost!r}; there are: {', '.join(COSTS)}")
+    start = perf_counter() if start is None else start
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     result = run(settings, folder, progress, start)
@@ -67,7 +72,7 @@ def compare(
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     found = Recommendation(Summary(result, settings.metric), tolerance, cost)
     progress("writing the report", 0, 1)
-    write_report(found, folder)
+    write_report(found, folder, TimeLimit(start, settings.time_limit).allows)
     return found
 
 

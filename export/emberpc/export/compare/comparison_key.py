@@ -42,7 +42,7 @@ def key_of(
     *,
     label_texts: bool,
     balanced: bool,
-    descriptions: Path | str | None,
+    descriptions: Sequence[str],
 ) -> str:
     """Return the key of a comparison. A folder's stored outcomes may be used only if they have the same key.
 
@@ -53,14 +53,11 @@ def key_of(
         bases: opened encoders.
         label_texts: whether label descriptions are training texts, too.
         balanced: whether every label has the same weight.
-        descriptions: file with label descriptions, or None.
+        descriptions: the description of each label; empty without a file of descriptions.
 
     Returns:
         A SHA-256 (hex) of everything that an outcome depends on, apart from strategy, budget and seed: data, encoders,
         options, the code that makes outcomes, and the versions of the libraries.
-
-    Raises:
-        OSError: the file with descriptions cannot be read.
     """
     parts = {
         "train": [train.texts, train.targets.tolist(), train.labels],
@@ -68,7 +65,7 @@ def key_of(
         "outside": list(outside),
         "bases": {base.encoder.name: _identity(base) for base in bases},
         "options": [label_texts, balanced],
-        "descriptions": hashlib.sha256(Path(descriptions).read_bytes()).hexdigest() if descriptions else "",
+        "descriptions": list(descriptions),
         "code": code_version(),
         "tools": {tool: version(tool) for tool in _TOOLS},
     }

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from time import perf_counter
 
-from emberpc.export.classifier import ClassifierData, read_data
+from emberpc.export.classifier import read_data
 from emberpc.export.classify.cached_encoder import CachedEncoder
-from emberpc.export.classify.label_descriptions import described_examples
+from emberpc.export.classify.label_descriptions import described_examples, given_descriptions
 from emberpc.export.classify.strategies import STRATEGIES, Options
 from emberpc.export.classify.strategies.base import TYPICAL_LAYERS
 from emberpc.export.compare.base_encoders import Base, open_base
 from emberpc.export.compare.comparison_key import key_of
+from emberpc.export.compare.comparison_settings import ComparisonResult, ComparisonSettings, check
 from emberpc.export.compare.measured_outcome import outcome_of
-from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Cell, Outcome, OutcomeStore, Way, take_budget
+from emberpc.export.compare.outcomes import NO_TEXTS, Cell, Outcome, OutcomeStore, Way, take_budget
 from emberpc.export.compare.planner import Planner, Skipped, Work, budgets_of
-from emberpc.export.compare.serving_cost import ServingCost, ServingCosts
+from emberpc.export.compare.serving_cost import ServingCosts
+from emberpc.export.compare.time_limit import OutOfTimeError, ReportTime, TimeLimit
 from emberpc.export.data.datasets import read_labelled
 from emberpc.export.data.examples import Examples, held_out_examples, label_names
 from emberpc.export.errors import ExportError, NoRoomError
@@ -27,67 +31,13 @@ from emberpc.export.threads import bounded_threads
 from emberpc.export.timing import Cost
 from emberpc.export.tuning.checkpoint import Checkpoints
 
-#: Seconds of the time limit that are reserved for the report. The limit may be exceeded all the same: the conversion of
-#: an encoder cannot be interrupted, and takes 5 to 15 s for an encoder of MiniLM's size (docs/compare.md).
-FOR_REPORT = 15.0
 #: Most texts of an encoder that are embedded after the time limit has passed, to estimate the limit that would suffice.
-_SAMPLED_TEXTS = 32
-#: Figures by which strategies can be compared.
-METRICS = ("accuracy", "macro_f1", "micro_f1")
+#: They are one batch, which cannot be interrupted.
+_SAMPLED_TEXTS = 8
+#: Greatest share of the time left that measuring the serving cost of a strategy may take, by its estimate. Otherwise it
+#: is left out, and a later cell of the strategy may measure it.
+_FOR_SERVING = 0.3
 _NO_LABEL_TEXTS = "it uses only the texts of the labels, and these are switched off"
-
-
-@dataclass(frozen=True)
-class ComparisonSettings:
-    """Settings of a comparison.
-
-    `data` names the training texts, and `test` is a file of the same format with the test texts. The texts of
-    `data.outside` are used for measuring and not for training, and those of `data.validation` are not used. `bases` are
-    encoders: folders, installed packages or hub ids. `budgets` are numbers of training texts of each label, and `seeds`
-    is the number of seeds for each budget. `max_tokens` is the most tokens of a text; None: each encoder's limit.
-    `label_texts` and `balanced` have the meaning that they have for `export_classifier`.
-    """
-
-    data: ClassifierData
-    test: Path
-    bases: tuple[str, ...]
-    budgets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, ALL)
-    strategies: tuple[str, ...] = tuple(STRATEGIES)
-    seeds: int = 3
-    #: Seconds for the whole comparison, its report included; None: no limit.
-    time_limit: float | None = None
-    label_texts: bool = True
-    balanced: bool = False
-    max_tokens: int | None = None
-    #: Name of the figure by which strategies are compared: one of `METRICS`.
-    metric: str = "accuracy"
-
-
-@dataclass(frozen=True)
-class ComparisonResult:
-    """Result of a comparison: data, outcomes of the cells that were measured, serving costs, and skipped cells."""
-
-    #: Title of the data: the name of the folder with the training texts.
-    title: str
-    train: Examples
-    test: Examples
-    outcomes: tuple[Outcome, ...]
-    serving: tuple[ServingCost, ...]
-    skipped: tuple[Skipped, ...]
-    #: Mean number of training texts of a label, by budget.
-    per_label: dict[int, float]
-    #: The source of each base (folder, package or hub id), by the base's name.
-    sources: dict[str, str]
-    #: Estimate of the least time limit, in seconds, with which one more cell is measured; 0 if no cell was skipped for
-    #: lack of time.
-    needed_seconds: float = 0.0
-    #: Estimate of the least time limit, in seconds, with which a later run measures the full profile with the largest
-    #: budget, by way; only ways of this run that were not measured there.
-    seconds_to_know: dict[Way, float] = field(default_factory=dict)
-
-
-class _OutOfTimeError(Exception):
-    """The time limit passed in the middle of a cell, or while all texts were embedded."""
 
 
 @bounded_threads()
@@ -112,8 +62,10 @@ def run(
         OSError: another file of the folder cannot be written.
     """
     start = perf_counter() if start is None else start
-    _check(settings)
+    limit = TimeLimit(start, settings.time_limit)
+    check(settings)
     train, _, outside = read_data(settings.data)
+    descriptions = given_descriptions(settings.data.descriptions if settings.label_texts else None, train.labels)
     test = held_out_examples(
         read_labelled(
             settings.test,
@@ -124,8 +76,9 @@ def run(
         train,
     )
     with tempfile.TemporaryDirectory() as name:
-        bases = {}
+        bases: dict[str, Base] = {}
         for number, source in enumerate(settings.bases):
+            _check_opening(limit, list(bases.values()), settings)
             base = open_base(source, Path(name) / str(number), settings.max_tokens, progress)
             if base.encoder.name in bases:
                 raise ExportError(
@@ -139,10 +92,10 @@ def run(
             bases.values(),
             label_texts=settings.label_texts,
             balanced=settings.balanced,
-            descriptions=settings.data.descriptions,
+            descriptions=descriptions,
         )
         store = OutcomeStore(folder, key)
-        comparison = _Comparison(settings, train, test, outside, bases, store, folder, start, progress)
+        comparison = _Comparison(settings, train, test, outside, descriptions, bases, store, folder, limit, progress)
         done, skipped = comparison.run()
     return ComparisonResult(
         Path(settings.data.train).resolve().parent.name,
@@ -158,17 +111,17 @@ def run(
     )
 
 
-def _check(settings: ComparisonSettings) -> None:
-    if unknown := [name for name in settings.strategies if name not in STRATEGIES]:
-        raise ExportError(f"there is no strategy {unknown[0]!r}; there are: {', '.join(STRATEGIES)}")
-    if not settings.bases or not settings.strategies or not settings.budgets:
-        raise ExportError("a comparison needs at least one base, one strategy and one budget")
-    if settings.metric not in METRICS:
-        raise ExportError(f"there is no metric {settings.metric!r}; there are: {', '.join(METRICS)}")
-    if settings.seeds < 1:
-        raise ExportError(f"seeds is {settings.seeds}; it must be at least 1")
-    if bad := [budget for budget in settings.budgets if budget < 1 and budget != ALL]:
-        raise ExportError(f"a budget is {bad[0]}; it must be at least 1, or all")
+def _check_opening(limit: TimeLimit, opened: Sequence[Base], settings: ComparisonSettings) -> None:
+    """Raise ExportError if the time limit leaves no time to open one more encoder; the first is always opened."""
+    if not opened or limit.left is None:
+        return
+    longest = max(base.seconds for base in opened)
+    if limit.left < longest:
+        needed = limit.spent + longest * (len(settings.bases) - len(opened)) + limit.reserve
+        raise ExportError(
+            f"the time limit of {settings.time_limit:.0f} s left no time to open all {len(settings.bases)} encoders: "
+            f"{len(opened)} took {limit.spent:.0f} s; give more than about {ceil(2 * needed)} s, or fewer --base"
+        )
 
 
 class _Comparison:
@@ -180,23 +133,27 @@ class _Comparison:
         train: Examples,
         test: Examples,
         outside: Sequence[str],
+        descriptions: tuple[str, ...],
         bases: dict[str, Base],
         store: OutcomeStore,
         folder: Path,
-        start: float,
+        limit: TimeLimit,
         progress: Progress,
     ) -> None:
-        self._start, self.needed_seconds = start, 0.0
+        self._limit, self.needed_seconds = limit, 0.0
         self.seconds_to_know: dict[Way, float] = {}
         #: Seconds from the start until the first cell could be chosen; a later run needs them again.
         self._opened = 0.0
         self._all_texts = sorted({*train.texts, *test.texts, *outside})
         self._settings, self._train, self._test, self._outside = settings, train, test, outside
         self._bases, self._store, self._progress = bases, store, progress
-        self._end = None if settings.time_limit is None else start + settings.time_limit - FOR_REPORT
+        self._descriptions = descriptions
+        self._report = None if settings.time_limit is None else ReportTime(test.targets, settings.metric)
         self._checkpoints = folder / "checkpoints"
         self.serving = ServingCosts(folder / "serving.json")
         self._samples: dict[tuple[int, int], Examples] = {}
+        #: Wall seconds that embedding one text takes, by base.
+        self._per_text: dict[str, float] = {}
         self._stored = store.read()
         budgets = budgets_of(settings.budgets, lambda budget: len(self._sample(budget, 0).texts) == len(train.texts))
         known = {cell.budget for cell in self._stored} - {NO_TEXTS}
@@ -231,29 +188,30 @@ class _Comparison:
             OSError: an outcome cannot be written.
         """
         done = dict(self._stored)
+        self._reserve(done)
         todo = [cell for cell in self._cells if cell not in done]
         skipped = [Skipped(cell, _NO_LABEL_TEXTS) for cell in self._left_out]
-        seconds: dict[str, float] = {}
+        seconds = self._per_text
         planner = Planner(
             {cell: self._work(cell) for cell in {*self._cells, *done}},
             self.per_label,
             seconds,
             self._settings.metric,
-            lambda cell: self._shared_seconds(cell, seconds[cell.base]),
+            self._shared_seconds,
         )
         try:
             self._embed_all(seconds, self._bases if todo else {})
-        except _OutOfTimeError:
+        except OutOfTimeError:
             others = {name: self._sampled(base) for name, base in self._bases.items() if name not in seconds}
             seconds |= others
             self._opened += sum(others.values()) * len(self._all_texts)
-            self.needed_seconds = self._opened + planner.least_seconds(todo, done) + FOR_REPORT
+            self.needed_seconds = self._opened + planner.least_seconds(todo, done) + self._limit.reserve
             self._note_unknown(planner, done, set())
             reason = "the time limit passed before all texts were embedded"
             return done, [*skipped, *(Skipped(cell, reason, for_time=True) for cell in todo if not cell.quick)]
         full = [cell for cell in self._cells if not cell.quick]
         while todo:
-            cell = planner.choose(todo, done, self._seconds_left())
+            cell = planner.choose(todo, done, self._limit.left)
             if cell is None:
                 break
             todo.remove(cell)
@@ -261,7 +219,7 @@ class _Comparison:
             try:
                 outcome = self._fit(cell, f"{sum(each in done for each in full) + 1} of {len(full)}", kept)
                 self._store.write(outcome)
-            except _OutOfTimeError:
+            except OutOfTimeError:
                 reason = "the time limit passed during its training; with more time it continues from there"
                 skipped.append(Skipped(cell, reason, for_time=True))
                 continue
@@ -273,14 +231,14 @@ class _Comparison:
                 todo = [other for other in todo if other not in failed]
             else:
                 done[cell] = outcome
+                self._reserve(done)
             kept.remove()
         self._note_unknown(planner, done, {each.cell for each in skipped if not each.for_time})
         todo = planner.needed(todo, done)
         if rest := [*todo, *(each.cell for each in skipped if each.for_time)]:
-            spent = perf_counter() - self._start
-            self.needed_seconds = spent + planner.least_seconds(rest, done) + FOR_REPORT
+            self.needed_seconds = self._limit.spent + planner.least_seconds(rest, done) + self._limit.reserve
         of_full = [each for each in skipped if not each.cell.quick]
-        return done, [*of_full, *planner.skipped(todo, done, self._seconds_left() or 0.0)]
+        return done, [*of_full, *planner.skipped(todo, done, self._limit.left or 0.0)]
 
     def _note_unknown(self, planner: Planner, done: Mapping[Cell, Outcome], failed: Collection[Cell]) -> None:
         """Store the time limit with which a later run measures the full profile at the largest budget, by way."""
@@ -291,7 +249,7 @@ class _Comparison:
                 # A later run loads the encoder for training again.
                 loading = base.seconds * (cell.way.tunes and base.cached_encoder.is_trainable)
                 seconds = loading + planner.least_seconds([cell], done)
-                self.seconds_to_know[cell.way] = self._opened + seconds + FOR_REPORT
+                self.seconds_to_know[cell.way] = self._opened + seconds + self._limit.reserve
 
     def _work(self, cell: Cell) -> Work:
         """Return the work of a cell. A tuned encoder also embeds all texts to measure on."""
@@ -311,32 +269,28 @@ class _Comparison:
             return []
         return [other for other in todo if other.base == cell.base and STRATEGIES[other.strategy].tunes]
 
-    def _seconds_left(self) -> float | None:
-        return None if self._end is None else self._end - perf_counter()
+    def _reserve(self, done: Mapping[Cell, Outcome]) -> None:
+        """Reserve the time for the report of the outcomes so far and of one more."""
+        if self._report is not None:
+            self._limit.reserve = self._report.seconds(len(done) + 1)
 
     def _timed(self, title: str) -> Progress:
-        """Return a callback that reports progress of the step `title`, or raises `_OutOfTimeError` if time is up."""
+        """Return a callback that reports progress of the step `title`, or raises `OutOfTimeError` if time is up."""
 
         def report(stage: str, done: int, total: int, detail: str = "") -> None:
-            if self._end is not None and perf_counter() > self._end:
-                raise _OutOfTimeError
+            self._limit.check()
             self._progress(title, done, total, f"{stage} {detail}".strip())
 
         return report
 
-    def _shared_seconds(self, cell: Cell, per_text: float) -> float:
+    def _shared_seconds(self, cell: Cell) -> float:
         """Estimate the seconds of work that `cell` needs, that other cells need too, and that is not done yet.
 
-        This work is loading the encoder for training, and measuring the serving cost.
-
-        Args:
-            cell: the cell.
-            per_text: seconds that embedding one text takes.
+        This work is loading the encoder for training. Measuring the serving cost is left out if time is short.
         """
         base = self._bases[cell.base]
         loading = STRATEGIES[cell.strategy].tunes and not base.cached_encoder.is_trainable
-        texts = len(self._sample(cell.budget, cell.seed).texts)
-        return base.seconds * loading + self.serving.estimate(base, cell.strategy, texts, per_text)
+        return base.seconds * loading
 
     def _sample(self, budget: int, seed: int) -> Examples:
         """Return the training texts of a budget; with `NO_TEXTS`, examples without texts but with all labels."""
@@ -345,11 +299,11 @@ class _Comparison:
         return self._samples[budget, seed]
 
     def _embed_all(self, seconds: dict[str, float], bases: Mapping[str, Base]) -> None:
-        """Embed all texts with each base, and set the seconds for one text in `seconds`; raise `_OutOfTimeError`."""
+        """Embed all texts with each base, and set the seconds for one text in `seconds`; raise `OutOfTimeError`."""
         for name, base in bases.items():
-            self._opened = perf_counter() - self._start
+            self._opened = self._limit.spent
             seconds[name] = self._embed(base, self._all_texts, self._timed("embedding all texts"))
-        self._opened = perf_counter() - self._start
+        self._opened = self._limit.spent
 
     def _embed(self, base: Base, texts: Sequence[str], progress: Progress) -> float:
         """Embed texts, so that their vectors are cached; return the mean wall seconds for one text."""
@@ -359,7 +313,7 @@ class _Comparison:
         return cost.seconds / len(texts)
 
     def _sampled(self, base: Base) -> float:
-        """Embed at most 32 texts, even after the time limit has passed; return the mean wall seconds for one text."""
+        """Embed at most 8 texts, even after the time limit has passed; return the mean wall seconds for one text."""
         step = -(-len(self._all_texts) // _SAMPLED_TEXTS)
         return self._embed(base, self._all_texts[::step], no_progress)
 
@@ -374,7 +328,7 @@ class _Comparison:
             checkpoints: where trainings store their checkpoints.
 
         Raises:
-            _OutOfTimeError: the time limit passed.
+            OutOfTimeError: the time limit passed.
             ExportError: the classifier cannot be fitted or converted.
             NoRoomError: a checkpoint cannot be written.
             OSError: the serving cost cannot be written.
@@ -396,9 +350,13 @@ class _Comparison:
             with cached_encoder.account() as account, Cost() as cost:
                 fitted = STRATEGIES[cell.strategy].fit(sample, cached_encoder, options)
             price = cached_encoder.price(account)
-            outcome = outcome_of(cell, len(sample.texts), fitted, self._test, self._outside)
+            report("measuring", 0, 1)
+            outcome = outcome_of(cell, len(sample.texts), fitted, self._test, self._outside, self._unlabelled(sample))
         before = checkpoints.spent
-        self.serving.measure(base, cell.strategy, fitted, len(sample.texts), self._test.texts, report)
+        serving = self.serving.estimate(base, cell.strategy, len(sample.texts), self._per_text[cell.base])
+        if not serving or self._limit.left is None or serving <= _FOR_SERVING * self._limit.left:
+            with suppress(OutOfTimeError):  # the outcome is worth keeping without a serving cost
+                self.serving.measure(base, cell.strategy, fitted, len(sample.texts), self._test.texts, report)
         outcome.figures.update(
             wall_seconds=wall.seconds + before.seconds,
             seconds=before.seconds + cost.seconds - account.waited.seconds + price.seconds,
@@ -414,6 +372,10 @@ class _Comparison:
         """
         if not self._settings.label_texts:
             return sample
-        if not sample.texts and self._settings.data.descriptions is None:
+        if not sample.texts and not self._descriptions:
             return replace(sample, descriptions=label_names(sample.labels))
-        return described_examples(sample, self._settings.data.descriptions, cached_encoder)
+        return described_examples(sample, self._descriptions, cached_encoder)
+
+    def _unlabelled(self, sample: Examples) -> Sequence[str]:
+        """Return the training texts that are not in a sample, for rules that need texts but no labels."""
+        return sorted({*self._train.texts} - {*sample.texts}) if sample.multi_label else ()

@@ -14,6 +14,8 @@ from emberpc.export.compare.outcomes import Decisions
 from emberpc.export.compare.summary import Point, Summary
 from emberpc.export.data.examples import Examples
 
+#: Stands for no label.
+_NONE = "(none)"
 _MOST_PAIRS = 12
 _MOST_TEXTS = 4
 _MOST_SUSPECTS = 40
@@ -33,9 +35,11 @@ _LEAST_CONTRAST = 0.2
 
 @dataclass(frozen=True)
 class Confusion:
-    """Test texts of one label (or set of labels) that a classifier gave another label (or set).
+    """Test texts of one label that a classifier gave another label.
 
-    `label` is the right label, `given` the classifier's; a set is joined by commas. `texts` are some of the texts.
+    `label` is the right label, `given` the classifier's. If the texts may have several labels, `label` is one that the
+    classifier missed, and `given` is one that it gave although the text does not have it; `(none)` if it gave no wrong
+    label. `texts` are some of the texts.
     """
 
     label: str
@@ -67,6 +71,9 @@ class Suspect:
 def confusions(summary: Summary, point: Point) -> list[Confusion]:
     """Return the pairs of labels that a strategy confuses most on the test texts, the most frequent pair first.
 
+    If the texts may have several labels, a text counts for each pair of a missed label and a wrongly given one. A label
+    that is wrongly given, while none is missed, is in no pair.
+
     Args:
         summary: the comparison.
         point: the strategy, base encoder and budget whose decisions are counted.
@@ -75,16 +82,18 @@ def confusions(summary: Summary, point: Point) -> list[Confusion]:
         At most 12 pairs, each with at most 4 texts, the most frequently confused texts first.
     """
     test = summary.result.test
-    names = [_name(test, np.flatnonzero(row).tolist()) for row in test.targets]
-    sizes = Counter(names)
+    sizes = dict(zip(test.labels, test.targets.sum(axis=0).tolist(), strict=True))
     counts: Counter[tuple[str, str]] = Counter()
     texts: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for outcome in point.outcomes:
         for row, labels in zip(outcome.test.rows, outcome.test.labels, strict=True):
-            given = _name(test, labels)
-            if given != names[row]:
-                counts[names[row], given] += 1
-                texts[names[row], given][test.texts[row]] += 1
+            own, given = set(np.flatnonzero(test.targets[row]).tolist()), set(labels)
+            instead = [test.labels[label] for label in sorted(given - own)] or [_NONE]
+            for missed in sorted(own - given):
+                for wrong in instead:
+                    pair = test.labels[missed], wrong
+                    counts[pair] += 1
+                    texts[pair][test.texts[row]] += 1
     return [
         Confusion(
             label,
@@ -198,4 +207,4 @@ def _votes(
 
 
 def _name(examples: Examples, labels: list[int]) -> str:
-    return ", ".join(examples.labels[label] for label in labels) or "(none)"
+    return ", ".join(examples.labels[label] for label in labels) or _NONE

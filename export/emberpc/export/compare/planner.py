@@ -243,12 +243,17 @@ class Planner:
 
         def reason(cell: Cell) -> str:
             seconds = self.estimate(cell, done)
-            needed = f"it would take about {seconds:.0f} s ({_SAFETY * seconds:.0f} s with a reserve)"
-            left = f"and {max(0.0, seconds_left):.0f} s were left"
+            needed = f"it would take about {_rounded(seconds)} s ({_rounded(_SAFETY * seconds)} s with a reserve)"
+            left = f"and {_rounded(max(0.0, seconds_left))} s were left"
             loses = "; by what was measured it would not win" if cell.way in hopeless else ""
             return f"{needed}, {left}{loses}"
 
         return [Skipped(cell, reason(cell), for_time=True) for cell in cells if not cell.quick]
+
+
+def _rounded(seconds: float) -> str:
+    """Return seconds as text, below 10 s with one decimal."""
+    return f"{seconds:.1f}" if seconds < 9.95 else f"{seconds:.0f}"
 
 
 #: Steps of the plan, in their order: frozen strategies; one trial of each strategy that trains the encoder; the full

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from emberpc.export.classify.strategies import STRATEGIES
 from emberpc.export.compare.data_problems import Confusion
+from emberpc.export.compare.figures import draw
 from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Way
 from emberpc.export.compare.recommendation import Recommendation, metric_name
 from emberpc.export.compare.summary import Point, Summary
-from emberpc.export.files import staged
+from emberpc.export.timing import Cost
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,23 +21,29 @@ if TYPE_CHECKING:
 _COLOURS = ("#000000", "#999999", "#56B4E9", "#009E73", "#0072B2", "#E69F00", "#CC79A7", "#D55E00")
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D")
-_INCHES = (7.2, 4.4)
-_DOTS_PER_INCH = 130
 #: Fewest decisions of a bin of confidence that the reliability plot draws. With fewer, the share of right decisions is
 #: too uncertain.
 _LEAST_DECISIONS = 10
 
 
-def draw_plots(recommended: Recommendation, confused: Sequence[Confusion], folder: Path) -> dict[str, Path]:
-    """Draw all plots of a comparison.
+def draw_plots(
+    recommended: Recommendation,
+    confused: Sequence[Confusion],
+    folder: Path,
+    allows: Callable[[float], bool] = lambda _seconds: True,
+) -> dict[str, Path]:
+    """Draw the plots of a comparison, as far as time allows.
 
     Args:
         recommended: the recommendation, with the comparison's summary.
         confused: confusions of the recommended classifier, from `data_problems.confusions`.
-        folder: folder to write the PNG files to; it must exist.
+        folder: folder to write the PNG files to; it must exist. A file of a plot that is left out is removed: it shows
+            older measurements.
+        allows: whether the time limit allows work of a number of seconds. It is asked before each plot, with the
+            seconds of the plot before it.
 
     Returns:
-        The path of each PNG file, by plot: `learning-curves`, `accuracy-cost`, `reliability`, `confusions`.
+        The path of each PNG file, by plot: `learning-curves`, `confusions`, `accuracy-cost`, `reliability`.
 
     Raises:
         OSError: a file cannot be written.
@@ -45,26 +52,20 @@ def draw_plots(recommended: Recommendation, confused: Sequence[Confusion], folde
     summary = recommended.summary
     plots: dict[str, Callable[[Axes], None]] = {
         "learning-curves": lambda axes: _learning_curves(axes, summary),
+        "confusions": lambda axes: _confusions(axes, confused, multi_label=summary.result.test.multi_label),
         "accuracy-cost": lambda axes: _accuracy_cost(axes, summary),
         "reliability": lambda axes: _reliability(axes, recommended),
-        "confusions": lambda axes: _confusions(axes, confused),
     }
-    return {name: _draw(plot, folder / f"{name}.png") for name, plot in plots.items()}
-
-
-def _draw(plot: Callable[[Axes], None], path: Path) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=_INCHES, dpi=_DOTS_PER_INCH, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    plot(axes)
-    with staged(path) as beside:
-        figure.savefig(beside, format="png")
-    return path
+    found, last = {}, Cost()
+    for name, plot in plots.items():
+        path = folder / f"{name}.png"
+        if not allows(last.seconds):
+            path.unlink(missing_ok=True)
+            continue
+        last = Cost()
+        with last:
+            found[name] = draw(plot, path)
+    return found
 
 
 def _style(summary: Summary, way: Way) -> dict[str, str]:
@@ -165,9 +166,10 @@ def _reliability_points(recommended: Recommendation) -> list[Point]:
     return list({point.way: point for point in points if point is not None}.values())
 
 
-def _confusions(axes: Axes, confused: Sequence[Confusion]) -> None:
+def _confusions(axes: Axes, confused: Sequence[Confusion], *, multi_label: bool) -> None:
     if not confused:
-        axes.text(0.5, 0.5, "no text of the test was given a wrong label", ha="center", transform=axes.transAxes)
+        nothing = "no label of a test text was missed" if multi_label else "no test text was given a wrong label"
+        axes.text(0.5, 0.5, nothing, ha="center", transform=axes.transAxes)
         return
     names = [f"{c.label} → {c.given}" for c in confused]
     places = range(len(names))
@@ -176,4 +178,5 @@ def _confusions(axes: Axes, confused: Sequence[Confusion]) -> None:
     axes.set_yticks(places, shown, fontsize=7, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel("test texts, mean over the seeds")
-    axes.set_title("Labels that the recommended strategy confuses most", fontsize=10)
+    title = "Labels that the recommended strategy misses most, and the label that it gives in addition"
+    axes.set_title(title if multi_label else "Labels that the recommended strategy confuses most", fontsize=10)

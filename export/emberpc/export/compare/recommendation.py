@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil
+from math import ceil, inf
 
 from emberpc.export.compare.estimates import Estimate
 from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Way, budget_name
@@ -22,6 +22,10 @@ _SMALL_COSTS = {"training": 5.0, "serving": 0.5}
 #: A difference of accuracies that may be chance decides all the same, unless the better strategy costs this many times
 #: as much as the other, and more by `_GREAT_COSTS`.
 _GREAT_FACTOR = 10.0
+#: A difference of fewer percentage points is not shown as one: it would be rounded to 0.0.
+_EQUAL_POINTS = 0.05
+#: With fewer test texts, one text changes an accuracy by more than a percentage point, the default tolerance.
+_FEW_TEST_TEXTS = 100
 _GREAT_COSTS = {"training": 600.0, "serving": 100.0}
 
 
@@ -30,18 +34,23 @@ class CandidateStrategy:
     """A strategy that can be recommended, with its estimate at the largest budget.
 
     `point` is its point at the largest budget at which it was measured. `cpu_seconds` and `milliseconds` are the cost
-    of the training with the largest budget and of classifying a text whose vector is computed anyway; 0 where unknown.
+    of the training with the largest budget and of classifying a text whose vector is computed anyway; `milliseconds` is
+    None where it was not measured.
     """
 
     way: Way
     estimate: Estimate
     point: Point
     cpu_seconds: float
-    milliseconds: float
+    milliseconds: float | None
 
     def cost(self, kind: str) -> float:
         """Return the cost of a kind of `COSTS`."""
-        return self.cpu_seconds if kind == "training" else self.milliseconds
+        if kind == "training":
+            return self.cpu_seconds
+        if self.milliseconds is None:  # a tuned encoder runs for each text; a head on the vector costs almost nothing
+            return inf if self.way.tunes else 0.0
+        return self.milliseconds
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Recommendation:
             return None
         growth = self.summary.growth(point, self.summary.largest)
         serving = self.summary.serving(way)
-        milliseconds = serving.milliseconds_beside if serving else 0.0
+        milliseconds = serving.milliseconds_beside if serving else None
         return CandidateStrategy(way, estimate, point, point.means["cpu_seconds"] * growth, milliseconds)
 
     @cached_property
@@ -147,19 +156,24 @@ class Recommendation:
 
 
 def recommendation(found: Recommendation) -> list[str]:
-    """Return the recommendation as sentences: what is not known, the strategy to take, its rival, and fewer texts."""
+    """Return the recommendation as sentences: what is not known, the strategy to take, its rivals, and fewer texts."""
     sentences = [_unknown(each, found) for each in found.unknown]
     sentences.append(_take(found))
+    if found.taken.estimate.low <= found.summary.majority:
+        sentences.append(
+            f"This may be no better than the most frequent label for every text ({found.summary.majority:.3f})."
+        )
     if (rival := _rival(found)) is not None:
         sentences.append(_versus(rival, found))
     if not found.taken.way.tunes and found.summary.serving(found.taken.way) is not None:
         sentences.append(
-            f"Beside embeddings of the same encoder, {found.taken.way.strategy} costs almost nothing to serve."
+            f"If the same encoder embeds the texts anyway, {found.taken.way.strategy} costs almost nothing to serve."
         )
     if (fewer := found.fewer) is not None:
         sentences.append(
             f"Fewer texts do as well: {found.summary.name(fewer.way)} reaches {_score(fewer, found)} "
-            f"{found.summary.where(fewer.budget)} ({fewer.texts:,} texts)."
+            f"({fewer.score.low:.3f} to {fewer.score.high:.3f}) {found.summary.where(fewer.budget)} "
+            f"({fewer.texts:,} texts in all)."
         )
     return sentences
 
@@ -168,6 +182,11 @@ def _take(found: Recommendation) -> str:
     summary, taken = found.summary, found.taken
     where = summary.where(NO_TEXTS if taken.point.budget == NO_TEXTS else summary.largest)
     value = _range(taken.estimate)
+    if not taken.way.served:
+        return (
+            f"No strategy that can be served was measured. The baseline {summary.name(taken.way)} reaches "
+            f"{_metric(found)} {value} {where}."
+        )
     kind = "" if taken.estimate.measured else "an estimated "
     return f"Take {summary.name(taken.way)}: {kind}{_metric(found)} {value} {where}."
 
@@ -212,24 +231,31 @@ def _versus(rival: CandidateStrategy, found: Recommendation) -> str:
     taken = found.taken
     gain = 100 * (rival.estimate.value - taken.estimate.value)
     measured = rival.estimate.measured and taken.estimate.measured
+    verb = f"{'adds' if gain >= 0 else 'loses'} {abs(gain):.1f} points"
     if measured:
         between = difference(rival.point, taken.point)
         sure = f"95 % interval {100 * between.low:+.1f} to {100 * between.high:+.1f}"
-        noise = f" ({sure}{', so this may be chance' if between.low <= 0 <= between.high else ''})"
+        change = f"{verb} ({sure}{', so this may be chance' if between.low <= 0 <= between.high else ''})"
+        same = f"({sure} points of difference)"
     else:
-        noise = ", by estimates"
-    verb = "adds" if gain >= 0 else "loses"
+        change, same = f"{verb}, by estimates", "by estimates"
+    if abs(gain) < _EQUAL_POINTS:
+        change = f"reaches the same {metric_name(found.summary.metric)} {same}"
     costs = f"its training takes {_seconds(rival.cpu_seconds)} against {_seconds(taken.cpu_seconds)} of CPU"
     if found.cost == "serving":
-        costs = f"beside its vector, a text takes {rival.milliseconds:.1f} ms against {taken.milliseconds:.1f} ms"
+        costs = "the time of serving was measured for neither"
+        if rival.milliseconds is not None or taken.milliseconds is not None:
+            costs = f"beside its vector, a text takes {_milliseconds(rival)} against {_milliseconds(taken)}"
     name = _capital(found.summary.name(rival.way))
-    return f"{name} {verb} {abs(gain):.1f} points{noise}; {costs}."
+    return f"{name} {change}; {costs}."
 
 
 def crossover(summary: Summary) -> str:
-    """Return a sentence that names the budgets at which fine-tuning is significantly ahead of frozen vectors.
+    """Return a sentence that names the budgets at which fine-tuning is significantly better than frozen vectors.
 
-    The sentence says so if fine-tuning is ahead at no budget, or if the two were not both measured at any.
+    The sentence says so if fine-tuning is better at no budget, or if the two were not both measured at any. It adds
+    that the test texts chose both strategies: the best of several strategies is partly the luckiest one, and the kind
+    with more strategies profits more from this.
     """
     if not any(point.way.tunes for point in summary.points):
         return "No fine-tuning was measured."
@@ -237,49 +263,56 @@ def crossover(summary: Summary) -> str:
         return "Full fine-tuning and frozen vectors were not both measured with any number of texts."
     leads = [budget for budget, ahead in summary.ahead.items() if ahead]
     compared = list(summary.ahead)
+    better = "Fine-tuning was significantly better than frozen vectors"
     if leads == compared:
-        where = f"at every compared budget ({', '.join(map(budget_name, compared))})."
+        found = f"{better} at every compared budget ({', '.join(map(budget_name, compared))})."
     elif not leads:
-        where = f"at no compared budget ({', '.join(map(budget_name, compared))})."
+        budgets = ", ".join(map(budget_name, compared))
+        found = f"Fine-tuning was not significantly better than frozen vectors at any compared budget ({budgets})."
     elif leads == compared[-len(leads) :]:
-        where = f"from {budget_name(leads[0])} on; below that, it may be behind, or the difference may be chance."
+        found = (
+            f"{better} from {budget_name(leads[0])} on; with fewer, it may be worse, or the difference may be chance."
+        )
     else:
-        where = f"only at {', '.join(map(budget_name, leads))}."
-    # The sentence says that the test texts chose both strategies: the best of several strategies is partly the luckiest
-    # one, and the kind with more strategies profits more from this.
-    return (
-        "The best fine-tuning was significantly ahead of the best strategy on frozen vectors, "
-        f"both chosen by the test texts, {where}"
-    )
+        found = f"{better} only at {', '.join(map(budget_name, leads))}."
+    return f"{found} The test texts chose the best strategy of each kind for this."
 
 
 def baselines(summary: Summary) -> str:
-    """Return a sentence with the accuracies of the baselines: the most frequent label, TF-IDF and zero-shot."""
+    """Return a sentence with the figures of the baselines: the most frequent label, TF-IDF and zero-shot."""
     parts = [f"the most frequent label {summary.majority:.3f}"]
     for strategy, name in (("tf-idf", "TF-IDF with logistic regression"), ("zero-shot", "zero-shot")):
         points = [point for way in summary.ways if way.strategy == strategy and (point := summary.last(way))]
         if points:
-            best = max(points, key=lambda point: point.accuracy)
-            parts.append(f"{name} {best.accuracy:.3f}")
-    return f"Baselines, by test accuracy: {', '.join(parts)}."
+            parts.append(f"{name} {max(point.score.value for point in points):.3f}")
+    return f"Baselines, by test {metric_name(summary.metric)}: {', '.join(parts)}."
 
 
 def caveats(summary: Summary) -> list[str]:
     """Return warnings about the figures, one sentence each.
 
-    The warnings are about test texts that are training texts, strategies fitted with one seed only, and strategies that
-    had too few texts for a calibration. The list is empty if there is nothing to warn of.
+    The warnings are about few test texts, test texts that are training texts, texts with several labels, strategies
+    fitted with one seed only, and strategies without held-out texts for a calibration. The list is empty if there is
+    nothing to warn of.
     """
+    test = summary.result.test
     training_texts = set(summary.result.train.texts)
-    shared = [text for text in summary.result.test.texts if text in training_texts]
+    shared = [text for text in test.texts if text in training_texts]
     once = [point for point in summary.points if point.seeds == 1 and point.budget != NO_TEXTS]
     raw = [point for point in summary.points if point.means.get("held_out_texts") == 0]
     found = []
-    if shared:
+    if len(test.texts) < _FEW_TEST_TEXTS:
         found.append(
-            f"{len(shared)} test texts are training texts, too, for example “{shared[0]:.60}”: "
-            "the accuracy is too high by up to their share."
+            f"There are {len(test.texts)} test texts only: one of them changes an accuracy by "
+            f"{100 / len(test.texts):.1f} points, so most differences may be chance."
         )
+    if shared:
+        count = "1 test text is a training text" if len(shared) == 1 else f"{len(shared)} test texts are training texts"
+        found.append(
+            f"{count}, too, for example “{shared[0]:.60}”: the accuracy is too high by up to this share of the texts."
+        )
+    if test.multi_label:
+        found.append("A text counts for the accuracy only if it is given exactly its labels.")
     if once:
         found.append(
             "Fitted with one seed only, so the spread over the random choice of training texts is that of other "
@@ -287,7 +320,7 @@ def caveats(summary: Summary) -> list[str]:
         )
     if raw:
         found.append(
-            "Too few texts to hold some out, so no temperature was fitted and the probabilities are not "
+            "No text was held out, so no temperature was fitted and the probabilities are not "
             f"calibrated: {_listed(raw, summary)}."
         )
     return found
@@ -295,10 +328,20 @@ def caveats(summary: Summary) -> list[str]:
 
 def _listed(points: list[Point], summary: Summary) -> str:
     """Return the budgets of points as text, grouped by strategy and base."""
-    budgets: dict[Way, list[str]] = {}
+    budgets: dict[Way, list[int]] = {}
     for point in points:
-        budgets.setdefault(point.way, []).append(budget_name(point.budget))
-    return "; ".join(f"{summary.title(way)} at {', '.join(names)}" for way, names in budgets.items())
+        budgets.setdefault(point.way, []).append(point.budget)
+    ways: dict[str, list[str]] = {}
+    for way, given in budgets.items():
+        ways.setdefault(_budgets(given), []).append(summary.title(way))
+    return "; ".join(f"{', '.join(names)} {where}" for where, names in ways.items())
+
+
+def _budgets(budgets: list[int]) -> str:
+    """Return budgets as text, such as `at 1, 4 a label and all texts`."""
+    numbers = [str(budget) for budget in budgets if budget not in (ALL, NO_TEXTS)]
+    others = [budget_name(budget) for budget in budgets if budget in (ALL, NO_TEXTS)]
+    return f"at {' and '.join([*([', '.join(numbers) + ' a label'] if numbers else []), *others])}"
 
 
 def skipped_lines(summary: Summary) -> list[str]:
@@ -334,6 +377,10 @@ def _score(point: Point, found: Recommendation) -> str:
 
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+def _milliseconds(candidate: CandidateStrategy) -> str:
+    return "a time that was not measured" if candidate.milliseconds is None else f"{candidate.milliseconds:.1f} ms"
 
 
 def _seconds(value: float) -> str:

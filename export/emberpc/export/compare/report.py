@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -30,12 +31,15 @@ from emberpc.export.files import write_text
 _BYTES_PER_MB = 1e6
 
 
-def write_report(recommended: Recommendation, folder: Path) -> Path:
+def write_report(
+    recommended: Recommendation, folder: Path, allows: Callable[[float], bool] = lambda _seconds: True
+) -> Path:
     """Write the report of a comparison: `report.html` (with the plots inside), `report.json` and a PNG for each plot.
 
     Args:
         recommended: the recommendation, with the comparison's summary.
         folder: folder to write to; it must exist. Files of the same names are replaced.
+        allows: whether the time limit allows work of a number of seconds; plots for which it does not are left out.
 
     Returns:
         The path of the HTML file.
@@ -50,7 +54,7 @@ def write_report(recommended: Recommendation, folder: Path) -> Path:
     found = content(recommended)
     write_text(folder / "report.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     point = recommended.taken.point
-    plots = draw_plots(recommended, confusions(summary, point), folder)
+    plots = draw_plots(recommended, confusions(summary, point), folder, allows)
     template = files("emberpc.export.compare").joinpath("report.html.j2").read_text(encoding="utf-8")
     page = (
         Environment(autoescape=True, trim_blocks=True)

@@ -16,6 +16,7 @@ from emberpc.export.classify.strategies import STRATEGIES, Fitted
 from emberpc.export.compare.base_encoders import Base, export_head, size_of
 from emberpc.export.files import write_text
 from emberpc.export.progress import Progress
+from emberpc.export.timing import Cost
 
 #: Number of texts on which the labels of the ONNX file and of the strategy are compared.
 _TEXTS = 100
@@ -25,6 +26,9 @@ _TIMED = 24
 _ROUNDS = 7
 #: Time of one text alone, as a multiple of its time in a batch. This is approximate and serves estimates only.
 _ALONE_FACTOR = 2.0
+#: Time of writing and opening an ONNX file with a head, as a multiple of the time of opening the base. This is
+#: approximate and serves the first estimate only; the measured time replaces it.
+_WRITING_FACTOR = 0.3
 _BYTES_PER_FLOAT = 4
 
 
@@ -80,9 +84,11 @@ class ServingCosts:
         #: Costs measured so far, by the names of base and strategy.
         self.known = {(cost.base, cost.strategy): cost for cost in costs}
         self._alone = {cost.base: cost.encoder_milliseconds for cost in costs}
+        #: Wall seconds of writing and opening an ONNX file with a head, by base.
+        self._writing: dict[str, float] = {}
 
     def estimate(self, base: Base, strategy: str, trained_on: int, per_text: float) -> float:
-        """Return an estimate of the seconds that `measure` will take for a strategy; 0 if it need not time anything.
+        """Return an estimate of the seconds that `measure` will take for a strategy; 0 if the cost is known.
 
         Args:
             base: the base.
@@ -90,11 +96,16 @@ class ServingCosts:
             trained_on: number of texts that the strategy is fitted to.
             per_text: seconds that embedding one text in a batch takes.
         """
-        if self._is_measured(base, strategy, trained_on) or (
-            STRATEGIES[strategy].exportable and self._with_head(base.encoder.name) is not None
-        ):
+        if self._is_measured(base, strategy, trained_on):
             return 0.0
-        return (2 * _ALONE_FACTOR * _ROUNDS * _TIMED + 2 * _TEXTS) * per_text
+        timed = 2 * _ALONE_FACTOR * _ROUNDS * _TIMED
+        if not STRATEGIES[strategy].exportable:
+            return (timed + _TEXTS) * per_text
+        known = self._with_head(base.encoder.name) is not None
+        if known and STRATEGIES[strategy].tunes:
+            return 0.0
+        writing = self._writing.get(base.encoder.name, _WRITING_FACTOR * base.seconds)
+        return writing + (timed * (not known) + _TEXTS) * per_text
 
     def measure(
         self,
@@ -116,7 +127,8 @@ class ServingCosts:
             fitted: the fitted classifier.
             trained_on: number of texts that the classifier was fitted to.
             texts: at least one text to measure on; the first 100 are used, and the first 24 are timed.
-            progress: called before each round; an exception that it raises ends the measurement.
+            progress: called before each text that is timed; an exception that it raises ends the measurement, and
+                nothing is stored.
 
         Raises:
             OSError: the file of the costs cannot be written.
@@ -141,10 +153,13 @@ class ServingCosts:
         """Return time, bytes and agreement of a strategy with a linear head; time and bytes of `same`, if given."""
         prompted = [base.encoder.prompts.passage + text for text in texts]
         with tempfile.TemporaryDirectory() as folder:
-            runner, size = export_head(base, head, Path(folder))
+            progress("writing the ONNX file", 0, 1)
+            with Cost() as writing:
+                runner, size = export_head(base, head, Path(folder))
+            self._writing[base.encoder.name] = writing.seconds
             agreement = None
             if fitted.tuned is None:
-                got, expected = runner.run(prompted, "logits"), fitted.classify(texts)
+                got, expected = runner.run(prompted, "logits", progress=progress), fitted.classify(texts)
                 agreement = float((best_labels(got) == best_labels(expected)).mean())
             if same is not None:
                 return same.times_encoder, same.size_bytes, agreement
@@ -198,7 +213,7 @@ def _time_alternately(
         reference: runs on the text of an index.
         own: the function to compare with `reference`; also runs on the text of an index.
         count: number of texts; the indexes are 0 to `count` - 1.
-        progress: called before each round.
+        progress: called before each text.
 
     Returns:
         Two medians over the rounds: the wall seconds of `reference` for one text, and the ratio of the time of `own` to
@@ -208,8 +223,10 @@ def _time_alternately(
     seconds: list[float] = []
     ratios: list[float] = []
     for done in range(_ROUNDS):
-        progress("timing", done, _ROUNDS)
-        taken = [(_seconds(reference, number), _seconds(own, number)) for number in range(count)]
+        taken = []
+        for number in range(count):
+            progress("timing", done * count + number, _ROUNDS * count)
+            taken.append((_seconds(reference, number), _seconds(own, number)))
         first, second = (sum(column) for column in zip(*taken, strict=True))
         seconds.append(first / count)
         ratios.append(second / first)

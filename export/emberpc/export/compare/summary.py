@@ -11,7 +11,7 @@ import numpy as np
 
 from emberpc.export.classify.strategies import STRATEGIES
 from emberpc.export.classify.strategies.base import TYPICAL_LAYERS
-from emberpc.export.compare.comparison_run import ComparisonResult
+from emberpc.export.compare.comparison_settings import ComparisonResult
 from emberpc.export.compare.estimates import Estimate, Estimates, measured_figures
 from emberpc.export.compare.outcomes import ALL, NO_TEXTS, Outcome, Way, take_budget
 from emberpc.export.compare.serving_cost import ServingCost
@@ -121,9 +121,16 @@ class Summary:
 
     @cached_property
     def majority(self) -> float:
-        """Share of the test texts, in [0, 1], that have the most frequent label (or set of labels) of the training."""
+        """The figure of the comparison if each test text gets the most frequent training label (or set of labels)."""
         (commonest, _), *_ = Counter(map(bytes, self.result.train.targets)).most_common(1)
-        return float(np.mean([bytes(row) == commonest for row in self.result.test.targets]))
+        targets = self.result.test.targets
+        decided = np.broadcast_to(np.frombuffer(commonest, dtype=bool), targets.shape)
+        if self.metric == "accuracy":
+            return float((decided == targets).all(axis=1).mean())
+        both, either = (decided & targets).sum(axis=0), decided.sum(axis=0) + targets.sum(axis=0)
+        if self.metric == "micro_f1":
+            return float(2 * both.sum() / max(1, either.sum()))
+        return float((2 * both / np.maximum(either, 1)).sum() / max(1, (either > 0).sum()))
 
     @cached_property
     def frozen(self) -> Point | None:
@@ -170,10 +177,12 @@ class Summary:
         return next((c for c in self.result.serving if (c.base, c.strategy) == way), None)
 
     def where(self, budget: int) -> str:
-        """Return a budget as a phrase: `at 8 of each label`, `with all 599 texts` or `without any text`."""
+        """Return a budget as a phrase, such as `with up to 8 texts of each label` or `without labelled texts`."""
         if budget == ALL:
             return f"with all {len(self.result.train.texts):,} texts"
-        return "without any text" if budget == NO_TEXTS else f"at {budget} of each label"
+        if budget == NO_TEXTS:
+            return "without labelled texts"
+        return f"with up to {budget} text{'s' * (budget > 1)} of each label"
 
     def best(self, budget: int, *, tunes: bool) -> Point | None:
         """Return the best point at a budget of the strategies that can be served and train the encoder, or do not."""
@@ -192,7 +201,7 @@ class Summary:
         if way.strategy == "tf-idf":
             return "TF-IDF with logistic regression"
         name = way.strategy if way.tunes else f"{way.strategy} on frozen vectors"
-        name = "zero-shot (label names alone)" if way.strategy == "zero-shot" else name
+        name = "zero-shot (names or descriptions of the labels alone)" if way.strategy == "zero-shot" else name
         base = f" of {way.base}" if len(self.result.sources) > 1 else ""
         return f"{name}{' (quick)' * quick}{base}"
 

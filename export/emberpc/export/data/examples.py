@@ -186,9 +186,9 @@ def _report_shared(data: LabelledTexts, training: Examples) -> None:
     if shared:
         text, place = shared[0]
         _LOGGER.warning(
-            "%s: %d texts are training texts, too, such as %.60r (%s), so figures on them are too good; remove them",
+            "%s: %s, too, such as %.60r (%s), so the figures are too good; remove such texts",
             data.path,
-            len(shared),
+            "1 text is a training text" if len(shared) == 1 else f"{len(shared)} texts are training texts",
             text,
             place,
         )

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from emberpc.bundle import Head
+from emberpc.bundle import DecisionRule, Head
+from emberpc.bundle.calibration import fit_thresholds
+from emberpc.bundle.decision import probabilities
 from emberpc.bundle.evaluation import HeldOut
 from emberpc.export.classify.cached_encoder import CachedEncoder
 from emberpc.export.classify.linear import Matrix, right, stratify
@@ -113,6 +115,9 @@ class Fitted:
     tuned: Tuned | None = None
     embed: Callable[[Sequence[str]], Matrix] | None = None
     held_out_by: Fitted | None = None
+    #: Whether the logits are `COSINE_SCALE` times a cosine. The sign of such a logit says nothing, so a multi-label
+    #: classifier needs thresholds.
+    cosines: bool = False
     #: Figures of the fit by name, such as the chosen number of epochs or strength of regularization.
     figures: dict[str, float] = field(default_factory=dict)
 
@@ -174,6 +179,7 @@ def with_head(
     held_out: HeldOut,
     *,
     tuned: Tuned | None = None,
+    cosines: bool = False,
     figures: dict[str, float] | None = None,
 ) -> Fitted:
     """Return the result of a strategy whose classifier is a linear head on vectors.
@@ -183,16 +189,24 @@ def with_head(
         embed: returns the vectors of texts, float32 (texts, dimensions).
         held_out: logits of held-out texts.
         tuned: the trained weights of the encoder; None if it was not trained.
+        cosines: whether the logits are `COSINE_SCALE` times a cosine.
         figures: figures of the fit by name.
     """
-    return Fitted(lambda texts: head.logits(embed(texts)), held_out, head, tuned, embed, figures=figures or {})
+    return Fitted(
+        lambda texts: head.logits(embed(texts)), held_out, head, tuned, embed, cosines=cosines, figures=figures or {}
+    )
 
 
-def accuracy(logits: Matrix, examples: Examples) -> float:
+def accuracy(logits: Matrix, examples: Examples, *, cosines: bool = False) -> float:
     """Return the share of right decisions by logits, float32 (texts, labels), on the examples, in [0, 1].
 
-    A decision is a text's best label; if multi-label, each label of each text, with a threshold of 0.5.
+    A decision is a text's best label; if multi-label, each label of each text. The threshold of a label is then 0.5, or
+    with `cosines`, which says that the logits are cosines times a factor, the one with the best F1 on the examples.
     """
+    if cosines and examples.multi_label:
+        thresholds = fit_thresholds(probabilities(logits, multi_label=True), examples.targets)
+        decided = DecisionRule(thresholds=thresholds, multi_label=True).labels(logits)
+        return float((decided == examples.targets).mean())
     return float(right(logits, examples.targets, examples.multi_label).mean())
 
 

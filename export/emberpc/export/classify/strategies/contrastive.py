@@ -105,9 +105,10 @@ class Contrastive:
         def score() -> float:
             if held_out is None:
                 return 0.0
-            means = class_means(encoder.embed(sample_tokens, sample_states), sample.targets)
-            found = encoder.embed(cached_encoder.tokens(held_out.texts), cached_encoder.states(held_out.texts, top))
-            return accuracy(label_head(means).logits(found), held_out)
+            means = class_means(encoder.embed(sample_tokens, sample_states, options.progress), sample.targets)
+            states_of = cached_encoder.states(held_out.texts, top)
+            found = encoder.embed(cached_encoder.tokens(held_out.texts), states_of, options.progress)
+            return accuracy(label_head(means).logits(found), held_out, cosines=True)
 
         log = train(
             parameters,
@@ -121,7 +122,7 @@ class Contrastive:
             stage=stage,
             progress=options.progress,
         )
-        vectors = encoder.embed(tokens, states)
+        vectors = encoder.embed(tokens, states, options.progress)
         weights = balanced_weights(examples.targets) if options.balanced else None
 
         def fit(check: Check) -> Head:

@@ -19,6 +19,9 @@ from emberpc.export.errors import ExportError
 #: Factor that turns a cosine, in [-1, 1], into a logit of a range that softmax can use. Calibration also fits a
 #: temperature.
 COSINE_SCALE = 10.0
+#: Number of texts that `nearest` compares with all examples of a label at a time: a time limit stops it after a step,
+#: and a step needs little memory (50 MB with 10,000 examples of a label).
+_COMPARED = 1024
 
 
 class _Frozen:
@@ -52,12 +55,11 @@ class ZeroShot(_Frozen):
         head = label_head(cached_encoder.vectors(examples.descriptions))
         held_out = options.validation or examples  # the strategy learns from no text, so all texts are held out
         if not held_out.texts:
-            return with_head(head, cached_encoder.vectors, no_texts(examples))
+            return with_head(head, cached_encoder.vectors, no_texts(examples), cosines=True)
         logits = head.logits(cached_encoder.vectors(held_out.texts))
         rows = np.arange(0 if options.validation else len(examples.texts))
-        return with_head(
-            head, cached_encoder.vectors, HeldOut(logits, held_out.targets, rows, from_final_classifier=True)
-        )
+        found = HeldOut(logits, held_out.targets, rows, from_final_classifier=True)
+        return with_head(head, cached_encoder.vectors, found, cosines=True)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Centroids(_Frozen):
         def classify(known: Examples, texts: Sequence[str]) -> Matrix:
             return fit_head(known.described()).logits(cached_encoder.vectors(texts))
 
-        return with_head(head, cached_encoder.vectors, hold_out(classify, examples, options))
+        return with_head(head, cached_encoder.vectors, hold_out(classify, examples, options), cosines=True)
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,11 @@ class Nearest(_Frozen):
             kept, vectors = unit(cached_encoder.vectors(known.texts)), unit(cached_encoder.vectors(texts))
             # The score of a label is the largest cosine to one of its examples; -1 for a label without examples.
             found = np.full((len(texts), len(known.labels)), -1.0, dtype=np.float32)
-            for label in range(len(known.labels)):
-                own = known.targets[:, label]
-                if own.any():
-                    found[:, label] = (vectors @ kept[own].T).max(axis=1)
+            for start in range(0, len(texts), _COMPARED):
+                part = slice(start, start + _COMPARED)
+                for label in np.flatnonzero(known.targets.any(axis=0)):
+                    options.progress("comparing with the examples", start, len(texts))
+                    found[part, label] = (vectors[part] @ kept[known.targets[:, label]].T).max(axis=1)
             return COSINE_SCALE * found
 
         described = examples.described()
@@ -118,6 +121,7 @@ class Nearest(_Frozen):
         return Fitted(
             lambda texts: classify(described, texts),
             hold_out(lambda known, texts: classify(known.described(), texts), examples, options),
+            cosines=True,
         )
 
 

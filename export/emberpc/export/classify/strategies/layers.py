@@ -133,7 +133,7 @@ class _Layers:
         def score() -> float:
             texts = held_out.texts if held_out else ()
             logits = head.linear().logits(
-                encoder.embed(cached_encoder.tokens(texts), cached_encoder.states(texts, top))
+                encoder.embed(cached_encoder.tokens(texts), cached_encoder.states(texts, top), options.progress)
             )
             return accuracy(logits, held_out) if held_out else 0.0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from emberpc.export.classify.cached_encoder import CachedEncoder
 from emberpc.export.classify.linear import Matrix, balanced_weights
 from emberpc.export.classify.strategies.base import Fitted, Options, hold_out
 from emberpc.export.data.examples import Examples
+from emberpc.export.progress import Progress
 
 #: Inverse strength of regularization. TF-IDF vectors have length 1 and many entries, so a weak regularization is best.
 _C = 10.0
@@ -23,6 +24,8 @@ _WORDS = r"\w+|[^\w\s]"
 _NEVER = -20.0
 #: Cross-validation fits 5 times. With more texts times labels than this, one part of the texts is held out instead.
 _MOST_CROSS_VALIDATED = 200_000
+#: Number of texts whose words are counted between two reports.
+_REPORTED_TEXTS = 100
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,14 @@ class TfIdf:
         return Fitted(_fit(examples.described(), options), hold_out(classify, examples, options, once=once))
 
 
+def _reported(texts: Sequence[str], progress: Progress) -> Iterator[str]:
+    """Yield texts, and report how many were read, so that a time limit can stop the work."""
+    for done, text in enumerate(texts):
+        if done % _REPORTED_TEXTS == 0:
+            progress("counting words", done, len(texts))
+        yield text
+
+
 def _fit(examples: Examples, options: Options) -> Callable[[Sequence[str]], Matrix]:
     """Return a function that gives the logits of texts, by one binary regression for each label."""
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -65,7 +76,7 @@ def _fit(examples: Examples, options: Options) -> Callable[[Sequence[str]], Matr
         ngram_range=(1, 2), sublinear_tf=True, max_features=_MOST_FEATURES, token_pattern=_WORDS
     )
     try:
-        features: Any = vectorizer.fit_transform(examples.texts)
+        features: Any = vectorizer.fit_transform(_reported(examples.texts, options.progress))
     except ValueError:  # no text has a word
         return lambda texts: np.zeros((len(texts), len(examples.labels)), dtype=np.float32)
     weights = balanced_weights(examples.targets) if options.balanced else None
@@ -80,7 +91,7 @@ def _fit(examples: Examples, options: Options) -> Callable[[Sequence[str]], Matr
         models.append(model.fit(features, own, sample_weight=weights))
 
     def classify(texts: Sequence[str]) -> Matrix:
-        found = vectorizer.transform(texts)
+        found = vectorizer.transform(_reported(texts, options.progress))
         logits = np.full((len(texts), len(models)), _NEVER, dtype=np.float32)
         for label, model in enumerate(models):
             if model is not None:
