@@ -136,13 +136,13 @@ def test_test_texts_with_different_labels_or_among_training_texts_are_reported(
     options = ["--strategy", "linear", "--budget", "1", "--seeds", 1, "-o", tmp_path / "report"]
     outcome = emberpc("compare", *files, *options)
     assert outcome.code == 0, outcome.err
-    assert f"{test}: 1 texts occur with different labels, such as 'a drum'" in caplog.text
+    assert f"{test}: 1 text occurs with different labels, such as 'a drum'" in caplog.text
     assert f"{test}: 1 text is a training text, too, such as 'I saw a goat' (line 29)" in caplog.text
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    for words in ("1 test texts are training texts", "Fitted with one seed only", "linear at 1 a label"):
+    for words in ("1 test text is a training text", "Fitted with one seed only", "linear at 1 a label"):
         assert words in page
         assert words in outcome.err
-    assert "Too few texts to hold some out" in outcome.err
+    assert "No text was held out" in outcome.err
 
 
 @pytest.mark.slow

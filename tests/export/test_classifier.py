@@ -190,7 +190,7 @@ def test_texts_with_conflicting_labels_are_counted_and_give_a_warning(
     with caplog.at_level(logging.WARNING):
         manifest = export_classifier(ClassifierData(train), str(tiny_source), tmp_path / "bundle")
     assert manifest.quality["conflicting_texts"] == 1
-    assert "1 texts occur with different labels, such as 'same' (line 2: a, line 3: b)" in caplog.text
+    assert "1 text occurs with different labels, such as 'same' (line 2: a, line 3: b)" in caplog.text
 
 
 def test_config_json_of_a_plain_encoder_gets_the_labels(tiny_source: Path, tmp_path: Path) -> None:

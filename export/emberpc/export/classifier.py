@@ -411,11 +411,8 @@ def _write_config(folder: Path, config: dict[str, object], examples: Examples) -
 
 
 def __getattr__(name: str) -> object:
-    """Return `ClassifierData` for its former name `Data`, with a DeprecationWarning; AttributeError for other names.
-
-    The next release removes the name `Data`.
-    """
-    if name == "Data":
+    """Return `ClassifierData` for its former name `Data`, with a DeprecationWarning; AttributeError for other names."""
+    if name == "Data":  # the next release removes the name `Data`
         warnings.warn("Data is now ClassifierData; import that name", DeprecationWarning, stacklevel=2)
         return ClassifierData
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

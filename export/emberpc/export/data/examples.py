@@ -212,9 +212,9 @@ def report_conflicts(data: LabelledTexts, *, multi_label: bool = False) -> None:
     if conflicts:
         text, places = next(iter(conflicts.items()))
         _LOGGER.warning(
-            "%s: %d texts occur with different labels, such as %.60r (%s)%s; correct them",
+            "%s: %s with different labels, such as %.60r (%s)%s; correct them",
             data.path,
-            len(conflicts),
+            "1 text occurs" if len(conflicts) == 1 else f"{len(conflicts)} texts occur",
             text,
             ", ".join(places),
             "" if multi_label else "; the classifier cannot get them all right",
