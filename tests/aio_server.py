@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 
 import grpc.aio
 
-#: Options of a server and a channel: gRPC does not measure the connection, so the windows of streams do not grow.
+#: Options of a server and a channel: gRPC does not measure the connection, so the flow-control window of a stream, the
+#: bytes that one side sends before the other side reads, does not grow.
 FIXED_WINDOWS = (("grpc.http2.bdp_probe", 0),)
 #: Seconds within which the handlers of cancelled calls end, on a very slow host.
 _HANDLERS_END_SECONDS = 300

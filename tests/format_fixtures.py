@@ -23,22 +23,22 @@ def description(name: str) -> dict[str, Any]:
 
 
 def versions(name: str) -> dict[str, int]:
-    """Return the version of each stored format that a fixture has, by the format's name."""
+    """Return the version of each stored format in the files of a fixture, by the format's name, such as `snapshot`."""
     found: dict[str, int] = description(name)["formats"]
     return found
 
 
 def names(stored: str) -> list[str]:
-    """Return the names of the fixtures that have a stored format, sorted."""
+    """Return the sorted names of the fixtures whose files have the stored format named `stored`, such as `snapshot`."""
     found = sorted(path.parent.name for path in FORMATS.glob("*/fixture.json"))
     return [name for name in found if stored in versions(name)]
 
 
 def missing(current: Mapping[str, range]) -> list[str]:
-    """Return the versions of stored formats that no fixture has, such as `snapshot 4`.
+    """Return the versions of stored formats of which there is no fixture, such as `snapshot 4`.
 
     Args:
-        current: the versions that a format has had, by the format's name.
+        current: all versions of each stored format, old ones included, by the format's name.
     """
     return [
         f"{stored} {version}"

@@ -168,7 +168,10 @@ def _signature(node: ast.Module | ast.ClassDef | _Function) -> str:
 
 
 def _python_comments(source: str) -> dict[int, str]:
-    """Return the comments of a Python file that have a line of their own, unindented, by line number from 1."""
+    """Return the comments of a Python file that have a line of their own, by line number from 1.
+
+    The indentation before a comment is removed.
+    """
     comments = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip():
@@ -177,7 +180,10 @@ def _python_comments(source: str) -> dict[int, str]:
 
 
 def _proto_comments(source: str) -> dict[int, str]:
-    """Return the comments of a .proto file that have a line of their own and begin with `//`, by line number from 1."""
+    """Return the comments of a .proto file that have a line of their own and begin with `//`, by line number from 1.
+
+    The indentation before a comment is removed.
+    """
     lines = enumerate(source.splitlines(), start=1)
     return {number: line.strip() for number, line in lines if line.strip().startswith("//")}
 

@@ -1,4 +1,4 @@
-"""JSON objects without repeated keys."""
+"""JSON objects with a repeated key are refused, and the error names the key; other JSON objects are read."""
 
 from __future__ import annotations
 

@@ -363,7 +363,7 @@ def test_with_two_bases_sentences_name_the_base_and_tf_idf_is_fitted_once(
     assert "centroids on frozen vectors of other-bert" in said.lower()
 
 
-def test_two_bases_with_one_name_are_refused(settings: ComparisonSettings, tmp_path: Path) -> None:
+def test_two_base_encoders_with_the_same_name_are_refused(settings: ComparisonSettings, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="two bases have the name 'tiny-bert'"):
         run(replace(settings, bases=settings.bases * 2), tmp_path / "report")
 

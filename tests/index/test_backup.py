@@ -35,7 +35,7 @@ def everything(collection: Collection) -> list[tuple[object, ...]]:
     return [tuple(each.tobytes() if isinstance(each, np.ndarray) else each for each in record) for record in found]
 
 
-def test_a_restored_collection_equals_the_first_one_except_for_its_name(tmp_path: Path) -> None:
+def test_a_restored_collection_equals_the_backed_up_one_except_for_its_name(tmp_path: Path) -> None:
     spec = CollectionSpec("c", 8, distance=Distance.EUCLIDEAN, m=8, ef_construction=50, indexed_fields=("kind", "a.b"))
     with closing(Index(tmp_path, buffer_limit=8)) as index:
         collection = index.create(spec)
@@ -58,7 +58,7 @@ def test_a_restored_collection_equals_the_first_one_except_for_its_name(tmp_path
         assert worded[0] == worded[1]
         assert len(worded[0]) == 39
         assert [problem for step in copy.verify() for problem in step.problems] == []
-        # The sequence of the copy continues that of the first collection.
+        # The sequence of the copy continues that of the backed-up collection.
         assert copy.upsert(new[:1], matrix[:1], [copy.get(["r0"])[0].revision]).sequence == 9
     with closing(Index(tmp_path)) as index:
         assert index.get("copy").count() == 298
@@ -74,8 +74,8 @@ def test_a_collection_with_a_damaged_record_is_not_backed_up_until_it_is_repaire
     assert taken(collection)
 
 
-def test_a_restored_record_expires_at_its_first_expire_time(index: Index, collection: Collection, clock: Clock) -> None:
-    """A record that expires before the restore is missing in the copy."""
+def test_a_restore_keeps_the_expire_times_of_records(index: Index, collection: Collection, clock: Clock) -> None:
+    """The expire time is that of the backed-up record. A record that has expired before the restore is left out."""
     collection.upsert([NewRecord("long", time_to_live=3600), NewRecord("short", time_to_live=2)], vectors(2))
     whole = taken(collection)
     clock.move_on(index, 2, lambda: collection.count() == 1)

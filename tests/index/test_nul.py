@@ -65,7 +65,7 @@ def expected(condition: Filter) -> list[str]:
 
 @pytest.fixture(params=[(), ("tag",)], ids=["", "indexed"])
 def older(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Collection]:
-    """A collection whose metadata an older version wrote."""
+    """A collection with the metadata `DOCUMENTS`, some with NUL, as an older version of emberpc stored them."""
     with closing(Index(tmp_path)) as index:
         collection = index.create(CollectionSpec("c", 8, indexed_fields=request.param))
         collection.upsert([NewRecord(f"r{i}", "word", {}) for i in range(len(DOCUMENTS))], VECTORS)

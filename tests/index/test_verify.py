@@ -238,7 +238,7 @@ def test_verify_reports_vectors_without_a_record(index: Index) -> None:
 
 
 def test_verify_reports_a_node_without_links_to_it(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The node has its vector and can be read by label; only a search shows that it is not found."""
+    """The node has its vector and can be read by the record's number (label). Only a search shows the missing links."""
     collection = filled(index)
     lost, graph = label_of(collection, "r00007"), collection._neighbours._graph
     search = graph.search

@@ -239,15 +239,15 @@ async def impatient(
     observe: Observe | None = None,
     fixed_windows: bool = False,
 ) -> AsyncIterator[index_pb2_grpc.IndexServiceAsyncStub]:
-    """Serve a collection of 16 MB with short times after which callers that stop reading or sending are ended.
+    """Serve a collection; a call whose caller stops reading a backup, or sending a restore, is ended early.
 
     Args:
         tmp_path: the data directory.
         stall_seconds: seconds without progress after which a call is ended.
-        contended_seconds: the same while another caller waits.
-        count: number of records, of 8 kB each.
+        contended_seconds: seconds without progress after which a call is ended if another caller waits for its slot.
+        count: number of records, of 8 kB each; the default, 2000, makes a collection of 16 MB.
         observe: called when a call ends; see `Handlers`.
-        fixed_windows: see `channel_to`.
+        fixed_windows: whether each side sends at most 64 KiB that the other side has not read; see `channel_to`.
     """
     with closing(Index(tmp_path)) as index, ThreadPoolExecutor(4) as pool:
         collection = index.create(CollectionSpec("points", 2000))
@@ -396,8 +396,11 @@ async def code_of(call: grpc.aio.StreamUnaryCall[Any, Any]) -> tuple[grpc.Status
 
 async def test_stalled_backups_are_ended_if_others_wait(tmp_path: Path) -> None:
     request = pb.BackupCollectionRequest(name="points")
-    # The stall time is long, so that a slow host does not end the third call, whose caller does read.
-    # With windows that grow, gRPC may take the whole backup of a caller who does not read.
+    # `stall_seconds` (1e6) ends a call without progress even if no caller waits. It is long, so that the third call,
+    # whose caller reads, is not ended on a slow host. `contended_seconds` (0.1) ends a stalled call only while another
+    # caller waits for a backup.
+    # With `fixed_windows`, gRPC sends at most 64 KiB that the caller has not read. Otherwise gRPC may take the whole
+    # backup from the server, which then would not notice that the caller does not read.
     async with impatient(tmp_path, stall_seconds=1e6, contended_seconds=0.1, fixed_windows=True) as stub:
         stalled = [stub.BackupCollection(request) for _ in range(2)]
         for call in stalled:

@@ -144,7 +144,7 @@ def test_every_number_setting_refuses_minus_1(field: dataclasses.Field[object]) 
         load_settings({"models_dir": "m", field.name: "-1"}, environ={})
 
 
-def test_the_number_of_cores_limits_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_than_8_workers_for_each_core_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("emberpc.bundle.cores.usable_cores", lambda: 2)
     assert load_settings({"workers": 16}, environ={}).settings.workers == 16
     with pytest.raises(SettingsError, match=r"workers is 17; it must be at most 16: 8 for each core .* \(2\)"):

@@ -381,12 +381,12 @@ def _read(kind: type[T], data: Mapping[str, Any], where: str) -> T:
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
-    """Return a JSON value as the type `hint`. An int is accepted as a float, and null if `hint` includes None.
+    """Convert a JSON value to the type `hint`. An int is accepted as a float, and null if `hint` includes None.
 
     Raises:
-        BundleError: the value, or a value in it, is of another type or not allowed, is a float that is not finite, an
-            int below -`MAX_INTEGER` or above `MAX_INTEGER`, or a text with a lone surrogate. The error has `path`, the
-            value's path in the manifest.
+        BundleError: the value, or a value in it, is of another type, is not a member of the enum `hint`, is a float
+            that is not finite, an int below -`MAX_INTEGER` or above `MAX_INTEGER`, or a text with a lone surrogate.
+            The message states `path`, the value's path in the manifest.
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is UnionType:  # an optional field

@@ -152,8 +152,9 @@ class Label(_message.Message):
     name: _builtins.str
     """The label, as Classify returns it."""
     description: _builtins.str
-    """EXAMPLES: description in words of the texts that have this label. Always
-    empty for a FINE_TUNED classifier.
+    """Classifier of the kind EXAMPLES (see ClassifierKind): description in words
+    of the texts that have this label. Always empty for a classifier of the
+    kind FINE_TUNED.
     """
     def __init__(
         self,
@@ -171,9 +172,9 @@ Global___Label: _TypeAlias = Label  # noqa: Y015
 
 @_typing.final
 class Classifier(_message.Message):
-    """A classifier with its settings. The comments name the kind before a field
-    that only one kind has: FINE_TUNED or EXAMPLES. Classifiers of the kind
-    EXAMPLES are planned.
+    """A classifier with its settings. A comment that begins with a kind (see
+    ClassifierKind) describes a field that only classifiers of this kind have.
+    Classifiers of the kind EXAMPLES are planned.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -227,16 +228,16 @@ class Classifier(_message.Message):
     label, or none if the text is rejected.
     """
     collection: _builtins.str
-    """EXAMPLES: name of the collection that contains the examples. Empty for
+    """Kind EXAMPLES: name of the collection that contains the examples. Empty for
     other classifiers.
     """
     strategy: Global___ExampleStrategy.ValueType
-    """EXAMPLES: how the classifier chooses a label. Unspecified for other
+    """Kind EXAMPLES: how the classifier chooses a label. Unspecified for other
     classifiers.
     """
     example_count: _builtins.int
-    """EXAMPLES: number of examples that the classifier was fitted to. 0 for other
-    classifiers.
+    """Kind EXAMPLES: number of examples that the classifier was fitted to. 0 for
+    other classifiers.
     """
     temperature: _builtins.float
     """Number above 0 by which logits are divided before they become
@@ -251,12 +252,12 @@ class Classifier(_message.Message):
     see `rejection_threshold`.
     """
     base_model: _builtins.str
-    """FINE_TUNED: name of the model that the classifier was made from, as the
-    manifest states it. Of a foreign folder: the model's name in `config.json`,
-    or else the folder's name.
+    """Kind FINE_TUNED: name of the model that the classifier was made from, as
+    the manifest states it. Of a foreign folder: the model's name in
+    `config.json`, or else the folder's name.
     """
     fine_tuning_strategy: _builtins.str
-    """FINE_TUNED: the strategy of the export, such as `linear`. Empty for a
+    """Kind FINE_TUNED: the strategy of the export, such as `linear`. Empty for a
     foreign folder, or if the manifest does not state the strategy.
     """
     max_tokens: _builtins.int
@@ -267,8 +268,8 @@ class Classifier(_message.Message):
     """Score that decides which texts are rejected. Unspecified if not `rejects`."""
     @_builtins.property
     def model(self) -> _types_pb2.ModelVersion:
-        """FINE_TUNED: name, revision and fingerprints of the classifier itself.
-        EXAMPLES: those of its embedding model.
+        """Kind FINE_TUNED: name, revision and fingerprints of the classifier itself.
+        Kind EXAMPLES: those of its embedding model.
         """
 
     @_builtins.property
@@ -279,8 +280,8 @@ class Classifier(_message.Message):
 
     @_builtins.property
     def fit_time(self) -> _timestamp_pb2.Timestamp:
-        """FINE_TUNED: time of the export; unset for a foreign folder, or if the
-        manifest has no valid time. EXAMPLES: time of the last fit.
+        """Kind FINE_TUNED: time of the export; unset for a foreign folder, or if the
+        manifest has no valid time. Kind EXAMPLES: time of the last fit.
         """
 
     @_builtins.property
@@ -355,9 +356,9 @@ class ClassifyRequest(_message.Message):
     REFUSE.
     """
     nearest_examples: _builtins.int
-    """EXAMPLES: number of nearest examples to return with each text. For a
-    FINE_TUNED classifier, which has no examples, any number except 0 fails
-    with FAILED_PRECONDITION.
+    """Classifier of the kind EXAMPLES (see ClassifierKind): number of nearest
+    examples to return with each text. For a classifier of the kind FINE_TUNED,
+    which has no examples, any number except 0 fails with FAILED_PRECONDITION.
     """
     priority: _types_pb2.Priority.ValueType
     """Urgency of the call. Default: INTERACTIVE."""
@@ -496,8 +497,9 @@ class Classification(_message.Message):
 
     @_builtins.property
     def nearest_examples(self) -> _containers.RepeatedCompositeFieldContainer[Global___NearestExample]:
-        """EXAMPLES: the nearest examples, if the request asks for them. Always empty
-        for a fine-tuned classifier.
+        """Classifier of the kind EXAMPLES (see ClassifierKind): the examples nearest
+        to the text, if the request asks for them. Always empty for a classifier of
+        the kind FINE_TUNED.
         """
 
     def __init__(

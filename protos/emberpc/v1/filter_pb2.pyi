@@ -93,7 +93,7 @@ class Filter(_message.Message):
 
     Limits: conditions are nested at most 32 levels deep, the filter itself
     included. One filter has at most 256 conditions, nested ones included. All
-    filters of a request have at most 2,000 conditions and 50,000 values of
+    filters of a request have at most 2,000 conditions and 50,000 values in
     memberships together. The name of a field has at most 1,000 characters and 40
     nested keys. No string may contain a NUL character. A request over a limit
     fails with INVALID_ARGUMENT.

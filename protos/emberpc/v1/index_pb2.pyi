@@ -1552,15 +1552,16 @@ class SearchPlan(_message.Message):
     searches with a filter, that of the last. 0: the graph was not used.
     """
     compared_count: _builtins.int
-    """EXACT: number of vectors that were compared with the query. HNSW: number of
-    vectors that were not in the graph yet and were compared one by one; 0 with
-    Milvus. LEXICAL: 0.
+    """Depends on `strategy`. EXACT: number of vectors that were compared with the
+    query. HNSW: number of vectors that were not in the graph yet and were
+    compared one by one; 0 with Milvus. LEXICAL: 0.
     """
     shortfall_reason: _builtins.str
     """Why there are fewer than `top_k` hits. Empty: there are `top_k` hits."""
     lexical_count: _builtins.int
-    """LEXICAL and HYBRID: number of hits of the lexical search, in HYBRID mode
-    before both rankings are joined. DENSE: 0.
+    """Depends on the mode of the search (see SearchMode). LEXICAL and HYBRID:
+    number of hits of the lexical search, in HYBRID mode before both rankings
+    are joined. DENSE: 0.
     """
     def __init__(
         self,

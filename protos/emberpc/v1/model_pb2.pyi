@@ -184,7 +184,7 @@ class Model(_message.Message):
     classify. May be empty.
     """
     multi_label: _builtins.bool
-    """CLASSIFICATION: whether a text may have several labels, or none."""
+    """Task CLASSIFICATION: whether a text may have several labels, or none."""
     variant: _builtins.str
     """The served variant: one of the bundle's ONNX files, such as `fp32`; `onnx`
     for a foreign model.
@@ -194,7 +194,7 @@ class Model(_message.Message):
     files with weights.
     """
     classifier_fingerprint: _builtins.str
-    """CLASSIFICATION: fingerprint (hex) of all that decides the labels; see
+    """Task CLASSIFICATION: fingerprint (hex) of all that decides the labels; see
     ModelVersion.classifier_fingerprint. Empty for an embedding model.
     """
     @_builtins.property
@@ -205,8 +205,8 @@ class Model(_message.Message):
 
     @_builtins.property
     def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """CLASSIFICATION: labels of the classifier, in the order of its logits. Empty
-        for an embedding model.
+        """Task CLASSIFICATION: labels of the classifier, in the order of its logits.
+        Empty for an embedding model.
         """
 
     @_builtins.property

@@ -138,8 +138,8 @@ class ServerLimits(_message.Message):
     max_request_conditions: _builtins.int
     """Limit of the conditions of all filters of one request together."""
     max_filter_values: _builtins.int
-    """Limit of the values of all memberships in all filters of one request
-    together.
+    """Limit of the values in all memberships (see Membership) in all filters of
+    one request together.
     """
     max_collections: _builtins.int
     """Limit of the collections on the server. At this number, CreateCollection

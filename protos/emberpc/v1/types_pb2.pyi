@@ -249,10 +249,11 @@ class ModelVersion(_message.Message):
     its logits.
     """
     classifier_fingerprint: _builtins.str
-    """CLASSIFICATION: fingerprint (hex) of all that decides the labels: the bytes
-    of `fingerprint`, the head, the labels with their order, whether a text may
-    have several, thresholds, temperature, rejection score (with its vectors)
-    and threshold, and `max_tokens`. Empty: the model is not a classifier.
+    """Only for a classifier: fingerprint (hex) of all that decides the labels:
+    the bytes of `fingerprint`, the head, the labels with their order, whether
+    a text may have several, thresholds, temperature, rejection score (with its
+    vectors) and threshold, and `max_tokens`. Empty: the model is not a
+    classifier.
     """
     def __init__(
         self,

@@ -86,7 +86,8 @@ class Stopping:
     async def finish(self, work: Awaitable[object]) -> None:
         """Wait until `work`, a step of the shutdown, ends, or until the deadline.
 
-        If no signal has come before this call, there is no deadline. At the deadline, return and let the step go on.
+        If neither SIGTERM nor SIGINT arrived before this call, there is no deadline. At the deadline, return and let
+        the step go on.
 
         Raises:
             Exception: the error of the step, if it failed before the deadline.
@@ -97,17 +98,18 @@ class Stopping:
             each.result()
 
     def end(self, pool: ThreadPoolExecutor) -> None:
-        """Stop the pool, drop its waiting work, and wait for the threads that `_counts` names, also those of the pool.
+        """Stop the pool, drop its waiting work, and wait for the threads of the process.
 
-        If one of them still runs at the deadline, but at least 0.3 s after this call, end the process with exit code 0.
-        This method then does not return. The embedded index loses no acknowledged write, since a write is on disk
-        before it is acknowledged. Without a signal there is no deadline. If all these threads end, return, and stop
-        watching the process.
+        `_must_wait_for` leaves out some threads, such as the main thread; the threads of the pool are waited for.
+        The wait ends at `deadline`, or 0.3 s after this call if that is later. If a thread still runs then, end the
+        process with exit code 0. This method then does not return. The embedded index loses no acknowledged write,
+        since a write is on disk before it is acknowledged. If neither SIGTERM nor SIGINT has arrived, there is no
+        deadline. If all these threads end in time, return, and stop watching the process.
         """
         pool.shutdown(wait=False, cancel_futures=True)
         # Even idle threads need a short time to end.
         deadline = Deadline(max(self.deadline.seconds_left, _MOMENT_SECONDS))
-        threads = [thread for thread in threading.enumerate() if _counts(thread)]
+        threads = [thread for thread in threading.enumerate() if _must_wait_for(thread)]
         if left := [thread.name for thread in threads if not deadline.join(thread)]:
             _exit(f"the process ends though work still runs on {', '.join(sorted(left))}")
         self._ended.set()
@@ -132,11 +134,11 @@ class Stopping:
             _exit(f"the process ends though its shutdown takes longer than {drain:g} + {_END_SECONDS:g} seconds")
 
 
-def _counts(thread: threading.Thread) -> bool:
+def _must_wait_for(thread: threading.Thread) -> bool:
     """Return whether `Stopping.end` must wait for a thread.
 
-    `end` waits for all threads except the main thread, the current thread, and daemons whose name does not begin with
-    one of `_NATIVE`.
+    `end` waits for all threads except the main thread, the current thread, and daemon threads that do not call native
+    code. A daemon thread that calls native code has a name that begins with a prefix in `_NATIVE`.
     """
     if thread is threading.main_thread() or thread is threading.current_thread():
         return False

@@ -176,8 +176,8 @@ class StreamState(ABC, Generic[Item, Request, Response, Result]):
 class Patience:
     """The timeout of a stream, and the pauses before the stream is opened again.
 
-    `restart` must be called after each response with results, when the caller has taken them, and after each reading of
-    items. So the time that the caller takes does not count.
+    `restart` must be called after each response with results, when the caller has taken the results, and after each
+    reading of items. So the time that the caller takes does not count.
 
     Args:
         seconds: most seconds that may pass without a result.
@@ -191,7 +191,11 @@ class Patience:
         self.restart()
 
     def restart(self) -> None:
-        """Restart the timeout, let the pauses begin with the shortest again, and set `reason` to None."""
+        """Restart the timeout, and forget broken connections.
+
+        The next pause before the stream is opened again is the shortest one, and `reason`, why a connection broke, is
+        None.
+        """
         self.reason: EmberpcError | None = None
         self._until = monotonic() + self._seconds
         self._pause = _PAUSES[0]
@@ -202,12 +206,13 @@ class Patience:
         return max(self._until - monotonic(), 0.0)
 
     def pause(self, error: EmberpcError) -> float | None:
-        """Return the seconds to wait before the next connection; None if the timeout would pass before.
+        """Return the seconds to wait before the next connection; None if the timeout would pass during the wait.
 
         Call this once for each broken connection, since the next pause is then twice as long, up to the limit of
         `_PAUSES`. A pause is never shorter than `error.retry_after`.
 
-        `error` is why the connection broke. It becomes `reason`, unless it is Internal and there is a reason already.
+        `error` is why the connection broke. The attribute `reason` is set to `error`, unless `error` is Internal and
+        `reason` is set already.
         """
         # After a connection broke, grpc.aio may report only that a request could not be sent, as INTERNAL
         # (grpc/grpc#36066). That must not replace an earlier reason.

@@ -1,4 +1,7 @@
-"""Fit and measure the cells of a comparison within its time limit."""
+"""Fit and measure the cells of a comparison within its time limit.
+
+A cell is one classifier to fit: a strategy on a base encoder, with one budget and one seed.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +37,8 @@ from emberpc.export.tuning.checkpoint import Checkpoints
 #: Most texts of an encoder that are embedded after the time limit has passed, to estimate the limit that would suffice.
 #: They are one batch, which cannot be interrupted.
 _SAMPLED_TEXTS = 8
-#: Greatest share of the time left that measuring the serving cost of a strategy may take, by its estimate. Otherwise it
-#: is left out, and a later cell of the strategy may measure it.
+#: Greatest share of the time left that the measurement of the serving cost of a strategy may take. If the estimate of
+#: the measurement is above this share, the measurement is left out, and a later cell of the strategy may make it.
 _FOR_SERVING = 0.3
 _NO_LABEL_TEXTS = "it uses only the texts of the labels, and these are switched off"
 
@@ -125,7 +128,7 @@ def _check_opening(limit: TimeLimit, opened: Sequence[Base], settings: Compariso
 
 
 class _Comparison:
-    """Fits the cells of one comparison and keeps their outcomes."""
+    """Fits the cells of one comparison and stores their outcomes."""
 
     def __init__(
         self,
@@ -170,7 +173,10 @@ class _Comparison:
         self._cells = [cell for cell in cells if cell not in self._left_out]
 
     def _grid(self, base: str, strategy: str, budgets: Sequence[int]) -> list[Cell]:
-        """Return the cells of a strategy on a base; the quick profile only with a time limit, and with one seed."""
+        """Return the cells of a strategy on a base encoder.
+
+        Cells with the quick profile are included only if the comparison has a time limit; they have one seed.
+        """
         if strategy == "zero-shot":
             return [Cell(base, strategy, NO_TEXTS, 0)]
         quick = STRATEGIES[strategy].tunes and self._settings.time_limit is not None
@@ -262,8 +268,8 @@ class _Comparison:
     def _fails_too(self, cell: Cell, todo: Sequence[Cell]) -> list[Cell]:
         """Return the cells of `todo` that will fail as `cell` did.
 
-        If the encoder of `cell` cannot be loaded for training, these are all cells that train the same encoder; else
-        none.
+        If the encoder of `cell` cannot be loaded for training, these are all cells that train the same encoder.
+        Otherwise the list is empty.
         """
         if not STRATEGIES[cell.strategy].tunes or self._bases[cell.base].cached_encoder.is_trainable:
             return []
@@ -284,9 +290,13 @@ class _Comparison:
         return report
 
     def _shared_seconds(self, cell: Cell) -> float:
-        """Estimate the seconds of work that `cell` needs, that other cells need too, and that is not done yet.
+        """Estimate the seconds of work that a cell needs, that other cells need too, and that is not done yet.
 
-        This work is loading the encoder for training. Measuring the serving cost is left out if time is short.
+        This work is loading the encoder for training. The estimate does not contain the measurement of the serving
+        cost, since `_fit` leaves this measurement out if too little time is left.
+
+        Args:
+            cell: the classifier to fit: base encoder, strategy, budget, seed and profile.
         """
         base = self._bases[cell.base]
         loading = STRATEGIES[cell.strategy].tunes and not base.cached_encoder.is_trainable

@@ -316,7 +316,7 @@ def multiple_negatives_ranking(
             the query, too. These pairs are ignored, except the pair of a query and its own answer.
 
     Returns:
-        A scalar, the mean of the losses of both directions.
+        A scalar, the mean of two losses: of queries compared with passages, and of answers compared with queries.
     """
     scores = functional.normalize(query_vectors, dim=1) @ functional.normalize(passage_vectors, dim=1).T / _TEMPERATURE
     wanted = torch.arange(len(query_vectors))

@@ -37,7 +37,8 @@ class CachedOutput(NamedTuple):
     """Output of an encoder for a text.
 
     Attributes:
-        row: float32 (width,). It must not be changed, since several calls may share it, and the cache too.
+        row: the encoder's output for the text, float32 (width,): a vector, or logits if the graph contains the head of
+            a classifier. Do not change the array: the cache and several calls may share it.
         tokens: number of tokens of the text, with prompt and special tokens, after truncation.
         truncated: whether the text was truncated.
     """

@@ -64,12 +64,13 @@ class Reader:
         """Yield a dict of some fields for each record that meets a filter, in byte order of ids.
 
         Args:
-            output: names of the fields, with `id`. `metadata` is yielded too if the filter has doubtful records (see
-                `terms.MilvusFilter`).
+            output: names of the fields; must contain `id`. If Milvus cannot decide for some records whether they meet
+                the filter (doubtful records, see `terms.MilvusFilter`), the dicts have `metadata` too: this method
+                evaluates the filter on it.
             condition: the filter; None: all records.
             after: only records with greater ids are yielded; empty: all records.
             batch: most rows that one call to Milvus returns.
-            among: a filter expression of Milvus that the records must meet too; empty: none.
+            among: a further filter expression of Milvus; a record must meet both it and `condition`; empty: none.
         """
         compiled = milvus_filter(condition)
         while True:
@@ -93,8 +94,8 @@ class Reader:
     def count(self, condition: Filter | None = None) -> int:
         """Return the number of records that meet the filter `condition`; None: of all records.
 
-        Milvus counts the records, except doubtful ones (see `terms.MilvusFilter`), whose metadata is read and compared
-        here.
+        Milvus counts the records for which it can decide whether they meet the filter. For the others, the doubtful
+        records (see `terms.MilvusFilter`), this method reads the metadata and evaluates the filter.
         """
         compiled = milvus_filter(condition)
         if not compiled.doubtful:

@@ -17,15 +17,16 @@ from emberpc.server.milvus.reading import Reader, milvus_filter
 
 #: Limit of the number of queries of one call to Milvus times their greatest `top_k`, since a response of Milvus may
 #: have at most 100 MB. Milvus is asked for one hit more of each query, and for `_DOUBT` times as many if the filter may
-#: have doubtful records.
+#: have records for which Milvus cannot decide (doubtful records).
 _HITS_AT_ONCE = 10_000
 #: If a request sets no ef: least ef, and ef for each wanted hit of a query. The ef is the greater of the two, as in the
 #: embedded backend before it measures a graph. A filter makes ef greater, see `Searcher._ask`.
 _MIN_EF, _EF_PER_HIT = 200, 2
 #: Milvus's limits of ef, and of the hits of one query.
 _MAX_EF, _MAX_LIMIT = 32_768, 16_384
-#: If a filter may have doubtful records (`terms.MilvusFilter`), Milvus is asked for this many times the wanted hits,
-#: since the server drops hits that do not match.
+#: If a filter may have doubtful records, for which Milvus cannot decide whether they meet the filter (see
+#: `terms.MilvusFilter`), Milvus is asked for this many times the wanted hits, since the server drops those that do not
+#: meet the filter.
 _DOUBT = 4
 #: If there is a filter and at most this many records may meet it, the server compares all their vectors with the query.
 #: The result is then exact, while a search of Milvus's graph may find only some of these records.

@@ -57,8 +57,9 @@ class MilvusFilter:
 
     Attributes:
         expression: every record that matches the filter meets this expression; empty: every record meets it.
-        doubtful: a record that meets `expression` and `doubtful` may or may not match the filter: `filters.matches`
-            must decide. A record that meets only `expression` matches. Empty: no record is doubtful.
+        doubtful: a filter expression of the doubtful records, for which Milvus cannot decide. A record that meets
+            `expression` and `doubtful` may or may not match the filter: `filters.matches` must decide. A record that
+            meets only `expression` matches. Empty: no record is doubtful.
     """
 
     expression: str
@@ -105,8 +106,8 @@ def _ordered(condition: Comparison | Prefix, path: tuple[str, ...], *, met: bool
     """Compile a comparison by order, or a prefix, of the field with the nested keys `path`; its negation unless `met`.
 
     The kind is that of the value that the field is compared with, string or number; string for a prefix. Records whose
-    field is a list with an item of the kind are doubtful. Records whose field is of the kind are doubtful for a
-    negation, and if `_compared` returns no expression.
+    field is a list with an item of the kind are doubtful (see `MilvusFilter`). Records whose field is of the kind are
+    doubtful for a negation, and if `_compared` returns no expression.
     """
     kind = "string" if isinstance(condition, Prefix) else kind_of(condition.value)
     is_one, holds_one = _has([_term(path, kind)]), _has([_term(path, "list", kind)])

@@ -17,7 +17,8 @@ MAX_IDS = 10_000
 MAX_PARTS = 100
 #: Most conditions of all filters of a request together. The limits of a single filter are in `collections.filters`.
 MAX_REQUEST_CONDITIONS = 2_000
-#: Most values of the memberships of all filters of a request together.
+#: Most values in the memberships of all filters of a request together. A membership is a condition that a field equals
+#: one of several values.
 MAX_REQUEST_VALUES = 50_000
 
 

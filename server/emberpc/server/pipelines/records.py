@@ -124,7 +124,8 @@ class RecordWriter:
                 InferenceRequest(model, texts, prompt, truncation, path, caller)
             )
             matrix = shape(inference.output, collection.spec.dimensions, unit=model.manifest.normalize)
-        # The pool does not get the caller, so a write that has begun is not cancelled.
+        # `run` cancels a running call only if the argument `caller` is set. It is left out here, so a write that has
+        # begun is completed even if the caller leaves or the deadline passes.
         upsert = partial(collection.upsert, records, matrix, request.expected_revisions)
         return UpsertedRecords(await self._pool.run(upsert, within=writers), inference)
 
@@ -156,7 +157,7 @@ class RecordWriter:
 
         await self._reembedding.wait_writable(name)
         writers = self._pool.writers(name)
-        # The pool gets the caller: if the caller leaves while the index looks for records that meet the filter, the
+        # The argument `caller` is set: if the caller leaves while the index looks for records that meet the filter, the
         # search is cancelled, and no record is deleted.
         return await self._access.call(name, delete, caller, heavy=condition is not None, within=writers)
 

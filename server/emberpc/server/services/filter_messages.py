@@ -49,9 +49,10 @@ class FilterReader:
             path: path of the filter in the request, for errors.
 
         Raises:
-            ServiceError: INVALID_ARGUMENT, naming the filter or its part that is wrong or exceeds a limit. The filter
-                is named, too, if it and the filters before it together have more than 2,000 conditions or 50,000 values
-                of memberships.
+            ServiceError: INVALID_ARGUMENT. If the filter is wrong or exceeds a limit of one filter, the error names the
+                filter or the part of the filter. If this filter and the filters before it in the request together have
+                more than 2,000 conditions, or more than 50,000 values in memberships (conditions that a field equals
+                one of several values), the error names this filter.
         """
         reader = _Reader(path)
         found = reader.read(message, path, 1)
@@ -67,7 +68,9 @@ class FilterReader:
 
 
 class _Reader:
-    """Converts one filter, and counts and limits its conditions and the values of its memberships.
+    """Converts one filter, and counts and limits its conditions and the values in its memberships.
+
+    A membership is a condition that a field equals one of several values.
 
     Args:
         path: path of the filter in the request, for errors about the whole filter.

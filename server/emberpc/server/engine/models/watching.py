@@ -25,14 +25,19 @@ _State: TypeAlias = "tuple[tuple[str, int, int, int], ...]"
 
 
 class _Outcome(Enum):
+    #: The model of the folder is loaded, or the folder needs no load (see `ModelsDirectory._deal_with`).
     DEALT_WITH = auto()
+    #: The last attempt to load the model of the folder failed, or the folder cannot be read.
     FAILED = auto()
-    #: The last attempt failed, and the folder has changed since the previous poll: a program may still be writing it.
+    #: The last attempt to load the model failed, and the folder has changed since the previous poll: a program may be
+    #: writing to the folder still. The model is loaded when the next poll finds the folder unchanged.
     MOVING = auto()
 
 
 @dataclass(frozen=True)
 class _Look:
+    """A folder as a poll found it, and what the poll did."""
+
     state: _State
     outcome: _Outcome
 

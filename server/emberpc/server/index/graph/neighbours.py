@@ -1,4 +1,7 @@
-"""The vectors of a collection in memory: the graph, and the buffer of vectors that are not in the graph yet."""
+"""The vectors of a collection in memory: the graph, and the buffer of vectors that are not in the graph yet.
+
+A label is the number of the record that a vector belongs to.
+"""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def empty_log(connection: sqlite3.Connection, *, wait: bool = False) -> None:
 
 @contextmanager
 def translated(subject: str) -> Iterator[None]:
-    """Translate each `sqlite3.DatabaseError` and UnicodeDecodeError in the block to `ServiceError`.
+    """Context manager: turn a `sqlite3.DatabaseError` or UnicodeDecodeError of the block into a `ServiceError`.
 
     Args:
         subject: name of the database in messages, such as "collection 'c'".
@@ -148,7 +148,8 @@ def translated(subject: str) -> Iterator[None]:
             raise descriptors.shortage() from error
         log.exception("%s: the database failed", subject)
         raise ServiceError(Code.INTERNAL, f"the database of {subject} failed", reason="DATABASE_FAILED") from error
-    # UnicodeDecodeError: Python decodes names and messages of SQLite, which may have damaged bytes of the schema.
+    # UnicodeDecodeError: Python decodes the names and messages that SQLite returns. If the schema on disk is damaged,
+    # they may contain bytes of the schema that are not UTF-8.
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         log.exception("%s: the database is damaged", subject)
         raise ServiceError(

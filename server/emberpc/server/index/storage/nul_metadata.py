@@ -42,10 +42,11 @@ def make_index(connection: sqlite3.Connection, subject: str) -> None:
 
 
 def compiled(connection: sqlite3.Connection, condition: Filter) -> Clause:
-    """Compile a filter to a clause that is right also for records whose metadata contains NUL.
+    """Compile a filter to an SQL clause that selects the right records, also those whose metadata contains NUL.
 
-    The clause lists the labels (numbers) of the records with NUL that meet the filter, so it is right only for records
-    that are present now. A record with NUL whose metadata is damaged and not JSON does not meet the filter.
+    Python evaluates the filter on the records with NUL. The clause lists the numbers (column `label`) of those that
+    meet the filter, so the clause is right only for the records that are present now. A record with NUL whose metadata
+    is damaged and not JSON does not meet the filter.
 
     Args:
         connection: a connection to the database.
