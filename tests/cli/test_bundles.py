@@ -40,7 +40,14 @@ def test_verify_of_a_damaged_bundle_exits_with_code_7(emberpc: Emberpc, tiny_bun
 
 
 def test_verify_of_a_missing_folder_is_an_input_error(emberpc: Emberpc, tmp_path: Path) -> None:
-    assert emberpc("verify", tmp_path / "none").code == 2
+    outcome = emberpc("verify", tmp_path / "none")
+    assert (outcome.code, outcome.err) == (
+        2,
+        f"error: there is no folder {tmp_path / 'none'}; give the folder of a bundle\n",
+    )
+    (tmp_path / "file").touch()
+    outcome = emberpc("verify", tmp_path / "file")
+    assert (outcome.code, outcome.err) == (2, f"error: {tmp_path / 'file'} is a file; give the folder of a bundle\n")
 
 
 @pytest.mark.parametrize("kind", ["embedding", "classifier"])
@@ -102,12 +109,12 @@ def test_an_export_prints_both_error_rates_and_on_which_texts_they_were_measured
     )
     assert outcome.code == 0
     fields = {row[0]: row[1] for row in outcome.rows if len(row) == 2}
-    assert float(fields["max_false_rejections"]) == 0.1
-    assert 0 <= float(fields["false_rejection_rate"]) <= 1
-    assert 0 <= float(fields["false_acceptance_rate"]) <= 1
+    assert float(fields["max false rejections"]) == 0.1
+    assert 0 <= float(fields["false rejection rate"]) <= 1
+    assert 0 <= float(fields["false acceptance rate"]) <= 1
     assert fields["rejection score"] in ("max_logit", "energy", "class_cosine", "nearest_prototype")
     assert float(fields["rejection threshold"]) < 100
-    assert (fields["rejection_texts"], fields["rejection_out_of_scope_texts"]) == ("24", "22")
+    assert (fields["rejection texts"], fields["rejection out of scope texts"]) == ("24", "22")
     assert "measured on held-out texts and out-of-scope texts that chose neither the rejection score" in outcome.err
 
 

@@ -78,10 +78,10 @@ def test_the_error_for_an_invalid_text_names_its_line(
     assert emberpc(command, "--file", source).err.startswith(f"error: {source}:2: the line is empty")
     rpc = {"embed": "Embed", "count-tokens": "CountTokens", "classify": "Classify"}[command]
     fake.faults[rpc].append(
-        Fault(grpc.StatusCode.INVALID_ARGUMENT, "texts[1]: has 300 tokens", "INVALID_FIELD", [("texts[1]", "too long")])
+        Fault(grpc.StatusCode.INVALID_ARGUMENT, "texts[1] has 300 tokens", "INVALID_FIELD", [("texts[1]", "too long")])
     )
     outcome = emberpc(command, "--file", "-", stdin="one\ntwo\n")
-    assert (outcome.code, outcome.err) == (2, "error: stdin:2: has 300 tokens\n")
+    assert (outcome.code, outcome.err) == (2, "error: stdin:2: the text has 300 tokens\n")
 
 
 @pytest.mark.parametrize("arguments", [[], ["a", "--file", "-"]])
@@ -175,14 +175,14 @@ def test_the_error_for_an_invalid_record_names_its_line(emberpc: Emberpc, fake: 
     assert emberpc("collection", "get", "c", "--json").objects[0]["record_count"] == 2
     fault = Fault(
         grpc.StatusCode.INVALID_ARGUMENT,
-        "records[1].text: is empty",
+        "records[1].text is empty",
         "INVALID_FIELD",
         [("records[1].text", "is empty")],
     )
     fake.faults["UpsertRecords"].append(fault)
     path.write_text('{"id": "a", "text": "t"}\n\n{"id": "b"}\n')
     outcome = emberpc("upsert", "c", path)
-    assert (outcome.code, outcome.err) == (2, f"error: {path}:3: text: is empty\n")
+    assert (outcome.code, outcome.err) == (2, f"error: {path}:3: text is empty\n")
 
 
 def test_get_prints_records_and_exits_with_4_for_missing_ids(emberpc: Emberpc, books: Path) -> None:
@@ -284,7 +284,7 @@ def test_a_url_as_the_target_is_refused_with_the_options_to_use(emberpc: Emberpc
     outcome = emberpc("models", "--target", target)
     assert (outcome.code, outcome.err) == (
         2,
-        f"error: --target: is {target!r}; give HOST:PORT alone, and --tls-ca FILE for an encrypted connection\n",
+        f"error: --target is {target!r}; give HOST:PORT alone, and --tls-ca FILE for an encrypted connection\n",
     )
 
 

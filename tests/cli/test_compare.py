@@ -164,7 +164,7 @@ def test_a_time_limit_lists_the_skipped_measurements(emberpc: Emberpc, files: li
     ("options", "said"),
     [
         (["--budget", "1,x"], "--budget has 'x'"),
-        (["--budget", "0"], "a budget is 0; it must be at least 1, or all"),
+        (["--budget", "0"], "--budget has '0'; give numbers from 1"),
         (["--strategy", "linear,magic"], "there is no strategy 'magic'; there are: tf-idf, zero-shot"),
         (["--time-limit", "soon"], "--time-limit is 'soon'; give a number and s, m or h"),
         (["--time-limit", "1s"], "left no time for any measurement; the first one needs a limit of about "),

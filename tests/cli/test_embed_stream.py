@@ -37,7 +37,7 @@ def test_an_invalid_line_is_reported_and_its_row_is_nan(emberpc: Emberpc, fake: 
     outcome = emberpc("embed", "--file", source, "--stream", "-o", target)
     assert outcome.code == 2
     lines = outcome.err.splitlines()
-    assert sorted(lines[:2]) == [f"{source}:1: is bad", f"{source}:4: is bad"]
+    assert sorted(lines[:2]) == [f"{source}:1: text is bad", f"{source}:4: text is bad"]
     assert lines[2:] == [f"wrote 4 × 8 float32 to {target}", "error: 2 of 4 lines have no vector; see above"]
     matrix = np.load(target)
     assert np.isnan(matrix).any(axis=1).tolist() == [True, False, False, True]
@@ -47,7 +47,7 @@ def test_an_invalid_line_is_reported_and_its_row_is_nan(emberpc: Emberpc, fake: 
 def test_json_output_has_the_line_number_of_each_vector(emberpc: Emberpc, fake: FakeServer) -> None:
     outcome = emberpc("embed", "--file", "-", "--stream", "--json", stdin="é\nbad\nb\n")
     assert outcome.code == 2
-    assert "stdin:2: is bad" in outcome.err
+    assert "stdin:2: text is bad" in outcome.err
     found = {item["line"]: np.array(item["vector"], dtype=np.float32) for item in outcome.objects}
     assert sorted(found) == [1, 3]
     assert np.array_equal(found[1], vector_of("é"))

@@ -24,25 +24,45 @@ LONG = "has 600 tokens, the model takes at most 512; shorten it, or set the call
 @pytest.mark.parametrize(
     ("message", "wanted"),
     [
-        ("texts[0]: is empty", "text 1: is empty"),
-        ("targets[2]: is empty", "target 3: is empty"),
-        ("queries[0].text: is empty", "the query: is empty"),
-        (f"texts[1]: {LONG}", "text 2: has 600 tokens, the model takes at most 512; shorten it, or give --truncation"),
+        ("texts[0] is empty", "text 1 is empty"),
+        ("targets[2] is empty", "target 3 is empty"),
         (
-            "there is no collection 'c'; see ListCollections, or create it",
+            "queries[0].text is empty; give it some text, or search by a vector or a record id",
+            "the query is empty; give it some text, or --id ID",
+        ),
+        ("sources[0] is empty; leave it out or give it some text", "the source is empty; give it some text"),
+        (
+            "there is no record 'a'; upsert it, or give another record in queries[0]",
+            "there is no record 'a'; upsert it, or give another --id",
+        ),
+        ("name is 'my notes'; use 1 to 128 letters", "the name is 'my notes'; use 1 to 128 letters"),
+        ("min_recall is given beside ef; give one", "--min-recall is given beside --ef; give one"),
+        (
+            "dense_weight is set, but only 'hybrid' search uses it; leave it out, or set mode to 'hybrid'",
+            "--mode hybrid",
+        ),
+        ("target is 'a:0'; its port must be 1 to 65535", "--target is 'a:0'; its port must be"),
+        ("the row is damaged; see what `verify_collection` finds", "see what `emberpc collection verify` finds"),
+        (
+            "dimensions is 9; model 'm' gives vectors of 8 dimensions, and 0 means 8",
+            "dimensions, and without --dimensions 8",
+        ),
+        (f"texts[1] {LONG}", "text 2 has 600 tokens, the model takes at most 512; shorten it, or give --truncation"),
+        (
+            "there is no collection 'c'; create it, or list the collections to find the name of another",
             "`emberpc collection create NAME --model MODEL`",
         ),
         (
-            "collection.dimensions: is needed without a model; name a model, or give 1 to 16000",
-            "--dimensions: is needed without a model; give --model NAME or, for vectors only, --dimensions 1 to 16000",
+            "dimensions is needed without a model; name a model, or give 1 to 16000",
+            "--dimensions is needed without a model; give --model NAME or, for vectors only, --dimensions 1 to 16000",
         ),
-        ("top_k: is 100000; it must be 0 (for 10) to 10000", "--top-k: is 100000; it must be 1 to 10000"),
+        ("top_k is 100000; it must be 1 to 10000", "--top-k is 100000; it must be 1 to 10000"),
         (
             "no emberpc server answers at x; start a server there or give the address of another server, and check",
             "or give the address of another server with --target HOST:PORT, and check",
         ),
-        ("collection.hnsw.ef_construction: is 3", "--ef-construction: is 3"),
-        ("model: is empty, and there are several", "--model: is empty, and there are several"),
+        ("ef_construction is 3", "--ef-construction is 3"),
+        ("model is empty, and there are several", "--model is empty, and there are several"),
         (
             "no answer; give a longer timeout, or send less at once",
             "no answer; give a longer --timeout, or fewer text",
@@ -263,10 +283,40 @@ def test_completion_is_printed_for_the_given_shell(emberpc: Emberpc) -> None:
 def test_a_long_stage_prints_its_progress_without_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times = iter([0.0, 10.0, 31.0, 40.0, 50.0])
-    monkeypatch.setattr(progress, "monotonic", lambda: next(times))
+    now = 0.0
+    monkeypatch.setattr(progress, "monotonic", lambda: now)
+    lines = progress._Lines()
+    for done in range(131):
+        lines.report("embedding", done * 10, 5403, "4 s left")
+        lines._tell_if_due()
+        now += 1
+    lines.report("checking", 0, 1)
+    now += 10
+    lines._tell_if_due()
+    assert capsys.readouterr().err.splitlines() == [
+        "embedding … 0 of 5,403, 4 s left",
+        "embedding … 100 of 5,403, 4 s left (10 s)",
+        "embedding … 300 of 5,403, 4 s left (30 s)",
+        "embedding … 700 of 5,403, 4 s left (70 s)",
+        "embedding … 1,300 of 5,403, 4 s left (130 s)",
+        "checking …",
+        "checking … (10 s)",
+    ]
+
+
+def test_a_stage_that_reports_nothing_is_still_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    second = threading.Event()
+
+    def note(line: str) -> None:
+        told.append(line)
+        if len(told) == 2:
+            second.set()
+
+    monkeypatch.setattr(progress, "note", note)
+    monkeypatch.setattr(progress, "_FIRST_SECONDS", 0.01)
     with progress.stages() as show:
-        for done in (1, 2, 3, 4):
-            show("embedding", done, 9, "4 s left")
-        show("checking", 0, 1)
-    assert capsys.readouterr().err.splitlines() == ["embedding …", "embedding … 3 of 9, 4 s left", "checking …"]
+        show("converting", 0, 1)
+        assert second.wait(300)
+    assert told[0] == "converting …"
+    assert told[1].startswith("converting … (")

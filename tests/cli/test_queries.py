@@ -98,9 +98,9 @@ def test_an_error_of_the_server_names_the_line_of_the_query(
 ) -> None:
     path = tmp_path / "queries.jsonl"
     path.write_text('\n{"text": "a"}\n{"id": "z"}\n')
-    fake.faults["Search"].append(Fault(grpc.StatusCode.NOT_FOUND, "queries[1].record_id: is 'z'", "RECORD_NOT_FOUND"))
+    fake.faults["Search"].append(Fault(grpc.StatusCode.NOT_FOUND, "queries[1].record_id is 'z'", "RECORD_NOT_FOUND"))
     outcome = emberpc("search", seas, "--file", path)
-    assert (outcome.code, outcome.err) == (4, f"error: {path}:3: record_id: is 'z'\n")
+    assert (outcome.code, outcome.err) == (4, f"error: {path}:3: record_id is 'z'\n")
 
 
 def test_search_needs_exactly_one_source_of_queries(emberpc: Emberpc, fake: FakeServer, seas: str) -> None:

@@ -161,7 +161,7 @@ def test_invalid_parquet_rows_are_reported_and_the_others_are_read(tmp_path: Pat
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        ({"text": ["t"]}, "there is no column id; the columns are text"),
+        ({"text": ["t"]}, "there is no column id; rename one of text to id"),
         ({"id": [1]}, "the column id is of type int64; it must be text"),
         ({"id": ["a"], "vector": ["b"]}, "the column vector is of type string; it must be a list of numbers"),
         ({"id": ["a"], "metadata": [7]}, "the column metadata is of type int64; it must be JSON objects as text"),

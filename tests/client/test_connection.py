@@ -13,7 +13,8 @@ import grpc
 import pytest
 
 from emberpc.client import TLS, AsyncClient, Client, Health, InputError, InputTypeError, Unavailable
-from emberpc.client._core.connection import ConnectionSettings, is_local
+from emberpc.client._core.connection import ConnectionSettings, is_local, is_port_valid
+from emberpc.client.exceptions import Circumstances, _own_words
 from fake_server import FakeServer
 
 
@@ -110,6 +111,32 @@ def test_invalid_settings_of_a_client_are_refused(
 ) -> None:
     with pytest.raises(error, match=words):
         client(**settings)
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["localhost:0", "localhost:99999", "localhost:", "[::1]:65536", "dns:///a:70000", "ipv4:127.0.0.1:1,127.0.0.1:0"],
+)
+def test_a_port_out_of_range_is_refused(target: str) -> None:
+    with pytest.raises(InputError, match="its port must be 1 to 65535"):
+        Client(target)
+
+
+@pytest.mark.parametrize("target", ["unix:/run/a:0", "::1", "ipv6:[::1]:1", "dns:///a", "xds:///a", "a:http"])
+def test_a_target_without_a_port_in_digits_is_valid(target: str) -> None:
+    assert is_port_valid(target)
+
+
+@pytest.mark.parametrize(
+    "details",
+    [
+        "errors resolving x:1: [field:hostname lookup error:address lookup failed for x:1: Domain name not found]",
+        "DNS resolution failed for x:1: C-ares status is not ARES_SUCCESS",
+    ],
+)
+def test_an_unknown_host_name_is_named(details: str) -> None:
+    message = _own_words(grpc.StatusCode.UNAVAILABLE, details, Circumstances("x:1", "/emberpc.v1.Any/Embed", 1.0))
+    assert message.startswith("the host name in x:1 has no address; check its spelling")
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 9e9, "30", 10**400])

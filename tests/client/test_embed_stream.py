@@ -75,7 +75,7 @@ def test_an_invalid_text_fails_alone(fake: FakeServer, shell: Shell) -> None:
     assert {key for key, result in results.items() if result.vector is not None} == {"0", "2", "4"}
     refused, unsendable = results["1"].error, results["3"].error
     assert isinstance(refused, InvalidArgument)
-    assert (refused.message, refused.reason) == ("text: is bad", "INVALID_FIELD")
+    assert (refused.message, refused.reason) == ("text is bad", "INVALID_FIELD")
     assert isinstance(unsendable, InputError)
     assert "items[3] holds a lone surrogate" in str(unsendable)
 

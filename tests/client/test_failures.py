@@ -168,27 +168,27 @@ def test_the_error_for_a_request_over_the_limit_names_limit_and_remedy(
 def test_an_error_names_the_place_of_a_text_in_the_whole_list(fake: FakeServer, shell: Shell) -> None:
     fault = Fault(
         grpc.StatusCode.INVALID_ARGUMENT,
-        "texts[3]: is empty; it is alike to texts[0] (and 1 more)",
+        "texts[3] is empty; it is alike to texts[0] (and 1 more)",
         "INVALID_FIELD",
         [("texts[3]", "is empty; it is alike to texts[0]"), ("texts[12]", "is empty"), ("contexts[1]", "other")],
     )
     fake.hooks["Embed"] = lambda request: fake.faults["Embed"].append(fault if "30" in request.texts else None)
     with pytest.raises(InvalidArgument) as raised:
         shell("embed", [str(i) for i in range(100)], batch_size=20)
-    assert raised.value.message == "texts[23]: is empty; it is alike to texts[20] (and 1 more)"
+    assert raised.value.message == "texts[23] is empty; it is alike to texts[20] (and 1 more)"
     assert [violation.field for violation in raised.value.violations] == ["texts[23]", "texts[32]", "contexts[1]"]
     assert raised.value.violations[0].description == "is empty; it is alike to texts[20]"
 
 
 def test_messages_name_option_values_of_the_client(fake: FakeServer, shell: Shell) -> None:
-    said = "texts[0]: has 600 tokens; shorten it, or set `truncation` to END or START"
+    said = "texts[0] has 600 tokens; shorten it, or set `truncation` to END or START"
     fault = Fault(
         grpc.StatusCode.INVALID_ARGUMENT, said, "INVALID_FIELD", [("texts[0]", "set `truncation` to END or START")]
     )
     fake.faults["Embed"].append(fault)
     with pytest.raises(InvalidArgument) as raised:
         shell("embed", ["a"])
-    assert str(raised.value) == "texts[0]: has 600 tokens; shorten it, or set `truncation` to 'end' or 'start'"
+    assert str(raised.value) == "texts[0] has 600 tokens; shorten it, or set `truncation` to 'end' or 'start'"
     assert raised.value.violations[0].description == "set `truncation` to 'end' or 'start'"
     own = "there is no model 'THE END' or \"START\" or BACKEND; search DENSE"
     fake.faults["Embed"].append(Fault(grpc.StatusCode.NOT_FOUND, own, "MODEL_NOT_FOUND"))
@@ -201,12 +201,12 @@ def test_an_error_names_the_place_of_a_record_and_the_written_ones(fake: FakeSer
     shell("create_collection", "c")
     fault = Fault(
         grpc.StatusCode.INVALID_ARGUMENT,
-        "records[1].text: is empty",
+        "records[1].text is empty",
         "INVALID_FIELD",
         [("records[1].text", "is empty")],
     )
     fake.faults["UpsertRecords"].extend([None, fault])
-    with pytest.raises(InvalidArgument, match=r"^records\[5\]\.text: is empty; the first 4 records of this") as raised:
+    with pytest.raises(InvalidArgument, match=r"^records\[5\]\.text is empty; the first 4 records of this") as raised:
         shell("upsert", "c", ({"id": str(i), "text": "t"} for i in range(12)), batch_size=4)
     assert raised.value.violations[0].field == "records[5].text"
     assert shell("count", "c") == 4

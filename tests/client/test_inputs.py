@@ -25,7 +25,7 @@ Shell = Any
 @pytest.mark.parametrize(
     ("texts", "error", "words"),
     [
-        ("one str", InputTypeError, r"texts is one str, it must be a list of texts; write \[text\]"),
+        ("one str", InputTypeError, r"texts is a str; it must be a list of texts, such as \[text\]"),
         (b"bytes", InputTypeError, "texts is of type bytes; it must be a list of texts, each a str: decode the bytes"),
         (None, InputTypeError, "texts is of type NoneType"),
         (7, InputTypeError, "texts is of type int"),

@@ -18,13 +18,14 @@ import torch
 from emberpc.bundle import Manifest, Prompts, probabilities, read_bundle
 from emberpc.export.classifier import ClassifierData, export_classifier
 from emberpc.export.classify.cached_encoder import CachedEncoder
-from emberpc.export.classify.strategies import EXPORTABLE, STRATEGIES, Options, layers
+from emberpc.export.classify.strategies import STRATEGIES, Options, layers
 from emberpc.export.classify.strategies.base import accuracy
 from emberpc.export.classify.strategies.contrastive import paired, supervised_contrastive
 from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.data.datasets import read_labelled
 from emberpc.export.data.examples import Examples, label_names, training_examples
 from emberpc.export.errors import ExportError
+from emberpc.export.names import EXPORTABLE
 from emberpc.export.source.encoder import SourceEncoder, read_encoder
 from emberpc.export.timing import Cost
 from emberpc.export.tuning.checkpoint import Checkpoint, Checkpoints, TrainingState

@@ -176,14 +176,14 @@ def test_an_exception_of_the_progress_callback_is_raised_to_the_caller(points: C
 
 Requests = Iterable[pb.RestoreCollectionRequest]
 WRONG: dict[str, tuple[Requests, str]] = {
-    "no message": ([], "name: is missing"),
-    "no name": ([pb.RestoreCollectionRequest(chunk=b"x")], "name: is missing"),
-    "a wrong name": ([pb.RestoreCollectionRequest(name="../x")], "name: is '../x'"),
-    "no sha256": ([pb.RestoreCollectionRequest(name="copy", chunk=b"x")], "sha256: is missing"),
+    "no message": ([], "name is missing"),
+    "no name": ([pb.RestoreCollectionRequest(chunk=b"x")], "name is missing"),
+    "a wrong name": ([pb.RestoreCollectionRequest(name="../x")], "name is '../x'"),
+    "no sha256": ([pb.RestoreCollectionRequest(name="copy", chunk=b"x")], "sha256 is missing"),
     "a wrong sha256": ([pb.RestoreCollectionRequest(name="copy", chunk=b"x", sha256="0" * 64)], "send it again"),
     "another name": (
         [pb.RestoreCollectionRequest(name="copy"), pb.RestoreCollectionRequest(name="other")],
-        "name: is 'other'",
+        "name is 'other'",
     ),
     "a message after the last": (
         [pb.RestoreCollectionRequest(name="copy", sha256="0" * 64), pb.RestoreCollectionRequest(chunk=b"x")],

@@ -115,7 +115,7 @@ def test_the_error_of_embed_lists_repeated_invalid_texts(channel: grpc.Channel) 
         embedding_pb2.EmbedRequest(model="minilm", texts=[LONG, "good", f"{LONG} else", LONG, "good"]),
     )
     assert found.fields == ["texts[0]", "texts[2]", "texts[3]"]
-    assert found.message.startswith("texts[0]: has ")
+    assert found.message.startswith("texts[0] has ")
     assert found.message.endswith("(and 2 more)")
 
 

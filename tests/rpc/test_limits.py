@@ -211,7 +211,7 @@ def check_limits(channel: grpc.Channel) -> None:
     ]
     for limit, call, field in cases:
         call(limit)
-        with pytest.raises(grpc.RpcError, match=f"{field}: ".replace("[", "\\[")) as refused:
+        with pytest.raises(grpc.RpcError, match=f"{field} ".replace("[", "\\[")) as refused:
             call(limit + 1)
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 

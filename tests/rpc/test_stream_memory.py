@@ -242,5 +242,5 @@ async def test_a_too_long_text_is_freed_before_its_answer(engine: GatedEngine) -
     await asyncio.wait_for(running, 300)
     assert len(streamed.ids) == GROUPS
     assert streamed.failures == {
-        f"large-{i}": "text: has 100000 bytes, a text may have at most 1000; split it" for i in range(30)
+        f"large-{i}": "text has 100000 bytes, a text may have at most 1000; split it" for i in range(30)
     }

@@ -96,7 +96,7 @@ def test_invalid_records_fail_alone_in_both_clients(tiny_server: ServerProcess, 
         failures = {failure.index: failure for checkpoint in outcome for failure in checkpoint.failures}
         assert sorted(failures) == [1, 2, 3, 4, 5, 6]
         assert {record.id: record.text for record in client.records(name)} == {"twice": "a", "last": "c"}
-        words = {1: "at most 32", 2: "id: is empty", 3: "text: is empty", 4: "metadata: has"}
+        words = {1: "at most 32", 2: "id is empty", 3: "text is empty", 4: "metadata has"}
         for index, part in words.items():
             error = failures[index].error
             assert isinstance(error, InvalidArgument)
@@ -124,8 +124,8 @@ def test_records_with_invalid_vectors_fail_alone(client: Client) -> None:
     outcome = list(client.upsert_stream("v", records, batch_size=30))
     failures = {failure.id: str(failure.error) for checkpoint in outcome for failure in checkpoint.failures}
     assert set(failures) == {"017", "narrow"}
-    assert failures["017"].startswith("vector: has length zero")
-    assert failures["narrow"] == "vectors: has 3 dimensions, the collection has 4"
+    assert failures["017"].startswith("vector has length zero")
+    assert failures["narrow"] == "vectors has 3 dimensions, the collection has 4"
     found = list(client.records("v", with_vectors=True))
     assert [record.id for record in found] == [f"{i:03}" for i in range(100) if i != 17]
     for record in found:
@@ -154,12 +154,12 @@ def message(number: int, count: int = 1, collection: str = "v") -> pb.UpsertReco
 
 
 WRONG = [
-    ([], "collection: is missing"),
-    ([message(1, collection="")], "collection: is missing"),
-    ([message(0)], "batch_number: is 0 after 0"),
-    ([message(2), message(2)], "batch_number: is 2 after 2"),
-    ([message(1), message(2, collection="w")], "collection: is 'w', and the stream is of 'v'"),
-    ([message(1, 4097)], "records: has more than 4096"),
+    ([], "collection is missing"),
+    ([message(1, collection="")], "collection is missing"),
+    ([message(0)], "batch_number is 0 after 0"),
+    ([message(2), message(2)], "batch_number is 2 after 2"),
+    ([message(1), message(2, collection="w")], "collection is 'w', and the stream is of 'v'"),
+    ([message(1, 4097)], "records has more than 4096"),
 ]
 
 
@@ -188,8 +188,8 @@ def test_the_command_upsert_reports_invalid_records_by_their_lines(
     )
     assert run.returncode == 2, run.stderr
     assert json.loads(run.stdout) == {"inserted": 2, "updated": 0, "sequence": 1}
-    assert f"{file}:2: text: has" in run.stderr
-    assert f"{file}:4: id: is empty" in run.stderr
+    assert f"{file}:2: text has" in run.stderr
+    assert f"{file}:4: id is empty" in run.stderr
     assert "2 of 4 records were not written" in run.stderr
     assert client.count("c") == 2
 

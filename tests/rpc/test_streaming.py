@@ -88,7 +88,7 @@ def test_an_invalid_text_fails_alone_with_the_error_of_a_unary_call(tiny_server:
         request_info = status.detail(error, errors_pb2.RequestInfo)
         assert request_info is not None
         assert request_info.request_id
-    assert answers.failures[""].message.startswith("id: is empty")
+    assert answers.failures[""].message.startswith("id is empty")
 
 
 def test_over_long_texts_are_truncated_if_configured(stub: Any) -> None:

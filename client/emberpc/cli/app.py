@@ -118,7 +118,10 @@ def _every_command(
 def run(arguments: Sequence[str]) -> int:
     """Run the command that `arguments`, without the program name, state, and return the exit code.
 
-    Errors are printed to stderr, but not an exception with KeyboardInterrupt among its causes: its exit code is 130.
+    Errors are printed to stderr, but not an exception with KeyboardInterrupt among its causes.
+
+    Raises:
+        KeyboardInterrupt: the user pressed Ctrl-C, also if a library then raised an error of its own.
     """
     arguments = _debug_first(arguments)
     _debug.set(arguments[:1] == ["--debug"])  # the callback also reads EMBERPC_DEBUG, but runs after --help
@@ -127,7 +130,8 @@ def run(arguments: Sequence[str]) -> int:
             return completion
         # In standalone mode, Typer would print errors and exit. `run` prints errors in its own form, and returns.
         code = int(_app_for(arguments)(arguments, prog_name=_PROGRAM, standalone_mode=False) or 0)
-        return code or _flush() or ExitCode.OK
+        if code != ExitCode.INTERRUPTED:
+            return code or _flush() or ExitCode.OK
     except SystemExit as error:
         # Rich raises SystemExit if the reader of the help closed the pipe. That is no error.
         if isinstance(error.__context__, BrokenPipeError):
@@ -147,7 +151,7 @@ def run(arguments: Sequence[str]) -> int:
         return _failed(f"{message}{separator} {command} --help", ExitCode.INPUT) if message else ExitCode.INPUT
     except Exception as error:  # the only place that turns errors of all kinds into a line for the user
         if _is_of_an_interrupt(error):
-            return ExitCode.INTERRUPTED
+            raise KeyboardInterrupt from error
         known = exit_code(error)
         if known is None and isinstance(error, OSError) and _is_of_the_help(error):
             unwritable = output.discard_stdout(error)
@@ -155,6 +159,7 @@ def run(arguments: Sequence[str]) -> int:
         if known is None:
             return _failed(f"emberpc made an error ({type(error).__name__}); see it with --debug", ExitCode.INTERNAL)
         return _failed(in_cli_terms(str(error)), known)
+    raise KeyboardInterrupt  # Typer returned the exit code instead
 
 
 def _address_option(error: typer.TyperException) -> str:

@@ -55,7 +55,7 @@ def restore(
         try:
             collection = client.restore_collection(name, file, progress=_megabytes(show, "restoring (MB)"))
         except OSError as error:
-            raise CliError(f"{file} cannot be read: {error.strerror}") from error
+            raise CliError(f"{file} cannot be read: {error.strerror}; check path and permissions") from error
     if as_json:
         print_json([collection])
     else:

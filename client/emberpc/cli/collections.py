@@ -14,10 +14,10 @@ from emberpc.cli.connection import with_client
 from emberpc.cli.errors import CliError, ExitCode
 from emberpc.cli.maps.command import draw_map
 from emberpc.cli.options import AsJson, Name, Where
-from emberpc.cli.output import Column, note, print_fields, print_json, print_table
+from emberpc.cli.output import Column, counted, note, print_fields, print_json, print_table
 from emberpc.cli.progress import progress
 from emberpc.cli.records import WithVectors
-from emberpc.client import Client, Collection
+from emberpc.client import AlreadyExists, Client, Collection
 from emberpc.client.types import Distance, Progress, Truncation
 
 app = typer.Typer(help="Create, show, change, check, analyse, copy and delete collections.", no_args_is_help=True)
@@ -60,17 +60,20 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Create a collection, and show it."""
-    collection = client.create_collection(
-        name,
-        model=model,
-        dimensions=dimensions,
-        distance=distance,
-        truncation=truncation,
-        m=m,
-        ef_construction=ef_construction,
-        indexed_fields=indexed_fields or (),
-        exist_ok=exist_ok,
-    )
+    try:
+        collection = client.create_collection(
+            name,
+            model=model,
+            dimensions=dimensions,
+            distance=distance,
+            truncation=truncation,
+            m=m,
+            ef_construction=ef_construction,
+            indexed_fields=indexed_fields or (),
+            exist_ok=exist_ok,
+        )
+    except AlreadyExists as error:
+        raise CliError(str(error).replace("; use it,", "; accept it with --exist-ok,"), ExitCode.CONFLICT) from error
     _show(collection, as_json)
 
 
@@ -95,6 +98,8 @@ def list_collections(client: Client, as_json: AsJson = False) -> None:
         for c in found
     ]
     print_table(columns, rows)
+    if not found:
+        note("there are no collections; create one with `emberpc collection create NAME --model MODEL`")
     for damaged in (c for c in found if c.problem):
         note(f"{damaged.name} cannot be used: {damaged.problem}")
 
@@ -132,7 +137,7 @@ def delete(
     if not yes and sys.stdin.isatty() and sys.stderr.isatty():
         count = client.get_collection(name).record_count
         try:
-            wanted = typer.confirm(f"delete the collection {name} with {count} records?", err=True)
+            wanted = typer.confirm(f"delete the collection {name} with {counted(count, 'record')}?", err=True)
         except typer.Abort:  # Ctrl-C, or the end of stdin
             wanted = False
         if not wanted:

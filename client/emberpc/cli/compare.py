@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Sequence
 from enum import Enum
 from math import isfinite
 from pathlib import Path
@@ -14,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from emberpc.cli.errors import CliError
+from emberpc.cli.errors import EXPORT_PACKAGES, CliError, require
 from emberpc.cli.export import (
     DEFAULT_BASE,
+    DESCRIPTION_COLUMNS,
     Balanced,
     Descriptions,
     LabelColumn,
@@ -28,9 +28,13 @@ from emberpc.cli.export import (
     Train,
     exporting,
     labelled_columns,
+    text_columns,
 )
-from emberpc.cli.options import AsJson, listed
+from emberpc.cli.options import AsJson, completer, listed
 from emberpc.cli.output import Column, note, print_blank_line, print_json, print_lines, print_table
+from emberpc.export.data.classifier_data import ClassifierData
+from emberpc.export.data.datasets import read_labelled
+from emberpc.export.names import STRATEGY_NAMES, check_strategies
 
 if TYPE_CHECKING:
     from emberpc.export.compare.recommendation import Recommendation
@@ -93,7 +97,8 @@ def compare(
         list[str] | None,
         typer.Option(
             metavar="NAME,…",
-            help="Strategies to compare; may be given several times; default: all.",
+            autocompletion=completer(STRATEGY_NAMES),
+            help=f"Strategies to compare; may be given several times; default: all: {', '.join(STRATEGY_NAMES)}.",
             show_default=False,
         ),
     ] = None,
@@ -150,44 +155,51 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare classification strategies, from heads on vectors to full fine-tuning, on your own data; recommend one."""
+    require(EXPORT_PACKAGES, "export", "emberpc compare")
     start = perf_counter()  # loading PyTorch takes seconds, which count for the time limit, too
     left = f"all measurements are kept in {output}; run the same command to resume"
     if output.exists() and not output.is_dir():
         raise CliError(f"--output: {output} is not a folder; choose another place")
     budgets, limit = _budgets(budget or [_EVERYTHING]), _seconds(time_limit)
-    strategies = listed("--strategy", strategy) if strategy else None
+    strategies = tuple(listed("--strategy", strategy)) if strategy else STRATEGY_NAMES
     labelled = labelled_columns(text_column, label_column, label_separator)
-    files: dict[Path | None, Sequence[str]] = {
+    files = {
         train: labelled,
         test: labelled,
-        out_of_scope: (text_column,),
-        descriptions: ("label", "description"),
+        out_of_scope: text_columns(text_column),
+        descriptions: DESCRIPTION_COLUMNS,
     }
     if worth is not None:
         note("--worth is deprecated: use --tolerance")
         tolerance = worth
     if not isfinite(tolerance):
         raise CliError(f"--tolerance is {tolerance}; give a number of percentage points, such as 1")
-    with exporting(files, export_winner, overwrite=overwrite, command="emberpc compare", left=left) as progress:
-        from emberpc.export.classifier import ClassifierData
-        from emberpc.export.classify.strategies import STRATEGIES
+    data = ClassifierData(
+        train=train,
+        outside=out_of_scope,
+        descriptions=descriptions,
+        text_column=text_column,
+        label_column=label_column,
+        separator=label_separator,
+        min_examples=min_examples,
+    )
+
+    def check() -> None:
+        check_strategies(strategies)
+        data.read(with_descriptions=label_texts)
+        read_labelled(test, text_column=text_column, label_column=label_column, separator=label_separator)
+
+    with exporting(files, export_winner, check, overwrite=overwrite, command="emberpc compare", left=left) as progress:
         from emberpc.export.compare import comparison
         from emberpc.export.compare.comparison_settings import ComparisonSettings
+        from emberpc.export.compare.outcomes import ALL
 
         settings = ComparisonSettings(
-            data=ClassifierData(
-                train=train,
-                outside=out_of_scope,
-                descriptions=descriptions,
-                text_column=text_column,
-                label_column=label_column,
-                separator=label_separator,
-                min_examples=min_examples,
-            ),
+            data=data,
             test=test,
             bases=tuple(base or [DEFAULT_BASE]),
-            budgets=budgets,
-            strategies=tuple(strategies or STRATEGIES),
+            budgets=tuple(ALL if each is None else each for each in budgets),
+            strategies=strategies,
             seeds=seeds,
             time_limit=limit,
             label_texts=label_texts,
@@ -205,20 +217,20 @@ def compare(
     _show(found, output, as_json, train, exported=export_winner is not None)
 
 
-def _budgets(values: list[str]) -> tuple[int, ...]:
-    """Return the budgets that the values of --budget name, in order, with the constant `ALL` for `all`.
+def _budgets(values: list[str]) -> list[int | None]:
+    """Return the budgets that the values of --budget name, in order; None for `all`.
 
     Raises:
-        CliError: an item is neither digits nor `all`, is empty, or is repeated. 0 is not refused here.
+        CliError: an item is neither digits nor `all`, is empty or 0, or is repeated.
     """
-    from emberpc.export.compare.outcomes import ALL
-
-    found = []
+    found: list[int | None] = []
     for part in listed("--budget", values):
-        if not (part == "all" or part.isdecimal()):
-            raise CliError(f"--budget has {part!r}; give numbers with commas between them, and all for all texts")
-        found.append(ALL if part == "all" else int(part))
-    return tuple(found)
+        if not (part == "all" or (part.isdecimal() and int(part))):
+            raise CliError(
+                f"--budget has {part!r}; give numbers from 1 with commas between them, and all for all texts"
+            )
+        found.append(None if part == "all" else int(part))
+    return found
 
 
 def _seconds(text: str | None) -> float | None:

@@ -145,11 +145,11 @@ def connect(target: str, timeout: float, token: str | None, tls_ca: Path | None)
         InputError: the target is empty, the timeout is out of range, or the token has invalid characters.
     """
     if is_url(target):
-        raise CliError(f"--target: is {target!r}; give HOST:PORT alone, and --tls-ca FILE for an encrypted connection")
+        raise CliError(f"--target is {target!r}; give HOST:PORT alone, and --tls-ca FILE for an encrypted connection")
     if token and tls_ca is None and not is_local(target):
         raise CliError(f"the token would travel to {target} in plain text; give --tls-ca FILE, or connect to this host")
     try:
         tls = TLS.from_files(tls_ca) if tls_ca else None
     except OSError as error:
-        raise CliError(f"--tls-ca: {tls_ca} cannot be read: {error.strerror}") from error
+        raise CliError(f"--tls-ca: {tls_ca} cannot be read: {error.strerror}; check path and permissions") from error
     return Client(target, timeout=timeout, tls=tls, token=token or None)

@@ -12,14 +12,21 @@ _TRUNCATE = "set the call's `truncation` to 'end' or 'start'"
 _REMEDIES = (
     (_TRUNCATE, "give --truncation end or start"),
     (
-        "see ListCollections, or create it",
+        "create it, or list the collections to find the name of another",
         "see `emberpc collection list`, or create it with `emberpc collection create NAME --model MODEL`",
     ),
+    ("`verify_collection`", "`emberpc collection verify`"),
+    ("`backup_collection`", "`emberpc collection backup`"),
+    ("is given beside ef;", "is given beside --ef;"),
+    ("set mode to 'hybrid'", "give --mode hybrid"),
+    ("give a text, or use mode 'dense'", "give a text, or --mode dense"),
+    ("give it some text, or search by a vector or a record id", "give it some text, or --id ID"),
+    ("give another record in queries[0]", "give another --id"),
+    ("and 0 means", "and without --dimensions"),
     ("give a longer timeout, or send less at once", "give a longer --timeout, or fewer texts in one request"),
     ("give it a longer timeout, send fewer texts,", "give a longer --timeout, fewer texts in one request,"),
     ("name a model, or give 1 to", "give --model NAME or, for vectors only, --dimensions 1 to"),
     ("give the address of another server", "give the address of another server with --target HOST:PORT"),
-    ("it must be 0 (for 10) to", "it must be 1 to"),  # the command line refuses 0
 )
 #: Repeated fields of a request that are arguments of a command, with their names on the command line.
 _ITEMS = {"texts": "text", "targets": "target", "ids": "id"}
@@ -27,17 +34,17 @@ _ITEMS = {"texts": "text", "targets": "target", "ids": "id"}
 _ITEM = re.compile(rf"^({'|'.join(_ITEMS)})\[(\d+)\]")
 #: Fields of which a command sends one item only: the pattern at the start of a message, and the name to put there.
 _SINGLE_ITEMS = (
+    (re.compile(r"^sources\[0\] is empty; leave it out or "), "the source is empty; "),
     (re.compile(r"^sources\[0\]"), "the source"),
     (re.compile(r"^queries\[0\](\.text)?|^query(?= )"), "the query"),
+    (re.compile(r"^name(?= is )"), "the name"),
 )
-#: Matches, at the start of a message, a field of a request that is an option of a command. Group 1 is the option with
-#: `_` instead of `-`.
+#: Matches, at the start of a message, an argument of the client that is an option of a command. Group 1 is the option
+#: with `_` instead of `-`.
 _FIELD = re.compile(
-    r"^(?:collection\.)?(?:hnsw\.)?(model|classifier|dimensions|truncation|normalize|m|ef_construction|top_k|ef|"
-    r"min_recall|dense_weight|fusion|min_score)(?=: )"
+    r"^(target|timeout|model|classifier|dimensions|truncation|normalize|m|ef_construction|top_k|ef|min_recall|"
+    r"dense_weight|fusion|min_score)(?=:? (?:is|has) )"
 )
-#: Matches `timeout`, an argument of the client, at the start of a message such as `timeout is 0 seconds`.
-_TIMEOUT = re.compile(r"^timeout(?= is )")
 
 
 def in_cli_terms(message: str, collection: str = "") -> str:
@@ -61,8 +68,7 @@ def in_cli_terms(message: str, collection: str = "") -> str:
     message = _ITEM.sub(_numbered, message)
     for pattern, translated in _SINGLE_ITEMS:
         message = pattern.sub(translated, message)
-    message = _FIELD.sub(_option, message)
-    return _TIMEOUT.sub("--timeout", message)
+    return _FIELD.sub(_option, message)
 
 
 def _numbered(found: re.Match[str]) -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from emberpc.bundle import BundleError, Manifest, Prompts, Task, check_target
+from emberpc.bundle import BundleError, Prompts, check_target
+from emberpc.cli.bundle_summary import show_bundle
 from emberpc.cli.errors import EXPORT_PACKAGES, VERIFY_PACKAGES, CliError, ExitCode, require
-from emberpc.cli.options import AsJson, Overwrite, listed
-from emberpc.cli.output import Column, note, plain, print_blank_line, print_fields, print_json, print_table
+from emberpc.cli.options import AsJson, Overwrite, completer, listed
+from emberpc.cli.output import Column, plain, print_json, print_table
 from emberpc.cli.progress import Stages, stages
+from emberpc.export.data.classifier_data import ClassifierData
+from emberpc.export.names import AUTO, CANDIDATE_NAMES, FP32, ExportableStrategy, check_rates, check_variants
 
 app = typer.Typer(help="Export PyTorch models to bundles, offline.", no_args_is_help=True)
 
@@ -30,8 +32,6 @@ Checkpoints = Annotated[
 #: Encoder of the commands that train, if --base is not given.
 DEFAULT_BASE = "sentence-transformers/all-MiniLM-L6-v2"
 Base = Annotated[str, typer.Option("--base", metavar="SOURCE", help="The encoder; as for `export embedding`.")]
-#: Names under which figures of held-out texts are printed, by their names in the manifest.
-_HELD_OUT = {name: f"held-out {name}" for name in ("accuracy", "macro_f1", "micro_f1", "ece", "ece_uncalibrated")}
 #: From here to `Train`: options for labelled data, of `export classifier` and of `compare`.
 Descriptions = Annotated[
     Path | None,
@@ -52,10 +52,14 @@ MinExamples = Annotated[int, typer.Option(min=1, help="Least number of texts of 
 TextColumn = Annotated[str, typer.Option(help="The column with the texts.")]
 LabelColumn = Annotated[str, typer.Option(help="The column with the labels.")]
 Train = Annotated[Path, typer.Option(metavar="FILE", help="CSV, TSV, JSONL or Parquet with texts and labels.")]
+#: Columns of a file of descriptions, and of a corpus, with remedies for `check_columns`.
+DESCRIPTION_COLUMNS = {"label": "add the column", "description": "add the column"}
+CORPUS_COLUMNS = {"text": "add the column"}
 Variants = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME,…",
+        autocompletion=completer((AUTO, FP32, *CANDIDATE_NAMES)),
         help="Variants beside fp32: optimized, int8, int8-fast or fp16, separated by commas or given several times; "
         "or auto: those that are faster or smaller than fp32 and accurate enough.",
         show_default=False,
@@ -108,8 +112,15 @@ def embedding(
     prompts = None
     if query_prompt is not None or passage_prompt is not None:
         prompts = Prompts(query=query_prompt or "", passage=passage_prompt or "")
-    files: dict[Path | None, Sequence[str]] = {validation: (), corpus: ("text",)}
-    with exporting(files, output, overwrite=overwrite) as progress:
+
+    def check() -> None:
+        from emberpc.export.retrieval.queries import read_validation
+
+        check_variants(names)
+        read_validation(validation, corpus)
+
+    names, files = variant_names(variants), {validation: {}, corpus: CORPUS_COLUMNS}
+    with exporting(files, output, check, overwrite=overwrite) as progress:
         from emberpc.export.embedding import export_embedding
 
         manifest = export_embedding(
@@ -120,7 +131,7 @@ def embedding(
             max_tokens=max_tokens,
             prompts=prompts,
             matryoshka=matryoshka,
-            variants=variant_names(variants),
+            variants=names,
             validation=validation,
             corpus=corpus,
             progress=progress,
@@ -134,7 +145,7 @@ def classifier(
     output: Target,
     base: Base = DEFAULT_BASE,
     strategy: Annotated[
-        str,
+        ExportableStrategy,
         typer.Option(
             help="zero-shot, centroids and linear do not change the encoder; top-layers, contrastive and full tune it."
         ),
@@ -176,25 +187,34 @@ def classifier(
 ) -> None:
     """Make a classifier, calibrate it if there are enough texts, export it, and check its outputs against PyTorch."""
     labelled = labelled_columns(text_column, label_column, label_separator)
-    files: dict[Path | None, Sequence[str]] = {
+    files = {
         train: labelled,
         validation: labelled,
-        out_of_scope: (text_column,),
-        descriptions: ("label", "description"),
+        out_of_scope: text_columns(text_column),
+        descriptions: DESCRIPTION_COLUMNS,
     }
-    with exporting(files, output, overwrite=overwrite) as progress:
-        from emberpc.export.classifier import ClassifierData, export_classifier
+    data = ClassifierData(
+        train=train,
+        validation=validation,
+        outside=out_of_scope,
+        descriptions=descriptions,
+        text_column=text_column,
+        label_column=label_column,
+        separator=label_separator,
+        min_examples=min_examples,
+    )
+    names = variant_names(variants)
 
-        data = ClassifierData(
-            train=train,
-            validation=validation,
-            outside=out_of_scope,
-            descriptions=descriptions,
-            text_column=text_column,
-            label_column=label_column,
-            separator=label_separator,
-            min_examples=min_examples,
-        )
+    def check() -> None:
+        check_rates(rejection_rate, max_false_rejections)
+        check_variants(names)
+        if strategy == "zero-shot" and not label_texts:
+            raise CliError("the strategy zero-shot needs the texts of the labels; leave out --no-label-texts")
+        data.read(with_descriptions=label_texts)
+
+    with exporting(files, output, check, overwrite=overwrite) as progress:
+        from emberpc.export.classifier import export_classifier
+
         manifest = export_classifier(
             data,
             base,
@@ -206,7 +226,7 @@ def classifier(
             rejection_rate=rejection_rate,
             max_false_rejections=max_false_rejections,
             checkpoints=checkpoints,
-            variants=variant_names(variants),
+            variants=names,
             overwrite=overwrite,
             max_tokens=max_tokens,
             seed=seed,
@@ -233,7 +253,8 @@ def verify(
     alone and in a batch.
     """
     if not folder.is_dir():
-        raise CliError(f"there is no folder {folder}; give the folder of a bundle")
+        found = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
+        raise CliError(f"{found}; give the folder of a bundle")
     require(VERIFY_PACKAGES, "server", "emberpc verify")
     if against is not None:
         require(EXPORT_PACKAGES, "export", "emberpc verify --against")
@@ -257,19 +278,28 @@ def _option(text: str) -> tuple[str, str]:
     return name, value
 
 
-def labelled_columns(text_column: str, label_column: str, separator: str | None) -> tuple[str, ...]:
+def labelled_columns(text_column: str, label_column: str, separator: str | None) -> dict[str, str]:
     """Return the columns that the first row of a file of labelled texts must have: those of the text and the label.
+
+    The values are the remedies for `check_columns`.
 
     `separator` is the separator of the labels of a text; None: each text has one label. With a separator, a text may
     have no label, so only the column of the text must be there.
     """
-    return (text_column, label_column) if separator is None else (text_column,)
+    label = {label_column: "name the column of the labels with --label-column"} if separator is None else {}
+    return {**text_columns(text_column), **label}
+
+
+def text_columns(text_column: str) -> dict[str, str]:
+    """Return the column that the first row of a file of texts must have, with the remedy for `check_columns`."""
+    return {text_column: "name the column of the texts with --text-column"}
 
 
 @contextmanager
 def exporting(
-    files: Mapping[Path | None, Sequence[str]],
+    files: Mapping[Path | None, Mapping[str, str]],
     target: Path | None,
+    check: Callable[[], object],
     *,
     overwrite: bool = False,
     command: str = "emberpc export",
@@ -278,9 +308,11 @@ def exporting(
     """Context manager of an export: check its files and folder, show its progress, and convert errors of its block.
 
     Args:
-        files: the data files, and the columns that the first row of each must have; an entry with the key None is
-            ignored. The files are checked before the block begins, since the block loads PyTorch, which takes seconds.
+        files: the data files, and the columns that the first row of each must have, with remedies as for
+            `check_columns`; an entry with the key None is ignored. The files are checked before the block begins, since
+            the block loads PyTorch, which takes seconds.
         target: folder of the bundle; None: no bundle is written.
+        check: further checks to do before the block. The function may raise the exceptions that the block may raise.
         overwrite: whether to replace an existing bundle.
         command: name of the command, for messages.
         left: what the export left on the disk, for the message of an OSError.
@@ -302,6 +334,7 @@ def exporting(
         for path, columns in files.items():
             if path is not None:
                 check_columns(path, columns)
+        check()
         with stages() as progress:
             progress("loading PyTorch", 0, 1)  # the imports of the block take seconds
             yield progress
@@ -314,73 +347,6 @@ def exporting(
         raise CliError(f"{where}{error.strerror}; {left}; is there room on the disk?") from error
 
 
-def show_bundle(manifest: Manifest, folder: Path, as_json: bool) -> None:
-    """Print the settings, the measured quality and the variants of a new bundle, and on stderr how to serve and ask it.
-
-    `as_json`: print only the manifest, as one line of JSON.
-    """
-    if as_json:
-        print_json([manifest])
-        return
-    print_fields(
-        {
-            "folder": folder,
-            "task": manifest.task.value,
-            "base model": manifest.base_model,
-            "dimensions": manifest.dimensions,
-            "max tokens": manifest.max_tokens,
-            **({"labels": manifest.labels} if manifest.labels else {}),
-            **({"strategy": manifest.strategy} if manifest.strategy else {}),
-            **_rejection(manifest),
-            **{_HELD_OUT.get(name, name): f"{value:.4g}" for name, value in manifest.quality.items()},
-        }
-    )
-    print_blank_line()
-    if manifest.rejection_measured_on:
-        note(f"false_rejection_rate and false_acceptance_rate were measured on {manifest.rejection_measured_on}")
-    _show_variants(manifest)
-    name = folder.resolve().name
-    ask = f"emberpc classify TEXT --classifier {name}" if manifest.labels else f"emberpc embed TEXT --model {name}"
-    note(f"next: `emberpc serve --model {shlex.quote(f'{name}={folder}')}`, and in another terminal `{ask}`")
-
-
-def _rejection(manifest: Manifest) -> dict[str, str]:
-    """Return the lines about the rejection score of a classifier, by title; empty if it rejects no text."""
-    rule = manifest.decision_rule
-    if rule.rejection_threshold is None:
-        return {}
-    return {"rejection score": rule.rejection_score.value, "rejection threshold": f"{rule.rejection_threshold:.4g}"}
-
-
-def _show_variants(manifest: Manifest) -> None:
-    """Print a table of the measured variants, and on stderr the reason for each variant that was not kept.
-
-    The texts that the variants were measured on are named on stderr too, unless the model is an embedding model with
-    one variant.
-    """
-    classifier = manifest.task is Task.CLASSIFICATION
-    agreement = "same label" if classifier else "same 10 nearest"
-    first = manifest.variant().measured
-    titles = ["least cosine to PyTorch", "mean cosine to fp32", agreement, *(["accuracy"] if classifier else [])]
-    titles += ["nDCG@10"] if first is not None and first.ndcg_at_10 is not None else []
-    titles += ["texts per CPU-s", "times fp32", "MB", "load s"]
-    rows = []
-    for variant in manifest.variants:
-        found = variant.measured
-        if found is None:
-            continue
-        share = found.label_agreement if classifier else found.neighbour_agreement
-        cells = [variant.name, f"{variant.parity.cosine_min:.6f}", f"{found.cosine_mean:.4f}", f"{share:.3f}"]
-        cells += [f"{figure:.4f}" for figure in (found.accuracy, found.ndcg_at_10) if figure is not None]
-        cells += [f"{found.texts_per_cpu_second:.1f}", f"{found.speedup:.2f}", f"{found.size_bytes / 1e6:.1f}"]
-        rows.append([*cells, f"{found.load_seconds:.2f}"])
-    print_table([Column("variant"), *(Column(title, "right") for title in titles)], rows)
-    if classifier or len(rows) > 1:
-        note(f"the table was measured on {manifest.measured_on}")
-    for name, reason in manifest.dropped.items():
-        note(f"{name} was not kept: {reason}")
-
-
 def variant_names(values: list[str] | None) -> list[str]:
     """Return the variants that the values of --variants name, separated by commas; `fp32` if there are no values.
 
@@ -389,4 +355,4 @@ def variant_names(values: list[str] | None) -> list[str]:
     Raises:
         CliError: a name is empty or repeated.
     """
-    return listed("--variants", values or ["fp32"])
+    return listed("--variants", values or [FP32])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from emberpc.cli.bundle_summary import show_bundle
 from emberpc.cli.export import (
+    CORPUS_COLUMNS,
     DEFAULT_BASE,
     Base,
     Checkpoints,
@@ -17,11 +18,12 @@ from emberpc.cli.export import (
     Variants,
     app,
     exporting,
-    show_bundle,
     variant_names,
 )
 from emberpc.cli.options import AsJson, Overwrite
 from emberpc.cli.output import note
+from emberpc.export.names import check_variants
+from emberpc.export.retrieval.queries import Files, RetrievalData, read_data
 
 
 @app.command("finetune-embedding")
@@ -73,20 +75,27 @@ def finetune_embedding(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune an embedding model for search. Without a gain on held-out queries: no export, exit code 2."""
-    files: dict[Path | None, Sequence[str]] = {train: (), validation: (), test: (), corpus: ("text",)}
-    with exporting(files, output, overwrite=overwrite) as progress:
+    files: dict[Path | None, dict[str, str]] = {train: {}, validation: {}, test: {}, corpus: CORPUS_COLUMNS}
+    names, paths = variant_names(variants), Files(train, validation, test, corpus)
+    data: RetrievalData | None = None
+
+    def check() -> None:
+        nonlocal data
+        check_variants(names)
+        data = read_data(paths, seed)
+
+    with exporting(files, output, check, overwrite=overwrite) as progress:
         from emberpc.export.finetune import finetune_embedding as finetune
-        from emberpc.export.retrieval.queries import Files
 
         manifest = finetune(
-            Files(train, validation, test, corpus),
+            data or paths,
             base,
             output,
             epochs=epochs,
             layers=layers,
             hard_negatives=hard_negatives,
             checkpoints=checkpoints,
-            variants=variant_names(variants),
+            variants=names,
             overwrite=overwrite,
             max_tokens=max_tokens,
             seed=seed,

@@ -30,6 +30,8 @@ JSON_LINES = (".jsonl", ".ndjson")
 #: Delimiters of tables by the extensions of their names.
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+#: Names of an item in messages, by the field of the request that has the items.
+_ITEMS = {"texts": "text", "records": "record", "queries": "query"}
 #: Extensions of JSON Lines files and of tables.
 LINE_FILES = (*JSON_LINES, *_DELIMITERS)
 
@@ -78,7 +80,7 @@ class LineFile:
             texts = [self._decoded(number, line).rstrip("\r\n") for number, line in self._lines(file)]
         for number, text in enumerate(texts, 1):
             if not text.strip():
-                self._refuse(number, "the line is empty; remove it, so that result i is of line i")
+                self._refuse(number, "the line is empty; remove it: each line must be a text")
         self.lines = list(range(1, len(texts) + 1))
         if not texts:
             raise CliError(f"{self.name} is empty; give it one text a line")
@@ -170,14 +172,19 @@ class LineFile:
     def locate(self, message: str, field: str) -> str:
         """Return an error message with each item of `field` that was read replaced by file and line.
 
-        For example, if record 3 is in line 5, `records[3].text: is empty` becomes `records.jsonl:5: text: is empty`.
+        For example, if record 3 is in line 5, `records[3].text is empty` becomes `records.jsonl:5: text is empty`, and
+        `records[3] has …` becomes `records.jsonl:5: the record has …`.
         """
 
         def place(found: re.Match[str]) -> str:
-            item = int(found[1])
-            return f"{self.place(item)}: " if item < len(self.lines) else found[0]
+            item, end = int(found[1]), found[2]
+            if item >= len(self.lines):
+                return found[0]
+            if end == " " and not found.start():
+                return f"{self.place(item)}: the {_ITEMS[field]} "
+            return self.place(item) + (": " if end in (".", ": ") else end)
 
-        return re.sub(rf"\b{field}\[(\d+)\](?:\.|: | )?", place, message)
+        return re.sub(rf"\b{field}\[(\d+)\](\.|: | |)", place, message)
 
     @contextmanager
     def locating(self, field: str, collection: str = "") -> Iterator[None]:
@@ -187,7 +194,7 @@ class LineFile:
         the terms of the command line by `in_cli_terms`.
 
         Args:
-            field: field of the request that has the items, such as `texts`.
+            field: field of the request that has the items: a key of `_ITEMS`.
             collection: the collection that the items are written to; empty: they are not written.
         """
         try:
@@ -213,7 +220,7 @@ class LineFile:
         try:
             file = Path(self._path).open("rb")  # noqa: SIM115 - closed below; reading must not be inside this `try`
         except OSError as error:
-            raise CliError(f"{self.name} cannot be read: {error.strerror}") from error
+            raise CliError(f"{self.name} cannot be read: {error.strerror}; check path and permissions") from error
         with file:
             yield file
 
@@ -317,7 +324,14 @@ class LineFile:
                 f"the columns seem to be separated by {_DELIMITER_NAMES[other]}, but this kind of file needs "
                 f"{_DELIMITER_NAMES[wanted]}; save the file again with {_DELIMITER_NAMES[wanted]} between the columns",
             )
-        if "id" not in header and ("text" not in header or any(title.lower() == "id" for title in header)):
+        id_like = next((title for title in header if title.lower() == "id"), "id")
+        if "id" not in header and "text" in header and id_like != "id":
+            self._refuse(
+                number,
+                f"the column {id_like!r} may be meant as id: rename it to id; or rename or remove it, then ids are "
+                "made from the texts",
+            )
+        if "id" not in header and "text" not in header:
             self._refuse(
                 number,
                 f"there is no column id; the columns are {', '.join(header)}; name a column id, or name the column of "

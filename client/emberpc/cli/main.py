@@ -25,6 +25,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from emberpc.cli.errors import ExitCode, how_to_install
 from emberpc.cli.interrupts import handle_interrupts
@@ -41,7 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with handle_interrupts():
             return _run(sys.argv[1:] if arguments is None else arguments)
-    except KeyboardInterrupt:  # during the imports, or while an error was printed
+    except KeyboardInterrupt:
+        with suppress(OSError, ValueError, KeyboardInterrupt):  # stderr is closed, or Ctrl-C is pressed once more
+            sys.stderr.write("interrupted\n")
+            sys.stderr.flush()
         return ExitCode.INTERRUPTED
     finally:
         gc.enable()

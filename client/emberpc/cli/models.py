@@ -54,7 +54,10 @@ def show(
             Column("variant"),
             Column("MB", "right"),
         ]
-        print_table(columns, [_row(model) for model in client.models()])
+        found = client.models()
+        print_table(columns, [_row(model) for model in found])
+        if not found:
+            note("no model is served; start the server with --model NAME=DIR")
 
 
 @app.command()
@@ -86,6 +89,8 @@ def classifiers(
             for each in client.classifiers()
         ]
         print_table(columns, rows)
+        if not rows:
+            note("no classifier is served; make one with `emberpc export classifier`")
 
 
 @app.command()
@@ -177,14 +182,19 @@ def _fields(classifier: Classifier) -> dict[str, object]:
     """Return the fields of a classifier to print.
 
     Each label has its description, if any. In place of the model are its fingerprint and the classifier's fingerprint.
+    Fields of classifiers that are made from examples are left out if they are empty.
     """
     labels = [f"{label.name}: {label.description}" if label.description else label.name for label in classifier.labels]
     model = classifier.model
+    fields = {**vars(classifier), "labels": tuple(labels)}
+    for name in ("collection", "strategy", "example_count"):
+        if not fields[name]:
+            del fields[name]
+    del fields["model"]
     return {
-        **vars(classifier),
-        "model": model.fingerprint,
+        **fields,
+        "model_fingerprint": model.fingerprint,
         "classifier_fingerprint": model.classifier_fingerprint,
-        "labels": tuple(labels),
     }
 
 

@@ -39,7 +39,14 @@ Where = Annotated[
 
 
 class OnceCommand(TyperCommand):
-    """A command that refuses an option that is repeated but has a single value. Typer would use the last value."""
+    """A command that refuses an option that is repeated but has a single value. Typer would use the last value.
+
+    Its help is plain text. In a terminal of 80 columns, the tables of Rich would truncate names of options and
+    variables.
+    """
+
+    def __init__(self, name: str | None, **settings: Any) -> None:
+        super().__init__(name, **{**settings, "rich_markup_mode": None})
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments; fail with a usage error if an option that has a single value is repeated."""
@@ -49,6 +56,28 @@ class OnceCommand(TyperCommand):
             if keeps_one and given.count(option) > 1:
                 ctx.fail(f"Option {option.opts[0]!r} is given {given.count(option)} times; give it once")
         return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the help of arguments and options to `formatter`, in a section for each panel."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            is_option = isinstance(parameter, TyperOption)
+            panel = getattr(parameter, "rich_help_panel", None) or ("Options" if is_option else "Arguments")
+            if (record := parameter.get_help_record(ctx)) is not None:
+                sections.setdefault(panel, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def completer(names: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return the completion of an option that is one of `names`, or a list of names with commas between them."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, start = incomplete.rpartition(",")
+        return [f"{before}{comma}{name}" for name in names if name.startswith(start)]
+
+    return complete
 
 
 def listed(option: str, values: Sequence[str]) -> list[str]:

@@ -158,6 +158,11 @@ def write_stderr(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
+def counted(number: int, item: str) -> str:
+    """Return a number of items in words, such as `1 hit` and `2 hits`; `item` is in the singular."""
+    return f"{number} {item}{'' if number == 1 else 's'}"
+
+
 def one_line(text: str) -> str:
     """Return a text in one line: each run of white space becomes one space, and none is left at start and end.
 

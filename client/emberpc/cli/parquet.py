@@ -157,7 +157,7 @@ class ParquetRecords:
             # `buffer_size` bytes, and without `pre_buffer` nothing is read in advance.
             file = pq.ParquetFile(self.name, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         except FileNotFoundError as error:
-            raise CliError(f"{self.name} cannot be read: there is no such file") from error
+            raise CliError(f"{self.name} cannot be read: there is no such file; check the path") from error
         except _DAMAGE as error:
             raise CliError(f"{self.name} cannot be read as Parquet; write it again") from error
         with file:
@@ -203,7 +203,7 @@ class ParquetRecords:
 
     def _check(self, schema: Any) -> None:
         if "id" not in schema.names:
-            raise CliError(f"{self.name}: there is no column id; the columns are {', '.join(schema.names)}")
+            raise CliError(f"{self.name}: there is no column id; rename one of {', '.join(schema.names)} to id")
         for name in schema.names:
             if schema.names.count(name) > 1:
                 raise CliError(f"{self.name}: the column {name!r} is there twice; give each its own name")

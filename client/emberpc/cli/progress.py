@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
@@ -13,8 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from emberpc.cli.output import note
 
-#: Least seconds between two lines about the same stage if stderr is not a terminal.
-_LINE_SECONDS = 30.0
+#: Seconds until the second line about a stage if stderr is not a terminal. Each further line takes twice as long as the
+#: one before, at most `_MOST_SECONDS`.
+_FIRST_SECONDS, _MOST_SECONDS = 10.0, 60.0
 
 
 @contextmanager
@@ -51,31 +53,73 @@ class Stages(Protocol):
         """
 
 
+class _Lines:
+    """Prints a line when a stage starts, and while it lasts a line after 10, 20, 40 and then every 60 seconds.
+
+    A thread prints the later lines, also while the operation reports nothing, as during a conversion of a model.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._repeat, daemon=True)
+        self._seen: set[str] = set()
+        #: The last report, as a line; empty before the first report.
+        self._line = ""
+        #: When the stage started and when the next line is due, by `monotonic`, and seconds from that line to the next.
+        self._start, self._due, self._gap = 0.0, 0.0, _FIRST_SECONDS
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def report(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        """Report progress; the arguments are those of `Stages`."""
+        with self._lock:
+            counts = f"{done:,} of {total:,}" if total > 1 else ""
+            self._line = f"{stage} … {', '.join(filter(None, (counts, detail)))}".rstrip()
+            if stage not in self._seen:
+                self._seen.add(stage)
+                self._start, self._gap = monotonic(), _FIRST_SECONDS
+                self._due = self._start + self._gap
+                note(self._line)
+
+    def _repeat(self) -> None:
+        while not self._ended.wait(self._tell_if_due()):
+            pass
+
+    def _tell_if_due(self) -> float:
+        """Print the last report if a line about it is due. Return the seconds until the next line may be due."""
+        with self._lock:
+            now = monotonic()
+            if self._line and now >= self._due:
+                note(f"{self._line} ({now - self._start:.0f} s)")
+                self._gap = min(2 * self._gap, _MOST_SECONDS)
+                self._due = now + self._gap
+            return min(max(self._due - now, 0.01), _FIRST_SECONDS) if self._line else _FIRST_SECONDS / 10
+
+
 @contextmanager
 def stages() -> Iterator[Stages]:
     """Context manager that shows the progress of an operation with several stages on stderr.
 
     On a terminal each stage has a bar. When another stage starts, or the block ends without an exception, the bars so
-    far are shown as complete. Elsewhere a line is printed when a stage starts, and then at most every 30 seconds, when
-    the function is called.
+    far are shown as complete. Elsewhere `_Lines` prints lines.
 
     Yields:
         The function to call with the progress of a stage.
     """
     seen: dict[str, Any] = {}
     if not sys.stderr.isatty():
-
-        def tell(stage: str, done: int, total: int, detail: str = "") -> None:
-            now = monotonic()
-            if stage not in seen:
-                note(f"{stage} …")
-            elif now - seen[stage] >= _LINE_SECONDS:
-                note(f"{stage} … {done} of {total}{f', {detail}' if detail else ''}")
-            else:
-                return
-            seen[stage] = now
-
-        yield tell
+        lines = _Lines()
+        try:
+            lines.start()
+            yield lines.report
+        finally:
+            lines.stop()
         return
     columns = (
         TextColumn("{task.description}"),

@@ -15,6 +15,7 @@ from emberpc.cli.input_files import LineFile
 from emberpc.cli.options import DEFAULT_BATCH, AsJson, BatchSize, Where, WithDetails
 from emberpc.cli.output import (
     Column,
+    counted,
     details_printer,
     note,
     plain,
@@ -274,7 +275,7 @@ def _print_notes(result: SearchResult, place: str, show_plan: bool) -> None:
     if result.truncated:
         note(f"{place}the query has more tokens than the model takes; it was truncated")
     if result.plan.shortfall_reason:
-        note(f"{place}{len(result.hits)} hits: {result.plan.shortfall_reason}")
+        note(f"{place}{counted(len(result.hits), 'hit')}: {result.plan.shortfall_reason}")
 
 
 def _print_hits(hits: Sequence[tuple[str, Hit]], with_lines: bool) -> None:

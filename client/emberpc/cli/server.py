@@ -12,9 +12,20 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from emberpc.cli.errors import SERVER_PACKAGES, CliError, require
-from emberpc.cli.options import AsJson, add_options
+from emberpc.cli.options import AsJson, add_options, completer
 from emberpc.cli.output import Column, note, print_json, print_table
-from emberpc.server.settings import ENVIRONMENT_PREFIX, LoadedSettings, Settings, SettingsError, load_settings
+from emberpc.server.settings import (
+    ENVIRONMENT_PREFIX,
+    INDEX_BACKENDS,
+    LOG_LEVELS,
+    LoadedSettings,
+    Settings,
+    SettingsError,
+    load_settings,
+)
+
+#: The valid values of the settings that have few of them.
+_CHOICES = {"index_backend": INDEX_BACKENDS, "log_level": LOG_LEVELS}
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> Parameter:
@@ -29,16 +40,15 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> Parameter:
     """
     several = hint == tuple[str, ...]
     shown = str(field.default).lower() if hint is bool else field.default
-    default = "" if field.default in ((), None) else f"; default: {shown}"
+    default = "" if field.default in ((), None, "") else f"; default: {shown}"
+    choices = _CHOICES.get(field.name, ())
     flag = f"--{field.name.replace('_', '-')}"
     option = typer.Option(
         f"{flag}/--no-{flag[2:]}" if hint is bool else flag,
         help=f"{field.metadata['help']} ({ENVIRONMENT_PREFIX}{field.name.upper()}{default})",
-        metavar=field.metadata["form"] or None,
+        metavar=field.metadata["form"] or "|".join(choices) or None,
+        autocompletion=completer(choices) if choices else None,
         show_default=False,
-        # Switches have a panel of their own in the help: their second names (--no-…) would make the column of names so
-        # wide that the help of the other options has too little room.
-        rich_help_panel="Switches" if hint is bool else None,
     )
     return Parameter(
         field.name,
@@ -91,15 +101,25 @@ def serve(loaded: LoadedSettings) -> None:
     from emberpc.server.start import serve
 
     settings = loaded.settings
-    if not settings.model and not settings.watch_models:
-        remedy = "give --model NAME=DIR"
-        if settings.models_dir is not None:
-            remedy = "load one with `emberpc models load NAME PATH`"
+    if remedy := _remedy_without_models(settings):
         note(f"no model is served, so texts are neither embedded nor classified; {remedy}")
     try:
         serve(settings)
     except StartupError as error:
         raise CliError(str(error)) from error
+
+
+def _remedy_without_models(settings: Settings) -> str:
+    """Return what the user can do to serve a model if the server will start without one; otherwise an empty text."""
+    folder = settings.models_dir
+    if settings.model or settings.watch_models:
+        return ""
+    if folder is None:
+        return "give --model NAME=DIR"
+    if not folder.is_dir() or any(path.is_dir() for path in folder.iterdir()):
+        return ""  # the server refuses a missing folder, and serves the bundles of another
+    load = ", or load one with `emberpc models load NAME PATH`" if settings.model_admin else ""
+    return f"put a bundle into {folder} and start the server again{load}"
 
 
 @_with_settings

@@ -90,12 +90,12 @@ class TextFolder:
     def _text(self, path: Path) -> str:
         try:
             if not path.is_file():
-                raise RecordError(f"{path}: is no file; remove it")
+                raise RecordError(f"{path} is no file; remove it")
             if (size := path.stat().st_size) > _MOST_BYTES:
-                raise RecordError(f"{path}: has {size} bytes, and a file may have at most {_MOST_BYTES}; split it")
+                raise RecordError(f"{path} has {size} bytes, and a file may have at most {_MOST_BYTES}; split it")
             return path.read_bytes().decode("utf-8-sig")
         except OSError as error:
-            raise RecordError(f"{path}: cannot be read: {error.strerror}") from error
+            raise RecordError(f"{path} cannot be read: {error.strerror}; check path and permissions") from error
         except UnicodeDecodeError as error:
             raise RecordError(f"{path}: byte {error.start + 1} is not UTF-8; convert the file to it") from error
 
@@ -113,4 +113,4 @@ class TextFolder:
 
 
 def _refuse_folder(error: OSError) -> None:
-    raise CliError(f"{error.filename} cannot be read: {error.strerror}") from error
+    raise CliError(f"{error.filename} cannot be read: {error.strerror}; check path and permissions") from error

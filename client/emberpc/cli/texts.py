@@ -314,7 +314,7 @@ def _write_stream(
         for total, result in enumerate(results, 1):
             line = int(result.id)
             if result.error is not None:
-                note(f"{source.name}:{line}: {in_cli_terms(str(result.error).removeprefix('text: '))}")
+                note(f"{source.name}:{line}: {in_cli_terms(str(result.error))}")
                 failed += 1
                 code = code or exit_code(result.error) or ExitCode.INTERNAL
                 if array:

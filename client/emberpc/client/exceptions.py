@@ -33,6 +33,7 @@ from typing import Any, Protocol
 
 import grpc
 
+from emberpc.client._core.server_words import python_words
 from emberpc.v1 import errors_pb2
 from emberpc.wire import status as wire_status
 
@@ -235,6 +236,8 @@ def add_done(error: EmberpcError | InputError | InputTypeError, done: int, words
 _BY_CODE: dict[grpc.StatusCode, type[EmberpcError]] = {kind.code: kind for kind in EmberpcError.__subclasses__()}
 #: Part of gRPC's message if the server refused a call because too many calls are open on one connection.
 _REFUSED_STREAM = "RST_STREAM with error code 7"
+#: Matches gRPC's message if the host name of the target cannot be resolved to an address.
+_UNKNOWN_HOST = re.compile(r"address lookup failed|DNS resolution failed")
 #: gRPC's status codes by their numbers on the wire.
 _BY_NUMBER: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -252,12 +255,6 @@ class RpcFailure(Protocol):
         """Return the trailing metadata of the call: an iterable of pairs of a key and a str or bytes, or None."""
 
 
-#: Finds enum values in the server's messages, to replace them by the client's words: group 1. The pattern also matches
-#: text in quotes, then without group 1: this text must stay unchanged, since it may come from the caller.
-_WIRE_WORD = re.compile(
-    r"""(?<!\w)'[^']*'|"[^"]*"|\b(REFUSE|END|START|DENSE|LEXICAL|HYBRID|SCORES|RANKS|QUERY|PASSAGE|INTERACTIVE|BULK|"""
-    r"""COSINE|DOT_PRODUCT|EUCLIDEAN|FLOAT32|FLOAT16|INT8|BINARY)\b"""
-)
 #: `reason` of the error for a request that is larger than the server's limit. gRPC refuses the request and states no
 #: reason, so the client sets this reason.
 REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
@@ -355,11 +352,11 @@ def _error(
     bad_request = wire_status.detail(status, errors_pb2.BadRequest) or errors_pb2.BadRequest()
     retry = wire_status.detail(status, errors_pb2.RetryInfo)
     return _BY_CODE.get(code, EmberpcError)(
-        _python_words(rename(message)),
+        python_words(rename(message)),
         code=code,
         reason=info.reason,
         violations=[
-            Violation(rename(violation.field), _python_words(rename(violation.description)))
+            Violation(rename(violation.field), python_words(rename(violation.description)))
             for violation in bad_request.field_violations
         ],
         metadata=info.metadata,
@@ -385,6 +382,11 @@ def _own_words(code: grpc.StatusCode, details: str, call: Circumstances) -> str:
             f"the server at {call.target} refused {call.method}, since too many calls are under way on one connection; "
             "start fewer at a time, or use several clients"
         )
+    if code is grpc.StatusCode.UNAVAILABLE and _UNKNOWN_HOST.search(details):
+        return (
+            f"the host name in {call.target} has no address; check its spelling, and that this host can reach its DNS "
+            "server"
+        )
     if code is grpc.StatusCode.UNAVAILABLE:
         return (
             f"no emberpc server answers at {call.target}; start a server there (`emberpc serve`) or give the address "
@@ -400,11 +402,6 @@ def _own_words(code: grpc.StatusCode, details: str, call: Circumstances) -> str:
             "request; send less in a request, or start the server with a higher --max-message-bytes"
         )
     return details or f"{call.method} ended with {code.name}"
-
-
-def _python_words(text: str) -> str:
-    """Replace enum values in a server's message, outside quotes, by the client's words, such as END by 'end'."""
-    return _WIRE_WORD.sub(lambda found: repr(found[1].lower()) if found[1] else found[0], text)
 
 
 def _renumber(text: str, call: Circumstances) -> str:

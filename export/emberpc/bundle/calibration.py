@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import numpy as np
 
 from emberpc.bundle.decision import DEFAULT_THRESHOLD, Flags, Scores, best_labels
@@ -17,6 +19,8 @@ _OWN_THRESHOLD_TEXTS = 20
 #: is wrong: if all answers to N texts are right, the share of errors is below 3 / N with 95 % confidence (Hanley and
 #: Lippman-Hand, "If Nothing Goes Wrong, Is Everything All Right?", JAMA 1983).
 FEW_TEXTS = 100
+#: With fewer held-out texts, even the bound on the share of errors says little: it is above 30 %.
+_HARDLY_ANY = 10
 
 
 def fit_temperature(logits: Scores, targets: Flags, *, multi_label: bool = False) -> float:
@@ -84,12 +88,15 @@ def weakness(held_out: int) -> str:
         held_out: number of held-out texts.
 
     Returns:
-        The clause, such as `30 held-out texts cannot show whether errors are rarer than one in 10`; empty if there are
-        no held-out texts, or at least `FEW_TEXTS`.
+        The clause, such as `even if all answers to 30 held-out texts are right, 10 % of all answers may be wrong`;
+        empty if there are no held-out texts, or at least `FEW_TEXTS`.
     """
     if not 0 < held_out < FEW_TEXTS:
         return ""
-    return f"{held_out} held-out texts cannot show whether errors are rarer than one in {max(1, held_out // 3)}"
+    if held_out < _HARDLY_ANY:
+        return f"too few texts were held out ({held_out}) to estimate how often answers are wrong"
+    share = ceil(100 * 3 / held_out)
+    return f"even if all answers to {held_out} held-out texts are right, {share} % of all answers may be wrong"
 
 
 def reliability(found: Scores, targets: Flags, *, multi_label: bool = False) -> list[tuple[float, float, int]]:

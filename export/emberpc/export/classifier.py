@@ -7,8 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -19,13 +18,13 @@ from emberpc.bundle.limits import check_labels
 from emberpc.bundle.rejection import MAX_FALSE_REJECTIONS
 from emberpc.export.card import model_card
 from emberpc.export.classify.cached_encoder import CachedEncoder
-from emberpc.export.classify.label_descriptions import described_examples, given_descriptions
+from emberpc.export.classify.label_descriptions import described_examples
 from emberpc.export.classify.rejection import reject_outside
-from emberpc.export.classify.strategies import EXPORTABLE, STRATEGIES, Fitted, Options
+from emberpc.export.classify.strategies import STRATEGIES, Fitted, Options
 from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.convert.parity import compare, require, torch_vectors
-from emberpc.export.data.datasets import read_labelled, read_texts
-from emberpc.export.data.examples import Examples, conflicting_texts, held_out_examples, training_examples
+from emberpc.export.data.classifier_data import ClassifierData, read_data
+from emberpc.export.data.examples import Examples, conflicting_texts
 from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.embedding import (
     MODEL_PATH,
@@ -37,36 +36,16 @@ from emberpc.export.embedding import (
     write_json,
 )
 from emberpc.export.errors import ExportError
+from emberpc.export.names import EXPORTABLE, FP32, check_rates, check_variants
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.source.encoder import SourceEncoder, read_encoder
 from emberpc.export.threads import bounded_threads
 from emberpc.export.timing import Cost
 from emberpc.export.tuning.checkpoint import Checkpoints
-from emberpc.export.variants import FP32, add_variants, check_names
+from emberpc.export.variants import add_variants
 
+__all__ = ["ClassifierData", "export_classifier", "read_data"]
 _LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ClassifierData:
-    """Paths of the files with a classifier's texts (CSV, TSV, JSONL or Parquet), and their columns.
-
-    `train` has the training texts. `validation` has labelled texts for early stopping and calibration; None: some or
-    all training texts serve for this. `outside` has texts without any of the labels, in the column `text_column`; None:
-    there are none. `descriptions` has the columns `label` and `description`, with one row for each label; None: no
-    descriptions.
-    """
-
-    train: Path | str
-    validation: Path | str | None = None
-    outside: Path | str | None = None
-    descriptions: Path | str | None = None
-    text_column: str = "text"
-    label_column: str = "label"
-    #: Separator between the labels of a text, which may have any number of labels; None: every text has one label.
-    separator: str | None = None
-    #: Fewest training texts that each label must have.
-    min_examples: int = 2
 
 
 @bounded_threads()
@@ -134,16 +113,13 @@ def export_classifier(
     """
     if strategy not in EXPORTABLE:
         raise ExportError(f"there is no strategy {strategy!r} to export; there are: {', '.join(EXPORTABLE)}")
-    if not 0 <= rejection_rate < 1:
-        raise ExportError(f"the rejection rate is {rejection_rate}; it must be at least 0 and less than 1")
-    if not 0 <= max_false_rejections < 1:
-        raise ExportError(
-            f"the share of false rejections is {max_false_rejections}; it must be at least 0 and less than 1"
-        )
-    check_names(variants)
+    check_rates(rejection_rate, max_false_rejections)
+    check_variants(variants)
     examples, validation, outside = read_data(data)
+    descriptions = data.label_descriptions if label_texts else ()
+    if strategy == "zero-shot" and not label_texts:
+        raise ExportError("the strategy zero-shot needs label texts; do not switch them off")
     check_labels(examples.labels, f"{data.train}: the labels")
-    descriptions = given_descriptions(data.descriptions if label_texts else None, examples.labels)
     encoder = read_encoder(base, max_tokens=max_tokens, progress=progress)
     kept = Checkpoints(checkpoints)
     with staged_folder(target, overwrite=overwrite) as folder:
@@ -152,8 +128,6 @@ def export_classifier(
         cached_encoder = CachedEncoder(encoder, _runner(folder, encoder, converted), progress)
         if label_texts:
             examples = described_examples(examples, descriptions, cached_encoder)
-        elif strategy == "zero-shot":
-            raise ExportError("the strategy zero-shot needs label texts; do not switch them off")
         options = Options(seed, balanced, validation, epochs, kept, progress)
         with Cost() as cost:
             fitted = STRATEGIES[strategy].fit(examples, cached_encoder, options)
@@ -221,29 +195,6 @@ def _warn_of_few(held_out: int, data: ClassifierData) -> None:
         )
 
 
-def read_data(data: ClassifierData) -> tuple[Examples, Examples | None, list[str]]:
-    """Read the training texts, the validation texts, and the texts outside all labels, but not the descriptions.
-
-    Warnings are logged for labels that hardly differ, and for conflicting labels of a text.
-
-    Returns:
-        The training examples; the validation examples, or None without that file; the texts outside all labels, an
-        empty list without that file.
-
-    Raises:
-        ExportError: a file cannot be read or its data cannot be used; the error names the file, and the row if one row
-            is the cause. Or the separator is empty.
-    """
-    read = partial(
-        read_labelled, text_column=data.text_column, label_column=data.label_column, separator=data.separator
-    )
-    train = read(data.train)
-    examples = training_examples(train, multi_label=data.separator is not None, min_examples=data.min_examples)
-    validation = held_out_examples(read(data.validation), examples) if data.validation is not None else None
-    outside = read_texts(data.outside, text_column=data.text_column) if data.outside is not None else []
-    return examples, validation, outside
-
-
 class _Measuring(TypedDict):
     examples: Examples
     measured_on: str
@@ -267,9 +218,7 @@ def _to_measure_on(examples: Examples, validation: Examples | None, held_out: He
         return {"examples": validation, "measured_on": "the texts of the validation file"}
     if held_out.from_final_classifier and len(held_out.rows):
         return {"examples": examples.take(held_out.rows), "measured_on": "training texts that were held out"}
-    fitted_to = (
-        "training texts that the classifier was fitted to: the accuracy is too high, fp32's as much as a variant's"
-    )
+    fitted_to = "training texts that the classifier was fitted to, so the accuracy of each variant is too high"
     return {"examples": examples, "measured_on": fitted_to}
 
 
@@ -316,7 +265,7 @@ def _write(
         )
         converted.graph.save(folder / MODEL_PATH)
         _write_config(folder, encoder.config, examples)
-        progress("comparing with PyTorch", 0, 1)
+        progress("comparing with PyTorch", 0, 1, f"{PARITY_TEXTS} texts")
         variant = _compare(folder, fitted.head, source, _runner(folder, encoder, converted))
     return Manifest(
         task=Task.CLASSIFICATION,

@@ -21,15 +21,15 @@ from emberpc.export.convert.graph import GraphEditor
 from emberpc.export.convert.onnx_export import convert
 from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.convert.parity import compare, require, torch_vectors
-from emberpc.export.data.datasets import read_texts
 from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.errors import ExportError
+from emberpc.export.names import FP32, check_variants
 from emberpc.export.progress import Progress, no_progress
-from emberpc.export.retrieval.queries import Judged, has_queries, read_judged
+from emberpc.export.retrieval.queries import Judged, read_validation
 from emberpc.export.source.encoder import SourceEncoder, read_encoder
 from emberpc.export.source.matryoshka import check_matryoshka
 from emberpc.export.threads import bounded_threads
-from emberpc.export.variants import FP32, add_variants, check_names
+from emberpc.export.variants import add_variants
 
 MODEL_PATH = "onnx/model.onnx"
 #: Number of texts on which an exported model is compared with PyTorch.
@@ -84,8 +84,8 @@ def export_embedding(
             `matryoshka`.
         OSError: a file cannot be written, for example since the disk is full.
     """
-    check_names(variants)
-    texts_to_try, judged = _validation(validation, corpus)
+    check_variants(variants)
+    texts_to_try, judged = read_validation(validation, corpus)
     encoder = read_encoder(source, name=name, max_tokens=max_tokens, progress=progress)
     if prompts is not None:
         encoder = replace(encoder, prompts=prompts)
@@ -96,25 +96,6 @@ def export_embedding(
             encoder, folder, variants=variants, texts_to_try=texts_to_try, judged=judged, progress=progress
         )
         return finish_bundle(folder, manifest)
-
-
-def _validation(path: Path | str | None, corpus: Path | str | None) -> tuple[list[str], Judged | None]:
-    """Read the data to measure variants on: texts, or queries with their passages.
-
-    Returns:
-        The texts and None; or an empty list, and the queries with the passages. Without a file, an empty list and None.
-
-    Raises:
-        ExportError: a file cannot be read or is invalid, or there is a corpus but no file with queries.
-    """
-    if path is not None and has_queries(path):
-        return [], read_judged(path, corpus)
-    if corpus is not None:
-        raise ExportError(
-            f"{corpus} is a corpus to search, but there are no queries; give a validation file with the columns query "
-            "and passage, or no corpus"
-        )
-    return (read_texts(path) if path is not None else []), None
 
 
 def write_embedding(
@@ -154,7 +135,7 @@ def write_embedding(
     converted.graph.save(folder / MODEL_PATH)
     write_sentence_transformers(encoder, converted.dimensions, folder)
     write_json(folder / "config.json", encoder.config)
-    progress("comparing with PyTorch", 0, 1)
+    progress("comparing with PyTorch", 0, 1, f"{PARITY_TEXTS} texts")
     texts = sample_texts(PARITY_TEXTS)
     expected = torch_vectors(str(encoder.folder), texts, encoder.max_tokens, stated=encoder.max_tokens_stated)
     runner = OnnxRunner(folder / MODEL_PATH, folder / "tokenizer.json", encoder.max_tokens, converted.pad_token_id)

@@ -10,15 +10,15 @@ from pathlib import Path
 from emberpc.bundle import Manifest, finish_bundle, staged_folder
 from emberpc.export.embedding import write_embedding
 from emberpc.export.errors import ExportError
+from emberpc.export.names import FP32, check_variants
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.retrieval.metrics import DECIDING
-from emberpc.export.retrieval.queries import Files, Judged, read_data
+from emberpc.export.retrieval.queries import Files, Judged, RetrievalData, read_data
 from emberpc.export.retrieval.ranking import TrainingOptions, tune
 from emberpc.export.source.encoder import read_encoder
 from emberpc.export.threads import bounded_threads
 from emberpc.export.timing import Cost
 from emberpc.export.tuning.checkpoint import Checkpoints
-from emberpc.export.variants import FP32, check_names
 
 #: Value of the manifest's field `strategy` for a fine-tuned embedding model: the name of its loss.
 STRATEGY = "multiple-negatives-ranking"
@@ -26,7 +26,7 @@ STRATEGY = "multiple-negatives-ranking"
 
 @bounded_threads()
 def finetune_embedding(
-    files: Files,
+    files: Files | RetrievalData,
     base: str | Path,
     target: Path | str,
     *,
@@ -43,7 +43,7 @@ def finetune_embedding(
     """Fine-tune an embedding model for retrieval, export it, and check it against PyTorch.
 
     Args:
-        files: paths of the data files.
+        files: paths of the data files, or their data as `read_data` returns it.
         base: the encoder: a folder, an installed package that holds one, or a hub id.
         target: the bundle's folder; the finished bundle is moved there at the end.
         epochs: the most passes over the queries. The weights of the epoch that is best on the held-out queries are
@@ -74,8 +74,8 @@ def finetune_embedding(
     for name, value, least in (("epochs", epochs, 1), ("layers", layers, 1), ("hard_negatives", hard_negatives, 0)):
         if value is not None and value < least:
             raise ExportError(f"{name} is {value}; it must be at least {least}")
-    check_names(variants)
-    data = read_data(files, seed)
+    check_variants(variants)
+    data = files if isinstance(files, RetrievalData) else read_data(files, seed)
     encoder = read_encoder(base, max_tokens=max_tokens, progress=progress)
     kept = Checkpoints(checkpoints)
     options = TrainingOptions(seed, epochs, layers, hard_negatives, checkpoints=kept, progress=progress)

@@ -45,7 +45,8 @@ class Violation:
     Attributes:
         field: path of the field in the request, such as `texts[3]`; the name of the request's type if the request as a
             whole has too many elements.
-        description: the problem, and the limit and the remedy if there are any.
+        description: the problem, and the limit and the remedy if there are any. It begins with a verb, since the
+            message of the error is the field followed by the description, such as `texts[3] is empty`.
     """
 
     field: str
@@ -109,7 +110,7 @@ def invalid_fields(violations: Sequence[Violation]) -> ServiceError:
     more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
     return ServiceError(
         Code.INVALID_ARGUMENT,
-        f"{first.field}: {first.description}{more}",
+        f"{first.field} {first.description}{more}",
         reason="INVALID_FIELD",
         violations=violations,
     )

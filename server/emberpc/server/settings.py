@@ -177,7 +177,6 @@ class Settings:
             _check_address("metrics_listen", self.metrics_listen)
         if len(self.named_models()) < len(self.model):
             raise SettingsError(f"model: two of {', '.join(self.model)} have the same name; give one as NAME=DIR")
-
         self.named_variants()
         self.named_options()
 
@@ -200,11 +199,7 @@ class Settings:
                 raise SettingsError(f"{field.name} is {value:g}; it must {bound} (default: {field.default:g})")
 
     def _check_workers(self) -> None:
-        """Check that the setting `workers` is at most 8 for each core that this process may use.
-
-        Raises:
-            SettingsError: the setting is greater.
-        """
+        """Raise SettingsError if the setting `workers` is more than 8 for each core that this process may use."""
         if self.workers <= _MOST_WORKERS_PER_CORE:
             return
         from emberpc.bundle.cores import usable_cores  # noqa: PLC0415 - the bundle loads numpy, settings do not need it
@@ -361,7 +356,11 @@ def load_settings(
             sources[field.name] = "default"
         else:
             values[field.name], sources[field.name] = _convert(field.name, hints[field.name], given, source), source
-    return LoadedSettings(Settings(**values), sources)
+    try:
+        return LoadedSettings(Settings(**values), sources)
+    except SettingsError as error:
+        source = sources.get(re.split("[ :]", str(error))[0], "default")
+        raise SettingsError(str(error) if source in ("default", "flag") else f"{error} ({source})") from error
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -376,7 +375,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             values = tomllib.load(file)
     except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}") from error
+        raise SettingsError(f"{path} cannot be read: {error.strerror}; check path and permissions") from error
     except (ValueError, RecursionError) as error:  # the decoder's errors, and bytes that are not UTF-8
         raise SettingsError(f"{path} is not TOML: {error}") from error
     known = [field.name for field in dataclasses.fields(Settings)]

@@ -67,7 +67,7 @@ def texts(values: Iterable[str], name: str, least: int = 1) -> list[str]:
         InputError: there are fewer than `least` texts, or UTF-8 cannot encode a text.
     """
     if isinstance(values, str):
-        raise InputTypeError(f"{name} is one str, it must be a list of texts; write [text]")
+        raise InputTypeError(f"{name} is a str; it must be a list of texts, such as [text]")
     if isinstance(values, (bytes, bytearray)):
         raise InputTypeError(
             f"{name} is of type {type(values).__name__}; it must be a list of texts, each a str: decode the bytes"
@@ -110,7 +110,8 @@ def count(value: int, name: str, least: int = 0, bits: int = 31) -> int:
     if not least <= value < 2**bits:
         # By default, `str` raises ValueError for an int of more than 4,300 digits.
         shown = str(value) if -(2**64) < value < 2**64 else "beyond 2**64"
-        raise InputError(f"{name} is {shown}; it must be at least {least} and below 2**{bits}")
+        limit = f"below 2**{bits}" if value > least else f"at least {least}"
+        raise InputError(f"{name} is {shown}; it must be {limit}")
     return int(value)
 
 

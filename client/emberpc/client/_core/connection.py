@@ -41,6 +41,8 @@ ChannelOptions = list[tuple[str, "str | int"]]
 _MAX_TIMEOUT = 100 * 365 * 24 * 3600
 #: Pattern that a whole bearer token must match (RFC 6750).
 _TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")
+#: Finds the port of each address of a target, after a host without a colon or an IPv6 address in brackets.
+_PORT = re.compile(r"(?:^|[/:,])(?:[^/:,\[\]]+|\[[^\]]*\]):([0-9]*)(?=,|$)")
 
 #: Settings of pings, which find a connection that broke without notice. While a call is in flight, gRPC sends a ping
 #: every 30 seconds; after two pings without data between them, one a minute. Between calls it sends none. A connection
@@ -143,9 +145,9 @@ class ConnectionSettings:
 
         Raises:
             InputTypeError: an argument has the wrong type.
-            InputError: the target is empty or an HTTP URL, an argument is out of range, the token does not have the
-                form of a bearer token, or the client's own channel would send the token in plain text to a target that
-                is not local (`is_local`).
+            InputError: the target is empty, an HTTP URL or has an invalid port, an argument is out of range, the token
+                does not have the form of a bearer token, or the client's own channel would send the token in plain text
+                to a target that is not local (`is_local`).
         """
         if not isinstance(self.target, str):
             raise InputTypeError(f"target is of type {type(self.target).__name__}; it must be a str, HOST:PORT")
@@ -154,6 +156,8 @@ class ConnectionSettings:
         if is_url(self.target):
             raise InputError(f"target is {self.target!r}; give HOST:PORT alone, and tls=TLS(...) for an encrypted one")
         object.__setattr__(self, "target", _with_port(self.target))
+        if not is_port_valid(self.target):
+            raise InputError(f"target is {self.target!r}; its port must be 1 to 65535")
         if self.timeout is None:
             raise InputTypeError("timeout is None; it must be a number of seconds, since every call has a deadline")
         self.deadline(self.timeout)
@@ -247,6 +251,16 @@ def _with_port(target: str) -> str:
             return target  # it has a port or another scheme, such as unix:
         return f"[{host}]:{DEFAULT_PORT}"
     return target if "/" in target else f"{target}:{DEFAULT_PORT}"
+
+
+def is_port_valid(target: str) -> bool:
+    """Return whether each port that a target states in digits is 1 to 65535, and no port is empty.
+
+    A port that is a word is valid here, and so is a target without a port, such as a Unix socket.
+    """
+    if target.startswith(("unix:", "unix-abstract:")):
+        return True
+    return all(port and len(port) <= 5 and 1 <= int(port) <= 65535 for port in _PORT.findall(target))
 
 
 def is_url(target: str) -> bool:

@@ -1,30 +1,19 @@
-"""Add descriptions to labels: from a file, or from the labels' names if the names help to classify the texts."""
+"""Add descriptions to labels: given ones, or the labels' names if the names help to classify the texts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from emberpc.bundle import best_labels
 from emberpc.export.classify.cached_encoder import CachedEncoder
 from emberpc.export.classify.strategies import STRATEGIES, Options
-from emberpc.export.data.examples import Examples, label_names, read_descriptions
+from emberpc.export.data.examples import Examples, label_names
 
 #: Label names become descriptions only if the accuracy of a zero-shot classifier by these names exceeds the share of
 #: the most frequent label by more than this. Accuracy and share count texts, in [0, 1].
 _LEAST_GAIN = 0.1
-
-
-def given_descriptions(path: Path | str | None, labels: Sequence[str]) -> tuple[str, ...]:
-    """Return the descriptions of a file for `labels`, in their order; empty without a file (`path` is None).
-
-    Raises:
-        ExportError: see `read_descriptions`.
-    """
-    return () if path is None else read_descriptions(path, labels)
 
 
 def described_examples(examples: Examples, descriptions: tuple[str, ...], cached_encoder: CachedEncoder) -> Examples:
@@ -32,8 +21,8 @@ def described_examples(examples: Examples, descriptions: tuple[str, ...], cached
 
     Args:
         examples: labelled texts.
-        descriptions: the description of each label, from `given_descriptions`; empty: use the labels' names if they
-            help to classify; see `names_help`.
+        descriptions: the descriptions of the labels; empty: use the labels' names if they help to classify; see
+            `names_help`.
         cached_encoder: the encoder to try the names with.
     """
     if descriptions:

@@ -10,7 +10,6 @@ from time import perf_counter
 
 from emberpc.bundle import Manifest, check_target
 from emberpc.export.classifier import export_classifier
-from emberpc.export.classify.strategies import EXPORTABLE
 from emberpc.export.compare.comparison_run import run
 from emberpc.export.compare.comparison_settings import ComparisonSettings
 from emberpc.export.compare.outcomes import ALL
@@ -19,6 +18,7 @@ from emberpc.export.compare.report import write_report
 from emberpc.export.compare.summary import Summary
 from emberpc.export.compare.time_limit import TimeLimit
 from emberpc.export.errors import ExportError
+from emberpc.export.names import EXPORTABLE
 from emberpc.export.progress import Progress, no_progress
 
 

@@ -13,9 +13,8 @@ from math import ceil
 from pathlib import Path
 from time import perf_counter
 
-from emberpc.export.classifier import read_data
 from emberpc.export.classify.cached_encoder import CachedEncoder
-from emberpc.export.classify.label_descriptions import described_examples, given_descriptions
+from emberpc.export.classify.label_descriptions import described_examples
 from emberpc.export.classify.strategies import STRATEGIES, Options
 from emberpc.export.classify.strategies.base import TYPICAL_LAYERS
 from emberpc.export.compare.base_encoders import Base, open_base
@@ -26,6 +25,7 @@ from emberpc.export.compare.outcomes import NO_TEXTS, Cell, Outcome, OutcomeStor
 from emberpc.export.compare.planner import Planner, Skipped, Work, budgets_of
 from emberpc.export.compare.serving_cost import ServingCosts
 from emberpc.export.compare.time_limit import OutOfTimeError, ReportTime, TimeLimit
+from emberpc.export.data.classifier_data import read_data
 from emberpc.export.data.datasets import read_labelled
 from emberpc.export.data.examples import Examples, held_out_examples, label_names
 from emberpc.export.errors import ExportError, NoRoomError
@@ -68,7 +68,7 @@ def run(
     limit = TimeLimit(start, settings.time_limit)
     check(settings)
     train, _, outside = read_data(settings.data)
-    descriptions = given_descriptions(settings.data.descriptions if settings.label_texts else None, train.labels)
+    descriptions = settings.data.label_descriptions if settings.label_texts else ()
     test = held_out_examples(
         read_labelled(
             settings.test,
@@ -215,7 +215,6 @@ class _Comparison:
             self._note_unknown(planner, done, set())
             reason = "the time limit passed before all texts were embedded"
             return done, [*skipped, *(Skipped(cell, reason, for_time=True) for cell in todo if not cell.quick)]
-        full = [cell for cell in self._cells if not cell.quick]
         while todo:
             cell = planner.choose(todo, done, self._limit.left)
             if cell is None:
@@ -223,7 +222,9 @@ class _Comparison:
             todo.remove(cell)
             kept = Checkpoints(self._checkpoints)
             try:
-                outcome = self._fit(cell, f"{sum(each in done for each in full) + 1} of {len(full)}", kept)
+                alike = [each in done for each in self._cells if each.quick == cell.quick]
+                number = f"{'quick training ' * cell.quick}{sum(alike) + 1} of {len(alike)}"
+                outcome = self._fit(cell, number, kept)
                 self._store.write(outcome)
             except OutOfTimeError:
                 reason = "the time limit passed during its training; with more time it continues from there"
@@ -349,9 +350,8 @@ class _Comparison:
         cached_encoder = base.cached_encoder
         cached_encoder.progress = report
         if STRATEGIES[cell.strategy].tunes:
-            _ = (
-                cached_encoder.trainable_encoder
-            )  # load it here: this takes seconds once and is not part of the cell's own time
+            # Load it here: this takes seconds once and is not part of the cell's own time.
+            _ = cached_encoder.trainable_encoder
         with Cost() as wall:
             sample = self._described(sample, cached_encoder)
             options = Options(

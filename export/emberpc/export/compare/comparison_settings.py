@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from emberpc.export.classifier import ClassifierData
-from emberpc.export.classify.strategies import STRATEGIES
 from emberpc.export.compare.outcomes import ALL, Outcome, Way
 from emberpc.export.compare.planner import Skipped
 from emberpc.export.compare.serving_cost import ServingCost
+from emberpc.export.data.classifier_data import ClassifierData
 from emberpc.export.data.examples import Examples
 from emberpc.export.errors import ExportError
+from emberpc.export.names import STRATEGY_NAMES, check_strategies
 
 #: Figures by which strategies can be compared.
 METRICS = ("accuracy", "macro_f1", "micro_f1")
@@ -32,7 +32,7 @@ class ComparisonSettings:
     test: Path
     bases: tuple[str, ...]
     budgets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, ALL)
-    strategies: tuple[str, ...] = tuple(STRATEGIES)
+    strategies: tuple[str, ...] = STRATEGY_NAMES
     seeds: int = 3
     #: Seconds for the whole comparison, its report included; None: no limit.
     time_limit: float | None = None
@@ -68,8 +68,7 @@ class ComparisonResult:
 
 def check(settings: ComparisonSettings) -> None:
     """Raise ExportError if the settings name an unknown strategy or metric, lack a part, or have a number below 1."""
-    if unknown := [name for name in settings.strategies if name not in STRATEGIES]:
-        raise ExportError(f"there is no strategy {unknown[0]!r}; there are: {', '.join(STRATEGIES)}")
+    check_strategies(settings.strategies)
     if not settings.bases or not settings.strategies or not settings.budgets:
         raise ExportError("a comparison needs at least one base, one strategy and one budget")
     if settings.metric not in METRICS:

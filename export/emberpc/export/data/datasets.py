@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
@@ -120,17 +120,21 @@ def read_texts(path: Path | str, *, text_column: str = "text") -> list[str]:
     return [text_of(path, place, row, text_column) for place, row in read_rows(path)]
 
 
-def check_columns(path: Path, columns: Sequence[str]) -> None:
+def check_columns(path: Path, columns: Mapping[str, str]) -> None:
     """Check that the first row of a file can be read and has all of `columns`.
 
     Errors in later rows may not be found. A Parquet file is read as a whole.
+
+    Args:
+        path: the file.
+        columns: for each column, what the user can do if the column has another name, as the end of a message.
 
     Raises:
         ExportError: the file cannot be read (see `read_rows`), or the row lacks a column.
     """
     ((place, row),) = read_rows(path, most=1)
-    for column in columns:
-        _cell(path, place, row, column)
+    for column, remedy in columns.items():
+        _cell(path, place, row, column, remedy)
 
 
 def read_rows(path: Path, most: int | None = None) -> list[tuple[str, dict[str, Any]]]:
@@ -155,11 +159,11 @@ def read_rows(path: Path, most: int | None = None) -> list[tuple[str, dict[str, 
     try:
         rows = list(islice(readers[suffix](path), most))
     except OSError as error:
-        raise ExportError(f"{path} cannot be read: {error.strerror}") from error
+        raise ExportError(f"{path} cannot be read: {error.strerror}; check path and permissions") from error
     except UnicodeDecodeError as error:
         raise ExportError(f"{path}, {_undecodable(path)}: it is not UTF-8; save the file as UTF-8") from error
     if not rows:
-        raise ExportError(f"{path} has no rows")
+        raise ExportError(f"{path} has no rows; give it the names of the columns, and at least one row")
     return rows
 
 
@@ -240,8 +244,8 @@ def report_alike(path: Path, labels: Iterable[str]) -> None:
     found = [same for same in alike.values() if len(same) > 1]
     if found:
         _LOGGER.warning(
-            "%s: %d labels differ from another one only in case, space, invisible characters or how a number is "
-            "written, such as %s; they count as different labels; write them alike if they are the same",
+            "%s: labels that differ from another one only in case, space, invisible characters or how a number is "
+            "written: %d, such as %s; they count as different labels; write them alike if they are the same",
             path,
             sum(map(len, found)) - len(found),
             " and ".join(map(repr, found[0])),
@@ -288,12 +292,12 @@ def _several(path: Path, place: str, row: dict[str, Any], column: str, separator
     return tuple(sorted({_plain_label(_text(path, place, column, part)) for part in parts} - {""}))
 
 
-def _cell(path: Path, place: str, row: dict[str, Any], column: str) -> Any:
+def _cell(path: Path, place: str, row: dict[str, Any], column: str, remedy: str = "choose another column") -> Any:
     if column not in row:
         # In CSV, TSV and Parquet, all rows have the same columns, so the error names no row.
         where = f"{path}, {place}" if path.suffix.lower() in (".jsonl", ".ndjson") else path
         raise ExportError(
-            f"{where}: there is no column {column!r}; there are: {', '.join(row)}; rename one, or choose another column"
+            f"{where}: there is no column {column!r}; there are: {', '.join(row)}; rename one, or {remedy}"
         )
     return row[column]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from emberpc.export.data.datasets import label_of, read_rows, report_alike, text_of
+from emberpc.export.data.datasets import label_of, read_rows, read_texts, report_alike, text_of
 from emberpc.export.data.examples import evenly
 from emberpc.export.errors import ExportError
 
@@ -148,13 +148,32 @@ def read_judged(path: Path | str, corpus: Path | str | None = None) -> Judged:
     return Judged(tuple(passages), read.queries())
 
 
-def has_queries(path: Path | str) -> bool:
+def _has_queries(path: Path | str) -> bool:
     """Return whether a file has pairs or triplets: whether its first row has the columns query and passage.
 
     Raises:
         ExportError: the file cannot be read, is malformed or has no rows.
     """
     return read_rows(Path(path))[0][1].keys() >= _PAIR
+
+
+def read_validation(path: Path | str | None, corpus: Path | str | None) -> tuple[list[str], Judged | None]:
+    """Read the data to measure variants on: texts, or queries with their passages.
+
+    Returns:
+        The texts and None; or an empty list, and the queries with the passages. Without a file, an empty list and None.
+
+    Raises:
+        ExportError: a file cannot be read or is invalid, or there is a corpus but no file with queries.
+    """
+    if path is not None and _has_queries(path):
+        return [], read_judged(path, corpus)
+    if corpus is not None:
+        raise ExportError(
+            f"{corpus} is a corpus to search, but there are no queries; give a validation file with the columns query "
+            "and passage, or no corpus"
+        )
+    return (read_texts(path) if path is not None else []), None
 
 
 def read_data(files: Files, seed: int) -> RetrievalData:

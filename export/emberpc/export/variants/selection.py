@@ -14,6 +14,7 @@ from emberpc.export.convert.parity import compare
 from emberpc.export.data.examples import Examples, evenly
 from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.errors import ExportError
+from emberpc.export.names import AUTO, FP32, check_variants
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.retrieval.queries import Judged
 from emberpc.export.variants.candidates import CANDIDATES, Candidate, Material
@@ -26,31 +27,12 @@ from emberpc.export.variants.measurement import (
     check_texts,
 )
 
-#: Name of the variant that every bundle has. It is the first variant, and the one that a server uses by default.
-FP32 = "fp32"
-#: Name with which a caller asks for all candidates that meet their bounds and are worth their space.
-AUTO = "auto"
-
 #: Least speed, in texts per CPU-second as a multiple of fp32's, that counts as a gain for `auto`. A smaller difference
 #: may be noise.
 _FASTER = 1.1
 #: Greatest size, in bytes as a share of fp32's, that counts as a gain for `auto`. A smaller saving does not justify a
 #: second file.
 _SMALLER = 0.75
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Validate names of variants; call this before the slow steps of an export.
-
-    Raises:
-        ExportError: a name is unknown, or `auto` is combined with other names than `fp32`.
-    """
-    known = [FP32, *(candidate.name for candidate in CANDIDATES)]
-    for name in names:
-        if name not in (*known, AUTO):
-            raise ExportError(f"there is no variant {name!r}; there are: {', '.join(known)}, or {AUTO}")
-    if AUTO in names and set(names) - {AUTO, FP32}:
-        raise ExportError(f"{AUTO} tries all variants; give it alone, or name the variants without {AUTO}")
 
 
 def add_variants(
@@ -90,15 +72,16 @@ def add_variants(
             files of variants stay.
         OSError: the disk is full.
     """
-    check_names(names)
+    check_variants(names)
     chosen = [candidate for candidate in CANDIDATES if AUTO in names or candidate.name in names]
     trial = _trial(folder, manifest, texts, examples, judged if chosen else None, MOST_TEXTS if chosen else TIMED_TEXTS)
-    progress("measuring variants" if chosen else "measuring speed", 0, len(chosen) + 1, FP32)
+    stage, texts_shown = "measuring variants" if chosen else "measuring speed", f"{len(trial.texts)} texts"
+    progress(stage, 0, len(chosen) + 1, f"{FP32}, {texts_shown}")
     first, _ = trial.measure(trial.fp32_path)
     variants = [replace(manifest.variant(), measured=first)]
     dropped: dict[str, str] = {}
     for done, candidate in enumerate(chosen, 1):
-        progress("measuring variants", done, len(chosen) + 1, candidate.name)
+        progress(stage, done, len(chosen) + 1, f"{candidate.name}, {texts_shown}")
         try:
             variant = _make(trial, candidate, model_type)
             if AUTO in names:

@@ -393,7 +393,7 @@ class IndexBackend(Protocol):
 
 def no_collection(name: str) -> ServiceError:
     """Return the NOT_FOUND error for a missing collection."""
-    return not_found("collection", name, "see ListCollections, or create it")
+    return not_found("collection", name, "create it, or list the collections to find the name of another")
 
 
 def collection_exists(name: str) -> ServiceError:

@@ -139,7 +139,7 @@ class Restoration:
         if whole.hexdigest() != sha256.lower():
             raise ServiceError(
                 Code.INVALID_ARGUMENT,
-                f"sha256: is {sha256[:64]!r}, and that of what came is {whole.hexdigest()!r}; send it again",
+                f"sha256 is {sha256[:64]!r}, and that of what came is {whole.hexdigest()!r}; send it again",
                 reason="BACKUP_DAMAGED",
             )
         if self._held_back != backup.last_line(self._digest.hexdigest()):

@@ -13,7 +13,7 @@ from time import perf_counter
 
 from emberpc.server.engine import Caller, Engine, Inference, InferenceRequest, Model, Truncation
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
-from emberpc.server.pipelines.limits import Limits
+from emberpc.server.pipelines.limits import EMPTY_RECORD, Limits
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,8 @@ class BulkEmbedder:
         valid = []
         for i, text in enumerate(texts):
             try:
-                self.limits.check_texts([text], lambda _: "text")
+                # An empty text is that of a record: the stream of texts has refused its empty texts before.
+                self.limits.check_texts([text], lambda _: "text", remedy=EMPTY_RECORD)
             except ServiceError as error:
                 group.failures[i] = error
             else:

@@ -269,7 +269,12 @@ def check_dimensions(model: Model, dimensions: int, field: str = "dimensions") -
     supported = {model.manifest.dimensions, *model.manifest.matryoshka_dimensions} if dimensions else set()
     if dimensions and dimensions not in supported:
         listed = ", ".join(map(str, sorted(supported)))
-        raise invalid(field, f"is {dimensions}; model {model.name!r} gives vectors of {listed} dimensions")
+        fewer = "; fewer dimensions need an export with --matryoshka" if dimensions < max(supported) else ""
+        raise invalid(
+            field,
+            f"is {dimensions}; model {model.name!r} gives vectors of {listed} dimensions, and 0 means "
+            f"{model.manifest.dimensions}{fewer}",
+        )
 
 
 def shape(matrix: Matrix, dimensions: int, *, unit: bool) -> Matrix:

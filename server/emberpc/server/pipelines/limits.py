@@ -20,6 +20,9 @@ MAX_REQUEST_CONDITIONS = 2_000
 #: Most values in the memberships of all filters of a request together. A membership is a condition that a field equals
 #: one of several values.
 MAX_REQUEST_VALUES = 50_000
+#: What a caller can do about an empty text, as the end of a message: about a text of a list, and the text of a record.
+_EMPTY_TEXT = "leave it out or give it some text"
+EMPTY_RECORD = "give the record a text or a vector"
 
 
 @dataclass(frozen=True)
@@ -80,23 +83,26 @@ class Limits:
         if not 1 <= count <= MAX_IDS:
             raise invalid("ids", f"has {count} ids; it must have 1 to {MAX_IDS}")
 
-    def check_texts(self, texts: Sequence[str], path: FieldPath, *, allow_empty: bool = False) -> None:
+    def check_texts(
+        self, texts: Sequence[str], path: FieldPath, *, allow_empty: bool = False, remedy: str = _EMPTY_TEXT
+    ) -> None:
         """Raise INVALID_ARGUMENT, naming each text that is empty or has too many bytes, if there is one.
 
         Args:
             texts: the texts.
             path: returns the path of text i in the request.
             allow_empty: whether a text may be empty. Otherwise it needs a character other than white space.
+            remedy: what the caller can do about an empty text, as the end of the message.
         """
         violations = [
             Violation(path(i), problem)
             for i, text in enumerate(texts)
-            if (problem := self.text_problem(text, allow_empty=allow_empty))
+            if (problem := self.text_problem(text, allow_empty=allow_empty, remedy=remedy))
         ]
         if violations:
             raise invalid_fields(violations)
 
-    def text_problem(self, text: str, *, allow_empty: bool = False) -> str:
+    def text_problem(self, text: str, *, allow_empty: bool = False, remedy: str = _EMPTY_TEXT) -> str:
         """Return the problem of a text that is empty or has too many bytes; an empty string for other texts.
 
         The problem follows the name of the field in an error message, such as `is empty; leave it out`.
@@ -104,9 +110,10 @@ class Limits:
         Args:
             text: the text.
             allow_empty: whether a text may be empty. Otherwise it needs a character other than white space.
+            remedy: what the caller can do about an empty text, as the end of the problem.
         """
         if not allow_empty and (not text or text.isspace()):
-            return "is empty; leave it out or give it some text"
+            return f"is empty; {remedy}"
         # A character has at most four bytes in UTF-8, so a text of few characters fits and need not be encoded.
         if len(text) * 4 > self.max_text_bytes and (size := len(text.encode())) > self.max_text_bytes:
             return f"has {size} bytes, a text may have at most {self.max_text_bytes}; split it"

@@ -14,7 +14,7 @@ from emberpc.server.pipelines.collection_access import CollectionAccess
 from emberpc.server.pipelines.collection_model import collection_model
 from emberpc.server.pipelines.embedding import Matrix, shape
 from emberpc.server.pipelines.index_pool import IndexPool
-from emberpc.server.pipelines.limits import Limits
+from emberpc.server.pipelines.limits import EMPTY_RECORD, Limits
 from emberpc.server.pipelines.reembedding import ReembeddingJobs
 
 
@@ -117,7 +117,7 @@ class RecordWriter:
             matrix = request.read_vectors()
         else:
             model = collection_model(self._engine, collection)
-            self._limits.check_texts(texts, items_of("records", "text"))
+            self._limits.check_texts(texts, items_of("records", "text"), remedy=EMPTY_RECORD)
             truncation = request.truncation or Truncation(collection.spec.truncation)
             prompt, path = model.manifest.prompts.passage, items_of("records", "text")
             inference = await self._engine.inferrer.infer(

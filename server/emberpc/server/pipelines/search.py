@@ -166,7 +166,7 @@ class CollectionSearch:
         texts: list[str] = []
         if request.mode is not SearchMode.DENSE:
             texts = [query.text or "" for query in queries]
-            self._limits.check_texts(texts, items_of("queries", "text"))
+            self._limits.check_texts(texts, items_of("queries", "text"), remedy="give it some text")
         embedded = None
         if request.mode is SearchMode.LEXICAL:
             start = perf_counter()
@@ -307,7 +307,7 @@ class CollectionSearch:
         def path(i: int) -> str:
             return f"queries[{rows[i]}].text"
 
-        self._limits.check_texts(texts, path)
+        self._limits.check_texts(texts, path, remedy="give it some text, or search by a vector or a record id")
         inference = await self._engine.inferrer.infer(
             InferenceRequest(model, texts, model.manifest.prompts.query, request.truncation, path, caller)
         )
@@ -336,7 +336,7 @@ class CollectionSearch:
         found = {record.id: record.vector for record in records}
         for row, record_id in record_ids.items():
             if record_id not in found:
-                raise not_found("record", record_id, f"queries[{row}] searches by its vector; upsert it first")
+                raise not_found("record", record_id, f"upsert it, or give another record in queries[{row}]")
             matrix[row] = found[record_id]
 
 

@@ -226,7 +226,7 @@ def caller_vectors(block: types_pb2.Vectors, rows: int, field: str) -> Matrix:
     try:
         return vectors.decode(block)
     except vectors.VectorFormatError as error:
-        raise invalid(f"{field}.{error.field}", str(error)) from error
+        raise invalid(f"{field}.{error.field}", f"is wrong: {error}") from error
 
 
 def _metadata(struct: Struct, field: str) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def _check(request: pb.SearchRequest) -> list[int]:
 def _wrong_top_k(common: int, own: Sequence[int]) -> ServiceError:
     sizes = {"top_k": common, **{f"queries[{i}].top_k": each for i, each in enumerate(own)}}
     field, top_k = next(each for each in sizes.items() if not 0 <= each[1] <= MAX_TOP_K)
-    return invalid(field, f"is {top_k}; it must be 0 (for {_DEFAULT_TOP_K}) to {MAX_TOP_K}")
+    return invalid(field, f"is {top_k}; it must be 1 to {MAX_TOP_K}")
 
 
 def _check_mode(request: pb.SearchRequest) -> SearchMode:
@@ -138,7 +138,9 @@ def _queries(request: pb.SearchRequest, mode: SearchMode, sizes: Sequence[int]) 
         if kind == "text":
             queries.append(Query(query.text, None, None, top_k, ef))
         elif mode is not SearchMode.DENSE:
-            raise invalid(f"queries[{i}]", f"has no text, which {mode.name} search goes by; set text, or search DENSE")
+            raise invalid(
+                f"queries[{i}]", f"has no text, which {mode.name} search needs; give a text, or use mode DENSE"
+            )
         elif kind == "vector":
             vector = caller_vectors(query.vector, 1, f"queries[{i}].vector")
             queries.append(Query(None, vector, None, top_k, ef))

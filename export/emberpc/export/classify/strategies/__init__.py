@@ -23,7 +23,5 @@ STRATEGIES: dict[str, Strategy] = {
         FullTuning(),
     )
 }
-#: Names of the strategies whose result is a linear head, which can be exported as one graph.
-EXPORTABLE = tuple(name for name, strategy in STRATEGIES.items() if strategy.exportable)
 
-__all__ = ["EXPORTABLE", "STRATEGIES", "Fitted", "Options", "Strategy"]
+__all__ = ["STRATEGIES", "Fitted", "Options", "Strategy"]

@@ -205,7 +205,8 @@ class Registry:
         if task not in (None, model.manifest.task):
             raise ServiceError(
                 Code.FAILED_PRECONDITION,
-                f"model {name!r} is for {model.manifest.task.value}, not for {task.value if task else ''}",
+                f"model {name!r} is for {model.manifest.task.value}, not for {task.value if task else ''}; "
+                f"{self._fitting(task)}",
                 reason="WRONG_MODEL_TASK",
                 metadata={"model": name, "task": model.manifest.task.value},
             )
@@ -226,9 +227,13 @@ class Registry:
         return fitting[0]
 
     def _not_found(self, name: str, task: Task | None = None) -> ServiceError:
-        fitting = [model.name for model in self.models() if task in (None, model.manifest.task)]
+        return not_found("model", name, self._fitting(task))
+
+    def _fitting(self, task: Task | None) -> str:
+        """Return a clause that names all served models with the task; None: all served models."""
+        names = [model.name for model in self.models() if task in (None, model.manifest.task)]
         kind = f"{task.value} models" if task else "models"
-        return not_found("model", name, f"the {kind} are: {', '.join(fitting) or 'none'}")
+        return f"the {kind} are: {', '.join(names) or 'none'}"
 
     def _hold(self, version: _Version) -> None:
         """Add the running asyncio task, if there is one, to the calls of a version, until the task ends."""
