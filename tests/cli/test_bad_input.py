@@ -83,7 +83,7 @@ def test_duplicate_texts_with_different_labels_give_a_warning(
     outcome = emberpc("export", "classifier", "--train", train, "--base", tiny_source, "-o", out / "bundle")
     assert outcome.code == 0, outcome.err
     (warning,) = [message for message in caplog.messages if "different labels" in message]
-    assert f"{train}: texts that occur with different labels: 1, such as" in warning
+    assert f"{train}: 1 text occurs" in warning
     assert "'a' (line 2: x, line 18: y)" in warning
     assert "correct them" in warning
     assert read_bundle(out / "bundle").manifest.quality["conflicting_texts"] == 1

@@ -96,7 +96,7 @@ def test_each_record_is_on_the_page_once_near_records_of_its_label(
     target = tmp_path / "map.html"
     outcome = emberpc("collection", "map", make(blobs(90)), "-o", target)
     assert (outcome.code, outcome.out) == (0, "")
-    assert outcome.err.splitlines() == ["reading records …", "laying out …", f"{target} shows all 90 records"]
+    assert outcome.err.splitlines() == ["reading records … 0 of 90", "laying out …", f"{target} shows all 90 records"]
     assert list(tmp_path.iterdir()) == [target]
     data = data_of(target)
     points = data["points"]

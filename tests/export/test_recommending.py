@@ -167,7 +167,7 @@ def test_the_crossover_is_the_budget_from_which_fine_tuning_stays_ahead() -> Non
         summary([*linear, tuned[0]])
     )
     assert crossover(found).endswith("The test texts chose the best strategy of each kind for this.")
-    nothing = "Full fine-tuning and frozen vectors were not both measured with any number of texts."
+    nothing = "No budget was measured with both fine-tuning and frozen vectors, so they cannot be compared."
     assert crossover(summary(tuned)) == nothing
     assert crossover(summary([*linear, outcome("full", 16, 0.9, quick=True)])) == nothing
     assert crossover(summary(linear)) == "No fine-tuning was measured."

@@ -238,7 +238,7 @@ def _versus(rival: CandidateStrategy, found: Recommendation) -> str:
         change = f"{verb} ({sure}{', so this may be chance' if between.low <= 0 <= between.high else ''})"
         same = f"({sure} points of difference)"
     else:
-        change, same = f"{verb}, by estimates", "by estimates"
+        change, same = f"{verb} by the estimates", "by the estimates"
     if abs(gain) < _EQUAL_POINTS:
         change = f"reaches the same {metric_name(found.summary.metric)} {same}"
     costs = f"its training takes {_seconds(rival.cpu_seconds)} against {_seconds(taken.cpu_seconds)} of CPU"
@@ -260,7 +260,7 @@ def crossover(summary: Summary) -> str:
     if not any(point.way.tunes for point in summary.points):
         return "No fine-tuning was measured."
     if not summary.ahead:
-        return "Full fine-tuning and frozen vectors were not both measured with any number of texts."
+        return "No budget was measured with both fine-tuning and frozen vectors, so they cannot be compared."
     leads = [budget for budget, ahead in summary.ahead.items() if ahead]
     compared = list(summary.ahead)
     better = "Fine-tuning was significantly better than frozen vectors"
