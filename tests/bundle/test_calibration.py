@@ -10,10 +10,12 @@ from hypothesis.extra.numpy import arrays
 
 from emberpc.bundle import probabilities
 from emberpc.bundle.calibration import (
+    FEW_TEXTS,
     TEMPERATURES,
     expected_calibration_error,
     fit_temperature,
     fit_thresholds,
+    weakness,
 )
 
 
@@ -130,3 +132,9 @@ def test_thresholds_maximize_f1_and_rare_labels_share_a_threshold() -> None:
     rare = fit_thresholds(found, few)[1]
     assert rare != pytest.approx(0.945, abs=0.006)
     assert 0 < rare < 0.945
+
+
+def test_a_warning_of_few_held_out_texts_states_the_share_that_may_be_wrong() -> None:
+    assert weakness(0) == weakness(FEW_TEXTS) == ""
+    assert weakness(5) == "too few texts were held out (5) to estimate how often answers are wrong"
+    assert weakness(45) == "even if all answers to 45 held-out texts are right, up to 7 % of all answers may be wrong"

@@ -145,7 +145,8 @@ def test_padded_labels_are_merged_and_labels_of_another_case_are_reported(
     assert not caplog.text
     other = write(tmp_path / "o.csv", [{"text": f"b{i}", "label": "IO"} for i in range(2)])
     read_data(Files(train, other), 0)
-    assert f"{other}: 1 labels differ from another one only in case, " in caplog.text
+    assert f"{other}: labels that differ from another one only in case, " in caplog.text
+    assert "written: 1, such as 'IO' and 'io'" in caplog.text
     assert "such as 'IO' and 'io'" in caplog.text
 
 

@@ -211,7 +211,7 @@ def test_a_collection_without_a_model_supports_only_lexical_search_of_texts(clie
 
 def test_options_that_do_not_fit_the_search_mode_are_refused(server: ServerProcess, client: Client, books: str) -> None:
     for mode in ("lexical", "hybrid"):
-        with pytest.raises(InvalidArgument, match=f"which {mode!r} search goes by; set text, or search 'dense'"):
+        with pytest.raises(InvalidArgument, match=f"which {mode!r} search needs; give a text, or use mode 'dense'"):
             client.search(books, RecordId("ring"), mode=mode)
     with pytest.raises(InvalidArgument, match="only 'hybrid' search"):
         client.search(books, "bees", dense_weight=0.5)

@@ -88,15 +88,15 @@ def weakness(held_out: int) -> str:
         held_out: number of held-out texts.
 
     Returns:
-        The clause, such as `even if all answers to 30 held-out texts are right, 10 % of all answers may be wrong`;
-        empty if there are no held-out texts, or at least `FEW_TEXTS`.
+        The clause, such as `even if all answers to 30 held-out texts are right, up to 10 % of all answers may be
+        wrong`; empty if there are no held-out texts, or at least `FEW_TEXTS`.
     """
     if not 0 < held_out < FEW_TEXTS:
         return ""
     if held_out < _HARDLY_ANY:
         return f"too few texts were held out ({held_out}) to estimate how often answers are wrong"
     share = ceil(100 * 3 / held_out)
-    return f"even if all answers to {held_out} held-out texts are right, {share} % of all answers may be wrong"
+    return f"even if all answers to {held_out} held-out texts are right, up to {share} % of all answers may be wrong"
 
 
 def reliability(found: Scores, targets: Flags, *, multi_label: bool = False) -> list[tuple[float, float, int]]:
