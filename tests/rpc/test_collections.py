@@ -9,7 +9,16 @@ import grpc
 import numpy as np
 import pytest
 
-from emberpc.client import Client, FailedPrecondition, InvalidArgument, NotFound, Record, RecordId, SearchQuery
+from emberpc.client import (
+    Client,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    Record,
+    RecordId,
+    SearchQuery,
+    SearchResult,
+)
 from emberpc.server.collections import CollectionSpec
 from emberpc.server.collections.backend import no_collection
 from emberpc.server.errors import Code, ServiceError
@@ -192,7 +201,13 @@ def test_queries_of_a_hybrid_search_have_their_own_ef(client: Client) -> None:
             "record 7",
             SearchQuery("record 7", ef=300, top_k=2),
         ]
-        found = client.search_batch("many", queries, mode="hybrid", ef=120)
+
+        def searches_of_the_graph() -> list[SearchResult] | None:
+            """Return the results, or None while the graph is filled and has too few records for one of the queries."""
+            results = client.search_batch("many", queries, mode="hybrid", ef=120)
+            return results if all(result.plan.strategy == "hnsw" for result in results) else None
+
+        found = wait_until(searches_of_the_graph)
         assert [result.plan.ef for result in found] == [150, 120, 300]
         assert [len(result.hits) for result in found] == [10, 10, 2]
         assert all("7" in [hit.record.id for hit in result.hits] for result in found)
