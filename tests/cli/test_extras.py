@@ -95,7 +95,7 @@ def test_export_without_its_packages_names_the_extra_export(
 
 
 @pytest.mark.export
-@pytest.mark.parametrize("package", ["onnxruntime", *EXPORT])
+@pytest.mark.parametrize("package", ["onnxruntime", *(pytest.param(each, marks=pytest.mark.slow) for each in EXPORT)])
 def test_compare_without_its_packages_names_the_extra(package: str, tmp_path: Path) -> None:
     arguments = ["--train", "train.csv", "--test", "test.csv", "-o", str(tmp_path / "comparison")]
     outcome = run([package], "compare", *arguments)

@@ -50,7 +50,9 @@ def collection(tmp_path: Path) -> Iterator[CollectionBackend]:
         yield opened
 
 
-@pytest.mark.parametrize("rpc", READS)
+@pytest.mark.parametrize(
+    "rpc", [pytest.param(each, marks=[pytest.mark.slow] if each == "BatchGetRecords" else []) for each in READS]
+)
 def test_responses_with_nested_metadata_use_little_memory(collection: CollectionBackend, rpc: str) -> None:
     """With records held as Python objects and messages, eight concurrent responses took 140 to 275 MiB."""
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
