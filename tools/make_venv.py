@@ -78,11 +78,13 @@ def fingerprint() -> str:
 
 def runs_this_checkout(folder: Path) -> bool:
     """Return whether the emberpc of the environment in `folder` is the editable install of this checkout."""
-    origins = [json.loads(path.read_text()) for path in folder.glob("lib/*/site-packages/emberpc-*/direct_url.json")]
-    return len(origins) == 1 and all(
-        origin.get("dir_info", {}).get("editable") and Path(unquote(urlsplit(origin["url"]).path)).resolve() == ROOT
-        for origin in origins
-    )
+    try:
+        (path,) = folder.glob("lib/*/site-packages/emberpc-*/direct_url.json")
+        origin = json.loads(path.read_text())
+        is_editable = bool(origin["dir_info"]["editable"])
+        return is_editable and Path(unquote(urlsplit(origin["url"]).path)).resolve() == ROOT
+    except (OSError, ValueError, LookupError, TypeError):
+        return False  # no emberpc, several, one that is not editable, or a damaged file
 
 
 def is_current(environment: Environment) -> bool:

@@ -135,6 +135,13 @@ def test_only_new_files_of_the_same_name_are_removed(tmp_path: Path) -> None:
     assert names(tmp_path) == sorted(["file", *others])
 
 
+def test_a_pipe_with_the_name_of_an_abandoned_file_is_kept(tmp_path: Path) -> None:
+    pipe = "file.0123456789abcdef.tmp"
+    os.mkfifo(tmp_path / pipe)
+    write_text_atomically(tmp_path / "file", "text")
+    assert names(tmp_path) == ["file", pipe]
+
+
 def test_a_file_system_without_locks_keeps_abandoned_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", fail_with(errno.ENOLCK))
     (tmp_path / "file.0123456789abcdef.tmp").write_text("half")

@@ -44,6 +44,11 @@ CASES = [
     ("export classifier --train missing.csv", "cannot be read: No such file or directory; check path and permissions"),
     ("compare --train train.csv --test train.csv --strategy none", "there is no strategy 'none'; there are: tf-idf"),
     ("compare --train train.csv --test train.csv --budget 0", "--budget has '0'; give numbers from 1"),
+    (
+        "compare --train train.csv --test train.csv --budget 9999999999",
+        "--budget has '9999999999'; give numbers from 1",
+    ),
+    ("compare --train train.csv --test train.csv --budget ٣", "--budget has '٣'; give numbers from 1"),
     ("compare --train train.csv --test blank.csv", "blank.csv, line 3: text is empty"),
     ("compare --train train.csv --test train.csv --descriptions labels.csv", "does not describe 1 label, such as 'y'"),
     ("export finetune-embedding --train pairs.csv", "pairs.csv has 1 queries; give at least 10"),

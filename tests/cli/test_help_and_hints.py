@@ -137,3 +137,11 @@ def test_the_summary_says_on_which_texts_one_variant_was_measured(
     manifest = read_bundle(tiny_bundle).manifest
     show_bundle(manifest, tiny_bundle, as_json=False)
     assert f"the table was measured on {manifest.measured_on}\n" in capsys.readouterr().err
+
+
+def test_the_hint_ignores_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> Iterator[Path]:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert _remedy_without_models(Settings(models_dir=tmp_path)) == ""

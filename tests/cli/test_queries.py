@@ -93,6 +93,17 @@ def test_the_error_for_an_invalid_query_names_its_line(
     assert not fake.asked["Search"]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [f'{{"text": {[1] * 9000}}}', f'{{"{"k" * 9000}": 1}}', f'{{"vector": "{"v" * 9000}"}}'],
+    ids=["list", "name of a field", "text"],
+)
+def test_the_error_for_a_long_invalid_query_is_short(emberpc: Emberpc, fake: FakeServer, seas: str, line: str) -> None:
+    outcome = emberpc("search", seas, "--file", "-", stdin=line)
+    assert outcome.code == 2
+    assert len(outcome.err) < 300
+
+
 def test_an_error_of_the_server_names_the_line_of_the_query(
     emberpc: Emberpc, fake: FakeServer, seas: str, tmp_path: Path
 ) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from emberpc.client import TLS, Client, InputTypeError, RecordId, SearchQuery
+from emberpc.client import TLS, Client, InputError, InputTypeError, RecordId, SearchQuery
+from emberpc.client._core import checks
 from fake_server import FakeServer
 
 Shell = Any
@@ -149,3 +150,17 @@ def test_paths_of_certificates_of_a_wrong_type_are_refused(name: str) -> None:
     wrong: dict[str, Any] = {name: {}}
     with pytest.raises(InputTypeError, match=f"{name} is of type dict; it must be a str or a pathlib.Path"):
         TLS.from_files(**wrong)
+
+
+class BytesPath:
+    """A path object that stands for bytes."""
+
+    def __fspath__(self) -> bytes:
+        return b"a"
+
+
+def test_invalid_paths_are_refused() -> None:
+    with pytest.raises(InputTypeError, match="it is of type BytesPath; it must be a str or a pathlib.Path"):
+        checks.path(BytesPath(), "it")
+    with pytest.raises(InputError, match="it has a NUL character"):
+        checks.path("a\0b", "it")

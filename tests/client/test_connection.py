@@ -122,7 +122,9 @@ def test_a_port_out_of_range_is_refused(target: str) -> None:
         Client(target)
 
 
-@pytest.mark.parametrize("target", ["unix:/run/a:0", "::1", "ipv6:[::1]:1", "dns:///a", "xds:///a", "a:http"])
+@pytest.mark.parametrize(
+    "target", ["unix:/run/a:0", "::1", "ipv6:[::1]:1", "dns:///a", "xds:///a", "a:http", "vsock:2:70000", "ipv6:1::0:0"]
+)
 def test_a_target_without_a_port_in_digits_is_valid(target: str) -> None:
     assert is_port_valid(target)
 

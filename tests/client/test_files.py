@@ -111,8 +111,16 @@ def test_a_kill_at_any_line_leaves_the_old_or_the_new_file(tmp_path: Path, unnam
     assert found.contents == sorted(found.contents, reverse=True)
     # Killed writers leave files of their own names, which no other writer uses; without a name, hardly any.
     left = found.left[-1]
-    assert all(name.startswith(".file-") and name.endswith(".part") for name in left)
+    assert all(name.startswith(".") and name.endswith(".part") for name in left)
     assert len(left) == 1 if unnamed else len(left) > 1
+
+
+def test_the_name_of_a_new_file_may_have_255_bytes(tmp_path: Path, unnamed: bool) -> None:
+    path = tmp_path / ("b" * 255)
+    with NewFile(path) as new:
+        new.file.write(b"whole")
+        new.commit()
+    assert path.read_bytes() == b"whole"
 
 
 def test_a_new_file_that_is_not_committed_leaves_the_old_one(tmp_path: Path, unnamed: bool) -> None:

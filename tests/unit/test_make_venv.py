@@ -71,6 +71,15 @@ def test_any_other_install_is_repaired(
     assert commands[-1][-2:] == ["-e", ".[dev]"]
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"dir_info": {"editable": true}}', "{"])
+def test_an_install_with_a_damaged_origin_is_repaired(checkout: Path, commands: list[list[str]], text: str) -> None:
+    installed(checkout, ".venv", {"dir_info": EDITABLE, "url": checkout.as_uri()})
+    (origin,) = checkout.glob(".venv/lib/*/site-packages/emberpc-*/direct_url.json")
+    origin.write_text(text)
+    assert make_venv.main() == 0
+    assert commands[-1][-2:] == ["-e", ".[dev]"]
+
+
 def test_a_removed_install_is_repaired(checkout: Path, commands: list[list[str]]) -> None:
     installed(checkout, ".venv", {"dir_info": EDITABLE, "url": checkout.as_uri()})
     (record,) = checkout.rglob("direct_url.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 import shlex
 from enum import Enum
 from math import isfinite
@@ -221,14 +222,13 @@ def _budgets(values: list[str]) -> list[int | None]:
     """Return the budgets that the values of --budget name, in order; None for `all`.
 
     Raises:
-        CliError: an item is neither digits nor `all`, is empty or 0, or is repeated.
+        CliError: an item is neither `all` nor a number from 1 with at most 9 digits, or is repeated.
     """
     found: list[int | None] = []
     for part in listed("--budget", values):
-        if not (part == "all" or (part.isdecimal() and int(part))):
-            raise CliError(
-                f"--budget has {part!r}; give numbers from 1 with commas between them, and all for all texts"
-            )
+        if not (part == "all" or (len(part) < 10 and part.isascii() and part.isdecimal() and int(part))):
+            remedy = "give numbers from 1 with commas between them, and all for all texts"
+            raise CliError(f"--budget has {reprlib.repr(part)}; {remedy}")
         found.append(None if part == "all" else int(part))
     return found
 

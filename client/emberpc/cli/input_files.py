@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -260,7 +261,7 @@ class LineFile:
         record = self._object(number, line)
         for key in record:
             if key not in RECORD_KEYS + _OUTPUT_KEYS:
-                self._refuse(number, f"there is a field {key!r}; a record has {', '.join(RECORD_KEYS)}")
+                self._refuse(number, f"there is a field {reprlib.repr(key)}; a record has {', '.join(RECORD_KEYS)}")
         if "id" not in record:
             self._refuse(number, "there is no id; give each record one")
         if self._with_revisions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -74,10 +75,10 @@ def _query(fields: dict[str, Any], place: str) -> SearchQuery:
     given = {name: value for name, value in fields.items() if value is not None}
     for name, value in given.items():
         if name not in _KINDS:
-            raise CliError(f"{place}: there is a field {name!r}; a query has {', '.join(_KINDS)}")
+            raise CliError(f"{place}: there is a field {reprlib.repr(name)}; a query has {', '.join(_KINDS)}")
         kind, words = _KINDS[name]
         if type(value) is not kind:
-            raise CliError(f"{place}: {name} is {value!r}; it must be {words}")
+            raise CliError(f"{place}: {name} is {reprlib.repr(value)}; it must be {words}")
     targets = [name for name in _TARGETS if name in given]
     if len(targets) != 1:
         found = " and ".join(targets) or "none of them"

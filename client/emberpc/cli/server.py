@@ -116,8 +116,11 @@ def _remedy_without_models(settings: Settings) -> str:
         return ""
     if folder is None:
         return "give --model NAME=DIR"
-    if not folder.is_dir() or any(path.is_dir() for path in folder.iterdir()):
-        return ""  # the server refuses a missing folder, and serves the bundles of another
+    try:
+        if not folder.is_dir() or any(path.is_dir() for path in folder.iterdir()):
+            return ""  # the server refuses a missing folder, and serves the bundles of another
+    except OSError:
+        return ""  # the server says which folder it cannot read
     load = ", or load one with `emberpc models load NAME PATH`" if settings.model_admin else ""
     return f"put a bundle into {folder} and start the server again{load}"
 

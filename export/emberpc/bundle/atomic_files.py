@@ -9,6 +9,7 @@ import fcntl
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -92,9 +93,14 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def _remove_if_unlocked(path: Path) -> None:
-    """Remove a file; raise OSError if another process holds its lock, or its file system has no locks."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    """Remove a file; raise OSError if another process holds its lock, or its file system has no locks.
+
+    Anything else than a file stays: the name may be that of a pipe of another user.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         path.unlink()
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
 
@@ -25,7 +26,7 @@ def check_strategies(names: Sequence[str]) -> None:
     """Validate names of strategies to compare; raise ExportError if one is unknown."""
     for name in names:
         if name not in STRATEGY_NAMES:
-            raise ExportError(f"there is no strategy {name!r}; there are: {', '.join(STRATEGY_NAMES)}")
+            raise ExportError(f"there is no strategy {reprlib.repr(name)}; there are: {', '.join(STRATEGY_NAMES)}")
 
 
 def check_variants(names: Sequence[str]) -> None:
@@ -37,7 +38,7 @@ def check_variants(names: Sequence[str]) -> None:
     known = (FP32, *CANDIDATE_NAMES)
     for name in names:
         if name not in (*known, AUTO):
-            raise ExportError(f"there is no variant {name!r}; there are: {', '.join(known)}, or {AUTO}")
+            raise ExportError(f"there is no variant {reprlib.repr(name)}; there are: {', '.join(known)}, or {AUTO}")
     if AUTO in names and set(names) - {AUTO, FP32}:
         raise ExportError(f"{AUTO} tries all variants; give it alone, or name the variants without {AUTO}")
 

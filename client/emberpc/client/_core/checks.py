@@ -25,11 +25,15 @@ def path(value: object, name: str) -> Path:
     """Validate the path of a file and return it as a Path; errors call the argument `name`.
 
     Raises:
-        InputTypeError: `value` is neither a str nor a path object.
+        InputTypeError: `value` is neither a str nor a path object that stands for a str.
+        InputError: the path has a NUL, which no file name has.
     """
-    if not isinstance(value, (str, os.PathLike)):
+    given = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(given, str):
         raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be a str or a pathlib.Path")
-    return Path(value)
+    if "\0" in given:
+        raise InputError(f"{name} has a NUL character; remove it")
+    return Path(given)
 
 
 def text(value: object, name: str) -> str:

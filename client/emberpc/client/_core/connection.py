@@ -256,11 +256,13 @@ def _with_port(target: str) -> str:
 def is_port_valid(target: str) -> bool:
     """Return whether each port that a target states in digits is 1 to 65535, and no port is empty.
 
-    A port that is a word is valid here, and so is a target without a port, such as a Unix socket.
+    A port that is a word is valid here, and so is a target without a port, such as a Unix socket, or with one of
+    another kind (vsock). An IPv6 address states a port only after brackets.
     """
-    if target.startswith(("unix:", "unix-abstract:")):
+    if target.startswith(("unix:", "unix-abstract:", "vsock:")):
         return True
-    return all(port and len(port) <= 5 and 1 <= int(port) <= 65535 for port in _PORT.findall(target))
+    ports = re.findall(r"\]:([0-9]*)(?=,|$)", target) if target.startswith("ipv6:") else _PORT.findall(target)
+    return all(port and len(port) <= 5 and 1 <= int(port) <= 65535 for port in ports)
 
 
 def is_url(target: str) -> bool:

@@ -68,7 +68,7 @@ class NewFile:
 
     A context manager, which discards the new file if `commit` was not called. While the file is written it has no name,
     so nothing remains if the process is killed. Without unnamed files (NFS, macOS), a killed process leaves
-    `.NAME-….part`, with a name of its own for each writer.
+    `.….part`, with a name of its own for each writer.
 
     Args:
         path: the file to replace, not a link or a stream; its folder must exist.
@@ -80,7 +80,7 @@ class NewFile:
 
     def __init__(self, path: Path, mode: int = 0o666) -> None:
         self._path = path
-        self._part = path.with_name(f".{path.name}-{secrets.token_hex(4)}.part")
+        self._part = path.with_name(f".{secrets.token_hex(8)}.part")  # short: a name has at most 255 bytes
         #: The new file, open for writing.
         self.file: BinaryIO
         self.file, self._is_named = self._open(mode)
