@@ -34,6 +34,20 @@ def names(stored: str) -> list[str]:
     return [name for name in found if stored in versions(name)]
 
 
+def record_fields(record: Any) -> dict[str, Any]:
+    """Return the fields of a stored record as JSON values, without its expire time."""
+    return {
+        "id": record.id,
+        "text": record.text,
+        "metadata": record.metadata,
+        "label": record.label,
+        "revision": record.revision,
+        "create_time": record.create_time.isoformat(),
+        "update_time": record.update_time.isoformat(),
+        "vector": [] if record.vector is None else record.vector.tolist(),
+    }
+
+
 def missing(current: Mapping[str, range]) -> list[str]:
     """Return the versions of stored formats of which there is no fixture, such as `snapshot 4`.
 

@@ -138,15 +138,8 @@ def write_data_directory(folder: Path) -> dict[str, Any]:
         "lexical": LEXICAL,
         "records": [
             {
-                "id": each.id,
-                "text": each.text,
-                "metadata": each.metadata,
-                "label": each.label,
-                "revision": each.revision,
-                "create_time": each.create_time.isoformat(),
-                "update_time": each.update_time.isoformat(),
+                **format_fixtures.record_fields(each),
                 "expire_time": each.expire_time.isoformat() if each.expire_time else None,
-                "vector": [] if each.vector is None else each.vector.tolist(),
             }
             for each in records
         ],

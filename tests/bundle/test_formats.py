@@ -57,13 +57,18 @@ def test_a_served_model_gives_the_outputs_of_its_export(name: str, bundle: Path)
     assert (model.scope_vectors is not None) == model.manifest.rejection_score.needs_vectors
 
 
-def test_a_threshold_of_the_first_exports_that_rejects_texts_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("threshold", "message"), [(0.5, "not rejection_threshold"), (False, "rejection_threshold is False")]
+)
+def test_a_threshold_of_the_first_exports_other_than_0_is_refused(
+    tmp_path: Path, threshold: object, message: str
+) -> None:
     folder = unpack("bundle-1", "bundle.zip", tmp_path / "bundle")
     path = folder / "emberpc.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     assert data["rejection_threshold"] == 0
-    path.write_text(json.dumps({**data, "rejection_threshold": 0.5}), encoding="utf-8")
-    with pytest.raises(BundleError, match="not rejection_threshold"):
+    path.write_text(json.dumps({**data, "rejection_threshold": threshold}), encoding="utf-8")
+    with pytest.raises(BundleError, match=message):
         read_bundle(folder)
 
 

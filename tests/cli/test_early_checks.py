@@ -23,6 +23,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "french.csv").write_text("texte,lbl\na text,x\n")
     (tmp_path / "empty.csv").write_text("text,label\n")
     (tmp_path / "labels.csv").write_text("label,description\nx,all of x\n")
+    (tmp_path / "other.csv").write_text("text,label\na text,z\n")
     (tmp_path / "pairs.csv").write_text("query,passage\nq,p\n")
     return tmp_path
 
@@ -49,6 +50,7 @@ CASES = [
         "--budget has '9999999999'; give numbers from 1",
     ),
     ("compare --train train.csv --test train.csv --budget ٣", "--budget has '٣'; give numbers from 1"),
+    ("compare --train train.csv --test other.csv", "other.csv, line 2: no training text has the label 'z'"),
     ("compare --train train.csv --test blank.csv", "blank.csv, line 3: text is empty"),
     ("compare --train train.csv --test train.csv --descriptions labels.csv", "does not describe 1 label, such as 'y'"),
     ("export finetune-embedding --train pairs.csv", "pairs.csv has 1 queries; give at least 10"),

@@ -288,11 +288,11 @@ def test_a_long_stage_prints_its_progress_without_a_terminal(
     lines = progress._Lines()
     for done in range(131):
         lines.report("embedding", done * 10, 5403, "4 s left")
-        lines._tell_if_due()
+        lines._print_if_due()
         now += 1
     lines.report("checking", 0, 1)
     now += 10
-    lines._tell_if_due()
+    lines._print_if_due()
     assert capsys.readouterr().err.splitlines() == [
         "embedding … 0 of 5,403, 4 s left",
         "embedding … 100 of 5,403, 4 s left (10 s)",

@@ -309,6 +309,15 @@ def test_a_file_of_descriptions_is_read_once_and_before_the_encoder_is_opened(
     assert {outcome.cell.strategy for outcome in compared.outcomes} == {"linear", "zero-shot"}
 
 
+def test_the_file_of_test_texts_is_read_once(settings: ComparisonSettings, tmp_path: Path) -> None:
+    data, path = replace(settings.data), tmp_path / "copy.csv"
+    path.write_bytes(settings.test.read_bytes())
+    found = data.test_texts(path)
+    path.unlink()
+    compared = run(replace(settings, data=data, test=path, strategies=("linear",), budgets=(2,), seeds=1), tmp_path)
+    assert compared.test is found
+
+
 def test_the_error_for_a_too_short_time_limit_states_the_needed_limit(
     settings: ComparisonSettings, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ from emberpc.server.index.graph import snapshots
 from emberpc.server.index.jobs import backup
 from emberpc.server.index.search import recall
 from emberpc.server.index.storage import data_directory, schema
-from format_fixtures import description, missing, names, unpack, versions
+from format_fixtures import description, missing, names, record_fields, unpack, versions
 from index.backups import changed, restored
 from index.support import refused
 from index_helpers import true_scores
@@ -76,19 +76,7 @@ def check(collection: Collection, name: str) -> None:
 
 def check_records(collection: Collection, expected: dict[str, Any]) -> None:
     records, _ = collection.page(1000, "", with_vectors=True)
-    found = [
-        {
-            "id": each.id,
-            "text": each.text,
-            "metadata": each.metadata,
-            "label": each.label,
-            "revision": each.revision,
-            "create_time": each.create_time.isoformat(),
-            "update_time": each.update_time.isoformat(),
-            "vector": [] if each.vector is None else each.vector.tolist(),
-        }
-        for each in records
-    ]
+    found = [record_fields(each) for each in records]
     wanted = [dict(each) for each in expected["records"]]
     ends = [each.pop("expire_time") for each in wanted]
     assert found == wanted

@@ -34,7 +34,6 @@ from emberpc.cli.export import (
 from emberpc.cli.options import AsJson, completer, listed
 from emberpc.cli.output import Column, note, print_blank_line, print_json, print_lines, print_table
 from emberpc.export.data.classifier_data import ClassifierData
-from emberpc.export.data.datasets import read_labelled
 from emberpc.export.names import STRATEGY_NAMES, check_strategies
 
 if TYPE_CHECKING:
@@ -188,7 +187,7 @@ def compare(
     def check() -> None:
         check_strategies(strategies)
         data.read(with_descriptions=label_texts)
-        read_labelled(test, text_column=text_column, label_column=label_column, separator=label_separator)
+        data.test_texts(test)
 
     with exporting(files, export_winner, check, overwrite=overwrite, command="emberpc compare", left=left) as progress:
         from emberpc.export.compare import comparison

@@ -88,10 +88,10 @@ class _Lines:
                 note(self._line)
 
     def _repeat(self) -> None:
-        while not self._ended.wait(self._tell_if_due()):
+        while not self._ended.wait(self._print_if_due()):
             pass
 
-    def _tell_if_due(self) -> float:
+    def _print_if_due(self) -> float:
         """Print the last report if a line about it is due. Return the seconds until the next line may be due."""
         with self._lock:
             now = monotonic()

@@ -72,22 +72,36 @@ def measure(logits: Matrix, targets: Flags, rule: DecisionRule) -> dict[str, flo
         rule: temperature and thresholds. The rejection threshold of `rule` has no effect on these figures.
 
     Returns:
-        `accuracy` (the share of texts with exactly the right labels), `macro_f1` (over the labels that any text has or
-        is given), `micro_f1`, and the expected calibration error of the probabilities with the rule's temperature
-        (`ece`) and with temperature 1 (`ece_uncalibrated`).
+        The figures of `decision_figures`, and the expected calibration error of the probabilities with the rule's
+        temperature (`ece`) and with temperature 1 (`ece_uncalibrated`).
     """
     multi_label = rule.multi_label
-    decided = rule.labels(logits)
+    raw = probabilities(logits, multi_label=multi_label)
+    return {
+        **decision_figures(rule.labels(logits), targets),
+        "ece_uncalibrated": expected_calibration_error(raw, targets, multi_label=multi_label),
+        "ece": expected_calibration_error(rule.probabilities(logits), targets, multi_label=multi_label),
+    }
+
+
+def decision_figures(decided: Flags, targets: Flags) -> dict[str, float]:
+    """Return figures of the labels that texts were given, each in [0, 1].
+
+    Args:
+        decided: the labels that each text was given, bool (texts, labels), of at least one text.
+        targets: the right labels, bool (texts, labels).
+
+    Returns:
+        `accuracy` (the share of texts with exactly the right labels), `macro_f1` (over the labels that any text has or
+        is given) and `micro_f1`.
+    """
     # Leave out labels that no text has and no text is given: macro F1 would count their F1 as 0.
     seen = targets.any(axis=0) | decided.any(axis=0)
     hits, wanted, given = (flags.sum(axis=0) for flags in (targets & decided, targets, decided))
-    raw = probabilities(logits, multi_label=multi_label)
     return {
         "accuracy": float((decided == targets).all(axis=1).mean()),
         "macro_f1": float(_f1(hits[seen], wanted[seen], given[seen]).mean()) if seen.any() else 0.0,
         "micro_f1": float(_f1(hits.sum(), wanted.sum(), given.sum())),
-        "ece_uncalibrated": expected_calibration_error(raw, targets, multi_label=multi_label),
-        "ece": expected_calibration_error(rule.probabilities(logits), targets, multi_label=multi_label),
     }
 
 

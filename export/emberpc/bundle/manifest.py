@@ -351,7 +351,8 @@ class Manifest:
                 "export the model again, or install the emberpc that wrote it"
             )
         # The first exports wrote 0.0, for no rejection, to a field that now is the threshold of the later scores.
-        if "rejection_score" not in data and data.get("rejection_threshold") == 0:
+        threshold = data.get("rejection_threshold")
+        if "rejection_score" not in data and threshold == 0 and threshold is not False:
             del data["rejection_threshold"]
         return _read(cls, data, "")
 

@@ -26,8 +26,7 @@ from emberpc.export.compare.planner import Planner, Skipped, Work, budgets_of
 from emberpc.export.compare.serving_cost import ServingCosts
 from emberpc.export.compare.time_limit import OutOfTimeError, ReportTime, TimeLimit
 from emberpc.export.data.classifier_data import read_data
-from emberpc.export.data.datasets import read_labelled
-from emberpc.export.data.examples import Examples, held_out_examples, label_names
+from emberpc.export.data.examples import Examples, label_names
 from emberpc.export.errors import ExportError, NoRoomError
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.threads import bounded_threads
@@ -69,15 +68,7 @@ def run(
     check(settings)
     train, _, outside = read_data(settings.data)
     descriptions = settings.data.label_descriptions if settings.label_texts else ()
-    test = held_out_examples(
-        read_labelled(
-            settings.test,
-            text_column=settings.data.text_column,
-            label_column=settings.data.label_column,
-            separator=settings.data.separator,
-        ),
-        train,
-    )
+    test = settings.data.test_texts(settings.test)
     with tempfile.TemporaryDirectory() as name:
         bases: dict[str, Base] = {}
         for number, source in enumerate(settings.bases):

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
+from emberpc.bundle.evaluation import decision_figures
 from emberpc.export.classify.strategies import STRATEGIES
 from emberpc.export.classify.strategies.base import TYPICAL_LAYERS
 from emberpc.export.compare.comparison_settings import ComparisonResult
@@ -125,12 +126,7 @@ class Summary:
         (commonest, _), *_ = Counter(map(bytes, self.result.train.targets)).most_common(1)
         targets = self.result.test.targets
         decided = np.broadcast_to(np.frombuffer(commonest, dtype=bool), targets.shape)
-        if self.metric == "accuracy":
-            return float((decided == targets).all(axis=1).mean())
-        both, either = (decided & targets).sum(axis=0), decided.sum(axis=0) + targets.sum(axis=0)
-        if self.metric == "micro_f1":
-            return float(2 * both.sum() / max(1, either.sum()))
-        return float((2 * both / np.maximum(either, 1)).sum() / max(1, (either > 0).sum()))
+        return decision_figures(decided, targets)[self.metric]
 
     @cached_property
     def frozen(self) -> Point | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
-from emberpc.export.data.datasets import read_labelled, read_texts
+from emberpc.export.data.datasets import LabelledTexts, read_labelled, read_texts
 from emberpc.export.data.examples import Examples, held_out_examples, read_descriptions, training_examples
 
 
@@ -36,12 +36,9 @@ class ClassifierData:
     @cached_property
     def texts(self) -> tuple[Examples, Examples | None, list[str]]:
         """The training texts, the validation texts, and the texts outside all labels; see `read_data`."""
-        read = partial(
-            read_labelled, text_column=self.text_column, label_column=self.label_column, separator=self.separator
-        )
-        train = read(self.train)
+        train = self._labelled(self.train)
         examples = training_examples(train, multi_label=self.separator is not None, min_examples=self.min_examples)
-        validation = held_out_examples(read(self.validation), examples) if self.validation is not None else None
+        validation = None if self.validation is None else held_out_examples(self._labelled(self.validation), examples)
         outside = read_texts(self.outside, text_column=self.text_column) if self.outside is not None else []
         return examples, validation, outside
 
@@ -54,6 +51,26 @@ class ClassifierData:
                 the labels of the training texts.
         """
         return () if self.descriptions is None else read_descriptions(self.descriptions, self.texts[0].labels)
+
+    def test_texts(self, path: Path | str) -> Examples:
+        """Return the texts of a file with the same columns, which no classifier learns from.
+
+        Raises:
+            ExportError: as for `read_data`.
+        """
+        if path not in self._test_texts:
+            self._test_texts[path] = held_out_examples(self._labelled(path), self.texts[0])
+        return self._test_texts[path]
+
+    @cached_property
+    def _test_texts(self) -> dict[Path | str, Examples]:
+        """The files that `test_texts` has read, by path."""
+        return {}
+
+    def _labelled(self, path: Path | str) -> LabelledTexts:
+        return read_labelled(
+            path, text_column=self.text_column, label_column=self.label_column, separator=self.separator
+        )
 
     def read(self, *, with_descriptions: bool) -> None:
         """Read the files, the descriptions only if `with_descriptions`. Raises the errors of `label_descriptions`."""
