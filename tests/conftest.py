@@ -50,17 +50,29 @@ EXPORTED = {
 MEMORY_FILES, MEMORY_FILES_BYTES = Path("/dev/shm"), 4 * 2**30
 
 
-#: Files that share what is expensive for each test process: the import of PyTorch, or the server with MiniLM. One
-#: process runs all files of a group; a file that is missing here only costs CPU time. `make test` took 15 CPU-seconds
-#: less with these groups.
+#: Files that one test process runs. The files of "PyTorch" load it; the process then has 1.7 GB. The tests of the index
+#: make 330 processes with `fork`, which takes 25 ms of CPU time for each 300 MB of the parent. So another process runs
+#: these tests, and with them the files that share the servers `server` and `tiny_server`. A file that is missing here
+#: runs in any process, which only costs CPU time.
 TOGETHER = {
-    "PyTorch": ("tests/export/", *(f"tests/cli/test_{name}.py" for name in ("bad_input", "bundles", "compare"))),
-    "MiniLM": tuple(
-        f"tests/rpc/test_{name}.py"
-        for name in (
-            *("backup", "classification", "classifiers", "collections", "embedding", "errors", "filters", "groups"),
-            *("lifecycle", "malformed", "readme", "truncation"),
-        )
+    "PyTorch": (
+        "tests/export/",
+        *(f"tests/cli/test_{name}.py" for name in ("bad_input", "bundles", "compare", "early_checks", "finetune")),
+        *("tests/engine/test_model.py", "tests/unit/test_bundle_cache.py"),
+    ),
+    "index and servers": (
+        "tests/index/",
+        *(
+            f"tests/rpc/test_{name}.py"
+            for name in (
+                *("backup", "classification", "classifiers", "collections", "embedding", "error_messages", "errors"),
+                *("filters", "groups", "lifecycle", "limits", "malformed", "readme", "rejection", "truncation"),
+            )
+        ),
+        *(
+            f"tests/cli/test_{name}.py"
+            for name in ("details", "import_export", "map", "queries", "revisions", "vector_check")
+        ),
     ),
 }
 
@@ -69,9 +81,9 @@ TOGETHER = {
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
     """Give each group of files to one process, and each other file to the next free process."""
 
-    class GroupScheduling(LoadFileScheduling):
+    class GroupScheduling(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
         def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
+            file: str = super()._split_scope(nodeid)
             return next((group for group, files in TOGETHER.items() if file.startswith(files)), file)
 
     return GroupScheduling(config, log)

@@ -46,7 +46,9 @@ def hub(request: pytest.FixtureRequest) -> Iterator[str]:
         thread.join()
 
 
-@pytest.mark.parametrize("hub", ["closed", "silent", "without the model"], indirect=True)
+@pytest.mark.parametrize(
+    "hub", [pytest.param("closed", marks=pytest.mark.slow), "silent", "without the model"], indirect=True
+)
 def test_an_export_from_a_hub_without_an_answer_or_the_model_fails(hub: str, tmp_path: Path) -> None:
     environment = {
         **{name: value for name, value in os.environ.items() if "proxy" not in name.lower()},

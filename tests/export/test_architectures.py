@@ -16,16 +16,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from transformers import (
-    DistilBertConfig,
-    ModernBertConfig,
-    MPNetConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    RobertaConfig,
-    XLMRobertaConfig,
-)
-from transformers.models.auto.modeling_auto import AutoModel
 
 from emberpc.export.classifier import ClassifierData, export_classifier
 from emberpc.export.embedding import export_embedding
@@ -37,35 +27,44 @@ from fixtures_bundles import tiny_tokenizer
 WORDS = 39
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 PADDED: dict[str, Any] = {"vocab_size": WORDS, "pad_token_id": 1, "max_position_embeddings": 34}
-CONFIGS: dict[str, PretrainedConfig] = {
-    "distilbert": DistilBertConfig(
-        vocab_size=WORDS, dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=32
-    ),
-    "roberta": RobertaConfig(**PADDED, **SIZES, type_vocab_size=1),
-    "xlm-roberta": XLMRobertaConfig(**PADDED, **SIZES, type_vocab_size=1),
-    "mpnet": MPNetConfig(**PADDED, **SIZES),
-    "modernbert": ModernBertConfig(
+#: Options of the configuration of each architecture, by its name in transformers.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "distilbert": {
+        "vocab_size": WORDS,
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 2,
+        "hidden_dim": 64,
+        "max_position_embeddings": 32,
+    },
+    "roberta": {**PADDED, **SIZES, "type_vocab_size": 1},
+    "xlm-roberta": {**PADDED, **SIZES, "type_vocab_size": 1},
+    "mpnet": {**PADDED, **SIZES},
+    "modernbert": {
         **SIZES,
-        vocab_size=WORDS,
-        max_position_embeddings=32,
-        pad_token_id=0,
-        cls_token_id=2,
-        sep_token_id=3,
-        bos_token_id=2,
-        eos_token_id=3,
-        reference_compile=False,
-    ),
+        "vocab_size": WORDS,
+        "max_position_embeddings": 32,
+        "pad_token_id": 0,
+        "cls_token_id": 2,
+        "sep_token_id": 3,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+        "reference_compile": False,
+    },
 }
 
 
 @pytest.fixture(params=CONFIGS)
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """An encoder of each architecture, of two small layers: of ModernBERT, one with each kind of attention."""
-    config = CONFIGS[request.param]
+    # Imported here: each test process imports this module, and transformers takes 1.5 CPU-seconds and 110 MB.
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model(request.param, **CONFIGS[request.param])
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecated parts of PyTorch that transformers uses
-        model: PreTrainedModel = AutoModel.from_config(config)
+        model = AutoModel.from_config(config)
     folder = tmp_path / str(request.param)
     model.save_pretrained(folder)
     tiny_tokenizer(int(config.pad_token_id or 0), token_types=False).save_pretrained(folder)

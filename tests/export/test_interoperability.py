@@ -15,8 +15,6 @@ import numpy.typing as npt
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from optimum.exporters.onnx import main_export
-from sentence_transformers import SentenceTransformer
 
 from emberpc.client import Client
 from emberpc.export.verify import verify_bundle
@@ -45,6 +43,8 @@ def their_warnings() -> Iterator[None]:
 
 def by_sentence_transformers(source: Path, folder: Path) -> None:
     """Export an encoder to a folder with sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+
     with their_warnings():
         model = SentenceTransformer(str(source), backend="onnx", model_kwargs={"export": True}, device="cpu")
         model.save_pretrained(str(folder))
@@ -53,12 +53,16 @@ def by_sentence_transformers(source: Path, folder: Path) -> None:
 
 def by_optimum(source: Path, folder: Path, task: str, library: str) -> None:
     """Export a model to a folder with optimum."""
+    from optimum.exporters.onnx import main_export
+
     with their_warnings():
         main_export(str(source), str(folder), task=task, library_name=library)
 
 
 def encoded(source: Path) -> Vectors:
     """Return the vectors that sentence-transformers gives the texts with PyTorch and without a prompt."""
+    from sentence_transformers import SentenceTransformer
+
     found = SentenceTransformer(str(source), device="cpu").encode(TEXTS, prompt="", convert_to_numpy=True)
     return np.asarray(found, dtype=np.float32)
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.linear_model import LogisticRegression
 
 from emberpc.bundle import probabilities, unit
 from emberpc.export.classify.linear import GRID, balanced_weights, cross_validate, fit_head, stratify
@@ -25,6 +24,8 @@ def blobs(labels: int, texts: int = 200, noise: float = 0.3) -> tuple[np.ndarray
 
 @pytest.mark.parametrize("c", [1.0, 100.0])
 def test_a_linear_head_gives_the_probabilities_of_scikit_learn(c: float) -> None:
+    from sklearn.linear_model import LogisticRegression  # here, since it takes 0.5 CPU-seconds and 50 MB
+
     vectors, classes = blobs(3, noise=1.5)
     found = probabilities(fit_head(vectors, one_hot(classes), c).logits(vectors))
     expected = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(unit(vectors), classes).predict_proba(unit(vectors))
@@ -32,6 +33,8 @@ def test_a_linear_head_gives_the_probabilities_of_scikit_learn(c: float) -> None
 
 
 def test_multi_label_heads_fit_each_label_separately() -> None:
+    from sklearn.linear_model import LogisticRegression
+
     vectors, classes = blobs(4, noise=1.0)
     targets = one_hot(classes)[:, :3] | one_hot(classes)[:, 1:]  # 0: a, 1: a b, 2: b c, 3: c
     head = fit_head(vectors, targets, 10.0, multi_label=True)

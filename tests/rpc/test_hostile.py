@@ -13,7 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from benchmarks.server import hostile_requests
-from benchmarks.server.hostile_requests import SHORT, Hostile
+from benchmarks.server.hostile_requests import SHORT, Hostile, Size
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc
 from examples.server_process import ServerProcess
 
@@ -25,7 +25,8 @@ REFUSALS = {
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.PERMISSION_DENIED,
 }
-CASES = hostile_requests.requests(SHORT)
+#: Names of the requests, without the requests, which take 50 MB: each test process imports this module.
+NAMES = list(hostile_requests.requests(Size(text=64, message=64, records=1)))
 #: Megabytes by which the memory of the server may grow after the first request.
 MOST_MEGABYTES = 600
 #: Timeout of a request in seconds; on a usual host, none takes a hundredth of it.
@@ -50,6 +51,11 @@ def server(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def channel(server: ServerProcess) -> Iterator[grpc.Channel]:
     with connected(server) as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def cases() -> dict[str, Hostile]:
+    return hostile_requests.requests(SHORT)
 
 
 def connected(server: ServerProcess) -> grpc.Channel:
@@ -100,28 +106,39 @@ def is_slow(name: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if is_slow(name) else []) for name in CASES]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if is_slow(name) else []) for name in NAMES]
 )
-def test_a_hostile_request_is_answered_or_refused(channel: grpc.Channel, name: str) -> None:
-    hostile = CASES[name]
+def test_a_hostile_request_is_answered_or_refused(channel: grpc.Channel, cases: dict[str, Hostile], name: str) -> None:
+    hostile = cases[name]
     code = send(channel, hostile)
     assert code in (REFUSALS if hostile.refused else {grpc.StatusCode.OK, *REFUSALS}), code
     check_alive(channel)
 
 
-def test_eight_concurrent_hostile_requests_are_answered_or_refused(server: ServerProcess) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param([name for name in NAMES if not is_slow(name)], id="fast ones"),
+        pytest.param(NAMES, id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_eight_concurrent_hostile_requests_are_answered_or_refused(
+    server: ServerProcess, cases: dict[str, Hostile], names: list[str]
+) -> None:
     with connected(server) as one, connected(server) as other, ThreadPoolExecutor(8) as pool:
         channels = [one, other]
-        jobs = [pool.submit(send, channels[i % 2], hostile) for i, hostile in enumerate(CASES.values())]
-        codes = dict(zip(CASES, [job.result() for job in jobs], strict=True))
+        jobs = [pool.submit(send, channels[i % 2], cases[name]) for i, name in enumerate(names)]
+        codes = dict(zip(names, [job.result() for job in jobs], strict=True))
         check_alive(one)
     wrong = {name: code for name, code in codes.items() if code not in {grpc.StatusCode.OK, *REFUSALS}}
     assert wrong == {}
 
 
-def test_cancelled_heavy_requests_do_not_block_other_calls(server: ServerProcess, channel: grpc.Channel) -> None:
+def test_cancelled_heavy_requests_do_not_block_other_calls(
+    server: ServerProcess, channel: grpc.Channel, cases: dict[str, Hostile]
+) -> None:
     """Callers cancel calls that the server has begun; calls of another connection must not be delayed."""
-    heavy = [CASES[name] for name in ("a wide filter", "many clusters", "all pairs", "a similarity of many")]
+    heavy = [cases[name] for name in ("a wide filter", "many clusters", "all pairs", "a similarity of many")]
     with connected(server) as abandoned:
         calls = []
         for hostile in heavy * 4:
@@ -131,5 +148,5 @@ def test_cancelled_heavy_requests_do_not_block_other_calls(server: ServerProcess
         check_alive(channel)
         left.start()
         left.join()
-        assert send(channel, CASES["metadata: wide objects"]) is grpc.StatusCode.OK
-        assert send(channel, CASES["a wide filter"]) is grpc.StatusCode.OK
+        assert send(channel, cases["metadata: wide objects"]) is grpc.StatusCode.OK
+        assert send(channel, cases["a wide filter"]) is grpc.StatusCode.OK

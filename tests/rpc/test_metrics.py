@@ -108,6 +108,7 @@ def test_an_invalid_http_request_for_metrics_is_refused(measured: ServerProcess,
     assert figures(measured)["emberpc_models"] == 1
 
 
+@pytest.mark.slow
 def test_an_invalid_host_of_metrics_listen_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="cannot listen on xxxx.* choose another --metrics-listen"):
         ServerProcess({}, tmp_path, "--metrics-listen", f"{'x' * 64}:0")

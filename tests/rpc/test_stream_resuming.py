@@ -153,6 +153,7 @@ def test_every_text_is_answered_once_after_a_kill_of_the_server(server: Restarta
     assert all(result.error is None and result.vector is not None for result in results)
 
 
+@pytest.mark.slow
 def test_every_text_is_answered_once_after_a_stop_of_the_server(server: Restartable) -> None:
     """A stream that is still open when the drain time is over continues with the next server."""
     results, before = interrupted(server, ServerProcess.stop)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from emberpc.export.errors import ExportError
@@ -54,6 +53,9 @@ class TrainableEncoder:
     """
 
     def __init__(self, encoder: SourceEncoder) -> None:
+        # Imported here: the import takes 2 CPU-seconds and 160 MB, and strategies with cached vectors do not need it.
+        from sentence_transformers import SentenceTransformer
+
         self.encoder = encoder
         with calling_libraries(
             f"{encoder.folder} cannot be run by sentence-transformers", "is it an encoder that it supports?"
