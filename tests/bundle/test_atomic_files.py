@@ -41,6 +41,25 @@ def test_a_kill_at_any_line_leaves_the_old_or_the_new_file(tmp_path: Path, write
     assert not found.left[-1]
 
 
+@pytest.mark.parametrize("name", ["n" * 234, "n" * 235, "n" * 255, "é" * 127])
+def test_a_long_name_is_replaced_and_files_of_a_killed_writer_are_removed(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    write_text_atomically(path, "old")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", fail_with(errno.EIO))  # as if the writer were killed before
+        with pytest.raises(KeyboardInterrupt), atomic_path(path):
+            raise KeyboardInterrupt
+    assert len(names(tmp_path)) == 2
+    write_text_atomically(path, "new")
+    assert (names(tmp_path), path.read_text()) == ([name], "new")
+
+
+def test_a_too_long_name_is_refused_before_the_block(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="too long"), atomic_path(tmp_path / ("n" * 256)):
+        pytest.fail("the block ran")
+    assert names(tmp_path) == []
+
+
 def fail_with(code: int) -> Any:
     def fail(*_: object, **__: object) -> None:
         raise OSError(code, os.strerror(code))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from emberpc.bundle import Task
+from emberpc.client._core.server_words import python_words
 from emberpc.server.engine import Model, Registry
 from emberpc.server.errors import Code, ServiceError
 from waiting import Changes
@@ -107,18 +108,28 @@ async def test_lookups_outside_of_calls_hold_no_version(registry: Registry, tiny
     assert registry.calls("none") == 0
 
 
+def test_the_client_leaves_model_names_in_errors_unchanged(registry: Registry, tiny_bundle: Path) -> None:
+    """`END` is also a value of an enum, and `ListModels` an RPC, which the client replaces outside of quotes."""
+    for name in ("END", "ListModels"):
+        registry.put(Model.load(name, tiny_bundle))
+    for name, task in (("DENSE", None), ("END", Task.CLASSIFICATION), ("", Task.EMBEDDING)):
+        with pytest.raises(ServiceError) as error:
+            registry.find(name, task)
+        assert python_words(str(error.value)) == str(error.value)
+
+
 def test_errors_for_unknown_models_list_the_models(registry: Registry, tiny_bundle: Path) -> None:
     with pytest.raises(ServiceError, match="no embedding model is served") as error:
         registry.find("", Task.EMBEDDING)
     assert (error.value.code, error.value.reason) == (Code.FAILED_PRECONDITION, "NO_MODEL")
     registry.put(Model.load("a", tiny_bundle))
     registry.put(Model.load("b", tiny_bundle))
-    with pytest.raises(ServiceError, match="no model 'c'; the models are: a, b") as error:
+    with pytest.raises(ServiceError, match="no model 'c'; the models are: 'a', 'b'") as error:
         registry.find("c")
     assert error.value.code is Code.NOT_FOUND
     with pytest.raises(ServiceError, match="no model 'c'; the classification models are: none"):
         registry.find("c", Task.CLASSIFICATION)
-    with pytest.raises(ServiceError, match="name one of: a, b"):
+    with pytest.raises(ServiceError, match="name one of: 'a', 'b'"):
         registry.find("", Task.EMBEDDING)
     with pytest.raises(ServiceError, match="for embedding, not for classification"):
         registry.find("a", Task.CLASSIFICATION)

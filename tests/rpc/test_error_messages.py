@@ -47,11 +47,11 @@ def tiny(tiny_server: ServerProcess) -> Iterator[Client]:
         ),
         (
             lambda c: c.classify(["a"], classifier="tiny"),
-            "model 'tiny' is for embedding, not for classification; the classification models are: letters",
+            "model 'tiny' is for embedding, not for classification; the classification models are: 'letters'",
         ),
         (
             lambda c: c.embed(["a"], model="letters"),
-            "model 'letters' is for classification, not for embedding; the embedding models are: other, tiny",
+            "model 'letters' is for classification, not for embedding; the embedding models are: 'other', 'tiny'",
         ),
         (
             lambda c: c.embed(["a"], model="tiny", dimensions=3),

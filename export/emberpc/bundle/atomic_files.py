@@ -6,6 +6,7 @@ The export and the server use this module, as both import the bundle.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import re
 import secrets
@@ -13,6 +14,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+#: Limit in bytes of a name to which `.`, 16 digits and `.tmp` are added. Common file systems allow names of 255 bytes.
+_MOST_BYTES = 255 - 21
 
 
 @contextmanager
@@ -25,8 +29,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     not read is not synced.
 
     Several writers of one `path` do not disturb each other: each has a new file of its own name, and the last one to
-    end replaces the others. A writer that is killed leaves `NAME.….tmp`, which the next writer of `path` removes. For
-    that, each writer locks its new file; where the file system has no locks, the file stays.
+    end replaces the others. A writer that is killed leaves `NAME.….tmp`, or `.HASH.….tmp` for a name of more than 234
+    bytes. The next writer of `path` removes it. For that, each writer locks its new file; where the file system has no
+    locks, the file stays.
 
     Raises:
         OSError: the new file cannot be created, synced or renamed; or only the folder cannot be synced, and then `path`
@@ -71,10 +76,19 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def _stem(path: Path) -> str:
+    """Return the start of the names of new files for `path`: its name, or a hash of a name that leaves no room."""
+    name = os.fsencode(path.name)
+    return path.name if len(name) <= _MOST_BYTES else f".{hashlib.sha256(name).hexdigest()[:32]}"
+
+
 def _create(path: Path) -> tuple[Path, int]:
     """Create and lock a new file beside `path`; return its path, and the descriptor that holds the lock."""
+    with suppress(FileNotFoundError):
+        path.lstat()  # raises OSError if the name is too long, before anything is written
+    stem = _stem(path)
     while True:
-        temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+        temporary = path.with_name(f"{stem}.{secrets.token_hex(8)}.tmp")
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -85,7 +99,7 @@ def _create(path: Path) -> tuple[Path, int]:
 
 def _remove_abandoned(path: Path) -> None:
     """Remove the new files that killed writers of `path` left; an OSError ends this function silently."""
-    own = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{16}}\.tmp")
+    own = re.compile(rf"{re.escape(_stem(path))}\.[0-9a-f]{{16}}\.tmp")
     with suppress(OSError):
         for left in [each for each in path.parent.iterdir() if own.fullmatch(each.name)]:
             with suppress(OSError):

@@ -222,7 +222,7 @@ class Registry:
                 reason="NO_MODEL",
             )
         if len(fitting) > 1:
-            names = ", ".join(model.name for model in fitting)
+            names = ", ".join(repr(model.name) for model in fitting)
             raise invalid(field, f"is empty, and there are several {kind}s to choose from; name one of: {names}")
         return fitting[0]
 
@@ -231,7 +231,7 @@ class Registry:
 
     def _fitting(self, task: Task | None) -> str:
         """Return a clause that names all served models with the task; None: all served models."""
-        names = [model.name for model in self.models() if task in (None, model.manifest.task)]
+        names = [repr(model.name) for model in self.models() if task in (None, model.manifest.task)]
         kind = f"{task.value} models" if task else "models"
         return f"the {kind} are: {', '.join(names) or 'none'}"
 
