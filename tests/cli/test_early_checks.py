@@ -25,6 +25,10 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "labels.csv").write_text("label,description\nx,all of x\n")
     (tmp_path / "other.csv").write_text("text,label\na text,z\n")
     (tmp_path / "pairs.csv").write_text("query,passage\nq,p\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "config.json").write_text('{"model_type": "bert", "max_position_embeddings": 8}')
+    (tmp_path / "short" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     return tmp_path
 
 
@@ -57,6 +61,13 @@ CASES = [
     ("export finetune-embedding --train train.csv --variants int4", "there is no variant 'int4'"),
     ("export embedding source --validation empty.csv", "has no rows"),
     ("export embedding source --corpus train.csv", "is a corpus to search, but there are no queries"),
+    ("export embedding ./source", "there is no folder './source'"),
+    ("export embedding python:nothing", "there is no installed package 'nothing' that holds a model"),
+    ("export embedding empty --max-tokens 8", "has no config.json, so it is no Hugging Face encoder"),
+    ("export classifier --train train.csv --base ./source", "there is no folder './source'"),
+    ("export classifier --train train.csv --base short --max-tokens 99", "short allows 1 to 8 tokens"),
+    ("export finetune-embedding --train pairs.csv --base empty", "has no config.json"),
+    ("compare --train train.csv --test train.csv --base empty", "has no config.json"),
     ("export embedding source --variants int4", "there is no variant 'int4'"),
 ]
 

@@ -162,6 +162,7 @@ def compare(
         raise CliError(f"--output: {output} is not a folder; choose another place")
     budgets, limit = _budgets(budget or [_EVERYTHING]), _seconds(time_limit)
     strategies = tuple(listed("--strategy", strategy)) if strategy else STRATEGY_NAMES
+    bases = tuple(base or [DEFAULT_BASE])
     labelled = labelled_columns(text_column, label_column, label_separator)
     files = {
         train: labelled,
@@ -185,7 +186,11 @@ def compare(
     )
 
     def check() -> None:
+        from emberpc.export.source.encoder import check_encoder
+
         check_strategies(strategies)
+        for each in bases:
+            check_encoder(each, max_tokens)
         data.read(with_descriptions=label_texts)
         data.test_texts(test)
 
@@ -197,7 +202,7 @@ def compare(
         settings = ComparisonSettings(
             data=data,
             test=test,
-            bases=tuple(base or [DEFAULT_BASE]),
+            bases=bases,
             budgets=tuple(ALL if each is None else each for each in budgets),
             strategies=strategies,
             seeds=seeds,

@@ -115,8 +115,10 @@ def embedding(
 
     def check() -> None:
         from emberpc.export.retrieval.queries import read_validation
+        from emberpc.export.source.encoder import check_encoder
 
         check_variants(names)
+        check_encoder(source, max_tokens)
         read_validation(validation, corpus)
 
     names, files = variant_names(variants), {validation: {}, corpus: CORPUS_COLUMNS}
@@ -206,8 +208,11 @@ def classifier(
     names = variant_names(variants)
 
     def check() -> None:
+        from emberpc.export.source.encoder import check_encoder
+
         check_rates(rejection_rate, max_false_rejections)
         check_variants(names)
+        check_encoder(base, max_tokens)
         if strategy == "zero-shot" and not label_texts:
             raise CliError("the strategy zero-shot needs the texts of the labels; leave out --no-label-texts")
         data.read(with_descriptions=label_texts)

@@ -80,8 +80,11 @@ def finetune_embedding(
     data: RetrievalData | None = None
 
     def check() -> None:
+        from emberpc.export.source.encoder import check_encoder
+
         nonlocal data
         check_variants(names)
+        check_encoder(base, max_tokens)
         data = read_data(paths, seed)
 
     with exporting(files, output, check, overwrite=overwrite) as progress:

@@ -28,7 +28,7 @@ from emberpc.bundle.transformers_settings import (
 )
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
-from emberpc.export.source.find_source import Source, find_source
+from emberpc.export.source.find_source import Source, find_local, find_source
 from emberpc.export.source.matryoshka import read_matryoshka
 from emberpc.export.source.weights import find_weights, sha256_of_all
 
@@ -105,14 +105,28 @@ def read_encoder(
             limit.
         OSError: the disk is full.
     """
-    found = find_source(source, progress)
+    return _read(find_source(source, progress), name, max_tokens)
+
+
+def check_encoder(source: str | Path, max_tokens: int | None = None) -> None:
+    """Check an encoder on this host without loading PyTorch. A possible hub id is not checked.
+
+    Raises:
+        ExportError: `read_encoder` would refuse the encoder.
+    """
+    found = find_local(source)
+    if found is not None:
+        _read(found, "", max_tokens)
+
+
+def _read(found: Source, name: str, max_tokens: int | None) -> SourceEncoder:
     try:
-        return _read(found, name, max_tokens)
+        return _settings(found, name, max_tokens)
     except BundleError as error:
         raise ExportError(str(error)) from error
 
 
-def _read(found: Source, name: str, max_tokens: int | None) -> SourceEncoder:
+def _settings(found: Source, name: str, max_tokens: int | None) -> SourceEncoder:
     folder = found.folder
     _refuse_adapter(folder)
     transformer = transformer_folder(folder)

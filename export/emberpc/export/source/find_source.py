@@ -60,6 +60,16 @@ def find_source(source: str | Path, progress: Progress = no_progress) -> Source:
             several models, or the folder is only a part of a model.
         OSError: the disk is full.
     """
+    return find_local(source) or _on_hub(str(source), progress)
+
+
+def find_local(source: str | Path) -> Source | None:
+    """Find a model on this host, not in the hub's cache; return None if `source` can be a hub id.
+
+    Raises:
+        ExportError: there is no such model and `source` is no hub id, a package holds several models, or the folder is
+            only a part of a model.
+    """
     text = str(source)
     if text.startswith(_PACKAGE_PREFIX):
         name = text[len(_PACKAGE_PREFIX) :]
@@ -70,7 +80,10 @@ def find_source(source: str | Path, progress: Progress = no_progress) -> Source:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return _in_folder(folder.resolve())
-    return _in_package(text) or _on_hub(text, progress)
+    found = _in_package(text)
+    if found is None and not _HUB_ID.fullmatch(text):
+        raise ExportError(f"there is no folder {text!r}, and it is no package's name nor a hub id; check the spelling")
+    return found
 
 
 def _in_folder(folder: Path) -> Source:
@@ -127,8 +140,6 @@ def _in_package(name: str) -> Source | None:
 
 
 def _on_hub(name: str, progress: Progress) -> Source:
-    if not _HUB_ID.fullmatch(name):
-        raise ExportError(f"there is no folder {name!r}, and it is no package's name nor a hub id; check the spelling")
     # These imports take seconds, and only sources on a hub need them.
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
