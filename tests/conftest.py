@@ -50,18 +50,18 @@ EXPORTED = {
 MEMORY_FILES, MEMORY_FILES_BYTES = Path("/dev/shm"), 4 * 2**30
 
 
-#: Files that one test process runs. The files of "PyTorch" load it; the process then has 1.7 GB. The tests of the index
-#: make 330 processes with `fork`, which takes 25 ms of CPU time for each 300 MB of the parent. So another process runs
-#: these tests, and with them the files that share the servers `server` and `tiny_server`. A file that is missing here
-#: runs in any process, which only costs CPU time.
+#: Groups of files; one test process runs all files of a group. The largest group that is left goes to the next free
+#: process. A process that ran "PyTorch" has 1.7 GB, and the tests of the index make 330 processes with `fork`, which
+#: takes 25 ms of CPU time for each 300 MB of the parent. The files of "servers" share `server` and `tiny_server`.
+#: A file that is missing here only costs CPU time.
 TOGETHER = {
+    "index": ("tests/index/",),
     "PyTorch": (
         "tests/export/",
         *(f"tests/cli/test_{name}.py" for name in ("bad_input", "bundles", "compare", "early_checks", "finetune")),
         *("tests/engine/test_model.py", "tests/unit/test_bundle_cache.py"),
     ),
-    "index and servers": (
-        "tests/index/",
+    "servers": (
         *(
             f"tests/rpc/test_{name}.py"
             for name in (
