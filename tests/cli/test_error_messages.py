@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -62,6 +63,14 @@ LONG = "has 600 tokens, the model takes at most 512; shorten it, or set the call
             "or give the address of another server with --target HOST:PORT, and check",
         ),
         ("ef_construction is 3", "--ef-construction is 3"),
+        ("where, column 4: expected a value; found the end", "--where, column 4: expected a value; found the end"),
+        ("filter has no condition; set one", "--where has no condition; set one"),
+        ("filter.all.filters[3].prefix is empty; give", "--where: all.filters[3].prefix is empty; give"),
+        ("filters are hard", "filters are hard"),
+        (
+            "the response is too large; ask for fewer hits, or fewer parts of the records",
+            "the response is too large; give a smaller --top-k, or leave out --vectors",
+        ),
         ("model is empty, and there are several", "--model is empty, and there are several"),
         (
             "no answer; give a longer timeout, or send less at once",
@@ -140,6 +149,28 @@ def test_upsert_sends_at_most_64_records_in_a_request(emberpc: Emberpc, fake: Fa
     assert emberpc("upsert", "c", path).code == 0
     with Client(fake.target) as client:
         assert client.count("c") == 65
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+@pytest.mark.parametrize(
+    ("vector", "words"),
+    [
+        ([0, 0], "vector has length zero, so no direction for cosine; give a vector that is not all zeros"),
+        ([1e20, 0], "vector is longer than 1e+14; scale the vectors down"),
+        ([1, 2, 3], "vector has 3 dimensions, the collection has 2; give a vector of 2 dimensions"),
+    ],
+)
+def test_the_error_for_a_vector_names_its_line_and_the_remedy(
+    emberpc: Emberpc, tiny_client: Client, stream: list[str], vector: list[float], words: str
+) -> None:
+    tiny_client.create_collection("c", dimensions=2)
+    good = [json.dumps({"id": str(i), "vector": [1, i]}) for i in range(2)]
+    records = "\n".join([*good, "", json.dumps({"id": "bad", "vector": vector})])
+    outcome = emberpc("upsert", "c", "-", "--batch-size", 2, *stream, stdin=records)
+    assert outcome.code == 2
+    assert f"stdin:4: {words}" in outcome.err
+    assert "vectors[" not in outcome.err
+    assert tiny_client.count("c") == 2
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]])

@@ -13,6 +13,7 @@ import termios
 import threading
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -21,10 +22,12 @@ from emberpc.client import Client
 from fake_server import FakeServer
 
 
-def on_terminal(*arguments: object, columns: int = 60, typed: str | None = None) -> list[str]:
+def on_terminal(
+    *arguments: object, columns: int = 60, typed: str | None = None, stdout: TextIO | None = None
+) -> list[str]:
     """Run a command in this process on a terminal of its own; return the lines that it wrote.
 
-    `typed` is what is typed there; None: stdin is no terminal.
+    `typed` is what is typed there; None: stdin is no terminal. `stdout` is used as stdout instead of the terminal.
     """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
@@ -54,6 +57,8 @@ def on_terminal(*arguments: object, columns: int = 60, typed: str | None = None)
             patch.setattr(sys, "stdin", stdin)
             for name in ("stdout", "stderr"):
                 patch.setattr(sys, name, stack.enter_context(open(os.dup(theirs), "w")))  # noqa: PTH123
+            if stdout is not None:
+                patch.setattr(sys, "stdout", stdout)
             main([str(argument) for argument in arguments])
     finally:
         os.close(theirs)
@@ -109,6 +114,27 @@ def test_progress_is_shown_and_removed_at_the_end(collection: Path) -> None:
     assert any("upserting" in line for line in lines)
     assert [line.split() for line in lines[-3:]][1:] == [["updated", "3"], ["sequence", "2"]]
     assert not any("embedding" in line for line in on_terminal("embed", "a"))
+
+
+def test_a_search_for_queries_of_a_file_shows_hits_in_one_table(collection: Path, tmp_path: Path) -> None:
+    path = tmp_path / "queries.jsonl"
+    path.write_text('{"text": "a text"}\n' * 3)
+    lines = on_terminal("search", "c", "--file", path, "-k", 1, "--batch-size", 2)
+    assert [line.split()[:3] for line in lines] == [
+        ["line", "score", "id"],
+        *([str(line), "1.0000", "short"] for line in (1, 2, 3)),
+    ]
+
+
+def test_a_search_for_queries_of_a_file_shows_progress_if_only_stderr_is_a_terminal(
+    collection: Path, tmp_path: Path, fake: FakeServer
+) -> None:
+    path, output = tmp_path / "queries.jsonl", tmp_path / "hits.jsonl"
+    path.write_text('{"text": "a text"}\n' * 3)
+    with output.open("w") as stdout:
+        lines = on_terminal("search", "c", "--file", path, "-k", 1, "--batch-size", 2, "--json", stdout=stdout)
+    assert any("searching" in line for line in lines)
+    assert [json.loads(line)["line"] for line in output.read_text().splitlines()] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])

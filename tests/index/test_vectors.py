@@ -26,10 +26,10 @@ def with_row(row: list[float]) -> Matrix:
 
 
 BAD = {
-    "NaN": ([np.nan, 1, 1, 1], list(Distance), "NaN"),
-    "infinity": ([1, -np.inf, 1, 1], list(Distance), "NaN"),
-    "zero": ([0, 0, 0, 0], [Distance.COSINE], "length zero"),
-    "too long": ([3e38, 0, 0, 0], list(Distance), "longer than"),
+    "NaN": ([np.nan, 1, 1, 1], list(Distance), "NaN or infinity; give finite numbers"),
+    "infinity": ([1, -np.inf, 1, 1], list(Distance), "NaN or infinity; give finite numbers"),
+    "zero": ([0, 0, 0, 0], [Distance.COSINE], "length zero, so no direction for cosine; give a vector that is not all"),
+    "too long": ([3e38, 0, 0, 0], list(Distance), "longer than 1e+14; scale the vectors down"),
 }
 
 
@@ -52,7 +52,7 @@ def test_vectors_of_another_type_or_shape_are_refused(index: Index) -> None:
     collection = index.create(CollectionSpec("c", 4))
     with refused(Code.INVALID_ARGUMENT, "float64"):
         collection.upsert(numbered(3), GOOD.astype(np.float64))
-    with refused(Code.INVALID_ARGUMENT, "dimensions"):
+    with refused(Code.INVALID_ARGUMENT, "has 0 dimensions, the collection has 4; give a vector of 4 dimensions"):
         collection.search(GOOD[0], 1)
     with refused(Code.INVALID_ARGUMENT, "2 vectors for 3 records", field="vectors"):
         collection.upsert(numbered(3), GOOD[:2])

@@ -228,6 +228,9 @@ SEARCH_CASES = [
     ({"queries": query(text="x") * 6, "top_k": 10_000}, "queries"),
     ({"queries": query(text="x"), "ef": -5}, "ef"),
     ({"queries": query(text="x", ef=-5)}, "queries[1].ef"),
+    ({"queries": query(text="x", ef=2_000_000)}, "queries[1].ef"),
+    ({"queries": query(text="x", ef=9), "min_recall": 0.9}, "queries[1].ef"),
+    ({"queries": query(text="x", ef=9), "mode": index_pb2.SEARCH_MODE_LEXICAL}, "queries[1].ef"),
     ({"queries": query(text="x"), "mode": index_pb2.SEARCH_MODE_HYBRID, "fusion": 77}, "fusion"),
     ({"queries": query(text="x"), "parts": [77]}, "parts[0]"),
 ]

@@ -124,8 +124,8 @@ def test_records_with_invalid_vectors_fail_alone(client: Client) -> None:
     outcome = list(client.upsert_stream("v", records, batch_size=30))
     failures = {failure.id: str(failure.error) for checkpoint in outcome for failure in checkpoint.failures}
     assert set(failures) == {"017", "narrow"}
-    assert failures["017"].startswith("vector has length zero")
-    assert failures["narrow"] == "vectors has 3 dimensions, the collection has 4"
+    assert failures["017"].startswith("vector has length zero, so no direction for cosine; give a vector that is not")
+    assert failures["narrow"] == "vector has 3 dimensions, the collection has 4; give a vector of 4 dimensions"
     found = list(client.records("v", with_vectors=True))
     assert [record.id for record in found] == [f"{i:03}" for i in range(100) if i != 17]
     for record in found:

@@ -19,8 +19,6 @@ from emberpc.client import TLS, Client, EmberpcError, FilterWarning
 from emberpc.client._core.connection import is_local, is_url
 
 _PANEL = "Connection"
-#: A remedy in messages about a missed deadline, as `in_cli_terms` words it; `_batch_remedy` replaces it.
-_SEND_LESS = "fewer texts in one request"
 
 _OPTIONS = [
     Parameter(
@@ -75,12 +73,12 @@ def with_client(command: Callable[..., None]) -> Callable[..., None]:
 
     The function creates a client from the connection options, calls `command` with the client as the first argument and
     with the other options, and closes the client.
-    Meanwhile `_filter_warnings` prints warnings about filters, and if the command has the option --batch-size,
-    `_batch_remedy` changes errors. Errors of `connect` are raised.
+    Meanwhile `_filter_warnings` prints warnings about filters, and if the option --batch-size has a
+    value, `_batch_remedy` changes errors. Errors of `connect` are raised.
     """
 
     def run(options: dict[str, Any], values: dict[str, Any]) -> None:
-        with connect(**options) as client, _filter_warnings(), _batch_remedy("batch_size" in values):
+        with connect(**options) as client, _filter_warnings(), _batch_remedy(values.get("batch_size") is not None):
             command(client, **values)
 
     return add_options(command, _OPTIONS, run)
@@ -90,17 +88,16 @@ def with_client(command: Callable[..., None]) -> Callable[..., None]:
 def _batch_remedy(has_batches: bool) -> Iterator[None]:
     """Context manager that names --batch-size as a remedy in an EmberpcError of its block.
 
-    An error whose message has the remedy `_SEND_LESS` becomes a CliError with the same exit code. Other errors do not
-    change, and none does unless `has_batches`: the command has the option --batch-size.
+    An error whose message has the remedy to send less becomes a CliError with the same exit code. Other errors do not
+    change, and none does unless `has_batches`: the option --batch-size has a value.
     """
     try:
         yield
     except EmberpcError as error:
-        message = in_cli_terms(str(error))
-        if not has_batches or _SEND_LESS not in message:
+        message = in_cli_terms(str(error), batches=has_batches)
+        if message == in_cli_terms(str(error)):
             raise
-        code = exit_code(error) or ExitCode.INTERNAL
-        raise CliError(message.replace(_SEND_LESS, "a smaller --batch-size"), code) from error
+        raise CliError(message, exit_code(error) or ExitCode.INTERNAL) from error
 
 
 @contextmanager

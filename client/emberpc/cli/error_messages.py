@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 _TRUNCATE = "set the call's `truncation` to 'end' or 'start'"
+_SEND_LESS = "fewer texts in one request"
 _REMEDIES = (
     (_TRUNCATE, "give --truncation end or start"),
     (
@@ -18,13 +19,15 @@ _REMEDIES = (
     ("`verify_collection`", "`emberpc collection verify`"),
     ("`backup_collection`", "`emberpc collection backup`"),
     ("is given beside ef;", "is given beside --ef;"),
+    ("is given beside min_recall;", "is given beside --min-recall;"),
     ("set mode to 'hybrid'", "give --mode hybrid"),
     ("give a text, or use mode 'dense'", "give a text, or --mode dense"),
     ("give it some text, or search by a vector or a record id", "give it some text, or --id ID"),
     ("give another record in queries[0]", "give another --id"),
+    ("ask for fewer hits, or fewer parts of the records", "give a smaller --top-k, or leave out --vectors"),
     ("and 0 means", "and without --dimensions"),
-    ("give a longer timeout, or send less at once", "give a longer --timeout, or fewer texts in one request"),
-    ("give it a longer timeout, send fewer texts,", "give a longer --timeout, fewer texts in one request,"),
+    ("give a longer timeout, or send less at once", f"give a longer --timeout, or {_SEND_LESS}"),
+    ("give it a longer timeout, send fewer texts,", f"give a longer --timeout, {_SEND_LESS},"),
     ("name a model, or give 1 to", "give --model NAME or, for vectors only, --dimensions 1 to"),
     ("give the address of another server", "give the address of another server with --target HOST:PORT"),
 )
@@ -32,12 +35,15 @@ _REMEDIES = (
 _ITEMS = {"texts": "text", "targets": "target", "ids": "id"}
 #: Matches an item of a field of `_ITEMS`, such as `texts[3]`, at the start of a message.
 _ITEM = re.compile(rf"^({'|'.join(_ITEMS)})\[(\d+)\]")
-#: Fields of which a command sends one item only: the pattern at the start of a message, and the name to put there.
+#: Fields of which a command sends one item only, and the filter, which is the option --where: the pattern at the start
+#: of a message, and the words to put there.
 _SINGLE_ITEMS = (
     (re.compile(r"^sources\[0\] is empty; leave it out or "), "the source is empty; "),
     (re.compile(r"^sources\[0\]"), "the source"),
     (re.compile(r"^queries\[0\](\.text)?|^query(?= )"), "the query"),
     (re.compile(r"^name(?= is )"), "the name"),
+    (re.compile(r"^where(?=, column \d+: | (?:is|has) )|^filter(?= (?:is|has|makes) )"), "--where"),
+    (re.compile(r"^filter\.(?=[\w.\[\]]+ (?:is|has|makes) )"), "--where: "),
 )
 #: Matches, at the start of a message, an argument of the client that is an option of a command. Group 1 is the option
 #: with `_` instead of `-`.
@@ -47,7 +53,7 @@ _FIELD = re.compile(
 )
 
 
-def in_cli_terms(message: str, collection: str = "") -> str:
+def in_cli_terms(message: str, collection: str = "", *, batches: bool = False) -> str:
     """Return an error message with the fields and remedies that this module lists in the terms of the command line.
 
     A field is replaced only at the start of the message. An item is then counted from 1: `texts[3]` becomes `text 4`.
@@ -56,6 +62,7 @@ def in_cli_terms(message: str, collection: str = "") -> str:
         message: message of an error of the client or the server.
         collection: the collection that the command writes records to, which the remedy for too many tokens then names;
             empty: the command writes no records.
+        batches: whether the command has the option --batch-size, which the remedy for a missed deadline then names.
     """
     if collection:
         message = message.replace(
@@ -65,6 +72,8 @@ def in_cli_terms(message: str, collection: str = "") -> str:
         )
     for remedy, translated in _REMEDIES:
         message = message.replace(remedy, translated)
+    if batches:
+        message = message.replace(_SEND_LESS, "a smaller --batch-size")
     message = _ITEM.sub(_numbered, message)
     for pattern, translated in _SINGLE_ITEMS:
         message = pattern.sub(translated, message)

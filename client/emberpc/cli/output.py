@@ -63,14 +63,16 @@ def json_line(item: Any, *, ensure_ascii: bool = False) -> str:
     return json.dumps(plain(item), ensure_ascii=ensure_ascii) + "\n"
 
 
-def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]]) -> None:
+def print_table(columns: Sequence[Column], rows: Iterable[Sequence[object]], *, titles: bool = True) -> None:
     """Print a table: on a terminal aligned, with wide columns truncated to fit, elsewhere tab-separated.
 
-    The first line has the titles of the columns. Each row has a value for each column, which is printed as by
-    `one_line(str(value))`. Raises CliError if stdout cannot be written, or typer.Exit if its reader closed the pipe.
+    The first line has the titles of the columns, unless `titles` is false: the rows continue an earlier table. Each row
+    has a value for each column, which is printed as by `one_line(str(value))`. Raises CliError if stdout cannot be
+    written, or typer.Exit if its reader closed the pipe.
     """
     header = [column.title for column in columns]
-    _print_rows(columns, [header, *([one_line(str(cell)) for cell in row] for row in rows)])
+    cells = [header, *([one_line(str(cell)) for cell in row] for row in rows)]
+    _print_rows(columns, cells, first=0 if titles else 1)
 
 
 def print_fields(fields: Mapping[str, object]) -> None:
@@ -106,9 +108,10 @@ def print_blank_line() -> None:
     _write("\n")
 
 
-def _print_rows(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
+def _print_rows(columns: Sequence[Column], rows: Sequence[Sequence[str]], first: int = 0) -> None:
+    """Print the rows from number `first`, from 0. On a terminal, the columns are wide enough for all rows."""
     if not to_terminal():
-        for row in rows:
+        for row in rows[first:]:
             _write("\t".join(row) + "\n")
         return
     widths = [max(cell_len(row[i]) for row in rows) for i in range(len(columns))]
@@ -118,7 +121,7 @@ def _print_rows(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> Non
             cut = max(widths[i] + spare, min(widths[i], _LEAST_WIDTH))
             spare += widths[i] - cut
             widths[i] = cut
-    for row in rows:
+    for row in rows[first:]:
         cells = [_fitted(cell, column, width) for cell, column, width in zip(row, columns, widths, strict=True)]
         _write(_GAP.join(cells).rstrip() + "\n")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Annotated
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +19,7 @@ from emberpc.cli.output import (
     Column,
     counted,
     details_printer,
+    flush,
     note,
     plain,
     print_blank_line,
@@ -28,12 +31,15 @@ from emberpc.cli.output import (
 from emberpc.cli.progress import progress
 from emberpc.cli.queries import QueryFile
 from emberpc.cli.record_stream import FailureReport, write_stream
-from emberpc.client import Client, FailedPrecondition, RecordId, SearchQuery
-from emberpc.client.types import Fusion, Hit, Priority, Query, SearchMode, SearchResult, Truncation
+from emberpc.client import Client, FailedPrecondition, RecordId
+from emberpc.client.types import Fusion, Hit, Priority, SearchMode, SearchResult, Truncation
 
 CollectionName = Annotated[str, typer.Argument(metavar="COLLECTION", help="Name of the collection.")]
 Ids = Annotated[list[str], typer.Argument(metavar="ID", help="Ids of records.")]
 WithVectors = Annotated[bool, typer.Option("--vectors", help="With --json: also print the vectors.")]
+
+#: Default of `search --batch-size`. The client sends at most 100 queries in a request, and two requests at a time.
+_QUERIES = 200
 
 
 @with_client
@@ -175,8 +181,9 @@ def search(
         typer.Option(
             "--file",
             metavar="FILE",
-            help="Search for each query of a JSON Lines file; - is stdin. A line has text, vector or id, and may have "
-            "where, top_k and ef instead of the options.",
+            help="Search for each query of a JSON Lines file of any size; - is stdin. A line has text, vector or id, "
+            "and may have where, top_k and ef instead of the options. Hits are printed batch by batch. An error ends "
+            "the command and states the last line that was answered.",
         ),
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Most hits.")] = 10,
@@ -203,6 +210,14 @@ def search(
     ] = None,
     truncation: Annotated[Truncation, typer.Option(help="Treatment of a query with too many tokens.")] = "end",
     with_vectors: WithVectors = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"With --file: most queries of a batch, whose hits are printed together. Default: {_QUERIES}.",
+            show_default=False,
+        ),
+    ] = None,
     priority: Annotated[
         Priority | None,
         typer.Option(
@@ -221,47 +236,88 @@ def search(
     """Find the records nearest to a query, nearest first."""
     if [query, record_id, file].count(None) != 2:
         raise CliError("give a query in words, a record with --id, or a file of queries with --file; one of the three")
-    source = None if file is None else QueryFile(file)
-    wanted: list[Query | SearchQuery] = [*source.queries] if source else []
-    if query is not None:
-        wanted = [query]
-    elif record_id is not None:
-        wanted = [RecordId(record_id)]
+    if batch_size is not None and file is None:
+        raise CliError("--batch-size goes with --file; leave it out")
+    ask = partial(
+        client.search_batch,
+        collection,
+        top_k=top_k,
+        ef=ef,
+        min_recall=min_recall,
+        where=where,
+        mode=mode,
+        dense_weight=dense_weight,
+        fusion=fusion,
+        truncation=truncation,
+        with_vectors=with_vectors,
+        priority=priority or ("interactive" if file is None else "bulk"),
+    )
+    details = details_printer(with_details)
+    if file is None:
+        wanted = RecordId(record_id) if record_id is not None else query or ""
+        with _model_remedy(collection, "--id ID for the neighbours of a record"):
+            results = ask([wanted], details=details)
+        _print_results(results, None, as_json, show_plan)
+        return
+    source = QueryFile(file)
+    # On a terminal, the hits show the progress.
+    with source.locating(), nullcontext() if to_terminal() else progress("searching", source.count()) as done:
+        for batch in source.batches(batch_size or _QUERIES, top_k):
+            with _model_remedy(collection, "queries with vector or id"):
+                results = ask(batch, details=_numbered_from(source.answered, details))
+            _print_results(results, source.lines, as_json, show_plan, titles=not source.answered)
+            flush()
+            if done:
+                done(source.lines[-1])
+
+
+@contextmanager
+def _model_remedy(collection: str, other: str) -> Iterator[None]:
+    """Context manager that converts the error for a collection without a model to a CliError with remedies.
+
+    `other`: words for searches that need no model.
+    """
     try:
-        with source.locating() if source else nullcontext():
-            results = client.search_batch(
-                collection,
-                wanted,
-                top_k=top_k,
-                ef=ef,
-                min_recall=min_recall,
-                where=where,
-                mode=mode,
-                dense_weight=dense_weight,
-                fusion=fusion,
-                truncation=truncation,
-                with_vectors=with_vectors,
-                priority=priority or ("bulk" if file else "interactive"),
-                details=details_printer(with_details),
-            )
+        yield
     except FailedPrecondition as error:
         if error.reason != "COLLECTION_WITHOUT_MODEL":
             raise
         message = f"{collection!r} has no model that could embed the query; give --mode lexical for a lexical search"
-        raise CliError(f"{message}, or --id ID for the neighbours of a record", ExitCode.CONFLICT) from error
-    lines = [str(source.line(i)) for i in range(len(results))] if source else [""]
+        raise CliError(f"{message}, or {other}", ExitCode.CONFLICT) from error
+
+
+def _numbered_from(first: int, details: Callable[[Any], None] | None) -> Callable[[Any], None] | None:
+    """Return `details` for a batch of queries whose first query is number `first` of the file; None for None."""
+    return details and (lambda found: details(replace(found, first=first + found.first)))
+
+
+def _print_results(
+    results: Sequence[SearchResult],
+    lines: Sequence[int] | None,
+    as_json: bool,
+    show_plan: bool,
+    *,
+    titles: bool = True,
+) -> None:
+    """Print hits to stdout, and notes on the queries to stderr.
+
+    Args:
+        results: the result of each query.
+        lines: the line of each query in its file, which is printed with each hit; None: there is no file.
+        as_json: whether to print JSON Lines.
+        show_plan: whether the notes have the plan of each search.
+        titles: whether a table starts with the titles of its columns.
+    """
+    places = [""] * len(results) if lines is None else list(map(str, lines))
+    hits = [(place, hit) for place, result in zip(places, results, strict=True) for hit in result.hits]
     if as_json:
         print_json(
-            {**({"line": int(line)} if line else {}), "score": hit.score, **plain(hit.record)}
-            for line, result in zip(lines, results, strict=True)
-            for hit in result.hits
+            {**({"line": int(place)} if place else {}), "score": hit.score, **plain(hit.record)} for place, hit in hits
         )
     else:
-        _print_hits(
-            [(line, hit) for line, result in zip(lines, results, strict=True) for hit in result.hits], bool(source)
-        )
-    for line, result in zip(lines, results, strict=True):
-        _print_notes(result, f"line {line}: " if line else "", show_plan)
+        _print_hits(hits, with_lines=lines is not None, titles=titles)
+    for place, result in zip(places, results, strict=True):
+        _print_notes(result, f"line {place}: " if place else "", show_plan)
 
 
 def _print_notes(result: SearchResult, place: str, show_plan: bool) -> None:
@@ -278,16 +334,18 @@ def _print_notes(result: SearchResult, place: str, show_plan: bool) -> None:
         note(f"{place}{counted(len(result.hits), 'hit')}: {result.plan.shortfall_reason}")
 
 
-def _print_hits(hits: Sequence[tuple[str, Hit]], with_lines: bool) -> None:
+def _print_hits(hits: Sequence[tuple[str, Hit]], *, with_lines: bool, titles: bool) -> None:
     """Print hits as a table with score, id, label and text.
 
-    On a terminal, the column of labels is left out if no hit has a label.
+    On a terminal, the column of labels is left out for a single query if no hit has a label.
 
     Args:
         hits: each hit with the line of its query in the file of queries.
         with_lines: whether the table begins with a column of these lines.
+        titles: whether to print the titles of the columns.
     """
-    with_labels = not to_terminal() or any(hit.record.label for _, hit in hits)
+    # The hits of a file are printed in batches, and later ones may have labels.
+    with_labels = not to_terminal() or with_lines or any(hit.record.label for _, hit in hits)
     line = [Column("line", "right")] if with_lines else []
     label = [Column("label")] if with_labels else []
     print_table(
@@ -302,4 +360,5 @@ def _print_hits(hits: Sequence[tuple[str, Hit]], with_lines: bool) -> None:
             )
             for place, hit in hits
         ],
+        titles=titles,
     )

@@ -258,6 +258,8 @@ class RpcFailure(Protocol):
 #: `reason` of the error for a request that is larger than the server's limit. gRPC refuses the request and states no
 #: reason, so the client sets this reason.
 REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
+#: Matches the name of a row of the request's field `vectors` at the start of a message.
+_VECTOR = re.compile(r"vectors\[(\d+)\]")
 #: Part of gRPC's message for a request that is larger than the server's limit: bytes of the request, and the limit.
 #: The message cannot be about a response, since this client accepts responses of any size. Exception: over the caller's
 #: own channel, gRPC refuses responses of more than 4 MiB with such a message, unless the channel has another limit.
@@ -275,6 +277,7 @@ class Circumstances:
         items: name of the repeated field of the request that has one part of the caller's list; empty: there is no
             list.
         first: the caller's index of the first item of this part.
+        vector: the caller's name of the vector of an item; see `Call.vector`.
         late: whether the last try of the call ran for more than 5 seconds, so that it is not repeated; False for
             streams.
     """
@@ -284,6 +287,7 @@ class Circumstances:
     timeout: float
     items: str = ""
     first: int = 0
+    vector: str = ""
     late: bool = False
 
 
@@ -407,8 +411,11 @@ def _own_words(code: grpc.StatusCode, details: str, call: Circumstances) -> str:
 def _renumber(text: str, call: Circumstances) -> str:
     """Replace each index of an item in a message, such as `texts[3]`, by the index in the caller's list.
 
-    Only indexes of the field `call.items` are replaced, also inside quotes; nothing if `call.items` is empty.
+    Only indexes of the field `call.items` are replaced, also inside quotes; nothing if `call.items` is empty. At the
+    start of the text, the name of a vector is replaced by that of `call.vector`.
     """
+    if call.vector and (found := _VECTOR.match(text)):
+        return call.vector.format(int(found[1]) + call.first) + text[found.end() :]
     if not (call.first and call.items):
         return text
     pattern = rf"\b{re.escape(call.items)}\[(\d+)\]"

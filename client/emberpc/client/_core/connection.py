@@ -210,7 +210,9 @@ class ConnectionSettings:
 
     def _circumstances(self, call: Call[Any, Any], timeout: float | None, *, late: bool = False) -> Circumstances:
         seconds = self.deadline(timeout)
-        return Circumstances(self.target, call.method.path, seconds, items=call.items, first=call.first, late=late)
+        return Circumstances(
+            self.target, call.method.path, seconds, items=call.items, first=call.first, vector=call.vector, late=late
+        )
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:

@@ -69,6 +69,7 @@ def upsert(
     checks.function(details, "details")
     collection = checks.text(collection, "collection")
     items = new_records(records, matrix)
+    vector = "records[{}].vector" if matrix is None else "vectors[{}]"
     expected: list[int] = []
     if expected_revisions is not None:
         items = list(items)
@@ -87,7 +88,7 @@ def upsert(
             truncation=truncation_of(truncation),
             expected_revisions=expected[first : first + len(part)],
         )
-        return Call(UPSERT_RECORDS, request, decode, "records", first, len(part))
+        return Call(UPSERT_RECORDS, request, decode, "records", first, len(part), vector=vector)
 
     partly_done = "the first {} records of this call are written already"
     if expected:

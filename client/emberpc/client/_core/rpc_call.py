@@ -40,6 +40,8 @@ class Call(Generic[Response, Result]):
         count: number of items of this part; 1 without a list.
         halves: returns two calls for the same items, whose joined results are the result of this call. The call
             must have at least two items. None: the call cannot be divided.
+        vector: the caller's name of the vector of an item, with `{}` for its index in the caller's list, such as
+            `records[{}].vector`. It replaces the name `vectors[…]` in errors of the server. Empty: no name is replaced.
     """
 
     method: Method[Response]
@@ -49,6 +51,7 @@ class Call(Generic[Response, Result]):
     first: int = 0
     count: int = 1
     halves: Callable[[], Sequence[Call[Response, Result]]] | None = None
+    vector: str = ""
 
     def smaller(self, error: EmberpcError) -> Sequence[Call[Response, Result]]:
         """Return the smaller calls that replace this call, which failed with `error`: those of `halves`.

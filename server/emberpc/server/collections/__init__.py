@@ -22,9 +22,10 @@ from emberpc.server.collections.types import (
     Verified,
     WriteResult,
 )
-from emberpc.server.collections.validation import MAX_ID_BYTES, MAX_LABEL_BYTES, MAX_METADATA_BYTES, MAX_TOP_K
+from emberpc.server.collections.validation import MAX_EF, MAX_ID_BYTES, MAX_LABEL_BYTES, MAX_METADATA_BYTES, MAX_TOP_K
 
 __all__ = [
+    "MAX_EF",
     "MAX_ID_BYTES",
     "MAX_LABEL_BYTES",
     "MAX_METADATA_BYTES",

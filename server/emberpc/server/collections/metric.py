@@ -61,8 +61,14 @@ def check_vectors(matrix: Matrix, dimensions: int, distance: Distance, path: Fie
         raise invalid(path(0), f"is of type {matrix.dtype}; it must be float32")
     if matrix.ndim != 2 or matrix.shape[1] != dimensions:
         width = matrix.shape[1] if matrix.ndim == 2 else 0
-        raise invalid(path(0), f"has {width} dimensions, the collection has {dimensions}")
+        remedy = dimensions_remedy(dimensions)
+        raise invalid(path(0), f"has {width} dimensions, the collection has {dimensions}; {remedy}")
     _check_lengths(_lengths(matrix), distance, path)
+
+
+def dimensions_remedy(dimensions: int) -> str:
+    """Return the remedy for a vector of other dimensions than those of its collection, as the end of a message."""
+    return f"give a vector of {dimensions} dimensions"
 
 
 def prepare(matrix: Matrix, distance: Distance) -> Matrix:
@@ -125,14 +131,15 @@ def _check_lengths(lengths: npt.NDArray[np.float64], distance: Distance, path: F
     least = _least_length(distance)
     for i in np.flatnonzero(~np.isfinite(lengths) | (lengths <= least) | (lengths > _MAX_LENGTH)):
         if not np.isfinite(lengths[i]):
-            violations.append(Violation(path(int(i)), "holds NaN or infinity; every value must be a finite number"))
+            violations.append(Violation(path(int(i)), "holds NaN or infinity; give finite numbers"))
         elif lengths[i] > _MAX_LENGTH:
             violations.append(Violation(path(int(i)), f"is longer than {_MAX_LENGTH:g}; scale the vectors down"))
         elif lengths[i]:
             remedy = "their products would be zero; scale the vectors up"
             violations.append(Violation(path(int(i)), f"is shorter than {_LEAST_DOT_LENGTH:g}; {remedy}"))
         elif distance is Distance.COSINE:
-            violations.append(Violation(path(int(i)), "has length zero, so no direction; cosine cannot compare it"))
+            remedy = "give a vector that is not all zeros, or use another distance"
+            violations.append(Violation(path(int(i)), f"has length zero, so no direction for cosine; {remedy}"))
     if violations:
         raise invalid_fields(violations)
 

@@ -14,7 +14,7 @@ MAX_ID_BYTES = 512
 MAX_LABEL_BYTES = 512
 MAX_METADATA_BYTES = 64 * 1024
 MAX_TOP_K = 10_000
-_MAX_EF = 1_000_000
+MAX_EF = 1_000_000
 
 
 def check_records(records: Sequence[NewRecord], *, restored: bool = False) -> list[str]:
@@ -73,8 +73,8 @@ def check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int, min
     for i, size in enumerate(top_k):
         if not 1 <= size <= MAX_TOP_K:
             raise invalid(f"queries[{i}].top_k", f"is {size}; it must be 1 to {MAX_TOP_K}")
-    if not 0 <= ef <= _MAX_EF:
-        raise invalid("ef", f"is {ef}; it must be 0 (the server chooses) to {_MAX_EF}")
+    if not 0 <= ef <= MAX_EF:
+        raise invalid("ef", f"is {ef}; it must be 0 (the server chooses) to {MAX_EF}")
     if not 0 <= min_recall <= 1:  # true for NaN too
         raise invalid("min_recall", f"is {min_recall:g}; it must be above 0 and at most 1, or 0 for no target")
     if ef and min_recall:

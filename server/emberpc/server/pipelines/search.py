@@ -14,6 +14,7 @@ import numpy as np
 
 from emberpc.server.collections import CollectionBackend, Fusion, RecordParts, SearchOutcome
 from emberpc.server.collections.filters import Filter
+from emberpc.server.collections.metric import dimensions_remedy
 from emberpc.server.engine import Caller, Engine, Inference, InferenceRequest, Model, Truncation
 from emberpc.server.errors import invalid, items_of, not_found
 from emberpc.server.pipelines.collection_access import CollectionAccess
@@ -355,7 +356,8 @@ def _given_vectors(queries: Sequence[Query], collection: CollectionBackend) -> M
             if query.vector.shape[1] != dimensions:
                 raise invalid(
                     f"queries[{i}].vector.dimensions",
-                    f"is {query.vector.shape[1]}; collection {collection.spec.name!r} has {dimensions}",
+                    f"is {query.vector.shape[1]}; collection {collection.spec.name!r} has {dimensions}; "
+                    + dimensions_remedy(dimensions),
                 )
             matrix[i] = query.vector[0]
     return matrix

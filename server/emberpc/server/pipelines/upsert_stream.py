@@ -25,6 +25,7 @@ import numpy as np
 
 from emberpc.server import cancellation
 from emberpc.server.collections import CollectionBackend, NewRecord, WriteResult
+from emberpc.server.collections.metric import dimensions_remedy
 from emberpc.server.engine import Caller, Engine, Truncation
 from emberpc.server.errors import Code, ServiceError, Violation, invalid, invalid_fields
 from emberpc.server.pipelines.bulk_embedding import GROUP_TEXTS, GROUPS, SERVER_ERRORS, BulkEmbedder, EmbeddedGroup
@@ -330,7 +331,7 @@ class UpsertStream:
         indexes = await self._pool.run(partial(_read, batch, message), self._caller)
         if message.read_vectors is not None:
             try:
-                batch.matrix = self._checked(message.read_vectors())[indexes]
+                batch.matrix = self._checked(message.read_vectors()[indexes])
             except ServiceError as error:
                 _fail_named(batch, error)
         del message  # the records are read: it is not kept while their texts are embedded
@@ -339,12 +340,13 @@ class UpsertStream:
         return batch
 
     def _checked(self, matrix: Matrix) -> Matrix:
-        """Return the vectors of a message unchanged; INVALID_ARGUMENT unless they have the collection's dimensions."""
-        dimensions = self._collection.spec.dimensions
-        if matrix.shape[1] != dimensions:
+        """Return the vectors of records unchanged; INVALID_ARGUMENT unless they have the collection's dimensions."""
+        width, dimensions = matrix.shape[1], self._collection.spec.dimensions
+        if len(matrix) and width != dimensions:
             # The index would name only the first vector in its error. The other records would then be tried, and fail,
             # one after the other.
-            raise invalid("vectors", f"has {matrix.shape[1]} dimensions, the collection has {dimensions}")
+            problem = f"has {width} dimensions, the collection has {dimensions}; {dimensions_remedy(dimensions)}"
+            raise invalid_fields([Violation(f"vectors[{i}]", problem) for i in range(len(matrix))])
         return matrix
 
     async def _embed_texts(self, batch: _Batch, embedder: BulkEmbedder) -> None:

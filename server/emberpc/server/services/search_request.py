@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from emberpc.server.collections import MAX_TOP_K, Fusion
+from emberpc.server.collections import MAX_EF, MAX_TOP_K, Fusion
 from emberpc.server.collections.filters import Filter
 from emberpc.server.engine import Truncation
 from emberpc.server.errors import ServiceError, invalid
@@ -68,7 +68,7 @@ def _check(request: pb.SearchRequest) -> list[int]:
 
     Raises:
         ServiceError: INVALID_ARGUMENT if a number is out of range, or all queries together ask for too many hits. Of
-            `ef`, only the least value is checked.
+            `ef` of the request, only the least value is checked. Or a query has an `ef`, and there is a `min_recall`.
     """
     queries = request.queries
     if not 1 <= len(queries) <= MAX_QUERIES:
@@ -84,6 +84,12 @@ def _check(request: pb.SearchRequest) -> list[int]:
         place = next(i for i, ef in enumerate(efs) if ef < 0)
         name = f"queries[{place - 1}].ef" if place else "ef"
         raise invalid(name, f"is {efs[place]}; it must be 0 (the server chooses) or more")
+    for i, query in enumerate(queries):
+        # The index would name the field `ef` of the request, which is not wrong.
+        if query.ef > MAX_EF:
+            raise invalid(f"queries[{i}].ef", f"is {query.ef}; it must be 0 (the server chooses) to {MAX_EF}")
+        if query.ef and request.min_recall:
+            raise invalid(f"queries[{i}].ef", "is given beside min_recall; give one of the two")
     return sizes
 
 
@@ -113,8 +119,9 @@ def _check_mode(request: pb.SearchRequest) -> SearchMode:
     if request.fusion and mode is not SearchMode.HYBRID:
         raise invalid("fusion", "is set, but only HYBRID search uses it; leave it out, or set mode to HYBRID")
     if mode is SearchMode.LEXICAL:
-        if request.ef or any(query.ef for query in request.queries):
-            raise invalid("ef", "is set, but LEXICAL search uses no graph; leave it out")
+        efs = {"ef": request.ef, **{f"queries[{i}].ef": query.ef for i, query in enumerate(request.queries)}}
+        if field := next((field for field, ef in efs.items() if ef), ""):
+            raise invalid(field, "is set, but LEXICAL search uses no graph; leave it out")
         if request.min_recall:
             raise invalid("min_recall", "is set, but LEXICAL search uses no graph; leave it out")
     return mode
