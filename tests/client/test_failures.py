@@ -213,26 +213,6 @@ def test_an_error_names_the_place_of_a_record_and_the_written_ones(fake: FakeSer
     assert len(fake.asked["UpsertRecords"]) == 2
 
 
-@pytest.mark.parametrize("given", ["records", "vectors"])
-def test_an_error_about_a_vector_names_the_vector_of_the_caller(fake: FakeServer, shell: Shell, given: str) -> None:
-    shell("create_collection", "c")
-    rows = np.ones((6, 8), dtype=np.float32)
-    own = [{"id": str(i), "vector": row} if given == "records" else {"id": str(i)} for i, row in enumerate(rows)]
-    for batch_size, place in ((6, 1), (4, 5)):
-        violations = [("vectors[1]", "has length zero"), ("records[0].id", "is 'vectors[1]'")]
-        said = "vectors[1] has length zero (and 1 more)"
-        fault = Fault(grpc.StatusCode.INVALID_ARGUMENT, said, "INVALID_FIELD", violations)
-        fake.faults["UpsertRecords"].extend([None] * (batch_size == 4) + [fault])
-        with pytest.raises(InvalidArgument) as raised:
-            shell("upsert", "c", own, vectors=rows if given == "vectors" else None, batch_size=batch_size)
-        name = f"records[{place}].vector" if given == "records" else f"vectors[{place}]"
-        assert str(raised.value).startswith(f"{name} has length zero (and 1 more)")
-        assert [(violation.field, violation.description) for violation in raised.value.violations] == [
-            (name, "has length zero"),
-            (f"records[{place - 1}].id", "is 'vectors[1]'"),
-        ]
-
-
 @pytest.mark.parametrize("code", [grpc.StatusCode.ABORTED, grpc.StatusCode.RESOURCE_EXHAUSTED])
 @pytest.mark.parametrize("expected", [None, [0] * 5])
 def test_an_error_of_a_later_request_says_which_records_are_written(

@@ -33,7 +33,7 @@ from typing import Any, Protocol
 
 import grpc
 
-from emberpc.client._core.server_words import python_words
+from emberpc.client._core.server_words import python_words, renumber
 from emberpc.v1 import errors_pb2
 from emberpc.wire import status as wire_status
 
@@ -258,8 +258,6 @@ class RpcFailure(Protocol):
 #: `reason` of the error for a request that is larger than the server's limit. gRPC refuses the request and states no
 #: reason, so the client sets this reason.
 REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
-#: Matches the name of a row of the request's field `vectors` at the start of a message.
-_VECTOR = re.compile(r"vectors\[(\d+)\]")
 #: Part of gRPC's message for a request that is larger than the server's limit: bytes of the request, and the limit.
 #: The message cannot be about a response, since this client accepts responses of any size. Exception: over the caller's
 #: own channel, gRPC refuses responses of more than 4 MiB with such a message, unless the channel has another limit.
@@ -314,7 +312,11 @@ def from_rpc(failure: RpcFailure, call: Circumstances) -> EmberpcError:
         message = _own_words(code, message, call)
     request_id = trailing.get(wire_status.REQUEST_ID_KEY, "")
     error = _error(
-        code, message, status, request_id if isinstance(request_id, str) else "", lambda text: _renumber(text, call)
+        code,
+        message,
+        status,
+        request_id if isinstance(request_id, str) else "",
+        lambda text: renumber(text, call.items, call.first, call.vector),
     )
     refused = not status.details and code is grpc.StatusCode.RESOURCE_EXHAUSTED
     if refused and (sizes := _TOO_LARGE.search(failure.details() or "")):
@@ -406,17 +408,3 @@ def _own_words(code: grpc.StatusCode, details: str, call: Circumstances) -> str:
             "request; send less in a request, or start the server with a higher --max-message-bytes"
         )
     return details or f"{call.method} ended with {code.name}"
-
-
-def _renumber(text: str, call: Circumstances) -> str:
-    """Replace each index of an item in a message, such as `texts[3]`, by the index in the caller's list.
-
-    Only indexes of the field `call.items` are replaced, also inside quotes; nothing if `call.items` is empty. At the
-    start of the text, the name of a vector is replaced by that of `call.vector`.
-    """
-    if call.vector and (found := _VECTOR.match(text)):
-        return call.vector.format(int(found[1]) + call.first) + text[found.end() :]
-    if not (call.first and call.items):
-        return text
-    pattern = rf"\b{re.escape(call.items)}\[(\d+)\]"
-    return re.sub(pattern, lambda found: f"{call.items}[{int(found[1]) + call.first}]", text)

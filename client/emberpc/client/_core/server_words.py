@@ -25,6 +25,8 @@ _WIRE_WORD = re.compile(
 )
 #: Matches, at the start of a message, the path of a field of a new collection. The field is an argument of the client.
 _COLLECTION_FIELD = re.compile(r"^collection\.(?:hnsw\.)?(?=\w)")
+#: Matches the name of a row of the request's field `vectors` at the start of a message.
+_VECTOR = re.compile(r"vectors\[(\d+)\]")
 
 
 def python_words(message: str) -> str:
@@ -40,3 +42,20 @@ def python_words(message: str) -> str:
         return f"`{_METHODS[found[2]]}`" if found[2] else found[0]
 
     return _COLLECTION_FIELD.sub("", _WIRE_WORD.sub(replace, message))
+
+
+def renumber(text: str, items: str, first: int, vector: str) -> str:
+    """Replace each index of an item in a message, such as `texts[3]`, by the index in the caller's list.
+
+    Args:
+        text: the message. Indexes are also replaced inside quotes.
+        items: name of the repeated field of the request that has one part of the caller's list; empty: there is none.
+        first: the caller's index of the first item of this part.
+        vector: the caller's name of the vector of an item, with `{}` for its index. It replaces `vectors[…]` at the
+            start of the message. Empty: no name is replaced.
+    """
+    if vector and (found := _VECTOR.match(text)):
+        return vector.format(int(found[1]) + first) + text[found.end() :]
+    if not (first and items):
+        return text
+    return re.sub(rf"\b{re.escape(items)}\[(\d+)\]", lambda found: f"{items}[{int(found[1]) + first}]", text)
