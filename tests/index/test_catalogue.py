@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import fcntl
 import os
+import re
 from contextlib import closing
 from pathlib import Path
 from unittest.mock import Mock
@@ -12,6 +14,7 @@ from unittest.mock import Mock
 import pytest
 
 from emberpc.server import descriptors
+from emberpc.server import index as index_package
 from emberpc.server.collections import CollectionSpec
 from emberpc.server.errors import Code, StartupError
 from emberpc.server.index import Collection, Index
@@ -108,3 +111,14 @@ def test_a_disk_error_at_the_start_raises_a_startup_error(tmp_path: Path, monkey
     settings = Mock(data_dir=tmp_path, max_open_collections=1, close_idle_seconds=0)
     with pytest.raises(StartupError, match=r"the data directory .* cannot be used \(Input/output error\)"):
         app._embedded_index(settings)
+
+
+def test_no_statement_has_numbered_placeholders() -> None:
+    """Python 3.12 warns of `?1` with a tuple of parameters, and Python 3.14 refuses it."""
+    numbered = [
+        f"{path}:{node.lineno}"
+        for path in Path(index_package.__path__[0]).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.search(r"[=(,] ?\?\d", node.value)
+    ]
+    assert numbered == []

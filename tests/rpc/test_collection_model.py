@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -49,14 +49,16 @@ class Service:
         request = pb.SearchRequest(collection="c", queries=[pb.SearchQuery(text=text)])
         return asyncio.run(self._service.Search(request, cast("Any", Context())))
 
-    def resume(self, until: Callable[[str], bool] = lambda problem: False) -> None:
-        """Continue the reembedding of `c` until its end, or until `until` is true for its problem."""
+    def resume(self, problem: str = "") -> None:
+        """Continue the reembedding of `c` until its end, or until it has a problem, which must contain `problem`."""
 
         async def run() -> None:
             await self._reembedder.resume()
             while True:  # a job has no event for its problem
                 status = await self._reembedder.status("c")
-                if status is None or until(status.problem):
+                if status is None or status.problem:
+                    assert bool(status) == bool(problem), status
+                    assert status is None or problem in status.problem
                     break
             await self._reembedder.close()
 
@@ -187,7 +189,7 @@ def test_a_reembedding_of_the_old_scheme_does_not_continue_with_another_model(
     begun: Model, service: Service, other_tiny_bundle: Path
 ) -> None:
     service.engine.registry.load("m", other_tiny_bundle)
-    service.resume(until=lambda problem: "'m' is another one than when this began" in problem)
+    service.resume(problem="'m' is another one than when this began")
     assert service.index.get("c").spec.model == ""
     (reembedding,) = service.index.reembeddings()
     assert reembedding.counts() == (1, 2)

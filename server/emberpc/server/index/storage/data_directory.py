@@ -252,9 +252,9 @@ class DataDirectory:
         """
         with translated(_SUBJECT), transaction(self._database):
             self._database.execute(
-                "UPDATE collections SET (folder, spec) = (SELECT folder, spec FROM reembeddings WHERE name = ?1) "
-                "WHERE name = ?1",
-                (name,),
+                "UPDATE collections SET (folder, spec) = (SELECT folder, spec FROM reembeddings WHERE name = ?) "
+                "WHERE name = ?",
+                (name, name),
             )
             self._database.execute("DELETE FROM reembeddings WHERE name = ?", (name,))
 
