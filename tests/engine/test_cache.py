@@ -21,6 +21,7 @@ from emberpc.server.engine.models.encoders import Encoder
 from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import ServiceError, items_of
+from waiting import until_idle
 
 
 def key(text: str, encoder: int = 0) -> Key:
@@ -158,7 +159,7 @@ async def test_a_call_that_waited_for_a_failed_or_cancelled_call_is_served(
     first = asyncio.create_task(serving.embed("z y"))
     await asyncio.to_thread(gate.entered.wait, 300)
     second = asyncio.create_task(serving.embed("z y"))
-    await asyncio.sleep(0)
+    await until_idle()
     if not fails:
         first.cancel()
     gate.open.set()

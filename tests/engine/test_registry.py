@@ -15,7 +15,7 @@ from emberpc.bundle import Task
 from emberpc.client._core.server_words import python_words
 from emberpc.server.engine import Model, Registry
 from emberpc.server.errors import Code, ServiceError
-from waiting import Changes
+from waiting import Changes, until_idle
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ async def test_removal_of_a_model_ends_after_its_last_call(registry: Registry, t
         await finish.wait()
 
     calls = [asyncio.create_task(call()) for _ in range(3)]
-    await asyncio.sleep(0)
+    await until_idle()
     assert registry.calls("m") == 3
     gone = registry.remove("m")
     calls[0].cancel()

@@ -19,6 +19,7 @@ from emberpc.server.engine.scheduler import Scheduler
 from emberpc.server.engine.sessions.onnx_runtime import Output
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import Code, ServiceError
+from waiting import until_idle
 
 
 def texts(*lengths: int) -> list[TokenIds]:
@@ -134,7 +135,7 @@ async def test_a_full_queue_refuses_calls_with_a_retry_delay(scheduler: Make) ->
     busy, gate = scheduler(workers=1, max_queue_tokens=100), Gate()
     running = await hold(busy, gate, 50)
     waiting = asyncio.create_task(busy.run(gate, texts(90)))
-    await asyncio.sleep(0)
+    await until_idle()
     with pytest.raises(ServiceError) as refused:
         await busy.run(gate, texts(11))
     assert refused.value.code is Code.RESOURCE_EXHAUSTED
@@ -155,7 +156,7 @@ async def test_waiting_texts_of_a_cancelled_call_are_not_run(scheduler: Make) ->
     running = await hold(busy, gate, 50)
     left = asyncio.create_task(busy.run(gate, texts(7)))
     stayed = asyncio.create_task(busy.run(gate, texts(60)))
-    await asyncio.sleep(0)
+    await until_idle()
     left.cancel()
     with pytest.raises(asyncio.CancelledError):
         await left
@@ -168,7 +169,7 @@ async def test_close_fails_waiting_calls_and_refuses_new_ones(scheduler: Make) -
     busy, gate = scheduler(workers=1), Gate()
     running = await hold(busy, gate, 50)
     waiting = asyncio.create_task(busy.run(gate, texts(60)))
-    await asyncio.sleep(0)
+    await until_idle()
     closing = asyncio.create_task(asyncio.to_thread(busy.close))
     with pytest.raises(ServiceError) as stopped:
         await waiting
@@ -194,7 +195,7 @@ async def test_a_failed_batch_of_several_calls_fails_only_the_causing_call(sched
     busy, gate, runner = scheduler(workers=1), Gate(), Lengths(poison=13)
     running = await hold(busy, gate, 50)
     good, bad, other = (asyncio.create_task(busy.run(runner, texts(length))) for length in (12, 13, 14))
-    await asyncio.sleep(0)
+    await until_idle()
     gate.open.set()
     with pytest.raises(ServiceError, match="failed on this call"):
         await bad
@@ -207,7 +208,7 @@ async def test_a_call_that_is_still_queued_at_its_deadline_is_dropped(scheduler:
     busy, gate = scheduler(workers=1), Gate()
     running = await hold(busy, gate, 50)
     late = asyncio.create_task(busy.run(gate, texts(7), Caller(deadline=clock() + 300)))
-    await asyncio.sleep(0)
+    await until_idle()
     assert busy.waiting_tokens == 7
     clock.now += 301  # its deadline passes while the only worker is busy
     gate.open.set()
@@ -242,7 +243,7 @@ async def test_an_accepted_call_is_not_dropped_for_slow_batches(scheduler: Make)
     busy, gate = scheduler(workers=1), Gate()
     running = await hold(busy, gate, 5)
     accepted = asyncio.create_task(busy.run(Lengths(), texts(*[50] * 160), Caller(deadline=perf_counter() + 300)))
-    await asyncio.sleep(0)
+    await until_idle()
     for rate in (400.0, 10.0, 10.0, 10.0, 10.0):
         busy._rates.add(rate)
     gate.open.set()
@@ -255,7 +256,7 @@ async def test_an_accepted_call_that_cannot_meet_its_deadline_is_dropped(schedul
     busy, gate = scheduler(workers=1), Gate()
     running = await hold(busy, gate, 5)
     hopeless = asyncio.create_task(busy.run(Lengths(), texts(*[50] * 160), Caller(deadline=perf_counter() + 300)))
-    await asyncio.sleep(0)
+    await until_idle()
     for _ in range(3):
         busy._rates.add(10.0)
     gate.open.set()
@@ -271,7 +272,7 @@ async def test_a_call_that_cannot_meet_its_deadline_is_refused(scheduler: Make, 
         await busy.run(Slow(clock), texts(64))
     running = await hold(busy, gate, 50)
     waiting = asyncio.create_task(busy.run(gate, texts(*[50] * 1000)))
-    await asyncio.sleep(0)
+    await until_idle()
     bulk = Caller(lane=Lane.BULK, deadline=clock() + 10)
     with pytest.raises(ServiceError) as refused:
         await busy.run(gate, texts(50), bulk)
@@ -280,7 +281,7 @@ async def test_a_call_that_cannot_meet_its_deadline_is_refused(scheduler: Make, 
     assert (refused.value.retry_after or 0) > 1
     # An interactive call runs before the bulk texts, so its time is sufficient.
     short = asyncio.create_task(busy.run(gate, texts(5), Caller(deadline=clock() + 300)))
-    await asyncio.sleep(0)
+    await until_idle()
     gate.open.set()
     await asyncio.gather(running, waiting, short)
 
@@ -394,7 +395,7 @@ async def test_texts_of_a_cancelled_call_leave_the_queue(scheduler: Make) -> Non
     running = await hold(busy, gate, 50)
     left = asyncio.create_task(busy.run(gate, texts(*[9] * 100)))
     stayed = asyncio.create_task(busy.run(gate, texts(60, 61)))
-    await asyncio.sleep(0)
+    await until_idle()
     assert busy.waiting_tokens == 1021
     left.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -32,7 +32,7 @@ from emberpc.server.services.index import IndexService, add_index_service
 from emberpc.v1 import filter_pb2, index_pb2_grpc, types_pb2
 from emberpc.v1 import index_pb2 as pb
 from index_helpers import DIMENSIONS, records, vectors
-from waiting import Changes
+from waiting import Changes, until_idle
 
 THREADS, HEAVY = 6, 2
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
@@ -50,7 +50,7 @@ async def test_slots_are_given_in_order_and_not_to_cancelled_waiters() -> None:
     slots = Slots(1, 2, "calls", retry_seconds=3)
     await slots.take()
     first, second = (asyncio.create_task(slots.take()) for _ in range(2))
-    await asyncio.sleep(0)
+    await until_idle()
     with pytest.raises(ServiceError, match="1 calls are under way and 2 wait") as refused:
         await slots.take()
     assert (refused.value.code, refused.value.retry_after) == (Code.RESOURCE_EXHAUSTED, 3)
@@ -68,7 +68,7 @@ async def test_a_slot_of_a_waiter_cancelled_meanwhile_is_passed_on() -> None:
     slots = Slots(1, 2, "calls")
     await slots.take()
     leaving, staying = (asyncio.create_task(slots.take()) for _ in range(2))
-    await asyncio.sleep(0)
+    await until_idle()
     slots.release()
     leaving.cancel()
     await staying
@@ -76,7 +76,7 @@ async def test_a_slot_of_a_waiter_cancelled_meanwhile_is_passed_on() -> None:
     # The same for a waiter that is cancelled before it gets its slot.
     await slots.take()
     leaving = asyncio.create_task(slots.take())
-    await asyncio.sleep(0)
+    await until_idle()
     leaving.cancel()
     slots.release()
     await asyncio.gather(leaving, return_exceptions=True)
@@ -104,7 +104,7 @@ async def test_a_cancelled_call_stops_and_a_cancelled_waiting_call_does_not_begi
             asyncio.create_task(pool.run(lambda: work("in the pool"), Caller())),
             asyncio.create_task(pool.run(lambda: work("heavy"), Caller(), heavy=True)),
         ]
-        await asyncio.sleep(0)
+        await until_idle()
         for task in (*waiting, running):
             task.cancel()
         await asyncio.gather(*waiting, running, return_exceptions=True)

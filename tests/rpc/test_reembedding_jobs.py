@@ -25,7 +25,7 @@ from emberpc.server.pipelines.index_pool import IndexPool
 from emberpc.server.pipelines.limits import Limits
 from emberpc.server.pipelines.records import RecordWriter, UpsertRequest
 from emberpc.server.pipelines.reembedding import ReembeddingJobs
-from waiting import Changes
+from waiting import Changes, until_idle
 
 
 class SteeredIndex:
@@ -136,7 +136,7 @@ async def test_close_waits_for_a_start_whose_call_was_cancelled(steered: Steered
     assert await asyncio.to_thread(called.wait, 300)
     call.cancel()
     closed = asyncio.create_task(steered.jobs.close())
-    await asyncio.sleep(0)
+    await until_idle()
     assert not closed.done()
     go_on.set()
     await asyncio.wait_for(closed, 300)

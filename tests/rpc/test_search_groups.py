@@ -20,7 +20,7 @@ from emberpc.server.pipelines import search_groups
 from emberpc.server.pipelines.index_pool import IndexPool
 from emberpc.server.pipelines.search_groups import SearchGroups, VectorSearch
 from index_helpers import DIMENSIONS, records, vectors
-from waiting import Changes
+from waiting import Changes, until_idle
 
 MATRIX = vectors(300)
 
@@ -91,7 +91,7 @@ async def test_waiting_searches_run_together_and_get_their_own_outcomes(watched:
     searches = [one(watched, row) for row in range(1, 40)]
     searches.append(VectorSearch(watched, MATRIX[40:45], [3] * 5, ["40", *[None] * 4]))
     waiting = [asyncio.create_task(groups.search(search)) for search in searches]
-    await asyncio.sleep(0)
+    await until_idle()
     watched.go_on.set()
     found = [await each for each in (running, *waiting)]
     assert watched.sizes == [1, 44]
@@ -104,7 +104,7 @@ async def test_waiting_searches_run_together_and_get_their_own_outcomes(watched:
 async def test_a_group_of_searches_has_at_most_64_queries(watched: Any, groups: SearchGroups) -> None:
     running = await first(groups, watched)
     waiting = [asyncio.create_task(groups.search(one(watched, row))) for row in range(1, 200)]
-    await asyncio.sleep(0)
+    await until_idle()
     watched.go_on.set()
     await asyncio.gather(running, *waiting)
     assert watched.sizes == [1, 64, 64, 64, 7]
@@ -135,7 +135,7 @@ async def test_an_invalid_search_fails_alone(watched: Any, groups: SearchGroups)
     running = await first(groups, watched)
     wrong = VectorSearch(watched, np.full((1, DIMENSIONS), np.nan, dtype=np.float32), [3], [None])
     waiting = [asyncio.create_task(groups.search(search)) for search in (one(watched, 1), wrong, one(watched, 2))]
-    await asyncio.sleep(0)
+    await until_idle()
     watched.go_on.set()
     good, failed, other, _ = await asyncio.gather(*waiting, running, return_exceptions=True)
     assert isinstance(failed, ServiceError)
@@ -150,7 +150,7 @@ async def test_an_invalid_search_fails_alone(watched: Any, groups: SearchGroups)
 async def test_a_cancelled_waiting_search_does_not_run(watched: Any, groups: SearchGroups) -> None:
     running = await first(groups, watched)
     gone = asyncio.create_task(groups.search(one(watched, 1)))
-    await asyncio.sleep(0)
+    await until_idle()
     gone.cancel()
     await asyncio.gather(gone, return_exceptions=True)
     watched.go_on.set()
