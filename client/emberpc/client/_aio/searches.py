@@ -95,7 +95,16 @@ class AsyncSearchMethods:
             EmberpcError: the call failed otherwise.
         """
         options = SearchOptions(
-            top_k, ef, min_recall, where, mode, dense_weight, fusion, truncation, with_vectors, priority
+            top_k=top_k,
+            ef=ef,
+            min_recall=min_recall,
+            where=where,
+            mode=mode,
+            dense_weight=dense_weight,
+            fusion=fusion,
+            truncation=truncation,
+            with_vectors=with_vectors,
+            priority=priority,
         )
         results = await self._runner.run(
             search.search(collection, [query], options, details=details, name="query"), timeout
@@ -151,7 +160,16 @@ class AsyncSearchMethods:
             InputTypeError: an argument or a query has the wrong type; nothing was sent.
         """
         options = SearchOptions(
-            top_k, ef, min_recall, where, mode, dense_weight, fusion, truncation, with_vectors, priority
+            top_k=top_k,
+            ef=ef,
+            min_recall=min_recall,
+            where=where,
+            mode=mode,
+            dense_weight=dense_weight,
+            fusion=fusion,
+            truncation=truncation,
+            with_vectors=with_vectors,
+            priority=priority,
         )
         return await self._runner.run(search.search(collection, queries, options, details=details), timeout)
 

@@ -27,7 +27,7 @@ COMPUTE_SIMILARITY = Method("/emberpc.v1.EmbeddingService/ComputeSimilarity", em
 CLASSIFY = Method("/emberpc.v1.ClassificationService/Classify", classification_pb2.ClassifyResponse)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EmbedOptions:
     """The options that `embed` and `embed_stream` share, as the caller gave them; `fields` validates them.
 

@@ -39,7 +39,7 @@ _QUERIES = 100
 _HITS = 100_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SearchOptions:
     """The options that `search` and `search_batch` share, as the caller gave them; `request` validates them.
 

@@ -94,7 +94,16 @@ class SearchMethods:
             EmberpcError: the call failed otherwise.
         """
         options = SearchOptions(
-            top_k, ef, min_recall, where, mode, dense_weight, fusion, truncation, with_vectors, priority
+            top_k=top_k,
+            ef=ef,
+            min_recall=min_recall,
+            where=where,
+            mode=mode,
+            dense_weight=dense_weight,
+            fusion=fusion,
+            truncation=truncation,
+            with_vectors=with_vectors,
+            priority=priority,
         )
         results = self._runner.run(search.search(collection, [query], options, details=details, name="query"), timeout)
         return list(results[0].hits)
@@ -148,7 +157,16 @@ class SearchMethods:
             InputTypeError: an argument or a query has the wrong type; nothing was sent.
         """
         options = SearchOptions(
-            top_k, ef, min_recall, where, mode, dense_weight, fusion, truncation, with_vectors, priority
+            top_k=top_k,
+            ef=ef,
+            min_recall=min_recall,
+            where=where,
+            mode=mode,
+            dense_weight=dense_weight,
+            fusion=fusion,
+            truncation=truncation,
+            with_vectors=with_vectors,
+            priority=priority,
         )
         return self._runner.run(search.search(collection, queries, options, details=details), timeout)
 

@@ -65,7 +65,15 @@ class TextMethods:
             EmberpcError: a request failed, for example with NotFound for an unknown model, or with InvalidArgument for
                 a text that is empty or has too many tokens; see `emberpc.client.exceptions`.
         """
-        options = EmbedOptions(model, input_kind, dimensions, truncation, dtype, normalize, priority)
+        options = EmbedOptions(
+            model=model,
+            input_kind=input_kind,
+            dimensions=dimensions,
+            truncation=truncation,
+            dtype=dtype,
+            normalize=normalize,
+            priority=priority,
+        )
         calls = embedding.embed(texts, options, batch_size=batch_size, progress=progress, details=details)
         return self._runner.run(calls, timeout)
 
@@ -119,7 +127,15 @@ class TextMethods:
             EmberpcError: the stream as a whole failed; raised when the next result is taken. For example
                 FailedPrecondition: the stream had to connect again, and the server then had another model.
         """
-        options = EmbedOptions(model, input_kind, dimensions, truncation, dtype, normalize, priority)
+        options = EmbedOptions(
+            model=model,
+            input_kind=input_kind,
+            dimensions=dimensions,
+            truncation=truncation,
+            dtype=dtype,
+            normalize=normalize,
+            priority=priority,
+        )
         return self._runner.stream(
             EmbedStreamState(items, options, batch_size=batch_size, window=window), items, timeout
         )
