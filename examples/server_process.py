@@ -12,10 +12,10 @@ from pathlib import Path
 from types import TracebackType
 
 _READY = re.compile(r"serving on (\S+:\d+)")
-# Most seconds to wait for the start of a server. A start usually takes a few seconds. The limit is for a slow host with
-# other programs on every core.
+# Maximum seconds to wait for the start of a server. A start usually takes a few seconds. The limit is for a slow host
+# with other programs on every core.
 _START_SECONDS = 300
-# Most seconds to wait for the end of a server, which usually takes a few seconds, too.
+# Maximum seconds to wait for the end of a server, which usually takes a few seconds, too.
 _STOP_SECONDS = 300
 
 

@@ -47,7 +47,7 @@ COLLECTION = "stdlib"
 #: Default address of the server with --keep. The clients call localhost:50051 by default, so commands need no address
 #: then.
 KEPT_ADDRESS = "127.0.0.1:50051"
-#: Most seconds that a request may take, with its retries. Less than a second is usual, but the host may be busy.
+#: Maximum seconds that a request may take, with its retries. Less than a second is usual, but the host may be busy.
 TIMEOUT = 600.0
 QUERIES = (
     "make a temporary directory that is removed afterwards",

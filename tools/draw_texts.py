@@ -43,9 +43,9 @@ ROOMS = {
 #: and the folder `_aio`. Most files of `_aio` are generated from `_sync`; the texts of the others are nearly those of
 #: `_sync`.
 _GENERATED = re.compile(r"_pb2(_grpc)?\.py|/_aio/|^docs/reports/|\.pyi$")
-#: Fewest words of a text that can be drawn, with its signature or line of code. Shorter texts are mostly titles. For a
-#: test function without a docstring, only the words of its name count, without `test`.
-_LEAST_WORDS = 4
+#: Minimum number of words of a text that can be drawn, with its signature or line of code. Shorter texts are mostly
+#: titles. For a test function without a docstring, only the words of its name count, without `test`.
+_MIN_WORDS = 4
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def collect() -> dict[str, list[Text]]:
-    """Return the texts of at least `_LEAST_WORDS` words of each room, by the room's name.
+    """Return the texts of at least `_MIN_WORDS` words of each room, by the room's name.
 
     The files of a room are sorted by path. In a Python file, the docstrings come before the comments.
     """
@@ -82,7 +82,7 @@ def collect() -> dict[str, list[Text]]:
     for room, places in ROOMS.items():
         files = sorted(file for place in places for file in _files(ROOT / place) if file not in seen)
         seen.update(files)
-        rooms[room] = [text for file in files for text in _texts(file) if len(text.text.split()) >= _LEAST_WORDS]
+        rooms[room] = [text for file in files for text in _texts(file) if len(text.text.split()) >= _MIN_WORDS]
     return rooms
 
 
@@ -135,7 +135,7 @@ def _texts(file: Path) -> Iterator[Text]:
 def _docstrings(source: str, path: str) -> Iterator[Text]:
     """Yield the docstrings of a module, and of all classes and functions in it, each after its signature.
 
-    A test function without a docstring gives its signature if its name has at least `_LEAST_WORDS` words after `test`.
+    A test function without a docstring gives its signature if its name has at least `_MIN_WORDS` words after `test`.
     Nested classes and functions, such as methods, count too. Outer docstrings come before inner ones.
 
     Args:
@@ -149,7 +149,7 @@ def _docstrings(source: str, path: str) -> Iterator[Text]:
         line = 1 if isinstance(node, ast.Module) else node.lineno
         if text is not None:
             yield Text(path, line, f'{_signature(node)}\n    """{text}"""'.strip())
-        elif isinstance(node, _Function) and node.name.startswith("test_") and node.name.count("_") >= _LEAST_WORDS:
+        elif isinstance(node, _Function) and node.name.startswith("test_") and node.name.count("_") >= _MIN_WORDS:
             yield Text(path, line, _signature(node))
 
 

@@ -168,7 +168,7 @@ def churned(found: dict[str, Any]) -> list[str]:
         f"{after['rounds']} times: recall@10 by default was {found['default']['recall']:.3f} (ef "
         f"{found['default']['ef']}) before and {after['recall']:.3f} (ef {after['ef']}) after. During the writes, at "
         f"{meanwhile['writes_per_second']:,.0f} records per second, a search took {meanwhile['p50_ms']:.2f} ms (p50), "
-        f"{meanwhile['p99_ms']:.1f} ms (p99), and {meanwhile['most_ms']:.0f} ms at most."
+        f"{meanwhile['p99_ms']:.1f} ms (p99), and {meanwhile['max_ms']:.0f} ms at most."
     ]
 
 

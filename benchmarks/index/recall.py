@@ -165,7 +165,7 @@ def run(vectors: np.ndarray, rounds: int, folder: Path) -> dict[str, Any]:
             "searches": len(times),
             "p50_ms": float(middle),
             "p99_ms": float(high),
-            "most_ms": max(times),
+            "max_ms": max(times),
         }
         result["after"] = {"rounds": rounds, **measure(collection, stored, queries)}
     index.close()
@@ -176,7 +176,7 @@ def main() -> None:
     """Measure, print the result as JSON, and write it to a file if `--output` is given."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("vectors", nargs="?", type=Path, help="a .npy file; default: clustered gaussians")
-    parser.add_argument("--records", type=int, default=100_000, help="the most vectors to read")
+    parser.add_argument("--records", type=int, default=100_000, help="maximum number of vectors to read")
     parser.add_argument("--rounds", type=int, default=10, help="number of times that half of the records are replaced")
     parser.add_argument("-o", "--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()

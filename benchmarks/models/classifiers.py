@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 TUNED = ("top-layers", "contrastive", "full")
-#: Fewest seeds of a strategy whose figures `Claim.check` uses. The figures of zero-shot are always used, since they do
-#: not depend on the seed.
+#: Minimum number of seeds of a strategy whose figures `Claim.check` uses. The figures of zero-shot are always used,
+#: since they do not depend on the seed.
 SEEDS = 3
 #: All strategies of `emberpc compare`, for claims about the best of them.
 ANY = ("zero-shot", "nearest", "centroids", "linear", *TUNED)

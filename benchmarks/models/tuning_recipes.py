@@ -71,9 +71,9 @@ def parse(recipe: str) -> tuple[Strategy, dict[str, Any]]:
     return strategy, options
 
 
-def drawn(examples: Examples, most: int, seed: int) -> Examples:
-    """Return at most `most` examples, drawn with a seed and in their order."""
-    rows = np.random.default_rng(seed).permutation(len(examples.texts))[:most]
+def drawn(examples: Examples, maximum: int, seed: int) -> Examples:
+    """Return at most `maximum` examples, drawn with a seed and in their order."""
+    rows = np.random.default_rng(seed).permutation(len(examples.texts))[:maximum]
     return examples.take(np.sort(rows))
 
 
@@ -107,8 +107,12 @@ def main() -> int:
     parser.add_argument("--recipe", nargs="+", default=DEFAULT_RECIPES, help="recipes (default: all strategies)")
     parser.add_argument("--budget", nargs="+", default=("16", "all"), help="texts of each label, or all")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1), help="seeds of draw and fit")
-    parser.add_argument("--most", type=int, default=2000, help="most training texts (default: %(default)s)")
-    parser.add_argument("--most-test", type=int, default=1000, help="most test texts (default: %(default)s)")
+    parser.add_argument(
+        "--max-train", type=int, default=2000, help="maximum number of training texts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-test", type=int, default=1000, help="maximum number of test texts (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     for recipe in arguments.recipe:
         parse(recipe)
@@ -117,11 +121,11 @@ def main() -> int:
         for number, folder in enumerate(arguments.data):
             encoder = open_base(arguments.base, Path(raw) / str(number), None, no_progress).cached_encoder
             train, _, _ = read_data(ClassifierData(folder / "train.csv", min_examples=1))
-            test = drawn(held_out_examples(read_labelled(folder / "test.csv"), train), arguments.most_test, 0)
+            test = drawn(held_out_examples(read_labelled(folder / "test.csv"), train), arguments.max_test, 0)
             for budget in arguments.budget:
                 for seed in arguments.seeds:
                     sample = take_budget(train, ALL if budget == "all" else int(budget), seed)
-                    sample = described_examples(drawn(sample, arguments.most, seed), (), encoder)
+                    sample = described_examples(drawn(sample, arguments.max_train, seed), (), encoder)
                     for recipe in arguments.recipe:
                         found = fit(recipe, sample, test, encoder, seed)
                         rows.append({"data": folder.name, "budget": budget, "recipe": recipe, "seed": seed, **found})

@@ -6,7 +6,7 @@ not export, but reads this bundle: the figures of the first two items below are 
 of other texts and another host. If `--bundle` names a new folder, the exported bundle is kept there. For each variant,
 the script prints:
 
-- on docstrings, the least and the mean cosine to the vectors of fp32, and the mean share of a text's 10 nearest texts
+- on docstrings, the minimum and the mean cosine to the vectors of fp32, and the mean share of a text's 10 nearest texts
   that are the same;
 - texts per CPU-second on one thread, and their ratio to fp32 (median over alternating rounds), size and load time;
 - with `--retrieval`, nDCG@10 on the test queries of a folder in BEIR's format (corpus.jsonl, queries.jsonl, qrels with
@@ -106,7 +106,7 @@ def measure(bundle: Path, base: str, retrieval: Path | None, labelled: Path | No
         manifest = read_bundle(bundle).manifest
     except BundleError:
         manifest = export_embedding(base, bundle, variants=[candidate.name for candidate in CANDIDATES])
-    titles = ["variant", "least cosine", "mean cosine", "same 10", "times fp32", "texts/CPU-s", "MB", "load s"]
+    titles = ["variant", "minimum cosine", "mean cosine", "same 10", "times fp32", "texts/CPU-s", "MB", "load s"]
     titles += ["nDCG@10"] if retrieval else []
     table = Table(*titles, *(["accuracy"] if labelled else []))
     judged = read_retrieval(retrieval) if retrieval else None

@@ -6,7 +6,7 @@ of each request that took more than 0.2 s when sent alone, eight copies at once.
 calls the health service and embeds a short text, one call after the other. Finally, without the probe, the script
 begins to send all requests again, eight at a time, and at once sends SIGTERM.
 
-For each request that was sent alone, the script prints the seconds of the slowest calls of the probe, and the most
+For each request that was sent alone, the script prints the seconds of the slowest calls of the probe, and the peak
 memory of the server; for eight copies, only the seconds. At the end it prints the other figures, such as the seconds
 from SIGTERM to the server's exit. Targets, which are not checked: a call of the probe takes at most 500 ms, memory is
 at most 600 MiB above that of the idle server, and the exit takes at most 2 s more than the drain time, which is 2 s.
@@ -113,7 +113,7 @@ def megabytes(process: ServerProcess, field: str) -> int:
 
     Args:
         process: the server.
-        field: `VmRSS` for the memory now, `VmHWM` for the most since the start of the process, or since `measure` last
+        field: `VmRSS` for the memory now, `VmHWM` for the peak since the start of the process, or since `measure` last
             reset it.
     """
     status = Path(f"/proc/{process.process.pid}/status").read_text()
@@ -129,8 +129,8 @@ def measure(bundle: Path, data: Path) -> dict[str, Any]:
         data: data directory of the server, empty.
 
     Returns:
-        Figures by name. Times are in seconds, memory is in MiB. `most MB` is the most memory while requests were sent
-        eight at a time, or as eight copies.
+        Figures by name. Times are in seconds, memory is in MiB. `peak MB` is the peak of the memory while requests were
+        sent eight at a time, or as eight copies.
 
     Raises:
         RuntimeError: the server did not start.
@@ -158,10 +158,10 @@ def measure(bundle: Path, data: Path) -> dict[str, Any]:
                 start = perf_counter()
                 code = send(one, hostile)
                 seconds = perf_counter() - start
-            most = megabytes(process, "VmHWM")
-            rows[name] = {"code": code, "seconds": seconds, "health": slowest[0], "embed": slowest[1], "most MB": most}
+            peak = megabytes(process, "VmHWM")
+            rows[name] = {"code": code, "seconds": seconds, "health": slowest[0], "embed": slowest[1], "peak MB": peak}
             waits = f"health {slowest[0]:.3f}, embed {slowest[1]:.3f}"
-            print(f"{name:45} {code:20} {seconds:7.3f} s, {waits}, {most} MB", flush=True)
+            print(f"{name:45} {code:20} {seconds:7.3f} s, {waits}, {peak} MB", flush=True)
         slowest = []
         with watched(process.address, slowest):
             channels = [one, other]
@@ -177,7 +177,7 @@ def measure(bundle: Path, data: Path) -> dict[str, Any]:
                     list(pool.map(lambda i, hostile=hostile: send(channels[i % 2], hostile), range(8)))
                 alike[name] = {"health": slowest[0], "embed": slowest[1]}
                 print(f"eight times {name:33} health {slowest[0]:.3f}, embed {slowest[1]:.3f}", flush=True)
-        most = megabytes(process, "VmHWM")
+        peak = megabytes(process, "VmHWM")
         jobs = [pool.submit(send, channels[i % 2], hostile) for i, hostile in enumerate(requests.values())]
         start = perf_counter()
         exit_code = process.stop()
@@ -190,8 +190,8 @@ def measure(bundle: Path, data: Path) -> dict[str, Any]:
         "eight at a time": together,
         "eight of one kind": alike,
         "idle MB": idle,
-        "most MB, one at a time": max(row["most MB"] for row in rows.values()),
-        "most MB": most,
+        "peak MB, one at a time": max(row["peak MB"] for row in rows.values()),
+        "peak MB": peak,
         "seconds of the end": end,
         "exit code": exit_code,
     }

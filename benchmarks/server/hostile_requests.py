@@ -68,11 +68,11 @@ class Size:
     """Sizes of the hostile requests.
 
     Attributes:
-        text: most bytes of a long text.
+        text: maximum number of bytes of a long text.
         message: approximate bytes of a request with too many elements.
         records: number of records with much metadata in one request.
-        numbers: most numbers in the metadata of each of these records. With the defaults, the request is near the
-            server's limit of elements.
+        numbers: maximum count of numbers in the metadata of each of these records. With the defaults, the request is
+            near the server's limit of elements.
         dimensions: dimensions of the vectors of the model and of the collections.
     """
 

@@ -45,7 +45,7 @@ def texts_of(model: Model, tokens: int, count: int) -> list[str]:
     place = 0
     while len(found) < count:
         low, high = 1, tokens
-        while low < high:  # find the most words within the number of tokens
+        while low < high:  # find the maximum number of words within the number of tokens
             middle_ = (low + high + 1) // 2
             fits = model.tokenizer.count([" ".join(words[place : place + middle_])], "")[0] <= tokens
             low, high = (middle_, high) if fits else (low, middle_ - 1)

@@ -173,7 +173,7 @@ def check_answers(address: str, bundle: Path, texts: Sequence[str]) -> float:
         texts: at least one text; long texts are truncated at their end.
 
     Returns:
-        The least cosine of a text's two vectors in the calls of 32 texts.
+        The minimum cosine of a text's two vectors in the calls of 32 texts.
 
     Raises:
         RuntimeError: a cosine is below 0.999, in calls of 1 or of 32 texts.
@@ -189,10 +189,10 @@ def check_answers(address: str, bundle: Path, texts: Sequence[str]) -> float:
             requests = [embedding_pb2.EmbedRequest(texts=part, truncation=types_pb2.TRUNCATION_END) for part in parts]
             answers = [each.result() for each in [embed.future(request) for request in requests]]
             got = np.concatenate([vectors.decode(answer.embeddings) for answer in answers])
-            least = float(np.einsum("ij,ij->i", got, expected).min())
-            if least < 0.999:
-                raise RuntimeError(f"a vector of the server has a cosine of {least:.4f} to the model's own vector")
-    return least
+            minimum = float(np.einsum("ij,ij->i", got, expected).min())
+            if minimum < 0.999:
+                raise RuntimeError(f"a vector of the server has a cosine of {minimum:.4f} to the model's own vector")
+    return minimum
 
 
 def capacity(address: str, method: str, requests: Sequence[Message], each: int) -> float:

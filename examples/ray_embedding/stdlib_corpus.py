@@ -23,7 +23,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\n+")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--texts", type=int, default=5000, help="the most texts to write")
+    parser.add_argument("--texts", type=int, default=5000, help="maximum number of texts to write")
     parser.add_argument("--files", type=int, default=4, help="number of files")
     options = parser.parse_args()
     texts = dict(islice(sentences(), options.texts))

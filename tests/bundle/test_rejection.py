@@ -159,10 +159,10 @@ def test_missing_or_damaged_stored_vectors_are_refused(tmp_path: Path) -> None:
 
 @given(SCORES, SCORES, st.sampled_from([0.0, 0.05, 0.1, 0.5]))
 def test_a_threshold_keeps_its_cap_and_rejects_the_most_out_of_scope_texts(
-    inside: np.ndarray, outside: np.ndarray, most: float
+    inside: np.ndarray, outside: np.ndarray, maximum: float
 ) -> None:
-    threshold = capped_threshold(inside, outside, most)
-    allowed = max(0, int(most * (len(inside) + 1) + 1e-9) - 1)
+    threshold = capped_threshold(inside, outside, maximum)
+    allowed = max(0, int(maximum * (len(inside) + 1) + 1e-9) - 1)
     assert (inside < threshold).sum() <= allowed
     rejected = (outside < threshold).sum()
     for cut in np.unique(np.concatenate([inside, outside, [np.inf]])):

@@ -164,9 +164,9 @@ def test_an_export_beyond_the_file_size_limit_is_an_input_error_and_leaves_nothi
     emberpc: Emberpc, tiny_source: Path, out: Path
 ) -> None:
     """As with a full disk, without root: a write that makes a file larger than the limit fails, with EFBIG."""
-    _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    _, maximum = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, most))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, maximum))
     try:
         outcome = emberpc("export", "embedding", tiny_source, "-o", out / "bundle")
     finally:

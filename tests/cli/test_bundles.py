@@ -129,7 +129,7 @@ def test_an_export_prints_its_variants_and_the_dropped_ones(
     # An embedding model has neither labels nor a strategy, and no row for them.
     assert all(len(row) >= 2 and row[1] for row in outcome.rows if row != [""])
     table = outcome.rows[[row[0] for row in outcome.rows].index("variant") :]
-    assert table[0][:3] == ["variant", "least cosine to PyTorch", "mean cosine to fp32"]
+    assert table[0][:3] == ["variant", "minimum cosine to PyTorch", "mean cosine to fp32"]
     assert table[1][0] == "fp32"
     assert all(len(row) == len(table[0]) for row in table)
     names = {row[0] for row in table[1:]}

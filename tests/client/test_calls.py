@@ -46,13 +46,13 @@ def test_embed_keeps_the_order_of_many_requests_in_flight(fake: FakeServer, shel
 @pytest.mark.parametrize("in_flight", [1, 2, 3])
 def test_in_flight_limits_the_requests_that_run_at_once(fake: FakeServer, shell_type: Any, in_flight: int) -> None:
     together = threading.Barrier(in_flight)
-    lock, here, most = threading.Lock(), 0, 0
+    lock, here, maximum = threading.Lock(), 0, 0
 
     def hook(_: Any) -> None:
-        nonlocal here, most
+        nonlocal here, maximum
         with lock:
             here += 1
-            most = max(most, here)
+            maximum = max(maximum, here)
         together.wait(300)  # fails unless enough calls wait here concurrently
         with lock:
             here -= 1
@@ -63,7 +63,7 @@ def test_in_flight_limits_the_requests_that_run_at_once(fake: FakeServer, shell_
         shell("embed", TEXTS[: 6 * in_flight], batch_size=2)
     finally:
         shell.close()
-    assert most == in_flight
+    assert maximum == in_flight
 
 
 def test_embed_sends_all_its_options(fake: FakeServer, shell: Shell) -> None:

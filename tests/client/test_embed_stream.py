@@ -145,20 +145,20 @@ def test_an_error_of_the_source_of_items_is_raised_unchanged(fake: FakeServer, s
 
 @pytest.mark.parametrize("window", [1, 64, 300])
 def test_the_window_limits_the_items_read_ahead(fake: FakeServer, shell: Shell, window: int) -> None:
-    read = taken = most = 0
+    read = taken = maximum = 0
 
     def source() -> Iterator[str]:
-        nonlocal read, most
+        nonlocal read, maximum
         for text in TEXTS:
             read += 1
-            most = max(most, read - taken)
+            maximum = max(maximum, read - taken)
             yield text
 
     for _ in shell.iterate("embed_stream", source(), batch_size=32, window=window):
         taken += 1
     assert taken == 1000
     # Results that the caller has not consumed yet are those of one request at most.
-    assert window / 2 < most <= window + 32
+    assert window / 2 < maximum <= window + 32
 
 
 def test_no_item_is_read_before_the_first_result_is_requested(fake: FakeServer, shell: Shell) -> None:

@@ -34,9 +34,9 @@ def entry(value: float, width: int = 4) -> CachedOutput:
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(1, 400)), max_size=80), st.integers(0, 20_000))
 def test_the_cache_keeps_its_byte_limit_and_returns_stored_outcomes(
-    steps: list[tuple[bool, int, int]], most: int
+    steps: list[tuple[bool, int, int]], maximum: int
 ) -> None:
-    cache, known = Cache(most), {}
+    cache, known = Cache(maximum), {}
     for adds, number, width in steps:
         wanted = key(f"text {number}")
         if adds:
@@ -46,7 +46,7 @@ def test_the_cache_keeps_its_byte_limit_and_returns_stored_outcomes(
         else:
             for found, value in cache.find([wanted]).items():
                 assert np.array_equal(value.row, known[found].row)
-        assert 0 <= cache.bytes <= most
+        assert 0 <= cache.bytes <= maximum
 
 
 def test_the_least_recently_used_outcome_is_evicted_first() -> None:

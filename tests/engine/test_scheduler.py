@@ -239,7 +239,7 @@ async def test_no_call_is_refused_before_a_full_batch_was_timed(scheduler: Make,
 
 
 async def test_an_accepted_call_is_not_dropped_for_slow_batches(scheduler: Make) -> None:
-    """By the rate of the slow batches, the call takes 800 s; by the best rate, 20 s, which is its least time."""
+    """By the rate of the slow batches, the call takes 800 s; by the best rate, 20 s, which is its minimum time."""
     busy, gate = scheduler(workers=1), Gate()
     running = await hold(busy, gate, 5)
     accepted = asyncio.create_task(busy.run(Lengths(), texts(*[50] * 160), Caller(deadline=perf_counter() + 300)))

@@ -128,16 +128,16 @@ def test_a_long_text_without_places_to_cut_is_read_only_in_part(
     ours = TextTokenizer(Path("tokenizer.json"), MAX_TOKENS, InMemory(raw.to_str().encode()))
     watched = Watched(ours._tokenizer)
     monkeypatch.setattr(ours, "_tokenizer", watched)
-    monkeypatch.setattr(tokenizing, "_MOST_AT_ONCE", MOST)
+    monkeypatch.setattr(tokenizing, "_MAX_AT_ONCE", LIMIT)
     for text in ("[red]" + "red," * 100_000, "red," * 100_000 + "[red]"):
         if truncation is Truncation.REFUSE:
             with pytest.raises(ServiceError, match="has more than 8 tokens"):
                 ours.tokenize([text], "", truncation, items_of("texts"))
         else:
             assert len(ours.tokenize([text], "", truncation, items_of("texts"))[0].ids) == MAX_TOKENS
-        with pytest.raises(ServiceError, match=f"reads at most {MOST} of one text; count its parts"):
+        with pytest.raises(ServiceError, match=f"reads at most {LIMIT} of one text; count its parts"):
             ours.count([text], "")
-    assert watched.longest <= MOST
+    assert watched.longest <= LIMIT
 
 
 class InMemory(Contents):
@@ -274,7 +274,7 @@ def test_a_long_text_is_read_only_as_far_as_needed(
 
 CORPUS = ["red green blue one two three query", "!" * 40, "a" * 40]
 #: Limit of characters of a text that these tokenizers read at once, in the tests.
-MOST = 2000
+LIMIT = 2000
 
 
 @pytest.fixture(scope="module", params=["byte-level BPE", "Unigram"])
@@ -304,7 +304,7 @@ def library(request: pytest.FixtureRequest) -> Tokenizer:
 @pytest.fixture
 def other(library: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TextTokenizer:
     """emberpc's tokenizer of the same file, with a low limit."""
-    monkeypatch.setattr(tokenizing, "_MOST_AT_ONCE", MOST)
+    monkeypatch.setattr(tokenizing, "_MAX_AT_ONCE", LIMIT)
     library.save(str(tmp_path / "tokenizer.json"))
     return TextTokenizer(tmp_path / "tokenizer.json", MAX_TOKENS)
 
@@ -339,7 +339,7 @@ def test_tokenizers_without_pieces_truncate_a_long_text_by_a_part_of_it(
     (cut,) = other.tokenize([text], prompt, truncation, items_of("texts"))
     assert cut.truncated
     assert len(cut.ids) == MAX_TOKENS
-    assert 0 < watched.longest <= MOST
+    assert 0 < watched.longest <= LIMIT
     inner, before = cut.ids.tolist()[1:-1], library.encode(prompt, add_special_tokens=False).ids
     behind = library.encode(text, add_special_tokens=False).ids
     if truncation is Truncation.START:
@@ -349,10 +349,10 @@ def test_tokenizers_without_pieces_truncate_a_long_text_by_a_part_of_it(
 
 
 def test_tokenizers_without_pieces_refuse_to_count_a_too_long_text(other: TextTokenizer, watched: Watched) -> None:
-    assert other.count(["red " * (MOST // 4)], "")
+    assert other.count(["red " * (LIMIT // 4)], "")
     watched.longest = 0
-    with pytest.raises(ServiceError, match=f"reads at most {MOST} of one text; count its parts") as refused:
-        other.count(["red", "a" * (MOST + 1), "b", "c" * MOST], "one ")
+    with pytest.raises(ServiceError, match=f"reads at most {LIMIT} of one text; count its parts") as refused:
+        other.count(["red", "a" * (LIMIT + 1), "b", "c" * LIMIT], "one ")
     assert [violation.field for violation in refused.value.violations] == ["texts[1]", "texts[3]"]
     assert refused.value.code is Code.INVALID_ARGUMENT
     assert not watched.longest
@@ -367,12 +367,12 @@ def test_tokenizers_without_pieces_refuse_a_text_whose_readable_part_has_too_few
     raw.normalizer = normalizers.Replace("x", "")
     raw.save(str(tmp_path / "empty.json"))
     ours = TextTokenizer(tmp_path / "empty.json", MAX_TOKENS)
-    monkeypatch.setattr(tokenizing, "_MOST_AT_ONCE", MOST)
+    monkeypatch.setattr(tokenizing, "_MAX_AT_ONCE", LIMIT)
     watched = Watched(ours._tokenizer)
     monkeypatch.setattr(ours, "_tokenizer", watched)
-    with pytest.raises(ServiceError, match=f"at most {MOST} of one text; shorten it"):
+    with pytest.raises(ServiceError, match=f"at most {LIMIT} of one text; shorten it"):
         ours.tokenize(["x" * 100_000], "", truncation, items_of("texts"))
-    assert watched.longest == MOST
+    assert watched.longest == LIMIT
 
 
 @pytest.mark.parametrize("truncation", list(Truncation))

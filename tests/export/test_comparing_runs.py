@@ -222,7 +222,7 @@ def test_all_strategies_report_their_progress_at_each_step(
     settings: ComparisonSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Few held-out texts stop a training early, so that it is scored after each epoch.
-    monkeypatch.setattr("emberpc.export.classify.strategies.base._FEWEST_TO_STOP", 2)
+    monkeypatch.setattr("emberpc.export.classify.strategies.base._MIN_TO_STOP", 2)
     monkeypatch.setattr("emberpc.export.tuning.trainable_encoder._BATCH", 2)
     host = SlowHost(monkeypatch, REPEATED)
     settings = replace(settings, strategies=tuple(STRATEGIES))

@@ -24,7 +24,7 @@ from emberpc.export.compare.summary import Summary
 def few_samples() -> Iterator[None]:
     """Draw few samples of the bootstrap, since no test of this module checks an interval."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_SAMPLES", "_FEWEST_SAMPLES"):
+        for name in ("_SAMPLES", "_MIN_SAMPLES"):
             patch.setattr(uncertainty, name, 20)
         yield
 

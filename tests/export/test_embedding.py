@@ -215,7 +215,7 @@ def test_two_exports_of_one_model_have_equal_fingerprints(tiny_source: Path, tin
 def test_weights_above_the_limit_of_an_onnx_file_are_written_to_another_file(
     tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(graph, "_MAX_BYTES", 1000)
     manifest = export_embedding(str(tiny_source), tmp_path / "bundle")
     assert {"onnx/model.onnx", "onnx/model.onnx_data"} <= set(manifest.files)
     assert verify_bundle(tmp_path / "bundle").ok

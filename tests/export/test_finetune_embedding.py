@@ -208,11 +208,11 @@ def test_ndcg_and_recall_equal_hand_computed_values() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 260), st.integers(1, 8))
-def test_positives_and_passages_above_the_margin_are_never_mined(seed: int, passages: int, most: int) -> None:
+def test_positives_and_passages_above_the_margin_are_never_mined(seed: int, passages: int, maximum: int) -> None:
     generator = np.random.default_rng(seed)
     found = generator.normal(size=(passages, 6)).astype(np.float32)
     asked = generator.normal(size=(5, 6)).astype(np.float32)
-    known = [set(generator.choice(passages, min(most, passages), replace=False).tolist()) for _ in range(5)]
+    known = [set(generator.choice(passages, min(maximum, passages), replace=False).tolist()) for _ in range(5)]
     own = generator.integers(-1, passages, 5).tolist()
     wanted = queries(known, own)
     cosines = (asked / np.linalg.norm(asked, axis=1, keepdims=True)) @ (
@@ -328,19 +328,19 @@ def test_an_interrupted_training_resumes(tiny: SourceEncoder, tmp_path: Path) ->
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**32 - 1))
-def test_a_sample_of_judged_queries_keeps_their_answers(most_queries: int, most: int, seed: int) -> None:
+def test_a_sample_of_judged_queries_keeps_their_answers(max_queries: int, maximum: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
     relevant = [set(generator.choice(20, generator.integers(1, 4), replace=False).tolist()) for _ in range(12)]
     judged = Judged(tuple(f"passage {i}" for i in range(20)), queries(relevant))
-    few = judged.few(most_queries, most)
-    assert len(few.passages) == len(set(few.passages)) == min(most, 20)
-    assert len(few.queries) <= min(most_queries, 12)
+    few = judged.few(max_queries, maximum)
+    assert len(few.passages) == len(set(few.passages)) == min(maximum, 20)
+    assert len(few.queries) <= min(max_queries, 12)
     for text, found in zip(few.queries.texts, few.queries.relevant, strict=True):
         known = relevant[judged.queries.texts.index(text)]
         assert found
         assert {few.passages[i] for i in found} == {f"passage {i}" for i in known} & set(few.passages)
-    if most == 20:
-        assert len(few.queries) == min(most_queries, 12)
+    if maximum == 20:
+        assert len(few.queries) == min(max_queries, 12)
 
 
 @pytest.mark.parametrize("room", [0, 2000, 10**9])

@@ -96,7 +96,7 @@ def test_the_option_most_limits_the_tasks_that_run_at_once(cores: Cores) -> None
         return threading.active_count()
 
     before = threading.active_count()
-    assert max(run_in_threads([task] * 50, most=2)) <= before + 2
+    assert max(run_in_threads([task] * 50, maximum=2)) <= before + 2
     assert len(running) <= 2
 
 

@@ -107,13 +107,13 @@ def test_each_variant_has_a_fingerprint_of_its_own(bundle: Path) -> None:
     assert len({read.fingerprint(variant.name) for variant in variants}) == len(variants)
 
 
-@pytest.mark.parametrize(("name", "least"), [("fp16", 0.9999), ("int8", 0.97), ("int8-fast", 0.95)])
+@pytest.mark.parametrize(("name", "minimum"), [("fp16", 0.9999), ("int8", 0.97), ("int8-fast", 0.95)])
 def test_each_variant_gives_nearly_the_vectors_of_fp32(
-    bundle: Path, manifest: Manifest, others: tuple[list[str], np.ndarray], name: str, least: float
+    bundle: Path, manifest: Manifest, others: tuple[list[str], np.ndarray], name: str, minimum: float
 ) -> None:
     texts, expected = others
     cosines = (expected * vectors(bundle, manifest.variant(name), texts)).sum(axis=1)
-    assert cosines.min() >= least
+    assert cosines.min() >= minimum
 
 
 def test_splitting_outliers_is_exact_and_brings_int8_nearer_to_fp32(bundle: Path, manifest: Manifest) -> None:

@@ -75,7 +75,7 @@ def test_duplicates_of_large_collections_are_found_with_the_graph(
 def test_if_there_are_too_many_pairs_those_with_the_greatest_scores_are_returned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(duplicates, "MOST_PAIRS", 40)
+    monkeypatch.setattr(duplicates, "MAX_PAIRS", 40)
     monkeypatch.setattr(duplicates, "_BLOCK", 1000)
     matrix = vectors(200)
     with closing(Index(tmp_path)) as index:

@@ -16,7 +16,7 @@ from index.backups import restored, taken
 from index.damages import COUNT, VECTORS, WIDTH, damaged
 from index.support import refused
 
-MOST = 2**63 - 1
+LARGEST = 2**63 - 1
 #: Writes that are refused for each damage: an upsert needs both counters, a delete only the sequence.
 SEQUENCE, LABEL, NEITHER = ("upsert", "delete"), ("upsert",), ()
 
@@ -37,12 +37,12 @@ def change(folder: Path, statement: str) -> None:
 @pytest.mark.parametrize(
     ("statement", "refused_writes"),
     [
-        (f"UPDATE state SET sequence = {MOST}", SEQUENCE),
+        (f"UPDATE state SET sequence = {LARGEST}", SEQUENCE),
         (f"UPDATE state SET sequence = {2**62 + 1}", SEQUENCE),
         ("UPDATE state SET sequence = -4", SEQUENCE),
         ("UPDATE state SET sequence = 1", NEITHER),
-        (f"UPDATE sqlite_sequence SET seq = {MOST}", LABEL),
-        (f"UPDATE sqlite_sequence SET seq = {MOST - 1}", LABEL),
+        (f"UPDATE sqlite_sequence SET seq = {LARGEST}", LABEL),
+        (f"UPDATE sqlite_sequence SET seq = {LARGEST - 1}", LABEL),
         ("UPDATE sqlite_sequence SET seq = -4", LABEL),
         ("UPDATE sqlite_sequence SET seq = 5", NEITHER),
         ("INSERT INTO sqlite_sequence VALUES ('other', 5)", LABEL),
@@ -75,7 +75,7 @@ def test_a_damaged_counter_is_reported_and_writes_that_need_it_are_refused(
 
 def test_a_record_with_the_greatest_label_does_not_prevent_upserts(tmp_path: Path) -> None:
     """A record with the greatest integer as its label must not make every upsert fail."""
-    with damaged(tmp_path, f"label = {MOST}") as collection:
+    with damaged(tmp_path, f"label = {LARGEST}") as collection:
         collection.upsert([NewRecord("new", "")], VECTORS[:1])
         assert problems(collection) == [("r00007", "RECORD_DAMAGED")]
         collection.upsert([NewRecord("r00007", "text of r00007")], VECTORS[7:8])

@@ -40,8 +40,8 @@ def check_all_but_the_lost(collection: Collection, *, maintained: bool) -> None:
         pairs = zip(hits, list(TRUTH)[rows], strict=True)
         assert all(hit == wanted for hit, wanted in pairs if wanted != LOST)
         assert LOST not in hits
-    (most,) = collection.search(VECTORS[:1], 100)
-    assert sorted(record.id for record, _ in most.hits) == list(others)
+    (outcome,) = collection.search(VECTORS[:1], 100)
+    assert sorted(record.id for record, _ in outcome.hits) == list(others)
 
 
 METADATA = {
@@ -111,7 +111,7 @@ NUMBERS = {
     "number": ("label = ?", 5000),
     "negative number": ("label = ?", -5),
     "no number": ("label = ?", 0),
-    "least number": ("label = ?", -(2**63)),
+    "smallest number": ("label = ?", -(2**63)),
     "greatest number": ("label = ?", 2**63 - 1),
 }
 CHECKSUMS = {

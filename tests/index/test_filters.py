@@ -331,7 +331,7 @@ def test_explaining_a_filter_reads_a_limited_amount_of_metadata(
     collection: Collection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collection.upsert([NewRecord(f"r{i}", "", {"a": "1" * 1000}) for i in range(20)], vectors(20))
-    monkeypatch.setattr(store_reader, "_MOST_METADATA", 5000)
+    monkeypatch.setattr(store_reader, "_MAX_METADATA", 5000)
     with closing(collection._store.metadata(1000)) as documents:
         assert len(list(documents)) == 4
     with closing(collection._store.metadata(3)) as documents:

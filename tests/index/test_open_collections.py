@@ -17,19 +17,19 @@ from emberpc.server.index import Collection, Index, open_collections
 from emberpc.server.index.jobs.expiry import ExpiryThread
 from emberpc.server.index.jobs.maintenance_thread import MaintenanceThread
 from emberpc.server.index.open_collections import OpenCollections, derived_limit
-from emberpc.server.index.storage.readers import MOST_DESCRIPTORS
+from emberpc.server.index.storage.readers import MAX_DESCRIPTORS
 from index.backups import restored, taken
 from index.support import gaussian, numbered, refused
 from index.test_threads import together
 from waiting import Changes
 
 WIDTH = 8
-MOST = 3
+LIMIT = 3
 
 
 @pytest.fixture
 def index(tmp_path: Path) -> Iterator[Index]:
-    with closing(Index(tmp_path, buffer_limit=8, max_open=MOST)) as opened:
+    with closing(Index(tmp_path, buffer_limit=8, max_open=LIMIT)) as opened:
         yield opened
 
 
@@ -79,7 +79,7 @@ def test_least_recently_used_collections_are_closed_and_reopened_by_calls(index:
         assert found(each, i) == [f"r{i:05}"]
         each.upsert([NewRecord("another")], gaussian(1, WIDTH))
         assert each.count() == 2
-        assert len(index._open_collections) == MOST
+        assert len(index._open_collections) == LIMIT
 
 
 def test_a_closed_collection_is_described_and_deleted_without_opening_it(index: Index) -> None:
@@ -235,7 +235,7 @@ def test_threads_share_the_connections_of_a_collection(index: Index) -> None:
     open_files = descriptors_of(collection)
     # SQLite keeps the descriptors of the database for the next connections.
     assert open_files.count("records.db") <= 13
-    assert len(open_files) - open_files.count("records.db") <= (MOST_DESCRIPTORS + 1) // 2
+    assert len(open_files) - open_files.count("records.db") <= (MAX_DESCRIPTORS + 1) // 2
 
 
 def test_more_collections_than_the_limit_are_refused(tmp_path: Path) -> None:
@@ -253,12 +253,12 @@ def test_more_collections_than_the_limit_are_refused(tmp_path: Path) -> None:
         assert restored(index, "c2", backup).count() == 1
 
 
-@pytest.mark.parametrize(("limit", "most"), [(16, 4), (1024, 69), (2**20, 500)])
+@pytest.mark.parametrize(("limit", "maximum"), [(16, 4), (1024, 69), (2**20, 500)])
 def test_the_limit_of_open_collections_depends_on_the_limit_of_descriptors(
-    monkeypatch: pytest.MonkeyPatch, limit: int, most: int
+    monkeypatch: pytest.MonkeyPatch, limit: int, maximum: int
 ) -> None:
     monkeypatch.setattr("emberpc.server.descriptors.limit", lambda: limit)
-    assert derived_limit() == most
+    assert derived_limit() == maximum
 
 
 class Stubborn:

@@ -16,10 +16,10 @@ from emberpc.server.index.graph.persistent_graph import PersistentGraph
 from emberpc.server.index.graph.worker_threads import WorkerThreads
 
 
-@pytest.mark.parametrize("most", [0, 1, 3])
+@pytest.mark.parametrize("maximum", [0, 1, 3])
 @pytest.mark.parametrize("parts", [1, 2, 5])
-def test_each_part_runs_once_and_results_are_in_order(most: int, parts: int) -> None:
-    helpers: WorkerThreads[int, int] = WorkerThreads(most)
+def test_each_part_runs_once_and_results_are_in_order(maximum: int, parts: int) -> None:
+    helpers: WorkerThreads[int, int] = WorkerThreads(maximum)
     done: list[int] = []
 
     def work(part: int) -> int:

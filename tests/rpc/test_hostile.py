@@ -28,7 +28,7 @@ REFUSALS = {
 #: Names of the requests, without the requests, which take 50 MB: each test process imports this module.
 NAMES = list(hostile_requests.requests(Size(text=64, message=64, records=1)))
 #: Megabytes by which the memory of the server may grow after the first request.
-MOST_MEGABYTES = 600
+MAX_MEGABYTES = 600
 #: Timeout of a request in seconds; on a usual host, none takes a hundredth of it.
 TIMEOUT = 300
 
@@ -42,7 +42,7 @@ def server(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
             call(request.SerializeToString(), timeout=TIMEOUT)
     before = megabytes(process)
     yield process
-    assert megabytes(process) < before + MOST_MEGABYTES
+    assert megabytes(process) < before + MAX_MEGABYTES
     assert process.stop() == 0, process.output
     assert "Traceback" not in process.output
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from emberpc.client import Client, InvalidArgument, Record, SearchQuery, SearchResult
-from emberpc.server.scraping import MOST_CONNECTIONS, PageServer
+from emberpc.server.scraping import MAX_CONNECTIONS, PageServer
 from examples.server_process import ServerProcess
 from waiting import wait_until
 
@@ -89,13 +89,13 @@ def test_silent_connections_add_no_threads_and_block_no_scrape(measured: ServerP
     figures(measured)
     before = len(list(tasks.iterdir()))
     with ExitStack() as stack:
-        for i in range(3 * MOST_CONNECTIONS):
+        for i in range(3 * MAX_CONNECTIONS):
             silent = stack.enter_context(socket.create_connection((host, int(port)), timeout=300))
             with suppress(OSError):  # the server closed it to accept newer ones
                 silent.sendall((b"", b"GET /metr", b"x" * 30_000, b"GET /metrics HTTP/1.1\r\n\r\n")[i % 4])
         assert figures(measured)["emberpc_models"] == 1
         # Other work may start a few threads meanwhile, but far fewer than there are connections.
-        assert len(list(tasks.iterdir())) < before + MOST_CONNECTIONS // 2
+        assert len(list(tasks.iterdir())) < before + MAX_CONNECTIONS // 2
 
 
 @pytest.mark.parametrize("request_line", [b"nonsense", b"POST /metrics HTTP/1.1", b"GET / a b c"])

@@ -157,8 +157,8 @@ def test_rejection_scores_of_many_texts_are_computed_on_a_thread(
     served.inferrer = served
     limits = Limits(10, 1000, 2**20, 2**20, 1000)
     request = classification.ClassificationRequest("m", TEXTS, 0, 0, Truncation.REFUSE)
-    for most in (2**26, 0):
-        monkeypatch.setattr(classification, "_LOOP_PRODUCTS", most)
+    for maximum in (2**26, 0):
+        monkeypatch.setattr(classification, "_LOOP_PRODUCTS", maximum)
         classifier = classification.TextClassifier(cast("Engine", served), limits)
         found = asyncio.run(classifier.classify(request, cast("Any", None))).decisions
         assert found.rejection_scores is not None

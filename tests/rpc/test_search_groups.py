@@ -37,13 +37,13 @@ class Watched:
         self.seconds = self.passed = 0.0
         #: Set when two searches run at once; with `pairs`, all but the first wait for that.
         self.two, self.pairs = threading.Event(), False
-        self.running = self.most = 0
+        self.running = self.maximum = 0
 
     def search(self, queries: Any, *arguments: Any, **options: Any) -> list[SearchOutcome]:
         self.sizes.append(len(queries))
         self.changes.notify()
         self.running += 1
-        self.most = max(self.most, self.running)
+        self.maximum = max(self.maximum, self.running)
         self.entered.set()
         assert self.go_on.wait(300)
         if self.running == 2:
@@ -118,7 +118,7 @@ async def test_slow_searches_run_concurrently_in_separate_groups(watched: Any, m
         watched.seconds, watched.pairs = 0.02, True
         await asyncio.gather(*(groups.search(one(watched, row)) for row in range(6)))
     assert watched.sizes == [1] * 6
-    assert watched.most == 2
+    assert watched.maximum == 2
 
 
 async def test_searches_with_different_options_do_not_wait_for_each_other(watched: Any, groups: SearchGroups) -> None:

@@ -135,13 +135,13 @@ async def test_the_server_stops_reading_if_its_responses_are_not_read(tiny_bundl
 
 async def test_texts_in_progress_are_limited_and_run_in_the_bulk_lane(tiny_bundle: Path) -> None:
     gate = asyncio.Event()
-    lanes, most = set(), 0
+    lanes, maximum = set(), 0
     async with serving(tiny_bundle) as (engine, stub):
 
         async def wait(texts: Sequence[str], caller: Caller) -> None:
-            nonlocal most
+            nonlocal maximum
             lanes.add(caller.lane)
-            most = max(most, engine.under_way)
+            maximum = max(maximum, engine.under_way)
             assert len(texts) <= 64
             await gate.wait()
 
@@ -151,7 +151,7 @@ async def test_texts_in_progress_are_limited_and_run_in_the_bulk_lane(tiny_bundl
         gate.set()
         answers = Answers([response async for response in call])
     assert len(answers.vectors) == 2000
-    assert most == 8
+    assert maximum == 8
     assert lanes == {Lane.BULK}
 
 

@@ -59,14 +59,14 @@ def address(server: Restartable) -> str:
 
 def test_the_window_limits_the_texts_read_ahead_of_20000(address: str) -> None:
     total, window = 20_000, 512
-    read = taken = most = 0
+    read = taken = maximum = 0
     texts = texts_of(100)
 
     def corpus() -> Iterator[str]:
-        nonlocal read, most
+        nonlocal read, maximum
         for i in range(total):
             read += 1
-            most = max(most, read - taken)
+            maximum = max(maximum, read - taken)
             yield texts[i % 100]
 
     seen: Counter[str] = Counter()
@@ -79,7 +79,7 @@ def test_the_window_limits_the_texts_read_ahead_of_20000(address: str) -> None:
             assert np.abs(result.vector - expected[int(result.id) % 100]).max() < 1e-5
     assert seen == Counter({str(i): 1 for i in range(total)})
     # Beside the unanswered texts, those of the response that the client reads may count.
-    assert most <= window + 64
+    assert maximum <= window + 64
 
 
 def test_invalid_texts_fail_alone_in_both_clients(address: str) -> None:

@@ -253,17 +253,17 @@ def test_every_record_is_stored_once_after_a_kill_of_the_server(serve: Serve) ->
 
 def test_the_window_limits_the_records_read_ahead(client: Client) -> None:
     client.create_collection("c", dimensions=4)
-    read = done = most = 0
+    read = done = maximum = 0
 
     def corpus() -> Iterator[Record]:
-        nonlocal read, most
+        nonlocal read, maximum
         for i in range(5000):
             read += 1
-            most = max(most, read - done)
+            maximum = max(maximum, read - done)
             yield Record(str(i), vector=np.ones(4, dtype=np.float32))
 
     for checkpoint in client.upsert_stream("c", corpus(), batch_size=50, window=200):
         done = checkpoint.done
     assert done == read == client.count("c") == 5000
     # Beside the unacknowledged records, those of the checkpoint that the client reads may count.
-    assert most <= 250
+    assert maximum <= 250

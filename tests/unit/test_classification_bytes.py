@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from emberpc.server.pipelines.classification import most_bytes_of_text
+from emberpc.server.pipelines.classification import max_bytes_of_text
 from emberpc.v1 import classification_pb2, types_pb2
 
 
@@ -22,5 +22,5 @@ def test_no_classification_has_more_bytes_than_estimated(length: int, top_k: int
         rejection_score=0.5,
     )
     response = classification_pb2.ClassifyResponse(classifications=[result] * 10)
-    estimate = 10 * most_bytes_of_text(labels, top_k, multi_label=multi_label)
+    estimate = 10 * max_bytes_of_text(labels, top_k, multi_label=multi_label)
     assert response.ByteSize() <= estimate <= 2 * response.ByteSize()

@@ -150,12 +150,12 @@ async def test_other_calls_are_served_between_the_messages_of_streams() -> None:
             decoded += 1
 
     readers = [asyncio.ensure_future(read()) for _ in range(20)]
-    before, most = 0, 0
+    before, maximum = 0, 0
     while not all(reader.done() for reader in readers):
         await asyncio.sleep(0)
-        most, before = max(most, decoded - before), decoded
+        maximum, before = max(maximum, decoded - before), decoded
     assert decoded == 100
-    assert most <= 2
+    assert maximum <= 2
 
 
 async def test_a_message_of_a_stream_is_counted_until_the_next_one_or_until_it_is_released() -> None:

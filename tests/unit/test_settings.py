@@ -164,10 +164,10 @@ def test_an_empty_path_is_refused(name: str) -> None:
 
 
 def test_drain_seconds_above_the_limit_of_a_thread_are_refused() -> None:
-    most = 2**31 // 1000
-    assert load_settings({"drain_seconds": most}, environ={}).settings.drain_seconds < threading.TIMEOUT_MAX
-    with pytest.raises(SettingsError, match=f"drain_seconds is .* at most {most}"):
-        load_settings({"drain_seconds": most + 1}, environ={})
+    maximum = 2**31 // 1000
+    assert load_settings({"drain_seconds": maximum}, environ={}).settings.drain_seconds < threading.TIMEOUT_MAX
+    with pytest.raises(SettingsError, match=f"drain_seconds is .* at most {maximum}"):
+        load_settings({"drain_seconds": maximum + 1}, environ={})
 
 
 @pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e300", str(10**20)])

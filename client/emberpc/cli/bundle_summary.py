@@ -58,7 +58,7 @@ def _show_variants(manifest: Manifest) -> None:
     classifier = manifest.task is Task.CLASSIFICATION
     agreement = "same label" if classifier else "same 10 nearest"
     first = manifest.variant().measured
-    titles = ["least cosine to PyTorch", "mean cosine to fp32", agreement, *(["accuracy"] if classifier else [])]
+    titles = ["minimum cosine to PyTorch", "mean cosine to fp32", agreement, *(["accuracy"] if classifier else [])]
     titles += ["nDCG@10"] if first is not None and first.ndcg_at_10 is not None else []
     titles += ["texts per CPU-s", "times fp32", "MB", "load s"]
     rows = []

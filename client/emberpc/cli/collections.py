@@ -211,7 +211,7 @@ def verify(
 def records(
     client: Client,
     name: Name,
-    limit: Annotated[int, typer.Option(min=0, help="Most records to list; 0: all.")] = 100,
+    limit: Annotated[int, typer.Option(min=0, help="Maximum number of records to list; 0: all.")] = 100,
     where: Where = None,
     with_vectors: WithVectors = False,
     as_json: AsJson = False,
@@ -232,8 +232,8 @@ def records(
 def duplicates(
     client: Client,
     name: Name,
-    min_score: Annotated[float, typer.Option(help="Least cosine similarity of a pair, above 0.")] = 0.95,
-    limit: Annotated[int, typer.Option(min=1, help="Most pairs to show.")] = 20,
+    min_score: Annotated[float, typer.Option(help="Minimum cosine similarity of a pair, above 0.")] = 0.95,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of pairs to show.")] = 20,
     as_json: AsJson = False,
 ) -> None:
     """Show the pairs of records with the most similar vectors, by cosine, most similar first."""

@@ -43,10 +43,10 @@ if TYPE_CHECKING:
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _EVERYTHING = "1,2,4,8,16,32,all"
 _BYTES_PER_MB = 1e6
-#: Most lines on stderr about a strategy and budget that was not measured. If there are more, one further line states
-#: how many; the report lists all.
+#: Maximum number of lines on stderr about a strategy and budget that was not measured. If there are more, one further
+#: line states how many; the report lists all.
 _SKIPPED = 5
-#: Most labels whose figures are printed; the report lists all.
+#: Maximum number of labels whose figures are printed; the report lists all.
 _WEAKEST = 8
 
 

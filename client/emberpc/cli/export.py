@@ -22,7 +22,10 @@ app = typer.Typer(help="Export PyTorch models to bundles, offline.", no_args_is_
 
 Target = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder of the bundle.")]
 MaxTokens = Annotated[
-    int | None, typer.Option(min=1, help="Most tokens of a text; default: the limit of the source.", show_default=False)
+    int | None,
+    typer.Option(
+        min=1, help="Maximum number of tokens of a text; default: the limit of the source.", show_default=False
+    ),
 ]
 
 Checkpoints = Annotated[
@@ -48,7 +51,7 @@ LabelSeparator = Annotated[
     typer.Option(metavar="TEXT", help="Separator of labels: a text may have several labels.", show_default=False),
 ]
 Balanced = Annotated[bool, typer.Option("--balanced", help="Give every label the same weight, however rare it is.")]
-MinExamples = Annotated[int, typer.Option(min=1, help="Least number of texts of a label.")]
+MinExamples = Annotated[int, typer.Option(min=1, help="Minimum number of texts of a label.")]
 TextColumn = Annotated[str, typer.Option(help="The column with the texts.")]
 LabelColumn = Annotated[str, typer.Option(help="The column with the labels.")]
 Train = Annotated[Path, typer.Option(metavar="FILE", help="CSV, TSV, JSONL or Parquet with texts and labels.")]

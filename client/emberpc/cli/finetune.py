@@ -56,7 +56,7 @@ def finetune_embedding(
             help="More passages to search, also for hard negatives, in a column `text` and optionally `title`.",
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Most passes over the queries.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Maximum number of passes over the queries.")] = 3,
     layers: Annotated[
         int | None,
         typer.Option(min=1, help="Number of upper layers to tune; default: a third of the layers.", show_default=False),

@@ -30,7 +30,7 @@ from emberpc.client.types import Distance, Progress, Truncation
 _PARQUET = ".parquet"
 #: Target size in bytes of a page of records that an export requests.
 _PAGE_BYTES = 4 * 2**20
-#: Most records of a page that an export requests.
+#: Maximum number of records of a page that an export requests.
 _PAGE_RECORDS = 1000
 
 

@@ -38,8 +38,8 @@ class Column:
     wide: bool = False
 
 
-#: Least width, in columns of the terminal, to which a wide column is truncated, even if the table then does not fit.
-_LEAST_WIDTH = 16
+#: Minimum width, in columns of the terminal, to which a wide column is truncated, even if the table then does not fit.
+_MIN_WIDTH = 16
 #: Space between two columns on a terminal.
 _GAP = "  "
 
@@ -118,7 +118,7 @@ def _print_rows(columns: Sequence[Column], rows: Sequence[Sequence[str]], first:
     spare = shutil.get_terminal_size().columns - sum(widths) - len(_GAP) * (len(columns) - 1)
     for i, column in enumerate(columns):
         if column.wide and spare < 0:
-            cut = max(widths[i] + spare, min(widths[i], _LEAST_WIDTH))
+            cut = max(widths[i] + spare, min(widths[i], _MIN_WIDTH))
             spare += widths[i] - cut
             widths[i] = cut
     for row in rows[first:]:

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from emberpc.cli.output import note
 
 #: Seconds until the second line about a stage if stderr is not a terminal. Each further line takes twice as long as the
-#: one before, at most `_MOST_SECONDS`.
-_FIRST_SECONDS, _MOST_SECONDS = 10.0, 60.0
+#: one before, at most `_MAX_SECONDS`.
+_FIRST_SECONDS, _MAX_SECONDS = 10.0, 60.0
 
 
 @contextmanager
@@ -99,7 +99,7 @@ class _Lines:
             now = monotonic()
             if self._line and now >= self._due:
                 note(f"{self._line} ({now - self._start:.0f} s)")
-                self._gap = min(2 * self._gap, _MOST_SECONDS)
+                self._gap = min(2 * self._gap, _MAX_SECONDS)
                 self._due = now + self._gap
             return min(max(self._due - now, 0.01), _FIRST_SECONDS) if self._line else _FIRST_SECONDS / 10
 

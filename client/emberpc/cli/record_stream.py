@@ -77,7 +77,7 @@ def write_stream(
         records: iterator over the records of `source`, which must report invalid items to `failures.unreadable`.
         failures: prints and counts the failures, also those of reading.
         truncation: treatment of texts with too many tokens; None: the setting of the collection.
-        batch_size: most records of one request; values above 1024 count as 1024.
+        batch_size: maximum number of records of one request; values above 1024 count as 1024.
         details: called with the details of each write: `first` and `count` say which of the records that were read are
             written or have failed since the last call, and the write has a sequence number and a durability; None: no
             calls.

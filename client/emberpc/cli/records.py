@@ -186,7 +186,7 @@ def search(
             "the command and states the last line that was answered.",
         ),
     ] = None,
-    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Most hits.")] = 10,
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Maximum number of hits.")] = 10,
     ef: Annotated[int, typer.Option(min=0, help="Candidates of the graph search; 0: the server chooses.")] = 0,
     min_recall: Annotated[
         float,

@@ -15,9 +15,9 @@ from emberpc.cli.record_sources import OnRejected, RecordError, raise_error
 Split: TypeAlias = Literal["files", "paragraphs"]
 
 _SUFFIXES = (".txt", ".md")
-#: Most bytes of a file. Files are read into memory as a whole, so this limits the memory. With `files`, by default a
-#: server refuses far shorter texts anyway. With `paragraphs`, the user must divide a larger file.
-_MOST_BYTES = 64 * 2**20
+#: Maximum number of bytes of a file. Files are read into memory as a whole, so this limits the memory. With `files`, by
+#: default a server refuses far shorter texts anyway. With `paragraphs`, the user must divide a larger file.
+_MAX_BYTES = 64 * 2**20
 #: Matches what separates two paragraphs: the line end of the first, and empty lines. A line of only spaces and tabs is
 #: empty.
 _EMPTY_LINES = re.compile(r"\r?\n(?:[ \t]*\r?\n)+")
@@ -91,8 +91,8 @@ class TextFolder:
         try:
             if not path.is_file():
                 raise RecordError(f"{path} is no file; remove it")
-            if (size := path.stat().st_size) > _MOST_BYTES:
-                raise RecordError(f"{path} has {size} bytes, and a file may have at most {_MOST_BYTES}; split it")
+            if (size := path.stat().st_size) > _MAX_BYTES:
+                raise RecordError(f"{path} has {size} bytes, and a file may have at most {_MAX_BYTES}; split it")
             return path.read_bytes().decode("utf-8-sig")
         except OSError as error:
             raise RecordError(f"{path} cannot be read: {error.strerror}; check path and permissions") from error

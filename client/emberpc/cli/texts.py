@@ -44,14 +44,14 @@ Urgency = Annotated[
     ),
 ]
 
-#: Most numbers of a vector that a table on a terminal shows.
+#: Maximum count of numbers of a vector that a table on a terminal shows.
 _PREVIEW = 6
 #: Default of --top-k for a table on a terminal.
 _TOP_K = 3
 #: Shown in a table instead of the label of a rejected text.
 _REJECTED = "(rejected)"
-#: Most lines that `embed --stream` has read and that are not answered yet. The limit is twice --batch-size if that is
-#: more, so that the server has a request to work on while the next one is read.
+#: Maximum number of lines that `embed --stream` has read and that are not answered yet. The limit is twice --batch-size
+#: if that is more, so that the server has a request to work on while the next one is read.
 _WINDOW = 1024
 
 
@@ -209,7 +209,7 @@ def classify(
             "--top-k",
             "-k",
             min=0,
-            help=f"Most labels for each text; 0: all. Default: all; {_TOP_K} in a table on a terminal.",
+            help=f"Maximum number of labels for each text; 0: all. Default: all; {_TOP_K} in a table on a terminal.",
             show_default=False,
         ),
     ] = None,

@@ -13,11 +13,11 @@ from emberpc.cli.output import note
 from emberpc.client import Client, FailedPrecondition, InputError, InputTypeError, InvalidArgument
 from emberpc.client.types import Truncation
 
-#: Most records whose texts are embedded to compare vectors, and number of records at the start of the file that these
-#: are chosen from.
+#: Maximum number of records whose texts are embedded to compare vectors, and number of records at the start of the file
+#: that these are chosen from.
 _COMPARED, _LOOKED_AT = 8, 256
-#: Least cosine between the vector of a text in the file and the new vector. It is below 1 since a quantized model gives
-#: slightly different vectors in different batches. Another model usually gives far smaller cosines.
+#: Minimum cosine between the vector of a text in the file and the new vector. It is below 1 since a quantized model
+#: gives slightly different vectors in different batches. Another model usually gives far smaller cosines.
 _MIN_COSINE = 0.999
 
 Records = Iterator[dict[str, Any]]

@@ -76,7 +76,7 @@ class Classifier:
     #: is not known, as the strategy of a foreign folder.
     base_model: str
     fine_tuning_strategy: str
-    #: The most tokens of a text that the model reads, special tokens and prompt included.
+    #: Maximum number of tokens of a text that the model reads, special tokens and prompt included.
     max_tokens: int
     #: Classifier made from examples: name of its collection, strategy, and number of examples. Empty and 0 for a
     #: fine-tuned classifier.

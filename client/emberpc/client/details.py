@@ -77,7 +77,7 @@ class ResponseDetails:
     #: Texts whose results the server had cached are included. Empty for `count_tokens`, `get` and `delete`, and if the
     #: request had no text to embed.
     usages: tuple[TokenUsage, ...] = ()
-    #: `count_tokens`: the most tokens of a text that the model reads. 0 for other methods.
+    #: `count_tokens`: maximum number of tokens of a text that the model reads. 0 for other methods.
     max_tokens: int = 0
     #: `get`: ids of the request that have no record, in the order of the request. Empty for other methods.
     missing_ids: tuple[str, ...] = ()

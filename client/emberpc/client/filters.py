@@ -33,9 +33,9 @@ from emberpc.v1 import filter_pb2 as pb
 #: A filter as text, see the docstring of this module, or as the message `Filter` of filter.proto.
 Where: TypeAlias = "str | pb.Filter"
 
-#: Most levels of a filter as text: the condition itself, and each `not` and `(` around it. Without a limit the parser
-#: could raise RecursionError. The server has the same limit for the levels of the message, where `and`, `or` and
-#: `not in` count too, so it may refuse a filter that is accepted here.
+#: Maximum number of levels of a filter as text: the condition itself, and each `not` and `(` around it. Without a limit
+#: the parser could raise RecursionError. The server has the same limit for the levels of the message, where `and`, `or`
+#: and `not in` count too, so it may refuse a filter that is accepted here.
 _MAX_DEPTH = 32
 #: Numbers of filters are doubles on the wire, which do not represent every integer beyond this one. So a number without
 #: point and exponent is refused if it is not below this number, either sign.

@@ -101,7 +101,8 @@ class Collection:
     distance: str
     #: Treatment of record texts with too many tokens, unless an upsert states another: `refuse`, `end` or `start`.
     truncation: str
-    #: The HNSW parameter M: most links of a node in a layer of the graph; twice as many in the lowest layer.
+    #: The HNSW parameter M: maximum number of links of a node in a layer of the graph; twice as many in the lowest
+    #: layer.
     m: int
     #: Number of candidate neighbours that an insertion into the graph keeps.
     ef_construction: int
@@ -167,7 +168,7 @@ class SearchQuery:
 
     query: Query
     where: str | pb.Filter | None = None
-    #: The most hits of this query, at least 1.
+    #: Maximum number of hits of this query, at least 1.
     top_k: int | None = None
     ef: int = 0
 
@@ -309,7 +310,7 @@ class Model:
     matryoshka_dimensions: tuple[int, ...]
     pooling: str
     normalized: bool
-    #: The most tokens of a text that the model reads, special tokens and prompt included.
+    #: Maximum number of tokens of a text that the model reads, special tokens and prompt included.
     max_tokens: int
     query_prompt: str
     passage_prompt: str

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 #: Limit in bytes of a name to which `.`, 16 digits and `.tmp` are added. Common file systems allow names of 255 bytes.
-_MOST_BYTES = 255 - 21
+_MAX_BYTES = 255 - 21
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def sync_to_disk(path: Path) -> None:
 def _stem(path: Path) -> str:
     """Return the start of the names of new files for `path`: its name, or a hash of a name that leaves no room."""
     name = os.fsencode(path.name)
-    return path.name if len(name) <= _MOST_BYTES else f".{hashlib.sha256(name).hexdigest()[:32]}"
+    return path.name if len(name) <= _MAX_BYTES else f".{hashlib.sha256(name).hexdigest()[:32]}"
 
 
 def _create(path: Path) -> tuple[Path, int]:

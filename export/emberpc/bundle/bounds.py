@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from emberpc.bundle.errors import BundleError
 
-#: Two vectors that are both shorter than this count as equal: they have no direction to compare. Also the least value
-#: by which a difference is divided; its square is the least product of lengths by which a dot product is divided.
+#: Two vectors that are both shorter than this count as equal: they have no direction to compare. Also the minimum value
+#: by which a difference is divided; its square is the minimum product of lengths by which a dot product is divided.
 _TINY = 1e-6
 
 
@@ -33,20 +33,20 @@ class Bound:
     them; there, each but `cosine_mean` may miss its bound by one text, or one query.
     """
 
-    #: Least cosine between the outputs of a text by the variant and by fp32.
+    #: Minimum cosine between the outputs of a text by the variant and by fp32.
     cosine_min: float
     #: Greatest difference of one value, as a share of the largest magnitude in fp32's outputs for all compared texts.
     difference_max: float
-    #: Least mean, over the texts, of the cosine between the outputs by the variant and by fp32.
+    #: Minimum mean, over the texts, of the cosine between the outputs by the variant and by fp32.
     cosine_mean: float = 0.0
-    #: Embedding models only: least mean share of a text's 10 nearest texts that are also among the 10 nearest by fp32.
-    #: With fewer than 20 texts, half as many nearest texts as texts are compared.
+    #: Embedding models only: minimum mean share of a text's 10 nearest texts that are also among the 10 nearest by
+    #: fp32. With fewer than 20 texts, half as many nearest texts as texts are compared.
     neighbour_agreement: float = 0.0
-    #: Classifiers only: least share of texts with the same best label as by fp32.
+    #: Classifiers only: minimum share of texts with the same best label as by fp32.
     label_agreement: float = 0.0
-    #: Classifiers only: least accuracy of the variant, as a share of fp32's accuracy.
+    #: Classifiers only: minimum accuracy of the variant, as a share of fp32's accuracy.
     accuracy_share: float = 0.0
-    #: Least nDCG@10 of the variant, as a share of fp32's nDCG@10, if there are queries to measure it with.
+    #: Minimum nDCG@10 of the variant, as a share of fp32's nDCG@10, if there are queries to measure it with.
     ndcg_share: float = 0.0
 
     def __post_init__(self) -> None:

@@ -12,12 +12,12 @@ _BINS = 15
 #: Bounds of a fitted temperature. Some strategies use 10 times a cosine as logit, and some encoders give any two texts
 #: a cosine from 0.7 to 0.9. Then a logit that is 0.3 ahead is clearly ahead; a temperature of 0.05 makes it 6 ahead.
 TEMPERATURES = (0.05, 20.0)
-#: Fewest held-out texts of a label that gets a threshold of its own. All labels with fewer texts share one threshold,
-#: since a threshold fitted to few texts is mostly chance.
+#: Minimum number of held-out texts of a label that gets a threshold of its own. All labels with fewer texts share one
+#: threshold, since a threshold fitted to few texts is mostly chance.
 _OWN_THRESHOLD_TEXTS = 20
-#: Fewest held-out texts of a calibration without a warning. Fewer texts say little about how often a confident answer
-#: is wrong: if all answers to N texts are right, the share of errors is below 3 / N with 95 % confidence (Hanley and
-#: Lippman-Hand, "If Nothing Goes Wrong, Is Everything All Right?", JAMA 1983).
+#: Minimum number of held-out texts of a calibration without a warning. Fewer texts say little about how often a
+#: confident answer is wrong: if all answers to N texts are right, the share of errors is below 3 / N with 95 %
+#: confidence (Hanley and Lippman-Hand, "If Nothing Goes Wrong, Is Everything All Right?", JAMA 1983).
 FEW_TEXTS = 100
 #: With fewer held-out texts, even the bound on the share of errors says little: it is above 30 %.
 _HARDLY_ANY = 10

@@ -79,7 +79,7 @@ class DecisionRule:
     """Rule by which a classifier decides on labels.
 
     `temperature`, above 0, divides the logits before they become probabilities. `multi_label`: whether a text may have
-    several labels. `thresholds` has, for each label of a multi-label classifier, the least probability from which a
+    several labels. `thresholds` has, for each label of a multi-label classifier, the minimum probability from which a
     text has the label; empty: 0.5 for each. Other classifiers ignore `thresholds`. A text whose `rejection_score` is
     below `rejection_threshold` is rejected; None: no text is rejected.
     """

@@ -90,9 +90,9 @@ class Stated:
         for name, values in takes.items():
             if options.get(name, values[0]) not in values:
                 raise BundleError(f"the model option {name} is {options[name]!r}; it is one of {', '.join(values)}")
-        for name, most in (("max_tokens", MAX_TOKENS), ("dimensions", MAX_DIMENSIONS)):
+        for name, maximum in (("max_tokens", MAX_TOKENS), ("dimensions", MAX_DIMENSIONS)):
             if options.get(name):
-                whole_number(options[name], f"the model option {name}", 1, most)
+                whole_number(options[name], f"the model option {name}", 1, maximum)
         for name, text in options.items():
             check_length(text, f"the model option {name}", MAX_TEXT_LENGTH)
         return cls(**options)

@@ -33,8 +33,8 @@ ROLES = tuple(_ROLE_NAMES)
 #: Roles that the model option `inputs` may state by the order of the names alone, without `ROLE=`.
 _IN_ORDER = ROLES[:3]
 _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
-#: Least divisor of a mean and of a normalization, so that nothing is divided by 0. sentence-transformers uses the same
-#: number for the mean.
+#: Minimum divisor of a mean and of a normalization, so that nothing is divided by 0. sentence-transformers uses the
+#: same number for the mean.
 _TINY = 1e-9
 
 Integers = npt.NDArray[np.int64]

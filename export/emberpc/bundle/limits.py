@@ -19,27 +19,28 @@ MAX_TOKEN_ID = 2**31 - 1
 MAX_LABELS = 30_000
 MAX_MATRYOSHKA_DIMENSIONS = 1_000
 MAX_VARIANTS = 100
-#: The most entries of each of the manifest's tables `files`, `quality`, `dropped` and `tools`.
+#: Maximum number of entries of each of the manifest's tables `files`, `quality`, `dropped` and `tools`.
 MAX_ENTRIES = 10_000
-#: The most characters of a short text: a name, a label, a path, a key of a table, or a field such as `created`.
+#: Maximum number of characters of a short text: a name, a label, a path, a key of a table, or a field such as
+#: `created`.
 MAX_NAME_LENGTH = 1_024
-#: The most characters of a prompt, a model option, or the manifest's field `measured_on`.
+#: Maximum number of characters of a prompt, a model option, or the manifest's field `measured_on`.
 MAX_TEXT_LENGTH = 16_384
-#: The most characters of all labels of a model together.
+#: Maximum number of characters of all labels of a model together.
 MAX_LABEL_CHARACTERS = 2**20
 #: Greatest magnitude of a whole number in the manifest that has no other limit, such as the bytes of a file: the
 #: greatest int64.
 MAX_INTEGER = 2**63 - 1
 
 
-def whole_number(value: object, name: str, least: int, most: int) -> int:
+def whole_number(value: object, name: str, minimum: int, maximum: int) -> int:
     """Validate a whole number and return it as int.
 
     Args:
         value: an int, or a text of at most 19 decimal digits; a bool or float is refused.
         name: name and place of the number, for the error.
-        least: the least value allowed.
-        most: the greatest value allowed.
+        minimum: the minimum value allowed.
+        maximum: the maximum value allowed.
 
     Raises:
         BundleError: the value is not a whole number, or out of range.
@@ -49,42 +50,42 @@ def whole_number(value: object, name: str, least: int, most: int) -> int:
     # with zeros that it does not need; both are refused.
     if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) <= len(str(MAX_INTEGER)):
         found = int(value)
-    if type(found) is not int or not least <= found <= most:
-        raise BundleError(f"{name} is {reprlib.repr(value)}; it must be a whole number from {least} to {most}")
+    if type(found) is not int or not minimum <= found <= maximum:
+        raise BundleError(f"{name} is {reprlib.repr(value)}; it must be a whole number from {minimum} to {maximum}")
     return found
 
 
-def check_length(value: str, name: str, most: int = MAX_NAME_LENGTH) -> str:
+def check_length(value: str, name: str, maximum: int = MAX_NAME_LENGTH) -> str:
     """Validate the length and encoding of a text and return it.
 
     Args:
         value: the text.
         name: name and place of the text, for the error.
-        most: the most characters allowed.
+        maximum: maximum number of characters allowed.
 
     Raises:
         BundleError: the text is too long, or has a lone surrogate, which UTF-8 cannot encode.
     """
-    if len(value) > most:
-        raise BundleError(f"{name} has {len(value)} characters; it may have at most {most}")
+    if len(value) > maximum:
+        raise BundleError(f"{name} has {len(value)} characters; it may have at most {maximum}")
     if not is_unicode(value):
         raise BundleError(f"{name} is {reprlib.repr(value)}, which is no valid Unicode; correct it")
     return value
 
 
-def check_count(count: int, name: str, most: int) -> None:
+def check_count(count: int, name: str, maximum: int) -> None:
     """Validate the number of entries of a list or table.
 
     Args:
         count: number of entries.
         name: name and place of the list or table, for the error.
-        most: the most entries allowed.
+        maximum: maximum number of entries allowed.
 
     Raises:
-        BundleError: `count` is above `most`.
+        BundleError: `count` is above `maximum`.
     """
-    if count > most:
-        raise BundleError(f"{name} has {count} entries; it may have at most {most}")
+    if count > maximum:
+        raise BundleError(f"{name} has {count} entries; it may have at most {maximum}")
 
 
 def check_labels(labels: Iterable[str], name: str) -> None:

@@ -69,7 +69,7 @@ class Parity:
     texts: int
     #: Greatest absolute difference of one output value from PyTorch's.
     max_abs_diff: float
-    #: Least cosine between the outputs of a text by the variant and by PyTorch.
+    #: Minimum cosine between the outputs of a text by the variant and by PyTorch.
     cosine_min: float
     #: Share of texts with the same best label as by PyTorch; 1 for an embedding model. Logits that differ by at most
     #: 1e-6 count as equal.
@@ -80,7 +80,7 @@ class Parity:
 class Measured:
     """Accuracy and speed of a variant, measured at export with one thread on `texts` texts.
 
-    `cosine_min` and `cosine_mean` are the least and the mean cosine between a text's outputs by the variant and by
+    `cosine_min` and `cosine_mean` are the minimum and the mean cosine between a text's outputs by the variant and by
     fp32; outputs are the logits of a classifier, and the vectors of an embedding model. `texts_per_cpu_second` is the
     speed of running the variant, without tokenizing; it is measured on at most 127 of the texts. `load_seconds` is the
     wall time to load the variant. `size_bytes` counts the ONNX file and its external weights.
@@ -147,7 +147,7 @@ class Manifest:
     pooling: str
     #: Whether vectors are normalized to length 1: by the graph of a bundle, or by the server for a foreign folder.
     normalize: bool
-    #: The most tokens of a text, special tokens and prompt included.
+    #: Maximum number of tokens of a text, special tokens and prompt included.
     max_tokens: int
     pad_token_id: int
     variants: tuple[Variant, ...]
@@ -252,8 +252,8 @@ class Manifest:
             "max_tokens": (1, MAX_TOKENS),
             "pad_token_id": (0, MAX_TOKEN_ID),
         }
-        for name, (least, most) in numbers.items():
-            whole_number(getattr(self, name), f"{MANIFEST_NAME}: {name}", least, most)
+        for name, (minimum, maximum) in numbers.items():
+            whole_number(getattr(self, name), f"{MANIFEST_NAME}: {name}", minimum, maximum)
         check_labels(self.labels, f"{MANIFEST_NAME}: labels")
         counts = {
             "matryoshka_dimensions": MAX_MATRYOSHKA_DIMENSIONS,
@@ -261,8 +261,8 @@ class Manifest:
             "thresholds": MAX_LABELS,
             **dict.fromkeys(("quality", "dropped", "tools", "files"), MAX_ENTRIES),
         }
-        for name, most in counts.items():
-            check_count(len(getattr(self, name)), f"{MANIFEST_NAME}: {name}", most)
+        for name, maximum in counts.items():
+            check_count(len(getattr(self, name)), f"{MANIFEST_NAME}: {name}", maximum)
         for name in ("base_model", "revision", "weights_sha256", "pooling", "strategy", "created"):
             check_length(getattr(self, name), f"{MANIFEST_NAME}: {name}")
         measured = (("measured_on", self.measured_on), ("rejection_measured_on", self.rejection_measured_on))

@@ -32,8 +32,8 @@ _EXTERNAL = 1
 _MAX_DEPTH = 16
 #: Magic bytes, from the fifth byte on, of ONNX Runtime's own format, a FlatBuffer.
 _ORT_FORMAT = b"ORTM"
-#: Least number of bytes of a part of the ONNX file that is hashed by `hash_part`. A smaller part is copied and hashed;
-#: to copy a larger part from a memory-mapped file would be slow.
+#: Minimum number of bytes of a part of the ONNX file that is hashed by `hash_part`. A smaller part is copied and
+#: hashed; to copy a larger part from a memory-mapped file would be slow.
 _LARGE_BYTES = 1 << 16
 
 

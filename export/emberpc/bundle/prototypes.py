@@ -8,10 +8,11 @@ import numpy.typing as npt
 from emberpc.bundle.head import unit
 from emberpc.bundle.scope import MAX_SCOPE_NUMBERS, RejectionScore, ScopeVectors, Vectors
 
-#: Most prototypes of a label.
+#: Maximum number of prototypes of a label.
 MAX_PROTOTYPES = 8
-#: Fewest distinct training texts that a prototype is the mean of, so that a bundle gives no vector of a training text
-#: away. A label with one distinct text is the exception: its prototype is that text's vector, as its mean vector is.
+#: Minimum number of distinct training texts that a prototype is the mean of, so that a bundle gives no vector of a
+#: training text away. A label with one distinct text is the exception: its prototype is that text's vector, as its mean
+#: vector is.
 _PROTOTYPE_TEXTS = 2
 _ROUNDS = 10
 
@@ -52,28 +53,30 @@ def make_scope(
         means = class_means(vectors, targets)
         return ScopeVectors(means[means.any(axis=1)])
     generator = np.random.default_rng(seed)
-    most = min(MAX_PROTOTYPES, MAX_SCOPE_NUMBERS // (vectors.shape[1] * targets.shape[1]))
+    maximum = min(MAX_PROTOTYPES, MAX_SCOPE_NUMBERS // (vectors.shape[1] * targets.shape[1]))
     units = unit(vectors)
-    found = [_prototypes(units[targets[:, i]], most, generator) for i in range(targets.shape[1]) if targets[:, i].any()]
+    found = [
+        _prototypes(units[targets[:, i]], maximum, generator) for i in range(targets.shape[1]) if targets[:, i].any()
+    ]
     return ScopeVectors(np.concatenate(found))
 
 
-def _prototypes(units: Vectors, most: int, generator: np.random.Generator) -> Vectors:
+def _prototypes(units: Vectors, maximum: int, generator: np.random.Generator) -> Vectors:
     """Return prototypes of one label by k-means on the sphere, float32 (prototypes, dimensions), each of length 1.
 
     Each prototype is the normalized mean of at least two distinct texts' vectors, unless there is only one. There are
-    at most half as many prototypes as distinct texts, and at most `most`. The first centres are drawn as in k-means++
-    (Arthur and Vassilvitskii, 2007).
+    at most half as many prototypes as distinct texts, and at most `maximum`. The first centres are drawn as in
+    k-means++ (Arthur and Vassilvitskii, 2007).
 
     Args:
         units: vectors of the label's texts, float32 (texts, dimensions), each of length 1; at least one text.
-        most: most prototypes.
+        maximum: maximum number of prototypes.
         generator: draws the first centres.
     """
     units = np.unique(units[units.any(axis=1)], axis=0)
     if not len(units):
         return units
-    count = max(1, min(most, len(units) // _PROTOTYPE_TEXTS))
+    count = max(1, min(maximum, len(units) // _PROTOTYPE_TEXTS))
     centres = units[generator.integers(len(units), size=1)]
     while len(centres) < count:
         distances = np.maximum(0, 1 - (units @ centres.T).max(axis=1)).astype(np.float64)

@@ -10,10 +10,10 @@ import numpy as np
 from emberpc.bundle.decision import Scores
 from emberpc.bundle.scope import RejectionScore
 
-#: Fewest inside texts, and fewest outside texts, of each of the two halves that choose and measure. With fewer texts,
-#: all of them do both.
+#: Minimum number of inside texts, and of outside texts, of each of the two halves that choose and measure. With fewer
+#: texts, all of them do both.
 _PART_TEXTS = 20
-#: Default of the most inside texts that may be rejected, as a share.
+#: Default of the maximum share of inside texts that may be rejected.
 MAX_FALSE_REJECTIONS = 0.05
 
 
@@ -60,23 +60,23 @@ def quantile_threshold(inside: Scores, rate: float) -> float | None:
     return float(np.quantile(inside, rate)) if len(inside) else None
 
 
-def capped_threshold(inside: Scores, outside: Scores, most: float) -> float:
+def capped_threshold(inside: Scores, outside: Scores, maximum: float) -> float:
     """Return the threshold that rejects the most outside texts while few inside texts are rejected.
 
-    Of N inside texts, at most `most` * (N + 1) - 1 are rejected, and none if that is negative. Then the expected share
-    of rejected texts among new inside texts is at most `most`, unless `most` is below 1 / (N + 1) (split conformal
-    prediction; Vovk et al., "Algorithmic Learning in a Random World", 2005). Of the thresholds that reject the same
-    outside texts, this is the middle between the last score that must be rejected and the next higher score. If no
-    outside text can be rejected, it is the least of all scores, which rejects nothing.
+    Of N inside texts, at most `maximum` * (N + 1) - 1 are rejected, and none if that is negative. Then the expected
+    share of rejected texts among new inside texts is at most `maximum`, unless `maximum` is below 1 / (N + 1) (split
+    conformal prediction; Vovk et al., "Algorithmic Learning in a Random World", 2005). Of the thresholds that reject
+    the same outside texts, this is the middle between the last score that must be rejected and the next higher score.
+    If no outside text can be rejected, it is the lowest of all scores, which rejects nothing.
 
     Args:
         inside: scores of texts that have a label, float (texts,); at least one.
         outside: scores of texts that have none of the labels, float (texts,); at least one.
-        most: greatest share of rejected inside texts, in [0, 1).
+        maximum: greatest share of rejected inside texts, in [0, 1).
     """
     ranked = np.sort(np.asarray(inside, dtype=np.float64))
     # The small number makes up for the rounding of a product such as 0.07 * 100.
-    highest = ranked[max(0, int(most * (len(ranked) + 1) + 1e-9) - 1)]
+    highest = ranked[max(0, int(maximum * (len(ranked) + 1) + 1e-9) - 1)]
     below = outside[outside < highest]
     if not len(below):
         return float(min(ranked[0], np.min(outside)))

@@ -18,8 +18,9 @@ from emberpc.bundle.errors import BundleError
 from emberpc.bundle.head import unit
 
 SCOPE_NAME = "scope.npz"
-#: Most numbers of the stored vectors of a classifier, 2 MiB in float32. A text is compared with all of these vectors,
-#: so this also bounds the work of a text: 0.5 million multiplications, far fewer than an encoder needs for a token.
+#: Maximum count of numbers of the stored vectors of a classifier, 2 MiB in float32. A text is compared with all of
+#: these vectors, so this also bounds the work of a text: 0.5 million multiplications, far fewer than an encoder needs
+#: for a token.
 MAX_SCOPE_NUMBERS = 2**19
 #: Rows of vectors that are compared at once. It bounds the memory of a call with many texts.
 _CHUNK = 256

@@ -26,7 +26,7 @@ _POOLING_KEYS = {
 #: key is the older name of the second.
 _POOLING_STATED = ("pooling_mode", "embedding_dimension", "word_embedding_dimension")
 #: A limit of at least this many tokens counts as no limit: tokenizers without a limit write an absurdly large number.
-_MOST_TOKENS = 100_000
+_MAX_TOKENS = 100_000
 #: Keys of the tokenizer's limit in tokens. transformers uses the first of these keys that is stated.
 _LENGTH_KEYS = ("model_max_length", "max_len")
 #: Files with the settings of the Transformer module. sentence-transformers uses the first of these files that exists;
@@ -200,7 +200,7 @@ def read_positions(config: dict[str, Any]) -> int | None:
         BundleError: the padding token's id, from which some models count positions, is out of range.
     """
     positions = config.get("max_position_embeddings")
-    if type(positions) is not int or not 0 < positions < _MOST_TOKENS:
+    if type(positions) is not int or not 0 < positions < _MAX_TOKENS:
         return None
     return positions - (read_first_position(config) or 0)
 
@@ -289,8 +289,8 @@ def read_max_tokens(folder: Path, config: dict[str, Any]) -> int | None:
 
 
 def _limit(value: object) -> int:
-    """Return a limit in tokens, rounded down; 0 if the value is no number, is below 1, or is `_MOST_TOKENS` or more."""
-    stated = isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value < _MOST_TOKENS
+    """Return a limit in tokens, rounded down; 0 if the value is no number, is below 1, or is `_MAX_TOKENS` or more."""
+    stated = isinstance(value, (int, float)) and not isinstance(value, bool) and 1 <= value < _MAX_TOKENS
     return int(value) if stated and isinstance(value, (int, float)) else 0
 
 

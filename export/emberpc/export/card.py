@@ -16,7 +16,7 @@ def model_card(manifest: Manifest) -> str:
         "Weights (SHA-256)": manifest.weights_sha256,
         "Dimensions": str(manifest.dimensions),
         "Pooling": manifest.pooling + (", then normalised to length 1" if manifest.normalize else ""),
-        "Most tokens": str(manifest.max_tokens),
+        "Maximum number of tokens": str(manifest.max_tokens),
         "Prompts": ", ".join(prompts) or "none",
     }
     if manifest.strategy and not classifier:
@@ -39,7 +39,7 @@ def model_card(manifest: Manifest) -> str:
         "| | |\n|---|---|",
         *(f"| {name} | {value} |" for name, value in facts.items()),
         "\n## Against PyTorch\n",
-        "| variant | file | texts | least cosine | greatest difference | same label |\n|---|---|---|---|---|---|",
+        "| variant | file | texts | minimum cosine | greatest difference | same label |\n|---|---|---|---|---|---|",
     ]
     for variant in manifest.variants:
         parity = variant.parity
@@ -72,7 +72,7 @@ def _variants(manifest: Manifest) -> list[str]:
     classifier = manifest.task is Task.CLASSIFICATION
     share = "same label" if classifier else "same 10 nearest"
     searched = rows[0][1].ndcg_at_10 is not None
-    titles = ["variant", "mean cosine", "least cosine", share]
+    titles = ["variant", "mean cosine", "minimum cosine", share]
     titles += [*(["accuracy"] if classifier else []), *(["nDCG@10"] if searched else [])]
     titles += ["texts per CPU-second", "times fp32", "MB", "seconds to load"]
     lines = ["\n## Variants, against fp32\n", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]

@@ -84,8 +84,8 @@ def export_classifier(
             descriptions is not read. The strategy zero-shot requires True.
         balanced: whether every label has the same total weight in the loss, whatever its number of texts; only for
             strategies that minimize a loss.
-        epochs: the most passes over the texts, if the strategy trains the encoder; default: 2 to 8, fewer for more
-            texts of each label.
+        epochs: maximum number of passes over the texts, if the strategy trains the encoder; default: 2 to 8, fewer for
+            more texts of each label.
         rejection_rate: share of held-out texts to reject as out of scope, in [0, 1); 0: no text is rejected. It is not
             used if `data` has texts outside all labels, which set the rejection threshold then.
         max_false_rejections: greatest share of held-out texts that may be rejected as out of scope, in [0, 1), if
@@ -96,7 +96,7 @@ def export_classifier(
             measured on the texts of the validation file, or else on training texts that the classifier was not trained
             on, or else on all training texts. The manifest says which texts these were.
         overwrite: whether to replace an existing bundle.
-        max_tokens: the most tokens of a text, in training and in the bundle. Default: the base's limit.
+        max_tokens: maximum number of tokens of a text, in training and in the bundle. Default: the base's limit.
         seed: seed of the random choices: held-out texts, folds, and order of texts.
         progress: called with the current step.
 

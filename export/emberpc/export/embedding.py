@@ -64,7 +64,7 @@ def export_embedding(
         target: the bundle's folder; the finished bundle is moved there at the end.
         overwrite: whether to replace an existing bundle.
         name: name of the base model in the manifest; default: the source's name.
-        max_tokens: the most tokens of a text; default: the source's limit.
+        max_tokens: maximum number of tokens of a text; default: the source's limit.
         prompts: prompts that the server puts before queries and passages; default: the source's.
         matryoshka: dimensions that vectors may be shortened to; empty: none; default: the source's.
         variants: variants to write in addition to fp32: names, or `auto`; see `emberpc.export.variants`.
@@ -212,10 +212,10 @@ def convert_encoder(encoder: SourceEncoder, folder: Path, progress: Progress) ->
         tokenizer["normalizer"] = {"type": "Sequence", "normalizers": before}
     write_json(folder / "tokenizer.json", {**tokenizer, "truncation": None, "padding": None})
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    least = Tokenizer.from_file(str(folder / "tokenizer.json")).num_special_tokens_to_add(is_pair=False) + 1
-    if encoder.max_tokens < least:
+    minimum = Tokenizer.from_file(str(folder / "tokenizer.json")).num_special_tokens_to_add(is_pair=False) + 1
+    if encoder.max_tokens < minimum:
         raise ExportError(
-            f"max_tokens is {encoder.max_tokens}; {encoder.name} needs at least {least} for a text of one token"
+            f"max_tokens is {encoder.max_tokens}; {encoder.name} needs at least {minimum} for a text of one token"
         )
     for key in _BAKED_IN:
         tokenizer_config.pop(key, None)

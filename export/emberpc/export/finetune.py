@@ -46,16 +46,17 @@ def finetune_embedding(
         files: paths of the data files, or their data as `read_data` returns it.
         base: the encoder: a folder, an installed package that holds one, or a hub id.
         target: the bundle's folder; the finished bundle is moved there at the end.
-        epochs: the most passes over the queries. The weights of the epoch that is best on the held-out queries are
-            kept, or a weighted mean of these and the original weights.
+        epochs: maximum number of passes over the queries. The weights of the epoch that is best on the held-out queries
+            are kept, or a weighted mean of these and the original weights.
         layers: number of upper layers to train; a number above that of all layers means all. Default: a third of all
             layers, rounded down, at least 1.
-        hard_negatives: the most hard negatives for each query of a batch, stated in the data or mined; 0: none.
+        hard_negatives: maximum number of hard negatives for each query of a batch, stated in the data or mined; 0:
+            none.
         checkpoints: folder for checkpoints, from which an interrupted training continues; they are removed once the
             bundle is written or the training turned out not to help. None: no checkpoints.
         variants: variants to write in addition to fp32: names, or `auto`; they are measured on the held-out queries.
         overwrite: whether to replace an existing bundle.
-        max_tokens: the most tokens of a text; the training truncates longer texts. Default: the base's limit.
+        max_tokens: maximum number of tokens of a text; the training truncates longer texts. Default: the base's limit.
         seed: seed of the split into training and held-out queries, of the order of batches, and of the draws of
             passages.
         progress: called with the current step.
@@ -71,9 +72,9 @@ def finetune_embedding(
         BundleError: `target` may not be written or replaced, or a value of the manifest is out of range.
         OSError: a file cannot be written, for example since the disk is full.
     """
-    for name, value, least in (("epochs", epochs, 1), ("layers", layers, 1), ("hard_negatives", hard_negatives, 0)):
-        if value is not None and value < least:
-            raise ExportError(f"{name} is {value}; it must be at least {least}")
+    for name, value, minimum in (("epochs", epochs, 1), ("layers", layers, 1), ("hard_negatives", hard_negatives, 0)):
+        if value is not None and value < minimum:
+            raise ExportError(f"{name} is {value}; it must be at least {minimum}")
     check_variants(variants)
     data = files if isinstance(files, RetrievalData) else read_data(files, seed)
     encoder = read_encoder(base, max_tokens=max_tokens, progress=progress)

@@ -71,7 +71,7 @@ _added, _torch_sleeps = _set_sleeping()
 
 
 @contextmanager
-def bounded_threads(most: int | None = None) -> Iterator[None]:
+def bounded_threads(maximum: int | None = None) -> Iterator[None]:
     """Bound the threads of torch and of numpy's BLAS inside the block; restore the caller's settings afterwards.
 
     torch uses all usable threads, but no more than `torch.get_num_threads` returned before the block, and only one if
@@ -79,7 +79,8 @@ def bounded_threads(most: int | None = None) -> Iterator[None]:
     module set are removed, since torch has read them.
 
     Args:
-        most: most threads of torch; 1 for small problems, which are slower on several threads. None: no such limit.
+        maximum: maximum number of threads of torch; 1 for small problems, which are slower on several threads. None: no
+            such limit.
     """
     import torch
     from threadpoolctl import threadpool_limits
@@ -89,7 +90,7 @@ def bounded_threads(most: int | None = None) -> Iterator[None]:
     before = torch.get_num_threads()
     usable = usable_threads() if _torch_sleeps else 1
     with threadpool_limits(1, user_api="blas"):
-        torch.set_num_threads(min(before, usable, most or usable))
+        torch.set_num_threads(min(before, usable, maximum or usable))
         try:
             yield
         finally:
@@ -100,7 +101,7 @@ def run_in_threads(
     tasks: Sequence[Callable[[Check], T]],
     report: Callable[[int], None] = lambda _done: None,
     *,
-    most: int | None = None,
+    maximum: int | None = None,
 ) -> list[T]:
     """Run tasks side by side, each on one thread, and return their results in the order of `tasks`.
 
@@ -109,7 +110,7 @@ def run_in_threads(
             argument is a function that raises `StoppedError` if the task should stop; long tasks call it at every step.
         report: called in the caller's thread with the number of tasks done, after each task, and every 0.1 s while no
             task finishes. It may raise, for example after a time limit.
-        most: most tasks to run at a time; default: `usable_threads()`, which is never exceeded.
+        maximum: maximum number of tasks to run at a time; default: `usable_threads()`, which is never exceeded.
 
     Raises:
         BaseException: what `report` or the first task that failed raised, KeyboardInterrupt included. Before this is
@@ -136,7 +137,7 @@ def run_in_threads(
                     return
                 finished.put(None)
 
-    count = min(usable_threads(), len(tasks), most or len(tasks))
+    count = min(usable_threads(), len(tasks), maximum or len(tasks))
     threads = [Thread(target=work, name=f"emberpc-export-{number}", daemon=True) for number in range(count)]
     try:
         for thread in threads:

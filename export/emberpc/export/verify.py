@@ -144,10 +144,10 @@ def _tokenizer(bundle: Bundle) -> tuple[Tokenizer, str]:
     # A server switches truncation and padding of a foreign folder's tokenizer off, so only bundles are checked.
     if not bundle.foreign and (tokenizer.truncation or tokenizer.padding):
         raise ExportError(f"{bundle.tokenizer_path} truncates or pads by itself; export the model again")
-    special, most = tokenizer.num_special_tokens_to_add(is_pair=False), bundle.manifest.max_tokens
-    if most <= special:
-        raise ExportError(f"max_tokens is {most}, and {special} special tokens are added; export the model again")
-    return tokenizer, f"{tokenizer.get_vocab_size()} tokens, at most {most} of a text"
+    special, maximum = tokenizer.num_special_tokens_to_add(is_pair=False), bundle.manifest.max_tokens
+    if maximum <= special:
+        raise ExportError(f"max_tokens is {maximum}, and {special} special tokens are added; export the model again")
+    return tokenizer, f"{tokenizer.get_vocab_size()} tokens, at most {maximum} of a text"
 
 
 def _reference(bundle: Bundle) -> tuple[Reference, str]:

@@ -59,7 +59,7 @@ def compare_with_source(bundle: Bundle, variant: str, runner: OnnxRunner, source
     parity = compare(expected, got, labels=logits)
     agreement = neighbour_agreement(expected, got)
     words = (
-        f"{output} on {len(texts)} texts: least cosine {parity.cosine_min:.6f}, greatest difference "
+        f"{output} on {len(texts)} texts: minimum cosine {parity.cosine_min:.6f}, greatest difference "
         f"{parity.max_abs_diff:.2g}, {agreement:.1%} of the 10 nearest"
     )
     bound = bundle.manifest.variant(variant).bound

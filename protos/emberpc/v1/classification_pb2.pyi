@@ -261,8 +261,8 @@ class Classifier(_message.Message):
     foreign folder, or if the manifest does not state the strategy.
     """
     max_tokens: _builtins.int
-    """The most tokens of a text that the model reads, special tokens and prompt
-    included.
+    """Maximum number of tokens of a text that the model reads, special tokens and
+    prompt included.
     """
     rejection_score: Global___RejectionScore.ValueType
     """Score that decides which texts are rejected. Unspecified if not `rejects`."""
@@ -347,9 +347,9 @@ class ClassifyRequest(_message.Message):
     none.
     """
     top_k: _builtins.int
-    """The most labels to return in `Classification.scores` for each text, best
-    first. 0, or more than the classifier has: all labels. A negative number
-    fails with INVALID_ARGUMENT.
+    """Maximum number of labels to return in `Classification.scores` for each
+    text, best first. 0, or more than the classifier has: all labels. A
+    negative number fails with INVALID_ARGUMENT.
     """
     truncation: _types_pb2.Truncation.ValueType
     """Treatment of texts with more tokens than the classifier reads. Default:
@@ -567,7 +567,7 @@ class ListClassifiersRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """The most classifiers to return, from 0 to 1000. 0: 100."""
+    """Maximum number of classifiers to return, from 0 to 1000. 0: 100."""
     page_token: _builtins.str
     """`next_page_token` of the previous page. Empty: the first page."""
     def __init__(

@@ -400,8 +400,8 @@ class CountTokensResponse(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """The most tokens of a text that the model reads, special tokens and prompt
-    included.
+    """Maximum number of tokens of a text that the model reads, special tokens and
+    prompt included.
     """
     @_builtins.property
     def token_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

@@ -264,8 +264,8 @@ class HnswParameters(_message.Message):
     M_FIELD_NUMBER: _builtins.int
     EF_CONSTRUCTION_FIELD_NUMBER: _builtins.int
     m: _builtins.int
-    """The most links that a node has in a layer of the graph, 4 to 64. In the
-    lowest layer, a node may have twice as many. 0: 16.
+    """Maximum number of links that a node has in a layer of the graph, 4 to 64.
+    In the lowest layer, a node may have twice as many. 0: 16.
     """
     ef_construction: _builtins.int
     """Number of candidate neighbours that an insertion into the graph keeps, 16
@@ -657,7 +657,7 @@ class ListCollectionsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """The most collections to return, from 0 to 1000. 0: 100."""
+    """Maximum number of collections to return, from 0 to 1000. 0: 100."""
     page_token: _builtins.str
     """`next_page_token` of the previous page. Empty: the first page."""
     def __init__(
@@ -1214,10 +1214,10 @@ class ListRecordsRequest(_message.Message):
     collection: _builtins.str
     """Name of the collection to read."""
     page_size: _builtins.int
-    """The most records to return, from 0 to 1000. 0: 100. With the embedded
-    backend, a page may have fewer records though another page follows, so that
-    its bytes, of which the server makes a high estimate, stay within
-    `ServerLimits.max_response_bytes`.
+    """Maximum number of records to return, from 0 to 1000. 0: 100. With the
+    embedded backend, a page may have fewer records though another page
+    follows, so that its bytes, of which the server makes a high estimate, stay
+    within `ServerLimits.max_response_bytes`.
     """
     page_token: _builtins.str
     """`next_page_token` of the previous page. Empty: the first page."""
@@ -1372,7 +1372,9 @@ class SearchQuery(_message.Message):
     record, and the record is not among the hits.
     """
     top_k: _builtins.int
-    """The most hits of this query, from 0 to 10,000. 0: `top_k` of the request."""
+    """Maximum number of hits of this query, from 0 to 10,000. 0: `top_k` of the
+    request.
+    """
     ef: _builtins.int
     """`ef` of this query, see SearchRequest.ef. 0: `ef` of the request."""
     @_builtins.property
@@ -1426,8 +1428,8 @@ class SearchRequest(_message.Message):
     collection: _builtins.str
     """Name of the collection to search."""
     top_k: _builtins.int
-    """The most hits of each query that has no `top_k` of its own, from 0 to
-    10,000. 0: 10. All queries together may ask for at most 100,000 hits.
+    """Maximum number of hits of each query that has no `top_k` of its own, from 0
+    to 10,000. 0: 10. All queries together may ask for at most 100,000 hits.
     """
     ef: _builtins.int
     """Number of candidates that a search of the graph keeps, from 0 to 1,000,000.
@@ -1438,12 +1440,12 @@ class SearchRequest(_message.Message):
     together with `min_recall`, or in LEXICAL mode.
     """
     min_recall: _builtins.float
-    """Least recall: the mean share, in (0, 1], of the true nearest records that a
-    search should return; in HYBRID mode that of the dense ranking. A single
+    """Minimum recall: the mean share, in (0, 1], of the true nearest records that
+    a search should return; in HYBRID mode that of the dense ranking. A single
     search may return fewer of them. The server chooses `ef` to reach the
     recall, by measurements of the graph. Every vector is compared if this is
     1, if there is no measurement, or if no measured `ef` reaches the recall.
-    0: no least recall. Not allowed in LEXICAL mode or together with `ef`.
+    0: no minimum recall. Not allowed in LEXICAL mode or together with `ef`.
     """
     mode: Global___SearchMode.ValueType
     """Mode of the search. Default: DENSE."""
@@ -1974,11 +1976,11 @@ class FindDuplicatesRequest(_message.Message):
     collection: _builtins.str
     """Name of the collection to examine."""
     min_score: _builtins.float
-    """Least cosine of the two vectors of a pair, more than 0 and at most 1. 0:
+    """Minimum cosine of the two vectors of a pair, more than 0 and at most 1. 0:
     0.95.
     """
     page_size: _builtins.int
-    """The most pairs to return, from 0 to 1000. 0: 100."""
+    """Maximum number of pairs to return, from 0 to 1000. 0: 100."""
     page_token: _builtins.str
     """`next_page_token` of the previous page. Empty: the first page."""
     def __init__(
@@ -2073,7 +2075,7 @@ class ClusterRecordsRequest(_message.Message):
     stay empty, for example because vectors are equal.
     """
     examples_per_cluster: _builtins.int
-    """The most example records of each cluster, from 0 to 100. 0: 5."""
+    """Maximum number of example records of each cluster, from 0 to 100. 0: 5."""
     def __init__(
         self,
         *,
@@ -2130,7 +2132,7 @@ class ClusterRecordsResponse(_message.Message):
     CLUSTERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def clusters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cluster]:
-        """Clusters, most records first. Empty if the collection has no records."""
+        """Clusters, the largest first. Empty if the collection has no records."""
 
     def __init__(
         self,

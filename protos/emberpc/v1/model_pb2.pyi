@@ -174,8 +174,8 @@ class Model(_message.Message):
     meaning for a classifier.
     """
     max_tokens: _builtins.int
-    """The most tokens of a text that the model reads, special tokens and prompt
-    included.
+    """Maximum number of tokens of a text that the model reads, special tokens and
+    prompt included.
     """
     query_prompt: _builtins.str
     """Prompt: text that the server puts before a query. May be empty."""
@@ -261,7 +261,7 @@ class ListModelsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """The most models to return, from 0 to 1000. 0: 100."""
+    """Maximum number of models to return, from 0 to 1000. 0: 100."""
     page_token: _builtins.str
     """`next_page_token` of the previous page. Empty: the first page."""
     def __init__(

@@ -63,11 +63,11 @@ _CALLS = (
     ("grpc.server.max_pending_requests", 2**17),
     ("grpc.server.max_pending_requests_hard_limit", 2**18),
 )
-#: Most bytes of a request stream that gRPC receives before the handler reads them: 1 MiB. With `bdp_probe`, the
-#: default, gRPC estimates this number from the speed of the network: on a fast network, it held ten messages of 15 MB
-#: of a stream whose handler read none of them.
+#: Maximum number of bytes of a request stream that gRPC receives before the handler reads them: 1 MiB. With
+#: `bdp_probe`, the default, gRPC estimates this number from the speed of the network: on a fast network, it held ten
+#: messages of 15 MB of a stream whose handler read none of them.
 _RECEIVE_AHEAD = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 2**20))
-#: Settings of HTTP/2 pings, in milliseconds: least time between two pings of a client during a call without messages;
+#: Settings of HTTP/2 pings, in milliseconds: minimum time between two pings of a client during a call without messages;
 #: time between two pings of the server; time in which a client must answer.
 #:
 #: If a client sends pings more often, gRPC's server closes the connection (`too_many_pings`). By default, it accepts

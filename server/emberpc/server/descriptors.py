@@ -27,7 +27,7 @@ def raise_limit() -> tuple[int, int]:
 
 
 def limit() -> int:
-    """Return the soft limit: the most descriptors that this process may have open; 2,147,483,647 for no limit."""
+    """Return the soft limit of the number of descriptors that this process may open; 2,147,483,647: no limit."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 2**31 - 1 if soft == resource.RLIM_INFINITY else soft
 
@@ -43,8 +43,8 @@ def none_free(needed: int = 1) -> bool:
     Called after an error of a library that does not state the cause, which may be a lack of descriptors.
 
     Args:
-        needed: the most descriptors that the library opens at a time. The library must have closed them before this
-            call.
+        needed: maximum number of descriptors that the library opens at a time. The library must have closed them before
+            this call.
     """
     opened: list[int] = []
     try:

@@ -21,15 +21,15 @@ from emberpc.server.errors import ServiceError, invalid
 
 #: Bytes of a request below which its elements are not counted: protobuf decodes it in a few milliseconds.
 _SMALL = 64 * 1024
-#: Most fields and list items of the request itself, without fields that have their own limit (`limits`).
+#: Maximum number of fields and list items of the request itself, without fields that have their own limit (`limits`).
 _MAX_OTHERS = 1000
-#: Most fields, list items and map entries of one message inside a request, if the message is scanned. The limit is
-#: lower than `MAX_ELEMENTS`, since the time to decode a map grows faster than the number of its entries.
+#: Maximum number of fields, list items and map entries of one message inside a request, if the message is scanned. The
+#: limit is lower than `MAX_ELEMENTS`, since the time to decode a map grows faster than the number of its entries.
 _MAX_ITEMS = 2**16
-#: Most list items, map entries and unknown fields of all messages inside a request together. protobuf decodes this
-#: number in 0.1 to 0.4 s.
+#: Maximum number of list items, map entries and unknown fields of all messages inside a request together. protobuf
+#: decodes this number in 0.1 to 0.4 s.
 MAX_ELEMENTS = 500_000
-#: Least seconds of scanning between two yields of `count_elements`; other calls can run at a yield. The scan of one
+#: Minimum seconds of scanning between two yields of `count_elements`; other calls can run at a yield. The scan of one
 #: message is not interrupted.
 _STEP_SECONDS = 0.002
 #: Tags (number and wire type) of the fields `key` and `value` of a map entry, with a string as key, a message as value.
@@ -90,12 +90,12 @@ class _TooManyError(Exception):
     Attributes:
         number: number of the field with too many elements; 0: the fields without a limit of their own have too many
             together.
-        most: the limit that is exceeded.
+        maximum: the limit that is exceeded.
     """
 
-    def __init__(self, number: int, most: int) -> None:
-        super().__init__(number, most)
-        self.number, self.most = number, most
+    def __init__(self, number: int, maximum: int) -> None:
+        super().__init__(number, maximum)
+        self.number, self.maximum = number, maximum
 
 
 def count_elements(data: bytes, message: Descriptor, limits: Mapping[str, int]) -> Iterator[None]:
@@ -107,12 +107,12 @@ def count_elements(data: bytes, message: Descriptor, limits: Mapping[str, int]) 
 
     An element of a message inside a request has at least two bytes, since none of these messages of emberpc has a list
     of varints. So a message has at most half as many elements as bytes. The check ends when the total is within the
-    limit even if each message that was not scanned has the most elements that its size allows.
+    limit even if each message that was not scanned has the maximum number of elements that its size allows.
 
     Args:
         data: the request as bytes.
         message: type of the request.
-        limits: most elements of repeated fields of the request itself, by field name.
+        limits: maximum number of elements of repeated fields of the request itself, by field name.
 
     Raises:
         ServiceError: INVALID_ARGUMENT if a field of the request has more elements than its limit; if the request itself
@@ -125,13 +125,13 @@ def count_elements(data: bytes, message: Descriptor, limits: Mapping[str, int]) 
         return
     kind = _type_of(message)
     try:
-        most = {field.number: limits[field.name] for field in message.fields if field.name in limits}
-        _, waiting = _scan(data, kind, 0, len(data), most, _MAX_OTHERS)
+        maximum = {field.number: limits[field.name] for field in message.fields if field.name in limits}
+        _, waiting = _scan(data, kind, 0, len(data), maximum, _MAX_OTHERS)
     except _TooManyError as error:
         raise _too_many_fields(message, error) from None
     yield
     elements, step_end = 0, perf_counter() + _STEP_SECONDS
-    #: The most elements that all messages in `waiting` together can have: one for every two bytes.
+    #: Maximum number of elements that all messages in `waiting` together can have: one for every two bytes.
     unseen = sum((end - start) // 2 for _, start, end in waiting)
     while waiting and elements + unseen > MAX_ELEMENTS:
         kind, start, end = waiting.pop()
@@ -159,8 +159,8 @@ def _too_many_fields(message: Descriptor, error: _TooManyError) -> ServiceError:
     """
     field = message.fields_by_number.get(error.number)
     if field is not None and field.is_repeated:
-        return invalid(field.name, f"has more than {error.most} items, the most of one call; split it")
-    return invalid(message.name, f"has more than {error.most} fields beside its items; send fewer")
+        return invalid(field.name, f"has more than {error.maximum} items, the limit of one call; split it")
+    return invalid(message.name, f"has more than {error.maximum} fields beside its items; send fewer")
 
 
 @lru_cache(maxsize=256)
@@ -175,7 +175,7 @@ def _packed(field: FieldDescriptor) -> int | None:
 
 
 def _scan(
-    data: bytes, kind: _MessageType, place: int, end: int, limits: Mapping[int, int], most: int
+    data: bytes, kind: _MessageType, place: int, end: int, limits: Mapping[int, int], maximum: int
 ) -> tuple[int, list[_Part]]:
     """Count the elements of one message, and find the messages directly inside it.
 
@@ -186,8 +186,8 @@ def _scan(
         kind: type of the message.
         place: index of the message's first byte in the request.
         end: index after the message's last byte in the request.
-        limits: most items of a field, by field number.
-        most: most items of all other fields together. A field that is not repeated counts as one item.
+        limits: maximum number of items of a field, by field number.
+        maximum: maximum number of items of all other fields together. A field that is not repeated counts as one item.
 
     Returns:
         The number of list items, map entries and unknown fields, and the messages directly inside this one that need a
@@ -229,8 +229,8 @@ def _scan(
                     parts.append((inner, start, place))
         limited = number if number in limits else 0
         counts[limited] += count
-        if counts[limited] > limits.get(limited, most):
-            raise _TooManyError(limited, limits.get(limited, most))
+        if counts[limited] > limits.get(limited, maximum):
+            raise _TooManyError(limited, limits.get(limited, maximum))
         elements += count if repeated else 0
     return elements, parts
 

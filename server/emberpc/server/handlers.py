@@ -67,8 +67,9 @@ class Handlers:
         server: the gRPC server.
         observe: called at the end of each call with the path of the method, the name of the status code, and the
             duration in seconds. None: no function is called.
-        counts: most elements of the repeated fields of a request, by field name; `count_elements` has further limits.
-            Requests of 64 KiB or more are checked before they are decoded; above a limit, INVALID_ARGUMENT.
+        counts: maximum number of elements of the repeated fields of a request, by field name; `count_elements` has
+            further limits. Requests of 64 KiB or more are checked before they are decoded; above a limit,
+            INVALID_ARGUMENT.
         max_in_flight_bytes: limit of `BytesInFlight`; responses of a stream do not count. A call that would exceed the
             limit fails with RESOURCE_EXHAUSTED.
         max_streams: limit of the open request streams. Further streams fail with RESOURCE_EXHAUSTED.
@@ -252,7 +253,7 @@ def _reader(handler: Any, method: str, counts: Mapping[str, int], turn: asyncio.
     Args:
         handler: gRPC's handler of the method.
         method: path of the method, such as `/emberpc.v1.EmbeddingService/Embed`.
-        counts: most elements of the repeated fields of a request, by field name.
+        counts: maximum number of elements of the repeated fields of a request, by field name.
         turn: lock, held while a request of 64 KiB or more is decoded, after its first step. Without it, the steps of
             eight requests would alternate, and a short call would wait for eight steps. Streams use `Streams.turn`.
     """

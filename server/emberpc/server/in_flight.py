@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 
 from emberpc.server.errors import Code, ServiceError
 
-#: Least bytes that are counted: of a response, or of all requests that one call holds. Smaller ones are not counted, so
-#: that short calls are not refused for their bytes; `_CALLS` in `app` limits the calls of a connection.
+#: Minimum number of bytes that are counted: of a response, or of all requests that one call holds. Smaller ones are not
+#: counted, so that short calls are not refused for their bytes; `_CALLS` in `app` limits the calls of a connection.
 LARGE = 64 * 1024
 #: Seconds after which a refused caller is asked to retry.
 _RETRY_SECONDS = 1.0
@@ -23,8 +23,8 @@ class BytesInFlight:
     limit, 100 calls with responses of 30 MB took 8.7 GB. Use an object from one event loop only.
 
     Args:
-        limit: most bytes of all messages together. A message may have more if nothing else is counted. A response is
-            counted when the request of its call no longer is.
+        limit: maximum number of bytes of all messages together. A message may have more if nothing else is counted. A
+            response is counted when the request of its call no longer is.
     """
 
     def __init__(self, limit: int) -> None:
@@ -58,7 +58,7 @@ class Streams:
     """Counts the open request streams. Use an object from one event loop only.
 
     Args:
-        limit: most streams that are open at a time.
+        limit: maximum number of streams that are open at a time.
     """
 
     def __init__(self, limit: int) -> None:
@@ -78,7 +78,7 @@ class Streams:
         if self.open >= self._limit:
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,
-                f"{self.open} streams of requests are open, the most of this server (its max_streams); try again in "
+                f"{self.open} streams of requests are open, the limit of this server (its max_streams); try again in "
                 f"{_RETRY_SECONDS:g} s, or open fewer streams at a time",
                 reason="TOO_MANY_STREAMS",
                 retry_after=_RETRY_SECONDS,

@@ -19,7 +19,7 @@ class LruCache(Generic[K, V]):
     Not safe for concurrent threads.
 
     Args:
-        max_bytes: most bytes of all entries together; 0: nothing is cached.
+        max_bytes: maximum number of bytes of all entries together; 0: nothing is cached.
         size: returns the bytes of an entry, given key and value; always the same number for the same entry.
     """
 

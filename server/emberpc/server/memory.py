@@ -11,13 +11,13 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 
-#: Least bytes of a block that glibc requests from the system by itself and returns when it is freed: 32 MiB, the
-#: highest value that glibc accepts. The largest tensors of a micro-batch have a few megabytes. With glibc's default,
-#: each operator of the model would request and return its tensors: 10,000 page faults per micro-batch, and 25 % more
-#: time for a micro-batch of 512 tokens.
+#: Minimum number of bytes of a block that glibc requests from the system by itself and returns when it is freed: 32
+#: MiB, the highest value that glibc accepts. The largest tensors of a micro-batch have a few megabytes. With glibc's
+#: default, each operator of the model would request and return its tensors: 10,000 page faults per micro-batch, and 25
+#: % more time for a micro-batch of 512 tokens.
 _MMAP_THRESHOLD = 32 * 2**20
-#: Most free bytes that glibc keeps at the end of a heap: 64 MiB, about the size of the model's intermediate results for
-#: a long text.
+#: Maximum number of free bytes that glibc keeps at the end of a heap: 64 MiB, about the size of the model's
+#: intermediate results for a long text.
 _TRIM_THRESHOLD = 64 * 2**20
 
 #: Bytes of a block that `return_memory` allocates and frees: 1 MiB. Freeing a block of 64 KiB or more makes glibc trim

@@ -21,7 +21,7 @@ from emberpc.server.scraping import App, PageServer
 log = logging.getLogger(__name__)
 
 #: Upper bounds of the histogram buckets for the durations of calls, in seconds. A call with a cached text takes about
-#: the least, a call with a whole corpus the greatest.
+#: the smallest, a call with a whole corpus the greatest.
 _DURATIONS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
 #: Matches an HTTP header `Accept` that asks for a version of the format other than three numbers of 1 to 4 digits.
 _ODD_VERSION = re.compile(r"version\s*=(?!\d{1,4}\.\d{1,4}\.\d{1,4}\s*(?:[;,]|$))", re.ASCII)

@@ -12,7 +12,7 @@ import binascii
 
 from emberpc.server.errors import ServiceError, invalid
 
-#: Most items of a page of any list.
+#: Maximum number of items of a page of any list.
 MAX_PAGE_SIZE = 1000
 #: Limit of the characters of a token that is decoded. A token of this server encodes at most two ids of 512 bytes as
 #: JSON, in which a byte takes at most six characters: at most about 8,200 characters of base64.

@@ -11,20 +11,20 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-#: Most open connections. A further connection closes the oldest connection, which is probably still open because its
-#: client is silent or slow.
-MOST_CONNECTIONS = 64
+#: Maximum number of open connections. A further connection closes the oldest connection, which is probably still open
+#: because its client is silent or slow.
+MAX_CONNECTIONS = 64
 #: Seconds in which a client must send the head of its request. The client then has the same time to read the response.
 #: The connection of a slower client is closed.
 _SECONDS = 10.0
-#: Most bytes of a request's head (request line and headers). A connection with a longer head is closed without a
-#: response. The body of a request is not read.
+#: Maximum number of bytes of a request's head (request line and headers). A connection with a longer head is closed
+#: without a response. The body of a request is not read.
 _HEAD_BYTES = 16 * 2**10
 
 #: Length of the queue of connections that wait to be accepted. It is small since asyncio makes this number of attempts
 #: to accept at a time. If no file descriptor is free, all of them fail, and asyncio handles each failure.
 _BACKLOG = 8
-#: Least seconds between two logged errors, such as a connection that could not be accepted. Errors in between are not
+#: Minimum seconds between two logged errors, such as a connection that could not be accepted. Errors in between are not
 #: logged.
 _LOG_SECONDS = 60.0
 
@@ -81,7 +81,7 @@ class PageServer:
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open[writer] = None
-        if len(self._open) > MOST_CONNECTIONS:
+        if len(self._open) > MAX_CONNECTIONS:
             oldest = next(iter(self._open))
             del self._open[oldest]
             oldest.transport.abort()

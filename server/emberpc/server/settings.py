@@ -34,22 +34,22 @@ _KINDS: dict[Any, str] = {
 }
 
 
-#: Largest value of a numeric setting that is not in `_MOST_BY_NAME`: in seconds, about a thousand years. No use needs
+#: Largest value of a numeric setting that is not in `_MAX_BY_NAME`: in seconds, about a thousand years. No use needs
 #: more, and infinity is refused. `workers` and `recall_probe` have further limits.
-_MOST = 2**35
-#: Largest values of the settings for which `_MOST` is too much for technical reasons. gRPC stores `max_message_bytes`
-#: in 32 bits, and `handshake_seconds` in 32 bits as milliseconds. A thread cannot wait `_MOST` seconds to drain.
-_MOST_BY_NAME = {
+_MAX_VALUE = 2**35
+#: Largest values of the settings for which `_MAX_VALUE` is too much for technical reasons. gRPC stores
+#: `max_message_bytes` and the milliseconds of `handshake_seconds` in 32 bits. No thread can wait `_MAX_VALUE` seconds.
+_MAX_BY_NAME = {
     "max_message_bytes": 2**31 - 1,
     "handshake_seconds": 2**31 // 1000,
     "drain_seconds": 2**31 // 1000,
 }
 #: Limit of the setting `workers` for each core that the process may use. With 512 workers for each of two cores, single
 #: searches took 4 to 25 s.
-_MOST_WORKERS_PER_CORE = 8
-#: Settings whose least value is 1. The least value of all other numeric settings is 0. `handshake_seconds` is at least
-#: 1 s since gRPC closes a connection whose handshake takes longer than it, and a handshake takes several round trips.
-_LEAST_BY_NAME = dict.fromkeys(
+_MAX_WORKERS_PER_CORE = 8
+#: Settings with minimum 1. The minimum of all other numeric settings is 0. `handshake_seconds` is at least 1 s since
+#: gRPC closes a connection whose handshake takes longer than it, and a handshake takes several round trips.
+_MIN_BY_NAME = dict.fromkeys(
     (
         *("max_queue_tokens", "max_texts", "max_text_bytes", "max_message_bytes", "max_response_bytes"),
         *("max_in_flight_bytes", "max_streams", "max_collections", "handshake_seconds"),
@@ -124,17 +124,17 @@ class Settings:
         0, "Number of threads that run models, at most 8 for each core that this process may use; 0: one for each core."
     )
     batch_tokens: int = _setting(
-        0, "Most tokens of a micro-batch, with padding; 0: the server measures the best size on this host."
+        0, "Maximum number of tokens of a micro-batch, with padding; 0: the server measures the best size on this host."
     )
-    max_queue_tokens: int = _setting(2**20, "Most tokens in the queue; further calls fail with RESOURCE_EXHAUSTED.")
-    cache_bytes: int = _setting(32 * 2**20, "Most bytes of the cache of results for repeated texts; 0: no cache.")
+    max_queue_tokens: int = _setting(2**20, "Limit of tokens in the queue; further calls fail with RESOURCE_EXHAUSTED.")
+    cache_bytes: int = _setting(32 * 2**20, "Limit in bytes of the cache of results for repeated texts; 0: no cache.")
     record_cache_bytes: int = _setting(
         32 * 2**20, "Approximate limit in bytes of the cache of records that searches find; 0: no cache."
     )
-    max_collections: int = _setting(10_000, "Most collections; creating or restoring more fails.")
+    max_collections: int = _setting(10_000, "Maximum number of collections; creating or restoring more fails.")
     max_open_collections: int = _setting(
         0,
-        "Most collections that stay open while they are not used; each takes up to 11 file descriptors. "
+        "Maximum number of collections that stay open while they are not used; each takes up to 11 file descriptors. "
         "0: derived from the limit of file descriptors, at most 500.",
     )
     close_idle_seconds: float = _setting(
@@ -143,19 +143,19 @@ class Settings:
     recall_probe: float = _setting(
         0.001, "Share of the searches that are repeated later as exact searches, to measure recall; 0: none."
     )
-    max_texts: int = _setting(4096, "Most texts or records of one call.")
-    max_text_bytes: int = _setting(2 * 2**20, "Most bytes (UTF-8) of one text.")
-    max_message_bytes: int = _setting(16 * 2**20, "Most bytes of one request message.")
-    max_response_bytes: int = _setting(32 * 2**20, "Most bytes of one response.")
+    max_texts: int = _setting(4096, "Maximum number of texts or records of one call.")
+    max_text_bytes: int = _setting(2 * 2**20, "Limit in bytes (UTF-8) of one text.")
+    max_message_bytes: int = _setting(16 * 2**20, "Limit in bytes of one request message.")
+    max_response_bytes: int = _setting(32 * 2**20, "Limit in bytes of one response.")
     max_in_flight_bytes: int = _setting(
-        96 * 2**20, "Most bytes of large requests in progress and of large responses that callers have not read."
+        96 * 2**20, "Limit in bytes of large requests in progress and of large responses that callers have not read."
     )
-    max_streams: int = _setting(64, "Most request streams (bulk embedding, upserts, restores) that are open at a time.")
+    max_streams: int = _setting(64, "Limit of open request streams (bulk embedding, upserts, restores).")
     handshake_seconds: float = _setting(
         20.0, "Seconds after which a new connection without a handshake is closed; at least 1."
     )
     drain_seconds: float = _setting(30.0, "Seconds that a stopping server waits for calls in flight.")
-    log_level: str = _setting("info", f"Least severity of log lines: {', '.join(LOG_LEVELS)}.")
+    log_level: str = _setting("info", f"Minimum severity of log lines: {', '.join(LOG_LEVELS)}.")
 
     def __post_init__(self) -> None:
         """Check the settings, alone and against each other; not token, model options, or whether files and hosts exist.
@@ -181,7 +181,7 @@ class Settings:
         self.named_options()
 
     def _check_numbers(self) -> None:
-        """Check each numeric setting: at least `_LEAST_BY_NAME` (others: 0), at most `_MOST_BY_NAME` (others: `_MOST`).
+        """Check the numeric settings: from `_MIN_BY_NAME` (or else 0) to `_MAX_BY_NAME` (or else `_MAX_VALUE`).
 
         Raises:
             SettingsError: a number is too small or too large, or NaN.
@@ -190,25 +190,25 @@ class Settings:
             value = getattr(self, field.name)
             if not isinstance(value, (int, float)):
                 continue
-            most = _MOST_BY_NAME.get(field.name, _MOST)
-            if not -most <= value <= most:  # also true for NaN
-                raise SettingsError(f"{field.name} is {value}; it must be at most {most}")
-            least = _LEAST_BY_NAME.get(field.name, 0)
-            if value < least:
-                bound = f"be at least {least}" if least else "not be negative"
+            maximum = _MAX_BY_NAME.get(field.name, _MAX_VALUE)
+            if not -maximum <= value <= maximum:  # also true for NaN
+                raise SettingsError(f"{field.name} is {value}; it must be at most {maximum}")
+            minimum = _MIN_BY_NAME.get(field.name, 0)
+            if value < minimum:
+                bound = f"be at least {minimum}" if minimum else "not be negative"
                 raise SettingsError(f"{field.name} is {value:g}; it must {bound} (default: {field.default:g})")
 
     def _check_workers(self) -> None:
         """Raise SettingsError if the setting `workers` is more than 8 for each core that this process may use."""
-        if self.workers <= _MOST_WORKERS_PER_CORE:
+        if self.workers <= _MAX_WORKERS_PER_CORE:
             return
         from emberpc.bundle.cores import usable_cores  # noqa: PLC0415 - the bundle loads numpy, settings do not need it
 
         cores = usable_cores()
-        if self.workers > _MOST_WORKERS_PER_CORE * cores:
+        if self.workers > _MAX_WORKERS_PER_CORE * cores:
             raise SettingsError(
-                f"workers is {self.workers}; it must be at most {_MOST_WORKERS_PER_CORE * cores}: "
-                f"{_MOST_WORKERS_PER_CORE} for each core that this process may use ({cores}); 0 gives one for each"
+                f"workers is {self.workers}; it must be at most {_MAX_WORKERS_PER_CORE * cores}: "
+                f"{_MAX_WORKERS_PER_CORE} for each core that this process may use ({cores}); 0 gives one for each"
             )
 
     def _check_index(self) -> None:

@@ -31,13 +31,13 @@ _SWITCH_SECONDS = 0.0005
 #: Number of threads of the pool in addition to one per worker. The pool runs tokenizing, calls of the index and work on
 #: the disk; with these threads, a few slow calls do not delay other calls.
 _EXTRA_THREADS = 4
-#: Least limit of the address space in MiB: for the process, and in addition for each worker, whose thread has its own
+#: Minimum limit of the address space in MiB: for the process, and in addition for each worker, whose thread has its own
 #: stack and heap. With a lower limit, a library may end the process by a signal. Measured with two workers: 600 MB are
 #: too little, 700 MB are enough.
 _ADDRESS_SPACE, _ADDRESS_SPACE_OF_WORKER = 640, 64
 #: Name of the logger of gRPC's event loop.
 _GRPC_LOGGER = "grpc._cython.cygrpc"
-#: Least limit of the open files of the process. With a limit of 20 the data directory cannot be opened, and each open
+#: Minimum limit of the open files of the process. With a limit of 20 the data directory cannot be opened, and each open
 #: collection has at most 11 open files.
 _OPEN_FILES = 64
 
@@ -95,7 +95,7 @@ def set_up_logging(level: str) -> None:
     left at that moment. Such an error is logged as a warning without the traceback, which has frames of gRPC only.
 
     Args:
-        level: least level of the messages that are logged, such as `info`.
+        level: minimum level of the messages that are logged, such as `info`.
     """
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger(_GRPC_LOGGER).addFilter(_shorten)

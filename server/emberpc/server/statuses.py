@@ -85,16 +85,16 @@ def _metadata(error: ServiceError) -> dict[str, str]:
     return fitting
 
 
-def _shortened(text: str, most: int) -> str:
-    """Return a text of at most `most` bytes (UTF-8): the same text, or for a longer one its start, `…` and its end.
+def _shortened(text: str, maximum: int) -> str:
+    """Return a text of at most `maximum` bytes (UTF-8): the same text, or for a longer one its start, `…` and its end.
 
     The end is kept, since the remedy is at the end of a message.
     """
-    # A character has at least one byte, so a text of more than `most` characters is too long. A longer text is not
+    # A character has at least one byte, so a text of more than `maximum` characters is too long. A longer text is not
     # encoded as a whole, since it may have megabytes.
-    if len(text) <= most and len(text.encode(errors="replace")) <= most:
+    if len(text) <= maximum and len(text.encode(errors="replace")) <= maximum:
         return text
-    half = (most - len("…".encode())) // 2
+    half = (maximum - len("…".encode())) // 2
     head = text[:half].encode(errors="replace")[:half].decode(errors="ignore")
     tail = text[-half:].encode(errors="replace")[-half:].decode(errors="ignore")
     return f"{head}…{tail}"

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 #: Seconds after the drain time for which the shutdown still waits for work in progress; see `Stopping.deadline`.
 _WAIT_SECONDS = 1.0
-#: Least seconds for which `Stopping.end` waits for threads, even if the deadline has passed.
+#: Minimum seconds for which `Stopping.end` waits for threads, even if the deadline has passed.
 _MOMENT_SECONDS = 0.3
 #: Seconds after the drain time until the watching thread ends the process if the shutdown is not complete.
 _END_SECONDS = 1.6
@@ -29,8 +29,8 @@ _END_SECONDS = 1.6
 #: the watching thread, it needs no interpreter lock, so it ends the process even if a call into a library holds the
 #: lock.
 _HELD_SECONDS = 2.0
-#: Most seconds to wait until the last log line is written. Without a limit, the process could wait forever: if stderr
-#: is a pipe that no process reads, a write may block.
+#: Maximum seconds to wait until the last log line is written. Without a limit, the process could wait forever: if
+#: stderr is a pipe that no process reads, a write may block.
 _LOG_SECONDS = 0.2
 #: Prefixes of the names of the daemon threads that call native code. If one of them runs when the interpreter ends, the
 #: process may abort (SIGABRT), so the shutdown waits for these threads. Helper threads of the graph are not listed: a

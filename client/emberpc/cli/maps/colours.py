@@ -15,9 +15,9 @@ from emberpc.cli.maps.layout import Places
 #: Side of the squares in which the points of a group are counted to find where they are dense. In map units: the map is
 #: 2 units wide.
 _SQUARE = 0.08
-#: Least share of a group's points in its densest region (a square and the 8 squares around), for the group's name to be
-#: drawn. A group with a smaller share is scattered, so no place is right for the name.
-_LEAST_SHARE = 0.15
+#: Minimum share of a group's points in its densest region (a square and the 8 squares around), for the group's name to
+#: be drawn. A group with a smaller share is scattered, so no place is right for the name.
+_MIN_SHARE = 0.15
 #: Hues, in degrees of OKLCH, and tones of groups without an order. Up to 12 groups that are not grey have only tone 0,
 #: the stronger one; more groups have both tones. The page chooses lightness and chroma, for light and dark mode.
 _HUES = tuple(range(15, 375, 30))
@@ -61,7 +61,7 @@ def looks(grouping: Grouping, places: Places) -> list[Look]:
     found = []
     for i, (x, y, share) in enumerate(centres):
         hue, tone = colours.get(i, (None, 0))
-        named = hue is not None and share >= _LEAST_SHARE and len(centres) > 1
+        named = hue is not None and share >= _MIN_SHARE and len(centres) > 1
         found.append(Look(hue, tone, x if named else None, y if named else None))
     return found
 

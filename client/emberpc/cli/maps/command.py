@@ -23,9 +23,9 @@ from emberpc.cli.progress import Stages, stages
 from emberpc.client import Client
 from emberpc.client.types import Record
 
-#: Default of --limit: most records on a map. The time of the layout grows with the number of records.
+#: Default of --limit: maximum number of records on a map. The time of the layout grows with the number of records.
 _LIMIT = 10_000
-#: Most records that one request reads.
+#: Maximum number of records that one request reads.
 _PAGE = 500
 
 
@@ -51,7 +51,8 @@ def draw_map(
         ),
     ] = 0,
     limit: Annotated[
-        int, typer.Option(min=0, help="Most records; if there are more, a sample, the same each time; 0: all.")
+        int,
+        typer.Option(min=0, help="Maximum number of records; if there are more, a sample, the same each time; 0: all."),
     ] = _LIMIT,
     where: Where = None,
     overwrite: Overwrite = False,
@@ -112,7 +113,7 @@ def _read_sample(client: Client, collection: str, where: str | None, limit: int,
         client: client of the server.
         collection: name of the collection.
         where: only records that match this filter; None: all records.
-        limit: most records; 0: all. There may be fewer if records are deleted meanwhile.
+        limit: maximum number of records; 0: all. There may be fewer if records are deleted meanwhile.
         stages: called with the progress.
 
     Raises:

@@ -16,26 +16,26 @@ from emberpc.cli.errors import CliError
 from emberpc.cli.maps.layout import Places
 from emberpc.client.types import Record
 
-#: Most labels, or values of a field, that get a group of their own: the most frequent ones. Records with others share
-#: one group.
-_MOST_GROUPS = 200
+#: Maximum number of labels, or values of a field, that get a group of their own: the most frequent ones. Records with
+#: others share one group.
+_MAX_GROUPS = 200
 #: If all values of a field are numbers, and more than 12 of them differ, they are divided into at most 7 ranges with
 #: about equal numbers of records.
-_MOST_NUMBERS, _RANGES = 12, 7
+_MAX_NUMBERS, _RANGES = 12, 7
 #: The default number of clusters is the rounded square root of (number of records / 10): 10 for 1,000 records, and at
 #: most 24, from 5,523 records on.
-_RECORDS_PER_CLUSTER, _MOST_CLUSTERS = 10, 24
-#: Most characters of a group's name; a longer name is truncated.
+_RECORDS_PER_CLUSTER, _MAX_CLUSTERS = 10, 24
+#: Maximum number of characters of a group's name; a longer name is truncated.
 _LONGEST_NAME = 60
 #: Matches a word that may become part of a group's name: a letter, then letters and digits, and at most one
 #: apostrophe. It starts with a letter, since numbers are no useful names: `3days` gives `days`.
 _WORD = re.compile(r"[^\W\d_][^\W_]*(?:['’][^\W_]+)?")
-#: Fewest characters of a word that may become part of a group's name, and of the common start by which two words count
-#: as forms of one word.
-_LEAST_LETTERS = 3
-#: Least number of a group's texts that must have a word for the word to name the group. One text may have a word by
+#: Minimum number of characters of a word that may become part of a group's name, and of the common start by which two
+#: words count as forms of one word.
+_MIN_LETTERS = 3
+#: Minimum number of a group's texts that must have a word for the word to name the group. One text may have a word by
 #: chance, but in a group of one text it is enough.
-_LEAST_TEXTS = 2
+_MIN_TEXTS = 2
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _by_field(records: Sequence[Record], field: str) -> Grouping:
     values = [_value(record.metadata, field) for record in records]
     present = [value for value in values if value is not None]
     numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in present)
-    if numeric and len(set(present)) > _MOST_NUMBERS:
+    if numeric and len(set(present)) > _MAX_NUMBERS:
         return Grouping(field, _by_range(values, f"no {field}"), ordered=True)
     if numeric:
         in_order = _by_value(values, f"no {field}", key=lambda item: (item[0],))
@@ -142,8 +142,8 @@ def _by_value(
     for i, value in enumerate(values):
         members[value].append(i)
     without = members.pop(None, [])
-    most = Counter({value: len(own) for value, own in members.items()}).most_common(_MOST_GROUPS)
-    groups = [ColourGroup(_short(shown(value)), members.pop(value)) for value, _ in sorted(most, key=key)]
+    frequent = Counter({value: len(own) for value, own in members.items()}).most_common(_MAX_GROUPS)
+    groups = [ColourGroup(_short(shown(value)), members.pop(value)) for value, _ in sorted(frequent, key=key)]
     if members:
         others = sorted(i for own in members.values() for i in own)
         groups.append(ColourGroup(f"{len(members):,} others", others, rest=True))
@@ -175,7 +175,7 @@ def _by_place(records: Sequence[Record], places: Places, clusters: int) -> list[
     there are fewer different places. A cluster without distinguishing words is named by its number, from 1. If the
     number is below 2, there is one group, `all records`.
     """
-    suggested = min(round(math.sqrt(len(records) / _RECORDS_PER_CLUSTER)), _MOST_CLUSTERS)
+    suggested = min(round(math.sqrt(len(records) / _RECORDS_PER_CLUSTER)), _MAX_CLUSTERS)
     count = min(clusters or suggested, len(records))
     if count < 2:
         return [ColourGroup("all records", range(len(records)))]
@@ -221,13 +221,13 @@ def distinguishing_words(groups: Sequence[Sequence[str]], count: int = 3) -> lis
 
 def _words_of(text: str) -> set[str]:
     """Return the different matches of `_WORD` in a text, case-folded, that have at least 3 characters."""
-    return {word for word in _WORD.findall(text.casefold()) if len(word) >= _LEAST_LETTERS}
+    return {word for word in _WORD.findall(text.casefold()) if len(word) >= _MIN_LETTERS}
 
 
 def _scores(counter: Counter[str], size: int, overall: Counter[str], texts_in_all: int) -> dict[str, float]:
     scores = {}
     for word, texts in counter.items():
-        if texts >= min(_LEAST_TEXTS, size):
+        if texts >= min(_MIN_TEXTS, size):
             share, usual = texts / size, overall[word] / texts_in_all
             scores[word] = share * math.log(share / usual)
     return scores
@@ -252,5 +252,5 @@ def _same_stem(one: str, other: str) -> bool:
 
     The start is the shorter word without its last two characters, but has at least 3 characters.
     """
-    common = max(_LEAST_LETTERS, min(len(one), len(other)) - 2)
+    common = max(_MIN_LETTERS, min(len(one), len(other)) - 2)
     return one[:common] == other[:common]

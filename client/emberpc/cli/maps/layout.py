@@ -14,12 +14,12 @@ from emberpc.client.types import Matrix
 #: Places of points on the map: x and y in map units, float64 (points, 2), within [-1, 1]. y grows downwards.
 Places = npt.NDArray[np.float64]
 
-#: Least number of points for t-SNE, which needs several neighbours of each. Fewer points are projected to their
+#: Minimum number of points for t-SNE, which needs several neighbours of each. Fewer points are projected to their
 #: principal components.
 _FEW = 12
 #: Perplexity of t-SNE, about the number of neighbours that count for a point; less if there are fewer than 91 points.
 _PERPLEXITY = 30.0
-#: Least distance, in map units, of points on the spiral to which `_spread` moves points with the same place.
+#: Minimum distance, in map units, of points on the spiral to which `_spread` moves points with the same place.
 _SPACING = 0.004
 
 

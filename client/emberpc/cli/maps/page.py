@@ -17,7 +17,7 @@ from emberpc.client.types import Record
 
 #: Files of this package that are inserted into the page unchanged.
 _PARTS = ("page.css", "drawing.js", "panels.js")
-#: Most characters of a text and of a metadata value in the page; longer values are truncated.
+#: Maximum number of characters of a text and of a metadata value in the page; longer values are truncated.
 _TEXT, _VALUE = 2000, 300
 #: In the page, coordinates are whole numbers from -10,000 to 10,000, which take less space than decimals.
 _SCALE = 10_000

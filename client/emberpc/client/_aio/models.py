@@ -18,7 +18,7 @@ class AsyncModelMethods:
         """Return the models that the server serves, sorted by name. For many models, several requests are sent.
 
         Args:
-            page_size: most models of one response, at most 1000; 0: the server's default.
+            page_size: maximum number of models of one response, at most 1000; 0: the server's default.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
@@ -27,7 +27,7 @@ class AsyncModelMethods:
         return await self._runner.all_items(lambda token: models.list_models(token, page_size), timeout)
 
     async def get_model(self, name: str, *, timeout: float | None = None) -> Model:
-        """Return a model: its task, state, dimensions, most tokens of a text, and quality.
+        """Return a model: its task, state, dimensions, maximum number of tokens of a text, and quality.
 
         Args:
             name: name of the model; empty: the only model of the server.
@@ -44,7 +44,7 @@ class AsyncModelMethods:
         """Return the classifiers that the server serves, sorted by name. For many of them, several requests are sent.
 
         Args:
-            page_size: most classifiers of one response, at most 1000; 0: the server's default.
+            page_size: maximum number of classifiers of one response, at most 1000; 0: the server's default.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:

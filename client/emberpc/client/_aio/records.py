@@ -55,7 +55,7 @@ class AsyncRecordMethods:
             expected_revisions: item i is the `revision` that the stored record with the id of record i must have; 0: no
                 record may have this id. All records are then checked before anything is sent. None: revisions are not
                 compared.
-            batch_size: most records of one request.
+            batch_size: maximum number of records of one request.
             progress: called after each response with the number of records written so far; None: no calls.
             details: called with the `ResponseDetails` of each response: sequence number and durability of the write,
                 times, tokens of the texts.
@@ -113,12 +113,12 @@ class AsyncRecordMethods:
                 `upsert`.
                 The iterable is read as needed, in the task that takes the checkpoints. It may be asynchronous.
             truncation: how texts with too many tokens are truncated; None: the setting of the collection.
-            batch_size: most records of one request; `window` if that is less. The records of a request that do not fail
-                are written together, all or none.
-            window: most records that are read and not yet written or failed. Reading also stops while these records
-                have 32 MiB or more.
-            timeout: most seconds without a checkpoint, attempts to connect again included, but not the time of reading
-                `records`; None: the `timeout` of the constructor.
+            batch_size: maximum number of records of one request; `window` if that is less. The records of a request
+                that do not fail are written together, all or none.
+            window: maximum number of records that are read and not yet written or failed. Reading also stops while
+                these records have 32 MiB or more.
+            timeout: maximum seconds without a checkpoint, attempts to connect again included, but not the time of
+                reading `records`; None: the `timeout` of the constructor.
 
         Returns:
             An iterator over checkpoints, which state how many records are written and which have failed.
@@ -221,7 +221,7 @@ class AsyncRecordMethods:
             where: only records that match this filter, such as `lang = "en" and year >= 2020`; see
                 `emberpc.client.filters`. None: all records.
             with_vectors: whether to return the vectors too.
-            page_size: most records of one response, at most 1000; 0: the server's default.
+            page_size: maximum number of records of one response, at most 1000; 0: the server's default.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:

@@ -56,12 +56,12 @@ class AsyncSearchMethods:
             query: a text that is not empty or only white space, which the collection's model embeds unless `mode` is
                 `lexical`; a vector, shape (dimensions,), in a `cosine` collection not all zeros; or `RecordId(id)`,
                 which searches for the records nearest to that record, without itself.
-            top_k: the most hits, 1 to 10,000.
+            top_k: maximum number of hits, 1 to 10,000.
             ef: candidates that a search of the graph keeps, at most 1,000,000. A greater number is slower and has a
                 higher recall. 0: the server chooses. Refused together with `min_recall`, and with the mode `lexical`.
-            min_recall: least mean share, in (0, 1], of the true nearest records that a search finds; one search may
+            min_recall: minimum mean share, in (0, 1], of the true nearest records that a search finds; one search may
                 find fewer. With 1 the query is compared with the vector of every record that matches `where`. 0: no
-                least share. Refused with the mode `lexical`.
+                minimum share. Refused with the mode `lexical`.
             where: only records that match this filter, such as `lang = "en" and year >= 2020`; see
                 `emberpc.client.filters`. None: all records.
             mode: `dense`: search by vectors; `lexical`: by words; `hybrid`: both, with joined rankings. `lexical` and
@@ -138,9 +138,10 @@ class AsyncSearchMethods:
             collection: name of the collection.
             queries: texts, vectors, `RecordId`, or `SearchQuery` with a filter, `top_k` and `ef` of its own. Without
                 queries, nothing is sent.
-            top_k: the most hits of a query, 1 to 10,000.
+            top_k: maximum number of hits of a query, 1 to 10,000.
             ef: candidates that a search of the graph keeps; 0: the server chooses.
-            min_recall: least mean share, in (0, 1], of the true nearest records that a search finds; 0: no least share.
+            min_recall: minimum mean share, in (0, 1], of the true nearest records that a search finds; 0: no minimum
+                share.
             where: only records that match this filter; None: all records.
             mode: `dense`: search by vectors; `lexical`: by words; `hybrid`: both.
             dense_weight: for `hybrid`: weight of the dense ranking, 0 to 1; None: 0.5.
@@ -186,9 +187,9 @@ class AsyncSearchMethods:
 
         Args:
             collection: name of the collection.
-            min_score: least cosine similarity of the two vectors, above 0 and at most 1, whatever the distance of the
+            min_score: minimum cosine similarity of the two vectors, above 0 and at most 1, whatever the distance of the
                 collection is; 0: 0.95.
-            page_size: most pairs of one response, at most 1000; 0: the server's default.
+            page_size: maximum number of pairs of one response, at most 1000; 0: the server's default.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Raises:
@@ -217,7 +218,7 @@ class AsyncSearchMethods:
             collection: name of the collection.
             count: number of clusters, 2 to 1000. Fewer are returned if clusters stay empty, as with equal vectors; none
                 if there are no records.
-            examples: most example records of each cluster, at most 100; 0: the server's default.
+            examples: maximum number of example records of each cluster, at most 100; 0: the server's default.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:

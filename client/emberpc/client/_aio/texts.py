@@ -51,7 +51,7 @@ class AsyncTextMethods:
             normalize: whether to scale the vectors to length 1; None: as `normalized` of the model states. The server
                 refuses False if `normalized` is true.
             priority: urgency of the call; the server may delay `bulk` calls in favour of `interactive` calls.
-            batch_size: most texts of one request.
+            batch_size: maximum number of texts of one request.
             progress: called after each response with the number of texts embedded so far; None: no calls.
             details: called with the `ResponseDetails` of each response: the model that answered, times, tokens of the
                 texts.
@@ -110,11 +110,12 @@ class AsyncTextMethods:
             dtype: element type of the vectors in the responses; the client converts all of them to float32.
             normalize: whether to scale the vectors to length 1; None: as `normalized` of the model states.
             priority: urgency of the call; the server may delay `bulk` calls in favour of `interactive` calls.
-            batch_size: most texts of one request; `window` if that is less. A request is sent when this many texts are
-                read, or no further text can be read, so choose a smaller number if the texts arrive slowly.
-            window: most texts that are read and have no result yet. Reading also stops while these texts have 2**24
-                characters or more.
-            timeout: most seconds without a result, attempts to connect again included, but not the time of reading
+            batch_size: maximum number of texts of one request; `window` if that is less. A request is sent when this
+                many texts are read, or no further text can be read, so choose a smaller number if the texts arrive
+                slowly.
+            window: maximum number of texts that are read and have no result yet. Reading also stops while these texts
+                have 2**24 characters or more.
+            timeout: maximum seconds without a result, attempts to connect again included, but not the time of reading
                 `items`; None: the `timeout` of the constructor.
 
         Returns:
@@ -160,9 +161,9 @@ class AsyncTextMethods:
             model: name of the embedding model or classifier; empty: the only embedding model of the server, or the only
                 model if no model embeds texts.
             input_kind: purpose of the texts; decides which prompt of the model the server puts before each text.
-            batch_size: most texts of one request.
-            details: called with the `ResponseDetails` of each response: the model, and `max_tokens`, the most tokens of
-                a text that the model reads.
+            batch_size: maximum number of texts of one request.
+            details: called with the `ResponseDetails` of each response: the model, and `max_tokens`, the maximum number
+                of tokens of a text that the model reads.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.
 
         Returns:
@@ -231,11 +232,11 @@ class AsyncTextMethods:
         Args:
             texts: a list or another iterable of texts; at least one, none empty or only white space.
             classifier: name of the classifier; empty: the only classifier of the server.
-            top_k: most labels to return with their probabilities for each text, the most probable first; 0: all. The
-                predicted labels are not limited.
+            top_k: maximum number of labels to return with their probabilities for each text, the most probable first;
+                0: all. The predicted labels are not limited.
             truncation: how texts with too many tokens are truncated.
             priority: urgency of the call; the server may delay `bulk` calls in favour of `interactive` calls.
-            batch_size: most texts of one request.
+            batch_size: maximum number of texts of one request.
             progress: called after each response with the number of texts classified so far; None: no calls.
             details: called with the `ResponseDetails` of each response.
             timeout: seconds that one request may take, with all its tries; None: the `timeout` of the constructor.

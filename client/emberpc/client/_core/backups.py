@@ -24,7 +24,7 @@ RESTORE_COLLECTION = Method(_SERVICE + "RestoreCollection", pb.RestoreCollection
 
 #: Default timeout of a backup or a restore, in seconds: an hour, since a backup may have many gigabytes.
 TIMEOUT = 3600.0
-#: Most bytes of the file in one request of a restore.
+#: Maximum number of bytes of the file in one request of a restore.
 _CHUNK_BYTES = 2**20
 
 

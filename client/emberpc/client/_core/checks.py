@@ -58,17 +58,17 @@ def text(value: object, name: str) -> str:
     return value
 
 
-def texts(values: Iterable[str], name: str, least: int = 1) -> list[str]:
+def texts(values: Iterable[str], name: str, minimum: int = 1) -> list[str]:
     """Validate texts and return them as a list; errors call the argument `name`.
 
     Args:
         values: the texts.
         name: name of the argument.
-        least: least number of texts, 0 or 1.
+        minimum: minimum number of texts, 0 or 1.
 
     Raises:
         InputTypeError: `values` is a str, bytes, a mapping or not iterable, or an item is not a str.
-        InputError: there are fewer than `least` texts, or UTF-8 cannot encode a text.
+        InputError: there are fewer than `minimum` texts, or UTF-8 cannot encode a text.
     """
     if isinstance(values, str):
         raise InputTypeError(f"{name} is a str; it must be a list of texts, such as [text]")
@@ -83,7 +83,7 @@ def texts(values: Iterable[str], name: str, least: int = 1) -> list[str]:
     if not isinstance(values, Iterable):
         raise InputTypeError(f"{name} is of type {type(values).__name__}; it must be a list of texts")
     checked = [text(value, f"{name}[{i}]") for i, value in enumerate(values)]
-    if len(checked) < least:
+    if len(checked) < minimum:
         raise InputError(f"{name} is empty; give at least one")
     return checked
 
@@ -100,8 +100,8 @@ def function(value: object, name: str) -> None:
         )
 
 
-def count(value: int, name: str, least: int = 0, bits: int = 31) -> int:
-    """Validate an integer that must be at least `least` and below 2**`bits`, and return it as an int.
+def count(value: int, name: str, minimum: int = 0, bits: int = 31) -> int:
+    """Validate an integer that must be at least `minimum` and below 2**`bits`, and return it as an int.
 
     By default the range is that of a non-negative int32. Errors call the argument `name`.
 
@@ -111,10 +111,10 @@ def count(value: int, name: str, least: int = 0, bits: int = 31) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise InputTypeError(f"{name} is of type {type(value).__name__}; it must be an int")
-    if not least <= value < 2**bits:
+    if not minimum <= value < 2**bits:
         # By default, `str` raises ValueError for an int of more than 4,300 digits.
         shown = str(value) if -(2**64) < value < 2**64 else "beyond 2**64"
-        limit = f"below 2**{bits}" if value > least else f"at least {least}"
+        limit = f"below 2**{bits}" if value > minimum else f"at least {minimum}"
         raise InputError(f"{name} is {shown}; it must be {limit}")
     return int(value)
 

@@ -45,7 +45,7 @@ def create_collection(
     An argument of the wrong type raises InputTypeError. An unknown word, an integer outside int32 or below 0, or a text
     with a lone surrogate raises InputError. The server checks names and limits.
     """
-    fields = checks.texts(indexed_fields, "indexed_fields", least=0)
+    fields = checks.texts(indexed_fields, "indexed_fields", minimum=0)
     collection = pb.Collection(
         name=checks.text(name, "name"),
         model=checks.text(model, "model"),

@@ -129,7 +129,7 @@ class ConnectionSettings:
         timeout: seconds that a call may take unless the call states another timeout.
         tls: settings of the encryption; None: plain text.
         token: bearer token that is sent with every call; None: no token.
-        in_flight: most requests that one method call of the client keeps in flight.
+        in_flight: maximum number of requests that one method call of the client keeps in flight.
         own_channel: whether the caller passed a channel of its own. The caller is then responsible for its security.
     """
 

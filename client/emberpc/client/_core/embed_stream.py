@@ -31,8 +31,8 @@ class EmbedStreamState(StreamState[StreamItem, pb.EmbedStreamRequest, pb.EmbedSt
         items: the caller's texts, each alone or with an id. The constructor only checks that this is an iterable, and
             reads no item; `add` takes each item.
         options: options of the stream.
-        batch_size: most texts of a request.
-        window: most texts that are read and not yet answered.
+        batch_size: maximum number of texts of a request.
+        window: maximum number of texts that are read and not yet answered.
 
     Raises:
         InputTypeError: `items` is no iterable, or is a str, bytes or a mapping; or another argument has the wrong type.
@@ -126,7 +126,7 @@ class EmbedStreamState(StreamState[StreamItem, pb.EmbedStreamRequest, pb.EmbedSt
         """
         keys, self._unsent = self._unsent, []
         items = (pb.EmbedStreamItem(id=key, text=self._unanswered[key][1]) for key in keys)
-        # A character counts as 4 bytes, the most that it has in UTF-8: counting the exact bytes would take more time.
+        # A character counts as 4 bytes, the maximum in UTF-8: counting the exact bytes would take more time.
         for _, part in chunks(items, self.batch_size, lambda item: 4 * len(item.text)):
             yield pb.EmbedStreamRequest(items=part)
 

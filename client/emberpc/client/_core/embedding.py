@@ -215,7 +215,7 @@ def classify(
 
 
 def _text_chunks(texts: list[str], batch_size: int) -> list[tuple[int, list[str]]]:
-    # A character counts as 4 bytes, the most that it has in UTF-8: counting the exact bytes would take more time.
+    # A character counts as 4 bytes, the maximum in UTF-8: counting the exact bytes would take more time.
     return list(chunks(texts, checks.count(batch_size, "batch_size", 1), lambda text: 4 * len(text)))
 
 

@@ -18,8 +18,8 @@ from emberpc.client.exceptions import InputError, InputTypeError
 #: Greatest magnitude of an int in metadata. Numbers are doubles on the wire, and doubles represent every integer up to
 #: and including this one.
 _MAX_WHOLE = 2**53
-#: Most levels of dicts and lists in metadata, the outermost dict included. A level takes up to three nested messages,
-#: and parsers of protobuf accept 100 levels of messages.
+#: Maximum number of levels of dicts and lists in metadata, the outermost dict included. A level takes up to three
+#: nested messages, and parsers of protobuf accept 100 levels of messages.
 _MAX_DEPTH = 30
 
 

@@ -29,7 +29,8 @@ DELETE_RECORDS = Method(_SERVICE + "DeleteRecords", pb.DeleteRecordsResponse)
 LIST_RECORDS = Method(_SERVICE + "ListRecords", pb.ListRecordsResponse)
 COUNT_RECORDS = Method(_SERVICE + "CountRecords", pb.CountRecordsResponse)
 
-#: Most ids in one request of `get` or `delete`. The API accepts 10,000, but smaller requests take less of the timeout.
+#: Maximum number of ids in one request of `get` or `delete`. The API accepts 10,000, but smaller requests take less of
+#: the timeout.
 _IDS = 1000
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from emberpc.client._core.rpc_call import Call, Item, Response, Result
 
-#: Most bytes of the items in one request, unless the request has a single item. Half of a server's default limit
-#: (`max_message_bytes`, 16 MiB), since the rest of the request needs room too.
+#: Maximum number of bytes of the items in one request, unless the request has a single item. Half of a server's default
+#: limit (`max_message_bytes`, 16 MiB), since the rest of the request needs room too.
 _MAX_CHUNK_BYTES = 8 * 2**20
 
 
@@ -16,7 +16,7 @@ def chunks(items: Iterable[Item], size: int, weigh: Callable[[Item], int]) -> It
 
     Args:
         items: the items; read as needed.
-        size: most items of a list, at least 1.
+        size: maximum number of items of a list, at least 1.
         weigh: returns the bytes of an item, exactly or as an upper limit.
 
     Yields:

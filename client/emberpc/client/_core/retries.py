@@ -12,7 +12,7 @@ from time import monotonic
 
 from emberpc.client.exceptions import EmberpcError, Unavailable
 
-#: Most tries of one call, the first included.
+#: Maximum number of tries of one call, the first included.
 _TRIES = 5
 #: A call is retried only if the failed try ran for at most this many seconds. After a longer run, a retry might repeat
 #: work that takes as long.

@@ -33,9 +33,9 @@ from emberpc.wire import vectors
 
 SEARCH = Method("/emberpc.v1.IndexService/Search", pb.SearchResponse)
 
-#: Most queries in one request. The API accepts 1000, but smaller requests have smaller responses.
+#: Maximum number of queries in one request. The API accepts 1000, but smaller requests have smaller responses.
 _QUERIES = 100
-#: Most hits of all queries of one request together, as the API limits them.
+#: Maximum number of hits of all queries of one request together, as the API limits them.
 _HITS = 100_000
 
 
@@ -123,8 +123,8 @@ def search(
         request.MergeFrom(template)
         return Call(SEARCH, request, decode, "queries", first, len(part), divisible(call, first, part))
 
-    most_hits = max((message.top_k for message in messages), default=0)
-    queries_at_once = max(1, min(_QUERIES, _HITS // max(1, template.top_k, most_hits)))
+    max_hits = max((message.top_k for message in messages), default=0)
+    queries_at_once = max(1, min(_QUERIES, _HITS // max(1, template.top_k, max_hits)))
     parts = chunks(messages, queries_at_once, lambda message: message.ByteSize())
     return JoinedCalls((call(*part) for part in parts), ListCollector[SearchResult]())
 

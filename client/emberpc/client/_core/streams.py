@@ -16,7 +16,7 @@ from emberpc.client.exceptions import REQUEST_TOO_LARGE, EmberpcError, Internal,
 #: Pauses before a broken stream is opened again, in seconds: the first pause, and the longest. A pause is twice the one
 #: before, up to the longest.
 _PAUSES = (0.1, 2.0)
-#: Most connections that a stream opens until a server accepts one, as many as the tries of any other call.
+#: Maximum number of connections that a stream opens until a server accepts one, as many as the tries of any other call.
 _OPENINGS = 5
 
 Item = TypeVar("Item")
@@ -29,12 +29,12 @@ class StreamState(ABC, Generic[Item, Request, Response, Result]):
     """The items of one stream that are read and not yet answered, and the requests that send them.
 
     Args:
-        batch_size: most items of a request.
-        window: most items that are read and not yet answered.
+        batch_size: maximum number of items of a request.
+        window: maximum number of items that are read and not yet answered.
 
     Attributes:
         call: the RPC, and how to decode its responses; set by the subclass.
-        batch_size: most items of a request; `window` if that is less.
+        batch_size: maximum number of items of a request; `window` if that is less.
         exhausted: whether the caller has no more items; set by `read_items`.
         greeted: whether the server has answered the first request of the present connection.
         accepted: whether a server has answered the first request of any connection of this stream.
@@ -180,7 +180,7 @@ class Patience:
     reading of items. So the time that the caller takes does not count.
 
     Args:
-        seconds: most seconds that may pass without a result.
+        seconds: maximum seconds that may pass without a result.
 
     Attributes:
         reason: why a connection broke since the last restart, see `pause`; None if none broke.

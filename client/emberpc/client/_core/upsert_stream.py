@@ -64,8 +64,8 @@ class UpsertStreamState(
             takes each record.
         collection: name of the collection.
         truncation: how texts with too many tokens are truncated; None: the setting of the collection.
-        batch_size: most records of a request.
-        window: most records that are read and not yet acknowledged.
+        batch_size: maximum number of records of a request.
+        window: maximum number of records that are read and not yet acknowledged.
 
     Raises:
         InputTypeError: `records` is no iterable, or is a str, bytes, a mapping or one Record; or another argument has

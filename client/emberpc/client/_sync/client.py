@@ -54,9 +54,9 @@ class Client(TextMethods, CollectionMethods, RecordMethods, SearchMethods, Backu
         tls: how to encrypt the connection; None: plain text.
         token: sent with each call as `authorization: Bearer TOKEN`; None: no token. Without `tls` a token is refused,
             unless the target is on this host, or `channel` is given.
-        in_flight: most requests that one method call keeps in flight, 1 to 1000; `upsert` and `delete` send one after
-            the other. A request that is divided, because its response would be too large, counts once. A greater number
-            helps if the target has several servers.
+        in_flight: maximum number of requests that one method call keeps in flight, 1 to 1000; `upsert` and `delete`
+            send one after the other. A request that is divided, because its response would be too large, counts once. A
+            greater number helps if the target has several servers.
         channel: an open channel to use, such as a channel to a server in a test; None: the client opens one. The client
             neither closes the caller's channel nor changes its settings, so `tls` has no effect, and a response may
             have at most 4 MiB, gRPC's default, unless the channel has another limit. Over this channel the client

@@ -38,8 +38,8 @@ class CollectionMethods:
                 dimensions, or 0 for its dimensions. Without a model, 0 is refused.
             distance: the measure that compares vectors.
             truncation: how texts of records with too many tokens are truncated, unless an upsert states otherwise.
-            m: most links of a node in a layer of the HNSW graph, 4 to 64; 0: the server's default. In the lowest layer,
-                a node may have twice as many.
+            m: maximum number of links of a node in a layer of the HNSW graph, 4 to 64; 0: the server's default. In the
+                lowest layer, a node may have twice as many.
             ef_construction: candidates that an insertion into the graph keeps, 16 to 2000; 0: the server's default.
             indexed_fields: metadata fields that filters use often, at most 16. The server keeps an index of each, which
                 makes every write a little slower. With Milvus, the fields have no effect.

@@ -193,7 +193,7 @@ class Runner:
         Args:
             state: state of the stream.
             items: the caller's items; read when the window of `state` has room for them.
-            timeout: most seconds without a result; None: the timeout of the connection.
+            timeout: maximum seconds without a result; None: the timeout of the connection.
 
         Raises:
             InputTypeError: `timeout` is not a number; or, when the next result is taken, an item has the wrong type.

@@ -32,7 +32,7 @@ def run_stream(
         items: the caller's items.
         transport: the channel.
         connection: target and settings of the client.
-        timeout: most seconds without a result; None: the timeout of `connection`.
+        timeout: maximum seconds without a result; None: the timeout of `connection`.
 
     Raises:
         EmberpcError: the stream failed, and opening it again did not help or was not possible; or no result came within

@@ -20,7 +20,8 @@ from emberpc.client._core.rpc_call import Call
 from emberpc.client._core.streams import Item, StreamState
 from emberpc.client.exceptions import Cancelled, InputTypeError
 
-#: Most seconds that `Transport.close` waits for gRPC to close a channel. Closing takes milliseconds, unless it hangs.
+#: Maximum seconds that `Transport.close` waits for gRPC to close a channel. Closing takes milliseconds, unless it
+#: hangs.
 _CLOSE_SECONDS = 2.0
 
 Arguments = ParamSpec("Arguments")

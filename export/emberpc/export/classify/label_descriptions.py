@@ -13,7 +13,7 @@ from emberpc.export.data.examples import Examples, label_names
 
 #: Label names become descriptions only if the accuracy of a zero-shot classifier by these names exceeds the share of
 #: the most frequent label by more than this. Accuracy and share count texts, in [0, 1].
-_LEAST_GAIN = 0.1
+_MIN_GAIN = 0.1
 
 
 def described_examples(examples: Examples, descriptions: tuple[str, ...], cached_encoder: CachedEncoder) -> Examples:
@@ -43,4 +43,4 @@ def names_help(named: Examples, cached_encoder: CachedEncoder) -> bool:
     """
     best = best_labels(STRATEGIES["zero-shot"].fit(named, cached_encoder, Options()).classify(named.texts))
     right = named.targets[np.arange(len(best)), best].mean()
-    return bool(right > named.targets.mean(axis=0).max() + _LEAST_GAIN)
+    return bool(right > named.targets.mean(axis=0).max() + _MIN_GAIN)

@@ -38,7 +38,8 @@ def open_base(source: str, folder: Path, max_tokens: int | None, progress: Progr
     Args:
         source: the encoder: a folder, an installed package that holds one, or a hub id.
         folder: folder to create, for the ONNX file and the tokenizer; it must not exist.
-        max_tokens: the most tokens of a text; longer texts are truncated. None: the limit that the source states.
+        max_tokens: maximum number of tokens of a text; longer texts are truncated. None: the limit that the source
+            states.
         progress: called with the current step.
 
     Raises:

@@ -33,8 +33,8 @@ from emberpc.export.threads import bounded_threads
 from emberpc.export.timing import Cost
 from emberpc.export.tuning.checkpoint import Checkpoints
 
-#: Most texts of an encoder that are embedded after the time limit has passed, to estimate the limit that would suffice.
-#: They are one batch, which cannot be interrupted.
+#: Maximum number of texts of an encoder that are embedded after the time limit has passed, to estimate the limit that
+#: would suffice. They are one batch, which cannot be interrupted.
 _SAMPLED_TEXTS = 8
 #: Greatest share of the time left that the measurement of the serving cost of a strategy may take. If the estimate of
 #: the measurement is above this share, the measurement is left out, and a later cell of the strategy may make it.
@@ -202,7 +202,7 @@ class _Comparison:
             others = {name: self._sampled(base) for name, base in self._bases.items() if name not in seconds}
             seconds |= others
             self._opened += sum(others.values()) * len(self._all_texts)
-            self.needed_seconds = self._opened + planner.least_seconds(todo, done) + self._limit.reserve
+            self.needed_seconds = self._opened + planner.min_seconds(todo, done) + self._limit.reserve
             self._note_unknown(planner, done, set())
             reason = "the time limit passed before all texts were embedded"
             return done, [*skipped, *(Skipped(cell, reason, for_time=True) for cell in todo if not cell.quick)]
@@ -234,7 +234,7 @@ class _Comparison:
         self._note_unknown(planner, done, {each.cell for each in skipped if not each.for_time})
         todo = planner.needed(todo, done)
         if rest := [*todo, *(each.cell for each in skipped if each.for_time)]:
-            self.needed_seconds = self._limit.spent + planner.least_seconds(rest, done) + self._limit.reserve
+            self.needed_seconds = self._limit.spent + planner.min_seconds(rest, done) + self._limit.reserve
         of_full = [each for each in skipped if not each.cell.quick]
         return done, [*of_full, *planner.skipped(todo, done, self._limit.left or 0.0)]
 
@@ -246,7 +246,7 @@ class _Comparison:
                 base = self._bases[cell.base]
                 # A later run loads the encoder for training again.
                 loading = base.seconds * (cell.way.tunes and base.cached_encoder.is_trainable)
-                seconds = loading + planner.least_seconds([cell], done)
+                seconds = loading + planner.min_seconds([cell], done)
                 self.seconds_to_know[cell.way] = self._opened + seconds + self._limit.reserve
 
     def _work(self, cell: Cell) -> Work:

@@ -24,8 +24,8 @@ class ComparisonSettings:
     `data` names the training texts, and `test` is a file of the same format with the test texts. The texts of
     `data.outside` are used for measuring and not for training, and those of `data.validation` are not used. `bases` are
     encoders: folders, installed packages or hub ids. `budgets` are numbers of training texts of each label, and `seeds`
-    is the number of seeds for each budget. `max_tokens` is the most tokens of a text; None: each encoder's limit.
-    `label_texts` and `balanced` have the meaning that they have for `export_classifier`.
+    is the number of seeds for each budget. `max_tokens` is the maximum number of tokens of a text; None: each encoder's
+    limit. `label_texts` and `balanced` have the meaning that they have for `export_classifier`.
     """
 
     data: ClassifierData
@@ -58,10 +58,10 @@ class ComparisonResult:
     per_label: dict[int, float]
     #: The source of each base (folder, package or hub id), by the base's name.
     sources: dict[str, str]
-    #: Estimate of the least time limit, in seconds, with which one more cell is measured; 0 if no cell was skipped for
-    #: lack of time.
+    #: Estimate of the minimum time limit, in seconds, with which one more cell is measured; 0 if no cell was skipped
+    #: for lack of time.
     needed_seconds: float = 0.0
-    #: Estimate of the least time limit, in seconds, with which a later run measures the full profile with the largest
+    #: Estimate of the minimum time limit, in seconds, with which a later run measures the full profile with the largest
     #: budget, by way; only ways of this run that were not measured there.
     seconds_to_know: dict[Way, float] = field(default_factory=dict)
 

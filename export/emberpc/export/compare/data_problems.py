@@ -16,11 +16,11 @@ from emberpc.export.data.examples import Examples
 
 #: Stands for no label.
 _NONE = "(none)"
-_MOST_PAIRS = 12
-_MOST_TEXTS = 4
-_MOST_SUSPECTS = 40
-#: Least probability, in [0, 1], that the label of a listed text is wrong.
-_LEAST_PROBABILITY = 0.5
+_MAX_PAIRS = 12
+_MAX_TEXTS = 4
+_MAX_SUSPECTS = 40
+#: Minimum probability, in [0, 1], that the label of a listed text is wrong.
+_MIN_PROBABILITY = 0.5
 #: Limits of confidence, in [0, 1]. Disagreement from the first limit on and below the second one is mostly an error of
 #: the strategy. From the second limit on it may show a wrong label; texts from the third limit on are a group of their
 #: own.
@@ -29,8 +29,8 @@ _CONFIDENCES = (0.7, 0.9, 0.97)
 #: wrong labels put into four data sets, the probabilities that result are about right
 #: (docs/decisions/measurements/0024).
 _PRIOR_SHARE, _PRIOR_TEXTS = 0.2, 10.0
-#: Least difference of the rates at which the words agree with right and with wrong suggestions.
-_LEAST_CONTRAST = 0.2
+#: Minimum difference of the rates at which the words agree with right and with wrong suggestions.
+_MIN_CONTRAST = 0.2
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ def confusions(summary: Summary, point: Point) -> list[Confusion]:
             given,
             count / point.seeds / sizes[label],
             count / point.seeds,
-            tuple(text for text, _ in texts[label, given].most_common(_MOST_TEXTS)),
+            tuple(text for text, _ in texts[label, given].most_common(_MAX_TEXTS)),
         )
-        for (label, given), count in counts.most_common(_MOST_PAIRS)
+        for (label, given), count in counts.most_common(_MAX_PAIRS)
     ]
 
 
@@ -129,17 +129,17 @@ def suspects(summary: Summary) -> list[Suspect]:
             part, examples, _decisions(part, frozen) | _decisions(part, strong), _decisions(part, lexical)
         )
     ]
-    least, between, most = _CONFIDENCES
-    doubtful = [vote for vote in votes if least <= vote.suspect.confidence < between]
+    minimum, between, maximum = _CONFIDENCES
+    doubtful = [vote for vote in votes if minimum <= vote.suspect.confidence < between]
     found = []
-    for low, high in ((between, most), (most, 1.1)):
+    for low, high in ((between, maximum), (maximum, 1.1)):
         group = [vote for vote in votes if low <= vote.suspect.confidence < high]
         probability = _probability(group, doubtful)
         found += [
             replace(vote.suspect, probability=probability) for vote in group if vote.disagrees and vote.words_agree
         ]
-    kept = [suspect for suspect in found if suspect.probability >= _LEAST_PROBABILITY]
-    return sorted(kept, key=lambda suspect: (-suspect.probability, -suspect.confidence))[:_MOST_SUSPECTS]
+    kept = [suspect for suspect in found if suspect.probability >= _MIN_PROBABILITY]
+    return sorted(kept, key=lambda suspect: (-suspect.probability, -suspect.confidence))[:_MAX_SUSPECTS]
 
 
 class _Vote(NamedTuple):
@@ -175,7 +175,7 @@ def _probability(group: Sequence[_Vote], doubtful: Sequence[_Vote]) -> float:
     if_right, if_wrong, rate = (sum(each) / len(each) for each in (agreeing, errors, disagreeing))
     if_wrong += sqrt(if_wrong * (1 - if_wrong) / len(errors))
     rate -= sqrt(rate * (1 - rate) / len(disagreeing))
-    if if_right - if_wrong < _LEAST_CONTRAST:
+    if if_right - if_wrong < _MIN_CONTRAST:
         return 0.0
     share = max(0.0, min(1.0, (rate - if_wrong) / (if_right - if_wrong)))
     share = (share * len(disagreeing) + _PRIOR_SHARE * _PRIOR_TEXTS) / (len(disagreeing) + _PRIOR_TEXTS)

@@ -19,8 +19,8 @@ _SLOPE = -0.15
 _SLOPE_DEVIATION = 0.08
 #: Mean change of the logarithm of the error from the quick to the full profile, and its standard deviation.
 _FULL_GAIN, _FULL_DEVIATION = -0.05, 0.15
-#: Least error that is distinguished from 0: the logarithm of 0 does not exist.
-_LEAST_ERROR = 1e-3
+#: Minimum error that is distinguished from 0: the logarithm of 0 does not exist.
+_MIN_ERROR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Estimates:
 
 
 def _error(found: MeasuredFigure) -> float:
-    return max(1 - found.value, _LEAST_ERROR)
+    return max(1 - found.value, _MIN_ERROR)
 
 
 def _estimate(level: float, deviation: float, *, measured: bool) -> Estimate:

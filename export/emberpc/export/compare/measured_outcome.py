@@ -18,8 +18,8 @@ from emberpc.export.data.examples import Examples, Rows
 
 #: Quantile, over the texts, of the standardized logit of a text's best label: a label with a greater one is given.
 _BEST_LABELS_QUANTILE = 0.25
-#: Least standard deviation of the logits of a label.
-_LEAST_DEVIATION = 1e-6
+#: Minimum standard deviation of the logits of a label.
+_MIN_DEVIATION = 1e-6
 
 
 def outcome_of(
@@ -69,10 +69,10 @@ def thresholds_without_labels(logits: Matrix) -> tuple[float, ...]:
     Args:
         logits: float32 (texts, labels), of at least one text, by a classifier whose logits are cosines times a factor.
     """
-    mean, deviation = logits.mean(axis=0), np.maximum(logits.std(axis=0), _LEAST_DEVIATION)
+    mean, deviation = logits.mean(axis=0), np.maximum(logits.std(axis=0), _MIN_DEVIATION)
     best = ((logits - mean) / deviation).max(axis=1)
-    least = mean + np.quantile(best, _BEST_LABELS_QUANTILE) * deviation
-    return tuple(float(value) for value in probabilities(least[None], multi_label=True)[0])
+    minimum = mean + np.quantile(best, _BEST_LABELS_QUANTILE) * deviation
+    return tuple(float(value) for value in probabilities(minimum[None], multi_label=True)[0])
 
 
 def _decisions(logits: Matrix, rows: Rows, rule: DecisionRule) -> Decisions:

@@ -90,7 +90,7 @@ class Decisions:
     """Decisions of a classifier on texts that it was not trained on.
 
     `rows` are the indexes of the texts in their file. `labels` are the indexes of the labels given to each text.
-    `confidence` is the probability of each text's best label. If multi-label, it is the least probability, over all
+    `confidence` is the probability of each text's best label. If multi-label, it is the minimum probability, over all
     labels, of the decision to give the label to the text or not.
     """
 

@@ -16,8 +16,8 @@ _SAFETY = 1.25
 #: Time of a pass of a text through the encoder in PyTorch during a training, as a multiple of the time of embedding the
 #: text with ONNX Runtime. It serves the first estimate only; each measured training corrects it.
 _PASS_FACTOR = 1.0
-#: Least estimate of a cell, in wall seconds. With few texts a fit takes a time that hardly depends on their number.
-_LEAST_SECONDS = 0.05
+#: Minimum estimate of a cell, in wall seconds. With few texts a fit takes a time that hardly depends on their number.
+_MIN_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ class Planner:
         nearest = min((known for known in done if known.way == cell.way), key=distance, default=None)
         if not cell.way.tunes:
             if nearest is None:
-                return _LEAST_SECONDS
+                return _MIN_SECONDS
             ratio = max(1, work.texts) / max(1, self._work[nearest].texts)
-            return max(_LEAST_SECONDS, done[nearest].figures["wall_seconds"] * ratio)
+            return max(_MIN_SECONDS, done[nearest].figures["wall_seconds"] * ratio)
         if nearest is not None:
             return work.passes * self._pass_seconds(nearest, done)
         others = [self._pass_seconds(known, done) for known in done if known.base == cell.base and known.way.tunes]
@@ -222,7 +222,7 @@ class Planner:
         outlook = _Outlook(self.figure_estimates(done), ways, self.largest)
         return {way for way in ways if way.tunes and outlook.promise(way) is None}
 
-    def least_seconds(self, cells: Iterable[Cell], done: Mapping[Cell, Outcome]) -> float:
+    def min_seconds(self, cells: Iterable[Cell], done: Mapping[Cell, Outcome]) -> float:
         """Return how many wall seconds must be left so that `choose` returns one of the cells and not None.
 
         Args:

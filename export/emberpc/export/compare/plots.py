@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 _COLOURS = ("#000000", "#999999", "#56B4E9", "#009E73", "#0072B2", "#E69F00", "#CC79A7", "#D55E00")
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D")
-#: Fewest decisions of a bin of confidence that the reliability plot draws. With fewer, the share of right decisions is
-#: too uncertain.
-_LEAST_DECISIONS = 10
+#: Minimum number of decisions of a bin of confidence that the reliability plot draws. With fewer, the share of right
+#: decisions is too uncertain.
+_MIN_DECISIONS = 10
 
 
 def draw_plots(
@@ -141,13 +141,13 @@ def _reliability(axes: Axes, recommended: Recommendation) -> None:
     for point in _reliability_points(recommended):
         outcome = point.outcomes[0]
         style = {**_style(summary, point.way), "label": f"{point.way.strategy}, ECE {point.means['ece']:.3f}"}
-        bins = [bin_ for bin_ in outcome.reliability if bin_[2] >= _LEAST_DECISIONS]
+        bins = [bin_ for bin_ in outcome.reliability if bin_[2] >= _MIN_DECISIONS]
         if not bins:
             continue
         x, y, counts = zip(*bins, strict=True)
         axes.plot(x, y, linewidth=1.4, **{**style, "marker": None})  # type: ignore[arg-type]
-        most = max(counts)
-        axes.scatter(x, y, s=[8 + 120 * count / most for count in counts], color=style["color"], alpha=0.7)
+        maximum = max(counts)
+        axes.scatter(x, y, s=[8 + 120 * count / maximum for count in counts], color=style["color"], alpha=0.7)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("confidence of the decision")

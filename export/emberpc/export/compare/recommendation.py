@@ -57,8 +57,8 @@ class CandidateStrategy:
 class Unknown:
     """A strategy that may be better than the recommended one and was not measured with the largest budget.
 
-    `seconds` is an estimate of the least time limit, in seconds, with which another run measures it there; 0 if the run
-    was not to measure it there, or if it failed. `estimate` is None if nothing was measured that allows one.
+    `seconds` is an estimate of the minimum time limit, in seconds, with which another run measures it there; 0 if the
+    run was not to measure it there, or if it failed. `estimate` is None if nothing was measured that allows one.
     """
 
     way: Way
@@ -107,8 +107,8 @@ class Recommendation:
         best = self.candidates[0]
         equal = [candidate for candidate in self.candidates if self._equal(candidate, best)]
         cheapest = min(candidate.cost(self.cost) for candidate in equal)
-        most = max(_SIMILAR_COST * cheapest, cheapest + _SMALL_COSTS[self.cost])
-        return next(candidate for candidate in equal if candidate.cost(self.cost) <= most)
+        maximum = max(_SIMILAR_COST * cheapest, cheapest + _SMALL_COSTS[self.cost])
+        return next(candidate for candidate in equal if candidate.cost(self.cost) <= maximum)
 
     def _equal(self, candidate: CandidateStrategy, best: CandidateStrategy) -> bool:
         if best.estimate.value - candidate.estimate.value <= self.tolerance:

@@ -22,8 +22,8 @@ TOLERATED = 0.05
 _PLOTS = 8.0
 #: The reserved time is this multiple of the estimate: the load of the host changes.
 _SAFETY = 1.5
-#: Least number of seconds that are reserved for the report.
-_LEAST_SECONDS = 1.0
+#: Minimum seconds that are reserved for the report.
+_MIN_SECONDS = 1.0
 #: Number of points of each line of the trial plot, and number of lines: about those of a learning curve.
 _POINTS, _TRIAL_LINES = 7, 8
 
@@ -96,7 +96,7 @@ class ReportTime:
 
     def seconds(self, outcomes: int) -> float:
         """Return the seconds to reserve for the report of that many outcomes."""
-        return max(_LEAST_SECONDS, _SAFETY * (self._once + outcomes * self._outcome))
+        return max(_MIN_SECONDS, _SAFETY * (self._once + outcomes * self._outcome))
 
 
 def _trial(axes: Axes) -> None:

@@ -13,12 +13,12 @@ import numpy.typing as npt
 from emberpc.export.compare.outcomes import Decisions
 from emberpc.export.data.examples import Targets
 
-#: Number of samples of the bootstrap, and the fewest: a large test set gets fewer samples, to save memory.
+#: Number of samples of the bootstrap, and the minimum: a large test set gets fewer samples, to save memory.
 _SAMPLES = 1000
-_FEWEST_SAMPLES = 200
+_MIN_SAMPLES = 200
 #: Number of weights of the bootstrap, samples times texts (80 MB as float32), beyond which there are fewer samples than
-#: `_SAMPLES`. With `_FEWEST_SAMPLES` samples there may be more weights: 800 bytes for each text.
-_MOST_WEIGHTS = 20_000_000
+#: `_SAMPLES`. With `_MIN_SAMPLES` samples there may be more weights: 800 bytes for each text.
+_MAX_WEIGHTS = 20_000_000
 #: Quantiles of a 95 % interval.
 _QUANTILES = (0.025, 0.975)
 
@@ -47,7 +47,7 @@ class Bootstrap:
 
     def __init__(self, targets: Targets) -> None:
         count = len(targets)
-        samples = max(_FEWEST_SAMPLES, min(_SAMPLES, _MOST_WEIGHTS // (count + 2)))
+        samples = max(_MIN_SAMPLES, min(_SAMPLES, _MAX_WEIGHTS // (count + 2)))
         generator = np.random.default_rng(0)
         drawn = generator.multinomial(count + 2, np.full(count + 2, 1 / (count + 2)), size=samples)
         self._targets = targets

@@ -17,13 +17,14 @@ from emberpc.export.source.encoder import Dense
 #: variant leaves these nodes out: it optimizes and quantizes only the nodes of the encoder.
 ADDED = "emberpc_"
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
-#: Least divisor of a mean over tokens, so that an empty mask does not divide by 0; sentence-transformers uses the same
-#: value.
+#: Minimum divisor of a mean over tokens, so that an empty mask does not divide by 0; sentence-transformers uses the
+#: same value.
 _MIN_TOKENS = 1e-9
-#: Least length that a vector is divided by, so that a zero vector does not divide by 0; torch uses the same value.
+#: Minimum length that a vector is divided by, so that a zero vector does not divide by 0; torch uses the same value.
 _MIN_NORM = 1e-12
-#: The most bytes of a graph that is written as one file: protobuf allows less than 2 GiB, and 16 MiB are a reserve.
-_MOST_BYTES = 2**31 - 2**24
+#: Maximum number of bytes of a graph that is written as one file: protobuf allows less than 2 GiB, and 16 MiB are a
+#: reserve.
+_MAX_BYTES = 2**31 - 2**24
 
 
 Matrix = npt.NDArray[np.float32]
@@ -208,7 +209,7 @@ class GraphEditor:
 def save_model(model: onnx.ModelProto, path: Path) -> None:
     """Write a graph to an ONNX file, and check the file.
 
-    If the graph is larger than `_MOST_BYTES`, its large weights go to a second file beside the ONNX file, with `_data`
+    If the graph is larger than `_MAX_BYTES`, its large weights go to a second file beside the ONNX file, with `_data`
     appended to its name.
 
     Args:
@@ -221,7 +222,7 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = path.with_name(f"{path.name}_data")
-    if model.ByteSize() <= _MOST_BYTES:
+    if model.ByteSize() <= _MAX_BYTES:
         onnx.save(model, str(path))
     else:
         data.unlink(missing_ok=True)  # onnx would append to an existing file
@@ -232,6 +233,6 @@ def save_model(model: onnx.ModelProto, path: Path) -> None:
 
 
 def check_size(model: onnx.ModelProto) -> None:
-    """Raise ExportError for a graph larger than `_MOST_BYTES`, which the quantizer and the optimizer do not support."""
-    if model.ByteSize() > _MOST_BYTES:
+    """Raise ExportError for a graph larger than `_MAX_BYTES`, which the quantizer and the optimizer do not support."""
+    if model.ByteSize() > _MAX_BYTES:
         raise ExportError("the model is larger than 2 GiB; variants of such models are not supported yet")

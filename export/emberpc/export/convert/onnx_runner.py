@@ -18,9 +18,9 @@ from emberpc.export.threads import Check, run_in_threads, session_options, usabl
 
 #: Default number of texts of a batch. Small batches of texts of similar length are the fastest on a CPU.
 _BATCH = 16
-#: Most batches that run at a time, since each needs memory. Each batch runs on one thread: on two cores, two batches at
-#: a time took 5 to 20 % less CPU time than one batch at a time on two threads (docs/decisions/0023).
-_MOST_AT_ONCE = 16
+#: Maximum number of batches that run at a time, since each needs memory. Each batch runs on one thread: on two cores,
+#: two batches at a time took 5 to 20 % less CPU time than one batch at a time on two threads (docs/decisions/0023).
+_MAX_AT_ONCE = 16
 
 Matrix = npt.NDArray[np.float32]
 
@@ -35,10 +35,11 @@ class OnnxRunner:
     Args:
         model: the ONNX file.
         tokenizer: `tokenizer.json` of the model.
-        max_tokens: the most tokens of a text, special tokens included; longer texts are truncated at their end.
+        max_tokens: maximum number of tokens of a text, special tokens included; longer texts are truncated at their
+            end.
         pad_token_id: token id that fills up the shorter texts of a batch.
-        threads: the most batches that `run` runs at a time, each on one thread, but at most 16 and at most as many as
-            threads are usable; 0: no further limit.
+        threads: maximum number of batches that `run` runs at a time, each on one thread, but at most 16 and at most as
+            many as threads are usable; 0: no further limit.
         interface: how to call the graph of a foreign folder, and how to turn its output into a vector, or logits, for
             each text. None: the graph is that of a bundle, whose outputs need no change.
 
@@ -57,7 +58,7 @@ class OnnxRunner:
         threads: int = 0,
         interface: Interface | None = None,
     ) -> None:
-        self._at_once = min(threads or usable_threads(), _MOST_AT_ONCE)
+        self._at_once = min(threads or usable_threads(), _MAX_AT_ONCE)
         options = session_options(1)
         try:
             self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
@@ -86,7 +87,7 @@ class OnnxRunner:
         Args:
             texts: at least one text, with its prompt if it needs one.
             output: name of the output, such as `sentence_embedding` or `logits`.
-            batch_size: the most texts of a batch; a batch has texts of similar numbers of characters.
+            batch_size: maximum number of texts of a batch; a batch has texts of similar numbers of characters.
             progress: called after each batch and every 0.1 s, with the step `embedding` and the number of texts done.
                 An exception that it raises stops the run, and is raised.
 
@@ -106,7 +107,7 @@ class OnnxRunner:
             run_in_threads(
                 [partial(task, batch) for batch in batches],
                 lambda done: progress("embedding", min(done * batch_size, len(texts)), len(texts)),
-                most=self._at_once,
+                maximum=self._at_once,
             )
         )
         rows = np.empty_like(found)

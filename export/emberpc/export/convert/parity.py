@@ -13,7 +13,7 @@ from emberpc.bundle.transformers_settings import read_json, read_positions, tran
 from emberpc.export.convert.onnx_runner import Matrix
 from emberpc.export.errors import ExportError
 
-#: Least cosine between a text's outputs by an fp32 ONNX file and by PyTorch. The two compute the same operations in
+#: Minimum cosine between a text's outputs by an fp32 ONNX file and by PyTorch. The two compute the same operations in
 #: another order, so only rounding may differ.
 MIN_COSINE = 0.9999
 #: Greatest absolute difference of an output value between an fp32 ONNX file and PyTorch. If the largest magnitude of
@@ -33,9 +33,9 @@ def compare(expected: Matrix, got: Matrix, *, labels: bool = False) -> Parity:
         labels: whether the outputs are logits, so that the best label of each text is compared, too.
 
     Returns:
-        The number of texts, the greatest absolute difference of a value, the least cosine of a text's outputs, and the
-        share of texts with the same best label (1.0 unless `labels`). If several labels are the best up to `_TIE` in
-        `got`, any of them counts as the best.
+        The number of texts, the greatest absolute difference of a value, the minimum cosine of a text's outputs, and
+        the share of texts with the same best label (1.0 unless `labels`). If several labels are the best up to `_TIE`
+        in `got`, any of them counts as the best.
 
     Raises:
         ExportError: the outputs have different shapes.

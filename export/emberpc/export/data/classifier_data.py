@@ -30,7 +30,7 @@ class ClassifierData:
     label_column: str = "label"
     #: Separator between the labels of a text, which may have any number of labels; None: every text has one label.
     separator: str | None = None
-    #: Fewest training texts that each label must have.
+    #: Minimum number of training texts that each label must have.
     min_examples: int = 2
 
     @cached_property

@@ -132,17 +132,17 @@ def check_columns(path: Path, columns: Mapping[str, str]) -> None:
     Raises:
         ExportError: the file cannot be read (see `read_rows`), or the row lacks a column.
     """
-    ((place, row),) = read_rows(path, most=1)
+    ((place, row),) = read_rows(path, maximum=1)
     for column, remedy in columns.items():
         _cell(path, place, row, column, remedy)
 
 
-def read_rows(path: Path, most: int | None = None) -> list[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path, maximum: int | None = None) -> list[tuple[str, dict[str, Any]]]:
     """Return the rows of a CSV, TSV, JSONL or Parquet file; empty lines are not rows.
 
     Args:
         path: the file; its suffix, in any case, says the format: `.csv`, `.tsv`, `.jsonl` or `.ndjson`, `.parquet`.
-        most: the most rows to return; None: all.
+        maximum: maximum number of rows to return; None: all.
 
     Returns:
         For each row, its place in the file, and its cells by column. The place is the row's last line, such as
@@ -157,7 +157,7 @@ def read_rows(path: Path, most: int | None = None) -> list[tuple[str, dict[str, 
     if suffix not in readers:
         raise ExportError(f"{path}: its name must end in {_FORMATS}")
     try:
-        rows = list(islice(readers[suffix](path), most))
+        rows = list(islice(readers[suffix](path), maximum))
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror}; check path and permissions") from error
     except UnicodeDecodeError as error:

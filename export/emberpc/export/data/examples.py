@@ -23,13 +23,13 @@ Rows = npt.NDArray[np.int64]
 _LOGGER = logging.getLogger(__name__)
 
 
-def evenly(count: int, most: int) -> Rows:
-    """Return `most` of the indexes from 0 to `count` - 1, at nearly equal distances and ascending, int64.
+def evenly(count: int, maximum: int) -> Rows:
+    """Return at most `maximum` indexes from 0 to `count` - 1, at nearly equal distances and ascending, int64.
 
-    All indexes are returned if `count` is at most `most`. If only one is returned, it is 0; otherwise the first and the
-    last index are among them.
+    All indexes are returned if `count` is at most `maximum`. If only one is returned, it is 0; otherwise the first and
+    the last index are among them.
     """
-    return np.linspace(0, count - 1, min(count, most)).astype(np.int64)
+    return np.linspace(0, count - 1, min(count, maximum)).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def training_examples(data: LabelledTexts, *, multi_label: bool = False, min_exa
     Args:
         data: the texts of the file.
         multi_label: whether a text may have any number of labels; otherwise each must have one.
-        min_examples: fewest texts that each label must have.
+        min_examples: minimum number of texts that each label must have.
 
     Raises:
         ExportError: there are fewer than two labels, or a label has too few texts.

@@ -83,8 +83,8 @@ def mine(
         passage_vectors: float32 (passages, dimensions), of any length.
         queries: the queries, each with at least one relevant passage. A query's relevant passages and its own passage
             are never returned for it.
-        count: the most negatives for each query; fewer are returned if fewer of the nearest 50 to 100 passages are
-            suitable. 0: none.
+        count: maximum number of negatives for each query; fewer are returned if fewer of the nearest 50 to 100 passages
+            are suitable. 0: none.
         minable: indexes of the passages to choose from; default: all passages.
 
     Returns:
@@ -98,10 +98,10 @@ def mine(
         return [[] for _ in range(len(queries))]
     # A query's relevant passages and its own passage are mostly near the query, and are skipped below. So search for
     # `_NEAREST` passages and as many more as are skipped for a query at most, but for no more than twice `_NEAREST`.
-    most = max(len(known) for known in queries.relevant) + 1
+    maximum = max(len(known) for known in queries.relevant) + 1
     rows = np.arange(len(passage_vectors)) if minable is None else np.array(minable, dtype=np.int64)
     best, scores = PassageGraph(passage_vectors[rows]).nearest(
-        query_vectors, min(len(rows), _NEAREST + min(most, _NEAREST))
+        query_vectors, min(len(rows), _NEAREST + min(maximum, _NEAREST))
     )
     best = rows[best]
     passage_units, query_units = unit(passage_vectors), unit(query_vectors)

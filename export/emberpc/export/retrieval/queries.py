@@ -16,10 +16,10 @@ from emberpc.export.errors import ExportError
 
 #: Share of the training queries that are held out if there is no validation file.
 _HELD_OUT = 0.2
-#: The most training queries that are held out if there is no validation file.
-_MOST_HELD_OUT = 500
-#: Fewest training queries for holding out some of them; with fewer, a validation file is required.
-_FEWEST_QUERIES = 10
+#: Maximum number of training queries that are held out if there is no validation file.
+_MAX_HELD_OUT = 500
+#: Minimum number of training queries for holding out some of them; with fewer, a validation file is required.
+_MIN_QUERIES = 10
 
 _PAIR = {"query", "passage"}
 _COLUMNS = "query, passage and optionally negative; or text, label"
@@ -96,7 +96,7 @@ class Judged:
     passages: tuple[str, ...]
     queries: Queries
 
-    def few(self, most_queries: int, most_passages: int) -> Judged:
+    def few(self, max_queries: int, max_passages: int) -> Judged:
         """Return a sample of the queries, and a sample of the passages to search.
 
         Queries are taken at equal distances. Passages are taken in this order: answers of these queries, then others at
@@ -104,18 +104,18 @@ class Judged:
         result refer to its own passages.
 
         Args:
-            most_queries: the most queries to return, at least 1; there must be a query.
-            most_passages: the most passages to return.
+            max_queries: maximum number of queries to return, at least 1; there must be a query.
+            max_passages: maximum number of passages to return.
         """
-        rows = evenly(len(self.queries), most_queries)
+        rows = evenly(len(self.queries), max_queries)
         taken = self.queries.take(rows)
         answers = [sorted(known) for known in taken.relevant]
         # Take one answer of every query, then a second answer of every query and so on. Labelled texts may have so many
         # answers that those of the first queries alone would fill the sample.
         by_turn = [known[turn] for turn in range(max(map(len, answers))) for known in answers if len(known) > turn]
-        chosen = list(dict.fromkeys(by_turn))[:most_passages]
+        chosen = list(dict.fromkeys(by_turn))[:max_passages]
         others = np.setdiff1d(np.arange(len(self.passages)), chosen)
-        chosen += others[evenly(len(others), most_passages - len(chosen))].tolist()
+        chosen += others[evenly(len(others), max_passages - len(chosen))].tolist()
         place = {passage: i for i, passage in enumerate(chosen)}
 
         def reindex(known: frozenset[int]) -> frozenset[int]:
@@ -372,12 +372,10 @@ def _split(queries: Queries, path: Path, seed: int) -> tuple[Queries, Queries]:
     answer is left out. Both results keep the order of `queries`. Raises ExportError, which names `path`, if there are
     fewer than 10 queries.
     """
-    if len(queries) < _FEWEST_QUERIES:
-        raise ExportError(
-            f"{path} has {len(queries)} queries; give at least {_FEWEST_QUERIES}, or add a validation file"
-        )
+    if len(queries) < _MIN_QUERIES:
+        raise ExportError(f"{path} has {len(queries)} queries; give at least {_MIN_QUERIES}, or add a validation file")
     order = np.random.default_rng(seed).permutation(len(queries))
-    held_out = np.sort(order[: min(_MOST_HELD_OUT, max(1, round(_HELD_OUT * len(queries))))])
+    held_out = np.sort(order[: min(_MAX_HELD_OUT, max(1, round(_HELD_OUT * len(queries))))])
     training = queries.take(np.setdiff1d(order, held_out).tolist())
     hidden = frozenset(queries.own[row] for row in held_out) - {-1}
     relevant = tuple(known - hidden for known in training.relevant)

@@ -23,7 +23,7 @@ from emberpc.export.tuning.trainable_encoder import TrainableEncoder
 
 #: Temperature of the loss, which divides cosines. Other values were not tried (docs/decisions/0013).
 _TEMPERATURE = 0.05
-#: The most hard negatives that are mined for a query. Each epoch draws `hard_negatives` of them for the query.
+#: Maximum number of hard negatives that are mined for a query. Each epoch draws `hard_negatives` of them for the query.
 _MINED = 4
 #: Epochs are compared on all answers of the held-out queries. If there are fewer than this number, the passages nearest
 #: to these queries are added, up to this number of passages in all.
@@ -41,8 +41,8 @@ Weights = Mapping[str, torch.Tensor]
 class TrainingOptions:
     """Options of a training for retrieval.
 
-    `seed` decides the order of batches and the draws of passages, `epochs` is the most passes over the queries,
-    `encoder_rate` is AdamW's peak learning rate, and `batch` is the number of queries of a batch.
+    `seed` decides the order of batches and the draws of passages, `epochs` is the maximum number of passes over the
+    queries, `encoder_rate` is AdamW's peak learning rate, and `batch` is the number of queries of a batch.
     """
 
     seed: int = 0
@@ -50,8 +50,8 @@ class TrainingOptions:
     #: Number of upper layers to train; a number above that of all layers means all. None: a third of all layers,
     #: rounded down, at least 1.
     layers: int | None = None
-    #: The most hard negatives of each query in a batch, stated in the data or mined; 0: none. The passages of the other
-    #: queries in the batch are negatives in addition, except known answers of the query and the query itself.
+    #: Maximum number of hard negatives of each query in a batch, stated in the data or mined; 0: none. The passages of
+    #: the other queries in the batch are negatives in addition, except known answers of the query and the query itself.
     hard_negatives: int = 1
     encoder_rate: float = 1e-4
     batch: int = 32

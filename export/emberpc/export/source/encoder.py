@@ -95,7 +95,7 @@ def read_encoder(
     Args:
         source: a folder, an installed package that holds one, or a hub id; see `emberpc.export.source.find_source`.
         name: name of the model; default: the hub id, or the name of the folder or package.
-        max_tokens: the most tokens of a text; default: the source's limit.
+        max_tokens: maximum number of tokens of a text; default: the source's limit.
         progress: called before and after a download from the hub.
 
     Raises:
@@ -292,7 +292,7 @@ def _dense(folder: Path, path: str) -> Dense:
 
 
 def _max_tokens(folder: Path, config: dict[str, Any], wanted: int | None) -> int:
-    """Return the most tokens of a text: `wanted`, or else the limit of the source (see `read_max_tokens`).
+    """Return the maximum number of tokens of a text: `wanted`, or else the limit of the source (see `read_max_tokens`).
 
     Raises:
         ExportError: `wanted` is below 1 or above the model's positions (`MAX_TOKENS` if it states none); or
@@ -301,9 +301,9 @@ def _max_tokens(folder: Path, config: dict[str, Any], wanted: int | None) -> int
     """
     if wanted is not None:
         positions = read_positions(config)
-        most = positions or MAX_TOKENS
-        if not 0 < wanted <= most:
-            raise ExportError(f"max_tokens is {wanted}; {folder} allows 1 to {most} tokens")
+        maximum = positions or MAX_TOKENS
+        if not 0 < wanted <= maximum:
+            raise ExportError(f"max_tokens is {wanted}; {folder} allows 1 to {maximum} tokens")
         return wanted
     found = read_max_tokens(folder, config)
     if found is None:

@@ -26,7 +26,7 @@ class Recipe:
 
     `encoder_rate` and `head_rate` are the peak values of AdamW's learning rates. The rates rise linearly over the first
     `warm_up` share of the steps, and then fall linearly to 0. `batch` is a number of texts. `weight_decay` applies to
-    the encoder's parameters, and `most_gradient` limits the norm of their gradient.
+    the encoder's parameters, and `max_gradient` limits the norm of their gradient.
     """
 
     epochs: int
@@ -35,7 +35,7 @@ class Recipe:
     batch: int = 16
     warm_up: float = 0.1
     weight_decay: float = 0.01
-    most_gradient: float = 1.0
+    max_gradient: float = 1.0
     #: The training stops after this number of epochs in a row whose held-out score is worse than the best by more than
     #: the tolerance of `train`. Without held-out scores, all epochs are run.
     patience: int = 3
@@ -128,7 +128,7 @@ def train(
                 raise ExportError(f"the loss is {loss.item()} in epoch {epoch + 1}; try another seed or strategy")
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(list(parameters.values()), recipe.most_gradient)
+            nn.utils.clip_grad_norm_(list(parameters.values()), recipe.max_gradient)
             optimizer.step()
             sum_of_losses += loss.item()
             left = (perf_counter() - began) / (step + 1 - state.epoch * per_epoch) * (total - step - 1)

@@ -24,16 +24,16 @@ from emberpc.export.retrieval.queries import Queries
 #: Number of timing rounds. In each round, fp32 and a variant run one after the other. The figures are medians of the
 #: rounds, since other load on the host may disturb some of them.
 ROUNDS = 5
-#: The most texts to measure variants on if retrieval is not measured. More would cost time, since fp32 and each
-#: candidate run every text.
-MOST_TEXTS = 512
-#: Least number of texts to time, if there are as many. Also the most texts to measure on if only fp32 is measured: its
-#: accuracy needs no more texts, since fp32 has no bound.
+#: Maximum number of texts to measure variants on if retrieval is not measured. More would cost time, since fp32 and
+#: each candidate run every text.
+MAX_TEXTS = 512
+#: Minimum number of texts to time, if there are as many. Also the maximum number of texts to measure on if only fp32 is
+#: measured: its accuracy needs no more texts, since fp32 has no bound.
 TIMED_TEXTS = 64
-#: The most queries to measure retrieval with; more would cost time.
-MOST_QUERIES = 256
-#: The most passages in which the answers of the queries are searched for; more would cost time.
-MOST_PASSAGES = 1024
+#: Maximum number of queries to measure retrieval with; more would cost time.
+MAX_QUERIES = 256
+#: Maximum number of passages in which the answers of the queries are searched for; more would cost time.
+MAX_PASSAGES = 1024
 NEIGHBOURS = 10
 
 
@@ -169,9 +169,9 @@ class Trial:
         if self.queries and self.fp32_ndcg and measured.ndcg_at_10 is not None:
             share, query = measured.ndcg_at_10 / self.fp32_ndcg, 1 / len(self.queries) / self.fp32_ndcg
             shares.append(("nDCG@10 as a share of fp32's", share, bound.ndcg_share, query))
-        for name, value, least, slack in shares:
-            if not value + slack >= least:
-                found.append(f"a {name} of {value:.4f}, its bound is {least}")
+        for name, value, minimum, slack in shares:
+            if not value + slack >= minimum:
+                found.append(f"a {name} of {value:.4f}, its bound is {minimum}")
         return found
 
     def _accuracy(self, logits: Matrix) -> float | None:

@@ -19,16 +19,16 @@ from emberpc.export.progress import Progress, no_progress
 from emberpc.export.retrieval.queries import Judged
 from emberpc.export.variants.candidates import CANDIDATES, Candidate, Material
 from emberpc.export.variants.measurement import (
-    MOST_PASSAGES,
-    MOST_QUERIES,
-    MOST_TEXTS,
+    MAX_PASSAGES,
+    MAX_QUERIES,
+    MAX_TEXTS,
     TIMED_TEXTS,
     Trial,
     check_texts,
 )
 
-#: Least speed, in texts per CPU-second as a multiple of fp32's, that counts as a gain for `auto`. A smaller difference
-#: may be noise.
+#: Minimum speed, in texts per CPU-second as a multiple of fp32's, that counts as a gain for `auto`. A smaller
+#: difference may be noise.
 _FASTER = 1.1
 #: Greatest size, in bytes as a share of fp32's, that counts as a gain for `auto`. A smaller saving does not justify a
 #: second file.
@@ -74,7 +74,7 @@ def add_variants(
     """
     check_variants(names)
     chosen = [candidate for candidate in CANDIDATES if AUTO in names or candidate.name in names]
-    trial = _trial(folder, manifest, texts, examples, judged if chosen else None, MOST_TEXTS if chosen else TIMED_TEXTS)
+    trial = _trial(folder, manifest, texts, examples, judged if chosen else None, MAX_TEXTS if chosen else TIMED_TEXTS)
     stage, texts_shown = "measuring variants" if chosen else "measuring speed", f"{len(trial.texts)} texts"
     progress(stage, 0, len(chosen) + 1, f"{FP32}, {texts_shown}")
     first, _ = trial.measure(trial.fp32_path)
@@ -102,25 +102,25 @@ def _trial(
     texts: Sequence[str],
     examples: Examples | None,
     judged: Judged | None,
-    most: int,
+    maximum: int,
 ) -> Trial:
     """Return a trial on a sample of texts. Raises ExportError if the sample has fewer than 2 texts.
 
-    With `judged`, the sample is that of `Judged.few`: at most `MOST_QUERIES` queries and `MOST_PASSAGES` passages.
-    Otherwise the sample has at most `most` texts, taken at equal distances: texts of `examples`; without `examples`,
+    With `judged`, the sample is that of `Judged.few`: at most `MAX_QUERIES` queries and `MAX_PASSAGES` passages.
+    Otherwise the sample has at most `maximum` texts, taken at equal distances: texts of `examples`; without `examples`,
     distinct texts of `texts`; if `texts` is empty, too, mostly docstrings of Python's standard library.
     """
     if judged is not None:
-        few = judged.few(MOST_QUERIES, MOST_PASSAGES)
+        few = judged.few(MAX_QUERIES, MAX_PASSAGES)
         check_texts(few.passages)
         return Trial(folder, manifest, few.passages, queries=few.queries)
     if examples is not None:
-        taken = examples.take(evenly(len(examples.texts), most))
+        taken = examples.take(evenly(len(examples.texts), maximum))
         check_texts(taken.texts)
         return Trial(folder, manifest, taken.texts, taken.targets)
-    texts = list(dict.fromkeys(texts)) or sample_texts(most)
+    texts = list(dict.fromkeys(texts)) or sample_texts(maximum)
     check_texts(texts)
-    return Trial(folder, manifest, [texts[row] for row in evenly(len(texts), most)])
+    return Trial(folder, manifest, [texts[row] for row in evenly(len(texts), maximum)])
 
 
 def _make(trial: Trial, candidate: Candidate, model_type: str) -> Variant:

@@ -15,7 +15,7 @@ from emberpc.export.convert.graph import ADDED
 from emberpc.export.errors import ExportError
 from emberpc.export.libraries import calling_libraries
 
-#: Least number of values of a tensor that `quantize_tables` and `store_as_fp16` store in fewer bits; smaller tensors
+#: Minimum number of values of a tensor that `quantize_tables` and `store_as_fp16` store in fewer bits; smaller tensors
 #: save hardly any bytes.
 _WORTH_IT = 4096
 _INT8_MAX = 127

@@ -88,7 +88,7 @@ class CollectionBackend(Protocol):
         """Return undamaged records in byte order of ids, and the token of the next page, empty if there is none.
 
         Args:
-            page_size: most records of the page, 1 to 1000. The limit of a response in bytes may allow fewer.
+            page_size: maximum number of records, 1 to 1000. The limit of a response in bytes may allow fewer.
             page_token: token of the page; empty: the first page. INVALID_ARGUMENT if size or token is wrong.
             with_vectors: whether the records contain their vectors.
             condition: the filter that the records must meet; None: all records.
@@ -114,9 +114,9 @@ class CollectionBackend(Protocol):
 
         Args:
             queries: float32 (queries, dimensions).
-            top_k: most hits of each query, 1 to 10,000: one number for all queries, or one for each.
+            top_k: maximum number of hits of each query, 1 to 10,000: one number for all queries, or one for each.
             ef: wanted number of candidates of the search of the graph, at most 1,000,000; 0: the backend chooses.
-            min_recall: least recall, in (0, 1]; 0: no target. Must be 0 if `ef` is given.
+            min_recall: minimum recall, in (0, 1]; 0: no target. Must be 0 if `ef` is given.
             exclude_ids: for each query an id that its hits must not have, or None; empty: no ids.
             with_vectors: whether the hits contain their vectors.
             conditions: for each query the filter that its hits must meet, or None; empty: no filters.
@@ -158,8 +158,8 @@ class CollectionBackend(Protocol):
         """Cluster the records by their vectors; return the clusters, largest first.
 
         Args:
-            count: most clusters, at least 1; there are fewer if some would be empty.
-            examples: most records to return of each cluster; RESOURCE_EXHAUSTED if they have too many bytes.
+            count: maximum number of clusters, at least 1; there are fewer if some would be empty.
+            examples: maximum number of records of each cluster; RESOURCE_EXHAUSTED if they have too many bytes.
             stop: returns whether to end early; the result is then empty.
         """
 
@@ -176,7 +176,7 @@ class CollectionBackend(Protocol):
 
         Args:
             texts: at least one text.
-            top_k: most hits of each text, 1 to 10,000.
+            top_k: maximum number of hits of each text, 1 to 10,000.
             with_vectors: whether the hits contain their vectors.
             conditions: for each text the filter that its hits must meet, or None; empty: no filters.
             parts: parts that the hits must contain; they may contain more.
@@ -205,11 +205,11 @@ class CollectionBackend(Protocol):
         Args:
             queries: float32 (queries, dimensions).
             texts: the text of each query.
-            top_k: most hits of each query, 1 to 10,000.
+            top_k: maximum number of hits of each query, 1 to 10,000.
             dense_weight: weight of the dense ranking, 0 to 1; the lexical ranking has 1 - `dense_weight`.
             fusion: the rule that joins the two rankings.
             ef: wanted number of candidates of the search of the graph, at most 1,000,000; 0: the backend chooses.
-            min_recall: least recall of the dense ranking, in (0, 1]; 0: no target. Must be 0 if `ef` is given.
+            min_recall: minimum recall of the dense ranking, in (0, 1]; 0: no target. Must be 0 if `ef` is given.
             with_vectors: whether the hits contain their vectors.
             conditions: for each query the filter that its hits must meet, or None; empty: no filters.
             parts: parts that the hits must contain; they may contain more.

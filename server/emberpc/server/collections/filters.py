@@ -18,20 +18,22 @@ from emberpc.server import cancellation
 #: Value that a condition compares a metadata field with: a string, a number (a double), a boolean or null.
 Value = str | float | bool | None
 
-#: Most levels of nested conditions in a filter; the filter itself is the first. The limits of a filter keep its SQL
-#: expression below SQLite's limits: 1000 nested levels, and 100 entries of the parser's stack (see `filter_sql._join`).
+#: Maximum number of levels of nested conditions in a filter; the filter itself is the first. The limits of a filter
+#: keep its SQL expression below SQLite's limits: 1000 nested levels, and 100 entries of the parser's stack (see
+#: `filter_sql._join`).
 MAX_DEPTH = 32
-#: Most conditions in a filter: the filter itself and all nested conditions, also each `all`, `any` and `not`.
+#: Maximum number of conditions in a filter: the filter itself and all nested conditions, also each `all`, `any` and
+#: `not`.
 MAX_CONDITIONS = 256
-#: Most conditions directly in one `all` or `any` of a filter.
+#: Maximum number of conditions directly in one `all` or `any` of a filter.
 MAX_LIST = 100
-#: Most values in one membership.
+#: Maximum number of values in one membership.
 MAX_VALUES = 10_000
-#: Most characters of the name of a field, dots and backslashes included.
+#: Maximum number of characters of the name of a field, dots and backslashes included.
 MAX_FIELD = 1000
-#: Most nested keys in a field. The metadata of a request cannot be nested deeper, since a protobuf message may have 100
-#: levels and each level of metadata takes three of them. SQLite joins at most 64 tables, and each key of a field takes
-#: a table if SQLite has no path to the field (see `sqlite_path`).
+#: Maximum number of nested keys in a field. The metadata of a request cannot be nested deeper, since a protobuf message
+#: may have 100 levels and each level of metadata takes three of them. SQLite joins at most 64 tables, and each key of a
+#: field takes a table if SQLite has no path to the field (see `sqlite_path`).
 MAX_KEYS = 40
 
 _FIELD = re.compile(r"(?:[^\\]|\\[.\\])*", re.DOTALL)
@@ -161,7 +163,7 @@ def matches(condition: Filter, metadata: Mapping[str, Any]) -> bool:
     return found is not negated
 
 
-#: Most records whose metadata the index backends pass to `mismatches`.
+#: Maximum number of records whose metadata the index backends pass to `mismatches`.
 MISMATCH_RECORDS = 1000
 #: Fields of a record that are not metadata. Filters do not compare them, so `mismatches` gives a hint if a filter names
 #: one of them and no metadata has a field of that name.

@@ -26,18 +26,19 @@ _DOT_SCALE = np.float32(2**14)
 #: Greatest exponent n of the factor 2**n of `lengthened`. It keeps the factor of a zero vector finite: the greatest
 #: power of two in float32 is 2**127.
 _MAX_POWER = 120
-#: Under DOT_PRODUCT, the least length of a prepared vector in a graph. When hnswlib builds a graph, it compares vectors
-#: of the graph with each other, by 1 - product in float32. Two vectors of this length have a product of 0.027 or less.
-#: If the product is close to 0.027, a change by a share of 1e-5 still changes the result.
-_LEAST_IN_GRAPH = np.float32(2**14 * 1e-5)
-#: Under EUCLIDEAN, the least length of a vector in a graph. Two shorter vectors that clearly differ may have a distance
-#: below 1e-19. hnswlib's float32 rounds the square of such a distance to few digits or to 0.
-_LEAST_LENGTH = np.float32(1e-15)
+#: Under DOT_PRODUCT, the minimum length of a prepared vector in a graph. When hnswlib builds a graph, it compares
+#: vectors of the graph with each other, by 1 - product in float32. Two vectors of this length have a product of 0.027
+#: or less. If the product is close to 0.027, a change by a share of 1e-5 still changes the result.
+_MIN_IN_GRAPH = np.float32(2**14 * 1e-5)
+#: Under EUCLIDEAN, the minimum length of a vector in a graph. Two shorter vectors that clearly differ may have a
+#: distance below 1e-19. hnswlib's float32 rounds the square of such a distance to few digits or to 0.
+_MIN_LENGTH = np.float32(1e-15)
 #: Under DOT_PRODUCT, a vector that is not prepared must be zero or longer than this: float32 rounds products of much
 #: shorter vectors to 0.
-_LEAST_DOT_LENGTH = 1e-16
-#: Most scores, and most components of differences of vectors, in one temporary array: 16 MB as float32. The limit keeps
-#: many queries on a full buffer from filling the memory. The scores of one query are in one array even above the limit.
+_MIN_DOT_LENGTH = 1e-16
+#: Maximum number of scores, and of components of differences of vectors, in one temporary array: 16 MB as float32. The
+#: limit keeps many queries on a full buffer from filling the memory. The scores of one query are in one array even
+#: above the limit.
 _BLOCK = 4 * 2**20
 #: Up to this number of queries, products are computed as `vectors @ queries.T` and transposed; for more, as
 #: `queries @ vectors.T`. With thousands of vectors, the first way takes half the time for four queries.
@@ -112,8 +113,8 @@ def prepare_queries(matrix: Matrix, dimensions: int, distance: Distance, path: F
         check_vectors(matrix, dimensions, distance, path)
     exact = matrix.astype(np.float64)
     lengths = np.sqrt(np.add.reduce(exact * exact, axis=1))
-    least = _least_length(distance)
-    if not all(least < length <= _MAX_LENGTH for length in lengths.tolist()):  # false for NaN too
+    minimum = _min_length(distance)
+    if not all(minimum < length <= _MAX_LENGTH for length in lengths.tolist()):  # false for NaN too
         _check_lengths(lengths, distance, path)
     if distance is Distance.COSINE:
         exact /= lengths[:, None]
@@ -121,22 +122,22 @@ def prepare_queries(matrix: Matrix, dimensions: int, distance: Distance, path: F
     return prepare(matrix, distance)
 
 
-def _least_length(distance: Distance) -> float:
+def _min_length(distance: Distance) -> float:
     """Return the length that a vector must exceed to be valid; for the zero vector, other rules apply."""
-    return _LEAST_DOT_LENGTH if distance is Distance.DOT_PRODUCT else 0.0
+    return _MIN_DOT_LENGTH if distance is Distance.DOT_PRODUCT else 0.0
 
 
 def _check_lengths(lengths: npt.NDArray[np.float64], distance: Distance, path: FieldPath) -> None:
     violations = []
-    least = _least_length(distance)
-    for i in np.flatnonzero(~np.isfinite(lengths) | (lengths <= least) | (lengths > _MAX_LENGTH)):
+    minimum = _min_length(distance)
+    for i in np.flatnonzero(~np.isfinite(lengths) | (lengths <= minimum) | (lengths > _MAX_LENGTH)):
         if not np.isfinite(lengths[i]):
             violations.append(Violation(path(int(i)), "holds NaN or infinity; give finite numbers"))
         elif lengths[i] > _MAX_LENGTH:
             violations.append(Violation(path(int(i)), f"is longer than {_MAX_LENGTH:g}; scale the vectors down"))
         elif lengths[i]:
             remedy = "their products would be zero; scale the vectors up"
-            violations.append(Violation(path(int(i)), f"is shorter than {_LEAST_DOT_LENGTH:g}; {remedy}"))
+            violations.append(Violation(path(int(i)), f"is shorter than {_MIN_DOT_LENGTH:g}; {remedy}"))
         elif distance is Distance.COSINE:
             remedy = "give a vector that is not all zeros, or use another distance"
             violations.append(Violation(path(int(i)), f"has length zero, so no direction for cosine; {remedy}"))
@@ -163,13 +164,13 @@ def are_fit(matrix: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
 def are_short(prepared: Matrix, distance: Distance) -> npt.NDArray[np.bool_]:
     """Return whether each prepared vector, float32 (vectors, dimensions), is too short for a graph: bool (vectors,).
 
-    hnswlib computes in float32, and may not tell such vectors apart; see `_LEAST_IN_GRAPH` and `_LEAST_LENGTH`. The
+    hnswlib computes in float32, and may not tell such vectors apart; see `_MIN_IN_GRAPH` and `_MIN_LENGTH`. The
     zero vector is too short. Under COSINE no vector is too short.
     """
     if distance is Distance.COSINE:
         return np.zeros(len(prepared), dtype=bool)
-    least = _LEAST_IN_GRAPH if distance is Distance.DOT_PRODUCT else _LEAST_LENGTH
-    short: npt.NDArray[np.bool_] = np.einsum("ij,ij->i", prepared, prepared) < least**2
+    minimum = _MIN_IN_GRAPH if distance is Distance.DOT_PRODUCT else _MIN_LENGTH
+    short: npt.NDArray[np.bool_] = np.einsum("ij,ij->i", prepared, prepared) < minimum**2
     return short
 
 
@@ -199,7 +200,7 @@ def nearest(
     Args:
         queries: prepared queries, float32 (queries, dimensions).
         vectors: prepared vectors, float32 (vectors, dimensions).
-        k: most vectors to return for each query.
+        k: maximum number of vectors to return for each query.
         distance: the distance.
         among: bool (vectors,), whether each vector may be returned; None: all may.
 
@@ -233,7 +234,7 @@ def best_of(found: Sequence[tuple[Labels, Matrix]], k: int) -> tuple[Labels, Mat
     Args:
         found: the labels that each search found, int64 (queries, any number), nearest first, and their scores, float32
             of the same shape. A label that two searches found is not merged.
-        k: most labels to return for each query.
+        k: maximum number of labels to return for each query.
 
     Returns:
         Labels, int64 (queries, at most k), nearest first, and their scores, float32 of the same shape. Labels with

@@ -75,7 +75,8 @@ class CollectionSpec:
         model_fingerprint: fingerprint (present or legacy) of the model that made the vectors; empty without a model.
         distance: the measure that compares vectors.
         truncation: default for texts of records with more tokens than the model reads: `refuse`, `end` or `start`.
-        m: most links of a node in a layer of the graph; in the lowest layer, a node may have twice as many.
+        m: maximum number of links of a node in a layer of the graph; in the lowest layer, a node may have twice as
+            many.
         ef_construction: number of candidate neighbours that an insertion into the graph keeps.
         indexed_fields: metadata fields with an index in the database; with Milvus, they get none.
     """

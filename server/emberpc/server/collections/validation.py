@@ -64,7 +64,7 @@ def check_search(queries: int, top_k: Sequence[int], excluded: int, ef: int, min
         top_k: `top_k` of each query; must have one item for each query, each 1 to 10,000.
         excluded: number of items of `exclude_ids`; must be the number of queries.
         ef: candidates of a search of the graph; must be 0 to 1,000,000. 0: the server chooses.
-        min_recall: least recall; must be 0 to 1, and 0 if `ef` is given. 0: no target.
+        min_recall: minimum recall; must be 0 to 1, and 0 if `ef` is given. 0: no target.
     """
     if len(top_k) != queries:
         raise invalid("top_k", f"has {len(top_k)} items for {queries} queries; give one for each")

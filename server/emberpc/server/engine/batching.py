@@ -125,7 +125,7 @@ class Queue:
     """The texts that wait in one lane, for any model. Not thread-safe: the scheduler holds a lock for each change.
 
     Args:
-        batch_tokens: most tokens of a micro-batch, padding included; a longer text is run alone.
+        batch_tokens: maximum number of tokens of a micro-batch, padding included; a longer text is run alone.
     """
 
     def __init__(self, batch_tokens: int) -> None:
@@ -300,7 +300,7 @@ class Backlog:
     """The waiting texts of all lanes. Not thread-safe.
 
     Args:
-        batch_tokens: most tokens of a micro-batch, padding included; a longer text is run alone.
+        batch_tokens: maximum number of tokens of a micro-batch, padding included; a longer text is run alone.
         bulk_seconds: seconds that bulk texts wait without a turn; after that, they have the next turn, however much
             interactive work waits.
     """
@@ -326,7 +326,7 @@ class Backlog:
         return bool(self._queues[lane])
 
     def set_batch_tokens(self, tokens: int) -> None:
-        """Set the most tokens, padding included, of the micro-batches that follow.
+        """Set the maximum number of tokens, padding included, of the micro-batches that follow.
 
         This also changes which new calls are large; see `lane`.
         """

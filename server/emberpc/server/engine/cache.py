@@ -52,7 +52,7 @@ class Cache(LruCache[Key, CachedOutput]):
     """Cache of encoder outputs by key, which evicts the least recently used outputs first.
 
     Args:
-        max_bytes: most bytes of all entries, by an estimate; 0: nothing is cached.
+        max_bytes: maximum number of bytes of all entries, by an estimate; 0: nothing is cached.
     """
 
     def __init__(self, max_bytes: int) -> None:

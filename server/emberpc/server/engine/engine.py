@@ -26,10 +26,10 @@ class Engine:
         pool: thread pool that runs the tokenizer.
         workers: number of threads that run models. The express worker, which runs interactive texts while all workers
             run bulk texts, is one more.
-        batch_tokens: most tokens of a micro-batch, padding included; a longer text is run alone. 0: 512. `calibrate`
-            replaces this number.
-        max_queue_tokens: most tokens that may wait for a worker.
-        cache_bytes: most bytes of the cache of outputs; 0: nothing is cached.
+        batch_tokens: maximum number of tokens of a micro-batch, padding included; a longer text is run alone. 0: 512.
+            `calibrate` replaces this number.
+        max_queue_tokens: maximum number of tokens that may wait for a worker.
+        cache_bytes: maximum number of bytes of the cache of outputs; 0: nothing is cached.
         on_failure: called on the thread of a worker, or of the express worker, that died and could not be replaced;
             see `revive`.
 

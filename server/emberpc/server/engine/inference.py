@@ -98,7 +98,7 @@ class Inferrer:
     Args:
         pool: thread pool that runs the tokenizer.
         scheduler: runs the models.
-        cache_bytes: most bytes of the cache of outputs; 0: nothing is cached.
+        cache_bytes: maximum number of bytes of the cache of outputs; 0: nothing is cached.
     """
 
     def __init__(self, pool: Executor, scheduler: Scheduler, cache_bytes: int) -> None:

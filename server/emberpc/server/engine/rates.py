@@ -10,7 +10,7 @@ from statistics import median
 #: change a median much.
 _RATE_BATCHES = 9
 #: Number of batches that must be measured before a call may be refused because of its deadline.
-_LEAST_BATCHES = 3
+_MIN_BATCHES = 3
 #: Number of batches of a period. The best rate is that of the fastest batch of the current and the previous period.
 #: Older batches do not count: a host may become permanently slower.
 _BEST_BATCHES = 1000
@@ -35,7 +35,7 @@ class Rates:
     @property
     def measured(self) -> bool:
         """Whether enough batches, 3, were measured to refuse a call because of its deadline."""
-        return len(self._latest) >= _LEAST_BATCHES
+        return len(self._latest) >= _MIN_BATCHES
 
     @property
     def best(self) -> float:

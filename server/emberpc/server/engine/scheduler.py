@@ -27,9 +27,9 @@ from emberpc.server.errors import Code, ServiceError
 
 log = logging.getLogger(__name__)
 
-#: Least tokens of a batch whose rate is measured, as a share of the most tokens of a micro-batch. The rates of smaller
-#: batches say nothing about the throughput of a full queue.
-_LEAST_MEASURED_SHARE = 0.25
+#: Minimum number of tokens of a batch whose rate is measured, as a share of the token budget of a micro-batch. The
+#: rates of smaller batches say nothing about the throughput of a full queue.
+_MIN_MEASURED_SHARE = 0.25
 #: Seconds without a turn after which bulk work has the next turn, so interactive load slows it down but never stops it.
 _BULK_SECONDS = 0.25
 #: A call is refused if its estimated time, times this factor, exceeds the time left: the work of a late call is wasted.
@@ -71,8 +71,8 @@ class Scheduler:
 
     Args:
         workers: number of workers; each runs one micro-batch at a time. RuntimeError if none can start.
-        batch_tokens: most tokens of a micro-batch, padding included; a longer text is run alone.
-        max_queue_tokens: most tokens that may wait.
+        batch_tokens: maximum number of tokens of a micro-batch, padding included; a longer text is run alone.
+        max_queue_tokens: maximum number of tokens that may wait.
         on_failure: called on the thread of a worker that died and could not be replaced. `revive` can be called later.
     """
 
@@ -141,7 +141,7 @@ class Scheduler:
             return self._alive
 
     def set_batch_tokens(self, tokens: int) -> None:
-        """Set the most tokens, padding included, of the micro-batches that follow."""
+        """Set the maximum number of tokens, padding included, of the micro-batches that follow."""
         with self._lock:
             self._batch_tokens = tokens
             self._backlog.set_batch_tokens(tokens)
@@ -248,8 +248,8 @@ class Scheduler:
         """Return the estimated seconds that all live workers together need for `tokens` tokens, at the usual rate."""
         return tokens / (self._rates.usual * max(1, self._alive))
 
-    def _least_seconds(self, submission: Submission) -> float:
-        """Estimate the least seconds for a submission with all live workers, at the best rate; 0 before 3 batches."""
+    def _min_seconds(self, submission: Submission) -> float:
+        """Estimate the minimum seconds for a submission with all live workers, at the best rate; 0 before 3 batches."""
         return submission.tokens_left / (self._rates.best * max(1, self._alive))
 
     def _is_for_express(self) -> bool:
@@ -322,7 +322,7 @@ class Scheduler:
         late = {
             item.submission
             for item in batch
-            if not item.submission.over and item.submission.caller.deadline < now + self._least_seconds(item.submission)
+            if not item.submission.over and item.submission.caller.deadline < now + self._min_seconds(item.submission)
         }
         self.counts.expired += len(late)
         fail(late, ServiceError(Code.DEADLINE_EXCEEDED, _LATE))
@@ -373,7 +373,7 @@ class Scheduler:
         rows = [np.array(row) for row in output]
         with self._lock:
             # The measured rate is that of one thread, so runs on several threads do not count.
-            if threads == 1 and tokens >= self._batch_tokens * _LEAST_MEASURED_SHARE:
+            if threads == 1 and tokens >= self._batch_tokens * _MIN_MEASURED_SHARE:
                 self._rates.add(tokens / (end - start))
             self.counts.batches += 1
             self.counts.texts += len(batch)

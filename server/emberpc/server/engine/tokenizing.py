@@ -32,12 +32,14 @@ _CHARACTERS_PER_TOKEN = 32
 #: Factor by which the tokenized head of a long text grows from one try to the next, for tokenizers without a
 #: `WordCache`. The head is the first part of the text.
 _GROWTH = 4
-#: Most characters of texts that are tokenized together in one call of the tokenizer. A single text may have more.
+#: Maximum number of characters of texts that are tokenized together in one call of the tokenizer. A single text may
+#: have more.
 _TOGETHER = 2**17
-#: Most characters of a text that the tokenizer reads in one call; more only if the model's length limit needs more. It
-#: limits a text for a tokenizer without a `WordCache`, and a piece of a text for others: 2 MB in one piece took 5.5 s
-#: and 840 MB. A byte-level BPE tokenizer takes 0.6 s and 60 MB for this number, and cannot be stopped meanwhile.
-_MOST_AT_ONCE = 2**18
+#: Maximum number of characters of a text that the tokenizer reads in one call; more only if the model's length limit
+#: needs more. It limits a text for a tokenizer without a `WordCache`, and a piece of a text for others: 2 MB in one
+#: piece took 5.5 s and 840 MB. A byte-level BPE tokenizer takes 0.6 s and 60 MB for this number, and cannot be stopped
+#: meanwhile.
+_MAX_AT_ONCE = 2**18
 
 
 #: Returns the path of text i in most requests: `texts[i]`.
@@ -98,13 +100,13 @@ class TextTokenizer:
 
     @property
     def _long(self) -> int:
-        """Most characters of a short text, prompt included. Longer texts are cut into pieces if that is possible."""
+        """Maximum number of characters of a short text, prompt included. Longer texts are split if possible."""
         return _CHARACTERS_PER_TOKEN * self.max_tokens
 
     @property
-    def _most_at_once(self) -> int:
-        """Most characters of a text, or of a piece of a text, that the tokenizer reads in one call."""
-        return max(_MOST_AT_ONCE, self._long)
+    def _max_at_once(self) -> int:
+        """Maximum number of characters of a text, or of a piece of a text, that the tokenizer reads in one call."""
+        return max(_MAX_AT_ONCE, self._long)
 
     def count(
         self,
@@ -127,14 +129,14 @@ class TextTokenizer:
             AbandonedError: `stop` returned True.
         """
         if self._words is None:
-            most = self._most_at_once - len(prompt)
-            if too_long := [i for i, text in enumerate(texts) if len(text) > most]:
+            maximum = self._max_at_once - len(prompt)
+            if too_long := [i for i, text in enumerate(texts) if len(text) > maximum]:
                 raise invalid_fields([Violation(path(i), self._unread(texts[i], "count its parts")) for i in too_long])
             return [len(ids) for ids in self._short([prompt + text for text in texts], stop)]
         frame, counts, violations = len(self._words.framed([])), [], []
         for i, text in enumerate(texts):
             pieces = self._words.pieces(prompt + text, self._long)
-            if max(map(len, pieces)) > self._most_at_once:
+            if max(map(len, pieces)) > self._max_at_once:
                 violations.append(Violation(path(i), self._unread(text, "count its parts")))
             else:
                 counts.append(frame + sum(len(self._bare(piece, stop)) for piece in pieces))
@@ -240,8 +242,8 @@ class TextTokenizer:
 
         The part is the head of the text; with Truncation.START it is the end of the text. The part is the whole text,
         or has more tokens than the length limit, or ends in the middle of a text that cannot be cut into pieces, since
-        one call of the tokenizer would have to read too much. The part then has the most characters that one call may
-        read, or, without a `WordCache`, at least half of them, cut at white space.
+        one call of the tokenizer would have to read too much. The part then has the maximum number of characters that
+        one call may read, or, without a `WordCache`, at least half of them, cut at white space.
 
         Args:
             whole: prompt and text.
@@ -268,18 +270,18 @@ class TextTokenizer:
                 space = max(head.rfind(" "), head.rfind("\n"))
                 head = head[:space] if space > length // 2 else head
             (ids,) = self._ids([head], stop)
-            if len(ids) > self.max_tokens or length >= min(len(whole), self._most_at_once):
+            if len(ids) > self.max_tokens or length >= min(len(whole), self._max_at_once):
                 return ids, head
-            length = min(length * _GROWTH, self._most_at_once)
+            length = min(length * _GROWTH, self._max_at_once)
 
     def _tail(self, text: str) -> str:
         """Return the end of a text, as long as one call of the tokenizer may read; the whole text if it is that short.
 
         If the first half of a cut-off end has a blank or a newline, the end starts there.
         """
-        if len(text) <= self._most_at_once:
+        if len(text) <= self._max_at_once:
             return text
-        tail = text[-self._most_at_once :]
+        tail = text[-self._max_at_once :]
         space = min((at for at in (tail.find(" "), tail.find("\n")) if at >= 0), default=0)
         return tail[space:] if space < len(tail) // 2 else tail
 
@@ -307,8 +309,8 @@ class TextTokenizer:
         ids: list[int] = []
         while pieces and len(ids) < enough:
             whole = pieces.pop() if backwards else pieces.popleft()
-            most = self._most_at_once
-            piece = whole[-most:] if backwards else whole[:most]
+            maximum = self._max_at_once
+            piece = whole[-maximum:] if backwards else whole[:maximum]
             found = self._bare(piece, stop)
             ids = found + ids if backwards else ids + found
             read.append(piece)
@@ -318,7 +320,7 @@ class TextTokenizer:
 
     def _unread(self, text: str, remedy: str) -> str:
         return (
-            f"has {len(text)} characters, and the model's tokenizer reads at most {self._most_at_once} of one text; "
+            f"has {len(text)} characters, and the model's tokenizer reads at most {self._max_at_once} of one text; "
             f"{remedy}"
         )
 

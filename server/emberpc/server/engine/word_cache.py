@@ -34,9 +34,9 @@ _SIGN_OR_IDEOGRAPH = re.compile(rf"[ \t\n\r{_PUNCTUATION}]|[\u4e00-\u9fff](?=[\u
 #: tokens. A call holds the interpreter lock, so one call for a long text would make other threads wait. The parts begin
 #: this many characters apart.
 _SEARCHED = 2**16
-#: Most signs that are examined to find a place to cut a text that may hold added tokens.
-_MOST_SIGNS = 100
-#: Most characters of a cached word. Longer words are not cached, since most of them occur only once.
+#: Maximum number of signs that are examined to find a place to cut a text that may hold added tokens.
+_MAX_SIGNS = 100
+#: Maximum number of characters of a cached word. Longer words are not cached, since most of them occur only once.
 _MAX_CHARACTERS = 32
 #: Number of words at which a generation of the cache is full; the text that fills it may add more. Two generations of
 #: this size take about 5 MB together.
@@ -141,7 +141,7 @@ class WordCache:
 
         Args:
             text: the text.
-            characters: least number of characters of each piece except the last, which may be empty. A piece ends at
+            characters: minimum number of characters of each piece except the last, which may be empty. A piece ends at
                 the first of the next places where the text may be cut; without such a place, the rest is one piece.
         """
         plain, start, pieces = self._is_plain(text), 0, []
@@ -165,7 +165,7 @@ class WordCache:
             return None if found is None else found.end()
         if self._special is not None and not self._ascii_only:
             reach = self._longest + 1
-            for sign in islice(_SIGN.finditer(text, start), _MOST_SIGNS):
+            for sign in islice(_SIGN.finditer(text, start), _MAX_SIGNS):
                 near = self._special.search(text, max(0, sign.end() - reach), sign.end() + reach)
                 if near is None or sign.group().isspace():
                     return sign.end()

@@ -50,8 +50,8 @@ class Index:
     Args:
         data_dir: the data directory; created if it is missing.
         buffer_limit: if a collection's buffer has more vectors, a background thread moves them to the graph.
-        snapshot_every: least number of inserted vectors between two snapshots of a graph; a rebuild and closing do not
-            wait for this many.
+        snapshot_every: minimum number of inserted vectors between two snapshots of a graph; a rebuild and closing do
+            not wait for this many.
         record_cache_bytes: approximate limit of the bytes of the record cache; 0: no cache.
         probe_share: share of the searches that are repeated exactly to measure recall, 0 to 1; 0: none.
         max_response_bytes: limit of the bytes of the records in one response.

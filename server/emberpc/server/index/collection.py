@@ -50,7 +50,7 @@ from emberpc.server.paging import decode_token, encode_token
 
 log = logging.getLogger(__name__)
 
-#: Most expired records that one write of `expire` deletes. The limit lets other writes run in between.
+#: Maximum number of expired records that one write of `expire` deletes. The limit lets other writes run in between.
 _EXPIRED_AT_ONCE = 1000
 
 
@@ -280,7 +280,7 @@ class Collection(Lifecycle, CollectionSearchMethods):
         """Return undamaged records in byte order of ids, and the token of the next page, empty after the last page.
 
         Args:
-            page_size: most records of the page, 1 to 1000. The limit of a response's bytes may allow fewer.
+            page_size: maximum number of records, 1 to 1000. The limit of a response's bytes may allow fewer.
             page_token: token that the page before was returned with; empty: the first page.
             with_vectors: whether the records contain their vectors.
             condition: validated filter that the records must meet; None: all records.
@@ -364,7 +364,7 @@ class Collection(Lifecycle, CollectionSearchMethods):
 
         Args:
             count: number of clusters, at least 1; fewer are returned if some are empty.
-            examples: most records to return of each cluster, those nearest to its centre.
+            examples: maximum number of records to return of each cluster, those nearest to its centre.
             stop: whether to give up and return no clusters.
 
         Raises:

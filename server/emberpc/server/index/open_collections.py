@@ -9,7 +9,7 @@ from typing import Protocol
 
 from emberpc.server import cancellation, descriptors
 from emberpc.server.deadlines import Deadline
-from emberpc.server.index.storage.readers import MOST_DESCRIPTORS
+from emberpc.server.index.storage.readers import MAX_DESCRIPTORS
 from emberpc.server.memory import return_memory
 
 log = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 #: half of the limit of descriptors if that is less.
 _RESERVED = 256
 #: Least and greatest result of `derived_limit`. An open collection of one record takes about 0.5 MB of memory.
-_FEWEST, _MOST = 4, 500
+_MIN_LIMIT, _MAX_LIMIT = 4, 500
 #: Seconds, or `idle_seconds` if less, after which the background thread retries a closing that did not succeed. A call
 #: meanwhile delays the retry until the collection is idle again. If `idle_seconds` is 0, there is no retry.
 _RETRY = 60.0
@@ -49,7 +49,7 @@ class Closable(Protocol):
 def derived_limit() -> int:
     """Return the default limit of open collections, 4 to 500, derived from the process's limit of file descriptors."""
     limit = descriptors.limit()
-    return max(_FEWEST, min(_MOST, (limit - min(_RESERVED, limit // 2)) // MOST_DESCRIPTORS))
+    return max(_MIN_LIMIT, min(_MAX_LIMIT, (limit - min(_RESERVED, limit // 2)) // MAX_DESCRIPTORS))
 
 
 class OpenCollections:
@@ -59,13 +59,13 @@ class OpenCollections:
     collection is opened.
 
     Args:
-        most: limit of the number of open collections. Opening one more closes idle ones. More stay open if too few can
+        maximum: maximum number of open collections. Opening one more closes idle ones. More stay open if too few can
             be closed: they have calls or maintenance in progress, or their snapshots cannot be written.
         idle_seconds: a collection without a call for this many seconds is closed; 0: none is closed for this reason.
     """
 
-    def __init__(self, most: int, idle_seconds: float) -> None:
-        self.most = most
+    def __init__(self, maximum: int, idle_seconds: float) -> None:
+        self.maximum = maximum
         self._idle_seconds = idle_seconds or float("inf")
         self._changed = threading.Condition()
         self._open: set[Closable] = set()
@@ -81,15 +81,15 @@ class OpenCollections:
         return len(self._open)
 
     def admit(self, collection: Closable) -> None:
-        """Add a collection that is about to be opened. If there are more than `most` with it, first close idle ones."""
+        """Add a collection that is about to be opened. If `maximum` is exceeded with it, first close idle ones."""
         with self._changed:
             self._open.add(collection)
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._run, name="index-closing", daemon=True)
                 self._thread.start()
-            if len(self._open) <= self.most:
+            if len(self._open) <= self.maximum:
                 return
-        self._close_until(self.most)
+        self._close_until(self.maximum)
 
     def shrink(self) -> None:
         """Close at least a quarter of the open collections, or all idle ones if they are fewer, to free descriptors."""
@@ -121,8 +121,8 @@ class OpenCollections:
             self._changed.notify()
         return self._thread is None or deadline.join(self._thread)
 
-    def _close_until(self, most: int) -> None:
-        """Close idle collections, the least recently used first, until `most` or fewer are open, or none can be closed.
+    def _close_until(self, maximum: int) -> None:
+        """Close idle collections, least recently used first, until at most `maximum` are open, or none can be closed.
 
         Collections whose graph is saved come first, since closing them is quick. If they are not enough, those with an
         unsaved graph are saved and closed here too. If they are enough, the background thread saves and closes the
@@ -132,7 +132,7 @@ class OpenCollections:
             in_order = sorted(self._open, key=lambda each: each.last_used)
         unsaved = []
         for each in in_order:
-            if len(self._open) <= most:
+            if len(self._open) <= maximum:
                 break
             if not each.is_saved:
                 unsaved.append(each)
@@ -140,7 +140,7 @@ class OpenCollections:
                 _close(each)
         else:
             for each in unsaved:
-                if len(self._open) <= most:
+                if len(self._open) <= maximum:
                     return
                 _close(each)
             return

@@ -11,7 +11,7 @@ from emberpc.server.collections.types import CollectionSpec, Matrix, StoredRecor
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index.collection import Collection
 
-#: Label to start after: SQLite's least integer, since a damaged label may be negative.
+#: Label to start after: SQLite's smallest integer, since a damaged label may be negative.
 _BEFORE_ALL = -(2**63)
 _PAGE = 1000
 

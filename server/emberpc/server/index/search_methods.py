@@ -52,7 +52,8 @@ class CollectionSearchMethods:
 
         Args:
             queries: float32 (queries, dimensions).
-            top_k: most hits of a query, 1 to 10,000: a number for all queries, or a sequence with a number for each.
+            top_k: maximum number of hits of a query, 1 to 10,000: a number for all queries, or a sequence with a number
+                for each.
             ef: number of candidates that the search of the graph keeps, at most 1,000,000; 0: chosen by the greatest
                 `top_k`, `min_recall`, and measurements of the graph, or every vector is compared. More are kept if `ef`
                 is not greater than the greatest `top_k`; more may be kept with a filter.
@@ -103,7 +104,7 @@ class CollectionSearchMethods:
 
         Args:
             texts: the text of each query.
-            top_k: most hits of each query, 1 to 10,000.
+            top_k: maximum number of hits of each query, 1 to 10,000.
             with_vectors: as in `search`.
             conditions: as in `search`.
             parts: as in `search`.
@@ -141,7 +142,7 @@ class CollectionSearchMethods:
         Args:
             queries: vector of each query, float32 (queries, dimensions); at least one.
             texts: text of each query.
-            top_k: most hits of each query, 1 to 10,000.
+            top_k: maximum number of hits of each query, 1 to 10,000.
             dense_weight: weight of the dense ranking, 0 to 1 (not checked here); the lexical ranking has 1 minus this.
             fusion: the rule that joins the rankings.
             ef: as in `search`, but with the number of dense hits that are fused (`fusion_depths`) in place of `top_k`.
@@ -185,13 +186,13 @@ class CollectionSearchMethods:
     ) -> DenseRequest:
         if conditions and len(conditions) != len(queries):
             raise invalid("conditions", f"has {len(conditions)} items for {len(queries)} queries; give one for each")
-        most = max(top_k)
-        keep = self._graph_maintenance.ef_chooser.ef(most, ef, min_recall)
+        maximum = max(top_k)
+        keep = self._graph_maintenance.ef_chooser.ef(maximum, ef, min_recall)
         return DenseRequest(
             queries,
             top_k,
             excluded,
-            max(keep or 0, most + 1),
+            max(keep or 0, maximum + 1),
             with_vectors,
             [self._store.compile(condition) for condition in conditions] or [None] * len(queries),
             exact=keep is None,

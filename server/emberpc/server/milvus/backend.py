@@ -90,8 +90,8 @@ class MilvusIndex:
         """Return a page of the specs of the collections, sorted by name, and the token of the next page.
 
         Args:
-            page_size: most specs of the page, 1 to 1000. There are fewer, even none, if collections of the page are
-                deleted meanwhile, have a damaged spec, or were not created by emberpc.
+            page_size: maximum number of specs of the page, 1 to 1000. There are fewer, even none, if collections of the
+                page are deleted meanwhile, have a damaged spec, or were not created by emberpc.
             page_token: token of the page; empty: the first page.
 
         Returns:

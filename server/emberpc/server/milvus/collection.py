@@ -181,7 +181,7 @@ class MilvusCollection:
         """Return a page of the records, sorted by id in byte order, and the token of the next page.
 
         Args:
-            page_size: most records of the page, 1 to 1000.
+            page_size: maximum number of records of the page, 1 to 1000.
             page_token: token of the page; empty: the first page.
             with_vectors: whether the records have their vectors.
             condition: the filter; None: all records.
@@ -223,7 +223,7 @@ class MilvusCollection:
 
         Args:
             queries: float32 (queries, dimensions).
-            top_k: most hits of each query, 1 to 10,000: one number, or a number for each query.
+            top_k: maximum number of hits of each query, 1 to 10,000: one number, or a number for each query.
             ef: candidates that a search of the graph keeps, 0 to 1,000,000, see `Request.ef`; 0: chosen by `top_k`.
             min_recall: must be 0.
             exclude_ids: for each query the id of a record that is no hit, or None; empty: no query has one.

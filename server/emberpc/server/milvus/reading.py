@@ -12,9 +12,11 @@ from emberpc.server.errors import ServiceError
 from emberpc.server.milvus import schema, terms
 from emberpc.server.milvus.connection import NOT_LOADED, Connection
 
-#: Most ids in one call of `Reader.by_id` to Milvus: the filter expression lists them. More ids take several calls.
+#: Maximum number of ids in one call of `Reader.by_id` to Milvus: the filter expression lists them. More ids take
+#: several calls.
 _IDS_AT_ONCE = 1000
-#: Default of the most rows that one call to Milvus returns in `Reader.walk`, so that a response stays small.
+#: Default of the maximum number of rows that one call to Milvus returns in `Reader.walk`, so that a response stays
+#: small.
 _ROWS_AT_ONCE = 1000
 
 Result = TypeVar("Result")
@@ -69,7 +71,7 @@ class Reader:
                 evaluates the filter on it.
             condition: the filter; None: all records.
             after: only records with greater ids are yielded; empty: all records.
-            batch: most rows that one call to Milvus returns.
+            batch: maximum number of rows that one call to Milvus returns.
             among: a further filter expression of Milvus; a record must meet both it and `condition`; empty: none.
         """
         compiled = milvus_filter(condition)
@@ -79,7 +81,7 @@ class Reader:
                 output_fields=[*output, "metadata"] if compiled.doubtful else output,
                 limit=batch,
                 # pymilvus's own iterator sets these two options too. Without them, Milvus may return any `limit` rows
-                # that meet the filter; with them, it returns the rows with the least ids.
+                # that meet the filter; with them, it returns the rows with the smallest ids.
                 iterator="True",
                 reduce_stop_for_best=True,
             )
@@ -112,7 +114,7 @@ class Reader:
 
         Args:
             queries: float32 (queries, dimensions); under COSINE prepared by `metric.prepare`, else not prepared.
-            limit: most hits of each query, at most 16,384.
+            limit: maximum number of hits of each query, at most 16,384.
             ef: number of candidates that the search keeps, `limit` to 32,768.
             expression: a filter expression of Milvus that hits must meet; empty: none.
             output: names of the fields that hits have.

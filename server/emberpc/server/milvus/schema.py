@@ -31,10 +31,10 @@ _PROPERTY = "emberpc.collection"
 MAX_TEXT_BYTES = 65_535
 #: Limit of the bytes (UTF-8) of an id, which is the primary key in Milvus. emberpc's own limit is the same.
 _MAX_ID_BYTES = 512
-#: Least dimensions of a vector in Milvus.
+#: Minimum number of dimensions of a vector in Milvus.
 _MIN_DIMENSIONS = 2
-#: Least length (Euclidean norm) of a vector under COSINE. Milvus squares lengths in float32, where the square of a much
-#: lesser length becomes zero.
+#: Minimum length (Euclidean norm) of a vector under COSINE. Milvus squares lengths in float32, where the square of a
+#: much lesser length becomes zero.
 _MIN_LENGTH = 1e-15
 
 VECTOR = "vector"

@@ -19,8 +19,8 @@ from emberpc.server.milvus.reading import Reader, milvus_filter
 #: have at most 100 MB. Milvus is asked for one hit more of each query, and for `_DOUBT` times as many if the filter may
 #: have records for which Milvus cannot decide (doubtful records).
 _HITS_AT_ONCE = 10_000
-#: If a request sets no ef: least ef, and ef for each wanted hit of a query. The ef is the greater of the two, as in the
-#: embedded backend before it measures a graph. A filter makes ef greater, see `Searcher._ask`.
+#: If a request sets no ef: minimum ef, and ef for each wanted hit of a query. The ef is the greater of the two, as in
+#: the embedded backend before it measures a graph. A filter makes ef greater, see `Searcher._ask`.
 _MIN_EF, _EF_PER_HIT = 200, 2
 #: Milvus's limits of ef, and of the hits of one query.
 _MAX_EF, _MAX_LIMIT = 32_768, 16_384
@@ -34,7 +34,7 @@ _FEW = 2000
 #: If Milvus found too few hits (see `Searcher._hits`), and at most this many records meet the filter (without a filter:
 #: exist), the server compares their vectors. With more records that would take too long.
 _MANY = 100_000
-#: Most vectors that the server compares at a time, to save memory.
+#: Maximum number of vectors that the server compares at a time, to save memory.
 _BATCH = 1000
 
 
@@ -44,7 +44,7 @@ class Request:
 
     Attributes:
         queries: float32 (queries, dimensions), not prepared.
-        top_k: for each query the most hits.
+        top_k: for each query the maximum number of hits.
         exclude: for each query the id of a record that must be no hit, or None.
         ef: candidates that a search of the graph keeps; 0: chosen by `top_k`. The searcher raises ef for a filter, and
             to the number of hits that it asks Milvus for, and lowers it to at most 32,768.
@@ -131,7 +131,7 @@ class Searcher:
 
         Args:
             found: hits of pymilvus, nearest first.
-            k: most hits of the outcome.
+            k: maximum number of hits of the outcome.
             exclude: id of a record that must be no hit; None: none.
             plan: how Milvus searched.
 
@@ -214,8 +214,8 @@ def _score(found: tuple[float, str]) -> float:
 def _blocks(sizes: Sequence[int]) -> Iterator[list[int]]:
     """Group queries, each group for one call to Milvus; yield each group as a list of indexes of `sizes`.
 
-    In a group, the greatest top_k is at most twice the least, and the number of queries times the greatest top_k is at
-    most 10,000.
+    In a group, the greatest top_k is at most twice the smallest, and the number of queries times the greatest top_k is
+    at most 10,000.
 
     Args:
         sizes: top_k of each query, at most 10,000.

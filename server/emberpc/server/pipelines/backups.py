@@ -19,11 +19,11 @@ from emberpc.server.pipelines.index_pool import IndexPool
 from emberpc.server.pipelines.next_message import next_message
 from emberpc.server.pipelines.slots import Slots
 
-#: Slots: most backups at a time, and most restores at a time. Each of them needs a thread at times, and about as many
+#: Slots: maximum number of backups, and of restores, at a time. Each of them needs a thread at times, and about as many
 #: bytes of disk as the collection.
 _AT_ONCE = 2
-#: Most callers that wait for a slot, of backups and of restores each, and the seconds after which a refused caller may
-#: retry.
+#: Maximum number of callers that wait for a slot, of backups and of restores each, and the seconds after which a
+#: refused caller may retry.
 _MAX_WAITING, _RETRY_SECONDS = 8, 5.0
 #: Seconds after which a call is ended if its caller reads or sends nothing; and the interval at which the call is ended
 #: already if another caller waits for a slot of the same kind. Before its first message, a restore has only the former.

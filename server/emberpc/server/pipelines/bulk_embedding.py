@@ -17,14 +17,14 @@ from emberpc.server.pipelines.limits import EMPTY_RECORD, Limits
 
 log = logging.getLogger(__name__)
 
-#: Most texts of a group: usually enough for several micro-batches, and few enough for a small response with their
-#: vectors.
+#: Maximum number of texts of a group: usually enough for several micro-batches, and few enough for a small response
+#: with their vectors.
 GROUP_TEXTS = 64
-#: Most characters of the ids and texts of a group of an embedding stream; a group of a single text may have more. In
-#: upsert streams and jobs, groups have no limit of characters.
+#: Maximum number of characters of the ids and texts of a group of an embedding stream; a group of a single text may
+#: have more. In upsert streams and jobs, groups have no limit of characters.
 GROUP_CHARACTERS = 2**16
-#: Most groups of a stream that are embedded at a time: enough for a few workers to find texts of similar length. More
-#: would fill a greater part of the queue.
+#: Maximum number of groups of a stream that are embedded at a time: enough for a few workers to find texts of similar
+#: length. More would fill a greater part of the queue.
 GROUPS = 8
 #: Codes of errors that are not the fault of a text. With such an error, an upsert stream ends, and a reembedding tries
 #: again later; the texts do not count as failed. Of these errors, only UNAVAILABLE ends an embedding stream; the others

@@ -13,11 +13,11 @@ from emberpc.server.engine import Caller, Engine, Inference, InferenceRequest, M
 from emberpc.server.errors import Code, ServiceError, invalid, items_of
 from emberpc.server.pipelines.limits import Limits
 
-#: Most bytes in the response beside the characters of the labels: of a label with its score, of a label that is given,
-#: and of the rest of the result for one text.
+#: Maximum number of bytes in the response beside the characters of the labels: of a label with its score, of a label
+#: that is given, and of the rest of the result for one text.
 _SCORE_BYTES, _LABEL_BYTES, _TEXT_BYTES = 13, 4, 30
-#: Most products of a call's texts and the numbers of a rejection score's vectors that are computed on the event loop.
-#: More would hold up other calls for over about 10 ms, so a thread computes them.
+#: Maximum number of products of a call's texts and the numbers of a rejection score's vectors that are computed on the
+#: event loop. More would hold up other calls for over about 10 ms, so a thread computes them.
 _LOOP_PRODUCTS = 2**26
 
 
@@ -28,7 +28,7 @@ class ClassificationRequest:
     Attributes:
         classifier: name of the model; empty: the only classifier.
         texts: the texts.
-        top_k: most labels with scores that the response will have for each text; 0: all.
+        top_k: maximum number of labels with scores that the response will have for each text; 0: all.
         nearest_examples: number of training examples to return for each text. It must be 0: classifiers keep none.
         truncation: the truncation of long texts.
     """
@@ -92,7 +92,7 @@ class TextClassifier:
                 reason="NO_EXAMPLES",
             )
         manifest = model.manifest
-        of_text = most_bytes_of_text(manifest.labels, request.top_k, multi_label=manifest.multi_label)
+        of_text = max_bytes_of_text(manifest.labels, request.top_k, multi_label=manifest.multi_label)
         self._limits.check_response(len(texts) * of_text, "set top_k, or send fewer texts in one call")
         inference = await self._engine.inferrer.infer(
             InferenceRequest(model, texts, manifest.prompts.passage, request.truncation, items_of("texts"), caller)
@@ -103,8 +103,8 @@ class TextClassifier:
         return ClassifiedTexts(model, inference, await asyncio.to_thread(decide) if many else decide())
 
 
-def most_bytes_of_text(labels: Sequence[str], top_k: int, *, multi_label: bool) -> int:
-    """Return the most bytes that the result for one text takes in the response; `top_k` 0: scores of all labels."""
+def max_bytes_of_text(labels: Sequence[str], top_k: int, *, multi_label: bool) -> int:
+    """Return the maximum number of bytes of a text's result in the response; `top_k` 0: scores of all labels."""
     longest = max(len(label.encode()) for label in labels)
     scores, given = min(top_k or len(labels), len(labels)), len(labels) if multi_label else 1
     return scores * (longest + _SCORE_BYTES) + given * (longest + _LABEL_BYTES) + _TEXT_BYTES

@@ -16,7 +16,8 @@ from emberpc.server.pipelines.slots import Slots
 
 log = logging.getLogger(__name__)
 
-#: Most collections that are opened at a time, and most further collections that wait to be opened.
+#: Maximum number of collections that are opened at a time, and maximum number of further collections that wait to be
+#: opened.
 _OPENED_AT_ONCE, _MAX_WAITING = 2, 1024
 
 Result = TypeVar("Result")

@@ -21,8 +21,8 @@ from emberpc.server.pipelines.slots import Slots
 _DEFAULT_MIN_SCORE = 0.95
 _MAX_CLUSTERS = 1000
 _DEFAULT_EXAMPLES, _MAX_EXAMPLES = 5, 100
-#: Most searches for duplicates and clusterings that wait for the running one, and the seconds after which a refused
-#: caller may retry.
+#: Maximum number of searches for duplicates and clusterings that wait for the running one, and the seconds after which
+#: a refused caller may retry.
 _MAX_WAITING, _RETRY_SECONDS = 8, 10.0
 
 #: Result of a search for duplicates: the collection's sequence before the search, its `min_score`, and the pairs.
@@ -67,8 +67,8 @@ class CollectionAnalysis:
 
         Args:
             collection: the collection.
-            min_score: the least cosine of a pair, in (0, 1]; 0: 0.95.
-            page_size: most pairs of the page, at least 1.
+            min_score: the minimum cosine of a pair, in (0, 1]; 0: 0.95.
+            page_size: maximum number of pairs of the page, at least 1.
             page_token: token of the page; empty: the first page.
             caller: the caller.
 
@@ -77,11 +77,11 @@ class CollectionAnalysis:
                 DEADLINE_EXCEEDED if the deadline passed; UNIMPLEMENTED if the index backend cannot find duplicates; any
                 other error of `CollectionBackend.duplicates`.
         """
-        least = min_score or _DEFAULT_MIN_SCORE
-        if not 0 < least <= 1:
-            raise invalid("min_score", f"is {least:g}; it must be above 0 and at most 1")
+        minimum = min_score or _DEFAULT_MIN_SCORE
+        if not 0 < minimum <= 1:
+            raise invalid("min_score", f"is {minimum:g}; it must be above 0 and at most 1")
         after = _read_token(page_token)
-        pairs = await self._pool.run(lambda: self._pairs(collection, least), caller, heavy=True, within=self._slot)
+        pairs = await self._pool.run(lambda: self._pairs(collection, minimum), caller, heavy=True, within=self._slot)
         # The page starts after the sort key of the last pair of the page before. So no pair is repeated or skipped if
         # writes between the two pages added or removed other pairs.
         first = bisect_right(pairs, after, key=lambda pair: pair.order) if after else 0
@@ -99,8 +99,8 @@ class CollectionAnalysis:
 
         Args:
             collection: the collection.
-            count: most clusters, 2 to 1000; there are fewer if some would be empty.
-            examples: most records that are returned of each cluster, at most 100; 0: 5.
+            count: maximum number of clusters, 2 to 1000; there are fewer if some would be empty.
+            examples: maximum number of records that are returned of each cluster, at most 100; 0: 5.
             caller: the caller.
 
         Raises:

@@ -101,7 +101,7 @@ class CollectionManagement:
         `size`, or none, before the last page.
 
         Args:
-            size: most collections of the page, 1 to 1000.
+            size: maximum number of collections of the page, 1 to 1000.
             token: token of the page; empty: the first page.
 
         Raises:

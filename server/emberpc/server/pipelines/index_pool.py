@@ -39,7 +39,7 @@ class IndexPool:
 
     Args:
         executor: the thread pool.
-        heavy: most heavy calls at a time; must be fewer than the threads of the pool.
+        heavy: maximum number of heavy calls at a time; must be fewer than the threads of the pool.
     """
 
     def __init__(self, executor: Executor, heavy: int) -> None:

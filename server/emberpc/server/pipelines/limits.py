@@ -7,18 +7,20 @@ from dataclasses import dataclass
 
 from emberpc.server.errors import FieldPath, Violation, invalid, invalid_fields, response_too_large
 
-#: Most queries of one Search.
+#: Maximum number of queries of one Search.
 MAX_QUERIES = 1000
-#: Most hits of one Search. The sum of `top_k` of its queries is checked before the search.
+#: Maximum number of hits of one Search. The sum of `top_k` of its queries is checked before the search.
 MAX_HITS = 100_000
-#: Most ids of one BatchGetRecords or DeleteRecords.
+#: Maximum number of ids of one BatchGetRecords or DeleteRecords.
 MAX_IDS = 10_000
-#: Most items of the field `parts` of a request. Only three values are valid, so a longer list is an error or an attack.
+#: Maximum number of items of the field `parts` of a request. Only three values are valid, so a longer list is an error
+#: or an attack.
 MAX_PARTS = 100
-#: Most conditions of all filters of a request together. The limits of a single filter are in `collections.filters`.
+#: Maximum number of conditions of all filters of a request together. The limits of a single filter are in
+#: `collections.filters`.
 MAX_REQUEST_CONDITIONS = 2_000
-#: Most values in the memberships of all filters of a request together. A membership is a condition that a field equals
-#: one of several values.
+#: Maximum number of values in the memberships of all filters of a request together. A membership is a condition that a
+#: field equals one of several values.
 MAX_REQUEST_VALUES = 50_000
 #: What a caller can do about an empty text, as the end of a message: about a text of a list, and the text of a record.
 _EMPTY_TEXT = "leave it out or give it some text"
@@ -30,12 +32,12 @@ class Limits:
     """The limits that the server's settings set.
 
     Attributes:
-        max_texts: most texts or records of a call, or of one message of a stream.
-        max_text_bytes: most bytes (UTF-8) of a text.
-        max_message_bytes: most bytes of a request, or of one message of a stream of requests.
-        max_response_bytes: most bytes of a response.
-        max_queue_tokens: most tokens that may wait for a worker.
-        max_collections: most collections of the server.
+        max_texts: maximum number of texts or records of a call, or of one message of a stream.
+        max_text_bytes: maximum number of bytes (UTF-8) of a text.
+        max_message_bytes: maximum number of bytes of a request, or of one message of a stream of requests.
+        max_response_bytes: maximum number of bytes of a response.
+        max_queue_tokens: maximum number of tokens that may wait for a worker.
+        max_collections: maximum number of collections of the server.
     """
 
     max_texts: int
@@ -47,7 +49,7 @@ class Limits:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Return the most items of the repeated fields that are directly in requests, by field name.
+        """Return the maximum number of items of the repeated fields that are directly in requests, by field name.
 
         Requests of 64 KiB or more are checked against these limits before they are decoded. Not included are
         repeated fields of messages inside requests, such as filters, and those of planned RPCs: for them

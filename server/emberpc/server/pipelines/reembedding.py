@@ -32,7 +32,7 @@ from emberpc.server.pipelines.limits import Limits
 
 log = logging.getLogger(__name__)
 
-#: Most records that a step of a job embeds: a few groups, so that several workers have texts.
+#: Maximum number of records that a step of a job embeds: a few groups, so that several workers have texts.
 _RECORDS = 4 * GROUP_TEXTS
 #: Seconds before a failed step is tried again: the pause after the first failure, which is doubled after each further
 #: failure in a row, and the longest pause.

@@ -47,7 +47,7 @@ class Query(NamedTuple):
         text: the text. DENSE mode embeds it, LEXICAL mode searches for its words, HYBRID mode does both.
         vector: the vector to search for, float32 (1, dimensions). Only in DENSE mode.
         record_id: id of the record whose vector is searched for; this record is no hit. Only in DENSE mode.
-        top_k: most hits.
+        top_k: maximum number of hits.
         ef: candidates that the search of the graph keeps; 0: the index chooses. Not used in LEXICAL mode.
     """
 
@@ -67,8 +67,8 @@ class SearchRequest:
         mode: how the search ranks records.
         conditions: the filter of each query, or None for a query without a filter; empty if no query has a filter.
         truncation: the truncation of queries that are too long for the model.
-        min_recall: least recall of the dense ranking, at most 1; 0: no target. Must be 0 if a query has an ef. Not used
-            in LEXICAL mode.
+        min_recall: minimum recall of the dense ranking, at most 1; 0: no target. Must be 0 if a query has an ef. Not
+            used in LEXICAL mode.
         dense_weight: weight of the dense ranking in HYBRID mode, 0 to 1; the lexical ranking has 1 - `dense_weight`.
         fusion: how HYBRID mode joins the two rankings.
         with_vectors: whether hits contain their vectors.

@@ -26,7 +26,7 @@ from emberpc.server.collections.types import Matrix
 from emberpc.server.errors import ServiceError
 from emberpc.server.pipelines.index_pool import IndexPool
 
-#: Most queries of a group of several searches; a single search may have more.
+#: Maximum number of queries of a group of several searches; a single search may have more.
 _MAX_QUERIES = 64
 #: Seconds that a group of several searches should take at most, by the rate of the last group.
 _GROUP_SECONDS = 0.01
@@ -151,7 +151,7 @@ class SearchGroups:
 
     Args:
         pool: runs the groups.
-        at_once: most groups of one key that run at a time.
+        at_once: maximum number of groups of one key that run at a time.
     """
 
     def __init__(self, pool: IndexPool, at_once: int) -> None:

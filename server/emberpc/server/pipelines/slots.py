@@ -14,7 +14,7 @@ class Slots:
     """A semaphore with a first-in-first-out queue of limited length. Use from one event loop only.
 
     Args:
-        count: number of slots, which is the most tasks that hold one at a time.
+        count: number of slots, which is the maximum number of tasks that hold one at a time.
         max_waiting: number of waiting tasks at which the queue is full, so that a further task is refused, unless it
             calls `take` with `refuse=False`.
         holders: name of the tasks for the error message, in the plural, such as `backups`.

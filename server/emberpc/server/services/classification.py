@@ -107,7 +107,7 @@ def classify_row(decisions: LabelDecisions, row: int, manifest: Manifest, top_k:
         decisions: the decisions on all texts of the call.
         row: index of the text.
         manifest: the manifest of the classifier.
-        top_k: most items of the field `scores`; 0: all labels. The field `labels` is not limited.
+        top_k: maximum number of items of the field `scores`; 0: all labels. The field `labels` is not limited.
     """
     scores, ranking, given = decisions.probabilities[row], decisions.ranking[row], decisions.labels[row]
     return pb.Classification(

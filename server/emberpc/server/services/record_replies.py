@@ -56,7 +56,8 @@ def page(
 
     Args:
         collection: the collection.
-        size: most records of the page. A page may end earlier, so that its bytes stay within the limit of a response.
+        size: maximum number of records of the page. A page may end earlier, so that its bytes stay within the limit of
+            a response.
         token: token of the page; empty: the first page.
         condition: the filter; None: all records. If the first page has no record, the response has a warning for each
             probable reason that was found.

@@ -25,8 +25,8 @@ def model_page(
     Args:
         models: all models, sorted by name.
         after: the page has only models with greater names; empty: the first page.
-        size: most models of the page.
-        max_bytes: most bytes of the descriptions together. The first description of a page may have more.
+        size: maximum number of models of the page.
+        max_bytes: maximum number of bytes of the descriptions together. The first description of a page may have more.
         describe: returns the description of a model, a message with a field `name`.
     """
     remaining = [model for model in models if model.name > after]

@@ -17,7 +17,7 @@ from emberpc.server.pipelines.embedding import InputKind
 from emberpc.v1 import types_pb2
 from emberpc.wire import status
 
-#: Most items of a page if the request does not state a number.
+#: Maximum number of items of a page if the request does not state a number.
 DEFAULT_PAGE_SIZE = 100
 
 #: Type of gRPC's context of a call. `Any`: the services do not need its type parameters, the request and the response.
@@ -123,7 +123,7 @@ def input_kind(value: types_pb2.InputKind.ValueType, field: str = "input_kind") 
 
 
 def page_size(value: int) -> int:
-    """Return the most items of a page for the `page_size` of a request; 100 for 0.
+    """Return the maximum number of items of a page for the `page_size` of a request; 100 for 0.
 
     Raises:
         ServiceError: INVALID_ARGUMENT if `value` is negative or above 1000.

@@ -68,7 +68,7 @@ def _check(request: pb.SearchRequest) -> list[int]:
 
     Raises:
         ServiceError: INVALID_ARGUMENT if a number is out of range, or all queries together ask for too many hits. Of
-            `ef` of the request, only the least value is checked. Or a query has an `ef`, and there is a `min_recall`.
+            `ef` of the request, only the minimum is checked. Or a query has an `ef`, and there is a `min_recall`.
     """
     queries = request.queries
     if not 1 <= len(queries) <= MAX_QUERIES:

@@ -33,16 +33,16 @@ _HELD_OUT_FOLDS = 5
 #: gain a quarter of a point (docs/decisions/measurements/0026).
 _REFIT_BELOW = 2000
 _FEW_HELD_OUT_FOLDS = 10
-#: Most training texts that are held out.
-_MOST_HELD_OUT = 500
-#: Fewest held-out texts that may stop a training early. Fewer texts would stop it by chance: of 6 texts, a single one
-#: changes the accuracy by more than its standard error.
-_FEWEST_TO_STOP = 50
-#: Fewest epochs of a training.
-_FEWEST_EPOCHS = 2
+#: Maximum number of training texts that are held out.
+_MAX_HELD_OUT = 500
+#: Minimum number of held-out texts that may stop a training early. Fewer texts would stop it by chance: of 6 texts, a
+#: single one changes the accuracy by more than its standard error.
+_MIN_TO_STOP = 50
+#: Minimum number of epochs of a training.
+_MIN_EPOCHS = 2
 #: A training of few texts learns from at least this many texts, repetitions included (50 steps of 16 texts), but has no
 #: more epochs for that than `_FEW_TEXTS_EPOCHS`.
-_FEWEST_TRAINED = 800
+_MIN_TRAINED = 800
 _FEW_TEXTS_EPOCHS = 8
 #: Number of texts, repetitions included, that a quick training learns from: 100 steps of 16 texts.
 _QUICK_TEXTS = 1600
@@ -62,7 +62,8 @@ class Options:
     #: Texts for calibration and, if the encoder is trained, for early stopping. None: training texts serve for this,
     #: some that are held out, or, by cross-validation, almost all.
     validation: Examples | None = None
-    #: The most passes over the texts of a strategy that trains the encoder; None: 2 to 8, fewer for many texts.
+    #: Maximum number of passes over the texts of a strategy that trains the encoder; None: 2 to 8, fewer for many
+    #: texts.
     epochs: int | None = None
     #: Where trainings store their checkpoints; default: nowhere. The caller removes the checkpoints once the result of
     #: the fit is stored.
@@ -261,8 +262,8 @@ def split(examples: Examples, seed: int) -> tuple[Rows, Rows]:
     """
     folds = stratify(examples.targets, seed, _held_out_folds(len(examples.texts)))
     held_out = np.flatnonzero(folds == 0)
-    if len(held_out) > _MOST_HELD_OUT:
-        held_out = np.sort(np.random.default_rng(seed).permutation(held_out)[:_MOST_HELD_OUT])
+    if len(held_out) > _MAX_HELD_OUT:
+        held_out = np.sort(np.random.default_rng(seed).permutation(held_out)[:_MAX_HELD_OUT])
     return np.setdiff1d(np.arange(len(examples.texts)), held_out), held_out
 
 
@@ -273,8 +274,8 @@ def default_epochs(examples: Examples) -> int:
     epochs: more epochs cost time and gain nothing (docs/decisions/measurements/0026).
     """
     by_label = round(8.5 - 0.55 * log2(max(examples.per_label, 1)))
-    by_texts = min(_FEW_TEXTS_EPOCHS, _epochs_for(_FEWEST_TRAINED, examples))
-    return max(_FEWEST_EPOCHS, by_label, by_texts)
+    by_texts = min(_FEW_TEXTS_EPOCHS, _epochs_for(_MIN_TRAINED, examples))
+    return max(_MIN_EPOCHS, by_label, by_texts)
 
 
 def quick_epochs(examples: Examples) -> int:
@@ -297,13 +298,13 @@ def passes_of(examples: Examples, share: float, scored: int, *, quick: bool) -> 
         quick: whether `Options.quick` is set.
     """
     texts = len(examples.texts)
-    held_out = min(texts // _held_out_folds(texts), _MOST_HELD_OUT)
+    held_out = min(texts // _held_out_folds(texts), _MAX_HELD_OUT)
     if quick:
         trained = quick_epochs(examples) * (texts - held_out)
         return texts * (1 - share) + share * (_TRAINED_PASSES * trained + held_out)
     epochs = default_epochs(examples)
     trained = epochs * (texts - held_out + (texts if texts < _REFIT_BELOW else 0))
-    embedded = epochs * (held_out + scored) if held_out >= _FEWEST_TO_STOP else held_out
+    embedded = epochs * (held_out + scored) if held_out >= _MIN_TO_STOP else held_out
     return texts * (1 - share) + share * (_TRAINED_PASSES * trained + embedded)
 
 
@@ -317,8 +318,8 @@ def fit_and_hold_out(
     The texts of `options.validation` are the held-out texts, and a single training makes the result. Without them, some
     training texts are held out, and a training on the other texts finds the best epoch. With fewer than 2,000 training
     texts, a second training on all texts makes the result; otherwise the first one does. Fewer than 50 held-out texts
-    stop no training: both trainings have the most epochs. If no text can be held out, since no label has two texts, a
-    single training on all texts makes the result.
+    stop no training: both trainings have the maximum number of epochs. If no text can be held out, since no label has
+    two texts, a single training on all texts makes the result.
 
     With `options.quick`, the texts that are not held out are trained on once, for `quick_epochs` epochs and without
     early stopping.
@@ -345,7 +346,7 @@ def fit_and_hold_out(
         quick, _ = fit(examples.take(trained_rows), None, quick_epochs(examples), "quick training")
         return _with_held_out(quick, quick, held_out, held_out_rows)
     refit = len(examples.texts) < _REFIT_BELOW
-    stops = len(held_out_rows) >= _FEWEST_TO_STOP
+    stops = len(held_out_rows) >= _MIN_TO_STOP
     search = "training to find the best epoch" if stops else "training without the held-out texts"
     stage = search if refit else "training"
     first, epochs = fit(examples.take(trained_rows), held_out if stops else None, options.epochs, stage)

@@ -38,10 +38,10 @@ _TEMPERATURE = 0.1
 #: all these texts. On texts that the encoder was not trained on, 3, 10 and 30 gave equal accuracy.
 _C = 10.0
 #: Number of training texts of each label that a score after an epoch embeds for the label's mean vector; more if they
-#: are fewer than `_MOST_SCORED` texts in all. The mean of all texts hardly differs, and embedding them all would add a
+#: are fewer than `_MAX_SCORED` texts in all. The mean of all texts hardly differs, and embedding them all would add a
 #: third to the CPU time of a training with early stopping.
-_LEAST_SCORED_PER_LABEL = 16
-_MOST_SCORED = 500
+_MIN_SCORED_PER_LABEL = 16
+_MAX_SCORED = 500
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ class Contrastive:
 
 def scored(examples: Examples) -> Rows:
     """Return the indexes of the training texts whose vectors a score after an epoch uses: the first of each label."""
-    most = max(_LEAST_SCORED_PER_LABEL, _MOST_SCORED // len(examples.labels))
-    first = examples.targets & (examples.targets.cumsum(axis=0) <= most)
+    maximum = max(_MIN_SCORED_PER_LABEL, _MAX_SCORED // len(examples.labels))
+    first = examples.targets & (examples.targets.cumsum(axis=0) <= maximum)
     return np.flatnonzero(first.any(axis=1))
 
 
@@ -174,7 +174,7 @@ def paired(examples: Examples, size: int, seed: int, epoch: int) -> list[list[in
 
     Args:
         examples: the texts. Of a text's several labels, one is drawn for the epoch. Texts without a label are left out.
-        size: the most texts of a batch.
+        size: maximum number of texts of a batch.
         seed: seed of the draw.
         epoch: number of the epoch, from 0; each epoch has its own draw.
     """

@@ -16,14 +16,14 @@ from emberpc.export.progress import Progress
 
 #: Inverse strength of regularization. TF-IDF vectors have length 1 and many entries, so a weak regularization is best.
 _C = 10.0
-#: Most words and word pairs, the most frequent ones, that are features.
-_MOST_FEATURES = 50_000
+#: Maximum number of words and word pairs, the most frequent ones, that are features.
+_MAX_FEATURES = 50_000
 #: Words and punctuation marks. Words of one letter, such as "I", and "?" and "!" say much in questions and reviews.
 _WORDS = r"\w+|[^\w\s]"
 #: Logit of a label that no training text has.
 _NEVER = -20.0
 #: Cross-validation fits 5 times. With more texts times labels than this, one part of the texts is held out instead.
-_MOST_CROSS_VALIDATED = 200_000
+_MAX_CROSS_VALIDATED = 200_000
 #: Number of texts whose words are counted between two reports.
 _REPORTED_TEXTS = 100
 
@@ -55,7 +55,7 @@ class TfIdf:
         def classify(known: Examples, texts: Sequence[str]) -> Matrix:
             return _fit(known.described(), options)(texts)
 
-        once = len(examples.texts) * len(examples.labels) > _MOST_CROSS_VALIDATED
+        once = len(examples.texts) * len(examples.labels) > _MAX_CROSS_VALIDATED
         return Fitted(_fit(examples.described(), options), hold_out(classify, examples, options, once=once))
 
 
@@ -73,7 +73,7 @@ def _fit(examples: Examples, options: Options) -> Callable[[Sequence[str]], Matr
     from sklearn.linear_model import LogisticRegression
 
     vectorizer = TfidfVectorizer(
-        ngram_range=(1, 2), sublinear_tf=True, max_features=_MOST_FEATURES, token_pattern=_WORDS
+        ngram_range=(1, 2), sublinear_tf=True, max_features=_MAX_FEATURES, token_pattern=_WORDS
     )
     try:
         features: Any = vectorizer.fit_transform(_reported(examples.texts, options.progress))

@@ -21,7 +21,8 @@ from emberpc.server.errors import items_of
 
 log = logging.getLogger(__name__)
 
-#: Most tokens of a micro-batch, padding included, until the best size is known; not used if the settings state a size.
+#: Maximum number of tokens of a micro-batch, padding included, until the best size is known; not used if the settings
+#: state a size.
 DEFAULT_BATCH_TOKENS = 512
 #: Measured sizes of micro-batches, in tokens. Smaller batches do not keep the arithmetic units of a core busy. Larger
 #: batches do not fit into the caches of a processor.

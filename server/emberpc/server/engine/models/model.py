@@ -34,8 +34,8 @@ from emberpc.server.errors import items_of
 #: bounds of other variants. For a foreign folder, this is the allowed difference between the outputs of a text alone
 #: and in a batch.
 _FP32_BOUND = Bound(cosine_min=0.99, difference_max=1e-2)
-#: Most reference texts that are run when a model is loaded: enough to find a wrong model, and few enough for a quick
-#: start.
+#: Maximum number of reference texts that are run when a model is loaded: enough to find a wrong model, and few enough
+#: for a quick start.
 _REFERENCE_TEXTS = 4
 
 #: Receives the name of each stage of loading as it begins, on the thread that loads.

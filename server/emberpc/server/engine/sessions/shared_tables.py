@@ -19,7 +19,7 @@ from emberpc.bundle.protobuf import Message
 
 Tables = dict[str, npt.NDArray[np.generic]]
 
-#: Least bytes of a table that is shared. To share smaller tables would save too little memory.
+#: Minimum number of bytes of a table that is shared. To share smaller tables would save too little memory.
 _MIN_BYTES = 1 << 20
 #: NumPy type of each supported tensor type, by its number in onnx.proto (TensorProto.DataType).
 _TYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 10: np.float16}

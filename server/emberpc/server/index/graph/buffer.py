@@ -7,8 +7,8 @@ import numpy as np
 from emberpc.server.collections.metric import best_of, nearest
 from emberpc.server.collections.types import Distance, Labels, Matrix
 
-#: Most float32 values in a chunk (2 MiB), and the number of vectors that a new chunk has room for.
-_CHUNK, _FEWEST = 2**19, 16
+#: Maximum number of float32 values in a chunk (2 MiB), and the number of vectors that a new chunk has room for.
+_CHUNK, _MIN_ROWS = 2**19, 16
 
 
 class Buffer:
@@ -28,7 +28,7 @@ class Buffer:
     def __init__(self, dimensions: int, distance: Distance) -> None:
         self._dimensions = dimensions
         self._distance = distance
-        self._rows = max(_FEWEST, _CHUNK // dimensions)
+        self._rows = max(_MIN_ROWS, _CHUNK // dimensions)
         self._chunks: list[_Chunk] = []
         self._count = 0
 
@@ -40,7 +40,7 @@ class Buffer:
         start = 0
         while start < len(labels):
             if not self._chunks or (not self._chunks[-1].room and self._chunks[-1].rows >= self._rows):
-                self._chunks.append(_Chunk(_FEWEST, self._dimensions))
+                self._chunks.append(_Chunk(_MIN_ROWS, self._dimensions))
             last = self._chunks[-1]
             if (wanted := last.rows - last.room + len(labels) - start) > last.rows:
                 last.grow(min(self._rows, max(wanted, 2 * last.rows)))

@@ -18,12 +18,12 @@ _NEAR = 0.02
 #: ef of the search for a node that is nearly equal to a new vector. A small ef is enough, since such nodes are easy to
 #: find; the search takes only a twentieth of the time of an insert.
 _LEADER_EF = 2
-#: Most vectors of a group without a graph: a search compares them one by one. If an addition makes an existing group
-#: larger, the group gets an HNSW graph of its own; inserting 128 vectors takes some 10 ms. The addition that creates a
-#: group is not limited. Vectors that are too short for a graph never get one.
+#: Maximum number of vectors of a group without a graph: a search compares them one by one. If an addition makes an
+#: existing group larger, the group gets an HNSW graph of its own; inserting 128 vectors takes some 10 ms. The addition
+#: that creates a group is not limited. Vectors that are too short for a graph never get one.
 _MAX_COMPARED_GROUP = 128
-#: Most strays that a search compares one by one, in less time than a search of a graph takes. More strays get a graph
-#: of their own.
+#: Maximum number of strays that a search compares one by one, in less time than a search of a graph takes. More strays
+#: get a graph of their own.
 _MAX_COMPARED_STRAYS = 500
 #: Number of nodes for which the graph of a group or of strays allocates room at first; that of a shell allocates more.
 _GROUP_CAPACITY = 2 * _MAX_COMPARED_GROUP

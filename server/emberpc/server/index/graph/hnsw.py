@@ -13,11 +13,11 @@ from emberpc.server.collections.types import CollectionSpec, Distance, Labels, M
 from emberpc.server.index.graph.worker_threads import WorkerThreads
 
 FIRST_CAPACITY = 1024
-#: Least number of queries that are given to a worker thread: some milliseconds of work, so that the hand-over pays.
+#: Minimum number of queries that are given to a worker thread: some milliseconds of work, so that the hand-over pays.
 _PART = 8
 #: `k` and ef of the searches that check whether a node is found. Each search checks the nodes that the search before it
 #: missed. The first search finds 99 % of clustered vectors and takes a twentieth of the time of an insert. The second
-#: search finds most of the others. The third search has ef 100, the least default ef.
+#: search finds most of the others. The third search has ef 100, the minimum default ef.
 _CHECKS = ((1, 3), (1, 16), (10, 100))
 #: Relative difference up to which two float32 results count as equal: one distance, computed in two ways.
 ROUNDING = 1e-5
@@ -180,9 +180,9 @@ class Hnsw:
         # The only node of a graph counts as found: no other node can hide it.
         suspects = np.arange(len(nodes) if self.count > 1 else 0)
         try:
-            for most, ef in _CHECKS:
+            for maximum, ef in _CHECKS:
                 if len(suspects):
-                    k = min(most, self.count // 2)
+                    k = min(maximum, self.count // 2)
                     self._index.set_ef(ef)
                     suspects = suspects[self._not_found(nodes[suspects], vectors[suspects], k)]
         except RuntimeError:
@@ -218,7 +218,7 @@ class Hnsw:
             labels, distances = self._index.knn_query(part, k=k, num_threads=1)
             return labels, distances
 
-        count = min(_helpers.most + 1, len(queries) // _PART)
+        count = min(_helpers.maximum + 1, len(queries) // _PART)
         if count < 2:
             return nearest(queries)
         labels, distances = zip(*_helpers.each(nearest, np.array_split(queries, count)), strict=True)

@@ -20,23 +20,25 @@ from emberpc.server.index.graph.persistent_graph import PendingSave, PersistentG
 from emberpc.server.index.graph.read_write_lock import ReadWriteLock
 from emberpc.server.index.graph.shells import Shells, fitted
 
-#: Most vectors that one step inserts into the graph: a step takes some 5 to 15 ms, and searches wait meanwhile, except
-#: for steps of a new graph.
+#: Maximum number of vectors that one step inserts into the graph: a step takes some 5 to 15 ms, and searches wait
+#: meanwhile, except for steps of a new graph.
 _SLICE = 16
 #: Number of cores that the server may use; computed once, since it is read from files of the operating system.
 _CORES = usable_cores()
-#: Most queries of a turn: after each turn, a search gives the lock to a waiting writer. 32 queries for each core.
+#: Maximum number of queries of a turn: after each turn, a search gives the lock to a waiting writer. 32 queries for
+#: each core.
 _QUERIES_PER_TURN = 32 * _CORES
 #: Greatest ef at which a turn may have `_QUERIES_PER_TURN` queries. With a greater ef each query takes longer, so the
 #: limit is divided by ef / `_EF_PER_QUERY`, but it is at least one query for each core.
 _EF_PER_QUERY = 1000
-#: Number of labels whose vectors are read from the store at a time; also the most vectors that a rebuild moves from the
-#: buffer to the old graph at a time, and the most from which shells are computed.
+#: Number of labels whose vectors are read from the store at a time; also the maximum number of vectors that a rebuild
+#: moves from the buffer to the old graph at a time, and the maximum number from which shells are computed.
 _READ_BATCH = 2000
-#: Most nodes that one step of a check searches for: about 1 ms for all of them. Searches wait meanwhile, except for
-#: steps of a new graph.
+#: Maximum number of nodes that one step of a check searches for: about 1 ms for all of them. Searches wait meanwhile,
+#: except for steps of a new graph.
 _CHECKED_AT_ONCE = 32
-#: Most labels of a sample that `probe` checks, to estimate in some milliseconds how many vectors searches miss.
+#: Maximum number of labels of a sample that `probe` checks, to estimate in some milliseconds how many vectors searches
+#: miss.
 _PROBED = 256
 #: A complete check is due when the number of vectors in the graph is this many times the number at the end of the last
 #: complete check, since later nodes may take links of earlier nodes. The second factor is used while no node has been
@@ -178,7 +180,7 @@ class Neighbours:
 
         Args:
             queries: float32 (queries, dimensions).
-            k: most labels to find for each query.
+            k: maximum number of labels to find for each query.
             ef: number of candidates that the search of the graph keeps, at least `k`.
 
         Returns:
@@ -210,19 +212,19 @@ class Neighbours:
         with self._lock.read():
             return self._graph.held(labels) | self._buffer.held(labels)
 
-    def drain(self, most: int, stop: Callable[[], bool]) -> int:
+    def drain(self, maximum: int, stop: Callable[[], bool]) -> int:
         """Move the oldest vectors, those with the smallest labels, from the buffer to the graph.
 
         Each step moves at most 16 vectors. Searches and writes may run between the steps.
 
         Args:
-            most: most vectors to move; no more are moved than the buffer has at the start.
+            maximum: maximum number of vectors to move; no more are moved than the buffer has at the start.
             stop: whether to end; called before each step.
 
         Returns:
             The number of vectors that were moved.
         """
-        moved, goal = 0, min(most, len(self._buffer))
+        moved, goal = 0, min(maximum, len(self._buffer))
         while moved < goal and not stop():
             with self._lock.write():
                 labels, vectors = self._buffer.oldest(min(_SLICE, goal - moved))
@@ -292,7 +294,7 @@ class Neighbours:
             self._graph.compare_always(labels)
 
     def rebuild(
-        self, read: ReadVectors, stop: Callable[[], bool], most_waiting: int = 4000, *, shuffled: bool = False
+        self, read: ReadVectors, stop: Callable[[], bool], max_waiting: int = 4000, *, shuffled: bool = False
     ) -> bool:
         """Build a new graph of the labels in the old graph, check it, and replace the old graph.
 
@@ -302,7 +304,7 @@ class Neighbours:
         Args:
             read: reads vectors from the store.
             stop: whether to give up; called before each step. The old graph then stays.
-            most_waiting: if the buffer has more vectors than this, the rebuild moves up to 2,000 of them to the old
+            max_waiting: if the buffer has more vectors than this, the rebuild moves up to 2,000 of them to the old
                 graph, so that searches stay fast.
             shuffled: if true, batches of 2,000 random vectors are inserted, each batch in the order of labels, and new
                 shells are computed; for an old graph whose nodes are often missed by searches. If false, all vectors
@@ -327,11 +329,11 @@ class Neighbours:
                     if stop():
                         return False
                     graph.add(found[first : first + _SLICE], vectors[first : first + _SLICE])
-                    if self.waiting > most_waiting:
+                    if self.waiting > max_waiting:
                         self.drain(_READ_BATCH, stop)
             # `add` checked each node after its insertion, but later nodes may have taken its links since. The next
             # complete check may be far off, so check all nodes now. Later rounds are too short for another check.
-            if first_round and not self._check_new(graph, stop, most_waiting):
+            if first_round and not self._check_new(graph, stop, max_waiting):
                 return False
         with self._lock.write():
             graph.remove(graph.labels() - self._graph.labels())
@@ -345,10 +347,10 @@ class Neighbours:
         _, vectors = read(sorted(chosen))
         return fitted(vectors) if len(vectors) else None
 
-    def _check_new(self, graph: PersistentGraph, stop: Callable[[], bool], most_waiting: int) -> bool:
+    def _check_new(self, graph: PersistentGraph, stop: Callable[[], bool], max_waiting: int) -> bool:
         """Run a complete check of a new graph, which no other thread uses; return False if `stop` ended it early.
 
-        Nodes that searches miss become strays of the new graph. If the buffer has more than `most_waiting` vectors
+        Nodes that searches miss become strays of the new graph. If the buffer has more than `max_waiting` vectors
         meanwhile, up to 2,000 of them are moved to the old graph.
         """
         names = graph.begin_check()
@@ -356,7 +358,7 @@ class Neighbours:
             if stop():
                 return False
             graph.check(names[start : start + _CHECKED_AT_ONCE])
-            if self.waiting > most_waiting:
+            if self.waiting > max_waiting:
                 self.drain(_READ_BATCH, stop)
         graph.end_check()
         return True

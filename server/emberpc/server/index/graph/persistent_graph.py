@@ -15,9 +15,10 @@ from emberpc.server.index.graph.grouped_graph_reader import STRAY
 from emberpc.server.index.graph.hnsw import Hnsw
 from emberpc.server.index.graph.shells import Shells
 
-#: Most vectors of a group in a snapshot. While a collection is opened, the vectors of these groups are read from the
-#: store and inserted again. Larger groups would take too long, so snapshots leave them out, and their vectors are
-#: inserted in the background after the opening. A shell and the short vectors are groups too. All strays are saved.
+#: Maximum number of vectors of a group in a snapshot. While a collection is opened, the vectors of these groups are
+#: read from the store and inserted again. Larger groups would take too long, so snapshots leave them out, and their
+#: vectors are inserted in the background after the opening. A shell and the short vectors are groups too. All strays
+#: are saved.
 _MAX_SAVED_GROUP = 2000
 #: Number of nodes whose vectors are read from hnswlib at a time when a snapshot is loaded.
 _READ_BATCH = 2000

@@ -19,7 +19,7 @@ from emberpc.server.collections.types import Labels, Matrix
 _RATIO = 1.5
 #: Number of shells inside the main shell, and number of shells outside it. The middle of the innermost shell is at
 #: 1/130 of the main shell's distance from the centre, the middle of the outermost shell at 130 times that distance.
-_MOST = 12
+_MAX_LEVEL = 12
 #: Number of the innermost shell. The number falls by 1 from shell to shell outwards, to -27. The main shell has the
 #: number `MAIN` in place of -15. -1 and -2 have other meanings: `STRAY` and `SHORT`.
 _INNERMOST = -3
@@ -44,7 +44,7 @@ class Shells:
     def of(self, vectors: Matrix) -> Labels:
         """Return the number of the shell of each vector, float32 (n, dimensions): int64 (n,), see `_INNERMOST`."""
         levels = _levels(_distances(vectors, self.centre) / self.radius)
-        shells: Labels = np.where(levels == 0, MAIN, _INNERMOST - (levels + _MOST))
+        shells: Labels = np.where(levels == 0, MAIN, _INNERMOST - (levels + _MAX_LEVEL))
         return shells
 
 
@@ -79,5 +79,5 @@ def _levels(ratios: npt.NDArray[np.float64]) -> Labels:
         ratios: distances from the centre, divided by the distance to the middle of level 0, float64 (n,).
     """
     exponents = np.log(np.maximum(ratios, np.finfo(np.float64).tiny)) / np.log(_RATIO)
-    levels: Labels = np.clip(np.floor(exponents + 0.5), -_MOST, _MOST).astype(np.int64)
+    levels: Labels = np.clip(np.floor(exponents + 0.5), -_MAX_LEVEL, _MAX_LEVEL).astype(np.int64)
     return levels

@@ -23,12 +23,12 @@ class WorkerThreads(Generic[Part, Outcome]):
     """Runs the parts of some work on the calling thread and on worker threads. Safe to use from several threads.
 
     Args:
-        most: limit of the worker threads for all calls together. A worker thread starts when there is work for it, and
-            never ends. By default one less than the cores, since the calling thread works too.
+        maximum: maximum number of worker threads for all calls together. A worker thread starts when there is work for
+            it, and never ends. By default one less than the cores, since the calling thread works too.
     """
 
-    def __init__(self, most: int = usable_cores() - 1) -> None:
-        self.most = most
+    def __init__(self, maximum: int = usable_cores() - 1) -> None:
+        self.maximum = maximum
         self._lock = threading.Lock()
         self._count = 0
         self._tasks: SimpleQueue[tuple[Future[Outcome], Callable[[Part], Outcome], Part]] = SimpleQueue()
@@ -57,13 +57,13 @@ class WorkerThreads(Generic[Part, Outcome]):
         return outcome
 
     def _start(self, wanted: int) -> bool:
-        """Start worker threads until there are `wanted` or `most`, or the system allows no more.
+        """Start worker threads until there are `wanted` or `maximum`, or the system allows no more.
 
         Return whether the caller should use worker threads: there is at least one, and `wanted` is not 0.
         """
         with self._lock:
             try:
-                while self._count < min(wanted, self.most):
+                while self._count < min(wanted, self.maximum):
                     threading.Thread(target=self._work, name="helper", daemon=True).start()
                     self._count += 1
             except RuntimeError:

@@ -35,7 +35,7 @@ _END_OF_TIME = 253_402_300_800
 #: SQL conditions that the values of a column must meet, by the declared type of the column; {0} is the column's name.
 #: A column that allows NULL may have NULL too.
 _CONDITIONS = {
-    "INTEGER": f"typeof({{0}}) = 'integer' AND {{0}} BETWEEN 0 AND {counters.MOST}",
+    "INTEGER": f"typeof({{0}}) = 'integer' AND {{0}} BETWEEN 0 AND {counters.LARGEST}",
     "REAL": f"typeof({{0}}) = 'real' AND {{0}} >= 0 AND {{0}} < {_END_OF_TIME}",
     "TEXT": "typeof({0}) = 'text'",
     "BLOB": "typeof({0}) = 'blob'",
@@ -156,9 +156,9 @@ def _with_tables_of(theirs: sqlite3.Connection, version: int) -> sqlite3.Connect
     raise foreign("its tables are not those of a collection")
 
 
-def _newer(what: str, found: int, most: int) -> ServiceError:
+def _newer(what: str, found: int, maximum: int) -> ServiceError:
     message = (
-        f"a newer version of emberpc wrote the backup: {what} {found}, and this emberpc reads formats up to {most}; "
+        f"a newer version of emberpc wrote the backup: {what} {found}, and this emberpc reads formats up to {maximum}; "
         "restore it with the newer version"
     )
     return ServiceError(Code.FAILED_PRECONDITION, message, reason="NEWER_FORMAT")
@@ -237,11 +237,11 @@ def _check_values(theirs: sqlite3.Connection, ours: sqlite3.Connection) -> None:
         statement = f"SELECT 1 FROM {table} WHERE NOT ({' AND '.join(conditions)}) LIMIT 1"  # noqa: S608 - our own tables
         if theirs.execute(statement).fetchone():
             raise damaged(f"its table {table} holds values that cannot be")
-    least, newest_label, newest_revision = theirs.execute(
+    minimum, newest_label, newest_revision = theirs.execute(
         "SELECT coalesce(min(label), 1), coalesce(max(label), 0), coalesce(max(revision), 0) FROM records"
     ).fetchone()
-    if least < 1:
-        raise damaged(f"a record has the number {least}")
+    if minimum < 1:
+        raise damaged(f"a record has the number {minimum}")
     if found := counters.problem(theirs, newest_label, newest_revision):
         raise damaged(found)
 

@@ -11,8 +11,8 @@ from emberpc.server.collections.metric import normalized, prepare
 from emberpc.server.collections.types import Cluster, CollectionSpec, Distance, Labels, Matrix
 from emberpc.server.index.storage.store import Store
 
-#: Most vectors in the random sample to which the centres are fitted: the greater of the first number and the second
-#: number times the number of clusters.
+#: Maximum number of vectors in the random sample to which the centres are fitted: the greater of the first number and
+#: the second number times the number of clusters.
 _SAMPLE, _SAMPLE_PER_CLUSTER = 20_000, 50
 _ROUNDS = 25
 _SEED = 0
@@ -34,9 +34,10 @@ def cluster_records(
     Args:
         spec: the spec of the collection; EUCLIDEAN collections are clustered by distance, others by direction.
         store: the records of the collection.
-        count: most clusters, at least 1. Fewer are returned if some are empty, as with fewer distinct vectors.
-        examples: most records to return of each cluster, those nearest to its centre. Damaged records among them are
-            left out.
+        count: maximum number of clusters, at least 1. Fewer are returned if some are empty, as with fewer distinct
+            vectors.
+        examples: maximum number of records to return of each cluster, those nearest to its centre. Damaged records
+            among them are left out.
         stop: whether to stop; called by `k_means`, and before each batch of vectors.
 
     Returns:
@@ -56,8 +57,8 @@ def cluster_records(
         labels = store.labels()
         if not len(labels):
             return []
-        most = min(len(labels), max(_SAMPLE, _SAMPLE_PER_CLUSTER * count))
-        chosen = np.sort(np.random.default_rng(_SEED).choice(labels, most, replace=False))
+        maximum = min(len(labels), max(_SAMPLE, _SAMPLE_PER_CLUSTER * count))
+        chosen = np.sort(np.random.default_rng(_SEED).choice(labels, maximum, replace=False))
         sample = store.vectors(chosen.tolist())[1]
         if not len(sample):  # all are damaged
             return []
@@ -89,7 +90,7 @@ def k_means(vectors: Matrix, count: int, *, directions: bool, stop: Callable[[],
 
     Args:
         vectors: float32 (n, dimensions), n at least 1; of length 1, or zero, if `directions`.
-        count: most clusters, at least 1.
+        count: maximum number of clusters, at least 1.
         directions: whether to cluster by cosine instead of by Euclidean distance. Then each centre is normalized, but a
             centre of zeros stays zero.
         stop: whether to stop; called before each centre but the first is drawn, and before each 4,000 vectors of a
@@ -167,9 +168,9 @@ def _assigned(vectors: Matrix, centres: Matrix, *, directions: bool) -> tuple[Ro
 
 
 def _keep_nearest(
-    best: Sequence[list[tuple[float, int]]], labels: Labels, rows: Rows, scores: Matrix, most: int
+    best: Sequence[list[tuple[float, int]]], labels: Labels, rows: Rows, scores: Matrix, maximum: int
 ) -> None:
-    """Merge a batch of records into `best`, in place: keep for each cluster the `most` records nearest to its centre.
+    """Merge a batch of records into `best`, in place: keep the `maximum` records of each cluster nearest to its centre.
 
     Args:
         best: for each cluster score and label of the nearest records so far, best first; of equal scores, the smaller
@@ -177,10 +178,10 @@ def _keep_nearest(
         labels: label of each record of the batch, int64 (n,), ascending.
         rows: cluster of each record of the batch, an index of `best`, int64 (n,).
         scores: score of each record of the batch, float32 (n,); greater is nearer.
-        most: most records to keep of a cluster.
+        maximum: maximum number of records to keep of a cluster.
     """
     for cluster in np.unique(rows).tolist():
         own = np.flatnonzero(rows == cluster)
-        near = own[np.argsort(-scores[own], kind="stable")[:most]]
+        near = own[np.argsort(-scores[own], kind="stable")[:maximum]]
         both = best[cluster] + list(zip(scores[near].tolist(), labels[near].tolist(), strict=True))
-        best[cluster][:] = sorted(both, key=lambda each: (-each[0], each[1]))[:most]
+        best[cluster][:] = sorted(both, key=lambda each: (-each[0], each[1]))[:maximum]

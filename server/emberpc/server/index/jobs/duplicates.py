@@ -11,19 +11,20 @@ from emberpc.server.collections.types import CollectionSpec, Distance, Duplicate
 from emberpc.server.index.graph.neighbours import Neighbours
 from emberpc.server.index.storage.store import Store
 
-#: Most records of which each is compared with every other: 3 seconds for this many at 384 dimensions. In a COSINE
-#: collection with more records, each record is searched for in the graph. Under other distances the graph's scores are
-#: not cosines, so all records are compared, however many.
+#: Maximum number of records of which each is compared with every other: 3 seconds for this many at 384 dimensions. In a
+#: COSINE collection with more records, each record is searched for in the graph. Under other distances the graph's
+#: scores are not cosines, so all records are compared, however many.
 EXACT_LIMIT = 20_000
 #: For the search of the graph for a record: number of hits besides the record itself, and ef. If a record has more
 #: duplicates than that number, some pairs may be missed.
 _NEIGHBOURS, _EF = 20, 200
-#: Most pairs that are returned: those with the greatest scores.
-MOST_PAIRS = 100_000
+#: Maximum number of pairs that are returned: those with the greatest scores.
+MAX_PAIRS = 100_000
 _READ_BATCH = 4000
 #: Number of records that are searched for in the graph between two calls of `stop`.
 _SEARCHED_AT_ONCE = 256
-#: Most cosines (float32) that are computed at a time: 8 MB. Those of one record are always computed at once.
+#: Maximum number of cosines (float32) that are computed at a time: 8 MB. Those of one record are always computed at
+#: once.
 _BLOCK = 2**21
 
 _Pairs = tuple[Labels, Labels, Matrix]
@@ -42,7 +43,7 @@ def find_duplicates(
         spec: the spec of the collection.
         store: the records of the collection.
         neighbours: the vectors of the collection in memory.
-        min_score: least cosine of a pair.
+        min_score: minimum cosine of a pair.
         stop: whether to stop; then the pairs found so far are returned. Not called while vectors are read.
 
     Returns:
@@ -80,7 +81,7 @@ class _BestPairs:
     def add(self, part: _Pairs) -> None:
         self._parts.append(part)
         self._count += len(part[0])
-        if self._count > 2 * MOST_PAIRS:
+        if self._count > 2 * MAX_PAIRS:
             self._parts = [self.result()]
             self._count = len(self._parts[0][0])
 
@@ -92,8 +93,8 @@ class _BestPairs:
         # The graph is searched for both records of a pair, so the pair may have been found twice.
         once = np.unique(np.stack([first, second]), axis=1, return_index=True)[1]
         first, second, scores = first[once], second[once], scores[once]
-        if len(scores) > MOST_PAIRS:
-            best = np.argpartition(-scores, MOST_PAIRS)[:MOST_PAIRS]
+        if len(scores) > MAX_PAIRS:
+            best = np.argpartition(-scores, MAX_PAIRS)[:MAX_PAIRS]
             first, second, scores = first[best], second[best], scores[best]
         return first, second, scores
 

@@ -11,8 +11,8 @@ from emberpc.server.index.jobs.background_thread import BackgroundThread
 
 log = logging.getLogger(__name__)
 
-#: Seconds after which a failed deletion is retried. Also the most seconds that the thread sleeps before it compares the
-#: noted times with the system's clock again, since the clock may be adjusted meanwhile.
+#: Seconds after which a failed deletion is retried. Also the maximum seconds that the thread sleeps before it compares
+#: the noted times with the system's clock again, since the clock may be adjusted meanwhile.
 _RETRY = 60.0
 
 

@@ -40,7 +40,8 @@ _SAMPLE_GROWTH = 1.5
 #: Share of the time that complete checks may take while there are no writes, apart from checks after much growth. A
 #: check of 100,000 nodes takes some 5 s.
 _CHECK_SHARE = 0.01
-#: Most attempts to write a snapshot. Another follows only if a signal ended the process that wrote the file.
+#: Maximum number of attempts to write a snapshot. Another follows only if a signal ended the process that wrote the
+#: file.
 _SNAPSHOT_TRIES = 3
 #: While a graph is filled, a snapshot is saved only after inserts of at least this share of the graph's vectors, since
 #: a snapshot writes the whole graph.
@@ -206,7 +207,7 @@ class GraphMaintenance:
         """
         if self._neighbours.waiting <= self._limits.buffer_limit and not self._rests():
             return
-        least = self._limits.buffer_limit * _REST_SHARE
+        minimum = self._limits.buffer_limit * _REST_SHARE
         while moved := self._neighbours.drain(min(self._between_snapshots, self._until_sample), self._stop):
             self._unsaved += moved
             self._snapshot_if_due()
@@ -216,12 +217,12 @@ class GraphMaintenance:
                     # Searches miss many nodes of the sample. If a rebuild may help, it comes now, since more inserts
                     # into the old graph would be wasted.
                     self._rebuild_if_due(misses=True)
-            if self._neighbours.waiting <= least:
+            if self._neighbours.waiting <= minimum:
                 return
 
     @property
     def _until_sample(self) -> int:
-        """Most vectors to insert before the next look whether a sample of nodes is due.
+        """Maximum number of vectors to insert before the next look whether a sample of nodes is due.
 
         Enough to reach the size at which a sample is due, but at least 1000.
         """

@@ -26,7 +26,7 @@ _BATCH = 500
 _TRIES = ((200, 8), (800, 1))
 #: Number of records, on average, that a verification searches for unless it is full; all if there are fewer.
 _SAMPLE = 2000
-#: Most hits of a search for a record; fewer if the graph has fewer than 20 labels.
+#: Maximum number of hits of a search for a record; fewer if the graph has fewer than 20 labels.
 _HITS = 10
 _WRONG_WORDS = "the words that are searched were not those of the text; they were built from the texts again"
 
@@ -66,7 +66,7 @@ class Verifier:
         Raises:
             ServiceError: DEADLINE_EXCEEDED if the call of this thread is cancelled; the errors of reading the store.
         """
-        # The records are read from SQLite's least integer on, since a damaged label may be any integer.
+        # The records are read from SQLite's smallest integer on, since a damaged label may be any integer.
         total, checked, first = self.store.count(), 0, -(2**63)
         share = 1.0 if self.full else _SAMPLE / max(1, total)
         yield Verified(0, total, [Problem("", "DATABASE_DAMAGED", each) for each in self.store.integrity_errors()])

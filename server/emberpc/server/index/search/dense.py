@@ -39,7 +39,8 @@ _WIDER = 4
 #: Reading the vector of a hit again, to verify its checksum, takes as long as verifying the checksums of this many
 #: vectors while they are read for the comparison.
 _CHECKS_PER_HIT = 6
-#: Most attempts of a search while writes go on. If writes (or damage) disturb all, the search blocks writes.
+#: Maximum number of attempts of a search while writes go on. If writes (or damage) disturb all, the search blocks
+#: writes.
 _TRIES = 8
 
 
@@ -49,7 +50,7 @@ class DenseRequest(NamedTuple):
     `queries` are prepared vectors, float32 (queries, dimensions). `top_k`, `exclude` (an id that must not be a hit, or
     None) and `conditions` (a filter, or None) have one item for each query; there is at least one query. `ef` and
     `with_vectors` (whether hits contain their vectors) are for all queries. `ef` is the number of candidates that a
-    graph search keeps, with a filter the least number. Unless `exact`, `ef` is at least `candidates`.
+    graph search keeps, with a filter the minimum number. Unless `exact`, `ef` is at least `candidates`.
     """
 
     queries: Matrix
@@ -395,7 +396,7 @@ def _outcome(
     Args:
         found: the candidates.
         records: records by label.
-        k: most hits to return. If there are fewer, the plan states the reason.
+        k: maximum number of hits to return. If there are fewer, the plan states the reason.
         exclude: id that must not be a hit, or None.
         matching: number of records that meet the filter; None: there is no filter.
 

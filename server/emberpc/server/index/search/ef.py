@@ -10,18 +10,18 @@ from emberpc.server.index.graph.neighbours import Neighbours
 from emberpc.server.index.search import recall
 from emberpc.server.index.storage.store import Store
 
-#: Recall, by the measurements of the graph, for which the default ef is chosen, if an ef up to `_MOST` has this recall.
-#: It is so high because queries of callers may be less like the records than the queries of the measurement.
+#: Recall, by the measurements of the graph, for which the default ef is chosen, if an ef up to `_MAX_EF` has this
+#: recall. It is so high because queries of callers may be less like the records than the queries of the measurement.
 _RECALL = 0.99
-#: Limits of the default ef of a measured graph. The least is not smaller, since queries may be unlike the records. A
-#: value above the greatest is used only if it is needed for `_LEAST_RECALL`, or for twice top_k. The greatest is also
+#: Limits of the default ef of a measured graph. The minimum is not smaller, since queries may be unlike the records. A
+#: value above the greatest is used only if it is needed for `_MIN_RECALL`, or for twice top_k. The greatest is also
 #: the default ef if the measurement has no points, and the ef for a `min_recall` below 1 if the graph is empty.
-_LEAST, _MOST = 100, 800
+_MIN_EF, _MAX_EF = 100, 800
 #: Default ef before the graph's recall is measured, unless twice top_k is greater.
 _UNMEASURED = 200
-#: Recall for which the default ef may be greater than `_MOST`. If no measured ef has this recall, there is no default
+#: Recall for which the default ef may be greater than `_MAX_EF`. If no measured ef has this recall, there is no default
 #: ef: a search without `ef` and `min_recall` compares every vector.
-_LEAST_RECALL = 0.95
+_MIN_RECALL = 0.95
 #: Greatest share of strays with which a graph of at least `recall.MIN_SIZE` vectors is searched before its recall is
 #: measured. With more, a search without `ef` and `min_recall` compares every vector: searches of a graph with many
 #: strays probably miss further vectors, which are not known as strays yet.
@@ -72,7 +72,7 @@ class EfChooser:
         if min_recall == 1:
             return None
         if not self._neighbours.graph_size:
-            return _MOST  # the buffer is exact; this is for a graph that may be started at this moment
+            return _MAX_EF  # the buffer is exact; this is for a graph that may be started at this moment
         return self._measured.ef(top_k, min_recall) if self._measured else None
 
     @property
@@ -117,18 +117,18 @@ class EfChooser:
         self._by_default = {}
 
     def _default(self, top_k: int) -> int | None:
-        least = max(_LEAST if self._measured else _UNMEASURED, _PER_HIT * top_k)
+        minimum = max(_MIN_EF if self._measured else _UNMEASURED, _PER_HIT * top_k)
         if not self._measured:
-            return least
+            return minimum
         if not self._measured.points:
-            return max(least, _MOST)
+            return max(minimum, _MAX_EF)
         chosen = self._measured.ef(top_k, _RECALL)
-        if chosen is None or chosen > _MOST:
-            enough = self._measured.ef(top_k, _LEAST_RECALL)
+        if chosen is None or chosen > _MAX_EF:
+            enough = self._measured.ef(top_k, _MIN_RECALL)
             if enough is None:
                 return None
-            chosen = max(_MOST, enough)
-        return max(least, chosen)
+            chosen = max(_MAX_EF, enough)
+        return max(minimum, chosen)
 
     def _is_poor(self) -> bool:
         """Return whether the graph is large enough to be measured, and its `stray_share` exceeds `_MAX_STRAY_SHARE`."""

@@ -14,14 +14,14 @@ from emberpc.server.collections.types import CollectionSpec, Labels, Matrix
 from emberpc.server.index.storage.filter_sql import Clause
 from emberpc.server.index.storage.store import Store
 
-#: Most bytes of the cached selections of a collection, as `_kept_bytes` counts them. Evaluating a filter on 100,000
-#: records takes 0.1 s, using a cached selection 20 µs.
+#: Maximum number of bytes of the cached selections of a collection, as `_kept_bytes` counts them. Evaluating a filter
+#: on 100,000 records takes 0.1 s, using a cached selection 20 µs.
 _MAX_BYTES = 64 * 2**20
-#: Most writes over which a cached selection can be updated. After more, the filter is evaluated again.
+#: Maximum number of writes over which a cached selection can be updated. After more, the filter is evaluated again.
 _MAX_WRITES = 1000
 #: Approximate bytes of the Python object that holds a parameter of a filter, without the characters of a text.
 _VALUE_BYTES = 64
-#: Most seconds that `wait_for` waits. A write is usually noted within milliseconds of its commit.
+#: Maximum seconds that `wait_for` waits. A write is usually noted within milliseconds of its commit.
 _MOMENT = 1.0
 
 

@@ -13,13 +13,14 @@ from emberpc.server.index.storage.filter_sql import EVERYTHING, Clause
 from emberpc.server.index.storage.lexical_terms import words_of
 from emberpc.server.index.storage.store import Store
 
-#: Most dense hits, and most lexical hits, that are fused for a query: the greater of the first value and the second
-#: value times top_k.
+#: Maximum number of dense hits, and maximum number of lexical hits, that are fused for a query: the greater of the
+#: first value and the second value times top_k.
 _MIN_DEPTH, _DEPTH_PER_HIT = 100, 2
 #: Greatest share of the records whose texts may contain a word of a lexical query. More common words are left out if
 #: the query has rarer words that texts contain: common words hardly change the scores, but take most of the time.
 _COMMON = 0.5
-#: Fewest records of a collection whose lexical queries leave out common words. With fewer there is little time to save.
+#: Minimum number of records of a collection whose lexical queries leave out common words. With fewer there is little
+#: time to save.
 _LARGE = 1000
 #: Attempts of a hybrid search without the write lock. If writes disturb all of them, one more attempt holds the lock.
 _TRIES = 2
@@ -142,14 +143,14 @@ class HybridSearcher:
 
         All are returned if there are fewer than k. Damaged records are left out.
         """
-        most = k
+        maximum = k
         while True:
-            found = self._store.lexical_matches(query, most, condition)
+            found = self._store.lexical_matches(query, maximum, condition)
             records = self._store.by_label([label for label, _ in found], with_vectors=with_vectors)
             hits = [(records[label], score) for label, score in found if label in records][:k]
-            if len(hits) == k or len(found) < most:
+            if len(hits) == k or len(found) < maximum:
                 return hits
-            most += k - len(hits)  # one more for each hit whose record turned out to be damaged
+            maximum += k - len(hits)  # one more for each hit whose record turned out to be damaged
 
     def _distinctive_words(self, words: list[str]) -> list[str]:
         """Return the words of a query that are in the texts of at least one and at most half of the records.
@@ -231,13 +232,13 @@ def _by_rank(hits: Hits) -> list[float]:
     return [1 / (_RANK_OFFSET + rank) for rank in range(1, len(hits) + 1)]
 
 
-def _scaled(hits: Hits, least: float | None = None) -> list[float]:
-    """Return the scores of hits, best first, scaled linearly: the best score becomes 1, and the score `least` 0.
+def _scaled(hits: Hits, minimum: float | None = None) -> list[float]:
+    """Return the scores of hits, best first, scaled linearly: the best score becomes 1, and the score `minimum` 0.
 
-    If `least` is None, the score of the last hit becomes 0. All are 1 if the best score is not greater than the score
+    If `minimum` is None, the score of the last hit becomes 0. All are 1 if the best score is not greater than the score
     that would become 0.
     """
     if not hits:
         return []
-    best, low = hits[0][1], hits[-1][1] if least is None else least
+    best, low = hits[0][1], hits[-1][1] if minimum is None else minimum
     return [(score - low) / (best - low) if best > low else 1.0 for _, score in hits]

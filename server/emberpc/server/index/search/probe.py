@@ -17,9 +17,9 @@ from emberpc.server.index.search.dense import DenseRequest
 
 #: While this many searches wait for their exact repetition, no further search is chosen. Searches that were chosen
 #: before and end later wait too.
-_MOST_WAITING = 8
+_MAX_WAITING = 8
 #: Greatest top_k of a query that is repeated.
-_MOST_HITS = 100
+_MAX_HITS = 100
 #: Share of the time that the exact repetitions of a collection may take: after a run, no search is chosen for as long
 #: as the run took, divided by this share.
 _TIME_SHARE = 0.01
@@ -68,7 +68,7 @@ class Probe:
         return (
             random.random() < self._share  # noqa: S311 - a sample, no secret
             and monotonic() >= self._rest_until
-            and len(self._waiting) < _MOST_WAITING
+            and len(self._waiting) < _MAX_WAITING
         )
 
     def offer(self, request: DenseRequest, outcomes: Sequence[SearchOutcome], sequence: int) -> bool:
@@ -85,7 +85,7 @@ class Probe:
             Whether a query was queued.
         """
         for i, outcome in enumerate(outcomes):
-            if outcome.plan.strategy is SearchStrategy.HNSW and outcome.hits and request.top_k[i] <= _MOST_HITS:
+            if outcome.plan.strategy is SearchStrategy.HNSW and outcome.hits and request.top_k[i] <= _MAX_HITS:
                 with self._lock:
                     self._waiting.append(_ProbedSearch(request.subset([i]), outcome, sequence))
                 return True

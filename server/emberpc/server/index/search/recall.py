@@ -1,7 +1,7 @@
 """Measurement of the recall of graph searches at several values of ef.
 
 The queries are a sample of the distinct vectors in the graph, moved by noise of several lengths. They are searched for
-in the graph, and compared with every stored vector. The result has for each k and ef the least recall over the
+in the graph, and compared with every stored vector. The result has for each k and ef the minimum recall over the
 lengths of noise (see `RecallPoint`). `ef.EfChooser` decides when a graph is measured, and saves the result.
 """
 
@@ -25,7 +25,7 @@ from emberpc.server.index.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-#: Fewest vectors in a graph that is measured. Comparing fewer vectors is about as fast as a graph search.
+#: Minimum number of vectors in a graph that is measured. Comparing fewer vectors is about as fast as a graph search.
 MIN_SIZE = 1000
 #: A graph is measured again when its number of vectors is at least this many times that at the last measurement.
 _GROWTH = 1.5
@@ -53,14 +53,14 @@ _NAME = "recall.json"
 FORMAT = 2
 _UNCHECKED_FORMAT = 1
 #: Greatest k and ef that a valid `recall.json` may contain: the limits of a search.
-_MOST_K, _MOST_EF = 10_000, 1_000_000
+_MAX_K, _MAX_EF = 10_000, 1_000_000
 
 
 @dataclass(frozen=True)
 class RecallPoint:
     """One measurement: `recall` is the share of the true `k` nearest vectors that graph searches with `ef` found.
 
-    It is the least share among the lengths of noise for which no smaller `ef` reached `_ENOUGH`.
+    It is the minimum share among the lengths of noise for which no smaller `ef` reached `_ENOUGH`.
     """
 
     k: int
@@ -83,7 +83,7 @@ class RecallMap:
         return size >= _GROWTH * self.size
 
     def ef(self, k: int, recall: float) -> int | None:
-        """Return the least measured ef that finds the share `recall` of the true `k` nearest vectors, with a reserve.
+        """Return the smallest measured ef that finds the share `recall` of the `k` nearest vectors, with a reserve.
 
         The measured recall must be at least `recall` plus `_RESERVE` times 1 - `recall`. The ef is at least `k`; for a
         `k` above the measured values it is computed. None if no measured ef suffices, or there are no points.
@@ -183,7 +183,7 @@ def _check(size: object, points: tuple[RecallPoint, ...]) -> None:
     if type(size) is not int or size < 0:
         raise ValueError(f"its size is {size}, not a number of vectors")
     for k, ef, recall in map(astuple, points):
-        if type(k) is not int or type(ef) is not int or not 1 <= k <= _MOST_K or not k <= ef <= _MOST_EF:
+        if type(k) is not int or type(ef) is not int or not 1 <= k <= _MAX_K or not k <= ef <= _MAX_EF:
             raise ValueError(f"it has a measurement with k {k} and ef {ef}")
         if type(recall) not in (int, float) or not 0 <= recall <= 1:  # true for NaN too
             raise ValueError(f"it has a recall of {recall}, which is not within 0 to 1")

@@ -13,10 +13,10 @@ from typing import Any
 from emberpc.server.errors import Code, ServiceError
 
 #: Greatest valid value of a counter. SQLite's integers end at 2**63 - 1, so enough numbers remain for later writes.
-MOST = 2**62
-#: Selects the labels of the records, in ascending order, but only labels from 1 to `MOST`: a record with another label
-#: is damaged.
-SELECT_LABELS = f"SELECT label FROM records WHERE label BETWEEN 1 AND {MOST} ORDER BY label"  # noqa: S608 - ours
+LARGEST = 2**62
+#: Selects the labels of the records, in ascending order, but only labels from 1 to `LARGEST`: a record with another
+#: label is damaged.
+SELECT_LABELS = f"SELECT label FROM records WHERE label BETWEEN 1 AND {LARGEST} ORDER BY label"  # noqa: S608 - ours
 # Reads both counters, each after the number of rows of its table, which is 1 if the table is undamaged (0 for labels
 # before the first insert). A counter that is not an integer becomes NULL, as if it were missing.
 _READ = """SELECT
@@ -29,7 +29,7 @@ _READ = """SELECT
 def problem(connection: sqlite3.Connection, newest_label: int = 0, newest_revision: int = 0) -> str:
     """Return a description of the first problem found in the counters of a database; empty if they are valid.
 
-    A counter must be an integer from 0 to `MOST`, and not less than the argument that belongs to it. If there is no
+    A counter must be an integer from 0 to `LARGEST`, and not less than the argument that belongs to it. If there is no
     counter of labels, as before the first insert, it counts as 0.
 
     Args:
@@ -43,13 +43,13 @@ def problem(connection: sqlite3.Connection, newest_label: int = 0, newest_revisi
     states, sequence, counted, greatest = connection.execute(_READ).fetchone()
     if states != 1 or sequence is None:
         return "the number of its last write is missing"
-    if not 0 <= sequence <= MOST:
+    if not 0 <= sequence <= LARGEST:
         return f"the number of its last write is {sequence}, which is not within 0 to 2**62"
     if sequence < newest_revision:
         return f"the number of its last write is {sequence}, but a record has revision {newest_revision}"
     if counted > 1 or (counted and greatest is None):
         return "the number of its last record is missing"
-    if not newest_label <= (greatest or 0) <= MOST:
+    if not newest_label <= (greatest or 0) <= LARGEST:
         return f"the number of its last record is {greatest or 0}, which is not within {newest_label} to 2**62"
     return ""
 
@@ -69,8 +69,8 @@ def next_label(connection: sqlite3.Connection, subject: str) -> int:
         sqlite3.Error: the database fails.
     """
     row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'records'").fetchone()
-    # Labels from 2**61 on can only come from damage. They are ignored, since a label after them may exceed `MOST`.
-    (present,) = connection.execute(f"SELECT max(label) FROM records WHERE label < {MOST // 2}").fetchone()  # noqa: S608 - ours
+    # Labels from 2**61 on can only come from damage. They are ignored, since a label after them may exceed `LARGEST`.
+    (present,) = connection.execute(f"SELECT max(label) FROM records WHERE label < {LARGEST // 2}").fetchone()  # noqa: S608 - ours
     return max(integer_of(row, subject) if row else 0, present or 0) + 1
 
 

@@ -130,20 +130,20 @@ class DataDirectory:
             ).fetchone()
         return None if row is None else self._path_of(name, row[0])
 
-    def check_count(self, most: int) -> None:
-        """Raise RESOURCE_EXHAUSTED if there are `most` collections or more, reembeddings not counted.
+    def check_count(self, maximum: int) -> None:
+        """Raise RESOURCE_EXHAUSTED if there are `maximum` collections or more, reembeddings not counted.
 
         INTERNAL if the catalogue fails.
         """
         with translated(_SUBJECT):
             count = self._database.execute("SELECT count(*) FROM collections").fetchone()[0]
-        if count >= most:
+        if count >= maximum:
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,
-                f"there are {count} collections, and the limit is {most}; delete some, or start the server with a "
+                f"there are {count} collections, and the limit is {maximum}; delete some, or start the server with a "
                 "higher --max-collections",
                 reason="TOO_MANY_COLLECTIONS",
-                metadata={"limit": str(most)},
+                metadata={"limit": str(maximum)},
             )
 
     def specs(self, after: str, count: int) -> list[CollectionSpec]:

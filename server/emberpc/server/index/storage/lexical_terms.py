@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 _WORD = re.compile(r"[^\W_]+")
-#: Most distinct words of a query that are searched for; further ones are ignored. In scripts without spaces, each pair
-#: of adjacent characters counts as a word.
+#: Maximum number of distinct words of a query that are searched for; further ones are ignored. In scripts without
+#: spaces, each pair of adjacent characters counts as a word.
 _MAX_WORDS = 256
-#: Most characters of a query that are read; later characters are ignored, since a long query takes long: the
-#: preparation of 2 MB of Chinese took 0.8 s.
+#: Maximum number of characters of a query that are read; later characters are ignored, since a long query takes long:
+#: the preparation of 2 MB of Chinese took 0.8 s.
 _MAX_CHARACTERS = 2**16
-#: Most consecutive combining marks that `_stream_safe` keeps. No script needs more on one character.
+#: Maximum number of consecutive combining marks that `_stream_safe` keeps. No script needs more on one character.
 _MAX_MARKS = 30
 #: Characters that `_stream_safe` counts as marks although their combining class is 0: they decompose into marks of
 #: other classes.

@@ -11,13 +11,14 @@ from emberpc.server import descriptors
 from emberpc.server.errors import ServiceError
 from emberpc.server.index.storage.database import connect, translated
 
-#: Most idle connections that are kept for later calls. A call that finds no idle connection opens a new connection.
+#: Maximum number of idle connections that are kept for later calls. A call that finds no idle connection opens a new
+#: connection.
 _IDLE = 4
-#: Most file descriptors of an open database while no call uses it: two (database and write-ahead log) for each
-#: connection, of which one is for writing and at most `_IDLE` are for reading, and one for the log's index. If more
-#: than `_IDLE` threads have read at the same time, there may be more: SQLite keeps the database's descriptor of a
+#: Maximum number of file descriptors of an open database while no call uses it: two (database and write-ahead log) for
+#: each connection, of which one is for writing and at most `_IDLE` are for reading, and one for the log's index. If
+#: more than `_IDLE` threads have read at the same time, there may be more: SQLite keeps the database's descriptor of a
 #: closed connection for the next connection.
-MOST_DESCRIPTORS = 2 * (1 + _IDLE) + 1
+MAX_DESCRIPTORS = 2 * (1 + _IDLE) + 1
 
 
 class Readers:

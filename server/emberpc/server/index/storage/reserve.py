@@ -21,7 +21,8 @@ from emberpc.server.index.storage.files import disk_is_full
 
 log = logging.getLogger(__name__)
 
-#: Most bytes of the reserve (16 MiB): enough for the pages that a deletion of some thousand records writes.
+#: Maximum number of bytes of the reserve (16 MiB): enough for the pages that a deletion of some thousand records
+#: writes.
 _SIZE = 16 * 2**20
 #: `reason` of the error of a call for which the disk has no room.
 DISK_FULL = "DISK_FULL"

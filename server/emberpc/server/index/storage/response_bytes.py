@@ -14,8 +14,9 @@ from typing import Any
 from emberpc.server.collections.types import NO_METADATA, WHOLE_RECORD, RecordParts, StoredRecord
 from emberpc.server.errors import response_too_large
 
-#: Most records whose bytes one statement of `spend` adds up. A page of records is also read this many at a time. The
-#: number is small, since SQLite reads the texts of these records, and the limit is checked only after each statement.
+#: Maximum number of records whose bytes one statement of `spend` adds up. A page of records is also read this many at a
+#: time. The number is small, since SQLite reads the texts of these records, and the limit is checked only after each
+#: statement.
 SIZES_AT_ONCE = 32
 #: At most this many whole records without vectors are counted after they are read (`count`), which saves a statement.
 #: Records that are together too large to be kept whole are read this many at a time (`slices`).

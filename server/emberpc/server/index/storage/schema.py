@@ -157,8 +157,8 @@ CHECKED_VERSION = len(STEPS)
 #: `_ROW_CHECKSUM` as step 7, which was so in the commits from 5afe5d74 to 36243cf3, before `_FORMLESS_WORDS` was
 #: inserted. The second kind has the tables of version 8, but its texts are not prepared again yet.
 _SHARED_VERSION = 7
-#: Most rows that `_convert` converts in one transaction. The number is small, so that the write-ahead log stays small,
-#: and an interrupted conversion loses little of its progress.
+#: Maximum number of rows that `_convert` converts in one transaction. The number is small, so that the write-ahead log
+#: stays small, and an interrupted conversion loses little of its progress.
 _CONVERTED_AT_ONCE = 500
 
 

@@ -281,17 +281,17 @@ class Store(StoreReader):
         """
         return self._delete(lambda connection: set(self._matching(connection, condition).tolist()))
 
-    def delete_expired(self, most: int | None = None) -> Change:
+    def delete_expired(self, maximum: int | None = None) -> Change:
         """Delete expired records in one transaction, earliest expiry first. The sequence grows only if one is deleted.
 
         A record whose revision or times are damaged is not deleted. Result and errors are those of `delete`.
 
         Args:
-            most: most records to delete; None: all that have expired.
+            maximum: maximum number of records to delete; None: all that have expired.
         """
         now = datetime.now(timezone.utc).timestamp()
         due = Clause("expires <= ?", (now,))
-        return self._delete(lambda connection: {row[0] for row in islice(self._expiring(connection, due), most)})
+        return self._delete(lambda connection: {row[0] for row in islice(self._expiring(connection, due), maximum)})
 
     def close(self) -> None:
         """Close every connection. No other method may run meanwhile or later."""
@@ -414,7 +414,7 @@ class Store(StoreReader):
             yield self._writer
 
     def _next_sequence(self, connection: sqlite3.Connection) -> int:
-        if not 0 <= self._sequence(connection) <= counters.MOST:
+        if not 0 <= self._sequence(connection) <= counters.LARGEST:
             raise counters.damaged(self._subject)
         connection.execute("UPDATE state SET sequence = sequence + 1")
         return self._sequence(connection)

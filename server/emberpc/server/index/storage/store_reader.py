@@ -46,8 +46,8 @@ from emberpc.server.index.storage.rows import (
 log = logging.getLogger(__name__)
 
 _MAX_VARIABLES = 900
-#: Most bytes of metadata that are read to explain why a filter matches nothing; reading them takes some 0.2 s.
-_MOST_METADATA = 4 * 2**20
+#: Limit in bytes of metadata that is read to explain why a filter matches nothing; reading this takes some 0.2 s.
+_MAX_METADATA = 4 * 2**20
 
 
 class StoreReader:
@@ -201,7 +201,7 @@ class StoreReader:
             )
             for (metadata_text,) in rows:
                 size += len(metadata_text or b"")
-                if size > _MOST_METADATA:
+                if size > _MAX_METADATA:
                     return
                 with suppress(*DAMAGE_ERRORS):
                     yield json.loads(metadata_text)
