@@ -337,10 +337,10 @@ class _Index(_Service, index_pb2_grpc.IndexServiceServicer):
         self._collection(request.name, context)
         ids = sorted(self.server.records[request.name])
         info = errors_pb2.ErrorInfo(reason="UNREACHABLE", domain="emberpc")
-        answer = index_pb2.VerifyCollectionResponse(checked_count=len(ids), total_count=len(ids), done=True)
+        response = index_pb2.VerifyCollectionResponse(checked_count=len(ids), total_count=len(ids), done=True)
         for key in filter(lambda key: key.startswith("lost"), ids):
-            answer.failures.add(id=key, error=status.make(13, f"record {key!r} is out of reach", [info]))
-        yield answer
+            response.failures.add(id=key, error=status.make(13, f"record {key!r} is out of reach", [info]))
+        yield response
 
     def _collection(self, name: str, context: grpc.ServicerContext) -> index_pb2.Collection:
         if name not in self.server.collections:

@@ -6,7 +6,7 @@ PEER is chromadb, lancedb, milvus-lite or qdrant-local. The script needs the pac
 stores the vectors in FOLDER and searches for the queries. A peer with an HNSW index gets emberpc's M 16 and
 efConstruction 200, and ef 200. The last line printed is JSON: seconds to store and index the vectors, queries per
 second with 1 and with 64 queries in a call, megabytes in memory and on disk, and the ids of the 10 hits of each query.
-With `reopen`, the script opens the data of an earlier run instead, and the JSON has the seconds to the first answer.
+With `reopen`, the script opens the data of an earlier run instead, and the JSON has the seconds to the first response.
 """
 
 from __future__ import annotations

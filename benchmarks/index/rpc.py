@@ -8,10 +8,10 @@
 
 Each server has its own process. Run as a program, this module is a comparison server:
 
-    python -m benchmarks.index.rpc ADDRESS_FILE [ANSWER]
+    python -m benchmarks.index.rpc ADDRESS_FILE [RESPONSE]
 
 The program writes its address (host:port) to ADDRESS_FILE. It answers every search with the SearchResponse in the file
-ANSWER (protobuf's wire format), or with an empty response if ANSWER is not given.
+RESPONSE (protobuf's wire format), or with an empty response if RESPONSE is not given.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ def measure(address: str, graph: hnswlib.Index, queries: np.ndarray, rounds: int
     """
     found: dict[str, list[Figures]] = {"emberpc": [], "empty handler": [], "ten ready hits": [], "hnswlib": []}
     with grpc.insecure_channel(address) as channel:
-        answer = index_pb2_grpc.IndexServiceStub(channel).Search(_requests(queries, 1, 1)[0])
-    ef = answer.results[0].plan.ef
+        response = index_pb2_grpc.IndexServiceStub(channel).Search(_requests(queries, 1, 1)[0])
+    ef = response.results[0].plan.ef
     with ExitStack() as stack:
         addresses = {
             "emberpc": address,
             "empty handler": stack.enter_context(_comparison_server(b"")),
-            "ten ready hits": stack.enter_context(_comparison_server(answer.SerializeToString())),
+            "ten ready hits": stack.enter_context(_comparison_server(response.SerializeToString())),
         }
         # The first round does not count: its searches may be the first to read the records of the hits from disk.
         for _ in range(rounds + 1):
@@ -173,17 +173,17 @@ def _raw(graph: hnswlib.Index, queries: np.ndarray, ef: int) -> float:
 
 
 @contextmanager
-def _comparison_server(answer: bytes) -> Iterator[str]:
+def _comparison_server(response: bytes) -> Iterator[str]:
     """Run a server in a child process that always returns the same SearchResponse; yield its address, as host:port.
 
-    `answer` is the SearchResponse in protobuf's wire format. The child is killed at the end of the block.
+    `response` is the SearchResponse in protobuf's wire format. The child is killed at the end of the block.
 
     Raises:
         RuntimeError: the server ended before it served.
     """
     with tempfile.TemporaryDirectory() as folder:
-        address_file, ready = Path(folder) / "address", Path(folder) / "answer"
-        ready.write_bytes(answer)
+        address_file, ready = Path(folder) / "address", Path(folder) / "response"
+        ready.write_bytes(response)
         command = [sys.executable, "-m", "benchmarks.index.rpc", str(address_file), str(ready)]
         child = subprocess.Popen(command)
         try:
@@ -197,9 +197,9 @@ def _comparison_server(answer: bytes) -> Iterator[str]:
             child.wait()
 
 
-async def _serve(address_file: Path, answer: pb.SearchResponse) -> None:
+async def _serve(address_file: Path, response: pb.SearchResponse) -> None:
     async def search(request: pb.SearchRequest, context: Any) -> pb.SearchResponse:
-        return answer
+        return response
 
     method = grpc.unary_unary_rpc_method_handler(
         search,
@@ -220,9 +220,9 @@ async def _serve(address_file: Path, answer: pb.SearchResponse) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("address_file", type=Path)
-    parser.add_argument("answer", type=Path, nargs="?")
+    parser.add_argument("response", type=Path, nargs="?")
     arguments = parser.parse_args()
-    written = arguments.answer.read_bytes() if arguments.answer else b""
+    written = arguments.response.read_bytes() if arguments.response else b""
     asyncio.run(_serve(arguments.address_file, pb.SearchResponse.FromString(written)))
 
 

@@ -1,9 +1,9 @@
 """Measure the start-up time of a server, and its memory while idle.
 
 The script starts `emberpc serve` with one bundle several times. It measures the time from the start of the process to
-the first answer of the health service. It measures the resident memory one second after the server has stored its best
-size of micro-batches. The script waits for this size without a limit, since a server on a busy host measures the size
-again later. The script prints medians over the starts, and the slowest imports of the server.
+the first response of the health service. It measures the resident memory one second after the server has stored its
+best size of micro-batches. The script waits for this size without a limit, since a server on a busy host measures the
+size again later. The script prints medians over the starts, and the slowest imports of the server.
 
     python -m benchmarks.server.cold_start BUNDLE [--rounds 7] [-o RESULT.json]
 """

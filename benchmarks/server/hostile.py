@@ -99,9 +99,9 @@ def send(channel: grpc.Channel, hostile: Hostile) -> str:
     kind = ["unary_unary", "unary_stream", "stream_unary", "stream_stream"]
     call: Any = getattr(channel, kind[2 * hostile.streams[0] + hostile.streams[1]])(hostile.method)
     try:
-        answer = call(iter(hostile.data) if hostile.streams[0] else hostile.data[0], timeout=TIMEOUT)
+        response = call(iter(hostile.data) if hostile.streams[0] else hostile.data[0], timeout=TIMEOUT)
         if hostile.streams[1]:
-            for _ in answer:
+            for _ in response:
                 pass
     except grpc.RpcError as error:
         return str(error.code().name) if isinstance(error, grpc.Call) else "no code"

@@ -64,8 +64,8 @@ async def arrivals(address: str, way: str, texts: list[str], rate: float, second
             try:
                 if "streams" in way:
                     done = 0
-                    async for answer in stub.EmbedStream(_requests(part), timeout=DEADLINE):
-                        done += len(answer.ids)
+                    async for response in stub.EmbedStream(_requests(part), timeout=DEADLINE):
+                        done += len(response.ids)
                     if done < len(part):
                         refusals.append(perf_counter() - start)
                         return

@@ -34,7 +34,7 @@ from pathlib import Path
 from benchmarks.server.peer_scripts import IN_PROCESS, INFINITY
 from benchmarks.shared.load import (
     call,
-    check_answers,
+    check_responses,
     cpu_seconds,
     host,
     middle,
@@ -58,11 +58,11 @@ def emberpc(bundle: Path, texts: Sequence[str]) -> dict[str, Figures]:
 
     Raises:
         RuntimeError: the server did not start, a measured call failed, or the vectors are not those of the model.
-        grpc.RpcError: a call of `check_answers` failed.
+        grpc.RpcError: a call of `check_responses` failed.
     """
     found = {}
     with serving(bundle, "--cache-bytes", "0") as server:
-        check_answers(server.address, bundle, texts[:100])
+        check_responses(server.address, bundle, texts[:100])
         call(server.address, texts[:200], in_flight=64)  # warm
         for name, in_flight, batch in WAYS:
             before = cpu_seconds(server.process.pid)

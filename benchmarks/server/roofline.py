@@ -34,7 +34,7 @@ from benchmarks.shared.load import (
     EMBED,
     call,
     capacity,
-    check_answers,
+    check_responses,
     cpu_seconds,
     embed_requests,
     host,
@@ -116,7 +116,7 @@ def measure(bundle: Path, texts: Sequence[str], rounds: int, flags: Sequence[str
     if each:
         found |= {FEW: [], CAPACITY: []}
     with serving(bundle, "--cache-bytes", "0", *flags) as server:
-        check_answers(server.address, bundle, texts[:100])
+        check_responses(server.address, bundle, texts[:100])
         call(server.address, texts[:200], in_flight=64)  # warm
         for number in range(rounds):
             found["bare"].append(in_a_process(bundle, texts))

@@ -162,7 +162,7 @@ def call(address: str, texts: Sequence[str], *, in_flight: int, batch: int = 1) 
     return outcome
 
 
-def check_answers(address: str, bundle: Path, texts: Sequence[str]) -> float:
+def check_responses(address: str, bundle: Path, texts: Sequence[str]) -> float:
     """Compare the server's vectors with those that the bundle's model gives in this process.
 
     The texts are sent in calls of 1 text, and again in calls of 32 texts.
@@ -187,8 +187,8 @@ def check_answers(address: str, bundle: Path, texts: Sequence[str]) -> float:
         for batch in (1, 32):
             parts = [texts[i : i + batch] for i in range(0, len(texts), batch)]
             requests = [embedding_pb2.EmbedRequest(texts=part, truncation=types_pb2.TRUNCATION_END) for part in parts]
-            answers = [each.result() for each in [embed.future(request) for request in requests]]
-            got = np.concatenate([vectors.decode(answer.embeddings) for answer in answers])
+            responses = [each.result() for each in [embed.future(request) for request in requests]]
+            got = np.concatenate([vectors.decode(response.embeddings) for response in responses])
             minimum = float(np.einsum("ij,ij->i", got, expected).min())
             if minimum < 0.999:
                 raise RuntimeError(f"a vector of the server has a cosine of {minimum:.4f} to the model's own vector")
@@ -199,7 +199,7 @@ def capacity(address: str, method: str, requests: Sequence[Message], each: int) 
     """Call a method with concurrent h2load processes, one for each request; return the seconds that all calls took.
 
     The seconds include start and end of the processes. h2load (of nghttp2) uses far less CPU time than a Python client,
-    so it leaves the cores to the server. It does not check responses. For Embed, `check_answers` does.
+    so it leaves the cores to the server. It does not check responses. For Embed, `check_responses` does.
 
     Args:
         address: address of the server, as host:port.
@@ -243,7 +243,7 @@ async def _call(address: str, texts: Sequence[str], in_flight: int, batch: int) 
     errors = 0
     async with grpc.aio.insecure_channel(address) as channel:
         # Responses are not decoded, since this would take CPU time from the server. To check the vectors, a benchmark
-        # calls `check_answers` first.
+        # calls `check_responses` first.
         embed: Any = channel.unary_unary(EMBED)
         await channel.channel_ready()
 

@@ -114,7 +114,7 @@ def test_an_export_on_a_full_disk_is_an_input_error_and_leaves_nothing(
     (train := tmp_path / "train.csv").write_text(TEXTS)
     arguments = [tiny_source] if kind == "embedding" else ["--base", tiny_source, "--train", train]
     outcome = emberpc("export", kind, *arguments, "-o", full_disk / "bundle")
-    refused(outcome, full_disk, "room on the disk")
+    refused(outcome, full_disk, "free space on the disk")
 
 
 @pytest.mark.parametrize("full_disk", [64, 120], indirect=True)
@@ -125,7 +125,7 @@ def test_a_full_disk_after_fine_tuning_an_embedding_model_leaves_nothing(
     (train := tmp_path / "train.csv").write_text("query,passage\n" + "".join(f"{a},{a} b\n" for a in "cdefghijklmn"))
     arguments = ["--train", train, "--base", tiny_source, "--epochs", 1]
     outcome = emberpc("export", "finetune-embedding", *arguments, "-o", full_disk / "bundle")
-    refused(outcome, full_disk, "room on the disk")
+    refused(outcome, full_disk, "free space on the disk")
 
 
 # The disk is full when a checkpoint is written, or when the report and its pictures are written.
@@ -140,7 +140,7 @@ def test_a_full_disk_ends_a_comparison_and_its_measurements_are_kept(
     assert outcome.out == ""
     message = outcome.err.splitlines()[-1]
     assert message.startswith("error: ")
-    assert "room on the disk" in message
+    assert "free space on the disk" in message
     assert "nothing was written" not in message
     assert "Traceback" not in outcome.err
     assert not (full_disk / "report" / "report.html").exists()
@@ -157,7 +157,7 @@ def test_a_full_disk_for_checkpoints_of_a_training_is_an_input_error(
     (train := tmp_path / "train.csv").write_text(TEXTS)
     data = ["--train", train, "--base", tiny_source, "--strategy", "top-layers", "--checkpoints", full_disk]
     outcome = emberpc("export", "classifier", *data, "-o", out / "bundle")
-    refused(outcome, out, "the checkpoint", "room on the disk")
+    refused(outcome, out, "the checkpoint", "free space on the disk")
 
 
 def test_an_export_beyond_the_file_size_limit_is_an_input_error_and_leaves_nothing(
@@ -172,7 +172,7 @@ def test_an_export_beyond_the_file_size_limit_is_an_input_error_and_leaves_nothi
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    refused(outcome, out, "room on the disk")
+    refused(outcome, out, "free space on the disk")
 
 
 def unknown(source: Path) -> None:

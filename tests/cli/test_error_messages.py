@@ -73,8 +73,8 @@ LONG = "has 600 tokens, the model takes at most 512; shorten it, or set the call
         ),
         ("model is empty, and there are several", "--model is empty, and there are several"),
         (
-            "no answer; give a longer timeout, or send less at once",
-            "no answer; give a longer --timeout, or fewer text",
+            "no response; give a longer timeout, or send less at once",
+            "no response; give a longer --timeout, or fewer text",
         ),
         ("there is no model 'texts[0]: x'; model: y", "there is no model 'texts[0]: x'; model: y"),
     ],

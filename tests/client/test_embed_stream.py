@@ -204,10 +204,10 @@ def test_answered_texts_are_not_sent_again(fake: FakeServer, shell: Shell) -> No
     ]
 
 
-def test_a_stream_fails_after_the_timeout_without_answers(fake: FakeServer, shell: Shell) -> None:
+def test_a_stream_fails_after_the_timeout_without_responses(fake: FakeServer, shell: Shell) -> None:
     fake.faults["EmbedStream"].extend([None, *[UNAVAILABLE] * 50])
     with pytest.raises(Unavailable, match="stopping") as raised:
-        shell("embed_stream", TEXTS, timeout=5)  # time for the first answer on a slow host
+        shell("embed_stream", TEXTS, timeout=5)  # time for the first response on a slow host
     assert raised.value.reason == "STOPPING"
 
 
@@ -234,7 +234,7 @@ def test_a_stream_to_a_silent_server_ends_after_the_timeout(fake: FakeServer, sh
     released = threading.Event()
     fake.hooks["EmbedStream"] = lambda _: released.wait(300)
     try:
-        with pytest.raises(DeadlineExceeded, match="no answer from .* within 0.3 s"):
+        with pytest.raises(DeadlineExceeded, match="no response from .* within 0.3 s"):
             shell("embed_stream", TEXTS, timeout=0.3)
     finally:
         released.set()

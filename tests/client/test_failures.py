@@ -261,7 +261,7 @@ def test_a_call_without_an_answer_in_time_raises_deadline_exceeded(fake: FakeSer
     done = threading.Event()
     fake.hooks["Embed"] = lambda _: done.wait(300)
     try:
-        with pytest.raises(DeadlineExceeded, match=rf"no answer from {fake.target} within 0\.2 s; give a longer"):
+        with pytest.raises(DeadlineExceeded, match=rf"no response from {fake.target} within 0\.2 s; give a longer"):
             shell("embed", ["a"], timeout=0.2)
     finally:
         done.set()

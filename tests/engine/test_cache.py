@@ -1,4 +1,4 @@
-"""The cache keeps recent outcomes within its limit of bytes; equal texts share a flight, and flights always end."""
+"""The cache keeps recent outcomes within its limit of bytes; equal texts share a run, and runs always end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emberpc.server.engine import Caller, Engine, Lane, Registry, Truncation
-from emberpc.server.engine.cache import Cache, CachedOutput, Flight, Flights, Key
+from emberpc.server.engine.cache import Cache, CachedOutput, Key, SharedRun, SharedRuns
 from emberpc.server.engine.inference import Inference, InferenceRequest
 from emberpc.server.engine.models.encoders import Encoder
 from emberpc.server.engine.sessions.onnx_runtime import Output
@@ -67,14 +67,14 @@ def test_outcomes_of_a_model_are_not_found_after_a_reload() -> None:
 
 
 async def test_a_failed_flight_ends_and_interactive_calls_do_not_wait_for_bulk_flights() -> None:
-    flights = Flights()
-    with pytest.raises(ValueError, match="no"), flights.lead([key("a")], Lane.BULK) as flight:
-        assert flights.find([key("a"), key("b")], Lane.BULK) == {key("a"): flight}
-        assert not flights.find([key("a")], Lane.INTERACTIVE)
+    runs = SharedRuns()
+    with pytest.raises(ValueError, match="no"), runs.register([key("a")], Lane.BULK) as run:
+        assert runs.find([key("a"), key("b")], Lane.BULK) == {key("a"): run}
+        assert not runs.find([key("a")], Lane.INTERACTIVE)
         raise ValueError("no")
-    await asyncio.wait_for(flight.landed.wait(), 300)
-    assert not flight.entries
-    assert not flights.find([key("a")], Lane.BULK)
+    await asyncio.wait_for(run.ended.wait(), 300)
+    assert not run.entries
+    assert not runs.find([key("a")], Lane.BULK)
 
 
 class Serving:
@@ -184,22 +184,22 @@ async def test_an_interactive_call_does_not_wait_for_an_equal_text_of_a_bulk_cal
 async def test_the_last_texts_of_a_large_call_are_shared_like_a_short_call(
     serving: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flights, lanes, led = serving.engine.inferrer.flights, dict[str, Lane](), asyncio.Event()
-    lead = flights.lead
+    runs, lanes, registered = serving.engine.inferrer.shared_runs, dict[str, Lane](), asyncio.Event()
+    register = runs.register
 
-    def watched(keys: Iterable[Key], lane: Lane) -> AbstractContextManager[Flight]:
+    def watched(keys: Iterable[Key], lane: Lane) -> AbstractContextManager[SharedRun]:
         lanes.update(dict.fromkeys((key.text for key in keys), lane))
         if "the rest" in lanes:
-            led.set()
-        return lead(keys, lane)
+            registered.set()
+        return register(keys, lane)
 
-    monkeypatch.setattr(flights, "lead", watched)
+    monkeypatch.setattr(runs, "register", watched)
     gate = Gate(monkeypatch)
     many = [f"text {i} of many words" for i in range(100)]
     large = asyncio.create_task(serving.embed(*many))
     await asyncio.to_thread(gate.entered.wait, 300)
     rest = asyncio.create_task(serving.embed(*many, "the rest"))
-    await asyncio.wait_for(led.wait(), 300)
+    await asyncio.wait_for(registered.wait(), 300)
     gate.open.set()
     await asyncio.gather(large, rest)
     assert lanes[many[0]] is Lane.BULK

@@ -191,10 +191,10 @@ class Pair:
         whole: list[int] = self.raw.encode(prompt + text).ids
         if len(whole) <= MAX_TOKENS:
             return whole
-        before, behind, room = self.bare(prompt), self.bare(text), MAX_TOKENS - 2
+        before, behind, space = self.bare(prompt), self.bare(text), MAX_TOKENS - 2
         if truncation is Truncation.END:
-            return [CLS, *self.bare(prompt + text)[:room], SEP]
-        return [CLS, *before, *(behind[-(room - len(before)) :] if room > len(before) else []), SEP]
+            return [CLS, *self.bare(prompt + text)[:space], SEP]
+        return [CLS, *before, *(behind[-(space - len(before)) :] if space > len(before) else []), SEP]
 
     def bare(self, text: str) -> list[int]:
         found: list[int] = self.raw.encode(text, add_special_tokens=False).ids

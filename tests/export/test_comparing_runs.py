@@ -15,8 +15,7 @@ import torch
 from emberpc.export import timing
 from emberpc.export.classifier import ClassifierData
 from emberpc.export.classify.strategies import STRATEGIES, contrastive
-from emberpc.export.compare import base_encoders, comparison_key, comparison_run, time_limit
-from emberpc.export.compare import comparison as room
+from emberpc.export.compare import base_encoders, comparison, comparison_key, comparison_run, time_limit
 from emberpc.export.compare import plots as plots_module
 from emberpc.export.compare.base_encoders import open_base
 from emberpc.export.compare.comparison_run import run
@@ -75,7 +74,7 @@ def test_a_failing_strategy_is_skipped_with_its_reason(
 ) -> None:
     monkeypatch.setattr(contrastive, "supervised_contrastive", lambda vectors, _together: vectors.sum() * torch.nan)
     settings = replace(settings, strategies=("linear", "contrastive", "top-layers"))
-    summary = room.compare(settings, tmp_path / "report").summary
+    summary = comparison.compare(settings, tmp_path / "report").summary
     assert {point.way.strategy for point in summary.points} == {"linear", "top-layers"}
     (skipped,) = summary.result.skipped
     assert skipped.cell.strategy == "contrastive"
@@ -103,7 +102,7 @@ def test_an_encoder_that_cannot_be_trained_is_loaded_once(
     }
     assert len(loaded) == 1
     with pytest.raises(ExportError, match="nothing could be measured; full: it failed: it has no list of layers"):
-        room.compare(replace(settings, strategies=("full",)), tmp_path / "other")
+        comparison.compare(replace(settings, strategies=("full",)), tmp_path / "other")
 
 
 def test_a_full_disk_ends_a_comparison(settings: ComparisonSettings, tmp_path: Path) -> None:
@@ -144,7 +143,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        for module in (room, comparison_run, time_limit, timing):
+        for module in (comparison, comparison_run, time_limit, timing):
             monkeypatch.setattr(module, "perf_counter", lambda: self.now)
         self.slow_down(monkeypatch, base_encoders, "convert_encoder", CONVERSION)
 
@@ -170,8 +169,8 @@ class SlowHost(Clock):
         #: Time of the last report of progress, and the longest time between two reports of the measurements.
         self.reported, self.longest = 0.0, 0.0
         for (module, owner, name), seconds in steps.items():
-            room_of = importlib.import_module(module)
-            self.slow_down(monkeypatch, getattr(room_of, owner) if owner else room_of, name, seconds)
+            owned = importlib.import_module(module)
+            self.slow_down(monkeypatch, getattr(owned, owner) if owner else owned, name, seconds)
 
     def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
         if stage[0].isdigit():
@@ -209,7 +208,7 @@ def test_no_step_of_a_comparison_on_a_slow_host_passes_the_time_limit(
     data = replace(settings.data, separator=separator)
     settings = replace(settings, data=data, strategies=tuple(STRATEGIES), budgets=(2, ALL), time_limit=limit)
     try:
-        room.compare(settings, tmp_path / "report", progress=host.progress)
+        comparison.compare(settings, tmp_path / "report", progress=host.progress)
     except ExportError as error:
         assert "left no time for any measurement" in str(error)
     else:
@@ -248,14 +247,14 @@ def test_plots_that_the_time_limit_has_no_time_for_are_left_out(
 ) -> None:
     clock = Clock(monkeypatch)
     settings = replace(settings, strategies=("linear",), time_limit=1000)
-    room.compare(settings, tmp_path / "report", progress=clock.progress)
+    comparison.compare(settings, tmp_path / "report", progress=clock.progress)
     plots = {"learning-curves", "confusions", "accuracy-cost", "reliability"}
     assert {path.stem for path in (tmp_path / "report").glob("*.png")} == plots
     clock.now = 0.0
     # The trial of the report is quick, and then the host becomes slow.
-    clock.slow_down(monkeypatch, room, "write_report", 985.0)
+    clock.slow_down(monkeypatch, comparison, "write_report", 985.0)
     clock.slow_down(monkeypatch, plots_module, "draw", 30.0)
-    room.compare(settings, tmp_path / "report", progress=clock.progress)
+    comparison.compare(settings, tmp_path / "report", progress=clock.progress)
     assert clock.now <= 1.05 * 1000 + 30
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert page.count("This plot was not drawn") == 3
@@ -271,7 +270,7 @@ def test_an_outcome_is_kept_if_the_time_passes_while_serving_is_measured(
         clock.now += 1000.0 * detail.startswith("timing")
 
     settings = replace(settings, strategies=("centroids", "linear"), time_limit=1000)
-    found = room.compare(settings, tmp_path / "report", cost="serving", progress=progress)
+    found = comparison.compare(settings, tmp_path / "report", cost="serving", progress=progress)
     assert [outcome.cell.strategy for outcome in found.summary.result.outcomes] == ["centroids"]
     assert found.summary.result.serving == ()
 
@@ -323,7 +322,7 @@ def test_the_error_for_a_too_short_time_limit_states_the_needed_limit(
 ) -> None:
     settings = replace(settings, strategies=("linear", "top-layers"))
     with pytest.raises(ExportError, match=r"the time limit of 1 s left no time for any .* a limit of about \d+ s$"):
-        room.compare(replace(settings, time_limit=1), tmp_path / "report")
+        comparison.compare(replace(settings, time_limit=1), tmp_path / "report")
     compared = run(replace(settings, time_limit=1), tmp_path / "report")
     assert 1 < compared.needed_seconds < 300
     # Four times as long: this host may be busier now.
@@ -357,7 +356,7 @@ def test_a_later_run_with_fewer_strategies_and_budgets_keeps_stored_outcomes(
     second = run(fewer, tmp_path / "report")
     assert {outcome.cell for outcome in first.outcomes} < {outcome.cell for outcome in second.outcomes}
     assert second.per_label == {2: 2.0, 4: 4.0, ALL: 10.0}
-    summary = room.compare(fewer, tmp_path / "report").summary
+    summary = comparison.compare(fewer, tmp_path / "report").summary
     assert {(point.way.strategy, point.budget) for point in summary.points} == {
         ("centroids", 2), ("centroids", ALL), ("linear", 2), ("linear", 4), ("linear", ALL),
     }  # fmt: skip
@@ -369,7 +368,7 @@ def test_with_two_bases_sentences_name_the_base_and_tf_idf_is_fitted_once(
     other = shutil.copytree(tiny_source, tmp_path / "other-bert")
     several = replace(settings, bases=(*settings.bases, str(other)), strategies=("tf-idf", "centroids"))
     for bases in (several.bases, several.bases[::-1]):
-        found = room.compare(replace(several, bases=bases), tmp_path / "report")
+        found = comparison.compare(replace(several, bases=bases), tmp_path / "report")
         assert [(point.way.base, point.way.strategy) for point in found.summary.points] == [
             ("other-bert", "tf-idf"), ("other-bert", "centroids"), ("tiny-bert", "centroids"),
         ]  # fmt: skip

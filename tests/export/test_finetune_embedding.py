@@ -343,8 +343,8 @@ def test_a_sample_of_judged_queries_keeps_their_answers(max_queries: int, maximu
         assert len(few.queries) == min(max_queries, 12)
 
 
-@pytest.mark.parametrize("room", [0, 2000, 10**9])
-def test_vectors_do_not_depend_on_the_number_of_stored_states(tiny: SourceEncoder, room: int) -> None:
+@pytest.mark.parametrize("space", [0, 2000, 10**9])
+def test_vectors_do_not_depend_on_the_number_of_stored_states(tiny: SourceEncoder, space: int) -> None:
     texts = ["abc def", "a", "xyz", "hello there you"] * 80 + [f"text {c}" for c in "abcdefgh"]
     texts = [f"{text} {'abcdefghij'[i % 10]} {'klmnopqrst'[i // 10 % 10]}" for i, text in enumerate(texts)]
 
@@ -357,8 +357,8 @@ def test_vectors_do_not_depend_on_the_number_of_stored_states(tiny: SourceEncode
 
     whole = TrainableEncoder(tiny)
     some = TrainableEncoder(tiny)
-    expected = embed(whole, Embedder(whole, 1, room=0))
-    np.testing.assert_allclose(embed(some, Embedder(some, 1, room=room)), expected, atol=5e-3)
+    expected = embed(whole, Embedder(whole, 1, space=0))
+    np.testing.assert_allclose(embed(some, Embedder(some, 1, space=space)), expected, atol=5e-3)
 
 
 def test_a_model_that_training_did_not_improve_is_not_written(tiny_source: Path, tmp_path: Path) -> None:

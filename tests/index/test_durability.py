@@ -317,7 +317,7 @@ def test_a_damaged_snapshot_is_not_used(
 def test_an_upsert_on_a_full_disk_is_refused_and_changes_nothing(collection: Collection) -> None:
     collection.upsert(records("a"), vectors(1))
     pages = collection._store._writer.execute("PRAGMA page_count").fetchone()[0]
-    # SQLite reports the same as on a disk without room once a database may not grow.
+    # SQLite reports the same as on a disk without space once a database may not grow.
     collection._store._writer.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(ServiceError) as refused:
         collection.upsert(records(*(str(i) for i in range(500)), text="x" * 100), vectors(500))

@@ -1,4 +1,4 @@
-"""A full disk: acknowledged writes stay, deletions work, and writes work again when there is room."""
+"""A full disk: acknowledged writes stay, deletions work, and writes work again when there is space."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def check(collection: Collection, written: dict[str, tuple[int, Matrix]]) -> Non
     assert [problem for step in collection.verify() for problem in step.problems] == []
 
 
-def test_a_file_that_the_disk_has_no_room_for_leaves_the_old_one(small_disk: Path) -> None:
+def test_a_file_that_the_disk_has_no_space_for_leaves_the_old_one(small_disk: Path) -> None:
     path = small_disk / "file"
     write_text_atomically(path, "old")
     with pytest.raises(OSError, match="No space"):
@@ -103,8 +103,8 @@ def test_a_full_disk_loses_no_acknowledged_write(small_disk: Path, caplog: pytes
         collection._graph_maintenance.snapshot()
         assert "no snapshot" in caplog.text
         check(collection, written)
-    for room in (False, True):
-        if room:
+    for space in (False, True):
+        if space:
             ballast.unlink()
         with closing(Index(data, buffer_limit=8, snapshot_every=50)) as index:
             collection = index.get("c")
@@ -112,7 +112,7 @@ def test_a_full_disk_loses_no_acknowledged_write(small_disk: Path, caplog: pytes
             collection.maintain()
             check(collection, written)
             more, number = fill(collection, number)
-            assert bool(more) >= room
+            assert bool(more) >= space
             written |= more
             check(collection, written)
 
@@ -134,7 +134,7 @@ def test_records_and_collections_can_be_deleted_on_a_full_disk(small_disk: Path)
                 collection.upsert(*batch(number))
         assert index.get("c").info().size_bytes > MEGABYTE
         fill_to_the_last_byte(small_disk / "ballast")
-        # Writes find room in the write-ahead log until it is full.
+        # Writes find space in the write-ahead log until it is full.
         _, number = fill(collection, 8)
         count = collection.count()
         for i in range(0, count, 5):
@@ -218,7 +218,7 @@ def test_a_closed_collection_on_a_full_disk_is_opened_for_deletions_only(small_d
         fill_to_the_last_byte(small_disk / "still more")
         # No space of the reserve is left.
         for call in calls_of(index.get("d")):
-            with refused(Code.RESOURCE_EXHAUSTED, "the disk is full", "make room"):
+            with refused(Code.RESOURCE_EXHAUSTED, "the disk is full", "free some space"):
                 call()
     for name in ("ballast", "more", "still more"):
         (small_disk / name).unlink()
@@ -242,7 +242,7 @@ def calls_of(collection: Collection) -> list[Callable[[], object]]:
 
 def check_closed(index: Index, data: Path) -> None:
     for call in calls_of(index.get("d")):
-        with refused(Code.RESOURCE_EXHAUSTED, "the disk is full", "make room"):
+        with refused(Code.RESOURCE_EXHAUSTED, "the disk is full", "free some space"):
             call()
     assert (data / "reserve").exists()
 
@@ -261,7 +261,7 @@ def test_creating_a_collection_on_a_nearly_full_disk_is_refused_as_disk_full(sma
         index.create(CollectionSpec("d", WIDTH))
 
 
-def test_the_reserve_for_deletions_is_allocated_again_when_there_is_room(small_disk: Path) -> None:
+def test_the_reserve_for_deletions_is_allocated_again_when_there_is_space(small_disk: Path) -> None:
     data = small_disk / "data"
     with closing(Index(data)) as index:
         collection = index.create(CollectionSpec("c", WIDTH))
@@ -272,7 +272,7 @@ def test_the_reserve_for_deletions_is_allocated_again_when_there_is_room(small_d
     (data / "reserve").unlink()
     fill_to_the_last_byte(small_disk / "ballast")
     reserve = Reserve(data / "reserve")
-    with refused(Code.RESOURCE_EXHAUSTED, "nothing was done", "make room"):
+    with refused(Code.RESOURCE_EXHAUSTED, "nothing was done", "free some space"):
         reserve.check("nothing was done")
     assert not (data / "reserve").exists()
     (small_disk / "ballast").unlink()

@@ -331,12 +331,12 @@ class Usage(NamedTuple):
     free: int
 
 
-def test_a_restore_without_room_on_the_disk_is_refused_with_the_needed_bytes(
+def test_a_restore_without_space_on_the_disk_is_refused_with_the_needed_bytes(
     index: Index, whole: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = [64 * 2**20 + 150_000]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12 - free[0], free[0]))
-    with refused(Code.RESOURCE_EXHAUSTED, f"needs {1_000_000 + HEADROOM} free bytes", "make room"):
+    with refused(Code.RESOURCE_EXHAUSTED, f"needs {1_000_000 + HEADROOM} free bytes", "free some space"):
         index.restore("d", 1_000_000, accept_all)
     with closing(index.restore("d", 0, accept_all)) as restoration:
         restoration.write(whole)

@@ -162,16 +162,16 @@ def test_comparing_strings_with_a_number_gives_a_warning(
     member = pb.Filter(membership=pb.Membership(field="sizes", values=[pb.FilterValue(number_value=1)]))
     both = pb.Filter(any=pb.FilterList(filters=[greater, member]))
     (query,) = [index_pb2.SearchQuery(record_id="a")]
-    answers: list[Any] = [
+    responses: list[Any] = [
         stub.CountRecords(index_pb2.CountRecordsRequest(collection=points, filter=both)),
         stub.ListRecords(index_pb2.ListRecordsRequest(collection=points, filter=both)),
         stub.Search(index_pb2.SearchRequest(collection=points, queries=[query], filter=both)),
         stub.DeleteRecords(index_pb2.DeleteRecordsRequest(collection=points, filter=both)),
     ]
-    for answer in answers:
-        assert len(answer.warnings) == 2
-        assert "'size'" in answer.warnings[0]
-        assert "'sizes'" in answer.warnings[1]
+    for response in responses:
+        assert len(response.warnings) == 2
+        assert "'size'" in response.warnings[0]
+        assert "'sizes'" in response.warnings[1]
     # A field with numbers in some records, and a filter that matches records.
     for right in (
         comparing(field="year", operator=pb.COMPARISON_OPERATOR_LESS),

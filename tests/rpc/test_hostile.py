@@ -77,9 +77,9 @@ def send(channel: grpc.Channel, hostile: Hostile, timeout: float = TIMEOUT) -> g
     call: Any = getattr(channel, kind[2 * hostile.streams[0] + hostile.streams[1]])(hostile.method)
     data: Any = iter(hostile.data) if hostile.streams[0] else hostile.data[0]
     try:
-        answer = call(data, timeout=timeout)
+        response = call(data, timeout=timeout)
         if hostile.streams[1]:
-            for _ in answer:
+            for _ in response:
                 pass
     except grpc.RpcError as error:
         assert isinstance(error, grpc.Call)

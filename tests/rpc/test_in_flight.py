@@ -73,11 +73,11 @@ def test_a_silent_connection_is_closed(process: ServerProcess) -> None:
 def test_the_server_states_its_limit_of_calls_of_a_connection(process: ServerProcess) -> None:
     """Without a limit, one connection that opens and resets calls makes gRPC cancel calls of other connections."""
     host, _, port = process.address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=300) as connection, connection.makefile("rb") as answer:
+    with socket.create_connection((host, int(port)), timeout=300) as connection, connection.makefile("rb") as response:
         # The preface of HTTP/2 and an empty frame of settings (RFC 9113, sections 3.4 and 6.5).
         connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
-        head = answer.read(9)
-        payload = answer.read(int.from_bytes(head[:3], "big"))
+        head = response.read(9)
+        payload = response.read(int.from_bytes(head[:3], "big"))
     assert head[3] == 4
     stated = dict(struct.unpack_from(">HI", payload, start) for start in range(0, len(payload), 6))
     max_concurrent_streams = 3

@@ -149,8 +149,8 @@ def test_health_and_reflection_services_answer(server: ServerProcess) -> None:
             request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
             response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
         )
-        (answer,) = reflect(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
-        assert set(SERVICE_NAMES) < {service.name for service in answer.list_services_response.service}
+        (response,) = reflect(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+        assert set(SERVICE_NAMES) < {service.name for service in response.list_services_response.service}
 
 
 def test_a_stopping_server_finishes_the_calls_in_flight(minilm_bundle: Path, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_stopping_server_finishes_the_calls_in_flight(minilm_bundle: Path, tmp
     with grpc.insecure_channel(server.address) as channel:
         stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
         long = stub.Embed.future(embedding_pb2.EmbedRequest(texts=texts))
-        # The answer to a later call on the same connection shows that the long call has arrived.
+        # The response to a later call on the same connection shows that the long call has arrived.
         stub.Embed(embedding_pb2.EmbedRequest(texts=["short"]))
         assert not long.done()
         assert server.stop() == 0

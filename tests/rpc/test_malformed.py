@@ -109,8 +109,8 @@ def test_valid_requests_to_services_of_grpc_are_answered(channel: grpc.Channel) 
     assert status.REQUEST_ID_KEY in dict(raised.value.trailing_metadata())
     info = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
     requests = [reflection_pb2.ServerReflectionRequest(list_services="")] * 2
-    for answer in info(iter(requests), timeout=300):
-        names = {service.name for service in answer.list_services_response.service}
+    for response in info(iter(requests), timeout=300):
+        names = {service.name for service in response.list_services_response.service}
         assert {"emberpc.v1.IndexService", "grpc.health.v1.Health"} <= names
 
 

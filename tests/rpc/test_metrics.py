@@ -103,8 +103,8 @@ def test_an_invalid_http_request_for_metrics_is_refused(measured: ServerProcess,
     host, port = re.findall(r"figures at http://(\S+):(\d+)", measured.output)[0]
     with socket.create_connection((host, int(port)), timeout=300) as connection:
         connection.sendall(request_line + b"\r\n\r\n")
-        with connection.makefile("rb") as answer:
-            assert answer.readline().startswith(b"HTTP/1.1 40")
+        with connection.makefile("rb") as response:
+            assert response.readline().startswith(b"HTTP/1.1 40")
     assert figures(measured)["emberpc_models"] == 1
 
 
@@ -134,9 +134,9 @@ def test_an_accept_header_with_an_invalid_version_gets_the_plain_format(measured
     found = re.search(r"figures at (http://\S+)", measured.output)
     assert found is not None
     request = urllib.request.Request(found[1], headers={"Accept": accept.encode().decode("latin-1")})
-    with urllib.request.urlopen(request, timeout=300) as answer:
-        assert answer.headers["Content-Type"].startswith("text/plain")
-        assert b"emberpc_models 1.0" in answer.read()
+    with urllib.request.urlopen(request, timeout=300) as response:
+        assert response.headers["Content-Type"].startswith("text/plain")
+        assert b"emberpc_models 1.0" in response.read()
 
 
 def test_failed_requests_for_metrics_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:

@@ -82,7 +82,7 @@ def test_reloads_under_load_fail_no_call_and_mix_no_vectors(
 ) -> None:
     wanted = dict(expected(admin_models / name) for name in "ab")
     connected.load_model("m", "a")
-    answers: list[embedding_pb2.EmbedResponse] = []
+    responses: list[embedding_pb2.EmbedResponse] = []
     failures: list[grpc.RpcError] = []
     stop = threading.Event()
 
@@ -91,7 +91,7 @@ def test_reloads_under_load_fail_no_call_and_mix_no_vectors(
             stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
             while not stop.is_set():
                 try:
-                    answers.append(stub.Embed(embedding_pb2.EmbedRequest(model="m", texts=[TEXT] * 3), timeout=300))
+                    responses.append(stub.Embed(embedding_pb2.EmbedRequest(model="m", texts=[TEXT] * 3), timeout=300))
                 except grpc.RpcError as error:
                     failures.append(error)
 
@@ -100,8 +100,8 @@ def test_reloads_under_load_fail_no_call_and_mix_no_vectors(
         caller.start()
     served = []
     for i in range(6):
-        before = len(answers)
-        wait_until(lambda before=before: failures or len(answers) > before + 5)  # type: ignore[misc]  # the default's type
+        before = len(responses)
+        wait_until(lambda before=before: failures or len(responses) > before + 5)  # type: ignore[misc]  # the default's type
         served.append(connected.reload_model("m", "ba"[i % 2]).fingerprint)
     stop.set()
     for caller in callers:
@@ -109,10 +109,10 @@ def test_reloads_under_load_fail_no_call_and_mix_no_vectors(
 
     assert failures == []
     assert served == [fingerprint for _ in range(3) for fingerprint in reversed(wanted)]
-    assert {answer.model.fingerprint for answer in answers} == set(wanted)
-    for answer in answers:
-        for row in vectors.decode(answer.embeddings):
-            assert np.allclose(row, wanted[answer.model.fingerprint], atol=1e-5)
+    assert {response.model.fingerprint for response in responses} == set(wanted)
+    for response in responses:
+        for row in vectors.decode(response.embeddings):
+            assert np.allclose(row, wanted[response.model.fingerprint], atol=1e-5)
 
 
 def test_a_failed_reload_keeps_the_old_model_serving(connected: Client, admin_models: Path) -> None:
@@ -174,7 +174,7 @@ def test_an_unloaded_model_finishes_its_calls(minilm_bundle: Path, tmp_path: Pat
         with grpc.insecure_channel(server.address) as channel:
             stub = embedding_pb2_grpc.EmbeddingServiceStub(channel)
             long = stub.Embed.future(embedding_pb2.EmbedRequest(texts=texts))
-            # The answer to a later call on the same connection shows that the long call has arrived.
+            # The response to a later call on the same connection shows that the long call has arrived.
             stub.CountTokens(embedding_pb2.CountTokensRequest(texts=["short"]))
             assert not long.done()
             model_pb2_grpc.ModelServiceStub(channel).UnloadModel(model_pb2.UnloadModelRequest(name="m"))

@@ -13,7 +13,7 @@ import pytest
 from emberpc.server.collections import CollectionBackend, CollectionSpec, NewRecord
 from emberpc.server.index import Index
 from emberpc.server.pipelines.limits import Limits
-from emberpc.server.services import record_replies
+from emberpc.server.services import record_responses
 from emberpc.server.services.index_messages import RequestedParts
 from emberpc.server.services.search_response import response_bytes
 from emberpc.v1 import index_pb2 as pb
@@ -29,8 +29,8 @@ IDS = [str(i) for i in range(COUNT)]
 METADATA = {"a": [{"k": i} for i in range(1700)]}
 
 READS: dict[str, Callable[[CollectionBackend], bytes]] = {
-    "BatchGetRecords": lambda collection: record_replies.batch_get(collection, IDS, PARTS, LIMITS),
-    "ListRecords": lambda collection: record_replies.page(collection, COUNT, "", None, PARTS, LIMITS),
+    "BatchGetRecords": lambda collection: record_responses.batch_get(collection, IDS, PARTS, LIMITS),
+    "ListRecords": lambda collection: record_responses.page(collection, COUNT, "", None, PARTS, LIMITS),
     "Search": lambda collection: response_bytes(collection.search(VECTORS[:1], COUNT), PARTS, pb.SearchResponse()),
 }
 

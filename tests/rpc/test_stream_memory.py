@@ -136,12 +136,12 @@ async def test_all_unprocessed_messages_of_upsert_streams_are_counted(
             first = stub.UpsertRecordsStream(large_message(number) for number in range(1, 11))
             await changes.until(lambda: handlers._in_flight.total >= 4 * MIB)
             with pytest.raises(grpc.aio.AioRpcError, match="max_in_flight_bytes") as refused:
-                [answer async for answer in stub.UpsertRecordsStream(iter([large_message(1)]))]
+                [response async for response in stub.UpsertRecordsStream(iter([large_message(1)]))]
             assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             gate.set()
-            assert [answer.batch_number async for answer in first] == list(range(1, 11))
+            assert [response.batch_number async for response in first] == list(range(1, 11))
             again = stub.UpsertRecordsStream(iter([large_message(1)]))
-            assert [answer.updated_count async for answer in again] == [1]
+            assert [response.updated_count async for response in again] == [1]
             await changes.until(lambda: handlers._in_flight.total == 0)
 
 

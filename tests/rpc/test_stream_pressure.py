@@ -257,7 +257,7 @@ async def test_a_new_stream_is_refused_while_the_queue_is_full(tiny_bundle: Path
         await until_idle()
         assert engine.waiting_tokens == 40
         # The config alone: where a further message fails to be sent, grpc.aio may report INTERNAL in place of the
-        # status (grpc/grpc#36066). The clients wait for the first answer before they send more.
+        # status (grpc/grpc#36066). The clients wait for the first response before they send more.
         call = stub.EmbedStream(messages([], 1))
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             [response async for response in call]

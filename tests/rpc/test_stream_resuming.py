@@ -194,7 +194,7 @@ def test_a_stream_fails_if_the_server_does_not_return(server: Restartable) -> No
     with Client(server.address) as client:
         results = client.embed_stream(
             ("a b" for _ in range(10**9)), timeout=5
-        )  # time for the first answer on a slow host
+        )  # time for the first response on a slow host
         next(results)
         server.process.kill()
         with pytest.raises(Unavailable, match="no emberpc server answers"):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from emberpc.server.collections import Cluster, Plan, SearchOutcome, SearchStrategy, StoredRecord
 from emberpc.server.pipelines.limits import Limits
-from emberpc.server.services import record_replies
+from emberpc.server.services import record_responses
 from emberpc.server.services.index_messages import RequestedParts, record_vectors
 from emberpc.server.services.record_bytes import struct_bytes
 from emberpc.server.services.search_response import response_bytes
@@ -127,16 +127,16 @@ def test_responses_of_pages_gets_and_clusters_have_the_records(
     collection: Any = Mock(get=Mock(return_value=records), page=Mock(return_value=(records, "next")))
     collection.spec.dimensions = 2
     vectors = record_vectors(records, parts)
-    found = record_replies.batch_get(collection, [*ids, ""], parts, LIMITS)
+    found = record_responses.batch_get(collection, [*ids, ""], parts, LIMITS)
     whole = pb.BatchGetRecordsResponse(records=messages, vectors=vectors, missing_ids=[""])
     assert pb.BatchGetRecordsResponse.FromString(found) == whole
-    page = record_replies.page(collection, 10, "", None, parts, LIMITS)
+    page = record_responses.page(collection, 10, "", None, parts, LIMITS)
     listed = pb.ListRecordsResponse(records=messages, vectors=vectors, next_page_token="next")
     assert pb.ListRecordsResponse.FromString(page) == listed
     if parts.text and parts.metadata:
         clusters = [Cluster(10**6, records), Cluster(0, [])]
         wanted = [pb.Cluster(record_count=10**6, examples=messages), pb.Cluster()]
-        serialized = record_replies.clusters(clusters, LIMITS)
+        serialized = record_responses.clusters(clusters, LIMITS)
         assert pb.ClusterRecordsResponse.FromString(serialized) == pb.ClusterRecordsResponse(clusters=wanted)
 
 

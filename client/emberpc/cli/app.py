@@ -23,7 +23,7 @@ from emberpc.cli.errors import CliError, ExitCode, exit_code
 from emberpc.cli.options import OnceCommand
 
 _EPILOG = (
-    "Exit codes: 0 done; 1 unexpected; 2 wrong usage or input; 3 no server, or no answer in time; 4 not found; "
+    "Exit codes: 0 done; 1 unexpected; 2 wrong usage or input; 3 no server, or no response in time; 4 not found; "
     "5 conflict; 6 refused; 7 verification failed; 130 interrupted."
 )
 

@@ -352,7 +352,7 @@ def exporting(
         raise CliError(str(error), ExitCode.CONFLICT) from error
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        raise CliError(f"{where}{error.strerror}; {left}; is there room on the disk?") from error
+        raise CliError(f"{where}{error.strerror}; {left}; is there free space on the disk?") from error
 
 
 def variant_names(values: list[str] | None) -> list[str]:

@@ -87,9 +87,9 @@ class RowFile:
             self._put(row, np.full(self.dimensions, np.nan, dtype=np.float32))
         magic = np.lib.format.magic(1, 0)
         described = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({self.rows}, {self.dimensions}), }}"
-        room = _HEADER_BYTES - len(magic) - 2
+        space = _HEADER_BYTES - len(magic) - 2
         self._file.seek(0)
-        self._file.write(magic + struct.pack("<H", room) + described.encode().ljust(room - 1) + b"\n")
+        self._file.write(magic + struct.pack("<H", space) + described.encode().ljust(space - 1) + b"\n")
 
 
 def save(matrix: Matrix, path: Path) -> None:

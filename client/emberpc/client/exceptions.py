@@ -337,7 +337,7 @@ def from_status(status: errors_pb2.ErrorStatus) -> EmberpcError:
     return _error(code, status.message, status, request.request_id if request else "", lambda text: text)
 
 
-def no_answer(call: Circumstances) -> DeadlineExceeded:
+def no_response(call: Circumstances) -> DeadlineExceeded:
     """Return the error for a stream that had no result within its timeout; `call` has facts for the message."""
     return DeadlineExceeded(_own_words(grpc.StatusCode.DEADLINE_EXCEEDED, "", call))
 
@@ -399,7 +399,7 @@ def _own_words(code: grpc.StatusCode, details: str, call: Circumstances) -> str:
             "of another server, and check that both sides use TLS or neither does"
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return f"no answer from {call.target} within {call.timeout:g} s; give a longer timeout, or send less at once"
+        return f"no response from {call.target} within {call.timeout:g} s; give a longer timeout, or send less at once"
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return f"the server at {call.target} does not know {call.method}; it is no emberpc server, or another version"
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (sizes := _TOO_LARGE.search(details)):

@@ -77,7 +77,7 @@ def sync_to_disk(path: Path) -> None:
 
 
 def _stem(path: Path) -> str:
-    """Return the start of the names of new files for `path`: its name, or a hash of a name that leaves no room."""
+    """Return the start of the names of new files for `path`: its name, or a hash of a name that leaves no space."""
     name = os.fsencode(path.name)
     return path.name if len(name) <= _MAX_BYTES else f".{hashlib.sha256(name).hexdigest()[:32]}"
 

@@ -106,7 +106,7 @@ def export_classifier(
     Raises:
         ExportError: an argument is invalid, the data or the base cannot be used, label descriptions are missing, the
             training fails, a variant requested by name cannot be made or misses its bound, or outputs differ from
-            PyTorch's. NoRoomError, a subclass: a checkpoint cannot be written.
+            PyTorch's. NoSpaceError, a subclass: a checkpoint cannot be written.
         BundleError: `target` exists and may not be replaced, no folder can be created beside it, or the labels exceed a
             limit of `emberpc.bundle.limits`.
         OSError: the disk is full, or see `staged_folder`.

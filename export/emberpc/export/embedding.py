@@ -188,7 +188,7 @@ def convert_encoder(encoder: SourceEncoder, folder: Path, progress: Progress) ->
     The tokenizer's files state no truncation and no padding. The graph is not written: callers may extend it first.
 
     Raises:
-        ExportError: the encoder cannot be converted, its `max_tokens` leaves no room for a token beside the special
+        ExportError: the encoder cannot be converted, its `max_tokens` leaves no space for a token beside the special
             tokens, or one of its Matryoshka dimensions exceeds the dimensions of its vectors.
         BundleError: `pad_token_id` of the encoder's config.json is out of range.
         OSError: a file cannot be written, for example since the disk is full.

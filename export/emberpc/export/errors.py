@@ -8,7 +8,7 @@ class ExportError(Exception):
     """
 
 
-class NoRoomError(ExportError):
+class NoSpaceError(ExportError):
     """A checkpoint of a training cannot be written, for example since the disk is full.
 
     A comparison of several trainings stops at this error, since their checkpoints would most likely fail, too.

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 from emberpc.export.errors import ExportError
 
-#: Values of `errno` after a write that failed for lack of room: the disk is full, the user's quota is used up, or the
+#: Values of `errno` after a write that failed for lack of space: the disk is full, the user's quota is used up, or the
 #: file would exceed the greatest file size.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Names of loggers whose messages below CRITICAL are silenced, since they log internal details during an export. ONNX

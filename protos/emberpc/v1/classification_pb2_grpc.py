@@ -116,7 +116,7 @@ class ClassificationServiceServicer(object):
         classifiers. NOT_FOUND: there is no model with the name.
         FAILED_PRECONDITION: the model is not a classifier, no name is given and
         there is no classifier, or `nearest_examples` is not 0. RESOURCE_EXHAUSTED:
-        the queue has no room for the texts, the deadline is too soon, or the
+        the queue has no space for the texts, the deadline is too soon, or the
         estimated size of the response is over `ServerLimits.max_response_bytes`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -57,7 +57,7 @@ class ClassificationServiceStub:
     classifiers. NOT_FOUND: there is no model with the name.
     FAILED_PRECONDITION: the model is not a classifier, no name is given and
     there is no classifier, or `nearest_examples` is not 0. RESOURCE_EXHAUSTED:
-    the queue has no room for the texts, the deadline is too soon, or the
+    the queue has no space for the texts, the deadline is too soon, or the
     estimated size of the response is over `ServerLimits.max_response_bytes`.
     """
     ListClassifiers: _grpc.UnaryUnaryMultiCallable[_classification_pb2.ListClassifiersRequest, _classification_pb2.ListClassifiersResponse]
@@ -129,7 +129,7 @@ class ClassificationServiceAsyncStub(ClassificationServiceStub):
     classifiers. NOT_FOUND: there is no model with the name.
     FAILED_PRECONDITION: the model is not a classifier, no name is given and
     there is no classifier, or `nearest_examples` is not 0. RESOURCE_EXHAUSTED:
-    the queue has no room for the texts, the deadline is too soon, or the
+    the queue has no space for the texts, the deadline is too soon, or the
     estimated size of the response is over `ServerLimits.max_response_bytes`.
     """
     ListClassifiers: _aio.UnaryUnaryMultiCallable[_classification_pb2.ListClassifiersRequest, _classification_pb2.ListClassifiersResponse]  # type: ignore[assignment]
@@ -203,7 +203,7 @@ class ClassificationServiceServicer:
         classifiers. NOT_FOUND: there is no model with the name.
         FAILED_PRECONDITION: the model is not a classifier, no name is given and
         there is no classifier, or `nearest_examples` is not 0. RESOURCE_EXHAUSTED:
-        the queue has no room for the texts, the deadline is too soon, or the
+        the queue has no space for the texts, the deadline is too soon, or the
         estimated size of the response is over `ServerLimits.max_response_bytes`.
         """
 

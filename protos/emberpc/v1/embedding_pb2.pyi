@@ -276,7 +276,7 @@ class EmbedStreamFailure(_message.Message):
         """INVALID_ARGUMENT: the id (field path `id`) or the text (field path `text`)
         is invalid, or the text has more tokens than
         `ServerLimits.max_queue_tokens` (no field path). RESOURCE_EXHAUSTED: the
-        queue had no room for about 20 seconds or until the deadline, or the
+        queue had no space for about 20 seconds or until the deadline, or the
         deadline is too soon. DEADLINE_EXCEEDED: the text waited too long to meet
         the deadline. INTERNAL: the model fails on the text.
         """

@@ -89,7 +89,7 @@ class EmbeddingServiceServicer(object):
         model does not support, or no model name though there are several embedding
         models. NOT_FOUND: there is no model with the name. FAILED_PRECONDITION:
         the model does not embed texts, or no name is given and there is no
-        embedding model. RESOURCE_EXHAUSTED: the queue has no room for the texts,
+        embedding model. RESOURCE_EXHAUSTED: the queue has no space for the texts,
         the deadline is too soon, or the vectors have more bytes than
         `ServerLimits.max_response_bytes`, 4 bytes for each number.
         """
@@ -143,7 +143,7 @@ class EmbeddingServiceServicer(object):
         sources or of the targets than `ServerLimits.max_queue_tokens`, an unknown
         option, or no model name though there are several embedding models.
         NOT_FOUND and FAILED_PRECONDITION: as Embed. RESOURCE_EXHAUSTED: the queue
-        has no room for the texts, the deadline is too soon, or the scores have
+        has no space for the texts, the deadline is too soon, or the scores have
         more bytes than `ServerLimits.max_response_bytes`, 4 bytes for each score.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

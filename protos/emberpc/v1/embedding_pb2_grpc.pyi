@@ -53,7 +53,7 @@ class EmbeddingServiceStub:
     model does not support, or no model name though there are several embedding
     models. NOT_FOUND: there is no model with the name. FAILED_PRECONDITION:
     the model does not embed texts, or no name is given and there is no
-    embedding model. RESOURCE_EXHAUSTED: the queue has no room for the texts,
+    embedding model. RESOURCE_EXHAUSTED: the queue has no space for the texts,
     the deadline is too soon, or the vectors have more bytes than
     `ServerLimits.max_response_bytes`, 4 bytes for each number.
     """
@@ -95,7 +95,7 @@ class EmbeddingServiceStub:
     sources or of the targets than `ServerLimits.max_queue_tokens`, an unknown
     option, or no model name though there are several embedding models.
     NOT_FOUND and FAILED_PRECONDITION: as Embed. RESOURCE_EXHAUSTED: the queue
-    has no room for the texts, the deadline is too soon, or the scores have
+    has no space for the texts, the deadline is too soon, or the scores have
     more bytes than `ServerLimits.max_response_bytes`, 4 bytes for each score.
     """
 
@@ -124,7 +124,7 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
     model does not support, or no model name though there are several embedding
     models. NOT_FOUND: there is no model with the name. FAILED_PRECONDITION:
     the model does not embed texts, or no name is given and there is no
-    embedding model. RESOURCE_EXHAUSTED: the queue has no room for the texts,
+    embedding model. RESOURCE_EXHAUSTED: the queue has no space for the texts,
     the deadline is too soon, or the vectors have more bytes than
     `ServerLimits.max_response_bytes`, 4 bytes for each number.
     """
@@ -166,7 +166,7 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
     sources or of the targets than `ServerLimits.max_queue_tokens`, an unknown
     option, or no model name though there are several embedding models.
     NOT_FOUND and FAILED_PRECONDITION: as Embed. RESOURCE_EXHAUSTED: the queue
-    has no room for the texts, the deadline is too soon, or the scores have
+    has no space for the texts, the deadline is too soon, or the scores have
     more bytes than `ServerLimits.max_response_bytes`, 4 bytes for each score.
     """
 
@@ -197,7 +197,7 @@ class EmbeddingServiceServicer:
         model does not support, or no model name though there are several embedding
         models. NOT_FOUND: there is no model with the name. FAILED_PRECONDITION:
         the model does not embed texts, or no name is given and there is no
-        embedding model. RESOURCE_EXHAUSTED: the queue has no room for the texts,
+        embedding model. RESOURCE_EXHAUSTED: the queue has no space for the texts,
         the deadline is too soon, or the vectors have more bytes than
         `ServerLimits.max_response_bytes`, 4 bytes for each number.
         """
@@ -254,7 +254,7 @@ class EmbeddingServiceServicer:
         sources or of the targets than `ServerLimits.max_queue_tokens`, an unknown
         option, or no model name though there are several embedding models.
         NOT_FOUND and FAILED_PRECONDITION: as Embed. RESOURCE_EXHAUSTED: the queue
-        has no room for the texts, the deadline is too soon, or the scores have
+        has no space for the texts, the deadline is too soon, or the scores have
         more bytes than `ServerLimits.max_response_bytes`, 4 bytes for each score.
         """
 

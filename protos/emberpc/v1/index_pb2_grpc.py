@@ -407,7 +407,7 @@ class IndexServiceServicer(object):
         it. Writes and searches continue meanwhile.
 
         NOT_FOUND: there is no collection with the name. DATA_LOSS: a record is
-        damaged on disk. RESOURCE_EXHAUSTED: the disk has no room for a copy, or
+        damaged on disk. RESOURCE_EXHAUSTED: the disk has no space for a copy, or
         too many backups wait. DEADLINE_EXCEEDED: the caller reads nothing for a
         minute, or for 15 seconds while other backups wait. UNIMPLEMENTED: the
         backend is Milvus.
@@ -428,10 +428,10 @@ class IndexServiceServicer(object):
         an undamaged backup of a valid collection, or their SHA-256 is missing or
         differs. ALREADY_EXISTS: a collection has the name. FAILED_PRECONDITION: a
         newer version of emberpc wrote the backup. RESOURCE_EXHAUSTED: the server
-        has as many collections as its limit allows, the disk has no room, too many
-        streams are open, or too many restores wait. DEADLINE_EXCEEDED: the caller
-        sends nothing for a minute, or after the first message for 15 seconds while
-        other restores wait. UNIMPLEMENTED: the backend is Milvus.
+        has as many collections as its limit allows, the disk has no space, too
+        many streams are open, or too many restores wait. DEADLINE_EXCEEDED: the
+        caller sends nothing for a minute, or after the first message for 15
+        seconds while other restores wait. UNIMPLEMENTED: the backend is Milvus.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

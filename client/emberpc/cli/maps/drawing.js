@@ -52,10 +52,10 @@ function showWhole() {
     left = Math.min(left, xs[i]); right = Math.max(right, xs[i]);
     top = Math.min(top, ys[i]); bottom = Math.max(bottom, ys[i]);
   }
-  const room = { width: Math.max(40, size.width - 90), height: Math.max(40, size.height - 110) };
+  const area = { width: Math.max(40, size.width - 90), height: Math.max(40, size.height - 110) };
   // Few or equal points are not blown up past what a map of many would be.
   const least = data.scale / 4;
-  wholeScale = Math.min(room.width / Math.max(right - left, least), room.height / Math.max(bottom - top, least));
+  wholeScale = Math.min(area.width / Math.max(right - left, least), area.height / Math.max(bottom - top, least));
   view = {
     scale: wholeScale,
     x: size.width / 2 - ((left + right) / 2) * wholeScale,
@@ -187,7 +187,7 @@ function shownSizes() {
   return sizes;
 }
 
-/** The groups' names, the largest group's first; one that would cover another waits until there is room. */
+/** The groups' names, the largest group's first; one that would cover another waits until there is space. */
 function drawNames() {
   const height = 16, margin = 3;
   context.font = "600 12px system-ui, sans-serif";

@@ -196,7 +196,7 @@ class AsyncRunner:
 
         Args:
             state: state of the stream.
-            items: the caller's items; read when the window of `state` has room for them.
+            items: the caller's items; read when the window of `state` has space for them.
             timeout: maximum seconds without a result; None: the timeout of the connection.
 
         Raises:

@@ -21,7 +21,7 @@ from emberpc.client.exceptions import (
     InputTypeError,
     RpcFailure,
     from_rpc,
-    no_answer,
+    no_response,
 )
 
 #: The default port of `emberpc serve`, and of a target that is a host alone.
@@ -32,7 +32,7 @@ CLIENT_CLOSED = "the client is closed; make another one"
 #: Message of Cancelled for a call over the caller's channel, which the caller has closed.
 CHANNEL_CLOSED = "the channel is closed; give the client an open one"
 #: Message of Cancelled for a call in flight that was cancelled, for example by `close()`.
-CALL_CANCELLED = "the call was cancelled before its answer came"
+CALL_CANCELLED = "the call was cancelled before its response came"
 
 ChannelOptions = list[tuple[str, "str | int"]]
 
@@ -46,8 +46,8 @@ _PORT = re.compile(r"(?:^|[/:,])(?:[^/:,\[\]]+|\[[^\]]*\]):([0-9]*)(?=,|$)")
 
 #: Settings of pings, which find a connection that broke without notice. While a call is in flight, gRPC sends a ping
 #: every 30 seconds; after two pings without data between them, one a minute. Between calls it sends none. A connection
-#: whose ping has no answer for 10 seconds counts as broken. The server must accept a ping every 30 seconds, or else it
-#: closes the connection; see `_KEEPALIVE` of `emberpc.server.app`.
+#: whose ping has no response for 10 seconds counts as broken. The server must accept a ping every 30 seconds, or else
+#: it closes the connection; see `_KEEPALIVE` of `emberpc.server.app`.
 _KEEPALIVE: ChannelOptions = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
 
 #: gRPC's service config: calls are spread over all addresses of the target. It has no retry policy, since the client
@@ -206,7 +206,7 @@ class ConnectionSettings:
 
     def silence(self, call: Call[Any, Any], timeout: float | None) -> EmberpcError:
         """Return DeadlineExceeded for a stream without a result within `timeout` seconds; None: the constructor's."""
-        return no_answer(self._circumstances(call, timeout))
+        return no_response(self._circumstances(call, timeout))
 
     def _circumstances(self, call: Call[Any, Any], timeout: float | None, *, late: bool = False) -> Circumstances:
         seconds = self.deadline(timeout)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from emberpc.client._core.rpc_call import Call, Item, Response, Result
 
 #: Maximum number of bytes of the items in one request, unless the request has a single item. Half of a server's default
-#: limit (`max_message_bytes`, 16 MiB), since the rest of the request needs room too.
+#: limit (`max_message_bytes`, 16 MiB), since the rest of the request needs space too.
 _MAX_CHUNK_BYTES = 8 * 2**20
 
 

@@ -75,7 +75,7 @@ class Call(Generic[Response, Result]):
         try:
             return self.decode(response)
         except VectorFormatError as error:
-            raise Internal(f"the server's answer to {self.method.path} contradicts itself: {error}") from error
+            raise Internal(f"the server's response to {self.method.path} contradicts itself: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Steps(Generic[Item]):
         """
         if self._last is None:
             raise Internal(
-                f"the server's answer to {self._call.method.path} is empty; it is another version, or broken"
+                f"the server's response to {self._call.method.path} is empty; it is another version, or broken"
             )
         return self._last.so_far
 

@@ -106,10 +106,10 @@ class StreamState(ABC, Generic[Item, Request, Response, Result]):
         """Whether to read items of the caller now.
 
         True if the server has answered the first request of the connection, the caller may have more items, the window
-        has room for `batch_size` items, and `full` is false.
+        has space for `batch_size` items, and `full` is false.
         """
-        room = self.greeted and self._window - self.waiting >= self.batch_size and not self.full
-        return room and not self.exhausted
+        space = self.greeted and self._window - self.waiting >= self.batch_size and not self.full
+        return space and not self.exhausted
 
     @property
     def read_enough(self) -> bool:
@@ -126,7 +126,7 @@ class StreamState(ABC, Generic[Item, Request, Response, Result]):
 
     @property
     def done(self) -> bool:
-        """Whether the caller has no more items, and no item waits for an answer (see `waiting`)."""
+        """Whether the caller has no more items, and no item waits for a response (see `waiting`)."""
         return self.exhausted and not self.waiting
 
     def opening(self) -> list[Request]:
@@ -167,7 +167,7 @@ class StreamState(ABC, Generic[Item, Request, Response, Result]):
         The response to the first request has no results.
 
         Raises:
-            Internal: the response contradicts itself, or answers an item that does not wait for an answer.
+            Internal: the response contradicts itself, or answers an item that does not wait for a response.
             FailedPrecondition: the model is another one than when the stream began, so the stream cannot continue.
         """
         return self.call.read(response)

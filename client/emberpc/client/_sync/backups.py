@@ -43,7 +43,7 @@ class BackupMethods:
             InputError: the path is a folder, a block device or a socket, or another argument is wrong.
             NotFound: there is no collection of this name.
             DataLoss: a record is damaged on the server's disk.
-            ResourceExhausted: the server's disk has no room for the copy that the server makes first, or too many
+            ResourceExhausted: the server's disk has no space for the copy that the server makes first, or too many
                 backups wait.
             DeadlineExceeded: the timeout passed; or the server could send nothing for a minute (15 seconds while other
                 backups wait), because `progress` or the reader of a pipe was slow.
@@ -85,7 +85,7 @@ class BackupMethods:
             AlreadyExists: a collection of this name exists.
             InvalidArgument: the name is invalid, the file is not a backup, or the backup is damaged.
             FailedPrecondition: a newer version of emberpc wrote the file.
-            ResourceExhausted: the server's disk has no room for the collection, the server has as many collections as
+            ResourceExhausted: the server's disk has no space for the collection, the server has as many collections as
                 its limit allows, or too many restores wait.
             DeadlineExceeded: the timeout passed; or nothing was sent for a minute (15 seconds while other restores
                 wait), because `progress` or the disk was slow.

@@ -27,7 +27,7 @@ from emberpc.export.compare.serving_cost import ServingCosts
 from emberpc.export.compare.time_limit import OutOfTimeError, ReportTime, TimeLimit
 from emberpc.export.data.classifier_data import read_data
 from emberpc.export.data.examples import Examples, label_names
-from emberpc.export.errors import ExportError, NoRoomError
+from emberpc.export.errors import ExportError, NoSpaceError
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.threads import bounded_threads
 from emberpc.export.timing import Cost
@@ -60,7 +60,7 @@ def run(
 
     Raises:
         ExportError: the settings, the data or a base cannot be used, or the folder holds another comparison.
-        NoRoomError: a checkpoint cannot be written.
+        NoSpaceError: a checkpoint cannot be written.
         OSError: another file of the folder cannot be written.
     """
     start = perf_counter() if start is None else start
@@ -181,7 +181,7 @@ class _Comparison:
             All outcomes, also those stored before, and the skipped cells.
 
         Raises:
-            NoRoomError: a checkpoint cannot be written.
+            NoSpaceError: a checkpoint cannot be written.
             OSError: an outcome cannot be written.
         """
         done = dict(self._stored)
@@ -221,7 +221,7 @@ class _Comparison:
                 reason = "the time limit passed during its training; with more time it continues from there"
                 skipped.append(Skipped(cell, reason, for_time=True))
                 continue
-            except NoRoomError:
+            except NoSpaceError:
                 raise
             except ExportError as error:
                 failed = [cell, *self._fails_too(cell, todo)]
@@ -332,7 +332,7 @@ class _Comparison:
         Raises:
             OutOfTimeError: the time limit passed.
             ExportError: the classifier cannot be fitted or converted.
-            NoRoomError: a checkpoint cannot be written.
+            NoSpaceError: a checkpoint cannot be written.
             OSError: the serving cost cannot be written.
         """
         base, sample = self._bases[cell.base], self._sample(cell.budget, cell.seed)

@@ -14,38 +14,38 @@ from emberpc.export.tuning.trainable_encoder import States, TokenIds, TrainableE
 
 #: Default limit of the cached states in bytes: enough for 13,000 passages of 200 tokens with a hidden size of 384, in
 #: float16.
-ROOM = 2 * 1024**3
-#: Number of texts whose states are computed between two checks of the remaining room. So the cached states may exceed
-#: the room by less than the states of this number of texts.
+SPACE = 2 * 1024**3
+#: Number of texts whose states are computed between two checks of the remaining space. So the cached states may exceed
+#: the space by less than the states of this number of texts.
 _CHUNK = 256
 
 
 class Embedder:
     """Embeds texts with the current weights of an encoder in PyTorch. Texts must include their prompts.
 
-    `keep` caches the hidden states of texts after the frozen lower layers, until `room` is used up. Texts without
+    `keep` caches the hidden states of texts after the frozen lower layers, until `space` is used up. Texts without
     cached states run through all layers, which takes longer. Their vectors may differ slightly, since cached states are
     float16.
 
     Args:
         encoder: the encoder in PyTorch. Call `keep`, if at all, before its `train_top`.
         top: number of upper layers that will be trained.
-        room: limit of the cached states in bytes; the last states cached may exceed it.
+        space: limit of the cached states in bytes; the last states cached may exceed it.
         progress: called with the number of texts done.
     """
 
     def __init__(
-        self, encoder: TrainableEncoder, top: int, *, room: int = ROOM, progress: Progress = no_progress
+        self, encoder: TrainableEncoder, top: int, *, space: int = SPACE, progress: Progress = no_progress
     ) -> None:
         self._encoder = encoder
         self._top = top
-        self._room = room
+        self._space = space
         self._progress = progress
         self._tokens: dict[str, TokenIds] = {}
         self._states: dict[str, States] = {}
 
     def keep(self, texts: Sequence[str]) -> None:
-        """Cache the token ids of texts, and their states after the frozen lower layers until the room is used up.
+        """Cache the token ids of texts, and their states after the frozen lower layers until the space is used up.
 
         This may restore the original weights of the encoder and undo `train_top`, so call it only before a training.
         If all layers will be trained, only token ids are cached.
@@ -60,13 +60,13 @@ class Embedder:
         new = [text for text in new if text not in self._states]
         stage = "running the lower layers"
         for start in range(0, len(new), _CHUNK):
-            if self._room <= 0:
+            if self._space <= 0:
                 break
             chunk = new[start : start + _CHUNK]
             self._progress(stage, start, len(new))
             found = self._encoder.lower_states(self.tokens(chunk), self._top)
             self._states.update(zip(chunk, found, strict=True))
-            self._room -= sum(states.nbytes for states in found)
+            self._space -= sum(states.nbytes for states in found)
         self._progress(stage, len(new), max(1, len(new)))
 
     def tokens(self, texts: Sequence[str]) -> list[TokenIds]:

@@ -109,7 +109,7 @@ def tune(data: RetrievalData, encoder: SourceEncoder, options: TrainingOptions) 
 
     Raises:
         ExportError: the encoder cannot be trained, or a vector or the loss is not finite.
-        NoRoomError: a checkpoint cannot be written.
+        NoSpaceError: a checkpoint cannot be written.
     """
     return _Tuning(data, encoder, options).run()
 

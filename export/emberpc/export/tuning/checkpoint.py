@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from emberpc.export.errors import NoRoomError
+from emberpc.export.errors import NoSpaceError
 from emberpc.export.files import staged
 from emberpc.export.timing import Cost
 
@@ -99,7 +99,7 @@ class Checkpoint:
         """Store a state atomically in place of the previous one; do nothing if the checkpoint has no path.
 
         Raises:
-            NoRoomError: the file cannot be written.
+            NoSpaceError: the file cannot be written.
         """
         if self._path is None:
             return
@@ -115,8 +115,9 @@ class Checkpoint:
             with staged(self._path) as beside:
                 save_file(tensors, str(beside), metadata)
         except (OSError, SafetensorError) as error:
-            raise NoRoomError(
-                f"the checkpoint {self._path} cannot be written ({type(error).__name__}); is there room on the disk?"
+            raise NoSpaceError(
+                f"the checkpoint {self._path} cannot be written ({type(error).__name__}); "
+                "is there free space on the disk?"
             ) from error
 
     def remove(self) -> None:

@@ -91,7 +91,7 @@ def train(
 
     Raises:
         ExportError: the loss is not finite.
-        NoRoomError: the checkpoint cannot be written.
+        NoSpaceError: the checkpoint cannot be written.
     """
     checkpoint = checkpoint or Checkpoint(None)
     everything = {**parameters, **heads}

@@ -283,7 +283,7 @@ class TrainableEncoder:
         """
         self.use(weights, top)
         self._freeze(self.layers)
-        with calling_libraries(f"the tuned {self.encoder.name} cannot be written", "is there room on the disk?"):
+        with calling_libraries(f"the tuned {self.encoder.name} cannot be written", "is there free space on the disk?"):
             self.model.save_pretrained(str(folder), create_model_card=False)
         self.reset()
 

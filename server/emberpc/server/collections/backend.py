@@ -144,7 +144,7 @@ class CollectionBackend(Protocol):
         `stop` is called regularly before the first piece, and not later. If it returns True, nothing is yielded.
 
         Raises:
-            ServiceError: before the first piece, RESOURCE_EXHAUSTED if the disk has no room for the copy, DATA_LOSS if
+            ServiceError: before the first piece, RESOURCE_EXHAUSTED if the disk has no space for the copy, DATA_LOSS if
                 a record is damaged.
         """
 
@@ -378,7 +378,7 @@ class IndexBackend(Protocol):
 
         Raises:
             ServiceError: INVALID_ARGUMENT for a wrong name; ALREADY_EXISTS if a collection has the name;
-                RESOURCE_EXHAUSTED if the disk has no room or there are too many collections.
+                RESOURCE_EXHAUSTED if the disk has no space or there are too many collections.
         """
 
     def probed(self) -> dict[str, ProbeFigures]:

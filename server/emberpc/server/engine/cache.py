@@ -1,6 +1,6 @@
 """Cache the encoder outputs of texts, and let calls with the same text at the same time share one run of the model.
 
-`Cache` and `Flights` have no locks, since only the thread of the event loop changes them.
+`Cache` and `SharedRuns` have no locks, since only the thread of the event loop changes them.
 """
 
 from __future__ import annotations
@@ -73,23 +73,23 @@ def _size(key: Key, entry: CachedOutput) -> int:
 
 
 @dataclass(eq=False)
-class Flight:
+class SharedRun:
     """The run of a call's texts through the model, with the wait in the queue. Other calls may use its outputs too."""
 
     lane: Lane
     #: Set at the end of the run. From then on, `entries` holds the outputs; it is empty if the run failed or was
     #: cancelled.
-    landed: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
     entries: dict[Key, CachedOutput] = field(default_factory=dict)
 
 
-class Flights:
+class SharedRuns:
     """The runs that have not ended, by the key of each of their texts; for each key, one run at most."""
 
     def __init__(self) -> None:
-        self._flying: dict[Key, Flight] = {}
+        self._by_key: dict[Key, SharedRun] = {}
 
-    def find(self, keys: Iterable[Key], lane: Lane) -> dict[Key, Flight]:
+    def find(self, keys: Iterable[Key], lane: Lane) -> dict[Key, SharedRun]:
         """Return the registered run of each key that has one.
 
         Args:
@@ -97,24 +97,24 @@ class Flights:
             lane: lane of the call that asks. Bulk runs are left out for an interactive call, since it might wait
                 longer for them than for a run of its own.
         """
-        return {key: flight for key in keys if (flight := self._flying.get(key)) is not None and flight.lane <= lane}
+        return {key: run for key in keys if (run := self._by_key.get(key)) is not None and run.lane <= lane}
 
     @contextmanager
-    def lead(self, keys: Iterable[Key], lane: Lane) -> Iterator[Flight]:
+    def register(self, keys: Iterable[Key], lane: Lane) -> Iterator[SharedRun]:
         """Register a run of the model for the time of the block, so that other calls can share it.
 
-        The block runs the texts and sets `entries` of the flight that is yielded. When the block ends, even by an
-        exception, the run is removed and `landed` is set.
+        The block runs the texts and sets `entries` of the `SharedRun` that is yielded. When the block ends, even by an
+        exception, the run is removed and `ended` is set.
 
         Args:
             keys: keys of the texts that the block runs. A key that has another registered run keeps that run.
             lane: the lane of the run.
         """
-        flight = Flight(lane)
-        own = [key for key in keys if self._flying.setdefault(key, flight) is flight]
+        run = SharedRun(lane)
+        own = [key for key in keys if self._by_key.setdefault(key, run) is run]
         try:
-            yield flight
+            yield run
         finally:
             for key in own:
-                del self._flying[key]
-            flight.landed.set()
+                del self._by_key[key]
+            run.ended.set()

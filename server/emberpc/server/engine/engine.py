@@ -107,13 +107,13 @@ class Engine:
         """
         return self.registry.find(name, task, field)
 
-    def check_room(self, caller: Caller) -> None:
+    def check_space(self, caller: Caller) -> None:
         """Raise RESOURCE_EXHAUSTED, and count it, if the queue is full or too long for the deadline of a new call.
 
         The queue is too long if the estimated wait alone makes a new call of `caller` miss the deadline. This is not
         checked before 3 batches were measured.
         """
-        self._scheduler.check_room(caller)
+        self._scheduler.check_space(caller)
 
     @property
     def counts(self) -> Counts:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from emberpc.bundle.cores import usable_cores
-from emberpc.server.engine.cache import Cache, CachedOutput, Flights, Key
+from emberpc.server.engine.cache import Cache, CachedOutput, Key, SharedRuns
 from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.models.model import Model
 from emberpc.server.engine.scheduler import Scheduler
@@ -105,7 +105,7 @@ class Inferrer:
         self._pool = pool
         self._scheduler = scheduler
         self.cache = Cache(cache_bytes)
-        self.flights = Flights()
+        self.shared_runs = SharedRuns()
         self._long_turn = asyncio.Semaphore(1)
         #: Turns to tokenize, for calls with many characters. Each lane has turns of its own, so that interactive calls
         #: do not wait for the turns of bulk calls. All lanes share one turn for calls with a very long text:
@@ -222,24 +222,24 @@ class Inferrer:
             ServiceError: any error of the tokenizer or the scheduler.
         """
         caller = request.caller
-        self._scheduler.check_room(caller)
+        self._scheduler.check_space(caller)
         missing = await self._tokenize(request, places, times)
         found: dict[Key, CachedOutput] = {}
         while missing:
-            flights = self.flights.find(missing, self._lane(missing, caller))
-            own = {key: text for key, text in missing.items() if key not in flights}
+            runs = self.shared_runs.find(missing, self._lane(missing, caller))
+            own = {key: text for key, text in missing.items() if key not in runs}
             if own:
-                with self.flights.lead(own, self._lane(own, caller)) as flight:
-                    flight.entries = await self._run(request, own, times)
-                self.cache.add(flight.entries)
-                found |= flight.entries
+                with self.shared_runs.register(own, self._lane(own, caller)) as run:
+                    run.entries = await self._run(request, own, times)
+                self.cache.add(run.entries)
+                found |= run.entries
             start = perf_counter()
-            for key, flight in flights.items():
-                await flight.landed.wait()
-                # A flight that failed, or whose caller left, has no entries. Then the next round of the loop runs the
-                # text, or finds another flight.
-                if key in flight.entries:
-                    found[key] = flight.entries[key]
+            for key, run in runs.items():
+                await run.ended.wait()
+                # A run that failed, or whose caller left, has no entries. Then the next round of the loop runs the
+                # text, or finds another run.
+                if key in run.entries:
+                    found[key] = run.entries[key]
             times.queue += perf_counter() - start
             missing = {key: text for key, text in missing.items() if key not in found}
         return found

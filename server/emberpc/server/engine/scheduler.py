@@ -108,7 +108,7 @@ class Scheduler:
             caller: who sent the call, its lane and its deadline; a large call runs in the bulk lane, see `lane`.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if the queue has no room or the deadline is too soon, INVALID_ARGUMENT if
+            ServiceError: RESOURCE_EXHAUSTED if the queue has no space or the deadline is too soon, INVALID_ARGUMENT if
                 the call has more tokens than may wait, DEADLINE_EXCEEDED if the call waited too long to meet its
                 deadline, INTERNAL if the model or a worker failed, UNAVAILABLE if stopping or without workers.
         """
@@ -119,7 +119,7 @@ class Scheduler:
         finally:
             self._end(submission)
 
-    def check_room(self, caller: Caller) -> None:
+    def check_space(self, caller: Caller) -> None:
         """Raise RESOURCE_EXHAUSTED, and count it, if the queue is full or too long for the deadline of a new call.
 
         The deadline is not checked before 3 batches were measured.

@@ -96,7 +96,7 @@ class TextTokenizer:
         self._tokenizer.no_padding()
         self.max_tokens = max_tokens
         self._words = WordCache.of(self._tokenizer)
-        self._room = max_tokens - self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        self._space = max_tokens - self._tokenizer.num_special_tokens_to_add(is_pair=False)
 
     @property
     def _long(self) -> int:
@@ -258,7 +258,7 @@ class TextTokenizer:
         """
         if self._words is not None:
             backwards = truncation is Truncation.START
-            bare, head = self._read_pieces(self._words, whole, self._room + 1, stop, backwards=backwards)
+            bare, head = self._read_pieces(self._words, whole, self._space + 1, stop, backwards=backwards)
             return self._words.framed(bare), head
         if truncation is Truncation.START:
             tail = self._tail(whole)
@@ -352,17 +352,17 @@ class TextTokenizer:
             # The prompt is kept whole. Only the text after it is truncated.
             if self._words is not None:
                 before = self._bare(prompt, stop)
-                room = max(self._room - len(before), 0)
-                bare, _ = self._read_pieces(self._words, text, room, stop, backwards=True)
-                return self._words.framed([*before, *bare[max(len(bare) - room, 0) :]])
+                space = max(self._space - len(before), 0)
+                bare, _ = self._read_pieces(self._words, text, space, stop, backwards=True)
+                return self._words.framed([*before, *bare[max(len(bare) - space, 0) :]])
             before, encoding = self._unframed([prompt, self._tail(text)])
-            encoding.truncate(max(self._room - len(before), 0), direction="left")
+            encoding.truncate(max(self._space - len(before), 0), direction="left")
             encoding = Encoding.merge([before, encoding], growing_offsets=True)
         elif self._words is not None:
             return self._words.cut(ids, self.max_tokens)
         else:
             (encoding,) = self._unframed([head])
-            encoding.truncate(self._room, direction="right")
+            encoding.truncate(self._space, direction="right")
         framed: list[int] = self._tokenizer.post_process(encoding, add_special_tokens=True).ids
         return framed
 

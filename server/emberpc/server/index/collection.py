@@ -344,8 +344,8 @@ class Collection(Lifecycle, CollectionSearchMethods):
             stop: whether to give up; called often until the first piece, not later.
 
         Raises:
-            ServiceError: before the first piece, RESOURCE_EXHAUSTED if the disk has no room for a copy of the database,
-                INTERNAL if the database fails or a counter is damaged, DATA_LOSS if a record is damaged.
+            ServiceError: before the first piece, RESOURCE_EXHAUSTED if the disk has no space for a copy of the
+                database, INTERNAL if the database fails or a counter is damaged, DATA_LOSS if a record is damaged.
         """
         with self._calls.enter(stop) as ends:
             copy = copy_of(self._folder, self.spec, self.created, ends)

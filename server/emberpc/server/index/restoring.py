@@ -38,12 +38,12 @@ class Restoration:
     Args:
         collections: the parent of the collections' folders.
         name: the new collection's name; the name in the backup is ignored.
-        total: bytes of the backup, for which the disk must have room; 0: not known.
+        total: bytes of the backup, for which the disk must have space; 0: not known.
         accept: called with the spec in the backup; raises ValueError or ServiceError if the spec cannot be served.
         adopt: opens a folder as a collection, adds the collection to the catalogue, and returns it.
 
     Raises:
-        ServiceError: RESOURCE_EXHAUSTED if the disk has no room or no file descriptor is free, INTERNAL if the folder
+        ServiceError: RESOURCE_EXHAUSTED if the disk has no space or no file descriptor is free, INTERNAL if the folder
             cannot be written to.
     """
 
@@ -67,7 +67,7 @@ class Restoration:
         with ExitStack() as stack, translated_os_errors(_NOTHING_RESTORED):
             self._folder = new_folder(collections)
             stack.callback(shutil.rmtree, self._folder, ignore_errors=True)
-            backup.check_room(self._folder, total, "the backup")
+            backup.check_space(self._folder, total, "the backup")
             self._path = self._folder / DATABASE_NAME
             self._file = stack.enter_context(self._path.open("wb"))
             self._resources = stack.pop_all()
@@ -76,12 +76,12 @@ class Restoration:
         """Write the next bytes of the backup to the new collection's folder, without the last line of the backup.
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if the disk has no room (64 MiB must stay free), UNAVAILABLE after `close`
+            ServiceError: RESOURCE_EXHAUSTED if the disk has no space (64 MiB must stay free), UNAVAILABLE after `close`
                 or a successful `finish`, INTERNAL if the file cannot be written.
         """
         with self._lock, translated_os_errors(_NOTHING_RESTORED):
             self._check_open()
-            backup.check_room(self._folder, len(data), "what is still to come of the backup")
+            backup.check_space(self._folder, len(data), "what is still to come of the backup")
             self._write(data)
 
     def finish(self, sha256: str) -> Collection:

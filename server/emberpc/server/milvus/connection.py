@@ -61,7 +61,9 @@ _SLOW = _Failure(
 )
 _BUSY = _Failure(Code.RESOURCE_EXHAUSTED, "MILVUS_BUSY", "Milvus has too much to do; try again later", _BACK_SECONDS)
 _FULL = _Failure(
-    Code.RESOURCE_EXHAUSTED, "MILVUS_FULL", "Milvus has no memory, disk or quota left; make room, or raise its limits"
+    Code.RESOURCE_EXHAUSTED,
+    "MILVUS_FULL",
+    "Milvus has no memory, disk or quota left; free some, or raise its limits",
 )
 _TOO_LARGE = _Failure(
     Code.RESOURCE_EXHAUSTED, "MILVUS_MESSAGE_TOO_LARGE", "the message is too large for Milvus; ask for or send less"

@@ -139,7 +139,7 @@ class EmbeddingStream:
         )
         self._waiting: deque[_WaitingText] = deque()
         self._waiting_characters = 0
-        engine.check_room(caller)
+        engine.check_space(caller)
 
     def add(self, message: TextMessage) -> None:
         """Add the texts of a message to the waiting texts; release the message if little of it is kept.
@@ -203,7 +203,7 @@ class EmbeddingStream:
                     group = self._take_group()
                     running[asyncio.create_task(self._embed(group))] = sum(text.characters for text in group)
                     del group  # the texts are not kept when the group has ended
-                if reading is None and not ended and self._has_room:
+                if reading is None and not ended and self._has_space:
                     reading = asyncio.create_task(next_message(messages))
                 if reading is None and not running:
                     return
@@ -223,7 +223,7 @@ class EmbeddingStream:
             await cancel_tasks([*running, reading])
 
     @property
-    def _has_room(self) -> bool:
+    def _has_space(self) -> bool:
         """Return whether to read another message: fewer than 64 texts wait, with fewer than 65,536 characters.
 
         The characters of the ids count too.

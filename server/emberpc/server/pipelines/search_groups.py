@@ -173,7 +173,7 @@ class SearchGroups:
                 `CollectionBackend.search`. A `ServiceError` of one search of a group does not fail the other searches.
         """
         if search.heavy:
-            self._pool.heavy.check_room(sum(len(each.waiting) for each in self._queues.values() if each.heavy))
+            self._pool.heavy.check_space(sum(len(each.waiting) for each in self._queues.values() if each.heavy))
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[Outcomes] = loop.create_future()
         key = search.group_key

@@ -53,7 +53,7 @@ class Slots:
             self._free -= 1
             return
         if refuse:
-            self.check_room(self.waiting)
+            self.check_space(self.waiting)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
@@ -65,7 +65,7 @@ class Slots:
                 self._waiting.remove(turn)
             raise
 
-    def check_room(self, waiting: int) -> None:
+    def check_space(self, waiting: int) -> None:
         """Raise RESOURCE_EXHAUSTED if `waiting`, a number of waiting tasks that the caller counts, fills the queue."""
         if waiting >= self._max_waiting:
             raise ServiceError(

@@ -234,7 +234,7 @@ class UpsertStream:
         ended = False
         try:
             while self._in_flight or not ended:
-                if reading is None and not ended and self._has_room:
+                if reading is None and not ended and self._has_space:
                     reading = asyncio.create_task(next_message(messages))
                 head = self._in_flight[0].task if self._in_flight else None
                 await asyncio.wait(
@@ -255,7 +255,7 @@ class UpsertStream:
             await cancel_tasks([*(message.task for message in self._in_flight), reading])
 
     @property
-    def _has_room(self) -> bool:
+    def _has_space(self) -> bool:
         """Return whether to read another message: few enough bytes, records and messages are in flight.
 
         A second message is read however many records the first has, if the first has fewer than 4 MiB: one message can
@@ -300,7 +300,7 @@ class UpsertStream:
         embedder = self._embedders.get(truncation)
         if embedder is None:
             if not self._embedders:
-                self._engine.check_room(self._caller)
+                self._engine.check_space(self._caller)
             model = collection_model(self._engine, self._collection)
             embedder = self._embedders[truncation] = BulkEmbedder(
                 self._engine,

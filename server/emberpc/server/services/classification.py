@@ -10,13 +10,13 @@ from emberpc.server.engine import Engine, Model
 from emberpc.server.paging import decode_token
 from emberpc.server.pipelines.classification import ClassificationRequest, TextClassifier
 from emberpc.server.pipelines.limits import Limits
-from emberpc.server.services import replies, requests
+from emberpc.server.services import requests, responses
 from emberpc.v1 import classification_pb2 as pb
 from emberpc.v1 import classification_pb2_grpc
 
 #: Bytes of a response that are reserved for the rest beside its classifiers. Most of them are for the page token, which
 #: encodes a name of at most 128 characters.
-_REPLY_BYTES = 1024
+_RESERVED_BYTES = 1024
 
 
 _REJECTION_SCORES = {
@@ -56,8 +56,8 @@ class ClassificationService(classification_pb2_grpc.ClassificationServiceService
         )
         caller = requests.caller(context, request.priority)
         model, inference, decisions = await self._classifier.classify(classification_request, caller)
-        response = pb.ClassifyResponse(model=replies.model_version(model), timings=replies.timings([inference]))
-        for row, usage in enumerate(replies.usages(inference)):
+        response = pb.ClassifyResponse(model=responses.model_version(model), timings=responses.timings([inference]))
+        for row, usage in enumerate(responses.usages(inference)):
             classification = classify_row(decisions, row, model.manifest, request.top_k)
             classification.usage.CopyFrom(usage)
             response.classifications.append(classification)
@@ -75,8 +75,8 @@ class ClassificationService(classification_pb2_grpc.ClassificationServiceService
         size = requests.page_size(request.page_size)
         after = decode_token(request.page_token)
         models = [model for model in self._engine.models() if model.manifest.task is Task.CLASSIFICATION]
-        max_bytes = min(replies.MAX_PAGE_BYTES, self._limits.max_response_bytes - _REPLY_BYTES)
-        page, token = replies.model_page(models, after, size, max_bytes, describe)
+        max_bytes = min(responses.MAX_PAGE_BYTES, self._limits.max_response_bytes - _RESERVED_BYTES)
+        page, token = responses.model_page(models, after, size, max_bytes, describe)
         for description in page[:1]:  # only the first classifier of a page may have more than `max_bytes`
             self._check_size(description)
         return pb.ListClassifiersResponse(classifiers=page, next_page_token=token)
@@ -93,9 +93,9 @@ class ClassificationService(classification_pb2_grpc.ClassificationServiceService
         return pb.GetClassifierResponse(classifier=description)
 
     def _check_size(self, description: pb.Classifier) -> None:
-        """Raise RESOURCE_EXHAUSTED if a classifier and `_REPLY_BYTES` have more than `max_response_bytes` together."""
+        """Raise RESOURCE_EXHAUSTED if a classifier and `_RESERVED_BYTES` together exceed `max_response_bytes`."""
         self._limits.check_response(
-            description.ByteSize() + _REPLY_BYTES,
+            description.ByteSize() + _RESERVED_BYTES,
             f"the labels of {description.name!r} are too long; start the server with a higher --max-response-bytes",
         )
 
@@ -128,7 +128,7 @@ def describe(model: Model) -> pb.Classifier:
     description = pb.Classifier(
         name=model.name,
         kind=pb.CLASSIFIER_KIND_FINE_TUNED,
-        model=replies.model_version(model),
+        model=responses.model_version(model),
         labels=[pb.Label(name=label) for label in manifest.labels],
         multi_label=rule.multi_label,
         thresholds=rule.label_thresholds(len(manifest.labels)),

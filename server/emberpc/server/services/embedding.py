@@ -14,7 +14,7 @@ from emberpc.server.errors import invalid
 from emberpc.server.pipelines.embedding import EmbeddingOptions, SimilarityRequest, TextEmbedder
 from emberpc.server.pipelines.embedding_stream import EmbeddedTextGroup, EmbeddingStream, StreamText, TextMessage
 from emberpc.server.pipelines.limits import Limits
-from emberpc.server.services import replies, requests
+from emberpc.server.services import requests, responses
 from emberpc.server.services.record_bytes import varint
 from emberpc.server.statuses import status_of
 from emberpc.v1 import embedding_pb2 as pb
@@ -47,9 +47,9 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
         embedded = await self._embedder.embed(request.model, list(request.texts), options, caller)
         return pb.EmbedResponse(
             embeddings=vectors.encode(embedded.vectors, request.dtype),
-            usages=replies.usages(embedded.inference),
-            model=replies.model_version(embedded.model),
-            timings=replies.timings([embedded.inference]),
+            usages=responses.usages(embedded.inference),
+            model=responses.model_version(embedded.model),
+            timings=responses.timings([embedded.inference]),
         )
 
     async def EmbedStream(
@@ -75,7 +75,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
         stream = EmbeddingStream(self._engine, self._limits, config.model, options, caller, request_id)
         stream.add(_text_message(request_iterator, first))
         del first
-        yield pb.EmbedStreamResponse(model=replies.model_version(stream.model))
+        yield pb.EmbedStreamResponse(model=responses.model_version(stream.model))
         async with aclosing(stream.run(request_iterator, partial(_later_message, request_iterator))) as groups:
             async for group in groups:
                 yield _group_response(group, config.dtype, request_id)
@@ -90,7 +90,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
         return pb.CountTokensResponse(
             token_counts=counted.counts,
             max_tokens=counted.model.manifest.max_tokens,
-            model=replies.model_version(counted.model),
+            model=responses.model_version(counted.model),
         )
 
     async def ComputeSimilarity(
@@ -111,9 +111,9 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
         found = await self._embedder.similarities(similarity_request, requests.caller(context))
         response = _with_scores(found.scores)
         response.rows, response.columns = found.scores.shape
-        response.usages.extend([*replies.usages(found.sources), *replies.usages(found.targets)])
-        response.model.CopyFrom(replies.model_version(found.model))
-        response.timings.CopyFrom(replies.timings([found.sources, found.targets]))
+        response.usages.extend([*responses.usages(found.sources), *responses.usages(found.targets)])
+        response.model.CopyFrom(responses.model_version(found.model))
+        response.timings.CopyFrom(responses.timings([found.sources, found.targets]))
         return response
 
 
@@ -160,7 +160,7 @@ def _group_response(
         failures=[pb.EmbedStreamFailure(id=id_, error=status_of(error, request_id)) for id_, error in group.failures],
     )
     for inference in group.inferences:
-        response.usages.extend(replies.usages(inference))
+        response.usages.extend(responses.usages(inference))
     if group.vectors is not None:
         response.embeddings.CopyFrom(vectors.encode(group.vectors, dtype))
     return response

@@ -23,7 +23,7 @@ from emberpc.server.pipelines.reembedding import ReembeddingJobs
 from emberpc.server.pipelines.search import RESPONSE_REMEDY, CollectionSearch
 from emberpc.server.pipelines.search_groups import SearchGroups
 from emberpc.server.pipelines.upsert_stream import UpsertedBatch, UpsertMessage, UpsertStream
-from emberpc.server.services import backups, record_replies, replies, requests
+from emberpc.server.services import backups, record_responses, requests, responses
 from emberpc.server.services.filter_messages import read_filter
 from emberpc.server.services.index_messages import (
     RequestedParts,
@@ -151,11 +151,11 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         upserted = await self._writer.upsert(upsert_request, requests.caller(context))
         result, inference = upserted.result, upserted.inference
         response = pb.UpsertRecordsResponse(
-            inserted_count=result.inserted, updated_count=result.updated, receipt=replies.receipt(result)
+            inserted_count=result.inserted, updated_count=result.updated, receipt=responses.receipt(result)
         )
         if inference is not None:
-            response.usages.extend(replies.usages(inference))
-            response.timings.CopyFrom(replies.timings([inference]))
+            response.usages.extend(responses.usages(inference))
+            response.timings.CopyFrom(responses.timings([inference]))
         return response
 
     async def UpsertRecordsStream(
@@ -189,13 +189,13 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
 
         Raises:
             ServiceError: INVALID_ARGUMENT for wrong parts or a wrong number of ids; as `CollectionAccess.call` and
-                `record_replies.batch_get` do.
+                `record_responses.batch_get` do.
         """
         parts = RequestedParts(request.parts)
         self._limits.check_ids(len(request.ids))
         return await self._access.call(
             request.collection,
-            lambda collection: record_replies.batch_get(collection, request.ids, parts, self._limits),
+            lambda collection: record_responses.batch_get(collection, request.ids, parts, self._limits),
             requests.caller(context),
         )
 
@@ -211,7 +211,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         deleted = await self._writer.delete(request.collection, request.ids, condition, caller)
         return pb.DeleteRecordsResponse(
             deleted_count=deleted.result.deleted,
-            receipt=replies.receipt(deleted.result),
+            receipt=responses.receipt(deleted.result),
             warnings=deleted.warnings,
         )
 
@@ -222,13 +222,13 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
 
         Raises:
             ServiceError: INVALID_ARGUMENT for a wrong filter, part or page size; as `CollectionAccess.call` and
-                `record_replies.page` do.
+                `record_responses.page` do.
         """
         condition, parts = _filter(request), RequestedParts(request.parts)
         size, token = requests.page_size(request.page_size), request.page_token
         return await self._access.call(
             request.collection,
-            lambda collection: record_replies.page(collection, size, token, condition, parts, self._limits),
+            lambda collection: record_responses.page(collection, size, token, condition, parts, self._limits),
             requests.caller(context),
             heavy=condition is not None,
         )
@@ -236,12 +236,12 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     async def CountRecords(self, request: pb.CountRecordsRequest, context: requests.Context) -> pb.CountRecordsResponse:
         """Return the number of records that match the filter; without a filter, of all records.
 
-        Errors are those of `CollectionAccess.call` and `record_replies.count`; INVALID_ARGUMENT for a wrong filter.
+        Errors are those of `CollectionAccess.call` and `record_responses.count`; INVALID_ARGUMENT for a wrong filter.
         """
         condition = _filter(request)
         return await self._access.call(
             request.collection,
-            lambda collection: record_replies.count(collection, condition),
+            lambda collection: record_responses.count(collection, condition),
             requests.caller(context),
             heavy=condition is not None,
         )
@@ -270,7 +270,7 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
         collection = await self._access.open(request.name)
         async with aclosing(self._analysis.verify(collection, requests.caller(context), full=request.full)) as steps:
             async for step in steps:
-                yield record_replies.verification(step)
+                yield record_responses.verification(step)
 
     def BackupCollection(
         self, request: pb.BackupCollectionRequest, context: requests.Context
@@ -318,13 +318,13 @@ class IndexService(index_pb2_grpc.IndexServiceServicer):
     ) -> bytes:
         """Return a serialized ClusterRecordsResponse (see `_WITH_RECORDS`): clusters of the records, with examples.
 
-        Errors are those of `CollectionAccess.open`, `CollectionAnalysis.clusters` and `record_replies.clusters`.
+        Errors are those of `CollectionAccess.open`, `CollectionAnalysis.clusters` and `record_responses.clusters`.
         """
         count, examples, caller = request.cluster_count, request.examples_per_cluster, requests.caller(context)
         found = await self._access.use(
             request.collection, lambda collection: self._analysis.clusters(collection, count, examples, caller)
         )
-        return await self._pool.run(partial(record_replies.clusters, found, self._limits))
+        return await self._pool.run(partial(record_responses.clusters, found, self._limits))
 
     async def ReembedCollection(
         self, request: pb.ReembedCollectionRequest, context: requests.Context
@@ -393,7 +393,7 @@ def _batch_response(batch: UpsertedBatch, fingerprint: str, request_id: str) -> 
     )
     if batch.result is not None:
         response.inserted_count, response.updated_count = batch.result.inserted, batch.result.updated
-        response.receipt.CopyFrom(replies.receipt(batch.result))
+        response.receipt.CopyFrom(responses.receipt(batch.result))
     return response
 
 

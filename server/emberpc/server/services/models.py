@@ -10,7 +10,7 @@ from emberpc.bundle import Task
 from emberpc.server.engine import Engine, Loader, Model, OnStage
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.paging import decode_token
-from emberpc.server.services import replies, requests
+from emberpc.server.services import requests, responses
 from emberpc.v1 import model_pb2 as pb
 from emberpc.v1 import model_pb2_grpc
 
@@ -41,7 +41,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         """
         size = requests.page_size(request.page_size)
         after = decode_token(request.page_token)
-        page, token = replies.model_page(self._engine.models(), after, size, replies.MAX_PAGE_BYTES, describe)
+        page, token = responses.model_page(self._engine.models(), after, size, responses.MAX_PAGE_BYTES, describe)
         return pb.ListModelsResponse(models=page, next_page_token=token)
 
     async def GetModel(self, request: pb.GetModelRequest, context: requests.Context) -> pb.GetModelResponse:

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from emberpc.server.collections import Plan, SearchOutcome, SearchStrategy, StoredRecord
 from emberpc.server.pipelines.search import SearchResults
-from emberpc.server.services import replies
+from emberpc.server.services import responses
 from emberpc.server.services.index_messages import RequestedParts, record_vectors
 from emberpc.server.services.record_bytes import FIRST, length_delimited, record_bytes, varint
 from emberpc.v1 import index_pb2 as pb
@@ -55,10 +55,10 @@ def search_response(
         response.timings.lookup_seconds = results.lookup_seconds
     else:
         usages = [None] * len(results.outcomes)
-        for row, usage in zip(embedded.rows, replies.usages(embedded.inference), strict=True):
+        for row, usage in zip(embedded.rows, responses.usages(embedded.inference), strict=True):
             usages[row] = usage
-        response.model.CopyFrom(replies.model_version(embedded.model))
-        response.timings.CopyFrom(replies.timings([embedded.inference], results.lookup_seconds))
+        response.model.CopyFrom(responses.model_version(embedded.model))
+        response.timings.CopyFrom(responses.timings([embedded.inference], results.lookup_seconds))
     return response_bytes(results.outcomes, parts, response, usages, check=check)
 
 

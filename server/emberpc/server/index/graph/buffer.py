@@ -7,7 +7,7 @@ import numpy as np
 from emberpc.server.collections.metric import best_of, nearest
 from emberpc.server.collections.types import Distance, Labels, Matrix
 
-#: Maximum number of float32 values in a chunk (2 MiB), and the number of vectors that a new chunk has room for.
+#: Maximum number of float32 values in a chunk (2 MiB), and the number of vectors that a new chunk has space for.
 _CHUNK, _MIN_ROWS = 2**19, 16
 
 
@@ -39,12 +39,12 @@ class Buffer:
         """Append vectors, float32 (n, dimensions), under labels, int64 (n,), ascending and above all present labels."""
         start = 0
         while start < len(labels):
-            if not self._chunks or (not self._chunks[-1].room and self._chunks[-1].rows >= self._rows):
+            if not self._chunks or (not self._chunks[-1].space and self._chunks[-1].rows >= self._rows):
                 self._chunks.append(_Chunk(_MIN_ROWS, self._dimensions))
             last = self._chunks[-1]
-            if (wanted := last.rows - last.room + len(labels) - start) > last.rows:
+            if (wanted := last.rows - last.space + len(labels) - start) > last.rows:
                 last.grow(min(self._rows, max(wanted, 2 * last.rows)))
-            end = min(len(labels), start + last.room)
+            end = min(len(labels), start + last.space)
             last.add(labels[start:end], vectors[start:end])
             start = end
         self._count += len(labels)
@@ -119,7 +119,7 @@ class _Chunk:
         self._present = np.pad(self._present, (0, more))
 
     @property
-    def room(self) -> int:
+    def space(self) -> int:
         """Number of free rows, which are at the end; rows of removed vectors do not count."""
         return len(self._labels) - self._end
 

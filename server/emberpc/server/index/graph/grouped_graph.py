@@ -25,7 +25,8 @@ _MAX_COMPARED_GROUP = 128
 #: Maximum number of strays that a search compares one by one, in less time than a search of a graph takes. More strays
 #: get a graph of their own.
 _MAX_COMPARED_STRAYS = 500
-#: Number of nodes for which the graph of a group or of strays allocates room at first; that of a shell allocates more.
+#: Number of nodes for which the graph of a group or of strays allocates memory at first; that of a shell allocates
+#: more.
 _GROUP_CAPACITY = 2 * _MAX_COMPARED_GROUP
 
 
@@ -63,8 +64,8 @@ class GroupedGraph(GroupedGraphReader):
 
         Args:
             vector_ids: ids of vectors. Those that are nodes, of this graph or of the graph of a group or of strays, are
-                checked; others are ignored. A ghost that is missed is deleted, and its group becomes part of every
-                search.
+                checked; others are ignored. A retained leader that is missed is deleted, and its group becomes part of
+                every search.
         """
         here: list[int] = []
         by_leader: dict[int, list[int]] = {}
@@ -109,9 +110,9 @@ class GroupedGraph(GroupedGraphReader):
         self._add_strays(np.array([vector_id], dtype=np.int64), vector)
 
     def begin_check(self) -> list[int]:
-        """Begin a complete check: set `added` to 0, and return the ids of all vectors and of ghosts, to be checked."""
+        """Begin a complete check: set `added` to 0, and return the ids to check: all vectors and retained leaders."""
         self._added = 0
-        return [*dict.fromkeys(self._vector_of.values()), *self._ghosts]
+        return [*dict.fromkeys(self._vector_of.values()), *self._retained]
 
     def end_check(self) -> None:
         """End a complete check, after the caller has passed all vectors to `check`: set `checked` to `to_check`."""
@@ -120,7 +121,7 @@ class GroupedGraph(GroupedGraphReader):
     def remove(self, labels: set[int]) -> None:
         """Remove labels; missing labels are ignored.
 
-        A vector without labels is deleted, but a node with a group becomes a ghost.
+        A vector without labels is deleted, but a node with a group becomes a retained leader.
         """
         for label in labels & self._vector_of.keys():
             vector_id = self._vector_of.pop(label)
@@ -233,7 +234,7 @@ class GroupedGraph(GroupedGraphReader):
             self._vector_of[label] = vector_id
 
     def _check_nodes(self, nodes: Labels, vectors: Matrix) -> None:
-        """Search for nodes by their own vectors; make strays of missed nodes, but only delete missed ghosts.
+        """Search for nodes by their own vectors; delete missed retained leaders, and make strays of other missed nodes.
 
         Args:
             nodes: ids of nodes of this graph, int64 (n,).
@@ -244,7 +245,7 @@ class GroupedGraph(GroupedGraphReader):
             self._make_stray(int(nodes[row]), vectors[row : row + 1])
 
     def _make_stray(self, node: int, vector: Matrix) -> None:
-        """Delete a node from the graph; unless the node is a ghost, make a stray of its vector, float32 (1, d).
+        """Delete a node from the graph; except of a retained leader, make a stray of its vector, float32 (1, d).
 
         If the node has a group, every search searches that group from now on.
         """
@@ -252,8 +253,8 @@ class GroupedGraph(GroupedGraphReader):
         self._hnsw.delete(node)
         if node in self._groups:
             self._searched_always.add(node)
-        if node in self._ghosts:
-            self._ghosts.remove(node)
+        if node in self._retained:
+            self._retained.remove(node)
         else:
             self._add_strays(np.array([node], dtype=np.int64), vector)
 
@@ -275,14 +276,14 @@ class GroupedGraph(GroupedGraphReader):
         return graph
 
     def _delete_vector(self, vector_id: int) -> None:
-        """Delete a vector that has no labels any more; a node that has a group becomes a ghost instead."""
+        """Delete a vector that has no labels any more; a node that has a group becomes a retained leader instead."""
         (key,) = hashes_of(self._vectors([vector_id]))
         if self._by_hash.get(key) == vector_id:
             del self._by_hash[key]
         leader = self._leader_of.pop(vector_id, None)
         if leader is None:
             if vector_id in self._groups:
-                self._ghosts.add(vector_id)
+                self._retained.add(vector_id)
             else:
                 self._hnsw.delete(vector_id)
         elif leader == STRAY:
@@ -293,22 +294,22 @@ class GroupedGraph(GroupedGraphReader):
     def _leave_group(self, vector_id: int, leader: int) -> None:
         """Remove a vector from the group of its leader.
 
-        If the group becomes empty, delete the group, and also the leader if it is a ghost.
+        If the group becomes empty, delete the group, and also the leader if it is retained.
         """
         group = self._groups[leader]
         group.remove({vector_id})
         if not len(group):
             del self._groups[leader]
             self._searched_always.discard(leader)
-            self._drop_if_ghost(leader)
+            self._drop_if_retained(leader)
 
-    def _drop_if_ghost(self, node: int) -> None:
-        if node in self._ghosts:
-            self._ghosts.remove(node)
+    def _drop_if_retained(self, node: int) -> None:
+        if node in self._retained:
+            self._retained.remove(node)
             self._hnsw.delete(node)
 
     def _is_node(self, vector_id: int) -> bool:
-        return vector_id in self._ghosts or (
+        return vector_id in self._retained or (
             vector_id not in self._leader_of
             and (self._vector_of.get(vector_id) == vector_id or vector_id in self._members)
         )

@@ -58,7 +58,7 @@ class GroupedGraphReader:
 
     Many nearly equal nodes would fill the candidates of a search, and the links that lead to other nodes. So a vector
     that is nearly equal to a node joins the group of that node, its leader, and is no node itself. A search that finds
-    a leader searches the leader's group too. A leader whose own labels are removed is a ghost: its node stays while it
+    a leader searches the leader's group too. A leader whose own labels are removed is retained: its node stays while it
     has a group, but is no hit.
 
     A stray is a vector that searches for that vector did not find. Its node is deleted from the graph, and the vector
@@ -110,8 +110,8 @@ class GroupedGraphReader:
         self._stray_hashes: set[int] = set()
         #: Leaders whose groups are part of every search: leaders whose nodes searches missed, shells, and `SHORT`.
         self._searched_always: set[int] = set()
-        #: Ghosts: nodes that are leaders and whose own labels are removed.
-        self._ghosts: set[int] = set()
+        #: Retained leaders: nodes with a group whose own labels are removed.
+        self._retained: set[int] = set()
         #: Leader of each label in a loaded snapshot whose vector must still be read from the store.
         self._awaited: dict[int, int] = {}
         self._checked = 0
@@ -164,12 +164,12 @@ class GroupedGraphReader:
 
     @property
     def nodes(self) -> int:
-        """Number of nodes of this graph that are not deleted, with ghosts, without nodes in the graphs of groups."""
+        """Number of nodes of this graph, with retained leaders, without deleted nodes and nodes in graphs of groups."""
         return self._hnsw.count
 
     @property
     def to_check(self) -> int:
-        """Number of ids that `begin_check` returns: of nodes, ghosts, members of groups, and strays."""
+        """Number of ids that `begin_check` returns: of nodes, retained leaders, members of groups, and strays."""
         return self._hnsw.count + len(self._leader_of)
 
     @property
@@ -212,7 +212,7 @@ class GroupedGraphReader:
         """Return one label of each node, also in the graph of a shell, and of each vector in the pool of a shell.
 
         So the result has few nearly equal vectors, except those in the pool of a shell. Strays, short vectors and the
-        members of a leader's group are left out, as are ghosts, which have no label.
+        members of a leader's group are left out, as are retained leaders, which have no label.
         """
         vector_ids = self._node_ids()
         for leader, group in self._groups.items():
@@ -272,7 +272,7 @@ class GroupedGraphReader:
         return [each for graph in graphs for each in (graph, *graph._graphs())]
 
     def _node_ids(self) -> list[int]:
-        """Return the ids of the vectors that are nodes of this graph, without ghosts."""
+        """Return the ids of the vectors that are nodes of this graph, without retained leaders."""
         return [vector_id for vector_id in dict.fromkeys(self._vector_of.values()) if vector_id not in self._leader_of]
 
     def _vectors(self, vector_ids: list[int]) -> Matrix:
@@ -317,8 +317,8 @@ class GroupedGraphReader:
             k: number of vectors to find for each query, at most `n`.
 
         Returns:
-            The ids of the `k` best vectors for each query (members of groups, and nodes that are not ghosts), best
-            first, and their scores: (queries, k).
+            The ids of the `k` best vectors for each query (members of groups, and nodes that are not retained leaders),
+            best first, and their scores: (queries, k).
         """
         rows_of = {leader: list(range(len(queries))) for leader in self._searched_always}
         for row, found in enumerate(nodes.tolist()):
@@ -326,8 +326,8 @@ class GroupedGraphReader:
                 for node in found:
                     if node in self._groups:
                         rows_of.setdefault(node, []).append(row)
-        if self._ghosts:
-            scores = np.where(np.isin(nodes, list(self._ghosts)), -np.inf, scores).astype(np.float32)
+        if self._retained:
+            scores = np.where(np.isin(nodes, list(self._retained)), -np.inf, scores).astype(np.float32)
         best = nodes[:, :k].copy(), scores[:, :k].copy()
         parts: dict[int, list[tuple[Labels, Matrix]]] = {}
         for leader, rows in rows_of.items():

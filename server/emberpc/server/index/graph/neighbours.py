@@ -81,7 +81,8 @@ class Neighbours:
         self._graph = graph
         self._buffer = Buffer(spec.dimensions, spec.distance)
         self._lock = ReadWriteLock()
-        #: Ids of the vectors and ghosts that the complete check in progress has not checked yet; empty between checks.
+        #: Ids of the vectors and retained leaders that the complete check in progress has not checked yet; empty
+        #: between checks.
         self._unchecked: list[int] = []
 
     @property

@@ -34,7 +34,7 @@ class GraphContents:
         outside: labels of the vectors that are not nodes, by leader. In place of a leader there is -1 for strays, -2
             for short vectors, and the number of its shell for a vector outside the main shell. Groups of more than
             2,000 vectors are left out.
-        ghosts: leaders whose own labels are removed.
+        retained: leaders whose own labels are removed.
         checked: value of `PersistentGraph.to_check` when the last complete check ended; 0 before the first.
         shells: the shells into which the vectors are divided; None: all vectors are in one graph.
     """
@@ -42,7 +42,7 @@ class GraphContents:
     dead: Labels = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     members: dict[int, list[int]] = field(default_factory=dict)
     outside: dict[int, list[int]] = field(default_factory=dict)
-    ghosts: list[int] = field(default_factory=list)
+    retained: list[int] = field(default_factory=list)
     checked: int = 0
     shells: Shells | None = None
 
@@ -83,7 +83,7 @@ class PersistentGraph(GroupedGraph):
             OSError: writing cannot begin.
         """
         every = self._hnsw.every()
-        alive = np.array([*self._node_ids(), *self._ghosts], dtype=np.int64)
+        alive = np.array([*self._node_ids(), *self._retained], dtype=np.int64)
         outside: dict[int, list[int]] = {}
         for vector_id, leader in self._leader_of.items():
             if leader == STRAY or len(self._groups[leader]) <= _MAX_SAVED_GROUP:
@@ -93,7 +93,7 @@ class PersistentGraph(GroupedGraph):
             outside.setdefault(leader, []).append(label)
         members = {vector_id: list(its) for vector_id, its in self._members.items() if vector_id not in self._leader_of}
         contents = GraphContents(
-            np.setdiff1d(every, alive), members, outside, sorted(self._ghosts), self._checked, self._shells
+            np.setdiff1d(every, alive), members, outside, sorted(self._retained), self._checked, self._shells
         )
         nodes = sum(len(members.get(vector_id, (vector_id,))) for vector_id in self._node_ids())
         live = nodes + sum(len(labels) for labels in outside.values())
@@ -120,11 +120,11 @@ class PersistentGraph(GroupedGraph):
         """
         graph = cls(spec, shells=contents.shells)
         graph._hnsw = Hnsw.read(spec, path, len(contents.dead))
-        graph._ghosts = set(contents.ghosts)
+        graph._retained = set(contents.retained)
         graph._checked = contents.checked
         graph._awaited = {label: leader for leader, labels in contents.outside.items() for label in labels}
         graph._members = {vector_id: dict.fromkeys(labels) for vector_id, labels in contents.members.items()}
-        nodes = sorted(set(graph._hnsw.every().tolist()) - set(contents.dead.tolist()) - graph._ghosts)
+        nodes = sorted(set(graph._hnsw.every().tolist()) - set(contents.dead.tolist()) - graph._retained)
         for start in range(0, len(nodes), _READ_BATCH):
             part = nodes[start : start + _READ_BATCH]
             for node, key in zip(part, hashes_of(graph._hnsw.vectors(part)), strict=True):
@@ -153,9 +153,9 @@ class PersistentGraph(GroupedGraph):
         self._register(labels, vector_ids, hashes)
 
     def restored(self) -> None:
-        """Finish loading: empty `awaited`, and delete ghosts that have no group. Labels not restored stay out."""
+        """Finish loading: empty `awaited`, and delete retained leaders without group. Labels not restored stay out."""
         self._awaited = {}
         self._searched_always = {leader for leader in self._groups if not self._is_node(leader)}
-        for node in [node for node in self._ghosts if node not in self._groups]:
-            self._drop_if_ghost(node)
+        for node in [node for node in self._retained if node not in self._groups]:
+            self._drop_if_retained(node)
         self._added = max(0, self.to_check - self._checked)

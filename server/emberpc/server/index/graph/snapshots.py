@@ -142,7 +142,7 @@ def _contents_to_json(contents: GraphContents) -> dict[str, object]:
         "dead": contents.dead.tolist(),
         "members": [[node, labels] for node, labels in contents.members.items()],
         "outside": [[leader, labels] for leader, labels in contents.outside.items()],
-        "ghosts": contents.ghosts,
+        "ghosts": contents.retained,  # the key in the format of snapshots
         "checked": contents.checked,
         "shells": [contents.shells.centre.tolist(), contents.shells.radius] if contents.shells else None,
     }

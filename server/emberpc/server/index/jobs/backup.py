@@ -72,7 +72,7 @@ def copy_of(folder: Path, spec: CollectionSpec, created: datetime, stop: Callabl
         path = scratch / "backup.db"
         with closing(connect(folder / DATABASE_NAME)) as connection:
             pages, size = (int(connection.execute(f"PRAGMA page_{part}").fetchone()[0]) for part in ("count", "size"))
-            check_room(scratch, pages * size, what)
+            check_space(scratch, pages * size, what)
             connection.set_progress_handler(stop, STEPS_BETWEEN_LOOKS)
             try:
                 connection.execute("VACUUM INTO ?", (str(path.absolute()),))
@@ -155,7 +155,7 @@ def last_line(sha256: str) -> bytes:
     return _LAST_LINE % sha256.encode()
 
 
-def check_room(folder: Path, size: int, what: str) -> None:
+def check_space(folder: Path, size: int, what: str) -> None:
     """Check that the disk of a folder has at least `size` + `HEADROOM` free bytes.
 
     Args:
@@ -172,7 +172,7 @@ def check_room(folder: Path, size: int, what: str) -> None:
         raise ServiceError(
             Code.RESOURCE_EXHAUSTED,
             f"{what} needs {size + HEADROOM} free bytes in the data directory, of which {HEADROOM} stay free for "
-            f"writes, and {free} are free; make room and try again",
+            f"writes, and {free} are free; free some space and try again",
             reason="DISK_FULL",
             metadata={"needed_bytes": str(size + HEADROOM), "free_bytes": str(free)},
         )

@@ -86,7 +86,7 @@ Answer = Callable[[DenseRequest], Sequence[SearchOutcome | None]]
 class DenseSearcher:
     """Finds the records of a collection nearest to queries, by the vectors in memory or in the store.
 
-    Vectors in the store are compared if a request is `exact`, few records meet a filter, or memory gives no answer.
+    Vectors in the store are compared if a request is `exact`, few records meet a filter, or memory cannot answer.
 
     Args:
         store: the records, from which memory can be rebuilt.

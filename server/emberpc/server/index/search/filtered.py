@@ -92,7 +92,7 @@ class Selector:
             self._lock.wait_for(lambda: self._applied >= sequence, _MOMENT)
 
     def select(self, condition: Clause, vectors_up_to: int) -> Selection:
-        """Return the selection of a filter after the store's last write, and cache it if the cache has room for it.
+        """Return the selection of a filter after the store's last write, and cache it if the cache has space for it.
 
         Not to be called in a block of `Store.snapshot`.
 

@@ -404,7 +404,7 @@ def _open_catalogue(data_dir: Path) -> sqlite3.Connection:
             if descriptors.none_free(DESCRIPTORS):
                 raise _unusable(data_dir, f"cannot be opened: {descriptors.shortage_at_start()}") from error
             raise _unusable(
-                data_dir, "cannot be written to; make room, see to its permissions, or choose another --data-dir"
+                data_dir, "cannot be written to; free some space, see to its permissions, or choose another --data-dir"
             ) from error
         # UnicodeDecodeError: Python decodes names and messages of SQLite, which may have damaged bytes of the schema.
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:

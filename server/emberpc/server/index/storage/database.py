@@ -139,7 +139,7 @@ def translated(subject: str) -> Iterator[None]:
         if str(error) == _DISK_FULL or (str(error) in _FILE_FAILURES and _disk_is_full()):
             raise ServiceError(
                 Code.RESOURCE_EXHAUSTED,
-                f"the disk is full; the request wrote nothing to {subject}, make room and try again",
+                f"the disk is full; the request wrote nothing to {subject}, free some space and try again",
                 reason="DISK_FULL",
             ) from error
         # SQLite reports a lack of file descriptors as "unable to open database file" or "disk I/O error".

@@ -46,7 +46,7 @@ def translated_os_errors(consequence: str) -> Iterator[None]:
     except OSError as error:
         log.exception("%s", consequence)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            message = f"the disk is full; {consequence}, make room and try again"
+            message = f"the disk is full; {consequence}, free some space and try again"
             raise ServiceError(Code.RESOURCE_EXHAUSTED, message, reason="DISK_FULL") from error
         if descriptors.is_shortage(error):
             raise descriptors.shortage() from error

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 #: Maximum number of bytes of the reserve (16 MiB): enough for the pages that a deletion of some thousand records
 #: writes.
 _SIZE = 16 * 2**20
-#: `reason` of the error of a call for which the disk has no room.
+#: `reason` of the error of a call for which the disk has no space.
 DISK_FULL = "DISK_FULL"
 #: Reasons of errors whose cause may be a full disk or something else; `Reserve.run` then reads the free space.
 _FAILURES = frozenset({"DATABASE_FAILED", "DATA_DIRECTORY"})
@@ -37,12 +37,12 @@ Result = TypeVar("Result")
 class Reserve:
     """A file that takes up disk space until a deletion finds the disk full. Safe to use from several threads.
 
-    The deletion then removes the file to get its space. Until the disk has room for the file again, `check` refuses
+    The deletion then removes the file to get its space. Until the disk has space for the file again, `check` refuses
     writes other than deletions: they would use the space that the next deletion needs. If the file cannot be allocated
     for another reason than a full disk, there is no reserve, and no write is refused.
 
     Args:
-        path: the file; the constructor allocates it if there is room.
+        path: the file; the constructor allocates it if there is space.
 
     Raises:
         OSError: the size of the file system cannot be read.
@@ -53,7 +53,8 @@ class Reserve:
         self._lock = threading.Lock()
         self._thread = threading.local()
         self._size = min(_SIZE, shutil.disk_usage(path.parent).total // _SHARE)
-        #: Whether writes other than deletions are refused: a deletion needed the file's space, or the disk has no room.
+        #: Whether writes other than deletions are refused: a deletion needed the file's space, or the disk has no
+        #: space.
         self._missing = False
         with self._lock:
             self._allocate()
@@ -65,21 +66,21 @@ class Reserve:
             consequence: the effect of the refusal, for the message, such as "nothing was written".
 
         Raises:
-            ServiceError: RESOURCE_EXHAUSTED if the file is missing because the disk has no room for it.
+            ServiceError: RESOURCE_EXHAUSTED if the file is missing because the disk has no space for it.
         """
         if self.refill():
             return
         raise ServiceError(
             Code.RESOURCE_EXHAUSTED,
-            f"the disk is full; {consequence}, delete collections or make room, and try again",
+            f"the disk is full; {consequence}, delete collections or free some space, and try again",
             reason=DISK_FULL,
         )
 
     def refill(self) -> bool:
-        """Allocate the file again if it is missing because the disk was full, and the disk has room now.
+        """Allocate the file again if it is missing because the disk was full, and the disk has space now.
 
         Returns:
-            Whether writes other than deletions are allowed. They are refused while the disk has no room for the file.
+            Whether writes other than deletions are allowed. They are refused while the disk has no space for the file.
         """
         if self._missing:
             with self._lock:
@@ -90,7 +91,7 @@ class Reserve:
         """Run a deletion, or a step that must precede a deletion, and return its result.
 
         If `action` fails because the disk is full, remove the file and run `action` once more. The file stays missing
-        until `refill` or `check` is called while there is room.
+        until `refill` or `check` is called while there is space.
 
         Raises:
             ServiceError: an error of `action`; that of a full disk if the file is missing or too small.
@@ -133,12 +134,12 @@ class Reserve:
             except OSError:
                 return False
         log.warning(
-            "the disk is full: %s was removed for a deletion; other writes are refused until there is room", self._path
+            "the disk is full: %s was removed for a deletion; other writes are refused until there is space", self._path
         )
         return True
 
     def _allocate(self) -> None:
-        """Allocate the file, and allow all writes; if the disk has no room for the file, refuse all but deletions.
+        """Allocate the file, and allow all writes; if the disk has no space for the file, refuse all but deletions.
 
         If the file cannot be allocated for another reason, all writes are allowed. The caller holds the lock.
         """

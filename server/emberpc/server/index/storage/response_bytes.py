@@ -49,7 +49,7 @@ class _Response(threading.local):
     left: int | None = None
     #: Bytes of whole records that may still be kept in memory in the block. It starts at the limit, as `left` does, but
     #: it also counts texts and metadata that the response excludes.
-    room = 0
+    space = 0
     parts = WHOLE_RECORD
 
 
@@ -82,7 +82,7 @@ class ResponseBytes:
         Args:
             parts: parts of a record that the response contains. `spend` counts only these, and the class label.
         """
-        self._response.left = self._response.room = self.limit
+        self._response.left = self._response.space = self.limit
         self._response.parts = parts
         try:
             yield
@@ -108,19 +108,19 @@ class ResponseBytes:
         response = self._response
         if response.left is None:
             return True
-        left, room = response.left, response.room
+        left, space = response.left, response.space
         for start in range(0, len(keys), SIZES_AT_ONCE):
             part = keys[start : start + SIZES_AT_ONCE]
             marks = ",".join("?" * len(part))
             sizes = f"{_size(response.parts)}, {_size(WHOLE_RECORD)}"
             statement = f"SELECT {sizes} FROM records WHERE {column} IN ({marks})"  # noqa: S608 - our own names
             held, whole = connection.execute(statement, part).fetchone()
-            left, room = left - int(held), room - int(whole)
+            left, space = left - int(held), space - int(whole)
             self._check(left)
         response.left = left
-        if room < 0:
+        if space < 0:
             return False
-        response.room = room
+        response.space = space
         return True
 
     def count(self, records: Iterable[StoredRecord]) -> None:
@@ -139,7 +139,7 @@ class ResponseBytes:
         )
         self._check(self._response.left - size)
         self._response.left -= size
-        self._response.room -= size
+        self._response.space -= size
 
     def _check(self, left: int) -> None:
         if left < 0:
