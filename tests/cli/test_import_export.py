@@ -79,9 +79,9 @@ def test_an_exported_and_deleted_collection_is_equal_after_its_import(
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     client.delete_collection("notes")
     if suffix == "jsonl":
-        (told,) = outcome.err.splitlines()[1:]
-        assert told.startswith("to make the collection again: emberpc collection create notes --model tiny ")
-        command = told.partition(": ")[2].replace("emberpc", f"{sys.executable} -m emberpc.cli.main")
+        (reported,) = outcome.err.splitlines()[1:]
+        assert reported.startswith("to make the collection again: emberpc collection create notes --model tiny ")
+        command = reported.partition(": ")[2].replace("emberpc", f"{sys.executable} -m emberpc.cli.main")
         subprocess.run(command, shell=True, check=True, capture_output=True, timeout=300)
         outcome = emberpc("collection", "import", "notes", file, "--json")
     else:
@@ -130,13 +130,13 @@ def test_import_reports_invalid_records_with_their_places_and_writes_the_others(
     outcome = emberpc("collection", "import", "c", lines, "--json")
     assert outcome.code == 2
     assert outcome.objects[0]["inserted"] == 2
-    told = sorted(outcome.err.splitlines())
-    assert told[0] == f"{lines}:2: the line is not JSON"
-    assert told[1] == f"{lines}:4: there is no id; give each record one"
-    assert told[2] == f"{lines}:5: byte 9 of the line is not UTF-8; convert the file to it"
-    assert told[3] == f"{lines}:6: text is of type int; it must be a str"
-    assert told[4].startswith(f"{lines}:7: text has ")
-    assert told[5:] == ["error: 5 of 7 records were not written; the lines above say why"]
+    reported = sorted(outcome.err.splitlines())
+    assert reported[0] == f"{lines}:2: the line is not JSON"
+    assert reported[1] == f"{lines}:4: there is no id; give each record one"
+    assert reported[2] == f"{lines}:5: byte 9 of the line is not UTF-8; convert the file to it"
+    assert reported[3] == f"{lines}:6: text is of type int; it must be a str"
+    assert reported[4].startswith(f"{lines}:7: text has ")
+    assert reported[5:] == ["error: 5 of 7 records were not written; the lines above say why"]
 
     outcome = emberpc("collection", "import", "c", table)
     assert outcome.code == 2
@@ -248,20 +248,20 @@ def test_vectors_of_another_model_are_refused_and_text_only_embeds_their_texts(
 ) -> None:
     file = tmp_path / "notes.parquet"
     assert emberpc("collection", "export", "notes", "-o", file).code == 0
-    outcome = emberpc("collection", "import", "anew", file, "--create", "--model", "other")
+    outcome = emberpc("collection", "import", "imported", file, "--create", "--model", "other")
     assert outcome.code == 5
     assert f"the vectors in {file} were made by another model than 'other', as it is served here" in outcome.err
     assert [collection.name for collection in client.collections()] == ["notes"]
     client.create_collection("there", model="other", truncation="end")
     assert emberpc("collection", "import", "there", file).code == 5
     arguments = ["--create", "--model", "other", "--text-only"]
-    assert emberpc("collection", "import", "anew", file, *arguments).code == 0
+    assert emberpc("collection", "import", "imported", file, *arguments).code == 0
     assert emberpc("collection", "import", "there", file, "--text-only").code == 0
-    anew, there = (list(client.records(name, with_vectors=True)) for name in ("anew", "there"))
-    assert anew == there == notes
+    imported, there = (list(client.records(name, with_vectors=True)) for name in ("imported", "there"))
+    assert imported == there == notes
     expected = client.embed([record.text for record in notes], model="other", truncation="end")
-    assert np.abs(np.stack([record.vector for record in anew if record.vector is not None]) - expected).max() < 1e-5
-    assert client.get_collection("anew").indexed_fields == ("number", "a b")
+    assert np.abs(np.stack([record.vector for record in imported if record.vector is not None]) - expected).max() < 1e-5
+    assert client.get_collection("imported").indexed_fields == ("number", "a b")
 
 
 def test_export_replaces_an_existing_file_only_with_overwrite(

@@ -43,7 +43,7 @@ records = st.builds(
     time_to_live=st.none() | st.floats(0.001, 1e9),
     vector=st.none() | arrays(np.float32, st.integers(1, 5), elements=floats),
 )
-told = st.builds(
+collection_settings = st.builds(
     CollectionSettings,
     model=texts,
     model_fingerprint=texts,
@@ -76,7 +76,7 @@ def test_records_are_read_from_json_lines_as_written(tmp_path: Path, listed: lis
 
 
 @per_example
-@given(listed=st.lists(records, max_size=5), made=told)
+@given(listed=st.lists(records, max_size=5), made=collection_settings)
 def test_records_and_settings_are_read_from_parquet_as_written(
     tmp_path: Path, listed: list[Record], made: CollectionSettings
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from emberpc.client import TLS, AsyncClient, Client, Health, InputError, InputTypeError, Unavailable
 from emberpc.client._core.connection import ConnectionSettings, is_local, is_port_valid
-from emberpc.client.exceptions import Circumstances, _own_words
+from emberpc.client.exceptions import Circumstances, _client_message
 from fake_server import FakeServer
 
 
@@ -137,7 +137,7 @@ def test_a_target_without_a_port_in_digits_is_valid(target: str) -> None:
     ],
 )
 def test_an_unknown_host_name_is_named(details: str) -> None:
-    message = _own_words(grpc.StatusCode.UNAVAILABLE, details, Circumstances("x:1", "/emberpc.v1.Any/Embed", 1.0))
+    message = _client_message(grpc.StatusCode.UNAVAILABLE, details, Circumstances("x:1", "/emberpc.v1.Any/Embed", 1.0))
     assert message.startswith("the host name in x:1 has no address; check its spelling")
 
 

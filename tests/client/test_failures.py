@@ -34,7 +34,7 @@ from emberpc.client import (
     Unimplemented,
 )
 from emberpc.client._core import retries
-from emberpc.client.exceptions import Circumstances, _own_words
+from emberpc.client.exceptions import Circumstances, _client_message
 from fake_server import FakeServer, Fault
 from ping_proxy import PingProxy
 
@@ -281,7 +281,7 @@ def test_the_error_for_an_unreachable_server_names_address_and_remedy(shell_type
 def test_the_error_for_too_many_calls_of_a_connection_names_the_cause() -> None:
     call = Circumstances("host:1", "/emberpc.v1.EmbeddingService/Embed", 1.0)
     details = "Stream removed (RST_STREAM with error code 7)"
-    message = _own_words(grpc.StatusCode.UNAVAILABLE, details, call)
+    message = _client_message(grpc.StatusCode.UNAVAILABLE, details, call)
     assert message.startswith("the server at host:1 refused /emberpc.v1.EmbeddingService/Embed, since too many calls")
 
 

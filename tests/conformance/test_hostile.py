@@ -160,8 +160,8 @@ def test_collections_are_listed_by_name_with_their_settings(stub: Stub, client: 
                 break
         assert [found.name for found in listed] == names
         for found in map(client.get_collection, names):
-            told = (found.dimensions, found.distance, found.truncation, found.m, found.ef_construction)
-            assert told == (3, "dot_product", "start", 8, 40)
+            reported = (found.dimensions, found.distance, found.truncation, found.m, found.ef_construction)
+            assert reported == (3, "dot_product", "start", 8, 40)
             assert (found.record_count, found.model) == (0, "")
             assert found.create_time is not None
     finally:

@@ -23,16 +23,16 @@ class Reviving:
 
 
 async def test_the_health_status_follows_the_living_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    statuses, told = health.aio.HealthServicer(), []
+    statuses, reported = health.aio.HealthServicer(), []
     monkeypatch.setattr(app, "_REVIVAL_SECONDS", 0)
     set_health = app._set_health
 
     async def telling(servicer: health.aio.HealthServicer, *, serving: bool) -> None:
-        told.append(serving)
+        reported.append(serving)
         await set_health(servicer, serving=serving)
 
     monkeypatch.setattr(app, "_set_health", telling)
     await asyncio.wait_for(app._revive(cast(Engine, Reviving([0, 0, 1, 2])), 2, statuses), 300)
-    assert told == [False, False, True, True]
+    assert reported == [False, False, True, True]
     answer = await statuses.Check(health_pb2.HealthCheckRequest(), cast(Any, None))
     assert answer.status == health_pb2.HealthCheckResponse.SERVING

@@ -329,22 +329,22 @@ class Deadly:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 async def test_a_worker_that_dies_fails_its_own_calls_and_is_replaced(scheduler: Make) -> None:
-    told = threading.Event()
-    busy = scheduler(workers=1, batch_tokens=10, on_failure=told.set)
+    reported = threading.Event()
+    busy = scheduler(workers=1, batch_tokens=10, on_failure=reported.set)
     calls = [asyncio.create_task(busy.run(Deadly(), texts(10))) for _ in range(3)]
     results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 300)
     assert [result.code for result in results if isinstance(result, ServiceError)] == [Code.INTERNAL] * 3
     assert [int(row[0]) for row in (await asyncio.wait_for(busy.run(Lengths(), texts(9)), 300)).rows] == [9]
     assert busy.counts.lost_workers == 3
-    assert not told.is_set()
+    assert not reported.is_set()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 async def test_if_no_worker_can_be_started_all_calls_fail_and_the_failure_is_reported(
     scheduler: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = threading.Event()
-    busy = scheduler(workers=1, batch_tokens=10, on_failure=told.set)
+    reported = threading.Event()
+    busy = scheduler(workers=1, batch_tokens=10, on_failure=reported.set)
 
     def no_thread(*_: object) -> None:
         raise RuntimeError("can't start new thread")
@@ -353,7 +353,7 @@ async def test_if_no_worker_can_be_started_all_calls_fail_and_the_failure_is_rep
     calls = [asyncio.create_task(busy.run(Deadly(), texts(10))) for _ in range(3)]
     results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 300)
     assert all(isinstance(result, ServiceError) for result in results)
-    assert await asyncio.to_thread(told.wait, 300)
+    assert await asyncio.to_thread(reported.wait, 300)
     with pytest.raises(ServiceError) as refused:
         await busy.run(Lengths(), texts(1))
     assert refused.value.code is Code.UNAVAILABLE

@@ -47,7 +47,7 @@ def settings(tiny_source: Path, tmp_path: Path) -> ComparisonSettings:
 
 def test_a_finished_training_is_kept_until_its_outcome_is_stored(settings: ComparisonSettings, tmp_path: Path) -> None:
     details: list[str] = []
-    told: list[str] = []
+    reported: list[str] = []
 
     def stop(stage: str, done: int, total: int, detail: str = "") -> None:
         details.append(detail)
@@ -60,10 +60,10 @@ def test_a_finished_training_is_kept_until_its_outcome_is_stored(settings: Compa
     assert any(detail.startswith("training on all texts") for detail in details)
 
     def tell(stage: str, done: int, total: int, detail: str = "") -> None:
-        told.append(detail)
+        reported.append(detail)
 
     compared = run(settings, tmp_path / "report", tell)
-    assert not [detail for detail in told if detail.startswith("training")]
+    assert not [detail for detail in reported if detail.startswith("training")]
     (outcome,) = compared.outcomes
     assert outcome.figures["held_out_texts"] > 0
     assert list((tmp_path / "report" / "checkpoints").iterdir()) == []

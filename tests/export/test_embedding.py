@@ -222,10 +222,10 @@ def test_weights_above_the_limit_of_an_onnx_file_are_written_to_another_file(
 
 
 def test_an_export_reports_progress_in_stages(tiny_source: Path, tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    export_embedding(str(tiny_source), tmp_path / "bundle", progress=lambda *args: told.append(args))
-    assert len({stage for stage, *_ in told}) >= 2
-    assert all(0 <= done <= total and total >= 1 for _, done, total, *_ in told)
+    reported: list[tuple[str, int, int]] = []
+    export_embedding(str(tiny_source), tmp_path / "bundle", progress=lambda *args: reported.append(args))
+    assert len({stage for stage, *_ in reported}) >= 2
+    assert all(0 <= done <= total and total >= 1 for _, done, total, *_ in reported)
 
 
 def test_a_bundle_is_replaced_only_with_overwrite(tiny_source: Path, tmp_path: Path) -> None:

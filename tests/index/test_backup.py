@@ -209,9 +209,9 @@ def test_a_backup_without_space_on_the_disk_is_refused_with_the_needed_bytes(
 ) -> None:
     collection.upsert(numbered(100), gaussian(100, DIMENSIONS))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9 - 1000, 1000))
-    with refused(Code.RESOURCE_EXHAUSTED, " bytes", "1000 are free", "free some space") as told:
+    with refused(Code.RESOURCE_EXHAUSTED, " bytes", "1000 are free", "free some space") as reported:
         next(collection.backup(lambda: False))
-    assert int(told.value.metadata["needed_bytes"]) > 100 * DIMENSIONS * 4
+    assert int(reported.value.metadata["needed_bytes"]) > 100 * DIMENSIONS * 4
     assert folders(tmp_path) == 1
     assert collection.upsert(records("a"), vectors(1)).sequence == 2
 

@@ -198,7 +198,7 @@ maintenance_thread.MaintenanceThread.wake = lambda *_: None  # not before all is
 def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-if moment == "half of a graph built anew":
+if moment == "half of a rebuilt graph":
     add, calls = persistent_graph.PersistentGraph.add, []
     def add_or_kill(*arguments):
         calls.append(arguments) if len(calls) < 5 else kill()
@@ -221,7 +221,7 @@ else:
     pathlib.Path.replace = lambda path, target: kill() if target.suffix == ".json" else replace(path, target)
 collection = Index(folder, buffer_limit=8, snapshot_every=8).get("c")
 collection.delete([str(i) for i in range(80)])
-collection.upsert(records(*(str(i) for i in range(60, 100)), text="anew"), vectors(40, seed=9))
+collection.upsert(records(*(str(i) for i in range(60, 100)), text="changed"), vectors(40, seed=9))
 print("written", flush=True)
 collection.maintain()
 print("still here", flush=True)
@@ -229,7 +229,7 @@ print("still here", flush=True)
 
 
 @pytest.mark.parametrize(
-    "moment", ["half of a graph built anew", "half of a file", "no sidecar", "sidecar under another name"]
+    "moment", ["half of a rebuilt graph", "half of a file", "no sidecar", "sidecar under another name"]
 )
 def test_a_crash_during_maintenance_loses_no_write(tmp_path: Path, moment: str) -> None:
     matrix = filled(tmp_path)
@@ -251,7 +251,7 @@ def test_a_crash_during_maintenance_loses_no_write(tmp_path: Path, moment: str) 
         assert collection.count() == 140
         for i, outcome in enumerate(collection.search(matrix[60:], [1] * 140), 60):
             assert outcome.hits[0][0].id == str(i)
-            assert outcome.hits[0][0].text == f"{'anew' if i < 100 else 'text'} of {i}"
+            assert outcome.hits[0][0].text == f"{'changed' if i < 100 else 'text'} of {i}"
         assert [problem for step in collection.verify() for problem in step.problems] == []
     index.close()
     names = {path.name for path in tmp_path.rglob("graph-*")}

@@ -142,7 +142,7 @@ def test_verify_reports_only_the_record_of_a_damaged_vector(tmp_path: Path, vect
     query = gaussian(1, WIDTH, seed=3)
     assert len(collection.search(query, COUNT + 5)[0].hits) == COUNT + 4
     assert problems(collection) == [("r00007", "RECORD_DAMAGED")]
-    collection.upsert([NewRecord("r00007", "anew", {})], gaussian(1, WIDTH, seed=4))
+    collection.upsert([NewRecord("r00007", "changed", {})], gaussian(1, WIDTH, seed=4))
     assert problems(collection) == []
     assert len(collection.search(query, COUNT + 5)[0].hits) == COUNT + 5
     index.close()

@@ -68,17 +68,17 @@ def nothing_but_points(data_dir: Path) -> bool:
 
 
 def test_a_backup_is_written_and_restored_with_progress(points: Client, tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     path = tmp_path / "points.backup"
     path.write_text("an older one")
-    size = points.backup_collection("points", path, progress=lambda *done: told.append(done))
+    size = points.backup_collection("points", path, progress=lambda *done: reported.append(done))
     assert path.stat().st_size == size > COUNT * DIMENSIONS * 4
-    assert told[0] == (2**20, size)
-    assert told[-1] == (size, size)
+    assert reported[0] == (2**20, size)
+    assert reported[-1] == (size, size)
     assert names_in(tmp_path) == [path.name]
-    told.clear()
-    copy = points.restore_collection("copy", path, progress=lambda *done: told.append(done))
-    assert told[-1] == (size, size)
+    reported.clear()
+    copy = points.restore_collection("copy", path, progress=lambda *done: reported.append(done))
+    assert reported[-1] == (size, size)
     original = points.get_collection("points")
     for field in ("record_count", "dimensions", "sequence", "create_time"):
         assert getattr(copy, field) == getattr(original, field)
@@ -97,13 +97,13 @@ def test_a_backup_is_written_and_restored_with_progress(points: Client, tmp_path
 
 
 async def test_the_asynchronous_client_backs_up_and_restores(points: Client, address: str, tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
+    reported: list[tuple[int, int]] = []
     async with AsyncClient(address) as client:
         path = tmp_path / "points.backup"
-        size = await client.backup_collection("points", path, progress=lambda *done: told.append(done))
-        copy = await client.restore_collection("copy", path, progress=lambda *done: told.append(done))
+        size = await client.backup_collection("points", path, progress=lambda *done: reported.append(done))
+        copy = await client.restore_collection("copy", path, progress=lambda *done: reported.append(done))
         assert copy.record_count == COUNT
-        assert told.count((size, size)) >= 2
+        assert reported.count((size, size)) >= 2
         with pytest.raises(NotFound):
             await client.backup_collection("none", tmp_path / "none")
         (tmp_path / "cut").write_bytes(path.read_bytes()[:-1])

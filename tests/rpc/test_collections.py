@@ -246,10 +246,10 @@ def test_options_that_do_not_fit_the_search_mode_are_refused(server: ServerProce
 
 
 def test_a_collection_is_verified_with_progress(client: Client, books: str) -> None:
-    told: list[tuple[int, int]] = []
-    found = client.verify_collection(books, progress=lambda checked, total: told.append((checked, total)))
+    reported: list[tuple[int, int]] = []
+    found = client.verify_collection(books, progress=lambda checked, total: reported.append((checked, total)))
     assert (found.ok, found.checked, found.problems) == (True, 5, ())
-    assert (told[0], told[-1]) == ((0, 5), (5, 5))
+    assert (reported[0], reported[-1]) == ((0, 5), (5, 5))
     with pytest.raises(NotFound):
         client.verify_collection("none")
 

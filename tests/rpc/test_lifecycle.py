@@ -87,7 +87,7 @@ def test_the_error_for_too_few_open_files_names_the_remedy(tmp_path: Path) -> No
     ("damage", "words"),
     [
         ("flipped", "SHA-256"),
-        # The tests of bundles read folders with these damages without a server.
+        # Slow, since tests/bundle covers these damages without a server.
         *(
             pytest.param(damage, words, marks=pytest.mark.slow)
             for damage, words in {

@@ -179,12 +179,12 @@ def test_a_record_that_cannot_be_embedded_delays_the_switch_until_it_is_changed(
     dimensions = client.get_collection("c").dimensions
     client.upsert("c", [Record("bare", vector=axis(0, dimensions))])
 
-    def told() -> bool:
+    def reported() -> bool:
         now = client.get_collection("c").reembedding
         assert now is not None
         return "1 record cannot be embedded: change or delete it, such as 'bare'" in now.problem
 
-    wait_until(told)
+    wait_until(reported)
     assert under(client, "a")
     client.upsert("c", [Record("bare", "with a text now")])
     wait_until(lambda: under(client, "b"))

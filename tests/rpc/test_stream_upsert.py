@@ -219,10 +219,10 @@ def test_every_record_is_stored_once_after_a_kill_of_the_server(serve: Serve) ->
     def restart() -> None:
         try:
             first.kill()
-            told = acknowledged
+            reported = acknowledged
             second = serve(first.address)
             with Client(second.address) as other:
-                counted.append(other.count("c") - told)
+                counted.append(other.count("c") - reported)
         finally:
             restarted.set()  # the input must end also after an error
 

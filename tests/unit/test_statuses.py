@@ -16,13 +16,13 @@ _METADATA_BYTES = 8 * 1024
 texts = st.builds(lambda text, times: text * times, st.text(min_size=1, max_size=5), st.sampled_from([1, 100, 20_000]))
 
 
-def size_on_the_wire(told: errors_pb2.ErrorStatus) -> int:
+def size_on_the_wire(reported: errors_pb2.ErrorStatus) -> int:
     """Return the greatest size of the metadata in bytes: the message percent-encoded, the details in base64."""
-    return 3 * len(told.message.encode()) + 4 * (len(told.SerializeToString()) + 2) // 3
+    return 3 * len(reported.message.encode()) + 4 * (len(reported.SerializeToString()) + 2) // 3
 
 
-def violations_of(told: errors_pb2.ErrorStatus) -> list[errors_pb2.BadRequest.FieldViolation]:
-    bad = status.detail(told, errors_pb2.BadRequest)
+def violations_of(reported: errors_pb2.ErrorStatus) -> list[errors_pb2.BadRequest.FieldViolation]:
+    bad = status.detail(reported, errors_pb2.BadRequest)
     assert bad is not None
     return list(bad.field_violations)
 
@@ -57,18 +57,18 @@ def test_a_single_violation_of_any_length_is_listed() -> None:
 
 
 def test_a_long_message_keeps_its_remedy() -> None:
-    told = status_of(ServiceError(Code.NOT_FOUND, f"there is no model {'é' * 50_000!r}; load it first"), "id")
-    assert told.message.startswith("there is no model 'é")
-    assert told.message.endswith("; load it first")
+    reported = status_of(ServiceError(Code.NOT_FOUND, f"there is no model {'é' * 50_000!r}; load it first"), "id")
+    assert reported.message.startswith("there is no model 'é")
+    assert reported.message.endswith("; load it first")
 
 
 def test_short_errors_are_sent_unchanged() -> None:
     error = ServiceError(
         Code.INVALID_ARGUMENT, "wrong", violations=[Violation("a", "b"), Violation("c", "d")], metadata={"k": "v"}
     )
-    told = status_of(error, "id")
-    assert told.message == "wrong"
-    assert [(each.field, each.description) for each in violations_of(told)] == [("a", "b"), ("c", "d")]
-    info = status.detail(told, errors_pb2.ErrorInfo)
+    reported = status_of(error, "id")
+    assert reported.message == "wrong"
+    assert [(each.field, each.description) for each in violations_of(reported)] == [("a", "b"), ("c", "d")]
+    info = status.detail(reported, errors_pb2.ErrorInfo)
     assert info is not None
     assert dict(info.metadata) == {"k": "v"}

@@ -293,7 +293,7 @@ def from_rpc(failure: RpcFailure, call: Circumstances) -> EmberpcError:
     """Convert a gRPC error to an EmberpcError, and return it.
 
     The server names an item by its index in one request, such as `texts[3]`. The returned error names the item by its
-    index in the caller's list. An error that gRPC itself or a proxy made gets the message of `_own_words`.
+    index in the caller's list. An error that gRPC itself or a proxy made gets the message of `_client_message`.
 
     Args:
         failure: the error of gRPC.
@@ -309,7 +309,7 @@ def from_rpc(failure: RpcFailure, call: Circumstances) -> EmberpcError:
     # Every error of an emberpc server has details, except those of its health service. Any other error without details
     # comes from gRPC itself or from a proxy.
     if not status.details:
-        message = _own_words(code, message, call)
+        message = _client_message(code, message, call)
     request_id = trailing.get(wire_status.REQUEST_ID_KEY, "")
     error = _error(
         code,
@@ -339,7 +339,7 @@ def from_status(status: errors_pb2.ErrorStatus) -> EmberpcError:
 
 def no_response(call: Circumstances) -> DeadlineExceeded:
     """Return the error for a stream that had no result within its timeout; `call` has facts for the message."""
-    return DeadlineExceeded(_own_words(grpc.StatusCode.DEADLINE_EXCEEDED, "", call))
+    return DeadlineExceeded(_client_message(grpc.StatusCode.DEADLINE_EXCEEDED, "", call))
 
 
 def _error(
@@ -371,7 +371,7 @@ def _error(
     )
 
 
-def _own_words(code: grpc.StatusCode, details: str, call: Circumstances) -> str:
+def _client_message(code: grpc.StatusCode, details: str, call: Circumstances) -> str:
     """Return a message for a status that gRPC or a proxy set; `details` is the message that came with the status.
 
     UNAVAILABLE, DEADLINE_EXCEEDED, UNIMPLEMENTED, and RESOURCE_EXHAUSTED for a request that is too large, get a message

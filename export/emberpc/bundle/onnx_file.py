@@ -110,7 +110,7 @@ def output_digest(folder: Path, model: str, output: str, contents: Contents | No
     hash_part = sha256_of_part if contents is None else contents.sha256_of_part
     try:
         with _opened(folder / model, contents) as data:
-            return _Digests.read(folder, model, data, hash_part).of(output).hex()
+            return _Digests.read(folder, model, data, hash_part).digest_of(output).hex()
     except _IrregularError:
         digest = hashlib.sha256(b"files")
         for name in (model, *external_files(folder, model, contents)):
@@ -310,8 +310,8 @@ class _Digests:
             elif number == _GRAPH_SPARSE:
                 raise _IrregularError
 
-    def of(self, output: str) -> bytes:
-        """Return the digest of the graph's value of this name and of the versions of the operator sets.
+    def digest_of(self, output: str) -> bytes:
+        """Return a digest of everything that decides output `output`, and of the operator set versions.
 
         Raises:
             _IrregularError: the graph has no value of this name, or the value depends on an unsupported part.

@@ -162,11 +162,11 @@ class IndexPool:
     def writers(self, collection: str) -> Slots:
         """Return the two slots of the collection with a name; a write of the collection must hold one of them.
 
-        If nobody holds a slot, a later call may return new slots.
+        If no call holds a slot, a later call may return new slots.
         """
         writers = self._writers.get(collection)
         if writers is None:
-            # Remove slots that nobody holds, so that the names of deleted collections do not accumulate.
+            # Remove slots that no call holds, so that the names of deleted collections do not accumulate.
             self._writers = {name: each for name, each in self._writers.items() if not each.idle}
             holders = f"writes of collection {collection!r}"
             writers = self._writers[collection] = Slots(_WRITERS, _MAX_WRITES_WAITING, holders)

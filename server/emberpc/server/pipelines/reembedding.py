@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 #: Maximum number of records that a step of a job embeds: a few groups, so that several workers have texts.
 _RECORDS = 4 * GROUP_TEXTS
 #: Seconds before a failed step is tried again: the pause after the first failure, which is doubled after each further
-#: failure in a row, and the longest pause.
+#: failure in a row, and the longest pause. `_PAUSE` is also the wait while some records cannot be embedded, and the
+#: wait after each `_SWITCH_TRIES` failed switches.
 _PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 #: After each further this many failed switches, the job reads all records again, in case it has missed one, and lets
 #: writes through.

@@ -78,7 +78,7 @@ def calibrated_batch_tokens(model: Model, record: Path, stop: Callable[[], bool]
         stop: returns whether to stop measuring; called before each batch.
 
     Returns:
-        The best size, not busy if it is from the file; None if `stop` ended the measurement.
+        A `Calibration`; `busy` is False if the size comes from the file. None if `stop` ended the measurement.
 
     Raises:
         Exception: the tokenizer or the model failed; the exceptions of ONNX Runtime have no common base class.

@@ -77,7 +77,7 @@ class PersistentGraph(GroupedGraph):
         On Linux a child process writes the file in the background; elsewhere it is written when this returns.
 
         Returns:
-            The state of the graph. The caller must call its `wait`, and then compare the file with its `size`.
+            The state of the graph. Call `wait` of the result, then check that the file has `size` bytes of the result.
 
         Raises:
             OSError: writing cannot begin.
