@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
+import typer
 
 from emberpc.cli.main import main
 from emberpc.client import Client
@@ -23,11 +24,11 @@ from fake_server import FakeServer
 
 
 def on_terminal(
-    *arguments: object, columns: int = 60, typed: str | None = None, stdout: TextIO | None = None
+    *arguments: object, columns: int = 60, typed: str | None = None, stdout: TextIO | None = None, code: int = 0
 ) -> list[str]:
-    """Run a command in this process on a terminal of its own; return the lines that it wrote.
+    """Run a command in this process on a terminal of its own, and check its exit code; return the lines that it wrote.
 
-    `typed` is what is typed there; None: stdin is no terminal. `stdout` is used as stdout instead of the terminal.
+    `typed` is the input from the terminal; None: stdin is no terminal. `stdout` is used as stdout instead of the terminal.
     """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
@@ -59,7 +60,7 @@ def on_terminal(
                 patch.setattr(sys, name, stack.enter_context(open(os.dup(theirs), "w")))  # noqa: PTH123
             if stdout is not None:
                 patch.setattr(sys, "stdout", stdout)
-            main([str(argument) for argument in arguments])
+            assert main([str(argument) for argument in arguments]) == code
     finally:
         os.close(theirs)
         reader.join(300)
@@ -152,11 +153,25 @@ def test_output_that_ascii_cannot_encode_is_replaced_or_escaped(collection: Path
 def test_deleting_a_collection_asks_for_confirmation_on_a_terminal(
     collection: Path, fake: FakeServer, typed: str, there: bool
 ) -> None:
-    lines = on_terminal("collection", "delete", "c", typed=typed)
+    lines = on_terminal("collection", "delete", "c", typed=typed, code=1 if there else 0)
     assert any("delete the collection c with 3 records? [y/N]" in line for line in lines)
+    assert not any("error" in line for line in lines)
     assert ("c" in fake.collections) == there
     # The terminal may echo the answer, which then ends the line of the question.
-    assert lines[-1].endswith("error: the collection c was not deleted" if there else "deleted the collection c")
+    assert lines[-1].endswith("nothing deleted" if there else "deleted the collection c")
+
+
+def test_ctrl_c_at_the_confirmation_deletes_nothing(
+    collection: Path, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> bool:
+        abort = typer.Abort()
+        abort.__context__ = KeyboardInterrupt()  # as of the error that `typer.confirm` raises
+        raise abort
+
+    monkeypatch.setattr(typer, "confirm", interrupted)
+    assert on_terminal("collection", "delete", "c", typed="", code=130)[-1].endswith("interrupted")
+    assert "c" in fake.collections
 
 
 @pytest.mark.parametrize("flags", [["--yes"], ["-y"]])

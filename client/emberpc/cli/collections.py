@@ -132,16 +132,19 @@ def delete(
 ) -> None:
     """Delete a collection with all its records.
 
-    Asks first if stdin and stderr are terminals and --yes is not given. Exit code 130: not confirmed, or Ctrl-C.
+    Asks first if stdin and stderr are terminals and --yes is not given. Exit code 1: not confirmed; 130: Ctrl-C.
     """
     if not yes and sys.stdin.isatty() and sys.stderr.isatty():
         count = client.get_collection(name).record_count
         try:
             wanted = typer.confirm(f"delete the collection {name} with {counted(count, 'record')}?", err=True)
-        except typer.Abort:  # Ctrl-C, or the end of stdin
+        except typer.Abort as abort:  # Ctrl-C, or the end of stdin
+            if isinstance(abort.__context__, KeyboardInterrupt):
+                raise
             wanted = False
         if not wanted:
-            raise CliError(f"the collection {name} was not deleted", ExitCode.INTERRUPTED)
+            note("nothing deleted")
+            raise typer.Exit(ExitCode.INTERNAL)
     client.delete_collection(name)
     note(f"deleted the collection {name}")
 

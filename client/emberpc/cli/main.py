@@ -5,14 +5,14 @@ Exit codes:
 | code | meaning |
 |---|---|
 | 0 | done |
-| 1 | unexpected: an error of the server or of this program, damaged data, or a function that the server lacks |
+| 1 | unexpected: error of the server or this program, damaged data, missing function; or a deletion was not confirmed |
 | 2 | wrong usage or input: an argument, a file or a setting; a failed export; a package that is not installed |
 | 3 | no server answers, the server is not ready, or it did not answer in time |
 | 4 | not found: a model, a collection, a record or a service |
 | 5 | conflict: the item exists already, or is not in the required state |
 | 6 | refused: authentication or permission failed, or a limit of the server is reached |
 | 7 | verification failed |
-| 130 | interrupted, or a question was not answered with yes |
+| 130 | interrupted |
 
 Results and help go to stdout, everything else to stderr. The error that ends a command is one line, `error: …`. With
 --debug, the traceback comes before the line.
