@@ -1,4 +1,4 @@
-"""Measure how many searches a second the checksums of records cost, through gRPC, in alternating rounds of one run.
+"""Measure how many searches per second the checksums of records cost, through gRPC, in alternating rounds of one run.
 
 Two servers hold collections with the same records. The first server checks each record that it reads from SQLite for
 damage. The second server does not. Without vectors, it does not even select the columns of the checksums. A search
@@ -83,7 +83,7 @@ def _measure(flags: Sequence[str], fields: Mapping[str, Any], rounds: int) -> di
                 figures[name].append(_round(servers[name], requests))
     checked, unchecked = (np.array(figures[name][1:]) for name in programs)
     report: dict[str, Any] = {}
-    for column, label in enumerate(("searches a second", "server's CPU-ms a search")):
+    for column, label in enumerate(("searches per second", "server's CPU-ms per search")):
         ratios = checked[:, column] / unchecked[:, column]
         report[label] = {
             "checked": middle(checked[:, column].tolist()),

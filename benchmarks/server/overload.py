@@ -118,7 +118,7 @@ def main() -> None:
     with serving(Path(arguments.bundle), "--cache-bytes", "0", *flags) as server:
         call(server.address, texts[:200], in_flight=64)  # warm
         capacity = len(texts) / call(server.address, texts, in_flight=64).seconds
-        print(f"capacity: {capacity:.0f} texts a second")
+        print(f"capacity: {capacity:.0f} texts per second")
         for way in WAYS:
             for factor in FACTORS:
                 command = [sys.executable, "-m", "benchmarks.server.overload", server.address]
@@ -127,7 +127,7 @@ def main() -> None:
                 found.setdefault(way, {})[f"{factor:g}"] = outcome
                 calls = outcome["answered"] + outcome["refused"] + outcome["late"]
                 print(
-                    f"{way}, {factor:g} times: goodput {outcome['goodput']:.0f} texts a second, p50 "
+                    f"{way}, {factor:g} times: goodput {outcome['goodput']:.0f} texts per second, p50 "
                     f"{outcome['p50_ms']:.0f} ms; of {calls} calls "
                     f"{outcome['refused']} refused (after {outcome['refusal_p50_ms']:.0f} ms), {outcome['late']} late"
                 )
