@@ -179,7 +179,7 @@ def page(found: Mapping[str, Any], queries: str) -> str:
     return "\n".join(
         [
             *lines,
-            "![Texts per second of emberpc and its peers; ratio to the model alone; memory under load](images/benchmarks.png)\n",
+            "![Texts per second; ratio to the model without a server; memory under load](images/benchmarks.png)\n",
         ]
     )
 

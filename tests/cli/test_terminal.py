@@ -28,7 +28,7 @@ def on_terminal(
 ) -> list[str]:
     """Run a command in this process on a terminal of its own, and check its exit code; return the lines that it wrote.
 
-    `typed` is the input from the terminal; None: stdin is no terminal. `stdout` is used as stdout instead of the terminal.
+    `typed` is the input from the terminal; None: stdin is no terminal. `stdout` replaces the terminal as stdout.
     """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))

@@ -28,7 +28,7 @@ _KINDS: dict[str, tuple[type, str]] = {
 _TARGETS = ("text", "vector", "id")
 #: A batch ends with the query with which its hits, or the bytes of its texts and vectors, reach this number. The limits
 #: bound the memory for a batch and its results.
-_MOST_HITS, _MOST_BYTES = 20_000, 8 * 2**20
+_MAX_HITS, _MAX_BYTES = 20_000, 8 * 2**20
 #: Matches the path of a query at the start of a message, with the index in the batch and the fields after the index.
 _QUERY = re.compile(r"^queries\[(\d+)\]((?:\.\w+|\[\d+\])*)")
 #: Matches the remedy for a record that is not found. The message starts with the id and names the query at the end.
@@ -70,8 +70,8 @@ class QueryFile:
         """Yield the queries in batches, read lazily. When the next batch is taken, the batch before counts as answered.
 
         Args:
-            size: most queries of a batch.
-            top_k: the most hits of a query without a `top_k` of its own.
+            size: maximum number of queries of a batch.
+            top_k: maximum number of hits of a query without a `top_k` of its own.
 
         Raises:
             CliError: the file cannot be read or has no queries, or a line is not a query. The queries before this line
@@ -83,7 +83,7 @@ class QueryFile:
             self._batch.append(query)
             hits += top_k if query.top_k is None else query.top_k
             weight += _bytes_of(query)
-            if len(self._batch) >= size or hits >= _MOST_HITS or weight >= _MOST_BYTES:
+            if len(self._batch) >= size or hits >= _MAX_HITS or weight >= _MAX_BYTES:
                 yield self._batch
                 self._end_batch()
                 hits = weight = 0

@@ -214,7 +214,7 @@ def search(
         int | None,
         typer.Option(
             min=1,
-            help=f"With --file: most queries of a batch, whose hits are printed together. Default: {_QUERIES}.",
+            help=f"With --file: limit of queries in a batch, whose hits are printed together. Default: {_QUERIES}.",
             show_default=False,
         ),
     ] = None,
