@@ -42,8 +42,9 @@ class _Pending:
 class AsyncRunner:
     """Runs calls over the channel of a client.
 
-    `timeout` of the methods is the seconds that one call may take, with all its tries; of `stream`, it is the most
-    seconds without a result. None is the timeout of `connection`. A wrong timeout raises InputError or InputTypeError.
+    `timeout` of the methods is the seconds that one call may take, with all its tries; of `stream`, the
+    maximum seconds without a result. None is the timeout of `connection`. A wrong timeout raises InputError or
+    InputTypeError.
     A failed call raises EmberpcError. Calls are retried as `Retries` describes, but not over the caller's channel;
     `stream` opens a broken stream again over any channel.
 

@@ -249,7 +249,7 @@ class Scheduler:
         return tokens / (self._rates.usual * max(1, self._alive))
 
     def _min_seconds(self, submission: Submission) -> float:
-        """Estimate the minimum seconds for a submission with all live workers, at the best rate; 0 before 3 batches."""
+        """Estimate the minimum seconds of a submission with all live workers, at the best rate; 0 before 3 batches."""
         return submission.tokens_left / (self._rates.best * max(1, self._alive))
 
     def _is_for_express(self) -> bool:
