@@ -234,7 +234,7 @@ def test_the_error_of_an_import_into_a_missing_collection_names_the_remedy(
     assert outcome.code == 2
     assert outcome.err.splitlines() == [
         "created the collection c: vectors only, 3 dimensions, euclidean",
-        f"{file}:2: vectors has 2 dimensions, the collection has 3",
+        f"{file}:2: vector has 2 dimensions, the collection has 3; give a vector of 3 dimensions",
         "error: 1 of 3 records were not written; the lines above say why",
     ]
     assert [hit.record.id for hit in client.search("c", [4, 5, 6], top_k=1)] == ["c"]

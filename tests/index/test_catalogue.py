@@ -58,7 +58,9 @@ def test_a_reembedding_replaces_one_that_could_not_be_opened(tmp_path: Path, mon
             assert index.reembeddings() == []
         index.reembed(source, model="newer", fingerprint="f", dimensions=DIMENSIONS)
     with closing(Index(tmp_path)) as index:
-        assert [each.spec.model for each in index.reembeddings()] == ["newer"]
+        found = index.reembeddings()
+        assert [each.spec.model for each in found] == ["newer"]
+        assert index.reembeddings() == found, "a second call opened the copy again"
 
 
 @pytest.mark.parametrize("change", ["update", "update_fingerprint"])

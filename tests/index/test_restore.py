@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import pytest
 from emberpc.server.collections import CollectionSpec, Distance
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.index import Collection, Index
+from emberpc.server.index.jobs import backup_checks
 from emberpc.server.index.jobs.backup import HEADROOM, LAST_LINE_SIZE
 from index.backups import accept_all, changed, folders, restored, sealed, taken
 from index.support import gaussian, make_checksums_right, make_older, numbered, refused
@@ -37,10 +39,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(index: Index, tmp_path: Path) -> Iterator[None]:
-    """Check that each test leaves only folders of existing collections."""
+def nothing_is_left(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Check that each test leaves only folders of existing collections, and closes the databases that it checks."""
+    opened: list[sqlite3.Connection] = []
+
+    def connect(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        opened.append(sqlite3.connect(*arguments, **options))
+        return opened[-1]
+
+    monkeypatch.setattr(backup_checks, "sqlite3", SimpleNamespace(**{**vars(sqlite3), "connect": connect}))
     yield
     assert folders(tmp_path) == len(index.page(100, "")[0]) if (tmp_path / "collections").exists() else True
+    for connection in opened:
+        with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+            connection.execute("SELECT 1")
 
 
 def test_a_backup_cut_off_at_any_place_is_refused(index: Index, whole: bytes) -> None:

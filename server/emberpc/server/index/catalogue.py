@@ -262,17 +262,17 @@ class Index:
             return self._reembeddings[name]
 
     def reembeddings(self) -> list[Reembedding]:
-        """Open and return the unfinished reembeddings; cancel those that fail to open. Call this once, at the start.
-        One that lacks a file descriptor or disk space is not cancelled: the next start opens it.
-        """
+        """Open and return the unfinished reembeddings; cancel those that fail to open for another reason than space."""
         with self._use():
             for entry in self._directory.reembeddings():
                 name = entry.spec.name
                 try:
-                    found = Reembedding(self.get(name), self._collection(entry), entry.since)
+                    found = self._reembeddings.get(name) or Reembedding(
+                        self.get(name), self._collection(entry), entry.since
+                    )
                 except ServiceError as error:
                     log.warning("collection %s stays under its model: %s", name, error.message)
-                    if error.code is not Code.RESOURCE_EXHAUSTED:
+                    if error.code is not Code.RESOURCE_EXHAUSTED:  # no descriptor, no disk space: the next start opens it
                         self._directory.delete_reembedding(name)
                 else:
                     self._reembeddings[name] = found

@@ -11,7 +11,7 @@ import json
 import logging
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from urllib.parse import quote
@@ -146,13 +146,15 @@ def _with_tables_of(theirs: sqlite3.Connection, version: int) -> sqlite3.Connect
     Raises:
         ServiceError: INVALID_ARGUMENT if the backup has other tables than a collection's database of that version.
     """
+    declared = _objects(theirs)
     for steps in schema.tables_of(version):
-        ours = sqlite3.connect(":memory:", isolation_level=None)
-        schema.make(ours, steps)
-        ours.execute(backup.TABLE)
-        if _objects(ours) == _objects(theirs):
-            return ours
-        ours.close()
+        with ExitStack() as unless_equal:
+            ours = unless_equal.enter_context(closing(sqlite3.connect(":memory:", isolation_level=None)))
+            schema.make(ours, steps)
+            ours.execute(backup.TABLE)
+            if _objects(ours) == declared:
+                unless_equal.pop_all()
+                return ours
     raise foreign("its tables are not those of a collection")
 
 
