@@ -272,7 +272,7 @@ class Index:
                     )
                 except ServiceError as error:
                     log.warning("collection %s stays under its model: %s", name, error.message)
-                    if error.code is not Code.RESOURCE_EXHAUSTED:  # no descriptor, no disk space: the next start opens it
+                    if error.code is not Code.RESOURCE_EXHAUSTED:  # for lack of space, the next start opens it
                         self._directory.delete_reembedding(name)
                 else:
                     self._reembeddings[name] = found
