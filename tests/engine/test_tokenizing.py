@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import (
     AddedToken,
@@ -244,6 +244,10 @@ BLANKS = [" ", "\n", "\t", "\u3000", "  "]
     prompt=st.sampled_from(["", "a: ", "ab", "[MA", "a b a b a b a b"]),
     truncation=st.sampled_from([Truncation.END, Truncation.START]),
 )
+@example(  # the first 256 characters are 40 letters, of which each would be a token, and accents
+    kind="whitespace", parts=["a" * 40, "\u0301" * 300, "a" * 300], prompt="", truncation=Truncation.END
+)
+@example(kind="whitespace", parts=["a" * 40, "\u0301" * 5000, "a" * 300], prompt="a: ", truncation=Truncation.END)
 def test_tokenizing_by_pieces_gives_the_ids_of_the_whole_text(
     pairs: dict[str, Pair], kind: str, parts: list[str], prompt: str, truncation: Truncation
 ) -> None:

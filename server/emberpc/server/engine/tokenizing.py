@@ -16,7 +16,7 @@ import numpy.typing as npt
 # same cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Encoding, Tokenizer, models
 
 from emberpc.bundle.contents import Contents
 from emberpc.server.engine.word_cache import WordCache
@@ -96,6 +96,8 @@ class TextTokenizer:
         self._tokenizer.no_padding()
         self.max_tokens = max_tokens
         self._words = WordCache.of(self._tokenizer)
+        #: Whether the first token of a word can depend on the end of the word.
+        self._has_whole_words = isinstance(self._tokenizer.model, models.WordPiece | models.WordLevel)
         self._space = max_tokens - self._tokenizer.num_special_tokens_to_add(is_pair=False)
 
     @property
@@ -265,13 +267,15 @@ class TextTokenizer:
             return self._ids([tail], stop)[0], tail
         length = self._long
         while True:
-            head = whole[:length]
-            if length < len(whole):
-                space = max(head.rfind(" "), head.rfind("\n"))
-                head = head[:space] if space > length // 2 else head
-            (ids,) = self._ids([head], stop)
-            if len(ids) > self.max_tokens or length >= min(len(whole), self._max_at_once):
-                return ids, head
+            head, last = whole[:length], length >= min(len(whole), self._max_at_once)
+            space = max(head.rfind(" "), head.rfind("\n")) if length < len(whole) else 0
+            if space > length // 2:
+                head = head[:space]
+            # A head that ends within a word may have more tokens than the text: WordPiece gives a long word one token.
+            if last or space > length // 2 or not self._has_whole_words:
+                (ids,) = self._ids([head], stop)
+                if last or len(ids) > self.max_tokens:
+                    return ids, head
             length = min(length * _GROWTH, self._max_at_once)
 
     def _tail(self, text: str) -> str:
