@@ -28,7 +28,9 @@ LOGITS = arrays(np.float32, SHAPE, elements=st.floats(-1e4, 1e4, width=32))
 EXTREME = arrays(
     np.float32,
     SHAPE,
-    elements=st.sampled_from([-np.inf, -3.4e38, -1e4, -1.0, -1e-38, 0.0, 1e-38, 1.0, 1e4, 3.4e38, np.inf]),
+    elements=st.sampled_from(
+        [float(np.float32(each)) for each in (-np.inf, -3.4e38, -1e4, -1, -1e-38, 0, 1e-38, 1, 1e4, 3.4e38, np.inf)]
+    ),
 )
 THRESHOLDS = st.just(()) | st.tuples(*[st.floats(0, 1)] * SHAPE[1])
 RULES = st.builds(

@@ -264,7 +264,7 @@ async def test_a_new_stream_is_refused_while_the_queue_is_full(tiny_bundle: Path
         blocked.let_go.set()
         await asyncio.gather(*running)
     assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert int(dict(raised.value.trailing_metadata() or ())[status.PUSHBACK_KEY]) >= 0
+    assert int(dict(tuple(raised.value.trailing_metadata() or ()))[status.PUSHBACK_KEY]) >= 0
 
 
 async def test_a_group_that_cannot_meet_its_deadline_fails_without_a_retry(tiny_bundle: Path) -> None:
