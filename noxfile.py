@@ -59,6 +59,8 @@ def run(session: nox.Session, part: str, constraints: list[str]) -> None:
     limits.write_text("\n".join(constraints), encoding="utf-8")
     env = {"HNSWLIB_NO_NATIVE": "1", "CXXFLAGS": "-O3 -march=x86-64-v3"} if os.uname().machine == "x86_64" else {}
     session.install("-c", str(limits), f"emberpc[dev-{part}] @ {wheel.as_uri()}", env=env)
+    # An environment that is used again has a wheel of the same version, which pip would keep.
+    session.install("--quiet", "--force-reinstall", "--no-deps", wheel.as_uri())
     paths, marks = TESTS[part]
     session.run(
         *("python", "-m", "pytest", *paths.split(), "-m", marks, "-n", "2", "--dist", "loadfile", *session.posargs),
