@@ -78,8 +78,12 @@ TOGETHER = {
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
-    """Give each group of files to one process, and each other file to the next free process."""
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling | None:
+    """With two processes and `--dist loadfile`: give each group of files to one process, and each other file to the
+    next free process. With more processes, a group would take longer than the rest of the tests.
+    """
+    if (config.getoption("dist"), config.getoption("numprocesses")) != ("loadfile", 2):
+        return None
 
     class GroupScheduling(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
         def _split_scope(self, nodeid: str) -> str:

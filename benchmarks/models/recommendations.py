@@ -7,24 +7,29 @@ Each DATA is a folder with `train.csv` and `test.csv` (columns text and label). 
 
 A recommendation is right if the strategy's accuracy in the complete measurement is at most one point below that of the
 best strategy that can be exported, or if a paired bootstrap over the test texts finds no difference between the two.
+With few test texts the bootstrap finds hardly any difference, so the table has their number.
 
 The output also checks the estimates of accuracies that were not measured. Each strategy that trains the encoder is
-estimated at all texts from the other complete measurements, and the table says how many 95 % intervals have the true
-value, and by how many standard deviations the estimates are off.
+estimated at all texts from the other complete measurements. The table says how many 95 % intervals of the estimates
+have the measured value, and by how many standard deviations of the interval the measured error is off: a positive mean
+says that the estimates are too optimistic. The measured values have an uncertainty of their own, which the intervals do
+not include.
 
     python -m benchmarks.models.recommendations DATA… -o FOLDER [--minutes 7] [--seeds 3] [--complete-only]
 
-All measurements are kept in FOLDER, and a later call continues. The complete measurements take hours and may run on a
-busy host (`--complete-only`). The time limit is wall time, so run the rest on an idle host.
+The complete measurements take hours. They are kept in FOLDER, a later call continues them, and they may run on a busy
+host (`--complete-only`). The time limit is wall time, so run the rest on an idle host. Each call begins the limited
+comparisons again, since a comparison that continues has more time than its limit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import log, sqrt
 from pathlib import Path
 
@@ -52,11 +57,12 @@ DEVIATIONS = 1.96
 class Verdict:
     """What a comparison with a time limit recommended, and what the complete measurement says about it.
 
-    `gap` is the accuracy of the best strategy minus that of the recommended one. `known` is whether the comparison
-    said that nothing which could change the recommendation is unknown.
+    `test_texts` is the number of test texts. `gap` is the accuracy of the best strategy minus that of the recommended
+    one. `known` is whether the comparison said that nothing which could change the recommendation is unknown.
     """
 
     data: str
+    test_texts: int
     recommended: str
     best: str
     accuracy: float
@@ -70,20 +76,20 @@ class Verdict:
         return self.gap <= TOLERANCE or self.equal
 
 
-def measure(
-    data: Path, folder: Path, base: str, seeds: int, budgets: tuple[int, ...], minutes: float | None
-) -> ComparisonResult:
-    """Run or continue a comparison; `minutes` None: without a time limit."""
-    settings = ComparisonSettings(
-        ClassifierData(data / "train.csv", min_examples=1),
-        data / "test.csv",
-        (base,),
-        budgets=budgets,
-        seeds=seeds,
-        time_limit=None if minutes is None else 60 * minutes,
-    )
+def measure(data: Path, folder: Path, base: str, seeds: int = 3, *, minutes: float | None = None) -> ComparisonResult:
+    """Run or continue a comparison: with the default budgets within `minutes`, or with `BUDGETS` without a limit."""
+    settings = ComparisonSettings(ClassifierData(data / "train.csv"), data / "test.csv", (base,), seeds=seeds)
+    changed = {"budgets": BUDGETS} if minutes is None else {"time_limit": 60 * minutes}
+    settings = replace(settings, **changed)
     folder.mkdir(parents=True, exist_ok=True)
-    return run(settings, folder, lambda *step: print(data.name, *step[:1], file=sys.stderr))
+    shown: set[str] = set()
+
+    def show(stage: str, *_: object) -> None:
+        if stage not in shown:
+            shown.add(stage)
+            print(data.name, stage, file=sys.stderr, flush=True)
+
+    return run(settings, folder, show)
 
 
 def verdict(data: str, limited: ComparisonResult, complete: ComparisonResult) -> Verdict:
@@ -94,10 +100,13 @@ def verdict(data: str, limited: ComparisonResult, complete: ComparisonResult) ->
     for point in Summary(complete).points:  # the last point of a strategy is that of the largest budget
         if not point.quick and point.way.exportable:
             points[point.way] = point
+    if way not in points:
+        raise SystemExit(f"{data}: {way.strategy} was recommended, but the complete measurement lacks it")
     best = max(points.values(), key=lambda point: point.accuracy)
     own = points[way]
     return Verdict(
         data,
+        len(complete.test.texts),
         way.strategy,
         best.way.strategy,
         own.accuracy,
@@ -123,17 +132,19 @@ def estimate_errors(complete: ComparisonResult) -> Iterator[tuple[str, float, bo
         truth = figures[way, budget, quick]
         low, value, high = (log(max(1e-3, 1 - each)) for each in (estimate.high, estimate.value, estimate.low))
         deviation = (high - low) / (2 * DEVIATIONS)
-        own = truth.error / max(1e-3, 1 - truth.value)
-        off = (log(max(1e-3, 1 - truth.value)) - value) / sqrt(deviation**2 + own**2)
-        yield way.strategy, off, abs(off) <= DEVIATIONS
+        off = (log(max(1e-3, 1 - truth.value)) - value) / deviation
+        yield way.strategy, off, estimate.low <= truth.value <= estimate.high
 
 
 def table(verdicts: Iterable[Verdict]) -> Table:
     """Return a table of the verdicts."""
-    found = Table("data", "recommended", "best", "accuracy", "gap, points", "equal", "said to be known", "right")
+    found = Table(
+        "data", "test texts", "recommended", "best", "accuracy", "gap, points", "equal", "said to be known", "right"
+    )
     for each in verdicts:
         found.add_row(
             each.data,
+            str(each.test_texts),
             each.recommended,
             each.best,
             f"{each.accuracy:.3f}",
@@ -177,10 +188,11 @@ def main() -> int:
     verdicts, results = [], []
     for data in arguments.data:
         place = arguments.output / data.resolve().name
-        complete = measure(data, place / "complete", arguments.base, arguments.seeds, BUDGETS, None)
+        complete = measure(data, place / "complete", arguments.base, arguments.seeds)
         results.append(complete)
         if not arguments.complete_only:
-            limited = measure(data, place / "limited", arguments.base, 3, (ALL,), arguments.minutes)
+            shutil.rmtree(place / "limited", ignore_errors=True)
+            limited = measure(data, place / "limited", arguments.base, minutes=arguments.minutes)
             verdicts.append(verdict(data.resolve().name, limited, complete))
             print(json.dumps({**asdict(verdicts[-1]), "minutes": arguments.minutes, "host": host()}), flush=True)
     console = Console()

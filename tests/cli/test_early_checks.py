@@ -25,6 +25,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "labels.csv").write_text("label,description\nx,all of x\n")
     (tmp_path / "other.csv").write_text("text,label\na text,z\n")
     (tmp_path / "pairs.csv").write_text("query,passage\nq,p\n")
+    (tmp_path / "many.csv").write_text("query,passage\n" + "".join(f"q {i},p {i}\n" for i in range(30)))
     (tmp_path / "empty").mkdir()
     (tmp_path / "short").mkdir()
     (tmp_path / "short" / "config.json").write_text('{"model_type": "bert", "max_position_embeddings": 8}')
@@ -66,7 +67,7 @@ CASES = [
     ("export embedding empty --max-tokens 8", "has no config.json, so it is no Hugging Face encoder"),
     ("export classifier --train train.csv --base ./source", "there is no folder './source'"),
     ("export classifier --train train.csv --base short --max-tokens 99", "short allows 1 to 8 tokens"),
-    ("export finetune-embedding --train pairs.csv --base empty", "has no config.json"),
+    ("export finetune-embedding --train many.csv --base empty", "has no config.json"),
     ("compare --train train.csv --test train.csv --base empty", "has no config.json"),
     ("export embedding source --variants int4", "there is no variant 'int4'"),
 ]

@@ -189,10 +189,10 @@ def compare(
         from emberpc.export.source.encoder import check_encoder
 
         check_strategies(strategies)
-        for each in bases:
-            check_encoder(each, max_tokens)
         data.read(with_descriptions=label_texts)
         data.test_texts(test)
+        for each in bases:
+            check_encoder(each, max_tokens)
 
     with exporting(files, export_winner, check, overwrite=overwrite, command="emberpc compare", left=left) as progress:
         from emberpc.export.compare import comparison

@@ -121,8 +121,8 @@ def embedding(
         from emberpc.export.source.encoder import check_encoder
 
         check_variants(names)
-        check_encoder(source, max_tokens)
         read_validation(validation, corpus)
+        check_encoder(source, max_tokens)
 
     names, files = variant_names(variants), {validation: {}, corpus: CORPUS_COLUMNS}
     with exporting(files, output, check, overwrite=overwrite) as progress:
@@ -215,10 +215,10 @@ def classifier(
 
         check_rates(rejection_rate, max_false_rejections)
         check_variants(names)
-        check_encoder(base, max_tokens)
         if strategy == "zero-shot" and not label_texts:
             raise CliError("the strategy zero-shot needs the texts of the labels; leave out --no-label-texts")
         data.read(with_descriptions=label_texts)
+        check_encoder(base, max_tokens)
 
     with exporting(files, output, check, overwrite=overwrite) as progress:
         from emberpc.export.classifier import export_classifier

@@ -84,8 +84,8 @@ def finetune_embedding(
 
         nonlocal data
         check_variants(names)
-        check_encoder(base, max_tokens)
         data = read_data(paths, seed)
+        check_encoder(base, max_tokens)
 
     with exporting(files, output, check, overwrite=overwrite) as progress:
         from emberpc.export.finetune import finetune_embedding as finetune

@@ -20,12 +20,13 @@ _FIRST_SECONDS, _MAX_SECONDS = 10.0, 60.0
 
 
 @contextmanager
-def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+def progress(what: str, total: int | Callable[[], int | None] | None = None) -> Iterator[Callable[[int], None]]:
     """Context manager that shows a progress bar on stderr during its block, if stderr is a terminal.
 
     Args:
         what: name of the operation to show, such as "embedding".
-        total: number of items of the operation; None if it is unknown.
+        total: number of items of the operation, or a function that returns it and is called only if the bar is shown;
+            None if it is unknown.
 
     Yields:
         A function to call with the number of items done since the start. It does nothing if stderr is not a terminal.
@@ -37,7 +38,7 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], No
     console = Console(stderr=True)
     # With `redirect_stdout`, Rich would print to stderr what the block prints to stdout.
     with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(what, total=total() if callable(total) else total)
         yield lambda done: bar.update(task, completed=done)
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from emberpc.cli.error_messages import in_cli_terms
 from emberpc.cli.errors import CliError, ExitCode, exit_code
 from emberpc.cli.input_files import LineFile
+from emberpc.cli.output import note
 from emberpc.client import EmberpcError, InputError, InputTypeError, RecordId, SearchQuery
 
 #: Fields of a query, with their types. The first three state what to search for.
@@ -106,15 +107,23 @@ class QueryFile:
 
         The CliError that is raised instead has the same exit code. Its message begins with file and line if the error
         names a query, and it has fields of a line and options of the command instead of names of the API. If batches
-        were answered before, the message also states the number of their queries, and the line of the last of them.
+        were answered before, the message also states the number of their queries, and the line of the last of them. At
+        Ctrl-C, a note on stderr states both.
         """
         try:
             yield
         except (EmberpcError, InputError, InputTypeError, CliError) as error:
             message = str(error) if isinstance(error, CliError) else self._translated(str(error))
             if self.answered:
-                message += f"; answered queries of {self._source.name}: {self.answered}, up to line {self._last_line}"
+                message += f"; {self._reached()}"
             raise CliError(message, exit_code(error) or ExitCode.INTERNAL) from error
+        except KeyboardInterrupt:
+            if self.answered:
+                note(self._reached())
+            raise
+
+    def _reached(self) -> str:
+        return f"answered queries of {self._source.name}: {self.answered}, up to line {self._last_line}"
 
     def _translated(self, message: str) -> str:
         """Return a message of the client or the server about the batch in the terms of the file and the command."""

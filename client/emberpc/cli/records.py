@@ -214,7 +214,8 @@ def search(
         int | None,
         typer.Option(
             min=1,
-            help=f"With --file: limit of queries in a batch, whose hits are printed together. Default: {_QUERIES}.",
+            help="With --file: limit of queries in a batch, whose hits are printed together; of about 20,000 hits too. "
+            f"Default: {_QUERIES}.",
             show_default=False,
         ),
     ] = None,
@@ -261,7 +262,7 @@ def search(
         return
     source = QueryFile(file)
     # On a terminal, the hits show the progress.
-    with source.locating(), nullcontext() if to_terminal() else progress("searching", source.count()) as done:
+    with source.locating(), nullcontext() if to_terminal() else progress("searching", source.count) as done:
         for batch in source.batches(batch_size or _QUERIES, top_k):
             with _model_remedy(collection, "queries with vector or id"):
                 results = ask(batch, details=_numbered_from(source.answered, details))

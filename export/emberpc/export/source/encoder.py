@@ -109,24 +109,24 @@ def read_encoder(
 
 
 def check_encoder(source: str | Path, max_tokens: int | None = None) -> None:
-    """Check an encoder on this host without loading PyTorch. A possible hub id is not checked.
+    """Check an encoder on this host without loading PyTorch or reading its weights. A possible hub id is not checked.
 
     Raises:
         ExportError: `read_encoder` would refuse the encoder.
     """
     found = find_local(source)
     if found is not None:
-        _read(found, "", max_tokens)
+        _read(found, "", max_tokens, hashed=False)
 
 
-def _read(found: Source, name: str, max_tokens: int | None) -> SourceEncoder:
+def _read(found: Source, name: str, max_tokens: int | None, *, hashed: bool = True) -> SourceEncoder:
     try:
-        return _settings(found, name, max_tokens)
+        return _settings(found, name, max_tokens, hashed=hashed)
     except BundleError as error:
         raise ExportError(str(error)) from error
 
 
-def _settings(found: Source, name: str, max_tokens: int | None) -> SourceEncoder:
+def _settings(found: Source, name: str, max_tokens: int | None, *, hashed: bool) -> SourceEncoder:
     folder = found.folder
     _refuse_adapter(folder)
     transformer = transformer_folder(folder)
@@ -137,7 +137,8 @@ def _settings(found: Source, name: str, max_tokens: int | None) -> SourceEncoder
         )
     _refuse_own_code(folder, config)
     pooling, dense, normalize = _modules(folder)
-    weights = sha256_of_all([*find_weights(transformer), *(folder / path / _DENSE_WEIGHTS for path in dense)])
+    files = [*find_weights(transformer), *(folder / path / _DENSE_WEIGHTS for path in dense)]
+    weights = sha256_of_all(files) if hashed else ""
     sentence_transformers = read_sentence_transformers(folder)
     _refuse_cut_starts(folder, transformer)
     return SourceEncoder(

@@ -96,8 +96,6 @@ class TextTokenizer:
         self._tokenizer.no_padding()
         self.max_tokens = max_tokens
         self._words = WordCache.of(self._tokenizer)
-        #: Whether the first token of a word can depend on the end of the word.
-        self._has_whole_words = isinstance(self._tokenizer.model, models.WordPiece | models.WordLevel)
         self._space = max_tokens - self._tokenizer.num_special_tokens_to_add(is_pair=False)
 
     @property
@@ -271,12 +269,22 @@ class TextTokenizer:
             space = max(head.rfind(" "), head.rfind("\n")) if length < len(whole) else 0
             if space > length // 2:
                 head = head[:space]
-            # A head that ends within a word may have more tokens than the text: WordPiece gives a long word one token.
-            if last or space > length // 2 or not self._has_whole_words:
-                (ids,) = self._ids([head], stop)
-                if last or len(ids) > self.max_tokens:
-                    return ids, head
+            (ids,) = self._ids([head], stop)
+            if last or (len(ids) > self.max_tokens and (space > length // 2 or self._exceeds_limit(head))):
+                return ids, head
             length = min(length * _GROWTH, self._max_at_once)
+
+    def _exceeds_limit(self, head: str) -> bool:
+        """Return whether a text exceeds the length limit, by its head, which has too many tokens and may cut a word.
+
+        WordPiece and word-level models give a word of too many characters a single token. So the tokens of the last
+        word of the head do not count: the text may have fewer.
+        """
+        if not isinstance(self._tokenizer.model, models.WordPiece | models.WordLevel):
+            return True
+        (encoding,) = self._tokenizer.encode_batch([head], add_special_tokens=False)
+        words: list[int | None] = encoding.word_ids
+        return bool(sum(word != words[-1] for word in words) > self._space)
 
     def _tail(self, text: str) -> str:
         """Return the end of a text, as long as one call of the tokenizer may read; the whole text if it is that short.

@@ -49,8 +49,8 @@ _COMPATIBLE = re.compile(
     "[\u00aa\u00b2-\u00b5\u00b9-\u00be\u0132-\u0149\u017f\u01c4-\u01f3\u02b0-\u02e4\u03d0-\u03f9\u0587\u0675-\u0678\u0e33"
     "\u0eb3\u0edc\u0edd\u0f77-\u0f79\u10fc\u1d2c-\u1dbf\u1e9a\u1e9b\u2070-\u20a8\u2100-\u2189\u2460-\u24ea\u2c7c\u2c7d"
     "\u2d6f\u2e9f\u2ef3\u2f00-\u2fd5\u3036-\u303a\u309f\u30ff\u3192-\u319f\u3200-\u33ff\ua69c\ua69d\ua770\ua7f1-\ua7f9"
-    "\uab5c-\uab69\ufb00-\ufb06\ufb13-\ufb4f\ufb50-\ufdfc\ufe70-\uffee\U00010781-\U000107ba\U0001ccd6-\U0001ccf9"
-    "\U0001d400-\U0001d7ff\U0001e030-\U0001e06d\U0001ee00-\U0001eebb\U0001f100-\U0001f251\U0001fbf0-\U0001fbf9]"
+    "\uab5c-\uab69\ufb00-\ufb06\ufb13-\ufb4f\ufb50-\ufdfc\ufe70-\uffee\U00010781-\U000107ba\U0001d400-\U0001d7ff"
+    "\U0001ee00-\U0001eebb\U0001f100-\U0001f251\U0001fbf0-\U0001fbf9]"
 )
 #: Character by which `_form` recognizes the decomposition of a fraction. Fractions are not replaced: 2½ would become
 #: 21⁄2.
