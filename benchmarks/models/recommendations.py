@@ -84,7 +84,7 @@ def measure(data: Path, folder: Path, base: str, seeds: int = 3, *, minutes: flo
     folder.mkdir(parents=True, exist_ok=True)
     shown: set[str] = set()
 
-    def show(stage: str, done: int, total: int, detail: str = "") -> None:  # noqa: ARG001 - as Progress
+    def show(stage: str, done: int, total: int, detail: str = "") -> None:
         if stage not in shown:
             shown.add(stage)
             print(data.name, stage, file=sys.stderr, flush=True)
