@@ -232,7 +232,7 @@ def test_the_command_reembed_waits_for_the_end_of_the_reembedding(
     assert reembed("--cancel")[1].startswith("c keeps its model: ")
 
 
-@pytest.mark.parametrize("with_vectors", [True, False])
+@pytest.mark.parametrize("with_vectors", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_upsert_stream_with_vectors_ends_if_the_model_changes(client: Client, with_vectors: bool) -> None:
     client.create_collection("c", model="a")
     vectors = client.embed(["first text", "second text"], model="a") if with_vectors else [None, None]
