@@ -128,3 +128,41 @@ def test_the_process_ends_in_time_despite_blocking_work(work: str, code: int, wo
     assert run.returncode == code, errors
     assert words in errors
     assert output == ("" if words else "ended\n")
+
+
+#: The main thread waits in its event loop, and another thread receives the signal.
+SIGNAL_OF_ANOTHER_THREAD = """
+import asyncio, os, signal, threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from emberpc.server.stopping import Stopping
+from waiting import wait_until
+
+def receive():
+    place = Path(f"/proc/self/task/{os.getpid()}/wchan")  # "0": the kernel does not say
+    wait_until(lambda: place.read_text() == "0" or "poll" in place.read_text())
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+async def wait():
+    stopping.listen()
+    threading.Thread(target=receive).start()
+    await asyncio.wait_for(stopping.requested.wait(), 300)
+    print("stopped")
+
+stopping = Stopping(0.1)
+asyncio.run(wait())
+stopping.end(ThreadPoolExecutor(1))
+"""
+
+
+def test_a_signal_that_another_thread_receives_wakes_the_event_loop() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SIGNAL_OF_ANOTHER_THREAD],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=environment,
+    )
+    assert (found.returncode, found.stdout, found.stderr) == (0, "stopped\n", "")

@@ -7,6 +7,7 @@ import faulthandler
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
@@ -59,6 +60,8 @@ class Stopping:
         # `SimpleQueue.put` is safe in a signal handler.
         self._signals: SimpleQueue[float] = SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
+        #: The ends of the connection by which a signal wakes the event loop; empty before `listen`.
+        self._sockets: tuple[socket.socket, ...] = ()
         self.requested = asyncio.Event()
         #: The moment until which the shutdown waits for work in progress: 1 s after the drain time. Infinite before the
         #: first signal. That signal replaces this object.
@@ -75,6 +78,14 @@ class Stopping:
         Call this in the main thread, inside the event loop.
         """
         self._loop = asyncio.get_running_loop()
+        # Python runs a signal handler in the main thread, between two instructions. A signal does not end a wait of the
+        # event loop if another thread receives it, or if it comes just before the wait. So Python also writes a byte to
+        # a socket, which the loop reads. Without that, an idle server ignored a SIGTERM until its next call.
+        self._sockets = woken, waking = socket.socketpair()
+        for each in self._sockets:
+            each.setblocking(False)
+        signal.set_wakeup_fd(waking.fileno(), warn_on_full_buffer=False)
+        self._loop.add_reader(woken, woken.recv, 4096)
         threading.Thread(target=self._watch, name="stopping", daemon=True).start()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
@@ -106,6 +117,10 @@ class Stopping:
         since a write is on disk before it is acknowledged. If neither SIGTERM nor SIGINT has arrived, there is no
         deadline. If all these threads end in time, return, and stop watching the process.
         """
+        if self._sockets:
+            signal.set_wakeup_fd(-1)
+            for each in self._sockets:
+                each.close()
         pool.shutdown(wait=False, cancel_futures=True)
         # Even idle threads need a short time to end.
         deadline = Deadline(max(self.deadline.seconds_left, _MOMENT_SECONDS))
