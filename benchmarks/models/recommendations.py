@@ -129,11 +129,15 @@ def estimate_errors(complete: ComparisonResult) -> Iterator[tuple[str, float, bo
         estimate = Estimates(rest, complete.per_label).at(way, budget)
         if estimate is None:
             continue
-        truth = figures[way, budget, quick]
-        low, value, high = (log(max(1e-3, 1 - each)) for each in (estimate.high, estimate.value, estimate.low))
-        deviation = (high - low) / (2 * DEVIATIONS)
-        off = (log(max(1e-3, 1 - truth.value)) - value) / deviation
-        yield way.strategy, off, estimate.low <= truth.value <= estimate.high
+        truth = figures[way, budget, quick].value
+        deviation = (log_error(estimate.low) - log_error(estimate.high)) / (2 * DEVIATIONS)
+        off = (log_error(truth) - log_error(estimate.value)) / deviation
+        yield way.strategy, off, estimate.low <= truth <= estimate.high
+
+
+def log_error(accuracy: float) -> float:
+    """Return the logarithm of 1 - accuracy, which is at least that of 0.001."""
+    return log(max(1e-3, 1 - accuracy))
 
 
 def table(verdicts: Iterable[Verdict]) -> Table:

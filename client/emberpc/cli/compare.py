@@ -186,15 +186,20 @@ def compare(
     )
 
     def check() -> None:
-        from emberpc.export.source.encoder import check_encoder
-
         check_strategies(strategies)
         data.read(with_descriptions=label_texts)
         data.test_texts(test)
-        for each in bases:
-            check_encoder(each, max_tokens)
 
-    with exporting(files, export_winner, check, overwrite=overwrite, command="emberpc compare", left=left) as progress:
+    with exporting(
+        files,
+        bases,
+        export_winner,
+        check,
+        max_tokens=max_tokens,
+        overwrite=overwrite,
+        command="emberpc compare",
+        left=left,
+    ) as progress:
         from emberpc.export.compare import comparison
         from emberpc.export.compare.comparison_settings import ComparisonSettings
         from emberpc.export.compare.outcomes import ALL

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -118,14 +118,12 @@ def embedding(
 
     def check() -> None:
         from emberpc.export.retrieval.queries import read_validation
-        from emberpc.export.source.encoder import check_encoder
 
         check_variants(names)
         read_validation(validation, corpus)
-        check_encoder(source, max_tokens)
 
     names, files = variant_names(variants), {validation: {}, corpus: CORPUS_COLUMNS}
-    with exporting(files, output, check, overwrite=overwrite) as progress:
+    with exporting(files, [source], output, check, max_tokens=max_tokens, overwrite=overwrite) as progress:
         from emberpc.export.embedding import export_embedding
 
         manifest = export_embedding(
@@ -211,16 +209,13 @@ def classifier(
     names = variant_names(variants)
 
     def check() -> None:
-        from emberpc.export.source.encoder import check_encoder
-
         check_rates(rejection_rate, max_false_rejections)
         check_variants(names)
         if strategy == "zero-shot" and not label_texts:
             raise CliError("the strategy zero-shot needs the texts of the labels; leave out --no-label-texts")
         data.read(with_descriptions=label_texts)
-        check_encoder(base, max_tokens)
 
-    with exporting(files, output, check, overwrite=overwrite) as progress:
+    with exporting(files, [base], output, check, max_tokens=max_tokens, overwrite=overwrite) as progress:
         from emberpc.export.classifier import export_classifier
 
         manifest = export_classifier(
@@ -306,21 +301,25 @@ def text_columns(text_column: str) -> dict[str, str]:
 @contextmanager
 def exporting(
     files: Mapping[Path | None, Mapping[str, str]],
+    encoders: Sequence[str],
     target: Path | None,
     check: Callable[[], object],
     *,
+    max_tokens: int | None = None,
     overwrite: bool = False,
     command: str = "emberpc export",
     left: str = "nothing was written",
 ) -> Iterator[Stages]:
-    """Context manager of an export: check its files and folder, show its progress, and convert errors of its block.
+    """Context manager of an export: check its inputs and folder, show its progress, and convert errors of its block.
 
     Args:
         files: the data files, and the columns that the first row of each must have, with remedies as for
             `check_columns`; an entry with the key None is ignored. The files are checked before the block begins, since
             the block loads PyTorch, which takes seconds.
+        encoders: sources of the encoders; those on this host are checked last before the block.
         target: folder of the bundle; None: no bundle is written.
         check: further checks to do before the block. The function may raise the exceptions that the block may raise.
+        max_tokens: maximum number of tokens of a text; None: the limit of each encoder.
         overwrite: whether to replace an existing bundle.
         command: name of the command, for messages.
         left: what the export left on the disk, for the message of an OSError.
@@ -335,6 +334,7 @@ def exporting(
     require(EXPORT_PACKAGES, "export", command)
     from emberpc.export.data.datasets import check_columns
     from emberpc.export.errors import ExportError
+    from emberpc.export.source.encoder import check_encoder
 
     try:
         if target is not None:
@@ -343,6 +343,8 @@ def exporting(
             if path is not None:
                 check_columns(path, columns)
         check()
+        for encoder in encoders:
+            check_encoder(encoder, max_tokens)
         with stages() as progress:
             progress("loading PyTorch", 0, 1)  # the imports of the block take seconds
             yield progress

@@ -80,14 +80,11 @@ def finetune_embedding(
     data: RetrievalData | None = None
 
     def check() -> None:
-        from emberpc.export.source.encoder import check_encoder
-
         nonlocal data
         check_variants(names)
         data = read_data(paths, seed)
-        check_encoder(base, max_tokens)
 
-    with exporting(files, output, check, overwrite=overwrite) as progress:
+    with exporting(files, [base], output, check, max_tokens=max_tokens, overwrite=overwrite) as progress:
         from emberpc.export.finetune import finetune_embedding as finetune
 
         manifest = finetune(

@@ -96,7 +96,8 @@ class TextTokenizer:
         self._tokenizer.no_padding()
         self.max_tokens = max_tokens
         self._words = WordCache.of(self._tokenizer)
-        self._space = max_tokens - self._tokenizer.num_special_tokens_to_add(is_pair=False)
+        #: Maximum number of tokens of a text and its prompt without special tokens.
+        self._max_bare = max_tokens - self._tokenizer.num_special_tokens_to_add(is_pair=False)
 
     @property
     def _long(self) -> int:
@@ -258,7 +259,7 @@ class TextTokenizer:
         """
         if self._words is not None:
             backwards = truncation is Truncation.START
-            bare, head = self._read_pieces(self._words, whole, self._space + 1, stop, backwards=backwards)
+            bare, head = self._read_pieces(self._words, whole, self._max_bare + 1, stop, backwards=backwards)
             return self._words.framed(bare), head
         if truncation is Truncation.START:
             tail = self._tail(whole)
@@ -266,11 +267,11 @@ class TextTokenizer:
         length = self._long
         while True:
             head, last = whole[:length], length >= min(len(whole), self._max_at_once)
-            space = max(head.rfind(" "), head.rfind("\n")) if length < len(whole) else 0
-            if space > length // 2:
-                head = head[:space]
+            blank = max(head.rfind(" "), head.rfind("\n")) if length < len(whole) else 0
+            if cut_at_blank := blank > length // 2:
+                head = head[:blank]
             (ids,) = self._ids([head], stop)
-            if last or (len(ids) > self.max_tokens and (space > length // 2 or self._exceeds_limit(head))):
+            if last or (len(ids) > self.max_tokens and (cut_at_blank or self._exceeds_limit(head))):
                 return ids, head
             length = min(length * _GROWTH, self._max_at_once)
 
@@ -284,7 +285,7 @@ class TextTokenizer:
             return True
         (encoding,) = self._tokenizer.encode_batch([head], add_special_tokens=False)
         words: list[int | None] = encoding.word_ids
-        return bool(sum(word != words[-1] for word in words) > self._space)
+        return bool(sum(word != words[-1] for word in words) > self._max_bare)
 
     def _tail(self, text: str) -> str:
         """Return the end of a text, as long as one call of the tokenizer may read; the whole text if it is that short.
@@ -364,17 +365,17 @@ class TextTokenizer:
             # The prompt is kept whole. Only the text after it is truncated.
             if self._words is not None:
                 before = self._bare(prompt, stop)
-                space = max(self._space - len(before), 0)
-                bare, _ = self._read_pieces(self._words, text, space, stop, backwards=True)
-                return self._words.framed([*before, *bare[max(len(bare) - space, 0) :]])
+                kept = max(self._max_bare - len(before), 0)
+                bare, _ = self._read_pieces(self._words, text, kept, stop, backwards=True)
+                return self._words.framed([*before, *bare[max(len(bare) - kept, 0) :]])
             before, encoding = self._unframed([prompt, self._tail(text)])
-            encoding.truncate(max(self._space - len(before), 0), direction="left")
+            encoding.truncate(max(self._max_bare - len(before), 0), direction="left")
             encoding = Encoding.merge([before, encoding], growing_offsets=True)
         elif self._words is not None:
             return self._words.cut(ids, self.max_tokens)
         else:
             (encoding,) = self._unframed([head])
-            encoding.truncate(self._space, direction="right")
+            encoding.truncate(self._max_bare, direction="right")
         framed: list[int] = self._tokenizer.post_process(encoding, add_special_tokens=True).ids
         return framed
 

@@ -11,7 +11,7 @@ import json
 import logging
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from urllib.parse import quote
@@ -74,7 +74,7 @@ def check_backup(
     """
     with _reading(path, stop) as theirs:
         version = _version(theirs)
-        with closing(_with_tables_of(theirs, version)) as ours:
+        with _with_tables_of(theirs, version) as ours:
             spec, created = _spec(theirs, accept)
             found = [row[0] for row in theirs.execute("PRAGMA integrity_check(10)")]
             if found != ["ok"]:
@@ -137,8 +137,9 @@ def _version(theirs: sqlite3.Connection) -> int:
     return version
 
 
-def _with_tables_of(theirs: sqlite3.Connection, version: int) -> sqlite3.Connection:
-    """Return a database in memory with the same tables as a backup, but empty; the caller closes the connection.
+@contextmanager
+def _with_tables_of(theirs: sqlite3.Connection, version: int) -> Iterator[sqlite3.Connection]:
+    """Open a database in memory with the same tables as a backup, but empty, and yield a connection to it.
 
     No table of the backup is read. Its declarations of tables, indexes, triggers and views must be compared before a
     table is read, since a malicious declaration could make SQLite compute an expression.
@@ -148,13 +149,12 @@ def _with_tables_of(theirs: sqlite3.Connection, version: int) -> sqlite3.Connect
     """
     declared = _objects(theirs)
     for steps in schema.tables_of(version):
-        with ExitStack() as unless_equal:
-            ours = unless_equal.enter_context(closing(sqlite3.connect(":memory:", isolation_level=None)))
+        with closing(sqlite3.connect(":memory:", isolation_level=None)) as ours:
             schema.make(ours, steps)
             ours.execute(backup.TABLE)
             if _objects(ours) == declared:
-                unless_equal.pop_all()
-                return ours
+                yield ours
+                return
     raise foreign("its tables are not those of a collection")
 
 
