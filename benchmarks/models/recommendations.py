@@ -130,14 +130,15 @@ def estimate_errors(complete: ComparisonResult) -> Iterator[tuple[str, float, bo
         if estimate is None:
             continue
         truth = figures[way, budget, quick].value
-        deviation = (log_error(estimate.low) - log_error(estimate.high)) / (2 * DEVIATIONS)
-        off = (log_error(truth) - log_error(estimate.value)) / deviation
+        deviation = (log_odds(estimate.low) - log_odds(estimate.high)) / (2 * DEVIATIONS)
+        off = (log_odds(truth) - log_odds(estimate.value)) / deviation
         yield way.strategy, off, estimate.low <= truth <= estimate.high
 
 
-def log_error(accuracy: float) -> float:
-    """Return the logarithm of 1 - accuracy, which is at least that of 0.001."""
-    return log(max(1e-3, 1 - accuracy))
+def log_odds(accuracy: float) -> float:
+    """Return the log-odds of an error; an accuracy below 0.001 or above 0.999 counts as that."""
+    accuracy = min(max(accuracy, 1e-3), 1 - 1e-3)
+    return log((1 - accuracy) / accuracy)
 
 
 def table(verdicts: Iterable[Verdict]) -> Table:

@@ -12,15 +12,17 @@ from emberpc.export.compare.outcomes import NO_TEXTS, Outcome, Way
 
 #: Number of standard deviations on both sides of an estimate that make its 95 % interval.
 _INTERVAL = 1.96
-#: Change of the logarithm of the error for twice the texts, if no other strategy shows it: the error falls by 14 %.
+#: Change of the log-odds of an error for twice the texts, if no other strategy shows it.
 _SLOPE = -0.15
 #: Standard deviation of that change between strategies on the same data; this and the next constants are estimates from
 #: a few data sets.
 _SLOPE_DEVIATION = 0.08
-#: Mean change of the logarithm of the error from the quick to the full profile, and its standard deviation.
-_FULL_GAIN, _FULL_DEVIATION = -0.05, 0.15
-#: Minimum error that is distinguished from 0: the logarithm of 0 does not exist.
-_MIN_ERROR = 1e-3
+#: Mean change of the log-odds of an error from the quick to the full profile, and its standard deviation.
+_FULL_GAIN, _FULL_DEVIATION = -0.11, 0.12
+#: Standard deviation of the log-odds of errors between strategies that train the same encoder with the same texts.
+_KIN_DEVIATION = 0.2
+#: Minimum distance of a figure from 0 and 1: the log-odds of 0 do not exist.
+_MARGIN = 1e-3
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ def measured_figures(outcomes: Iterable[Outcome], metric: str) -> dict[Place, Me
 class Estimates:
     """Estimates of a figure for every strategy at every budget, from what was measured.
 
-    The logarithm of the error is assumed to be linear in the logarithm of the number of texts: learning curves follow
-    power laws (Hestness et al., "Deep Learning Scaling is Predictable, Empirically", 2017).
+    The log-odds of an error, log(error / (1 - error)), are taken as linear in the logarithm of the number of texts.
+    For a small error, this is the power law of learning curves (Hestness et al., "Deep Learning Scaling is Predictable,
+    Empirically", 2017). For an accuracy near 0, where a power law would promise large gains, gains stay small.
 
     Args:
         figures: what was measured, from `measured_figures`.
@@ -92,11 +95,24 @@ class Estimates:
 
         Returns:
             The measured value; else an extrapolation from the quick profile at this budget; else one from the largest
-            smaller budget, by the slope of the strategy's own learning curve and of those of other strategies. None if
-            the strategy was not measured at this budget or below.
+            smaller budget, by the slope of the strategy's own learning curve and of those of other strategies. For a
+            strategy that trains the encoder, the last is combined with those of other such strategies that were
+            measured with more texts. None if the strategy was not measured at this budget or below.
         """
         if (found := self._figures.get((way, NO_TEXTS, False))) is not None:
-            return _estimate(log(_error(found)), found.error / _error(found), measured=True)
+            return _estimate(*_log_odds(found), measured=True)
+        anchor = self._anchor(way, budget)
+        if anchor is None:
+            return None
+        at, quick = anchor
+        level, variance = self._extrapolated(way, anchor, budget)
+        reached = self._per_label[at] == self._per_label[budget]
+        if way.tunes and not reached:
+            level, variance = self._drawn_to_kin(level, variance, way, at, budget)
+        return _estimate(level, sqrt(variance), measured=reached and not quick)
+
+    def _anchor(self, way: Way, budget: int) -> tuple[int, bool] | None:
+        """Return the largest budget, up to `budget`, at which a strategy was measured, and whether only quickly."""
         anchors = [
             (self._per_label[at], not quick, at == budget, at)
             for known, at, quick in self._figures
@@ -105,17 +121,41 @@ class Estimates:
         if not anchors:
             return None
         _, full, _, at = max(anchors)
-        found = self._figures[way, at, not full]
-        level, variance = log(_error(found)), (found.error / _error(found)) ** 2
-        if not full:
+        return at, not full
+
+    def _extrapolated(self, way: Way, anchor: tuple[int, bool], budget: int) -> tuple[float, float]:
+        """Return the log-odds of a strategy's errors at a budget by its own measurement, and their variance."""
+        at, quick = anchor
+        level, error = _log_odds(self._figures[way, at, quick])
+        variance = error**2
+        if quick:
             level, variance = level + _FULL_GAIN, variance + _FULL_DEVIATION**2
         doublings = log2(self._per_label[budget] / self._per_label[at])
         slope, deviation = self._slope(way, at, budget)
-        level, variance = level + slope * doublings, variance + (deviation * doublings) ** 2
-        return _estimate(level, sqrt(variance), measured=full and doublings == 0)
+        return level + slope * doublings, variance + (deviation * doublings) ** 2
+
+    def _drawn_to_kin(self, level: float, variance: float, way: Way, start: int, budget: int) -> tuple[float, float]:
+        """Combine an extrapolation with those of other strategies that train the same encoder.
+
+        With the same texts, such strategies differ little, and an extrapolation over several doublings is uncertain.
+        So those count that were measured with more texts than the strategy itself, which was at the budget `start`.
+        """
+        kin = [
+            self._extrapolated(other, anchor, budget)
+            for other in {known for known, _, _ in self._figures}
+            if other != way and other.tunes and other.base == way.base
+            if (anchor := self._anchor(other, budget)) is not None
+            and self._per_label[anchor[0]] > self._per_label[start]
+        ]
+        if not kin:
+            return level, variance
+        mean = float(np.mean([one for one, _ in kin]))
+        spread = _KIN_DEVIATION**2 + float(np.mean([one for _, one in kin]))
+        weight = spread / (spread + variance)
+        return weight * level + (1 - weight) * mean, weight * variance
 
     def _slope(self, way: Way, start: int, end: int) -> tuple[float, float]:
-        """Return the change of the logarithm of a strategy's error for twice the texts, and its standard deviation.
+        """Return the change of the log-odds of a strategy's errors for twice the texts, and its standard deviation.
 
         The change is that of other strategies between the budgets `start` and `end`, combined with that of the
         strategy itself below `start`, weighted by their variances.
@@ -142,18 +182,24 @@ class Estimates:
         return min(mean, 0.0), sqrt(variance)
 
     def _change(self, way: Way, start: int, end: int, *, quick: bool) -> tuple[float, float]:
-        """Return the change of the logarithm of the error for twice the texts, and its standard error."""
+        """Return the change of the log-odds of an error for twice the texts, and its standard error."""
         doublings = log2(self._per_label[end] / self._per_label[start])
-        first, last = self._figures[way, start, quick], self._figures[way, end, quick]
-        error = sqrt(sum((each.error / _error(each)) ** 2 for each in (first, last)))
-        return (log(_error(last)) - log(_error(first))) / doublings, error / doublings
+        first, first_error = _log_odds(self._figures[way, start, quick])
+        last, last_error = _log_odds(self._figures[way, end, quick])
+        return (last - first) / doublings, sqrt(first_error**2 + last_error**2) / doublings
 
 
-def _error(found: MeasuredFigure) -> float:
-    return max(1 - found.value, _MIN_ERROR)
+def _log_odds(found: MeasuredFigure) -> tuple[float, float]:
+    """Return the log-odds of an error, and their standard error."""
+    value = min(max(found.value, _MARGIN), 1 - _MARGIN)
+    return log((1 - value) / value), found.error / (value * (1 - value))
 
 
 def _estimate(level: float, deviation: float, *, measured: bool) -> Estimate:
-    """Return the estimate for a logarithm of the error with a normal distribution."""
-    value, high = 1 - exp(level), 1 - exp(level - _INTERVAL * deviation)
-    return Estimate(max(0.0, value), max(0.0, 1 - exp(level + _INTERVAL * deviation)), high, measured)
+    """Return the estimate for log-odds of an error with a normal distribution."""
+
+    def figure(log_odds: float) -> float:
+        return 1 / (1 + exp(log_odds))
+
+    spread = _INTERVAL * deviation
+    return Estimate(figure(level), figure(level + spread), figure(level - spread), measured)
