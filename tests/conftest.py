@@ -137,11 +137,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def start_servers_faster() -> Iterator[None]:
-    """Give later servers the record of the first server's check of hnswlib, and state the size of micro-batches.
+    """Give later servers the record of the first server's check of hnswlib, and state engine and size of micro-batches.
 
     Each server in a new data directory starts a process for the check, which takes a fifth of the CPU time of its
     start. Without a stated size, each server measures the best one, and on a busy host repeats that: with MiniLM, this
-    took 20 CPU-seconds of the tests. A test that needs the measurement states `--batch-tokens 0`.
+    took 20 CPU-seconds of the tests. A test that needs the measurement states `--batch-tokens 0 --engine auto`.
     """
     start, record = ServerProcess.__init__, ""
 
@@ -154,6 +154,8 @@ def start_servers_faster() -> Iterator[None]:
             marker.write_text(record, encoding="ascii")
         if "--batch-tokens" not in flags:
             flags = (*flags, "--batch-tokens", "512")
+        if "--engine" not in flags:
+            flags = (*flags, "--engine", "onnxruntime")
         start(self, models, data_dir, *flags, **options)
         if marker.is_file():
             record = marker.read_text(encoding="ascii")

@@ -39,11 +39,12 @@ from rich.console import Console
 from rich.table import Table
 
 from emberpc.bundle import read_bundle, unit
+from emberpc.bundle.agreement import neighbour_agreement
 from emberpc.export.convert.onnx_runner import Feeds, Matrix, OnnxRunner
 from emberpc.export.data.datasets import read_texts
 from emberpc.export.data.examples import evenly
 from emberpc.export.data.stdlib_texts import sample_texts
-from emberpc.export.variants.measurement import ROUNDS, neighbour_agreement
+from emberpc.export.variants.measurement import ROUNDS
 from emberpc.export.variants.outliers import find_outliers
 from emberpc.export.variants.surgery import products, split_outliers
 

@@ -5,7 +5,7 @@ the first response of the health service. It measures the resident memory one se
 best size of micro-batches. The script waits for this size without a limit, since a server on a busy host measures the
 size again later. The script prints medians over the starts, and the slowest imports of the server.
 
-    python -m benchmarks.server.cold_start BUNDLE [--rounds 7] [-o RESULT.json]
+    python -m benchmarks.server.cold_start BUNDLE [--rounds 7] [--engine openvino] [--precision bf16] [-o RESULT.json]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, Popen, run
 from time import perf_counter, sleep
@@ -22,14 +23,14 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from benchmarks.shared.load import host, middle, resident_megabytes
+from benchmarks.shared.load import add_engine_options, engine_flags, host, middle, resident_megabytes
 
 #: Seconds to wait after the server has stored its best size of micro-batches, before its resident memory is read. After
 #: storing the size, the server releases memory that the measurement of the size took.
 SETTLED = 1.0
 
 
-def start(bundle: Path, variant: str, port: int) -> tuple[float, float]:
+def start(bundle: Path, variant: str, port: int, flags: Sequence[str]) -> tuple[float, float]:
     """Start a server, measure its start and its memory while idle, and stop it.
 
     The function waits without a limit until the server has stored its best size of micro-batches.
@@ -38,6 +39,7 @@ def start(bundle: Path, variant: str, port: int) -> tuple[float, float]:
         bundle: folder of the bundle.
         variant: variant of the bundle to serve.
         port: a free port.
+        flags: further flags of `emberpc serve`.
 
     Returns:
         Seconds from the start of the process to SERVING, and resident MB while idle.
@@ -52,7 +54,7 @@ def start(bundle: Path, variant: str, port: int) -> tuple[float, float]:
         command = [sys.executable, "-m", "emberpc.cli.main", "serve", "--listen", address, "--data-dir", data]
         began = perf_counter()
         models = ["--model", f"model={bundle}", "--variant", f"model={variant}"]
-        with Popen([*command, *models], stderr=DEVNULL) as process:
+        with Popen([*command, *models, *flags], stderr=DEVNULL) as process:
             options = [("grpc.initial_reconnect_backoff_ms", 10), ("grpc.max_reconnect_backoff_ms", 10)]
             with grpc.insecure_channel(address, options) as channel:
                 stub: Any = health_pb2_grpc.HealthStub(channel)
@@ -60,7 +62,7 @@ def start(bundle: Path, variant: str, port: int) -> tuple[float, float]:
                 if answer.status != health_pb2.HealthCheckResponse.SERVING:
                     raise SystemExit("the server started but is not serving")
             seconds = perf_counter() - began
-            while not Path(data, "calibration.json").exists():
+            while not Path(data, "engines.json").exists():
                 sleep(0.1)
             sleep(SETTLED)
             memory = resident_megabytes(process.pid)
@@ -92,8 +94,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--port", type=int, default=50871, help="a free port (default: %(default)s)")
     parser.add_argument("-o", "--output", type=Path, help="JSON file for the figures")
+    add_engine_options(parser)
     arguments = parser.parse_args()
-    rounds = [start(arguments.bundle, arguments.variant, arguments.port) for _ in range(arguments.rounds)]
+    flags = engine_flags(arguments)
+    rounds = [start(arguments.bundle, arguments.variant, arguments.port, flags) for _ in range(arguments.rounds)]
     seconds, memory = (middle(values) for values in zip(*rounds, strict=True))
     print(f"SERVING after {seconds:.2f} s, {memory:.0f} MB resident")
     imports = slowest_imports(12)

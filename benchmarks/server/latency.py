@@ -7,7 +7,7 @@ median of their ratios. It measures `--rounds` texts of each length, but a quart
 above the model's limit are left out. A text may be faster through the server, since a server that has only one text to
 run may use all cores for it.
 
-    python -m benchmarks.server.latency BUNDLE [--rounds 200] [-o RESULT.json]
+    python -m benchmarks.server.latency BUNDLE [--rounds 200] [--engine openvino] [--precision bf16] [-o RESULT.json]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from time import perf_counter
 
 import grpc
 
-from benchmarks.shared.load import host, middle, serving
+from benchmarks.shared.load import add_engine_options, engine_flags, host, middle, runtimes_of, serving
 from emberpc.export.data.stdlib_texts import read_stdlib
 from emberpc.server.engine import Model, Truncation
 from emberpc.server.errors import items_of
@@ -59,12 +59,13 @@ def main() -> None:
     parser.add_argument("bundle", type=Path, help="an embedding model, exported")
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("-o", "--output", type=Path, help="JSON file for the figures")
+    add_engine_options(parser)
     arguments, flags = parser.parse_known_args()
     keep_freed_memory()
-    model = Model.load("bare", arguments.bundle)
+    model = Model.load("bare", arguments.bundle, runtimes=runtimes_of(arguments))
     results = {}
     with (
-        serving(arguments.bundle, "--cache-bytes", "0", *flags) as server,
+        serving(arguments.bundle, "--cache-bytes", "0", *engine_flags(arguments), *flags) as server,
         grpc.insecure_channel(server.address) as channel,
     ):
         embed = embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed

@@ -13,7 +13,8 @@ measured with these texts, too. Each of the 64 texts is run `--texts` // 64 time
 the server that a Python client takes. The script prints medians over the rounds: of the figures, and of the server's
 figures divided by those of the roofline. The targets are printed, and not checked.
 
-    python -m benchmarks.server.roofline BUNDLE [--queries FILE.csv] [--texts 1000] [--rounds 5] [-o RESULT.json]
+    python -m benchmarks.server.roofline BUNDLE [--queries FILE.csv] [--texts 1000] [--rounds 5] [--engine openvino]
+        [--precision bf16] [-o RESULT.json]
 """
 
 from __future__ import annotations
@@ -32,18 +33,21 @@ from time import perf_counter, process_time
 
 from benchmarks.shared.load import (
     EMBED,
+    add_engine_options,
     call,
     capacity,
     check_responses,
     cpu_seconds,
     embed_requests,
+    engine_flags,
     host,
     middle,
     mixed_texts,
+    runtimes_of,
     serving,
 )
 from emberpc.bundle.cores import usable_cores
-from emberpc.server.engine import Model, Truncation
+from emberpc.server.engine import Model, Runtimes, Truncation
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import items_of
 from emberpc.server.memory import keep_freed_memory
@@ -60,14 +64,14 @@ FEW = f"bare, {CALLERS} texts"
 TARGETS = {"texts_per_second": 0.92, "cpu_seconds_per_text": 1.08}
 
 
-def bare(bundle: Path, texts: Sequence[str]) -> dict[str, float]:
+def bare(bundle: Path, texts: Sequence[str], runtimes: Runtimes) -> dict[str, float]:
     """Run the bundle's model on texts in ideal micro-batches, with one thread for each usable core, without a server.
 
     Returns:
         `texts_per_second` and `cpu_seconds_per_text` of this process, both without tokenization.
     """
     keep_freed_memory()
-    model = Model.load("bare", bundle)
+    model = Model.load("bare", bundle, runtimes=runtimes)
     tokenized = model.tokenizer.tokenize(texts, "", Truncation.END, items_of("texts"))
     ids = sorted((text.ids for text in tokenized), key=len)
     queue: SimpleQueue[list[TokenIds]] = SimpleQueue()
@@ -96,8 +100,13 @@ def bare(bundle: Path, texts: Sequence[str]) -> dict[str, float]:
     return {"texts_per_second": len(texts) / seconds, "cpu_seconds_per_text": cpu / len(texts)}
 
 
-def in_a_process(bundle: Path, texts: Sequence[str]) -> dict[str, float]:
+def in_a_process(bundle: Path, texts: Sequence[str], flags: Sequence[str]) -> dict[str, float]:
     """Run `bare` in a child process, and return its figures.
+
+    Args:
+        bundle: folder of the bundle.
+        texts: the texts.
+        flags: engine and precision, as `engine_flags` returns them.
 
     Raises:
         CalledProcessError: the child process failed.
@@ -105,21 +114,23 @@ def in_a_process(bundle: Path, texts: Sequence[str]) -> dict[str, float]:
     with NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         json.dump(list(texts), file)
         file.flush()
-        command = [sys.executable, "-m", "benchmarks.server.roofline", str(bundle), "--bare", file.name]
+        command = [sys.executable, "-m", "benchmarks.server.roofline", str(bundle), "--bare", file.name, *flags]
         found: dict[str, float] = json.loads(run(command, check=True, capture_output=True, text=True).stdout)
         return found
 
 
-def measure(bundle: Path, texts: Sequence[str], rounds: int, flags: Sequence[str]) -> dict[str, list[dict[str, float]]]:
+def measure(
+    bundle: Path, texts: Sequence[str], rounds: int, engine: Sequence[str], flags: Sequence[str]
+) -> dict[str, list[dict[str, float]]]:
     found: dict[str, list[dict[str, float]]] = {"bare": [], **{way: [] for way in WAYS}}
     each = len(texts) // CALLERS if which("h2load") else 0
     if each:
         found |= {FEW: [], CAPACITY: []}
-    with serving(bundle, "--cache-bytes", "0", *flags) as server:
+    with serving(bundle, "--cache-bytes", "0", *engine, *flags) as server:
         check_responses(server.address, bundle, texts[:100])
         call(server.address, texts[:200], in_flight=64)  # warm
         for number in range(rounds):
-            found["bare"].append(in_a_process(bundle, texts))
+            found["bare"].append(in_a_process(bundle, texts, engine))
             for way, (in_flight, batch) in WAYS.items():
                 before = cpu_seconds(server.process.pid)
                 outcome = call(server.address, texts, in_flight=in_flight, batch=batch)
@@ -134,7 +145,7 @@ def measure(bundle: Path, texts: Sequence[str], rounds: int, flags: Sequence[str
                     }
                 )
             if each:
-                found[FEW].append(in_a_process(bundle, [*texts[:CALLERS]] * each))
+                found[FEW].append(in_a_process(bundle, [*texts[:CALLERS]] * each, engine))
                 before = cpu_seconds(server.process.pid)
                 seconds, count = capacity(server.address, EMBED, embed_requests(texts[:CALLERS]), each), CALLERS * each
                 used = cpu_seconds(server.process.pid) - before
@@ -150,13 +161,15 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("-o", "--output", type=Path, help="JSON file for the figures")
+    add_engine_options(parser)
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     arguments, flags = parser.parse_known_args()
     if arguments.bare:
-        print(json.dumps(bare(arguments.bundle, json.loads(arguments.bare.read_text(encoding="utf-8")))))
+        texts = json.loads(arguments.bare.read_text(encoding="utf-8"))
+        print(json.dumps(bare(arguments.bundle, texts, runtimes_of(arguments))))
         return
     texts = mixed_texts(arguments.texts, arguments.queries)
-    found = measure(arguments.bundle, texts, arguments.rounds, flags)
+    found = measure(arguments.bundle, texts, arguments.rounds, engine_flags(arguments), flags)
     ratios = {}
     for way, rounds in found.items():
         names = rounds[0].keys()

@@ -8,7 +8,8 @@ the last one. In a run of at most two minutes, the first minute takes the place 
 To try another allocator, set it in the environment, for example
 LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libjemalloc.so.2.
 
-    python -m benchmarks.server.soak BUNDLE [--minutes 30] [-o RESULT.json] [--plot FILE.png]
+    python -m benchmarks.server.soak BUNDLE [--minutes 30] [--engine openvino] [--precision bf16] [-o RESULT.json]
+        [--plot FILE.png]
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from time import perf_counter, sleep
 
 import matplotlib as mpl
 
-from benchmarks.shared.load import cpu_seconds, host, middle, resident_megabytes, serving
+from benchmarks.shared.load import (
+    add_engine_options,
+    cpu_seconds,
+    engine_flags,
+    host,
+    middle,
+    resident_megabytes,
+    serving,
+)
 from emberpc.bundle import read_bundle
 from emberpc.client import Client
 from emberpc.export.data.stdlib_texts import read_stdlib
@@ -69,10 +78,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("-o", "--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--plot", type=Path, help="PNG file for a plot")
+    add_engine_options(parser)
     arguments, flags = parser.parse_known_args()
     stop, done = threading.Event(), [0] * CALLERS
     samples: list[tuple[float, float]] = []
-    with serving(arguments.bundle, *flags) as server:
+    with serving(arguments.bundle, *engine_flags(arguments), *flags) as server:
         idle = resident_megabytes(server.process.pid)
         threads = [threading.Thread(target=caller, args=(server.address, i, stop, done)) for i in range(CALLERS)]
         for thread in threads:

@@ -32,9 +32,11 @@ import grpc.aio
 import numpy as np
 from google.protobuf.message import Message
 
+from emberpc.bundle.cores import usable_cores
 from emberpc.export.data.stdlib_texts import read_stdlib
-from emberpc.server.engine import Model, Truncation
+from emberpc.server.engine import Model, Runtimes, Truncation
 from emberpc.server.errors import items_of
+from emberpc.server.settings import ENGINES, PRECISIONS
 from emberpc.v1 import embedding_pb2, embedding_pb2_grpc, types_pb2
 from emberpc.wire import vectors
 from examples.server_process import ServerProcess
@@ -106,6 +108,22 @@ def mixed_texts(count: int, queries: Path | None, seed: int = 0) -> list[str]:
     texts = generator.sample(short, count - len(long)) + long
     generator.shuffle(texts)
     return texts
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options `--engine` and `--precision`, with the values of `emberpc serve` but `auto`."""
+    parser.add_argument("--engine", choices=ENGINES[1:], default=ENGINES[1], help="(default: %(default)s)")
+    parser.add_argument("--precision", choices=PRECISIONS[1:], default=PRECISIONS[1], help="(default: %(default)s)")
+
+
+def engine_flags(arguments: argparse.Namespace) -> list[str]:
+    """Return the flags of `emberpc serve` for the options of `add_engine_options`."""
+    return ["--engine", arguments.engine, "--precision", arguments.precision]
+
+
+def runtimes_of(arguments: argparse.Namespace) -> Runtimes:
+    """Return how the model is run by the options of `add_engine_options`, with one batch at a time on each core."""
+    return Runtimes({"": arguments.engine}, {"": arguments.precision}, usable_cores())
 
 
 @contextmanager

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from emberpc.server.engine.batching import Backlog, Item, Queue, Submission
 from emberpc.server.engine.caller import Caller, Lane
-from emberpc.server.engine.sessions.onnx_runtime import Output
+from emberpc.server.engine.sessions.session import Output
 from emberpc.server.engine.tokenizing import TokenIds
+from fake_runner import FakeRunner
 
 
-class Doubler:
+class Doubler(FakeRunner):
     """A model whose output for a text is the number of its tokens."""
 
     def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
@@ -107,14 +108,22 @@ def test_drain_returns_the_waiting_calls() -> None:
 
 @pytest.mark.parametrize("tokens", [16, 4096])
 def test_a_call_is_discarded_also_after_the_batch_limit_has_changed(tokens: int) -> None:
-    backlog = Backlog(256, bulk_seconds=5)
-    gone, stays = submission(Doubler(), [8] * 70), submission(Doubler(), [8] * 10)
+    backlog, runner = Backlog(256, bulk_seconds=5), Doubler()
+    gone, stays = submission(runner, [8] * 70), submission(Doubler(), [8] * 10)
     for each in (gone, stays):
         backlog.add(each)
-    backlog.set_batch_tokens(tokens)
+    runner.batch_tokens = tokens
     backlog.discard(gone)
     assert backlog.tokens == 80
     assert backlog.drain() == {stays}
+
+
+def test_the_size_of_a_batch_is_that_of_its_runner() -> None:
+    queue, runners = Queue(16), [Doubler(), Doubler()]
+    runners[1].batch_tokens = 40
+    for runner in runners:
+        queue.add(submission(runner, [4] * 12, str(id(runner))))
+    assert [len(queue.take()) for _ in runners] == [4, 10]
 
 
 def test_callers_take_turns_regardless_of_their_number_of_calls() -> None:

@@ -18,7 +18,7 @@ from emberpc.server.engine import Caller, Engine, Lane, Registry, Truncation
 from emberpc.server.engine.cache import Cache, CachedOutput, Key, SharedRun, SharedRuns
 from emberpc.server.engine.inference import Inference, InferenceRequest
 from emberpc.server.engine.models.encoders import Encoder
-from emberpc.server.engine.sessions.onnx_runtime import Output
+from emberpc.server.engine.sessions.session import Output
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import ServiceError, items_of
 from waiting import until_idle

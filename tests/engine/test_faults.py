@@ -13,15 +13,16 @@ import pytest
 
 from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.scheduler import Scheduler
-from emberpc.server.engine.sessions.onnx_runtime import Output
+from emberpc.server.engine.sessions.session import Output
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import Code, ServiceError
+from fake_runner import FakeRunner
 
 CALLS = 400
 ALLOWED = {Code.INTERNAL, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE}
 
 
-class Faulty:
+class Faulty(FakeRunner):
     """A model that returns each text's number of tokens, or at random fails, runs out of memory or kills its worker."""
 
     def __init__(self, seed: int) -> None:

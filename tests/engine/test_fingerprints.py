@@ -31,9 +31,9 @@ from emberpc.bundle import (
 from emberpc.bundle.contents import Contents
 from emberpc.bundle.reading import sha256_of
 from emberpc.server.engine import Model, ModelLoadError, Registry
-from emberpc.server.engine.models import model
-from emberpc.server.engine.sessions import shared_tables
-from emberpc.server.engine.sessions.onnx_runtime import OnnxSession, SessionError
+from emberpc.server.engine.sessions import runtime, shared_tables
+from emberpc.server.engine.sessions.onnx_runtime import OnnxSession
+from emberpc.server.engine.sessions.session import SessionError
 from fixtures_bundles import save_with_external_weights
 
 MODEL = Path("onnx") / "model.onnx"
@@ -198,6 +198,7 @@ def test_a_served_model_does_not_depend_on_its_files(
     served, tokens = Model.load("m", foreign), [np.array([2, 7, 8, 9, 3]), np.array([2, 11, 3])]
     before = served.encoder.run(tokens)
     wide = served.encoder._session.with_threads(2)
+    assert isinstance(served.encoder._session, OnnxSession)
     assert served.encoder._session._tables
     spoil(foreign / file)
     others = [np.array([2, token, 3]) for token in range(4, 39)]
@@ -208,8 +209,9 @@ def test_a_served_model_does_not_depend_on_its_files(
 
 
 def test_a_session_keeps_no_second_copy_of_the_weights(foreign: Path) -> None:
-    session = Model.load("m", foreign).encoder._session._session
-    assert not [name for name, value in vars(session).items() if isinstance(value, bytes)]
+    session = Model.load("m", foreign).encoder._session
+    assert isinstance(session, OnnxSession)
+    assert not [name for name, value in vars(session._session).items() if isinstance(value, bytes)]
 
 
 @pytest.mark.parametrize("file", ["onnx/model.onnx.data", "onnx/model.onnx", "tokenizer.json"])
@@ -225,7 +227,7 @@ def test_the_fingerprint_covers_the_bytes_that_are_served(
         scratch(foreign / file)
         return session
 
-    monkeypatch.setattr(model, "OnnxSession", load)
+    monkeypatch.setattr(runtime, "OnnxSession", load)
     if file == "tokenizer.json":  # it is read after the change
         with pytest.raises(ModelLoadError, match="tokenizer"):
             Model.load("m", foreign)
@@ -282,7 +284,7 @@ class Loading:
             self.begun.set()
             return OnnxSession(path, contents=contents)
 
-        patch.setattr(model, "OnnxSession", load)
+        patch.setattr(runtime, "OnnxSession", load)
 
 
 def test_the_weights_are_hashed_while_the_session_is_made(

@@ -19,7 +19,8 @@ from emberpc.bundle import Head, Manifest, Reference, finish_bundle, read_bundle
 from emberpc.server.deadlines import Deadline
 from emberpc.server.engine import Engine, Model, ModelLoadError, Registry
 from emberpc.server.engine.models.encoders import Encoder, Encoders
-from emberpc.server.engine.sessions.onnx_runtime import LoadCancellation, OnnxSession, SessionError
+from emberpc.server.engine.sessions.onnx_runtime import OnnxSession
+from emberpc.server.engine.sessions.session import LoadCancellation, SessionError
 from emberpc.server.engine.tokenizing import TextTokenizer, TokenIds
 from emberpc.server.errors import invalid
 
@@ -118,7 +119,7 @@ def test_a_classifier_shares_the_encoder_that_it_was_made_on(
     batch = [np.array([2, 7, 8, 9, 3]), np.array([2, 11, 3])]
     shared = models["classifier"].finish(models["classifier"].encoder.run(batch))
     session = OnnxSession(tiny_classifier_bundle / "onnx" / "model.onnx")
-    in_graph = session.run(batch, read_bundle(tiny_classifier_bundle).interface(session.graph), 0)
+    in_graph = Encoder(session, read_bundle(tiny_classifier_bundle).interface(session.graph), 0).run(batch)
     np.testing.assert_allclose(shared, in_graph, atol=1e-4)
 
 

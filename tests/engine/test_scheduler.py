@@ -16,9 +16,10 @@ from emberpc.server.engine import scheduler as scheduler_module
 from emberpc.server.engine.batching import Item, Queue, SubmissionResult
 from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.scheduler import Scheduler
-from emberpc.server.engine.sessions.onnx_runtime import Output
+from emberpc.server.engine.sessions.session import Output
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import Code, ServiceError
+from fake_runner import FakeRunner
 from waiting import until_idle
 
 
@@ -26,7 +27,7 @@ def texts(*lengths: int) -> list[TokenIds]:
     return [np.full(length, length, dtype=np.int64) for length in lengths]
 
 
-class Lengths:
+class Lengths(FakeRunner):
     """A model that returns the number of tokens of each text; it fails on a batch with a text of `poison` tokens."""
 
     def __init__(self, poison: int = 0) -> None:
@@ -38,7 +39,7 @@ class Lengths:
         return np.array([[len(ids)] for ids in batch], dtype=np.float32)
 
 
-class Gate:
+class Gate(FakeRunner):
     """A model that blocks in its first batch until the gate is opened."""
 
     def __init__(self) -> None:
@@ -220,7 +221,7 @@ async def test_a_call_that_is_still_queued_at_its_deadline_is_dropped(scheduler:
     assert busy.counts.expired == 1
 
 
-class Slow:
+class Slow(FakeRunner):
     """A model that takes 0.02 s for a batch, by a clock of the test."""
 
     def __init__(self, clock: Clock) -> None:
@@ -297,7 +298,7 @@ async def test_a_short_call_is_served_while_all_workers_run_bulk_batches(schedul
     await asyncio.gather(*bulk)
 
 
-class Threads:
+class Threads(FakeRunner):
     """A model that returns the number of threads on which each text was run."""
 
     def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
@@ -320,7 +321,7 @@ class WorkerKiller(SystemExit):
     """Ends the thread of a worker; no model should raise it."""
 
 
-class Deadly:
+class Deadly(FakeRunner):
     """A model that ends the worker that runs it."""
 
     def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:

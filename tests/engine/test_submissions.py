@@ -13,8 +13,9 @@ import pytest
 from emberpc.server.engine.batching import Backlog, Item, Submission
 from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.scheduler import Scheduler
-from emberpc.server.engine.sessions.onnx_runtime import Output
+from emberpc.server.engine.sessions.session import Output
 from emberpc.server.engine.tokenizing import TokenIds
+from fake_runner import FakeRunner
 
 Make = Callable[[int], Scheduler]
 
@@ -23,7 +24,7 @@ def texts(*lengths: int) -> list[TokenIds]:
     return [np.full(length, length, dtype=np.int64) for length in lengths]
 
 
-class Gate:
+class Gate(FakeRunner):
     """A model that blocks in each batch until the gate is opened."""
 
     def __init__(self) -> None:

@@ -17,6 +17,7 @@ from onnx import TensorProto, numpy_helper
 
 from bundle_cache import shared_export
 from emberpc.bundle import Bound, Manifest, Measured, Variant, finish_bundle, read_bundle
+from emberpc.bundle.agreement import neighbour_agreement
 from emberpc.client import Client
 from emberpc.export.classifier import ClassifierData, export_classifier
 from emberpc.export.classify.strategies import base as strategies
@@ -26,7 +27,6 @@ from emberpc.export.embedding import export_embedding
 from emberpc.export.errors import ExportError
 from emberpc.export.variants import CANDIDATES, Candidate, selection, surgery
 from emberpc.export.variants.candidates import Material
-from emberpc.export.variants.measurement import neighbour_agreement
 from emberpc.export.variants.outliers import COLUMNS, find_outliers
 from emberpc.export.variants.surgery import split_outliers
 from emberpc.export.verify import VerifyReport, verify_bundle

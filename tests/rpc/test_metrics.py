@@ -56,6 +56,7 @@ def test_metrics_count_calls_batches_and_cache_hits(measured: ServerProcess) -> 
     assert grown("emberpc_batch_tokens_total") > 0
     assert after["emberpc_queue_size_tokens"] == 0
     assert after["emberpc_models"] == 1
+    assert after['emberpc_model_info{engine="onnxruntime",model="tiny",precision="fp32",variant="fp32"}'] == 1
     assert after["process_resident_memory_bytes"] > 0
 
 

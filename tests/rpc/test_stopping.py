@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
 from emberpc.client import Client
+from emberpc.server.collections import CollectionSpec
 from emberpc.server.index import Index
 from examples.server_process import ServerProcess
 from waiting import wait_until
@@ -39,17 +41,21 @@ def never_read_to_its_end(path: Path) -> Iterator[None]:
 
 
 def test_an_endless_pool_thread_does_not_delay_the_end_of_the_server(tiny_bundle: Path, tmp_path: Path) -> None:
-    calibration = tmp_path / "calibration.json"
-    os.mkfifo(calibration)
-    server = ServerProcess({"tiny": tiny_bundle}, tmp_path, "--batch-tokens", "0", *DRAIN)
-    with never_read_to_its_end(calibration):
-        with Client(server.address) as client:
-            client.create_collection("books", model="tiny")
-            client.upsert("books", [{"id": "a", "text": "a b c"}])
-        assert server.stop() == 0
+    with closing(Index(tmp_path)) as index:
+        index.create(CollectionSpec("stuck", 4))
+    (folder,) = (tmp_path / "collections").iterdir()
+    os.mkfifo(folder / "recall.json")
+    server = ServerProcess({"tiny": tiny_bundle}, tmp_path, *DRAIN)
+    with ThreadPoolExecutor(1) as pool, Client(server.address, timeout=300) as client:
+        client.create_collection("books", model="tiny")
+        client.upsert("books", [{"id": "a", "text": "a b c"}])
+        call = pool.submit(client.get, "stuck", ["a"])
+        with never_read_to_its_end(folder / "recall.json"):
+            assert server.stop() == 0
+        assert call.exception(300)
     assert "the process ends though work still runs on pool_" in server.output
     assert "Traceback" not in server.output
-    calibration.unlink()
+    (folder / "recall.json").unlink()
     with closing(Index(tmp_path)) as index:
         assert [record.id for record in index.get("books").get(["a"])] == ["a"]
 

@@ -18,7 +18,7 @@ import pytest
 
 from aio_server import FIXED_WINDOWS, channel_to
 from emberpc.server.engine import Caller, Engine, Inference, InferenceRequest, Lane, Registry
-from emberpc.server.engine.sessions.onnx_runtime import Output
+from emberpc.server.engine.sessions.session import Output
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import Code, ServiceError
 from emberpc.server.handlers import Handlers
@@ -28,6 +28,7 @@ from emberpc.server.services.embedding import EmbeddingService
 from emberpc.v1 import embedding_pb2 as pb
 from emberpc.v1 import embedding_pb2_grpc, errors_pb2
 from emberpc.wire import status
+from fake_runner import FakeRunner
 from stream_helpers import LETTERS, Answers, messages, texts_of
 from waiting import Changes, until_idle
 
@@ -236,7 +237,7 @@ async def test_a_stream_waits_for_a_full_queue(tiny_bundle: Path) -> None:
     assert refusals == 0
 
 
-class Blocked:
+class Blocked(FakeRunner):
     """A model that blocks until `let_go` is set."""
 
     def __init__(self) -> None:

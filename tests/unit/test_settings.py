@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emberpc.server.settings import Settings, SettingsError, load_settings
+from emberpc.server.settings import Settings, SettingsError
+from emberpc.server.settings_sources import load_settings
 
 
 def test_flags_override_the_environment_and_the_environment_overrides_the_file(tmp_path: Path) -> None:
@@ -79,6 +80,13 @@ def test_variants_are_set_by_the_names_of_models() -> None:
     assert load_settings({}, environ=environ).settings.named_variants() == {"b": "int8"}
 
 
+def test_engines_and_precisions_have_a_default_and_values_for_single_models() -> None:
+    environ = {"EMBERPC_MODEL": "a=x,b=x", "EMBERPC_ENGINE": "openvino,b=onnxruntime", "EMBERPC_PRECISION": "a=bf16"}
+    settings = load_settings({}, environ=environ).settings
+    assert settings.named_engines() == {"": "openvino", "b": "onnxruntime"}
+    assert settings.named_precisions() == {"a": "bf16"}
+
+
 def test_variants_and_options_can_name_models_of_the_models_directory() -> None:
     environ = {
         "EMBERPC_MODELS_DIR": "models",
@@ -99,6 +107,13 @@ def test_variants_and_options_can_name_models_of_the_models_directory() -> None:
         ({"variant": ["a="], "model": ["a"]}, "NAME=VARIANT"),
         ({"variant": ["b=int8"], "model": ["a"]}, "no model 'b'.*there are: a"),
         ({"variant": ["a=int8", "a=fp16"], "model": ["a"]}, "has two"),
+        ({"engine": ["onnx"]}, "must be auto, onnxruntime, openvino, or NAME=openvino for one model"),
+        ({"engine": ["=openvino"], "model": ["a"]}, "must be auto, onnxruntime, openvino"),
+        ({"engine": ["a="], "model": ["a"]}, "must be auto, onnxruntime, openvino"),
+        ({"engine": ["b=openvino"], "model": ["a"]}, "no model 'b'.*there are: a"),
+        ({"engine": ["openvino", "onnxruntime"]}, "the default is given twice"),
+        ({"precision": ["fp16"]}, "must be auto, fp32, bf16"),
+        ({"precision": ["a=bf16", "a=fp32"], "model": ["a"]}, "model 'a' is given twice"),
         ({"watch_models": 2.0}, "nothing to watch; give models_dir"),
         ({"watch_models": -1.0, "models_dir": "m"}, "not be negative"),
         ({"model_admin": "perhaps"}, "true or false"),

@@ -54,6 +54,7 @@ _COMMANDS = {
     "verify": _Command(_MAKING, "export", "verify"),
     "serve": _Command(_SERVING, "server", "serve"),
     "config": _Command(_SERVING, "server", "config"),
+    "tune": _Command(_SERVING, "server", "tune"),
     "health": _Command(_ASKING, "models", "health"),
     "info": _Command(_ASKING, "models", "info"),
     "models": _Command(_ASKING, "models", "app"),

@@ -52,6 +52,7 @@ def show(
             Column("labels", "right"),
             Column("max tokens", "right"),
             Column("variant"),
+            Column("engine"),
             Column("MB", "right"),
         ]
         found = client.models()
@@ -207,5 +208,6 @@ def _row(model: Model) -> tuple[object, ...]:
         len(model.labels) or "",
         model.max_tokens,
         model.variant,
+        f"{model.engine} {model.precision}".strip(),
         f"{model.size_bytes / 1e6:.1f}",
     )

@@ -14,15 +14,8 @@ import typer
 from emberpc.cli.errors import SERVER_PACKAGES, CliError, require
 from emberpc.cli.options import AsJson, add_options, completer
 from emberpc.cli.output import Column, note, print_json, print_table
-from emberpc.server.settings import (
-    ENVIRONMENT_PREFIX,
-    INDEX_BACKENDS,
-    LOG_LEVELS,
-    LoadedSettings,
-    Settings,
-    SettingsError,
-    load_settings,
-)
+from emberpc.server.settings import INDEX_BACKENDS, LOG_LEVELS, Settings, SettingsError
+from emberpc.server.settings_sources import ENVIRONMENT_PREFIX, LoadedSettings, load_settings
 
 #: The valid values of the settings that have few of them.
 _CHOICES = {"index_backend": INDEX_BACKENDS, "log_level": LOG_LEVELS}
@@ -123,6 +116,39 @@ def _remedy_without_models(settings: Settings) -> str:
         return ""  # the server says which folder it cannot read
     load = ", or load one with `emberpc models load NAME PATH`" if settings.model_admin else ""
     return f"put a bundle into {folder} and start the server again{load}"
+
+
+@_with_settings
+def tune(loaded: LoadedSettings, as_json: AsJson = False) -> None:
+    """Measure again which engine runs each model fastest on this host.
+
+    The flags are those of `serve`. The results are stored in --data-dir, and a
+    server uses them when it starts. The host should be idle.
+    """
+    extra, packages = SERVER_PACKAGES[loaded.settings.index_backend]
+    require(packages, extra, "emberpc tune")
+    from emberpc.bundle.cores import usable_cores
+    from emberpc.server.errors import StartupError
+    from emberpc.server.measure_models import measure_models
+
+    settings, rows = loaded.settings, []
+    if not settings.model and settings.models_dir is None:
+        raise CliError("there is no model to measure; give --model NAME=DIR or --models-dir DIR")
+    try:
+        for name, choice in measure_models(settings, settings.workers or usable_cores()):
+            if choice is None:
+                raise CliError(f"the host was busy while model {name!r} was measured; try again when it is idle")
+            rows.append({"model": name, **dataclasses.asdict(choice)})
+            note(f"{name}: {choice.reason}")
+    except StartupError as error:
+        raise CliError(str(error)) from error
+    if not rows:
+        note("nothing was measured: the settings state engine, precision and size of micro-batches of every model")
+    columns = ("model", "engine", "precision", "batch_tokens")
+    if as_json:
+        print_json(rows)
+    elif rows:
+        print_table([Column(name) for name in columns], [[row[name] for name in columns] for row in rows])
 
 
 @_with_settings

@@ -323,6 +323,12 @@ class Model:
     load_time: datetime | None
     #: Figures of the export by name: quality, such as `accuracy`, and others, such as `train_texts`. May be empty.
     quality: Mapping[str, float]
+    #: Library that runs the model: `onnxruntime` or `openvino`. Empty: an older server, which has ONNX Runtime only.
+    engine: str = ""
+    #: Precision of the model's matrix products: `fp32` or `bf16`. Empty: an older server.
+    precision: str = ""
+    #: Why this engine and this precision run the model, for people to read. Empty: an older server.
+    engine_reason: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,12 @@ Many modules of this package load torch or ONNX Runtime, which takes seconds: im
 uses it.
 """
 
+import os
+
+# ONNX Runtime 1.32 keeps an id of this host in the home directory and sends usage events to its makers. It reads the
+# variable when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 # `threads` sets environment variables so that waiting threads of OpenMP sleep. It is imported before any module that
 # loads torch, since torch reads the variables when it is loaded.
 import emberpc.export.threads  # noqa: F401

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from emberpc.bundle import Bundle, Task
+from emberpc.bundle.agreement import neighbour_agreement
 from emberpc.export.convert.onnx_runner import Matrix, OnnxRunner
 from emberpc.export.convert.parity import compare, faults, require_limit, torch_vectors
 from emberpc.export.data.stdlib_texts import sample_texts
@@ -15,7 +16,6 @@ from emberpc.export.errors import ExportError
 from emberpc.export.libraries import calling_libraries
 from emberpc.export.source.find_source import find_source
 from emberpc.export.threads import bounded_threads
-from emberpc.export.variants.measurement import neighbour_agreement
 
 #: Number of texts to compare, enough to compare the 10 nearest texts of each text.
 _TEXTS = 64

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65mberpc/v1/model.proto\x12\nemberpc.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb0\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x04task\x18\x02 \x01(\x0e\x32\x15.emberpc.v1.ModelTask\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.emberpc.v1.ModelState\x12\x12\n\nbase_model\x18\x04 \x01(\t\x12\x10\n\x08revision\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x12\n\ndimensions\x18\x07 \x01(\x05\x12\x1d\n\x15matryoshka_dimensions\x18\x08 \x03(\x05\x12\x0f\n\x07pooling\x18\t \x01(\t\x12\x12\n\nnormalized\x18\n \x01(\x08\x12\x12\n\nmax_tokens\x18\x0b \x01(\x05\x12\x14\n\x0cquery_prompt\x18\x0c \x01(\t\x12\x16\n\x0epassage_prompt\x18\r \x01(\t\x12\x0e\n\x06labels\x18\x0e \x03(\t\x12\x13\n\x0bmulti_label\x18\x0f \x01(\x08\x12\x0f\n\x07variant\x18\x10 \x01(\t\x12\x12\n\nsize_bytes\x18\x11 \x01(\x03\x12-\n\tload_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x07quality\x18\x13 \x03(\x0b\x32\x1e.emberpc.v1.Model.QualityEntry\x12\x1e\n\x16\x63lassifier_fingerprint\x18\x14 \x01(\t\x1a.\n\x0cQualityEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.emberpc.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x10GetModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.emberpc.v1.Model\"?\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0f\n\x07variant\x18\x03 \x01(\t\"D\n\x11LoadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.emberpc.v1.Model\x12\r\n\x05stage\x18\x02 \x01(\t\"A\n\x12ReloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0f\n\x07variant\x18\x03 \x01(\t\"F\n\x13ReloadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.emberpc.v1.Model\x12\r\n\x05stage\x18\x02 \x01(\t\"\"\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse*`\n\tModelTask\x12\x1a\n\x16MODEL_TASK_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_TASK_EMBEDDING\x10\x01\x12\x1d\n\x19MODEL_TASK_CLASSIFICATION\x10\x02*\x8c\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x32\x90\x03\n\x0cModelService\x12K\n\nListModels\x12\x1d.emberpc.v1.ListModelsRequest\x1a\x1e.emberpc.v1.ListModelsResponse\x12\x45\n\x08GetModel\x12\x1b.emberpc.v1.GetModelRequest\x1a\x1c.emberpc.v1.GetModelResponse\x12J\n\tLoadModel\x12\x1c.emberpc.v1.LoadModelRequest\x1a\x1d.emberpc.v1.LoadModelResponse0\x01\x12P\n\x0bReloadModel\x12\x1e.emberpc.v1.ReloadModelRequest\x1a\x1f.emberpc.v1.ReloadModelResponse0\x01\x12N\n\x0bUnloadModel\x12\x1e.emberpc.v1.UnloadModelRequest\x1a\x1f.emberpc.v1.UnloadModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16\x65mberpc/v1/model.proto\x12\nemberpc.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xea\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x04task\x18\x02 \x01(\x0e\x32\x15.emberpc.v1.ModelTask\x12%\n\x05state\x18\x03 \x01(\x0e\x32\x16.emberpc.v1.ModelState\x12\x12\n\nbase_model\x18\x04 \x01(\t\x12\x10\n\x08revision\x18\x05 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12\x12\n\ndimensions\x18\x07 \x01(\x05\x12\x1d\n\x15matryoshka_dimensions\x18\x08 \x03(\x05\x12\x0f\n\x07pooling\x18\t \x01(\t\x12\x12\n\nnormalized\x18\n \x01(\x08\x12\x12\n\nmax_tokens\x18\x0b \x01(\x05\x12\x14\n\x0cquery_prompt\x18\x0c \x01(\t\x12\x16\n\x0epassage_prompt\x18\r \x01(\t\x12\x0e\n\x06labels\x18\x0e \x03(\t\x12\x13\n\x0bmulti_label\x18\x0f \x01(\x08\x12\x0f\n\x07variant\x18\x10 \x01(\t\x12\x12\n\nsize_bytes\x18\x11 \x01(\x03\x12-\n\tload_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x07quality\x18\x13 \x03(\x0b\x32\x1e.emberpc.v1.Model.QualityEntry\x12\x1e\n\x16\x63lassifier_fingerprint\x18\x14 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x15 \x01(\t\x12\x11\n\tprecision\x18\x16 \x01(\t\x12\x15\n\rengine_reason\x18\x17 \x01(\t\x1a.\n\x0cQualityEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.emberpc.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"4\n\x10GetModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.emberpc.v1.Model\"?\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0f\n\x07variant\x18\x03 \x01(\t\"D\n\x11LoadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.emberpc.v1.Model\x12\r\n\x05stage\x18\x02 \x01(\t\"A\n\x12ReloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0f\n\x07variant\x18\x03 \x01(\t\"F\n\x13ReloadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.emberpc.v1.Model\x12\r\n\x05stage\x18\x02 \x01(\t\"\"\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse*`\n\tModelTask\x12\x1a\n\x16MODEL_TASK_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_TASK_EMBEDDING\x10\x01\x12\x1d\n\x19MODEL_TASK_CLASSIFICATION\x10\x02*\x8c\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x15\n\x11MODEL_STATE_READY\x10\x02\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x03\x12\x16\n\x12MODEL_STATE_FAILED\x10\x04\x32\x90\x03\n\x0cModelService\x12K\n\nListModels\x12\x1d.emberpc.v1.ListModelsRequest\x1a\x1e.emberpc.v1.ListModelsResponse\x12\x45\n\x08GetModel\x12\x1b.emberpc.v1.GetModelRequest\x1a\x1c.emberpc.v1.GetModelResponse\x12J\n\tLoadModel\x12\x1c.emberpc.v1.LoadModelRequest\x1a\x1d.emberpc.v1.LoadModelResponse0\x01\x12P\n\x0bReloadModel\x12\x1e.emberpc.v1.ReloadModelRequest\x1a\x1f.emberpc.v1.ReloadModelResponse0\x01\x12N\n\x0bUnloadModel\x12\x1e.emberpc.v1.UnloadModelRequest\x1a\x1f.emberpc.v1.UnloadModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,34 +34,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MODEL_QUALITYENTRY']._loaded_options = None
   _globals['_MODEL_QUALITYENTRY']._serialized_options = b'8\001'
-  _globals['_MODELTASK']._serialized_start=1196
-  _globals['_MODELTASK']._serialized_end=1292
-  _globals['_MODELSTATE']._serialized_start=1295
-  _globals['_MODELSTATE']._serialized_end=1435
+  _globals['_MODELTASK']._serialized_start=1254
+  _globals['_MODELTASK']._serialized_end=1350
+  _globals['_MODELSTATE']._serialized_start=1353
+  _globals['_MODELSTATE']._serialized_end=1493
   _globals['_MODEL']._serialized_start=72
-  _globals['_MODEL']._serialized_end=632
-  _globals['_MODEL_QUALITYENTRY']._serialized_start=586
-  _globals['_MODEL_QUALITYENTRY']._serialized_end=632
-  _globals['_LISTMODELSREQUEST']._serialized_start=634
-  _globals['_LISTMODELSREQUEST']._serialized_end=692
-  _globals['_LISTMODELSRESPONSE']._serialized_start=694
-  _globals['_LISTMODELSRESPONSE']._serialized_end=774
-  _globals['_GETMODELREQUEST']._serialized_start=776
-  _globals['_GETMODELREQUEST']._serialized_end=807
-  _globals['_GETMODELRESPONSE']._serialized_start=809
-  _globals['_GETMODELRESPONSE']._serialized_end=861
-  _globals['_LOADMODELREQUEST']._serialized_start=863
-  _globals['_LOADMODELREQUEST']._serialized_end=926
-  _globals['_LOADMODELRESPONSE']._serialized_start=928
-  _globals['_LOADMODELRESPONSE']._serialized_end=996
-  _globals['_RELOADMODELREQUEST']._serialized_start=998
-  _globals['_RELOADMODELREQUEST']._serialized_end=1063
-  _globals['_RELOADMODELRESPONSE']._serialized_start=1065
-  _globals['_RELOADMODELRESPONSE']._serialized_end=1135
-  _globals['_UNLOADMODELREQUEST']._serialized_start=1137
-  _globals['_UNLOADMODELREQUEST']._serialized_end=1171
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=1173
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=1194
-  _globals['_MODELSERVICE']._serialized_start=1438
-  _globals['_MODELSERVICE']._serialized_end=1838
+  _globals['_MODEL']._serialized_end=690
+  _globals['_MODEL_QUALITYENTRY']._serialized_start=644
+  _globals['_MODEL_QUALITYENTRY']._serialized_end=690
+  _globals['_LISTMODELSREQUEST']._serialized_start=692
+  _globals['_LISTMODELSREQUEST']._serialized_end=750
+  _globals['_LISTMODELSRESPONSE']._serialized_start=752
+  _globals['_LISTMODELSRESPONSE']._serialized_end=832
+  _globals['_GETMODELREQUEST']._serialized_start=834
+  _globals['_GETMODELREQUEST']._serialized_end=865
+  _globals['_GETMODELRESPONSE']._serialized_start=867
+  _globals['_GETMODELRESPONSE']._serialized_end=919
+  _globals['_LOADMODELREQUEST']._serialized_start=921
+  _globals['_LOADMODELREQUEST']._serialized_end=984
+  _globals['_LOADMODELRESPONSE']._serialized_start=986
+  _globals['_LOADMODELRESPONSE']._serialized_end=1054
+  _globals['_RELOADMODELREQUEST']._serialized_start=1056
+  _globals['_RELOADMODELREQUEST']._serialized_end=1121
+  _globals['_RELOADMODELRESPONSE']._serialized_start=1123
+  _globals['_RELOADMODELRESPONSE']._serialized_end=1193
+  _globals['_UNLOADMODELREQUEST']._serialized_start=1195
+  _globals['_UNLOADMODELREQUEST']._serialized_end=1229
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=1231
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=1252
+  _globals['_MODELSERVICE']._serialized_start=1496
+  _globals['_MODELSERVICE']._serialized_end=1896
 # @@protoc_insertion_point(module_scope)

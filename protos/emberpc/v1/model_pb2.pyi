@@ -134,6 +134,9 @@ class Model(_message.Message):
     LOAD_TIME_FIELD_NUMBER: _builtins.int
     QUALITY_FIELD_NUMBER: _builtins.int
     CLASSIFIER_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    PRECISION_FIELD_NUMBER: _builtins.int
+    ENGINE_REASON_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name under which the server serves the model: 1 to 128 ASCII letters,
     digits, `.`, `_` and `-`, the first a letter or digit.
@@ -197,6 +200,20 @@ class Model(_message.Message):
     """Task CLASSIFICATION: fingerprint (hex) of all that decides the labels; see
     ModelVersion.classifier_fingerprint. Empty for an embedding model.
     """
+    engine: _builtins.str
+    """Library that runs the model: `onnxruntime` or `openvino`. Empty: the server
+    is older than this field, and ONNX Runtime runs the model.
+    """
+    precision: _builtins.str
+    """Precision of the model's matrix products: `fp32` or `bf16`. An int8 variant
+    computes most of them with int8. Empty: the server is older than this
+    field.
+    """
+    engine_reason: _builtins.str
+    """Why this engine and this precision run the model, for people to read: the
+    settings, or what the server measured. Empty: the server is older than this
+    field.
+    """
     @_builtins.property
     def matryoshka_dimensions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Numbers of dimensions to which the model's vectors may be shortened. Empty:
@@ -243,10 +260,13 @@ class Model(_message.Message):
         load_time: _timestamp_pb2.Timestamp | None = ...,
         quality: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         classifier_fingerprint: _builtins.str = ...,
+        engine: _builtins.str = ...,
+        precision: _builtins.str = ...,
+        engine_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load_time", b"load_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "classifier_fingerprint", b"classifier_fingerprint", "dimensions", b"dimensions", "fingerprint", b"fingerprint", "labels", b"labels", "load_time", b"load_time", "matryoshka_dimensions", b"matryoshka_dimensions", "max_tokens", b"max_tokens", "multi_label", b"multi_label", "name", b"name", "normalized", b"normalized", "passage_prompt", b"passage_prompt", "pooling", b"pooling", "quality", b"quality", "query_prompt", b"query_prompt", "revision", b"revision", "size_bytes", b"size_bytes", "state", b"state", "task", b"task", "variant", b"variant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_model", b"base_model", "classifier_fingerprint", b"classifier_fingerprint", "dimensions", b"dimensions", "engine", b"engine", "engine_reason", b"engine_reason", "fingerprint", b"fingerprint", "labels", b"labels", "load_time", b"load_time", "matryoshka_dimensions", b"matryoshka_dimensions", "max_tokens", b"max_tokens", "multi_label", b"multi_label", "name", b"name", "normalized", b"normalized", "passage_prompt", b"passage_prompt", "pooling", b"pooling", "precision", b"precision", "quality", b"quality", "query_prompt", b"query_prompt", "revision", b"revision", "size_bytes", b"size_bytes", "state", b"state", "task", b"task", "variant", b"variant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -10,3 +10,5 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 # With them, about one in a hundred of the child processes that write a snapshot aborted. These processes do not call
 # gRPC.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+# ONNX Runtime 1.32 keeps an id of this host in the home directory and sends usage events to its makers.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

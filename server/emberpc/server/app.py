@@ -7,7 +7,7 @@ import gc
 import logging
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from pathlib import Path
+from functools import partial
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -44,9 +44,9 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two attempts of `_revive` to start the missing workers.
 _REVIVAL_SECONDS = 1.0
-#: Seconds from a measurement of the best size of micro-batches on a busy host to the next measurement: the first pause,
-#: and the longest. Each pause is twice as long as the one before, up to the longest.
-_CALIBRATION_SECONDS, _LONGEST_CALIBRATION_SECONDS = 60.0, 3600.0
+#: Seconds between two looks for models that must be measured: usually, and at most. After a measurement on a busy host,
+#: the pause is twice as long as the one before.
+_TUNING_SECONDS, _LONGEST_TUNING_SECONDS = 60.0, 3600.0
 
 #: gRPC's limits of concurrent calls.
 #:
@@ -177,11 +177,8 @@ async def run(
         await server.start()
         await _set_health(statuses, serving=True)
         gc.enable()
-        if not settings.batch_tokens:
-            calibrating = asyncio.create_task(
-                _calibrate(engine, pool, settings.data_dir / "calibration.json", stopping)
-            )
-            stack.callback(calibrating.cancel)
+        tuning = asyncio.create_task(_tune(engine, loader, pool, stopping))
+        stack.callback(tuning.cancel)
         stopping.serving()
         log.info("serving on %s with %d workers", address, workers)
         await stopping.requested.wait()
@@ -190,25 +187,33 @@ async def run(
         await stopping.finish(server.stop(settings.drain_seconds))
 
 
-async def _calibrate(engine: Engine, pool: Executor, record: Path, stopping: Stopping) -> None:
-    """Set the engine's size of micro-batches to the best size, which is read from the file `record` or measured.
+async def _tune(engine: Engine, loader: Loader, pool: Executor, stopping: Stopping) -> None:
+    """Measure how each model is run fastest on this host, while the server serves, and run the models in that way.
 
-    The size is measured if the file is missing, damaged, older than 30 days, or of another model, processor, number of
-    cores or ONNX Runtime. A measurement on an idle host is written to the file. A measurement on a busy host is used,
-    not written, and repeated: first after 1 minute, then after twice the pause before, at most 1 hour.
-
-    The current size stays if there is no model, if a signal stops the measurement, or after an error, which is logged.
-    Nothing is repeated then.
+    A model is measured if the settings leave something open and it has no measurement of the last 30 days on this host;
+    models that are loaded later, too. A measurement on a busy host is not used, and repeated: first after 1 minute,
+    then after twice the pause before, at most 1 hour. Models with a new choice are reloaded, also those that share the
+    ONNX file of a measured one. After an error, which is logged, a model is not measured or reloaded again.
     """
-    pause = _CALIBRATION_SECONDS
-    try:
-        while not await asyncio.get_running_loop().run_in_executor(
-            pool, engine.calibrate, record, stopping.requested.is_set
-        ):
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LONGEST_CALIBRATION_SECONDS)
-    except Exception:  # the server keeps the current size
-        log.exception("cannot measure the best size of micro-batches; the current size stays")
+    run = asyncio.get_running_loop().run_in_executor
+    pause = _TUNING_SECONDS
+    failed: set[str] = set()
+    while True:
+        idle = True
+        for model in (*engine.due(), *engine.outdated()):
+            if model.name in failed:
+                continue
+            try:
+                if model in engine.due():
+                    idle = await run(pool, engine.tune, model, stopping.requested.is_set) and idle
+                if model in engine.outdated():
+                    await asyncio.wrap_future(loader.submit(partial(loader.reload, model.name)))
+            except Exception:  # the model stays as it is
+                failed.add(model.name)
+                if not stopping.requested.is_set():
+                    log.exception("cannot measure how model %s is run fastest; nothing changes", model.name)
+        await asyncio.sleep(pause)
+        pause = _TUNING_SECONDS if idle else min(2 * pause, _LONGEST_TUNING_SECONDS)
 
 
 async def _revive(engine: Engine, workers: int, statuses: health.aio.HealthServicer) -> None:

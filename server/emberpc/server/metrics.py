@@ -98,6 +98,15 @@ class EngineFigures(Collector):
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"emberpc_{name}", text, value=value)
+        models = GaugeMetricFamily(
+            "emberpc_model_info",
+            "1 for each served model, with the engine that runs it.",
+            labels=["model", "variant", "engine", "precision"],
+        )
+        for model in engine.models():
+            runtime = model.plan.runtime
+            models.add_metric([model.name, model.variant.name, runtime.engine, runtime.precision], 1)
+        yield models
 
 
 class IndexFigures(Collector):

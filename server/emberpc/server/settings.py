@@ -1,39 +1,20 @@
-"""The server's settings: declared once, read from flags, environment variables and one TOML file.
-
-The field `drain_seconds` has the flag `--drain-seconds`, the environment variable
-`EMBERPC_DRAIN_SECONDS` and the TOML key `drain_seconds`. A flag overrides the variable,
-the variable overrides the file, and the file overrides the default. Secrets have no flag.
-"""
+"""The server's settings, with their checks. `settings_sources.py` reads them from flags, environment and a file."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from emberpc.server.names import NAME
 
-ENVIRONMENT_PREFIX = "EMBERPC_"
 INDEX_BACKENDS = ("embedded", "milvus")
+ENGINES = ("auto", "onnxruntime", "openvino")
+PRECISIONS = ("auto", "fp32", "bf16")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 _MILVUS_URI = re.compile(r"https?://[^/@\s]+(/\w*)?")
-_BOOLS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-#: Names of the types of settings, for error messages. The only other type is a list of strings.
-_KINDS: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    Path: "a path",
-    Path | None: "a path",
-    str: "a string",
-}
-
-
 #: Largest value of a numeric setting that is not in `_MAX_BY_NAME`: in seconds, about a thousand years. No use needs
 #: more, and infinity is refused. `workers` and `recall_probe` have further limits.
 _MAX_VALUE = 2**35
@@ -89,6 +70,18 @@ class Settings:
     )
     variant: tuple[str, ...] = _setting(
         (), "Which of a model's ONNX files to serve, as NAME=VARIANT; default: its first, fp32.", "NAME=VARIANT"
+    )
+    engine: tuple[str, ...] = _setting(
+        (),
+        "Library that runs the models, or one model: onnxruntime, openvino (with the extra of that name), or auto: the "
+        "fastest one, which the server measures. Default: auto.",
+        "[NAME=]ENGINE",
+    )
+    precision: tuple[str, ...] = _setting(
+        (),
+        "Precision of matrix products of the models, or of one model: fp32, bf16 (with OpenVINO, on a processor with "
+        "bf16 instructions), or auto: bf16 if it is faster and the vectors are nearly the same. Default: auto.",
+        "[NAME=]PRECISION",
     )
     model_option: tuple[str, ...] = _setting(
         (),
@@ -179,6 +172,8 @@ class Settings:
             raise SettingsError(f"model: two of {', '.join(self.model)} have the same name; give one as NAME=DIR")
         self.named_variants()
         self.named_options()
+        self.named_engines()
+        self.named_precisions()
 
     def _check_numbers(self) -> None:
         """Check the numeric settings: from `_MIN_BY_NAME` (or else 0) to `_MAX_BY_NAME` (or else `_MAX_VALUE`).
@@ -255,19 +250,55 @@ class Settings:
             SettingsError: an entry is not NAME=VARIANT; two entries are for the same model; or the setting `model` has
                 no such name, and `models_dir`, whose bundles are not known yet, is not set either.
         """
-        models, variants = self.named_models(), {}
+        variants: dict[str, str] = {}
         for entry in self.variant:
             name, equals, variant = entry.partition("=")
             if not (name and equals and variant):
                 raise SettingsError(f"variant is {entry!r}; it must be NAME=VARIANT, such as minilm=int8")
-            if name not in models and self.models_dir is None:
-                raise SettingsError(
-                    f"variant: there is no model {name!r} for {entry!r}; there are: {', '.join(models) or 'none'}"
-                )
+            self._check_name("variant", entry, name)
             if name in variants:
                 raise SettingsError(f"variant: model {name!r} has two; give it one, or serve the bundle by two names")
             variants[name] = variant
         return variants
+
+    def _check_name(self, setting: str, entry: str, name: str) -> None:
+        """Raise SettingsError if no model can have a name: `model` has none, and `models_dir` is not set."""
+        models = self.named_models()
+        if name not in models and self.models_dir is None:
+            raise SettingsError(
+                f"{setting}: there is no model {name!r} for {entry!r}; there are: {', '.join(models) or 'none'}"
+            )
+
+    def named_engines(self) -> dict[str, str]:
+        """Return the engines of the setting `engine` by model name; the empty name stands for all other models.
+
+        Raises:
+            SettingsError: an entry names no engine, a model that does not exist, or the same model as another entry.
+        """
+        return self._named_choices("engine", self.engine, ENGINES)
+
+    def named_precisions(self) -> dict[str, str]:
+        """Return the precisions of the setting `precision` by model name; the empty name is for all other models.
+
+        Raises:
+            SettingsError: an entry names no precision, a model that does not exist, or the same model as another entry.
+        """
+        return self._named_choices("precision", self.precision, PRECISIONS)
+
+    def _named_choices(self, setting: str, entries: tuple[str, ...], choices: tuple[str, ...]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for entry in entries:
+            name, _, choice = entry.rpartition("=")
+            if choice not in choices or entry.startswith("="):
+                raise SettingsError(
+                    f"{setting} is {entry!r}; it must be {', '.join(choices)}, or NAME={choices[-1]} for one model"
+                )
+            if name:
+                self._check_name(setting, entry, name)
+            if name in found:
+                raise SettingsError(f"{setting}: {f'model {name!r}' if name else 'the default'} is given twice")
+            found[name] = choice
+        return found
 
     def named_options(self) -> dict[str, dict[str, str]]:
         """Return the values of the setting `model_option`, by model name and option name; see `emberpc.bundle.Stated`.
@@ -286,10 +317,7 @@ class Settings:
                 raise SettingsError(
                     f"model_option is {entry!r}; it must be NAME.OPTION=VALUE, such as minilm.pooling=mean"
                 )
-            if name not in models and self.models_dir is None:
-                raise SettingsError(
-                    f"model_option: there is no model {name!r} for {entry!r}; there are: {', '.join(models) or 'none'}"
-                )
+            self._check_name("model_option", entry, name)
             models.setdefault(name, {})[option] = value
         return models
 
@@ -305,115 +333,3 @@ def _check_address(name: str, value: str) -> None:
         raise SettingsError(f"{name} is {value!r}; it must be HOST:PORT, such as 127.0.0.1:50051 or [::1]:50051")
     if len(port) > 100 or int(port) >= 2**16:  # Python refuses to read thousands of digits
         raise SettingsError(f"{name} is {value!r}; the port must be 0 to {2**16 - 1}")
-
-
-@dataclass(frozen=True)
-class LoadedSettings:
-    """Settings, and the source of each setting.
-
-    Attributes:
-        settings: the settings.
-        sources: the source by field name: `default`, `flag`, `environment NAME` or `file PATH`.
-    """
-
-    settings: Settings
-    sources: dict[str, str]
-
-
-def load_settings(
-    overrides: Mapping[str, object],
-    *,
-    config_file: Path | None = None,
-    environ: Mapping[str, str] = os.environ,
-) -> LoadedSettings:
-    """Read the settings from flags, environment and TOML file, and validate them.
-
-    Args:
-        overrides: values of the flags by field name; None for a flag that was not given.
-        config_file: the TOML file; None: the file that `EMBERPC_CONFIG` names in `environ`; no file if that is not set.
-        environ: the environment variables. An empty one counts as a value; only an empty `EMBERPC_CONFIG` does not.
-
-    Returns:
-        The settings, and the source of each.
-
-    Raises:
-        SettingsError: a value is invalid or contradicts another, or the file is invalid, see `SettingsError`.
-    """
-    if config_file is None and environ.get(f"{ENVIRONMENT_PREFIX}CONFIG"):
-        config_file = Path(environ[f"{ENVIRONMENT_PREFIX}CONFIG"])
-    file_values = _read_toml(config_file) if config_file else {}
-    hints = get_type_hints(Settings)
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    for field in dataclasses.fields(Settings):
-        variable = f"{ENVIRONMENT_PREFIX}{field.name.upper()}"
-        given, source = overrides.get(field.name), "flag"
-        if given is None and variable in environ:
-            given, source = environ[variable], f"environment {variable}"
-        if given is None and field.name in file_values:
-            given, source = file_values[field.name], f"file {config_file}"
-        if given is None:
-            sources[field.name] = "default"
-        else:
-            values[field.name], sources[field.name] = _convert(field.name, hints[field.name], given, source), source
-    try:
-        return LoadedSettings(Settings(**values), sources)
-    except SettingsError as error:
-        source = sources.get(re.split("[ :]", str(error))[0], "default")
-        raise SettingsError(str(error) if source in ("default", "flag") else f"{error} ({source})") from error
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    # The import is here and not at the top: the command line always imports this module, but on Python 3.10 tomli is
-    # installed only with the extra `server`.
-    if sys.version_info >= (3, 11):
-        import tomllib  # noqa: PLC0415
-    else:
-        import tomli as tomllib  # noqa: PLC0415
-
-    try:
-        with path.open("rb") as file:
-            values = tomllib.load(file)
-    except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}; check path and permissions") from error
-    except (ValueError, RecursionError) as error:  # the decoder's errors, and bytes that are not UTF-8
-        raise SettingsError(f"{path} is not TOML: {error}") from error
-    known = [field.name for field in dataclasses.fields(Settings)]
-    for key in values:
-        if key not in known:
-            raise SettingsError(f"{path}: there is no setting {key!r}; there are: {', '.join(known)}")
-    return values
-
-
-def _convert(name: str, hint: Any, value: object, source: str) -> Any:
-    """Convert the value of a flag, an environment variable or a TOML key to the type of a setting.
-
-    Args:
-        name: name of the setting.
-        hint: type of the setting.
-        value: the value. A string for a list has commas between the items. Empty items are dropped. For a bool: `true`,
-            `yes`, 1, `false`, `no` or 0.
-        source: source of the value, for the error.
-
-    Raises:
-        SettingsError: the value cannot be converted to that type, for example 1.9 or an empty path.
-    """
-    if hint in (int, float) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        try:
-            number = hint(value)
-        except (ValueError, OverflowError):
-            pass
-        else:
-            if hint is float or isinstance(value, str) or number == value:  # `int` cuts 1.9 of a TOML file to 1
-                return number
-    elif hint is bool and (isinstance(value, bool) or str(value).lower() in _BOOLS):
-        return _BOOLS[str(value).lower()]
-    elif hint in (Path, Path | None) and isinstance(value, (str, Path)) and str(value):  # "" would be "."
-        return Path(value)
-    elif hint is str and isinstance(value, str):
-        return value
-    elif hint == tuple[str, ...]:
-        items = value.split(",") if isinstance(value, str) else value
-        if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
-            return tuple(item.strip() for item in items if item.strip())
-    raise SettingsError(f"{name} is {value!r} ({source}); it must be {_KINDS.get(hint, 'a list of strings')}")

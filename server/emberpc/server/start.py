@@ -74,7 +74,7 @@ def serve(settings: Settings) -> None:
     pool = ThreadPoolExecutor(threads, thread_name_prefix="pool")
     stopping = Stopping(settings.drain_seconds)
     try:
-        models = pool.submit(_load_models, settings, pool)
+        models = pool.submit(_load_models, settings, workers, pool)
         if settings.index_backend == "embedded":
             if problem := hnswlib_problem(settings.data_dir, lambda: import_module("emberpc.server.handlers")):
                 raise StartupError(problem)
@@ -143,13 +143,14 @@ def _check_address_space(workers: int) -> None:
         )
 
 
-def _load_models(settings: Settings, pool: Executor) -> Registry:
+def _load_models(settings: Settings, workers: int, pool: Executor) -> Registry:
     """Load the models of the setting `model`. The bundles in the models directory are loaded later, by `run`.
 
     First make glibc keep freed memory, see `keep_freed_memory`.
 
     Args:
         settings: the settings.
+        workers: number of threads that run models, without the express worker.
         pool: thread pool in which the registry frees the memory of unloaded models.
 
     Returns:
@@ -159,11 +160,12 @@ def _load_models(settings: Settings, pool: Executor) -> Registry:
         StartupError: a model cannot be served, or the models directory does not exist.
     """
     from emberpc.server.engine import ModelLoadError, Registry  # noqa: PLC0415 - imported by `serve`
+    from emberpc.server.measure_models import runtimes_of  # noqa: PLC0415 - imports the engine, too
 
     keep_freed_memory()
     if settings.models_dir is not None and not settings.models_dir.is_dir():
         raise StartupError(f"--models-dir: there is no folder {settings.models_dir}; make it, or name another")
-    registry = Registry(pool)
+    registry = Registry(pool, runtimes_of(settings, workers))
     variants, options = settings.named_variants(), settings.named_options()
     for name, folder in settings.named_models().items():
         try:

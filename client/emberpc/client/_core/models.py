@@ -159,4 +159,7 @@ def _model(message: model_pb2.Model) -> Model:
         size_bytes=message.size_bytes,
         load_time=to_datetime(message.load_time) if message.HasField("load_time") else None,
         quality=dict(sorted(message.quality.items())),
+        engine=message.engine,
+        precision=message.precision,
+        engine_reason=message.engine_reason,
     )

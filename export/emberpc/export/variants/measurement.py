@@ -9,10 +9,8 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
 
-import numpy as np
-import numpy.typing as npt
-
 from emberpc.bundle import Bound, Manifest, Measured, Reference, Task, best_labels, unit
+from emberpc.bundle.agreement import neighbour_agreement
 from emberpc.bundle.evaluation import measure
 from emberpc.export.convert.onnx_runner import Feeds, Matrix, OnnxRunner
 from emberpc.export.data.examples import Targets
@@ -34,7 +32,6 @@ TIMED_TEXTS = 64
 MAX_QUERIES = 256
 #: Maximum number of passages in which the answers of the queries are searched for; more would cost time.
 MAX_PASSAGES = 1024
-NEIGHBOURS = 10
 
 
 @dataclass(frozen=True)
@@ -209,27 +206,6 @@ class Trial:
         seconds(self.fp32)
         pairs = [(seconds(self.fp32), seconds(runner)) for _ in range(ROUNDS)]
         return len(self.timed) / median(own for _, own in pairs), median(fp32 / own for fp32, own in pairs)
-
-
-def neighbour_agreement(expected: Matrix, got: Matrix) -> float:
-    """Return the mean share, in [0, 1], of a row's 10 nearest rows by cosine that are the same in both matrices.
-
-    A row does not count among its own nearest rows. With fewer than 20 rows, half as many nearest rows as rows are
-    compared, rounded down.
-
-    Args:
-        expected: outputs to compare with, by fp32 or PyTorch, float32 (texts, dimensions or labels); at least 2 rows.
-        got: outputs of the variant for the same texts, of the same shape.
-    """
-    count = min(NEIGHBOURS, len(expected) // 2)
-    pairs = zip(_nearest(expected, count), _nearest(got, count), strict=True)
-    return float(np.mean([len(np.intersect1d(ours, theirs)) / count for ours, theirs in pairs]))
-
-
-def _nearest(vectors: Matrix, count: int) -> npt.NDArray[np.int64]:
-    similarities = unit(vectors) @ unit(vectors).T
-    np.fill_diagonal(similarities, -np.inf)
-    return np.argpartition(-similarities, count - 1, axis=1)[:, :count]
 
 
 def _rounded(cosine: float) -> float:

@@ -1,6 +1,7 @@
-"""Load models, and run texts through models in micro-batches, by ONNX Runtime. Uses neither gRPC nor the index."""
+"""Load models and run texts through them in micro-batches, by ONNX Runtime or OpenVINO; without gRPC and index."""
 
 from emberpc.server.engine.caller import Caller, Lane
+from emberpc.server.engine.choices import Choices, Runtimes
 from emberpc.server.engine.engine import Engine
 from emberpc.server.engine.inference import Inference, InferenceRequest
 from emberpc.server.engine.models.loading import Loader
@@ -11,6 +12,7 @@ from emberpc.server.engine.tokenizing import Truncation
 
 __all__ = [
     "Caller",
+    "Choices",
     "Engine",
     "Inference",
     "InferenceRequest",
@@ -21,5 +23,6 @@ __all__ = [
     "ModelsDirectory",
     "OnStage",
     "Registry",
+    "Runtimes",
     "Truncation",
 ]

@@ -23,7 +23,7 @@ from time import perf_counter
 from typing import NamedTuple, Protocol
 
 from emberpc.server.engine.caller import Caller, Lane
-from emberpc.server.engine.sessions.onnx_runtime import Output
+from emberpc.server.engine.sessions.session import Output
 from emberpc.server.engine.tokenizing import TokenIds
 
 #: Number of micro-batches. A call with more tokens than this number of full micro-batches waits in the bulk lane,
@@ -39,6 +39,11 @@ _numbers = count()
 
 class BatchRunner(Protocol):
     """Protocol of an object that runs batches, such as an `Encoder`. A batch holds texts of one runner only."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """Maximum number of tokens of a micro-batch, padding included; 0: the default of the backlog."""
+        ...
 
     def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
         """Run at least one text, given by its token ids, as one batch; return float32, shape (texts, width).
@@ -125,11 +130,12 @@ class Queue:
     """The texts that wait in one lane, for any model. Not thread-safe: the scheduler holds a lock for each change.
 
     Args:
-        batch_tokens: maximum number of tokens of a micro-batch, padding included; a longer text is run alone.
+        batch_tokens: maximum number of tokens of a micro-batch, padding included, for runners that state none; a longer
+            text is run alone.
     """
 
     def __init__(self, batch_tokens: int) -> None:
-        self.batch_tokens = batch_tokens
+        self._batch_tokens = batch_tokens
         self._pools: dict[BatchRunner, list[Item]] = {}
         #: Names of callers, in the order of their turns to give the anchor.
         self._turns: deque[str] = deque()
@@ -267,14 +273,15 @@ class Queue:
         Returns:
             Index of the first text of the run, and the index after that of its last text.
         """
+        limit = pool[anchor].submission.runner.batch_tokens or self._batch_tokens
         low, high, longest = anchor, anchor + 1, pool[anchor].length
         tokens, best = longest, _worth(longest, longest)
         while True:
             rows = high - low + 1
             shorter = longer = 0.0
-            if low and longest * rows <= self.batch_tokens:
+            if low and longest * rows <= limit:
                 shorter = _worth(tokens + pool[low - 1].length, longest * rows)
-            if high < len(pool) and (length := pool[high].length) * rows <= self.batch_tokens:
+            if high < len(pool) and (length := pool[high].length) * rows <= limit:
                 longer = _worth(tokens + length, length * rows)
             if max(shorter, longer) <= best:
                 return low, high
@@ -300,7 +307,8 @@ class Backlog:
     """The waiting texts of all lanes. Not thread-safe.
 
     Args:
-        batch_tokens: maximum number of tokens of a micro-batch, padding included; a longer text is run alone.
+        batch_tokens: maximum number of tokens of a micro-batch, padding included, for runners that state none; a longer
+            text is run alone.
         bulk_seconds: seconds that bulk texts wait without a turn; after that, they have the next turn, however much
             interactive work waits.
     """
@@ -324,15 +332,6 @@ class Backlog:
     def waits(self, lane: Lane) -> bool:
         """Return whether a text waits in a lane."""
         return bool(self._queues[lane])
-
-    def set_batch_tokens(self, tokens: int) -> None:
-        """Set the maximum number of tokens, padding included, of the micro-batches that follow.
-
-        This also changes which new calls are large; see `lane`.
-        """
-        self._batch_tokens = tokens
-        for queue in self._queues.values():
-            queue.batch_tokens = tokens
 
     def lane(self, tokens: int, caller: Caller) -> Lane:
         """Return the lane of a call with `tokens` tokens: BULK for a large call, else the lane of its caller.

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
-from pathlib import Path
 
 from emberpc.bundle import Task
 from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.cache import Cache
 from emberpc.server.engine.caller import Caller
 from emberpc.server.engine.inference import Inferrer
-from emberpc.server.engine.models.calibration import DEFAULT_BATCH_TOKENS, calibrated_batch_tokens
 from emberpc.server.engine.models.model import Model
 from emberpc.server.engine.models.registry import Registry
 from emberpc.server.engine.scheduler import Counts, Scheduler
+from emberpc.server.engine.tuning import tune
 from emberpc.server.memory import return_memory
+
+log = logging.getLogger(__name__)
+
+#: Maximum number of tokens of a micro-batch, padding included, until the best size is known.
+_DEFAULT_BATCH_TOKENS = 512
 
 
 class Engine:
@@ -26,8 +31,8 @@ class Engine:
         pool: thread pool that runs the tokenizer.
         workers: number of threads that run models. The express worker, which runs interactive texts while all workers
             run bulk texts, is one more.
-        batch_tokens: maximum number of tokens of a micro-batch, padding included; a longer text is run alone. 0: 512.
-            `calibrate` replaces this number.
+        batch_tokens: maximum number of tokens of a micro-batch, padding included, for models without a measured size; a
+            longer text is run alone. 0: 512.
         max_queue_tokens: maximum number of tokens that may wait for a worker.
         cache_bytes: maximum number of bytes of the cache of outputs; 0: nothing is cached.
         on_failure: called on the thread of a worker, or of the express worker, that died and could not be replaced;
@@ -49,34 +54,51 @@ class Engine:
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self.registry = registry
-        self._scheduler = Scheduler(workers, batch_tokens or DEFAULT_BATCH_TOKENS, max_queue_tokens, on_failure)
+        self._scheduler = Scheduler(workers, batch_tokens or _DEFAULT_BATCH_TOKENS, max_queue_tokens, on_failure)
         self.inferrer = Inferrer(pool, self._scheduler, cache_bytes)
 
-    def calibrate(self, record: Path, stop: Callable[[], bool] = lambda: False) -> bool:
-        """Measure the best size of micro-batches on this host with the first model by name, and use it from now on.
+    def due(self) -> list[Model]:
+        """Return the models for which the settings leave engine, precision or size of micro-batches to a measurement.
 
-        Blocks for about a second with a small model. If `record` holds a measurement of the last 30 days with this
-        model, processor, number of cores and ONNX Runtime, the size is read from there. Without a model, or if `stop`
-        ends the measurement, the size stays unchanged.
+        Models with a measurement of the last 30 days on this host are left out.
+        """
+        return [model for model in self.models() if self.registry.runtimes.is_due(model.name, model.encoder.sha256)]
+
+    def tune(self, model: Model, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Measure how a model is run fastest on this host, and store that; see `tuning.tune`.
+
+        Blocks for some seconds with a small model. The best size of micro-batches is used from now on. Another engine
+        or precision is used when the model is loaded again; see `outdated`.
 
         Args:
-            record: the JSON file with the last measurement. It is written after a measurement on an idle host.
+            model: the model.
             stop: returns whether to stop; called before each batch.
 
         Returns:
-            False if the host was busy: the size is used, but should be measured again later. Otherwise True, even if
-            the size stays unchanged.
+            False if the host was busy, so that nothing was stored.
 
         Raises:
-            Exception: the tokenizer or the model failed.
+            MeasurementStoppedError: `stop` returned True.
+            Exception: the tokenizer or the model failed, or the model's file changed.
         """
-        models = self.models()
-        found = calibrated_batch_tokens(models[0], record, stop) if models else None
-        if found is None:
-            return True
-        self._scheduler.set_batch_tokens(found.batch_tokens)
-        return_memory()  # the largest batches of the measurement took more memory than batches of the chosen size will
-        return not found.busy
+        try:
+            choice = tune(model, self.registry.runtimes, stop)
+        finally:
+            return_memory()  # the other engines, and the largest batches, took more memory than serving will take
+        if choice is None:
+            log.info("model %s: the host was busy while the engines were measured; they are measured again", model.name)
+            return False
+        for other in self.models():
+            if other.encoder.sha256 == model.encoder.sha256 and not self._is_outdated(other):
+                other.encoder.batch_tokens = choice.batch_tokens
+        return True
+
+    def outdated(self) -> list[Model]:
+        """Return the models for which another engine or precision was chosen since they were loaded."""
+        return [model for model in self.models() if self._is_outdated(model)]
+
+    def _is_outdated(self, model: Model) -> bool:
+        return self.registry.runtimes.plan(model.name, model.encoder.sha256).runtime != model.plan.runtime
 
     def revive(self) -> int:
         """Start the missing workers, and the express worker if it is missing, as far as the system allows.

@@ -19,7 +19,7 @@ from emberpc.server.engine.cache import Cache, CachedOutput, Key, SharedRuns
 from emberpc.server.engine.caller import Caller, Lane
 from emberpc.server.engine.models.model import Model
 from emberpc.server.engine.scheduler import Scheduler
-from emberpc.server.engine.sessions.onnx_runtime import Output
+from emberpc.server.engine.sessions.session import Output
 from emberpc.server.engine.tokenizing import TokenizedText, Truncation, never
 from emberpc.server.errors import FieldPath, ServiceError, Violation, invalid_fields
 

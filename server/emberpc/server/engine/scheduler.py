@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from math import inf
@@ -19,8 +16,9 @@ import numpy as np
 from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.batching import Backlog, BatchRunner, Item, Submission, SubmissionResult
 from emberpc.server.engine.caller import Caller, Lane
+from emberpc.server.engine.priority import lower_priority
 from emberpc.server.engine.rates import Rates
-from emberpc.server.engine.sessions.onnx_runtime import Output
+from emberpc.server.engine.sessions.session import Output
 from emberpc.server.engine.submission_results import fail, failure, result_of, send
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.errors import Code, ServiceError
@@ -38,10 +36,6 @@ _LATE = (
     "the rest of the call cannot be done before its deadline; give it a longer timeout, send fewer texts, or try again "
     "later"
 )
-#: `nice` value of worker threads on Linux (other threads: usually 0). With 3, at five times the load that the server
-#: can serve, calls were refused after 3 to 9 ms instead of 60 to 150 ms, and the 99th percentile of a short call beside
-#: 10,000 texts was 14 ms instead of 21 ms.
-_NICE = 3
 _ANYBODY = Caller()
 
 
@@ -139,12 +133,6 @@ class Scheduler:
                     except RuntimeError:
                         log.exception("no thread could be started for %s", name)
             return self._alive
-
-    def set_batch_tokens(self, tokens: int) -> None:
-        """Set the maximum number of tokens, padding included, of the micro-batches that follow."""
-        with self._lock:
-            self._batch_tokens = tokens
-            self._backlog.set_batch_tokens(tokens)
 
     def lane(self, tokens: int, caller: Caller) -> Lane:
         """Return the lane of a call: BULK if it has more tokens than two full micro-batches, else the caller's lane."""
@@ -269,7 +257,7 @@ class Scheduler:
 
     def _work(self, name: str, express: bool) -> None:
         try:
-            _lower_priority()
+            lower_priority()
             while self._work_once(express):
                 pass
         finally:
@@ -411,10 +399,3 @@ class Scheduler:
             waiting = set() if self._alive else self._backlog.drain()
         fail(waiting, ServiceError(Code.UNAVAILABLE, "the server runs no models now; try again", reason="NO_WORKERS"))
         self._on_failure()
-
-
-def _lower_priority() -> None:
-    """On Linux, if allowed, lower this thread's priority: threads that accept and refuse calls need a core at once."""
-    if sys.platform == "linux":  # on other systems a thread has no priority of its own
-        with suppress(OSError):  # some containers forbid it; the work is done without it
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

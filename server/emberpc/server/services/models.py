@@ -147,6 +147,9 @@ def describe(model: Model) -> pb.Model:
         multi_label=manifest.multi_label,
         variant=model.variant.name,
         size_bytes=model.size_bytes,
+        engine=model.plan.runtime.engine,
+        precision=model.plan.runtime.precision,
+        engine_reason=model.plan.reason,
         quality=manifest.quality,
     )
     description.load_time.FromDatetime(model.loaded)

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from itertools import count
+from pathlib import Path
 from time import perf_counter
 from weakref import WeakValueDictionary
 
@@ -17,7 +18,8 @@ import numpy as np
 
 from emberpc.bundle import Interface
 from emberpc.server.deadlines import Deadline
-from emberpc.server.engine.sessions.onnx_runtime import LoadCancellation, OnnxSession, Output, SessionError
+from emberpc.server.engine.sessions.runtime import Runtime
+from emberpc.server.engine.sessions.session import LoadCancellation, Output, Session, SessionError
 from emberpc.server.engine.tokenizing import TokenIds
 from emberpc.server.memory import return_memory
 
@@ -33,30 +35,43 @@ class Encoder:
     """An ONNX model with its interface. Thread-safe.
 
     Args:
-        session: the loaded ONNX file, with one thread for a run.
+        session: the loaded ONNX file. It uses one thread for a run.
         interface: roles of the inputs and outputs of the ONNX file.
         pad_token_id: token id that fills up the shorter texts of a batch.
         sha256: SHA-256 (hex) of the ONNX file.
+        batch_tokens: maximum number of tokens of a micro-batch, padding included; 0: the default of the scheduler.
     """
 
-    def __init__(self, session: OnnxSession, interface: Interface, pad_token_id: int, sha256: str = "") -> None:
+    def __init__(
+        self, session: Session, interface: Interface, pad_token_id: int, sha256: str = "", batch_tokens: int = 0
+    ) -> None:
         self.interface = interface
         self.sha256 = sha256
+        self.batch_tokens = batch_tokens
         #: Unique number of this object. Outputs are cached by it, so those of an encoder that was loaded earlier are
         #: not found.
         self.number = next(_numbers)
         self._session = session
-        self._pad_token_id = pad_token_id
-        self._wide: OnnxSession | None = None
+        self.pad_token_id = pad_token_id
+        self._wide: Session | None = None
+        #: Whether `_wide` runs a short text faster than `_session`.
+        self._wide_is_faster = False
+        #: Number of runs in progress.
+        self._running = 0
         self._lock = threading.Lock()
         #: Thread that loads the session with several threads; started once, and None before that.
         self._widener: threading.Thread | None = None
         self._closing = LoadCancellation()
 
     @property
+    def path(self) -> Path:
+        """The ONNX file."""
+        return self._session.path
+
+    @property
     def wide(self) -> bool:
         """Whether a session with several threads was loaded and is used for runs on several threads."""
-        return self._wide is not None
+        return self._wide is not None and self._wide_is_faster
 
     def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
         """Run the token ids of texts as one batch; return float32 (texts, width).
@@ -67,16 +82,26 @@ class Encoder:
                 takes the memory of the model again, except the large tables, which both sessions share. The first run
                 with several threads starts to load the second session in the background, with that number of threads;
                 later runs with any number above 1 use this session. Runs use one thread until the second session is
-                loaded, and always if it is no faster, cannot be loaded, or the encoder was closed before.
+                loaded, and always if it is no faster, cannot be loaded, or the encoder was closed before. The second
+                session also runs the batches that the first one has no free stream for, such as a short text beside
+                bulk texts; so it is loaded at the first batch of this kind, too.
 
         Raises:
             BundleError: the output has another number of axes than the interface expects.
             Exception: ONNX Runtime failed; its exceptions have no common base class.
         """
-        if threads > 1 and self._widener is None:
-            self._start_widening(threads)
-        session = self._wide if threads > 1 and self._wide is not None else self._session
-        return self._run_on(session, batch)
+        limit = self._session.max_runs
+        with self._lock:
+            self._running += 1
+            full = limit is not None and self._running > limit
+        try:
+            if (threads > 1 or full) and self._widener is None:
+                self._start_widening(max(threads, limit or 1))
+            wide = self._wide if full or (threads > 1 and self._wide_is_faster) else None
+            return self._run_on(wide or self._session, batch)
+        finally:
+            with self._lock:
+                self._running -= 1
 
     def close(self, deadline: Deadline | None = None) -> bool:
         """Cancel the loading of the session with several threads, now and later, and wait for the thread that loads it.
@@ -107,11 +132,18 @@ class Encoder:
                 return
             self._widener = widener
 
-    def _run_on(self, session: OnnxSession, batch: Sequence[TokenIds]) -> Output:
-        return session.run(batch, self.interface, self._pad_token_id)
+    def _run_on(self, session: Session, batch: Sequence[TokenIds]) -> Output:
+        longest = max(len(ids) for ids in batch)
+        input_ids = np.full((len(batch), longest), self.pad_token_id, dtype=np.int64)
+        mask = np.zeros((len(batch), longest), dtype=np.int64)
+        for row, ids in enumerate(batch):
+            input_ids[row, : len(ids)] = ids
+            mask[row, : len(ids)] = 1
+        output = session.run(self.interface.inputs.feeds(input_ids, mask), self.interface.output)
+        return self.interface.finish(output, mask)
 
     def _widen(self, threads: int) -> None:
-        """Load a session with several threads, and keep it if it is faster than the session with one thread.
+        """Load a session with several threads, and keep it if it is faster or takes runs that would wait.
 
         Called on a thread of its own. If the session is not kept, cannot be loaded or fails, all runs stay on one
         thread. That is logged. If the encoder was closed meanwhile, only a failure of the session is logged.
@@ -126,21 +158,21 @@ class Encoder:
         except Exception:  # ONNX Runtime's exceptions share no base class of their own
             log.exception("%s fails on %d threads; single texts run on one core", self._session.path, threads)
             return
-        if faster:
-            self._wide = wide
+        if faster or (self._session.max_runs is not None and not self._closing.cancelled):
+            self._wide_is_faster, self._wide = faster, wide
         elif not self._closing.cancelled:
             log.info("%s is no faster on %d threads", self._session.path, threads)
         del wide
         # Loading needed twice the memory of the weights for a moment, and a session that is not kept is freed.
         return_memory()
 
-    def _is_faster(self, wide: OnnxSession) -> bool:
+    def _is_faster(self, wide: Session) -> bool:
         """Return whether the session `wide` runs a short text faster than the session with one thread.
 
         The two sessions take turns, so that other work on the host slows both. The fastest run of each session counts.
         If the encoder is closed meanwhile, the result is False.
         """
-        probe = [np.full(_PROBE_TOKENS, self._pad_token_id, dtype=np.int64)]
+        probe = [np.full(_PROBE_TOKENS, self.pad_token_id, dtype=np.int64)]
         times = []
         for _ in range(_PROBES):
             if self._closing.cancelled:
@@ -148,21 +180,21 @@ class Encoder:
             times.append((self._seconds(wide, probe), self._seconds(self._session, probe)))
         return min(ours for ours, _ in times) < min(theirs for _, theirs in times)
 
-    def _seconds(self, session: OnnxSession, batch: Sequence[TokenIds]) -> float:
+    def _seconds(self, session: Session, batch: Sequence[TokenIds]) -> float:
         start = perf_counter()
         self._run_on(session, batch)
         return perf_counter() - start
 
 
 class Encoders:
-    """The encoders in use, by fingerprint and length limit: for both together, the encoder loaded last. Thread-safe.
+    """The encoders in use, by fingerprint, length limit and runtime: for each, the encoder loaded last. Thread-safe.
 
     An encoder is in use as long as any object refers to it. This object does not count: an encoder that nothing else
     refers to is removed and freed.
     """
 
     def __init__(self) -> None:
-        self._known: WeakValueDictionary[tuple[str, int], Encoder] = WeakValueDictionary()
+        self._known: WeakValueDictionary[tuple[str, int, Runtime], Encoder] = WeakValueDictionary()
         self._lock = threading.Lock()
 
     @property
@@ -170,19 +202,22 @@ class Encoders:
         """Whether no encoder of this object is in use."""
         return not self._known
 
-    def get(self, fingerprint: str, max_tokens: int, load: Callable[[], Encoder], *, fresh: bool = False) -> Encoder:
-        """Return the encoder in use with a fingerprint and a length limit, or load it.
+    def get(
+        self, fingerprint: str, max_tokens: int, runtime: Runtime, load: Callable[[], Encoder], *, fresh: bool = False
+    ) -> Encoder:
+        """Return the encoder in use with a fingerprint, a length limit and a runtime, or load it.
 
         While an encoder is loaded, other calls of this method wait.
 
         Args:
             fingerprint: fingerprint of the models that share the encoder.
             max_tokens: length limit of texts, in tokens. With another limit a long text has another vector.
+            runtime: the engine that runs the encoder, and its precision.
             load: loads the encoder; its errors pass through.
             fresh: whether to load an encoder even if one is in use. Later calls get the encoder loaded last.
         """
         with self._lock:
-            key = (fingerprint, max_tokens)
+            key = (fingerprint, max_tokens, runtime)
             encoder = None if fresh else self._known.get(key)
             if encoder is None:
                 encoder = self._known[key] = load()

@@ -24,8 +24,9 @@ from emberpc.bundle import (
     open_bundle,
 )
 from emberpc.bundle.contents import Contents
+from emberpc.server.engine.choices import RuntimePlan, Runtimes
 from emberpc.server.engine.models.encoders import Encoder, Encoders
-from emberpc.server.engine.sessions.onnx_runtime import OnnxSession, Output, SessionError
+from emberpc.server.engine.sessions.session import Output, Session, SessionError
 from emberpc.server.engine.tokenizing import TextTokenizer, Truncation
 from emberpc.server.errors import items_of
 
@@ -34,10 +35,13 @@ from emberpc.server.errors import items_of
 #: bounds of other variants. For a foreign folder, this is the allowed difference between the outputs of a text alone
 #: and in a batch.
 _FP32_BOUND = Bound(cosine_min=0.99, difference_max=1e-2)
+#: The same for the precision bf16, which has 8 binary digits: the differences are about 1 % of the largest value.
+_BF16_BOUND = Bound(cosine_min=0.99, difference_max=5e-2)
 #: Maximum number of reference texts that are run when a model is loaded: enough to find a wrong model, and few enough
 #: for a quick start.
 _REFERENCE_TEXTS = 4
 
+_ONNX_RUNTIME = Runtimes({"": "onnxruntime"})
 #: Receives the name of each stage of loading as it begins, on the thread that loads.
 OnStage = Callable[[str], None]
 
@@ -54,6 +58,7 @@ class Model:
         name: the name.
         folder: folder that the model was loaded from.
         options: options of a foreign model, as the server's settings give them; empty for a bundle.
+        plan: how the model is run, and why.
         manifest: manifest of the bundle; of a foreign folder, the inferred manifest.
         variant: the variant of the bundle that is served.
         tokenizer: tokenizer of the model.
@@ -63,7 +68,7 @@ class Model:
             needs none.
         size_bytes: bytes of the ONNX file, without external weight files.
         loaded: when the model was loaded, in UTC.
-        fingerprint: SHA-256 (hex) of all bytes that determine the model's vectors, except the length limit.
+        fingerprint: SHA-256 (hex) of all that determines the model's vectors, except the length limit.
         classifier_fingerprint: SHA-256 (hex) of all that determines a classifier's labels; empty for other models.
         legacy_fingerprint: fingerprint by the rule of older versions; empty if that rule does not fit the model.
     """
@@ -71,6 +76,7 @@ class Model:
     name: str
     folder: Path
     options: Mapping[str, str]
+    plan: RuntimePlan
     manifest: Manifest
     variant: Variant
     tokenizer: TextTokenizer
@@ -99,6 +105,7 @@ class Model:
         variant_name: str = "",
         options: Mapping[str, str] | None = None,
         encoders: Encoders | None = None,
+        runtimes: Runtimes | None = None,
         *,
         fresh: bool = False,
         on_stage: OnStage = lambda stage: None,
@@ -114,6 +121,7 @@ class Model:
             variant_name: name of the variant; empty: the first.
             options: options of a foreign model; see `emberpc.bundle.Stated`. A bundle takes none.
             encoders: encoders in use, which the model may share; None: the model gets its own.
+            runtimes: decides on the engine and its precision; None: ONNX Runtime.
             fresh: whether to load the encoder even if an encoder with the same fingerprint and length limit is in use.
                 Has no effect on a classifier with a head file.
             on_stage: called on this thread with the name of each stage as it begins.
@@ -123,7 +131,7 @@ class Model:
                 run; the outputs differ from those at export, or, of a foreign folder, alone and in a batch; or an
                 option is missing or wrong.
         """
-        loading = _Loading()
+        loading = _Loading(name, runtimes or _ONNX_RUNTIME)
         try:
             on_stage("checking the files")
             bundle = open_bundle(
@@ -133,7 +141,9 @@ class Model:
                 check_hashes=False,
                 contents=loading.contents,
             )
-            loading.contents.read(bundle.model_path(bundle.manifest.variant(variant_name)))
+            variant = bundle.manifest.variant(variant_name)
+            loading.decide(bundle.manifest.files[variant.path].sha256)
+            loading.contents.read(bundle.model_path(variant))
             # Other threads hash the weights meanwhile, since hashing takes about as long as loading.
             with ThreadPoolExecutor(2, thread_name_prefix="hashes") as beside:
                 hashes = beside.submit(bundle.check_hashes, loading.contents)
@@ -187,7 +197,7 @@ class Model:
         Raises:
             BundleError: there is no such variant; or a file is missing, damaged, outside of the folder or not
                 supported.
-            SessionError: ONNX Runtime cannot load the ONNX file.
+            SessionError: the engine cannot load the ONNX file.
         """
         manifest = bundle.manifest
         variant = manifest.variant(variant_name)
@@ -199,7 +209,7 @@ class Model:
         def load_encoder() -> Encoder:
             session = loading.session(path)
             interface = bundle.interface(session.graph, headless=head is not None)
-            return Encoder(session, interface, manifest.pad_token_id, entry.sha256)
+            return Encoder(session, interface, manifest.pad_token_id, entry.sha256, loading.plan.batch_tokens)
 
         # An encoder that gives logits is always loaded here. `Registry.put` may share it later.
         vectors = head is not None or manifest.task is Task.EMBEDDING
@@ -216,8 +226,9 @@ class Model:
             except SessionError:
                 fingerprinting.result()  # an error of the file's contents says more
                 raise
-        fingerprint = fingerprinting.result()
-        encoder = shared.get(fingerprint, manifest.max_tokens, load_encoder, fresh=fresh)
+        plan = loading.plan
+        fingerprint = plan.runtime.fingerprint(fingerprinting.result())
+        encoder = shared.get(fingerprint, manifest.max_tokens, plan.runtime, load_encoder, fresh=fresh)
         if head is None and encoder.sha256 != entry.sha256:
             # The shared encoder was loaded from another file with the same fingerprint. This file must load as well.
             load_encoder()
@@ -225,6 +236,7 @@ class Model:
             name=name,
             folder=folder,
             options=dict(options),
+            plan=plan,
             manifest=manifest,
             variant=variant,
             tokenizer=_tokenizer(bundle, loading.contents),
@@ -235,7 +247,7 @@ class Model:
             loaded=datetime.now(timezone.utc),
             fingerprint=fingerprint,
             classifier_fingerprint=bundle.classifier_fingerprint(fingerprint, head, scope_vectors),
-            legacy_fingerprint=bundle.legacy_fingerprint(variant.name),
+            legacy_fingerprint=bundle.legacy_fingerprint(variant.name) if plan.runtime.same_model else "",
         )
 
     def _check(self, bundle: Bundle) -> None:
@@ -259,13 +271,14 @@ class Model:
                 expected = reference.vectors if reference.logits is None else reference.logits
         except BundleError:
             raise
-        except Exception as error:  # the exceptions of ONNX Runtime, and of the tokenizer, share no base class
+        except Exception as error:  # the exceptions of the engines, and of the tokenizer, share no base class
             raise ModelLoadError(f"model {self.name!r}: {bundle.folder} loads but does not run") from error
         width = len(self.manifest.labels) or self.manifest.dimensions
         if got.shape[1] != width:
             output = self.encoder.interface.output
             raise BundleError(f"the output {output} has {got.shape[1]} values for a text, not {width}")
-        if _alike(got, expected[: len(tokens)], self.variant.bound or _FP32_BOUND):
+        bound = _FP32_BOUND if self.plan.runtime.precision == "fp32" else _BF16_BOUND
+        if _alike(got, expected[: len(tokens)], self.variant.bound or bound):
             return
         if reference is None:
             raise ModelLoadError(
@@ -279,20 +292,33 @@ class Model:
 
 
 class _Loading:
-    """The files and sessions of a model that is being loaded. The bytes of the files are freed with this object."""
+    """The files and sessions of a model that is being loaded. The bytes of the files are freed with this object.
 
-    def __init__(self) -> None:
+    `plan` is how the model is run. Before `decide`, it is the plan for an unknown ONNX file: foreign folders need a
+    session before their manifest is inferred.
+    """
+
+    def __init__(self, name: str, runtimes: Runtimes) -> None:
         self.contents = Contents()
-        self._sessions: dict[Path, OnnxSession] = {}
+        self._name, self._runtimes = name, runtimes
+        self.plan = runtimes.plan(name, "")
+        self._sessions: dict[Path, Session] = {}
 
-    def session(self, path: Path) -> OnnxSession:
+    def decide(self, sha256: str) -> None:
+        """Decide how the model is run, by the SHA-256 (hex) of its ONNX file."""
+        plan = self._runtimes.plan(self._name, sha256)
+        if plan.runtime != self.plan.runtime:
+            self._sessions.clear()
+        self.plan = plan
+
+    def session(self, path: Path) -> Session:
         """Return the session of an ONNX file; the first call with a path loads it.
 
         Raises:
             SessionError: the file does not load.
         """
         if path not in self._sessions:
-            self._sessions[path] = OnnxSession(path, contents=self.contents)
+            self._sessions[path] = self.plan.runtime.open(path, self.contents)
         return self._sessions[path]
 
 

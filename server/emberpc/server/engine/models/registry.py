@@ -16,8 +16,11 @@ from typing import Any
 
 from emberpc.bundle import Task
 from emberpc.server.deadlines import Deadline
+from emberpc.server.engine.choices import SAME_MODEL, Runtimes
+from emberpc.server.engine.models.agreement import agreement, encoder_of
 from emberpc.server.engine.models.encoders import Encoder, Encoders
 from emberpc.server.engine.models.model import Model, OnStage
+from emberpc.server.engine.sessions.runtime import Runtime
 from emberpc.server.errors import Code, ServiceError, invalid, not_found
 from emberpc.server.memory import return_memory
 
@@ -49,9 +52,11 @@ class Registry:
 
     Args:
         pool: thread pool that frees memory, which would block an event loop for some milliseconds.
+        runtimes: the engine and the precision of each model; None: ONNX Runtime.
     """
 
-    def __init__(self, pool: Executor) -> None:
+    def __init__(self, pool: Executor, runtimes: Runtimes | None = None) -> None:
+        self.runtimes = runtimes or Runtimes({"": "onnxruntime"})
         #: Encoders in use, which models can share.
         self.encoders = Encoders()
         #: Encoders of all versions that are in memory. Retired versions are included, since a thread may still load a
@@ -88,16 +93,36 @@ class Registry:
             ModelLoadError: the model cannot be loaded, or a check of its outputs failed; see `Model.load`. Nothing is
                 replaced then.
         """
-        model = Model.load(name, folder, variant, options, self.encoders, fresh=fresh, on_stage=on_stage)
+        model = Model.load(name, folder, variant, options, self.encoders, self.runtimes, fresh=fresh, on_stage=on_stage)
+        if self._counts_as_fp32(model, on_stage):  # the fingerprint becomes that of fp32
+            model = Model.load(
+                name, folder, variant, options, self.encoders, self.runtimes, fresh=fresh, on_stage=on_stage
+            )
         self.put(model)
         log.info("model %s (%s, %s) from %s", name, model.manifest.task.value, model.variant.name, folder)
         return model
 
+    def _counts_as_fp32(self, model: Model, on_stage: OnStage) -> bool:
+        """If the agreement of a model's precision with fp32 is unknown, measure it; return whether it is high enough.
+
+        Returns:
+            False if the agreement was known before, or the model runs in fp32.
+        """
+        choices, runtime = self.runtimes.choices, model.plan.runtime
+        known = choices.agreement(model.encoder.sha256, runtime.engine, runtime.precision)
+        if runtime.same_model or known is not None:
+            return False
+        on_stage(f"comparing {runtime.precision} with fp32")
+        exact = encoder_of(model, Runtime())
+        found = agreement(model, choices, runtime, exact, model.encoder, lambda: False)
+        log.info("model %s: %s agrees with fp32 in %.2f %%", model.name, runtime.precision, 100 * found)
+        return found >= SAME_MODEL
+
     def put(self, model: Model) -> None:
         """Serve a model under its name. A served model of that name is replaced.
 
-        Other served models with the same fingerprint and length limit get the encoder of `model`, so that the weights
-        are in memory once. This gives them a new version, too.
+        Other served models with the same fingerprint, length limit and engine get the encoder of `model`, so that the
+        weights are in memory once. This gives them a new version, too.
         """
         with self._lock:
             self._replace(model)
@@ -288,5 +313,9 @@ class Registry:
 
 
 def _alike(one: Model, other: Model) -> bool:
-    """Return whether two models can share an encoder: they have the same fingerprint and length limit."""
-    return (one.fingerprint, one.manifest.max_tokens) == (other.fingerprint, other.manifest.max_tokens)
+    """Return whether two models can share an encoder: they have the same fingerprint, length limit and engine."""
+    return (one.fingerprint, one.manifest.max_tokens, one.plan.runtime) == (
+        other.fingerprint,
+        other.manifest.max_tokens,
+        other.plan.runtime,
+    )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,67 +10,17 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from emberpc.bundle import BundleError, Graph, Interface, Tensor
+from emberpc.bundle import BundleError, Graph, Tensor
 from emberpc.bundle.contents import Contents
 from emberpc.bundle.onnx_file import external_locations
+from emberpc.server.engine.sessions.session import Feeds, LoadCancellation, SessionError
 from emberpc.server.engine.sessions.shared_tables import Tables, read_tables
-from emberpc.server.engine.tokenizing import TokenIds
-
-Output = npt.NDArray[np.float32]
-
-
-class SessionError(Exception):
-    """An ONNX file, or one of its weight files, cannot be loaded.
-
-    The message names one of these files; the cause may be only in `__cause__`.
-    """
-
-
-class LoadCancellation:
-    """Cancels the loading of ONNX Runtime sessions from another thread. Thread-safe.
-
-    Sessions with the same object must be loaded one after the other. ONNX Runtime before 1.22 cannot cancel: it loads a
-    session to its end.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loading: ort.SessionOptions | None = None
-        self._cancelled = False
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether `cancel` was called."""
-        return self._cancelled
-
-    def cancel(self) -> None:
-        """Make the loading of a session that is in progress fail, and all later loading with this object.
-
-        ONNX Runtime before 1.22 loads the sessions all the same; then this only sets `cancelled`.
-        """
-        with self._lock:
-            self._cancelled = True
-            if self._loading is not None:
-                _set_cancelled(self._loading)
-
-    def begin(self, options: ort.SessionOptions) -> None:
-        """Note the options of the session that is loaded next, so that `cancel` can make its loading fail.
-
-        If `cancel` was called before, that loading will fail, except with ONNX Runtime before 1.22.
-        """
-        with self._lock:
-            self._loading = options
-            if self._cancelled:
-                _set_cancelled(options)
-
-
-def _set_cancelled(options: ort.SessionOptions) -> None:
-    with suppress(AttributeError):  # ONNX Runtime before 1.22
-        options.set_load_cancellation_flag(True)
 
 
 class OnnxSession:
-    """An ONNX model, loaded by ONNX Runtime, that runs on token ids. Several threads may run it at the same time.
+    """An ONNX model that was loaded by ONNX Runtime. Several threads may run the model at the same time.
+
+    Versions of ONNX Runtime before 1.22 cannot cancel the loading.
 
     All weights are copied into memory, so later changes of the files have no effect.
 
@@ -98,6 +47,8 @@ class OnnxSession:
         hashes: Mapping[Path, str] | None = None,
     ) -> None:
         self.path = path
+        #: ONNX Runtime runs each batch on the thread that calls it.
+        self.max_runs: int | None = None
         contents = contents or Contents()
         model, weights = _read(path, contents)
         files = [path, *(path.parent / location for location in weights)]
@@ -108,7 +59,7 @@ class OnnxSession:
         self._values = {name: ort.OrtValue.ortvalue_from_numpy(table) for name, table in self._tables.items()}
         options = _options(threads)
         if cancellation is not None:
-            cancellation.begin(options)
+            cancellation.begin(lambda: _set_cancelled(options))
         try:
             for name, value in self._values.items():
                 options.add_initializer(name, value)
@@ -146,29 +97,10 @@ class OnnxSession:
         except BundleError as error:
             raise SessionError(f"{self.path} could not be loaded again for several threads") from error
 
-    def run(self, batch: Sequence[TokenIds], interface: Interface, pad_token_id: int) -> Output:
-        """Run texts as one batch, padded to the length of the longest text.
-
-        Args:
-            batch: token ids of each text, at least one text.
-            interface: roles of the model's inputs and outputs, and the pooling.
-            pad_token_id: token id that fills up the shorter texts.
-
-        Returns:
-            float32, shape (texts, width): a vector, or logits, for each text.
-
-        Raises:
-            BundleError: the output has another number of axes than `interface` expects.
-            Exception: ONNX Runtime failed; its exceptions have no common base class.
-        """
-        longest = max(len(ids) for ids in batch)
-        input_ids = np.full((len(batch), longest), pad_token_id, dtype=np.int64)
-        mask = np.zeros((len(batch), longest), dtype=np.int64)
-        for row, ids in enumerate(batch):
-            input_ids[row, : len(ids)] = ids
-            mask[row, : len(ids)] = 1
-        (output,) = self._session.run([interface.output], interface.inputs.feeds(input_ids, mask))
-        return interface.finish(output, mask)
+    def run(self, feeds: Feeds, output: str) -> npt.NDArray[np.floating]:
+        """Run one batch; see `Session.run`. The exceptions of ONNX Runtime have no common base class."""
+        (found,) = self._session.run([output], feeds)
+        return np.asarray(found)
 
 
 def _read(path: Path, contents: Contents) -> tuple[bytes, dict[str, bytes]]:
@@ -205,3 +137,8 @@ def _options(threads: int) -> ort.SessionOptions:
     options.enable_mem_pattern = False
     options.log_severity_level = 3
     return options
+
+
+def _set_cancelled(options: ort.SessionOptions) -> None:
+    with suppress(AttributeError):  # ONNX Runtime before 1.22
+        options.set_load_cancellation_flag(True)

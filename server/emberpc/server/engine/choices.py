@@ -1,0 +1,278 @@
+"""Decide how each model is run: by the settings and, where they leave it open, by what was measured on this host.
+
+What was measured is in a file of the data directory: the choice for each model, and agreements of precisions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache, cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import time
+from typing import Any
+
+from emberpc.bundle.atomic_files import write_text_atomically
+from emberpc.bundle.cores import quota, usable_cores
+from emberpc.server.engine.sessions.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+#: Packages of the engines, by the name of the engine.
+PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
+#: Seconds (30 days) after which a choice is measured again: hosts and the other work on them change.
+_MAX_AGE = 30 * 24 * 3600.0
+_FORMAT = 1
+#: The value of the settings `engine` and `precision` that leaves the choice to a measurement.
+AUTO = "auto"
+#: A precision counts as the same model as fp32 if at least this share of the ten nearest neighbours, or of the best
+#: labels of a classifier whose graph gives logits, is the same on the agreement texts.
+SAME_MODEL = 0.99
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest way to run a model on a host.
+
+    Attributes:
+        engine: the library.
+        precision: the precision of matrix products.
+        batch_tokens: maximum number of tokens of a micro-batch, padding included.
+        measured: when this was measured, in seconds since 1970.
+        reason: what was measured, for people to read.
+    """
+
+    engine: str
+    precision: str
+    batch_tokens: int
+    measured: float
+    reason: str
+
+    @property
+    def is_recent(self) -> bool:
+        """Whether the choice is at most 30 days old and not from the future."""
+        return 0 <= time() - self.measured <= _MAX_AGE
+
+
+class Choices:
+    """The choices of this host, and the agreements of precisions, in a JSON file. Thread-safe.
+
+    A choice holds for a model's ONNX file and a host: processor, its features, number of cores, and versions of the
+    engines. So a data directory that is copied to another host has no choice there. An agreement holds on every host.
+    A file that is missing, damaged or of another format counts as empty.
+
+    Args:
+        path: the file; None: everything is kept in memory only.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._memory: dict[str, Any] = {}
+
+    @cached_property
+    def _host(self) -> str:
+        return host_text()
+
+    def choice(self, sha256: str, among: str) -> Choice | None:
+        """Return the choice for an ONNX file on this host; None if there is none.
+
+        Args:
+            sha256: SHA-256 (hex) of the ONNX file.
+            among: the ways to run the model that were compared, as text; see `RuntimeCandidates.text`.
+        """
+        found = self._read()["choices"].get(self._key(sha256, among))
+        try:
+            choice = Choice(**(found or {}))
+        except TypeError:  # missing, or with other fields
+            return None
+        fits = (
+            choice.engine in PACKAGES
+            and isinstance(choice.precision, str)
+            and isinstance(choice.batch_tokens, int)
+            and choice.batch_tokens > 0
+            and isinstance(choice.measured, float)
+        )
+        return choice if fits else None
+
+    def keep(self, sha256: str, among: str, choice: Choice) -> None:
+        """Store a choice; for the arguments, see `choice`. If the file cannot be written, that is logged."""
+        self._write("choices", self._key(sha256, among), asdict(choice))
+
+    def agreement(self, sha256: str, engine: str, precision: str) -> float | None:
+        """Return the agreement, in [0, 1], of an ONNX file in a precision with fp32; None if it was not measured.
+
+        Args:
+            sha256: SHA-256 (hex) of the ONNX file.
+            engine: the engine, whose version counts, too.
+            precision: the precision.
+        """
+        found = self._read()["agreements"].get(self._agreement_key(sha256, engine, precision))
+        return float(found) if isinstance(found, (int, float)) and 0 <= found <= 1 else None
+
+    def keep_agreement(self, sha256: str, engine: str, precision: str, agreement: float) -> None:
+        """Store an agreement; see `agreement`. A stored agreement is never replaced."""
+        if self.agreement(sha256, engine, precision) is None:
+            self._write("agreements", self._agreement_key(sha256, engine, precision), agreement)
+
+    def _key(self, sha256: str, among: str) -> str:
+        return hashlib.sha256(f"{self._host} {sha256} {among}".encode()).hexdigest()
+
+    def _agreement_key(self, sha256: str, engine: str, precision: str) -> str:
+        return f"{sha256} {engine} {version_of(engine)} {precision}"
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        found = self._memory
+        if self._path is not None:
+            try:
+                # A pipe in the place of the file would never end.
+                found = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
+            except (OSError, ValueError, RecursionError):
+                found = {}
+        fits = isinstance(found, dict) and found.get("format") == _FORMAT
+        parts = {name: found.get(name) if fits else None for name in ("choices", "agreements")}
+        return {name: part if isinstance(part, dict) else {} for name, part in parts.items()}
+
+    def _write(self, part: str, key: str, value: object) -> None:
+        with self._lock:
+            found = self._read()
+            found[part][key] = value
+            self._memory = {"format": _FORMAT, **found}
+            if self._path is None:
+                return
+            text = json.dumps({"format": _FORMAT, "host": self._host, **found}, indent=2) + "\n"
+            try:
+                write_text_atomically(self._path, text)
+            except OSError as error:
+                log.warning("%s cannot be written (%s); it is measured again at the next start", self._path, error)
+
+
+@dataclass(frozen=True)
+class RuntimeCandidates:
+    """What the settings leave open for a model.
+
+    Attributes:
+        runtimes: the allowed ways to run the model. The first one is used until the others are measured, and if none is
+            faster.
+        batch_tokens: whether the size of micro-batches is open.
+    """
+
+    runtimes: tuple[Runtime, ...]
+    batch_tokens: bool
+
+    @property
+    def any_open(self) -> bool:
+        """Whether there is anything to measure."""
+        return self.batch_tokens or len(self.runtimes) > 1
+
+    @property
+    def text(self) -> str:
+        """Names of the engines and precisions."""
+        return ", ".join(f"{runtime.engine} {runtime.precision}" for runtime in self.runtimes)
+
+
+@dataclass(frozen=True)
+class RuntimePlan:
+    """How a model is run now.
+
+    Attributes:
+        runtime: the engine and the precision.
+        batch_tokens: maximum number of tokens of a micro-batch, padding included; 0: the server's default.
+        reason: why, for people to read.
+    """
+
+    runtime: Runtime
+    batch_tokens: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Runtimes:
+    """How the models are run.
+
+    Attributes:
+        engines: engines, or `auto`, by the name of the model; the empty name is for all other models.
+        precisions: precisions, or `auto`, by the name of the model; the empty name is for all other models.
+        streams: number of batches that run at the same time.
+        batch_tokens: the setting `batch_tokens`: maximum number of tokens of a micro-batch; 0: it is measured.
+        choices: what was measured.
+    """
+
+    engines: Mapping[str, str] = field(default_factory=dict)
+    precisions: Mapping[str, str] = field(default_factory=dict)
+    streams: int = 1
+    batch_tokens: int = 0
+    choices: Choices = field(default_factory=lambda: Choices(None))
+
+    def candidates(self, name: str, sha256: str) -> RuntimeCandidates:
+        """Return what the settings leave open for a model.
+
+        Args:
+            name: name of the model.
+            sha256: SHA-256 (hex) of its ONNX file.
+        """
+        engine = self.engines.get(name, self.engines.get("", AUTO))
+        precision = self.precisions.get(name, self.precisions.get("", AUTO))
+        pairs = [("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")]
+        if AUTO in (engine, precision):
+            pairs = [pair for pair in pairs if engine in (AUTO, pair[0]) and precision in (AUTO, pair[1])]
+        else:
+            pairs = [(engine, precision)]
+        first, *others = pairs
+        installed = [pair for pair in others if version_of(pair[0])]
+        return RuntimeCandidates(
+            tuple(self._runtime(*pair, sha256) for pair in (first, *installed)), batch_tokens=not self.batch_tokens
+        )
+
+    def plan(self, name: str, sha256: str) -> RuntimePlan:
+        """Return how a model is run now; for the arguments, see `candidates`."""
+        candidates = self.candidates(name, sha256)
+        choice = self.choices.choice(sha256, candidates.text)
+        for runtime in candidates.runtimes:
+            if choice is not None and (runtime.engine, runtime.precision) == (choice.engine, choice.precision):
+                return RuntimePlan(runtime, self.batch_tokens or choice.batch_tokens, choice.reason)
+        reason = "not measured yet" if candidates.any_open else "set by the settings"
+        return RuntimePlan(candidates.runtimes[0], self.batch_tokens, reason)
+
+    def is_due(self, name: str, sha256: str) -> bool:
+        """Return whether a model must be measured; for the arguments, see `candidates`."""
+        candidates = self.candidates(name, sha256)
+        choice = self.choices.choice(sha256, candidates.text)
+        return candidates.any_open and (choice is None or not choice.is_recent)
+
+    def _runtime(self, engine: str, precision: str, sha256: str) -> Runtime:
+        same = precision == "fp32" or (self.choices.agreement(sha256, engine, precision) or 0.0) >= SAME_MODEL
+        return Runtime(engine, precision, self.streams, same)
+
+
+@cache
+def version_of(engine: str) -> str:
+    """Return the version of an engine's package; empty if it is not installed."""
+    try:
+        return version(PACKAGES[engine])
+    except PackageNotFoundError:
+        return ""
+
+
+def host_text() -> str:
+    """Return a text that describes this host: processor, features, cores, and versions of the engines."""
+    names = {"model name": "", "flags": ""}
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        names["model name"] = platform.processor()
+    else:
+        for line in lines:
+            name, _, value = line.partition(":")
+            if names.get(name.strip()) == "":
+                names[name.strip()] = value.strip()
+    flags = hashlib.sha256(" ".join(sorted(names["flags"].split())).encode()).hexdigest()[:16]
+    engines = " ".join(f"{engine} {version_of(engine) or 'not installed'}" for engine in PACKAGES)
+    cores = f"{usable_cores()} cores (quota {quota():g})"
+    return f"{platform.machine()} {names['model name']} features {flags} {cores} {engines}"

@@ -1,0 +1,115 @@
+"""Find the fastest way to run a model on this host."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from time import time
+
+from emberpc.bundle import Bound
+from emberpc.server.engine.choices import SAME_MODEL, Choice, Runtimes
+from emberpc.server.engine.measuring import best_size, compare_encoders, compare_sizes
+from emberpc.server.engine.models.agreement import agreement, agreement_texts, encoder_of, outputs
+from emberpc.server.engine.models.encoders import Encoder
+from emberpc.server.engine.models.model import Model
+from emberpc.server.engine.sessions.runtime import Runtime
+from emberpc.server.engine.sessions.session import SessionError
+from emberpc.server.engine.tokenizing import Truncation
+from emberpc.server.errors import items_of
+
+log = logging.getLogger(__name__)
+
+#: Another way to run a model than the first one is chosen only if it is at least this many times as fast.
+_GAIN = 1.1
+#: Allowed difference between the outputs of two engines in fp32.
+_SAME_OUTPUTS = Bound(cosine_min=0.9999, difference_max=1e-2)
+#: Number of agreement texts by which two engines in fp32 are compared.
+_FEW = 32
+
+
+def tune(model: Model, runtimes: Runtimes, stop: Callable[[], bool] = lambda: False) -> Choice | None:
+    """Measure the ways to run a model that the settings leave open; store and return the choice.
+
+    Blocks for some seconds with a small model. Each engine takes the memory of the weights again until the function
+    returns. The first way is the fallback: another one is chosen only if it is at least 10 % faster, and if its vectors
+    count as the same: for the precision fp32, they must be nearly equal; for others, see `choices.SAME_MODEL`.
+
+    Args:
+        model: the model.
+        runtimes: what the settings leave open, and where the choice is stored.
+        stop: returns whether to stop measuring; called before each batch.
+
+    Returns:
+        The choice; None if the host was busy.
+
+    Raises:
+        MeasurementStoppedError: `stop` returned True.
+        SessionError: the model's file changed since the model was loaded, or the fallback cannot be loaded again.
+        BundleError: the model's file cannot be read, or `stop` returned True while the file was hashed.
+        Exception: the tokenizer or the model failed; the exceptions of the engines have no common base class.
+    """
+    (text,) = model.tokenizer.tokenize([agreement_texts()[0]], "", Truncation.END, items_of("texts"))
+    max_tokens = model.tokenizer.max_tokens
+    candidates = runtimes.candidates(model.name, model.encoder.sha256)
+    encoders = _encoders(model, candidates.runtimes, stop)
+    best = fallback = next(iter(encoders))
+    reasons = []
+    if len(encoders) > 1:
+        speeds = compare_encoders(encoders, text.ids, max_tokens, stop)
+        if speeds.busy:
+            return None
+        gains = {runtime: speeds.gain(runtime, fallback) for runtime in encoders}
+        reasons.append(f"{_name(fallback)} {speeds.rate(fallback):.0f} tokens/s")
+        for runtime in sorted(gains, key=lambda runtime: -gains[runtime]):
+            if runtime is fallback:
+                continue
+            fault = "" if gains[runtime] >= _GAIN else "no gain of 10 %"
+            if not fault and best is not fallback:
+                fault = "slower"
+            fault = fault or _fault(model, runtimes, encoders, fallback, runtime, stop)
+            reasons.append(f"{_name(runtime)} {gains[runtime]:.2f} times{f' ({fault})' if fault else ''}")
+            best = best if fault else runtime
+    sizes = compare_sizes(encoders[best], text.ids, max_tokens, stop)
+    if sizes.busy:
+        return None
+    size = best_size(sizes)
+    reasons.append(f"micro-batches of {size} tokens")
+    choice = Choice(best.engine, best.precision, size, time(), f"measured on one thread: {', '.join(reasons)}")
+    runtimes.choices.keep(model.encoder.sha256, candidates.text, choice)
+    log.info("model %s: %s %s, %s", model.name, choice.engine, choice.precision, choice.reason)
+    return choice
+
+
+def _encoders(model: Model, runtimes: tuple[Runtime, ...], stop: Callable[[], bool]) -> dict[Runtime, Encoder]:
+    """Load the model with each runtime. A runtime that cannot load it is left out, except the first one."""
+    found: dict[Runtime, Encoder] = {}
+    for runtime in runtimes:
+        try:
+            found[runtime] = encoder_of(model, replace(runtime, streams=1), stop)
+        except SessionError as error:
+            if not found:
+                raise
+            log.info("model %s: %s is not measured: %s", model.name, _name(runtime), error)
+    return found
+
+
+def _fault(
+    model: Model,
+    runtimes: Runtimes,
+    encoders: Mapping[Runtime, Encoder],
+    expected: Runtime,
+    got: Runtime,
+    stop: Callable[[], bool],
+) -> str:
+    """Return why the outputs of a runtime may not take the place of another's; empty if they may."""
+    if got.precision == expected.precision:
+        texts = agreement_texts()[:_FEW]
+        few = [outputs(model, encoders[runtime], texts, stop) for runtime in (expected, got)]
+        return "; ".join(_SAME_OUTPUTS.faults(few[0], few[1]))
+    found = agreement(model, runtimes.choices, got, encoders[expected], encoders[got], stop)
+    return "" if found >= SAME_MODEL else f"agrees with fp32 in {found:.1%}, less than {SAME_MODEL:.0%}"
+
+
+def _name(runtime: Runtime) -> str:
+    return f"{runtime.engine} {runtime.precision}"

@@ -1,0 +1,304 @@
+"""The fastest way to run a model is measured once on an idle host, kept in a file, and never changes the vectors."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from emberpc.server.engine import Choices, Engine, Model, Registry, Runtimes, choices, measuring, tuning
+from emberpc.server.engine.choices import Choice
+from emberpc.server.engine.measuring import Speeds, best_size
+from emberpc.server.engine.models import agreement as agreements
+from emberpc.server.engine.models.agreement import MeasurementStoppedError, agreement, agreement_texts
+from emberpc.server.engine.models.encoders import Encoder
+from emberpc.server.engine.sessions.runtime import Runtime
+from emberpc.server.engine.sessions.session import Output, SessionError
+from emberpc.server.engine.tokenizing import TokenIds
+from emberpc.server.engine.tuning import tune
+
+# Not `openvino` itself, whose import sends a usage event.
+ov = pytest.importorskip("emberpc.server.engine.sessions.openvino", reason="the extra openvino is not installed").ov
+needs_bf16 = pytest.mark.skipif(
+    "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
+    reason="this processor has no bf16 instructions",
+)
+
+
+def give_share(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Let the measurement see a host on which its thread has a share of a core. Each run takes the same time."""
+    looks = count()
+    monkeypatch.setattr(measuring, "perf_counter", lambda: float(next(looks)))
+    monkeypatch.setattr(measuring, "thread_time", lambda: share * next(looks))
+
+
+def give_gains(monkeypatch: pytest.MonkeyPatch, **gains: float) -> None:
+    """Let the measurement find that the engines are so many times as fast as ONNX Runtime, and 256 tokens the best."""
+
+    def compare(encoders: Mapping[Runtime, Encoder], *_: object) -> Speeds[Runtime]:
+        return Speeds([{each: 1 / gains.get(f"{each.engine}_{each.precision}", 1.0) for each in encoders}], busy=False)
+
+    def sizes(*_: object) -> Speeds[int]:
+        return Speeds([{128: 2.0, 256: 1.0, 512: 1.0}], busy=False)
+
+    monkeypatch.setattr(tuning, "compare_encoders", compare)
+    monkeypatch.setattr(tuning, "compare_sizes", sizes)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "engines.json"
+
+
+def runtimes(file: Path | None, engine: str = "auto", precision: str = "auto", batch_tokens: int = 0) -> Runtimes:
+    return Runtimes({"": engine}, {"": precision}, 2, batch_tokens, Choices(file))
+
+
+def test_the_smallest_batch_size_near_the_best_rate_is_chosen() -> None:
+    def speeds(**rates: float) -> Speeds[int]:
+        return Speeds([{int(size[1:]): 1 / rate for size, rate in rates.items()}], busy=False)
+
+    assert best_size(speeds(_128=90.0, _256=98.0, _512=100.0, _1024=70.0)) == 256
+    assert best_size(speeds(_128=90.0, _256=91.0, _512=100.0, _1024=101.0)) == 512
+
+
+def test_every_engine_is_measured_with_several_lengths_and_one_engine_with_several_sizes(
+    tiny_bundle: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: dict[Encoder, set[tuple[int, int]]] = {}
+    run = Encoder.run
+
+    def counted(encoder: Encoder, batch: Sequence[TokenIds], threads: int = 1) -> Output:
+        shapes.setdefault(encoder, set()).add((len(batch), len(batch[0])))
+        return run(encoder, batch, threads)
+
+    model, both = Model.load("m", tiny_bundle), runtimes(file, precision="fp32")
+    monkeypatch.setattr(Encoder, "run", counted)
+    give_share(monkeypatch, 1.0)
+    choice = tune(model, both)
+    assert choice is not None
+    assert (choice.engine, choice.precision) == ("onnxruntime", "fp32")  # each run takes the same time
+    assert choice.batch_tokens in measuring.SIZES
+    longest = model.manifest.max_tokens
+    first, second = shapes.values()
+    assert second >= {(512 // length, length) for length in (8, min(32, longest))}
+    assert first >= {(size // min(32, longest), min(32, longest)) for size in measuring.SIZES}
+
+
+def test_a_choice_is_measured_once_and_again_if_its_record_is_unusable(
+    tiny_bundle: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found = Model.load("m", tiny_bundle), runtimes(file)
+    sha256 = model.encoder.sha256
+    give_gains(monkeypatch, openvino_fp32=1.2)
+    assert found.is_due("m", sha256)
+    assert found.plan("m", sha256).reason == "not measured yet"
+    assert tune(model, found)
+    again = runtimes(file)
+    assert not again.is_due("m", sha256)
+    plan = again.plan("m", sha256)
+    assert (plan.runtime, plan.batch_tokens) == (Runtime("openvino", "fp32", 2), 256)
+    assert "measured on one thread" in plan.reason
+    assert again.is_due("m", "another file")
+    good = file.read_text()
+    for damaged in ("no JSON", "[1]", "{}", good.replace('"format": 1', '"format": 9'), good.replace("256", '"x"')):
+        file.write_text(damaged)
+        assert runtimes(file).is_due("m", sha256)
+        assert runtimes(file).plan("m", sha256).runtime == Runtime("onnxruntime", "fp32", 2)
+    file.unlink()
+    os.mkfifo(file)
+    assert runtimes(file).is_due("m", sha256)
+
+
+def test_a_choice_of_another_host_is_not_used(tiny_bundle: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model.load("m", tiny_bundle)
+    give_gains(monkeypatch, openvino_fp32=1.2)
+    tune(model, runtimes(file))
+    monkeypatch.setattr(choices, "usable_cores", lambda: 77)
+    assert runtimes(file).is_due("m", model.encoder.sha256)
+    assert runtimes(file).plan("m", model.encoder.sha256).runtime.engine == "onnxruntime"
+
+
+@pytest.mark.parametrize("age", [31 * 24 * 3600.0, -3600.0])
+def test_an_old_choice_is_used_until_it_is_measured_again(age: float, file: Path) -> None:
+    found = runtimes(file)
+    among = found.candidates("m", "sha").text
+    found.choices.keep("sha", among, Choice("openvino", "fp32", 128, time.time() - age, "old"))
+    assert found.is_due("m", "sha")
+    assert found.plan("m", "sha").runtime.engine == "openvino"
+
+
+def test_nothing_is_due_if_the_settings_leave_nothing_open(file: Path) -> None:
+    fixed = runtimes(file, "openvino", "fp32", 256)
+    assert not fixed.is_due("m", "sha")
+    plan = fixed.plan("m", "sha")
+    assert (plan.runtime.engine, plan.batch_tokens, plan.reason) == ("openvino", 256, "set by the settings")
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "expected"),
+    [
+        ("auto", "auto", "onnxruntime fp32, openvino fp32, openvino bf16"),
+        ("auto", "fp32", "onnxruntime fp32, openvino fp32"),
+        ("auto", "bf16", "openvino bf16"),
+        ("onnxruntime", "auto", "onnxruntime fp32"),
+        ("openvino", "auto", "openvino fp32, openvino bf16"),
+        ("onnxruntime", "bf16", "onnxruntime bf16"),
+    ],
+)
+def test_the_settings_decide_what_is_compared(engine: str, precision: str, expected: str) -> None:
+    assert runtimes(None, engine, precision).candidates("m", "sha").text == expected
+
+
+def test_without_openvino_only_onnx_runtime_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "version_of", lambda engine: "" if engine == "openvino" else "1")
+    assert runtimes(None).candidates("m", "sha").text == "onnxruntime fp32"
+
+
+def test_a_busy_host_gives_no_choice(tiny_bundle: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    give_share(monkeypatch, 0.5)
+    assert tune(Model.load("m", tiny_bundle), runtimes(file)) is None
+    assert not file.exists()
+
+
+def test_a_measurement_can_be_stopped_between_batches(tiny_bundle: Path, file: Path) -> None:
+    model, looks = Model.load("m", tiny_bundle), count()
+    with pytest.raises(MeasurementStoppedError):
+        tune(model, runtimes(file), lambda: next(looks) > 20)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(("gain", "engine"), [(1.09, "onnxruntime"), (1.11, "openvino")])
+def test_another_engine_is_chosen_from_a_gain_of_a_tenth_on(
+    gain: float, engine: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_gains(monkeypatch, openvino_fp32=gain)
+    choice = tune(Model.load("m", tiny_bundle), runtimes(None, precision="fp32"))
+    assert choice is not None
+    assert choice.engine == engine
+    assert f"openvino fp32 {gain:.2f} times" in choice.reason
+
+
+@needs_bf16
+@pytest.mark.parametrize(("same", "precision"), [(0.991, "bf16"), (0.989, "fp32")])
+def test_bf16_is_chosen_only_if_its_neighbours_are_those_of_fp32(
+    same: float, precision: str, tiny_bundle: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_gains(monkeypatch, openvino_fp32=1.2, openvino_bf16=2.0)
+    monkeypatch.setattr(agreements, "neighbour_agreement", lambda *_: same)
+    model, found = Model.load("m", tiny_bundle), runtimes(file)
+    choice = tune(model, found)
+    assert choice is not None
+    assert (choice.engine, choice.precision) == ("openvino", precision)
+    assert ("agrees with fp32 in 98.9 %" in choice.reason.replace("%", " %")) is (precision == "fp32")
+    served = Model.load("m", tiny_bundle, runtimes=found)
+    assert served.plan.runtime.precision == precision
+    assert served.fingerprint == model.fingerprint
+
+
+def test_an_agreement_is_measured_once_and_never_replaced(tiny_bundle: Path, file: Path) -> None:
+    model, stored, runs = Model.load("m", tiny_bundle), Choices(file), count()
+    precise = Runtime("openvino", "fp32")
+
+    def stop() -> bool:
+        next(runs)
+        return False
+
+    found = agreement(model, stored, precise, model.encoder, model.encoder, stop)
+    assert found == 1.0
+    assert next(runs) > 100
+    assert len(agreement_texts()) >= 1000
+    stored.keep_agreement(model.encoder.sha256, "openvino", "fp32", 0.5)
+    runs = count()
+    assert agreement(model, Choices(file), precise, model.encoder, model.encoder, stop) == 1.0
+    assert next(runs) == 0
+
+
+def test_a_classifier_with_logits_is_compared_by_its_labels(
+    tiny_classifier_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model.load("m", tiny_classifier_bundle)
+    object.__setattr__(model, "head", None)
+    monkeypatch.setattr(agreements, "best_labels", lambda logits: logits[:, 0] * 0)
+    assert agreement(model, Choices(None), Runtime(), model.encoder, model.encoder, lambda: False) == 1.0
+
+
+@needs_bf16
+@pytest.mark.parametrize("same", [0.995, 0.98])
+def test_stated_bf16_has_the_fingerprint_of_fp32_if_it_agrees(
+    same: float, tiny_bundle: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = count()
+
+    def neighbours(*_: object) -> float:
+        next(measured)
+        return same
+
+    monkeypatch.setattr(agreements, "neighbour_agreement", neighbours)
+    exact = Model.load("m", tiny_bundle).fingerprint
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as pool:
+            registry = Registry(pool, runtimes(file, "openvino", "bf16", 512))
+            model = registry.load("m", tiny_bundle)
+            assert registry.load("n", tiny_bundle).encoder is model.encoder
+            assert model.plan.runtime.precision == "bf16"
+            assert (model.fingerprint == exact) is (same >= 0.99)
+            registry.close()
+    assert next(measured) == 1
+
+
+def test_a_file_that_cannot_be_written_is_logged(
+    tiny_bundle: Path, file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    stored = Choices(file)
+    stored.keep("a", "b", Choice("onnxruntime", "fp32", 128, time.time(), "first"))
+    old = json.loads(file.read_text())
+    monkeypatch.setattr(os, "fsync", fail)
+    stored.keep("c", "d", Choice("onnxruntime", "fp32", 256, time.time(), "second"))
+    assert "cannot be written" in caplog.text
+    assert json.loads(file.read_text()) == old
+
+
+def test_the_engine_uses_the_measured_size_at_once_and_another_engine_after_a_reload(
+    tiny_bundle: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        engine = Engine(Registry(pool, runtimes(file)), pool, workers=1, batch_tokens=0, max_queue_tokens=1000)
+        model = engine.registry.load("m", tiny_bundle)
+        assert model.encoder.batch_tokens == 0
+        assert engine.due() == [model]
+        give_gains(monkeypatch)
+        assert engine.tune(model)
+        assert model.encoder.batch_tokens == 256
+        assert engine.outdated() == []
+        assert engine.due() == []
+        file.unlink()
+        give_gains(monkeypatch, openvino_fp32=1.5)
+        assert engine.tune(model)
+        assert engine.outdated() == [model]
+        reloaded = engine.registry.load("m", tiny_bundle, fresh=True)
+        assert (reloaded.plan.runtime.engine, reloaded.encoder.batch_tokens) == ("openvino", 256)
+        give_share(monkeypatch, 0.5)
+        monkeypatch.setattr(tuning, "compare_encoders", measuring.compare_encoders)
+        assert not engine.tune(reloaded)
+        assert engine.outdated() == []
+        engine.close()
+
+
+def test_a_model_whose_file_changed_is_not_measured(tiny_bundle: Path, tmp_path: Path, file: Path) -> None:
+    path = tmp_path / "model.onnx"
+    model = Model.load("m", tiny_bundle)
+    path.write_bytes(b"another file")
+    model.encoder._session.path = path  # type: ignore[misc]
+    with pytest.raises(SessionError, match="changed since the model was loaded"):
+        tune(model, runtimes(file))
