@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,10 +19,11 @@ from emberpc.bundle.contents import Contents
 from emberpc.client import Client
 from emberpc.server.engine import Model, ModelLoadError, Registry, Runtimes
 from emberpc.server.engine.models.encoders import Encoder
+from emberpc.server.engine.models.extremes import fault_at_the_limits
 from emberpc.server.engine.priority import lower_priority
 from emberpc.server.engine.sessions.runtime import Runtime
 from emberpc.server.engine.sessions.session import LoadCancellation, Session, SessionError
-from emberpc.server.engine.tokenizing import TokenIds
+from emberpc.server.engine.tokenizing import TextTokenizer, TokenIds
 from examples.server_process import ServerProcess
 from fixtures_bundles import save_with_external_weights
 
@@ -135,9 +138,45 @@ def test_a_failed_run_leaves_the_session_usable(tiny_bundle: Path) -> None:
     expected = session.run(feeds, name)
     with pytest.raises(RuntimeError):
         session.run({**feeds, "no_such_input": np.ones((1, 3), dtype=np.int64)}, name)
-    with pytest.raises(RuntimeError):
-        session.run({key: value if i else value[:, :2] for i, (key, value) in enumerate(feeds.items())}, name)
     np.testing.assert_array_equal(session.run(feeds, name), expected)
+
+
+@pytest.fixture
+def foreign(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """The tiny encoder as another exporter writes it, without a manifest."""
+    folder = tmp_path / "foreign"
+    shutil.copytree(tiny_bundle, folder)
+    (folder / "emberpc.json").unlink()
+    return folder
+
+
+def test_a_foreign_folder_is_served_by_both_engines(foreign: Path) -> None:
+    first, second = Model.load("m", foreign), Model.load("m", foreign, runtimes=with_engine("openvino"))
+    assert first.fingerprint == second.fingerprint
+    np.testing.assert_allclose(second.encoder.run(BATCHES[1]), first.encoder.run(BATCHES[1]), atol=2e-5)
+
+
+def test_openvino_is_refused_for_more_tokens_than_the_model_has_positions(foreign: Path) -> None:
+    """ONNX Runtime fails on such a text. OpenVINO may give an arbitrary vector."""
+    longer = {"max_tokens": "40"}
+    with pytest.raises(ModelLoadError, match="loads but does not run"):
+        Model.load("m", foreign, options=longer)
+    # OpenVINO fails, or gives a vector; that it is another one alone and in a batch is found, too.
+    with pytest.raises(ModelLoadError, match=r"a text of 40 tokens|another vector in a batch|does not run"):
+        Model.load("m", foreign, options=longer, runtimes=with_engine("openvino"))
+    exact = Model.load("m", foreign).encoder
+    tokenizer = TextTokenizer(foreign / "tokenizer.json", 40)
+    assert "fails for a text of 40 tokens in ONNX Runtime" in fault_at_the_limits(tokenizer, exact, exact, "fp32")
+
+
+def test_openvino_is_refused_for_a_tokenizer_with_ids_that_the_model_does_not_know(foreign: Path) -> None:
+    path = foreign / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    added = dict(tokenizer["added_tokens"][-1], content="<new>", id=1000)
+    path.write_text(json.dumps({**tokenizer, "added_tokens": [*tokenizer["added_tokens"], added]}))
+    assert Model.load("m", foreign).tokenizer.highest_id >= 39
+    with pytest.raises(ModelLoadError, match=r"fails for the token id \d+ in ONNX Runtime"):
+        Model.load("m", foreign, runtimes=with_engine("openvino"))
 
 
 def test_a_session_can_be_made_after_its_file_is_gone(tiny_bundle: Path, tmp_path: Path) -> None:

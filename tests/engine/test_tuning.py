@@ -21,7 +21,7 @@ from emberpc.server.engine.models.agreement import MeasurementStoppedError, agre
 from emberpc.server.engine.models.encoders import Encoder
 from emberpc.server.engine.sessions.runtime import Runtime
 from emberpc.server.engine.sessions.session import Output, SessionError
-from emberpc.server.engine.tokenizing import TokenIds
+from emberpc.server.engine.tokenizing import TextTokenizer, TokenIds
 from emberpc.server.engine.tuning import tune
 
 # Not `openvino` itself, whose import sends a usage event.
@@ -184,6 +184,17 @@ def test_another_engine_is_chosen_from_a_gain_of_a_tenth_on(
     assert choice is not None
     assert choice.engine == engine
     assert f"openvino fp32 {gain:.2f} times" in choice.reason
+
+
+def test_an_engine_that_differs_at_the_limits_of_the_model_is_not_chosen(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_gains(monkeypatch, openvino_fp32=2.0)
+    monkeypatch.setattr(TextTokenizer, "highest_id", 39)  # the model has rows for the ids 0 to 38
+    choice = tune(Model.load("m", tiny_bundle), runtimes(None, precision="fp32"))
+    assert choice is not None
+    assert choice.engine == "onnxruntime"
+    assert "the graph fails for the token id 39 in ONNX Runtime" in choice.reason
 
 
 @needs_bf16

@@ -109,6 +109,11 @@ class TextTokenizer:
         """Maximum number of characters of a text, or of a piece of a text, that the tokenizer reads in one call."""
         return max(_MAX_AT_ONCE, self._long)
 
+    @property
+    def highest_id(self) -> int:
+        """The highest token id, added tokens included."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+
     def count(
         self,
         texts: Sequence[str],

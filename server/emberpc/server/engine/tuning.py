@@ -12,6 +12,7 @@ from emberpc.server.engine.choices import SAME_MODEL, Choice, Runtimes
 from emberpc.server.engine.measuring import best_size, compare_encoders, compare_sizes
 from emberpc.server.engine.models.agreement import agreement, agreement_texts, encoder_of, outputs
 from emberpc.server.engine.models.encoders import Encoder
+from emberpc.server.engine.models.extremes import fault_at_the_limits
 from emberpc.server.engine.models.model import Model
 from emberpc.server.engine.sessions.runtime import Runtime
 from emberpc.server.engine.sessions.session import SessionError
@@ -103,6 +104,8 @@ def _fault(
     stop: Callable[[], bool],
 ) -> str:
     """Return why the outputs of a runtime may not take the place of another's; empty if they may."""
+    if fault := fault_at_the_limits(model.tokenizer, encoders[expected], encoders[got], got.precision):
+        return fault
     if got.precision == expected.precision:
         texts = agreement_texts()[:_FEW]
         few = [outputs(model, encoders[runtime], texts, stop) for runtime in (expected, got)]

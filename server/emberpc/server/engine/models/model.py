@@ -26,6 +26,8 @@ from emberpc.bundle import (
 from emberpc.bundle.contents import Contents
 from emberpc.server.engine.choices import RuntimePlan, Runtimes
 from emberpc.server.engine.models.encoders import Encoder, Encoders
+from emberpc.server.engine.models.extremes import fault_at_the_limits
+from emberpc.server.engine.sessions.runtime import Runtime
 from emberpc.server.engine.sessions.session import Output, Session, SessionError
 from emberpc.server.engine.tokenizing import TextTokenizer, Truncation
 from emberpc.server.errors import items_of
@@ -159,6 +161,7 @@ class Model:
             bundle.check_contents(loading.contents)
             on_stage("warming up")
             model._check(bundle)
+            model._check_limits(bundle, loading.contents)
         except UnstatedError as error:
             raise ModelLoadError(
                 f"model {name!r}: {error}; state it with --model-option {name}.{error.option}"
@@ -289,6 +292,26 @@ class Model:
             f"model {self.name!r}: {bundle.folder} does not give the outputs that it gave at export; "
             "see `emberpc verify`, and export the model again"
         )
+
+    def _check_limits(self, bundle: Bundle, contents: Contents) -> None:
+        """Compare OpenVINO with ONNX Runtime for the longest text and the highest token id of a foreign folder.
+
+        For a bundle, the export checked that the graph fits to tokenizer and length limit.
+
+        Raises:
+            ModelLoadError: the outputs differ, or the graph fails in ONNX Runtime.
+            SessionError: ONNX Runtime cannot load the ONNX file.
+        """
+        runtime = self.plan.runtime
+        if not bundle.foreign or runtime.engine == "onnxruntime":
+            return
+        encoder = self.encoder
+        exact = Encoder(Runtime().open(encoder.path, contents), encoder.interface, encoder.pad_token_id)
+        if fault := fault_at_the_limits(self.tokenizer, exact, encoder, runtime.precision):
+            raise ModelLoadError(
+                f"model {self.name!r}: {bundle.folder}: {fault}; serve the model with --engine onnxruntime, or state a "
+                f"smaller limit with --model-option {self.name}.max_tokens=…"
+            )
 
 
 class _Loading:
