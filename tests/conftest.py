@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -77,6 +78,10 @@ TOGETHER = {
 }
 
 
+#: Number of imported modules when `gc.freeze` was called last.
+_frozen_modules: dict[str, int] = {}
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling | None:
     """With two processes and `--dist loadfile`: give each group of files to one process, and each other file to the
@@ -118,9 +123,22 @@ def pytest_collection() -> Iterator[None]:
     try:
         yield
         gc.freeze()
+        _frozen_modules["count"] = len(sys.modules)
     finally:
         gc.set_threshold(20_000)
         gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Exclude the objects of modules that a test imported, such as PyTorch, from all later garbage collections.
+
+    These collections took 2.7 of 75 CPU-seconds of the tests of the export.
+    """
+    if len(sys.modules) > _frozen_modules.get("count", 0) + 300:
+        gc.collect()
+        gc.freeze()
+        _frozen_modules["count"] = len(sys.modules)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -72,9 +72,11 @@ def in_shell(arguments: list[str], redirections: str, environment: dict[str, str
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--help"],
         ["models"],
-        *(pytest.param(each, marks=pytest.mark.slow) for each in (["--version"], ["upsert", "c", "RECORDS"])),
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in (["--help"], ["--version"], ["upsert", "c", "RECORDS"])
+        ),
     ],
     ids=" ".join,
 )

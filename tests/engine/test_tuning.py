@@ -52,6 +52,15 @@ def give_gains(monkeypatch: pytest.MonkeyPatch, **gains: float) -> None:
     monkeypatch.setattr(tuning, "compare_sizes", sizes)
 
 
+@pytest.fixture(autouse=True)
+def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare precisions on 40 texts, which takes less time."""
+    texts = agreement_texts()
+    assert len(texts) >= 1000
+    for module in (agreements, tuning):
+        monkeypatch.setattr(module, "agreement_texts", lambda: texts[:40])
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tmp_path / "engines.json"
@@ -224,8 +233,7 @@ def test_an_agreement_is_measured_once_and_never_replaced(tiny_bundle: Path, fil
 
     found = agreement(model, stored, precise, model.encoder, model.encoder, stop)
     assert found == 1.0
-    assert next(runs) > 100
-    assert len(agreement_texts()) >= 1000
+    assert next(runs) >= 2
     stored.keep_agreement(model.encoder.sha256, "openvino", "fp32", 0.5)
     runs = count()
     assert agreement(model, Choices(file), precise, model.encoder, model.encoder, stop) == 1.0

@@ -257,7 +257,7 @@ _TORCH = "def get_num_threads(): return 1\ndef set_num_threads(count): pass\n"
         ("", "passive", "passive passive True", False),
         ("", "ACTIVE", "ACTIVE ACTIVE False", False),
         ("import torch", None, "None None False", False),
-        ("import torch", "PASSIVE", "PASSIVE PASSIVE True", False),
+        pytest.param("import torch", "PASSIVE", "PASSIVE PASSIVE True", False, marks=pytest.mark.slow),
     ],
 )
 def test_waiting_threads_sleep_unless_the_user_set_another_policy(

@@ -69,7 +69,8 @@ def collection_recalls(collection: Collection, queries: Matrix, min_recall: floa
     ("kind", "count"),
     [
         # test_short_vectors.py has fast tests of short vectors.
-        *((kind, 600) for kind in ("one cone", "a hub")),
+        ("one cone", 600),
+        pytest.param("a hub", 600, marks=pytest.mark.slow),
         *(pytest.param(kind, 1500, marks=pytest.mark.slow) for kind in UNEVEN),
     ],
 )
