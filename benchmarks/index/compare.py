@@ -139,10 +139,10 @@ def emberpc(
         records = (Record(id=str(i), metadata={"n": i}) for i in range(len(vectors)))
         client.upsert(COLLECTION, records, vectors=vectors, batch_size=1000)
         figures["upsert_seconds"] = perf_counter() - start
-        _await_graph(client, queries[0])
+        await_graph(client, queries[0])
         figures["build_seconds"] = perf_counter() - start
         figures["build_cpu_seconds"] = cpu_seconds(pid) - cpu
-        _await_measured(folder, len(vectors))
+        await_measured(folder, len(vectors))
         figures["curve"] = [_searched(client, queries, true, ef) for ef in (*EFS, 0)]
         beside = rpc.measure(server.address, graph, queries, ROUNDS)
         figures["megabytes"] = resident_megabytes(pid)
@@ -227,7 +227,7 @@ def _searched(client: Client, queries: np.ndarray, true: np.ndarray, ef: int) ->
     }
 
 
-def _await_graph(client: Client, query: np.ndarray) -> None:
+def await_graph(client: Client, query: np.ndarray) -> None:
     """Wait until the graph has all vectors: until a search with the query compares no vectors of the buffer.
 
     The wait also ends if the search does not use the graph, as in a small collection.
@@ -239,7 +239,7 @@ def _await_graph(client: Client, query: np.ndarray) -> None:
         sleep(0.2)
 
 
-def _await_measured(folder: Path, count: int) -> None:
+def await_measured(folder: Path, count: int) -> None:
     """Wait until the server has saved a measurement of recall on a graph of more than two thirds of `count` vectors.
 
     The default ef depends on this measurement. A graph of fewer than 1,000 vectors is not measured, so there is no wait

@@ -1,9 +1,10 @@
 """Write docs/index-benchmarks.md and its plot from the result of `benchmarks/index/compare.py`.
 
     python -m benchmarks.index.page RESULT.json --vectors "description" [--filters FILTERS.json] [--churn RECALL.json]
+        [--postgres POSTGRES.json]
 
-FILTERS.json is written by `benchmarks/index/filters.py`, RECALL.json by `benchmarks/index/recall.py`. The text of the
-page after the marker "figures of other runs" is kept.
+FILTERS.json is written by `benchmarks/index/filters.py`, RECALL.json by `benchmarks/index/recall.py`, and POSTGRES.json
+by `benchmarks/index/postgres.py`. The text of the page after the marker "figures of other runs" is kept.
 """
 
 from __future__ import annotations
@@ -172,6 +173,32 @@ def churned(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def beside_postgres(found: dict[str, Any]) -> list[str]:
+    """Return the lines of the section that compares emberpc with PostgreSQL and pgvector.
+
+    Args:
+        found: the result of `benchmarks/index/postgres.py` with both servers.
+    """
+    ours, theirs = (found["servers"][system] for system in ("emberpc", "pgvector"))
+    rows = [
+        f"| {way} | {ours[way]['queries_per_second']:,.4g} | {theirs[way]['queries_per_second']:,.4g} | {share:.2f} "
+        f"| {ours[way]['p50_ms']:.2f} | {theirs[way]['p50_ms']:.2f} |"
+        for way, share in found["shares"].items()
+    ]
+    return [
+        f"\n## Beside PostgreSQL\n\n{found['records']:,} vectors in emberpc, and in PostgreSQL {theirs['PostgreSQL']} "
+        f"with pgvector {theirs['pgvector']}; medians of {found['rounds']} alternating rounds. Both have an HNSW graph "
+        "with M 16 and efConstruction 200, and search with the smallest `ef` that was tried and has a recall@10 of at "
+        f"least 0.98: emberpc with {ours['ef']} (recall {ours['recall']:.3f}), PostgreSQL with {theirs['ef']} (recall "
+        f"{theirs['recall']:.3f}). Storing the vectors and building the graph took {ours['build_seconds']:.0f} s in "
+        f"emberpc, and {theirs['build_seconds']:.0f} s in PostgreSQL. A × B means A callers that send B vectors in a "
+        "call; each caller is a Python process. PostgreSQL runs a call on one core.\n",
+        "| | emberpc, queries/s | PostgreSQL, queries/s | times as many | emberpc, p50, ms | PostgreSQL, p50, ms |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
+
+
 def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for name, figures in results.items():
@@ -192,6 +219,7 @@ def main() -> None:
     parser.add_argument("--vectors", required=True, help="description of the vectors, for the page")
     parser.add_argument("--filters", type=Path, help="result file of benchmarks/index/filters.py")
     parser.add_argument("--churn", type=Path, help="result file of benchmarks/index/recall.py")
+    parser.add_argument("--postgres", type=Path, help="result file of benchmarks/index/postgres.py")
     arguments = parser.parse_args()
     found = json.loads(arguments.result.read_text(encoding="utf-8"))
     results, records, host = found["index"], found["records"], found["host"]
@@ -218,6 +246,8 @@ def main() -> None:
         lines += filtered(json.loads(arguments.filters.read_text(encoding="utf-8")))
     if arguments.churn:
         lines += churned(json.loads(arguments.churn.read_text(encoding="utf-8")))
+    if arguments.postgres:
+        lines += beside_postgres(json.loads(arguments.postgres.read_text(encoding="utf-8")))
     for name, reason in found["failed"].items():
         lines.append(f"- {name} was not measured: {reason}")
     page = DOCS / "index-benchmarks.md"

@@ -90,7 +90,9 @@ def page(found: Mapping[str, Any], queries: str) -> str:
         ]
     lines += [
         "",
-        "**Peers** (`benchmarks/server/peers.py`): other servers and libraries with the same weights, texts and cores.",
+        "**Peers** (`benchmarks/server/peers.py`): other servers and libraries with the same weights, texts and cores. "
+        "The last column is the throughput of emberpc divided by that of the row. A library that embeds batches of "
+        "texts in its own process is compared with emberpc at 64 × 1.",
         "",
     ]
     rows = [

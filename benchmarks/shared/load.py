@@ -180,6 +180,16 @@ def call(address: str, texts: Sequence[str], *, in_flight: int, batch: int = 1) 
     return outcome
 
 
+def model_vectors(bundle: Path, texts: Sequence[str]) -> np.ndarray:
+    """Return the vectors that a bundle's model gives in this process with ONNX Runtime: float32 (texts, dimensions).
+
+    Each text is a run of its own; long texts are truncated at their end.
+    """
+    model = Model.load("bare", bundle)
+    tokenized = model.tokenizer.tokenize(texts, "", Truncation.END, items_of("texts"))
+    return np.concatenate([model.finish(model.encoder.run([text.ids])) for text in tokenized])
+
+
 def check_responses(address: str, bundle: Path, texts: Sequence[str]) -> float:
     """Compare the server's vectors with those that the bundle's model gives in this process.
 
@@ -197,9 +207,7 @@ def check_responses(address: str, bundle: Path, texts: Sequence[str]) -> float:
         RuntimeError: a cosine is below 0.999, in calls of 1 or of 32 texts.
         grpc.RpcError: a call failed.
     """
-    model = Model.load("bare", bundle)
-    tokenized = model.tokenizer.tokenize(texts, "", Truncation.END, items_of("texts"))
-    expected = np.concatenate([model.finish(model.encoder.run([text.ids])) for text in tokenized])
+    expected = model_vectors(bundle, texts)
     with grpc.insecure_channel(address) as channel:
         embed = embedding_pb2_grpc.EmbeddingServiceStub(channel).Embed
         for batch in (1, 32):
