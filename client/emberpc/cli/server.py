@@ -123,7 +123,7 @@ def tune(loaded: LoadedSettings, as_json: AsJson = False) -> None:
     """Measure again which engine runs each model fastest on this host.
 
     The flags are those of `serve`. The results are stored in --data-dir, and a
-    server uses them when it starts. The host should be idle.
+    server uses them within a minute. The host should be idle.
     """
     extra, packages = SERVER_PACKAGES[loaded.settings.index_backend]
     require(packages, extra, "emberpc tune")
