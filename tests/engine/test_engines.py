@@ -256,6 +256,30 @@ def test_a_run_that_finds_no_free_stream_uses_the_second_session(
     assert used == [first]
 
 
+def test_a_run_in_the_second_session_leaves_the_stream_of_the_first_session_free(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = Model.load("m", tiny_bundle, runtimes=with_engine("openvino", streams=1)).encoder
+    encoder.close()  # so that no thread replaces the second session
+    encoder._wide, encoder._wide_is_faster = encoder._session.with_threads(2), True
+    entered, leave, used = threading.Event(), threading.Event(), []
+
+    def run(session: Session, batch: list[TokenIds]) -> None:
+        used.append(session)
+        if len(used) == 1:
+            entered.set()
+            assert leave.wait(300)
+
+    monkeypatch.setattr(encoder, "_run_on", run)
+    with ThreadPoolExecutor(1) as pool:
+        single = pool.submit(encoder.run, [np.array([2, 3])], 2)
+        assert entered.wait(300)
+        encoder.run([np.array([2, 4, 3])])
+        leave.set()
+        single.result()
+    assert used == [encoder._wide, encoder._session]
+
+
 def test_models_with_the_same_engine_share_an_encoder(tiny_bundle: Path, tiny_classifier_bundle: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         registry = Registry(pool, Runtimes({"": "openvino", "c": "onnxruntime"}, {"": "fp32"}, 2))

@@ -56,7 +56,7 @@ class Encoder:
         self._wide: Session | None = None
         #: Whether `_wide` runs a short text faster than `_session`.
         self._wide_is_faster = False
-        #: Number of runs in progress.
+        #: Number of runs in progress in `_session`. Runs in `_wide` do not count: they take no stream of `_session`.
         self._running = 0
         self._lock = threading.Lock()
         #: Thread that loads the session with several threads; started once, and None before that.
@@ -92,16 +92,16 @@ class Encoder:
         """
         limit = self._session.max_runs
         with self._lock:
-            self._running += 1
-            full = limit is not None and self._running > limit
+            full = limit is not None and self._running >= limit
+            wide = self._wide if full or (threads > 1 and self._wide_is_faster) else None
+            self._running += wide is None
         try:
             if (threads > 1 or full) and self._widener is None:
                 self._start_widening(max(threads, limit or 1))
-            wide = self._wide if full or (threads > 1 and self._wide_is_faster) else None
             return self._run_on(wide or self._session, batch)
         finally:
             with self._lock:
-                self._running -= 1
+                self._running -= wide is None
 
     def close(self, deadline: Deadline | None = None) -> bool:
         """Cancel the loading of the session with several threads, now and later, and wait for the thread that loads it.
