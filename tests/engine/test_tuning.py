@@ -273,19 +273,81 @@ def test_stated_bf16_has_the_fingerprint_of_fp32_if_it_agrees(
     assert next(measured) == 1
 
 
-def test_a_file_that_cannot_be_written_is_logged(
+def test_a_file_that_cannot_be_written_is_logged_and_its_content_is_kept_in_memory(
     tiny_bundle: Path, file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    stored = Choices(file)
-    stored.keep("a", "b", Choice("onnxruntime", "fp32", 128, time.time(), "first"))
+    stored, now = Choices(file), time.time()
+    stored.keep("a", "b", Choice("onnxruntime", "fp32", 128, now, "first"))
+    stored.keep("c", "d", Choice("onnxruntime", "fp32", 128, now - 10**8, "old"))
     old = json.loads(file.read_text())
-    monkeypatch.setattr(os, "fsync", fail)
-    stored.keep("c", "d", Choice("onnxruntime", "fp32", 256, time.time(), "second"))
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", fail)
+        stored.keep("c", "d", Choice("onnxruntime", "fp32", 256, now, "second"))
+        stored.keep_agreement("c", "openvino", "bf16", 0.995)
     assert "cannot be written" in caplog.text
     assert json.loads(file.read_text()) == old
+    assert stored.choice("c", "d") == Choice("onnxruntime", "fp32", 256, now, "second")
+    assert stored.agreement("c", "openvino", "bf16") == 0.995
+    stored.keep("e", "f", Choice("onnxruntime", "fp32", 512, now, "third"))
+    again = Choices(file)
+    assert [choice and choice.reason for choice in (again.choice("a", "b"), again.choice("c", "d"))] == [
+        "first",
+        "second",
+    ]
+    assert again.agreement("c", "openvino", "bf16") == 0.995
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"engine": ["openvino"]},
+        {"engine": "other"},
+        {"precision": None},
+        {"batch_tokens": True},
+        {"batch_tokens": 10**12},
+        {"batch_tokens": 0},
+        {"measured": "now"},
+        {"reason": 7},
+        {"reason": "\ud800"},
+        {"reason": "x" * 10**5},
+        {"more": 1},
+    ],
+)
+def test_a_damaged_choice_is_not_used(change: dict[str, object], file: Path) -> None:
+    for key in "ab":
+        Choices(file).keep(key, "m", Choice("openvino", "fp32", 256, time.time(), "x"))
+    entries = json.loads(file.read_text())
+    next(iter(entries["choices"].values())).update(change)
+    file.write_text(json.dumps(entries))
+    stored = Choices(file)
+    assert stored.choice("a", "m") is None
+    assert stored.choice("b", "m") is not None
+
+
+@pytest.mark.parametrize("value", ["NaN", "true", "-0.1", "1.1", '"1"', "[1]", "1e400"])
+def test_a_damaged_agreement_is_not_used(value: str, file: Path) -> None:
+    Choices(file).keep_agreement("a", "openvino", "bf16", 0.75)
+    file.write_text(file.read_text().replace("0.75", value))
+    assert Choices(file).agreement("a", "openvino", "bf16") is None
+
+
+def test_a_file_that_is_too_large_is_not_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Choices(file).keep_agreement("a", "openvino", "bf16", 0.75)
+    monkeypatch.setattr(choices, "_MAX_BYTES", file.stat().st_size - 1)
+    assert Choices(file).agreement("a", "openvino", "bf16") is None
+
+
+def test_what_another_process_stored_is_kept(file: Path) -> None:
+    one, other = Choices(file), Choices(file)
+    one.keep("a", "m", Choice("openvino", "fp32", 256, time.time(), "one"))
+    one.keep_agreement("a", "openvino", "bf16", 0.75)
+    other.keep("b", "m", Choice("openvino", "fp32", 512, time.time(), "other"))
+    assert Choices(file).choice("a", "m") is not None
+    assert Choices(file).choice("b", "m") is not None
+    assert Choices(file).agreement("a", "openvino", "bf16") == 0.75
 
 
 def test_the_engine_uses_the_measured_size_at_once_and_another_engine_after_a_reload(

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import SimpleNamespace
+from itertools import count
 from typing import Any
 
 import pytest
 
 from emberpc.server import app
 from emberpc.server.stopping import Stopping
+
+
+class FakeModel:
+    """A model that can be referred to weakly, as `Model`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
 
 class Measured:
@@ -22,9 +31,10 @@ class Measured:
 
     def __init__(self, **outcomes: list[str | Exception]) -> None:
         self._left = outcomes
-        self._models = {name: SimpleNamespace(name=name) for name in outcomes}
+        self._models = {name: FakeModel(name) for name in outcomes}
         self._outdated: list[str] = []
         self.reloaded: list[str] = []
+        self.replaced: list[weakref.ref[FakeModel]] = []
 
     def due(self) -> list[Any]:
         return [self._models[name] for name, left in self._left.items() if left]
@@ -49,6 +59,8 @@ class Measured:
     def reload(self, name: str) -> None:
         self._outdated.remove(name)
         self.reloaded.append(name)
+        self.replaced.append(weakref.ref(self._models[name]))
+        self._models[name] = FakeModel(name)
 
 
 async def pauses_of(measured: Measured, monkeypatch: pytest.MonkeyPatch, count: int) -> list[float]:
@@ -88,3 +100,34 @@ async def test_a_model_that_cannot_be_measured_is_left_out_and_logged_once(
     await pauses_of(measured, monkeypatch, 3)
     assert measured.reloaded == ["b"]
     assert caplog.text.count("cannot measure how model a is run fastest; nothing changes") == 1
+
+
+async def test_a_replaced_model_is_freed_before_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, left = Measured(a=["faster"]), []
+
+    async def sleep(_: float) -> None:
+        gc.collect()
+        left.extend(model() for model in measured.replaced)
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    with ThreadPoolExecutor(1) as thread, pytest.raises(asyncio.CancelledError):
+        await app._tune(measured, measured, thread, Stopping(1))  # type: ignore[arg-type]
+    assert left == [None]
+
+
+async def test_a_model_that_failed_is_measured_after_it_was_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = Measured(a=[RuntimeError("its file changed"), "faster"])
+    reload = measured._models.update
+
+    sleeps = count()
+
+    async def sleep(_: float) -> None:
+        if next(sleeps):
+            raise asyncio.CancelledError
+        reload(a=FakeModel("a"))
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    with ThreadPoolExecutor(1) as thread, pytest.raises(asyncio.CancelledError):
+        await app._tune(measured, measured, thread, Stopping(1))  # type: ignore[arg-type]
+    assert measured.reloaded == ["a"]

@@ -8,6 +8,7 @@ import logging
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from functools import partial
+from weakref import WeakSet
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -15,7 +16,8 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from emberpc.server import descriptors
 from emberpc.server.collections import IndexBackend
-from emberpc.server.engine import Engine, Loader, ModelsDirectory, Registry
+from emberpc.server.engine import Engine, Loader, Model, ModelsDirectory, Registry
+from emberpc.server.engine.priority import lower_priority
 from emberpc.server.errors import ServiceError, StartupError
 from emberpc.server.handlers import Handlers, Observe
 from emberpc.server.pipelines.index_pool import IndexPool
@@ -106,7 +108,7 @@ async def run(
     Args:
         settings: the settings.
         workers: number of threads that run models, without the express worker.
-        pool: thread pool for blocking work, such as tokenizing, calls of the index, and measuring models.
+        pool: thread pool for blocking work, such as tokenizing and calls of the index.
         threads: number of threads of the pool, at least 5.
         models: the models that the setting `model` names; they may still be loading.
         stopping: handles the signals. The shutdown waits for work in progress until the deadline of this object.
@@ -158,7 +160,7 @@ async def run(
         observe = _serve_metrics(settings, engine, index) if settings.metrics_listen else None
         handlers = Handlers(server, observe, limits.counts, settings.max_in_flight_bytes, settings.max_streams)
         # Heavy calls get half of the threads less one, but at least one. Of the other threads, at most two open
-        # collections and one measures the best size of micro-batches, so at least one is left for short calls.
+        # collections, so at least one is left for short calls.
         index_pool = IndexPool(pool, heavy=max(1, threads // 2 - 1))
         # Waits until all calls of the index have ended, while the event loop runs. `index.close`, a later step of the
         # shutdown, would also wait for them, but would block the event loop.
@@ -177,7 +179,10 @@ async def run(
         await server.start()
         await _set_health(statuses, serving=True)
         gc.enable()
-        tuning = asyncio.create_task(_tune(engine, loader, pool, stopping))
+        # ONNX Runtime runs a batch on the thread that calls it, so this thread has the low priority of the workers.
+        measuring = ThreadPoolExecutor(1, thread_name_prefix="measure", initializer=lower_priority)
+        stack.callback(measuring.shutdown, wait=False, cancel_futures=True)
+        tuning = asyncio.create_task(_tune(engine, loader, measuring, stopping))
         stack.callback(tuning.cancel)
         stopping.serving()
         log.info("serving on %s with %d workers", address, workers)
@@ -187,33 +192,45 @@ async def run(
         await stopping.finish(server.stop(settings.drain_seconds))
 
 
-async def _tune(engine: Engine, loader: Loader, pool: Executor, stopping: Stopping) -> None:
+async def _tune(engine: Engine, loader: Loader, thread: Executor, stopping: Stopping) -> None:
     """Measure how each model is run fastest on this host, while the server serves, and run the models in that way.
 
     A model is measured if the settings leave something open and it has no measurement of the last 30 days on this host;
     models that are loaded later, too. A measurement on a busy host is not used, and repeated: first after 1 minute,
     then after twice the pause before, at most 1 hour. Models with a new choice are reloaded, also those that share the
-    ONNX file of a measured one. After an error, which is logged, a model is not measured or reloaded again.
+    ONNX file of a measured one. After an error, which is logged, a model is not measured or reloaded again until it is
+    loaded again by a call or from the models directory.
     """
-    run = asyncio.get_running_loop().run_in_executor
     pause = _TUNING_SECONDS
-    failed: set[str] = set()
+    failed: WeakSet[Model] = WeakSet()
     while True:
-        idle = True
-        for model in (*engine.due(), *engine.outdated()):
-            if model.name in failed:
-                continue
-            try:
-                if model in engine.due():
-                    idle = await run(pool, engine.tune, model, stopping.requested.is_set) and idle
-                if model in engine.outdated():
-                    await asyncio.wrap_future(loader.submit(partial(loader.reload, model.name)))
-            except Exception:  # the model stays as it is
-                failed.add(model.name)
-                if not stopping.requested.is_set():
-                    log.exception("cannot measure how model %s is run fastest; nothing changes", model.name)
+        idle = await _tune_once(engine, loader, thread, stopping, failed)
         await asyncio.sleep(pause)
         pause = _TUNING_SECONDS if idle else min(2 * pause, _LONGEST_TUNING_SECONDS)
+
+
+async def _tune_once(
+    engine: Engine, loader: Loader, thread: Executor, stopping: Stopping, failed: WeakSet[Model]
+) -> bool:
+    """Measure and reload each model that needs it, except `failed`, to which this adds; return whether the host was idle.
+
+    This function exists so that its local variables, and so the memory of replaced models, are freed before the pause.
+    """
+    run = asyncio.get_running_loop().run_in_executor
+    idle = True
+    for model in (*engine.due(), *engine.outdated()):
+        if model in failed:
+            continue
+        try:
+            if model in engine.due():
+                idle = await run(thread, engine.tune, model, stopping.requested.is_set) and idle
+            if model in engine.outdated():
+                await asyncio.wrap_future(loader.submit(partial(loader.reload, model.name)))
+        except Exception:  # the model stays as it is
+            failed.add(model)
+            if not stopping.requested.is_set():
+                log.exception("cannot measure how model %s is run fastest; nothing changes", model.name)
+    return idle
 
 
 async def _revive(engine: Engine, workers: int, statuses: health.aio.HealthServicer) -> None:

@@ -29,6 +29,11 @@ PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
 #: Seconds (30 days) after which a choice is measured again: hosts and the other work on them change.
 _MAX_AGE = 30 * 24 * 3600.0
 _FORMAT = 1
+#: Limits of what is read from the file: bytes of the file (a model takes about 1 kB), tokens of a micro-batch, and
+#: characters of a reason. Larger values are damage.
+_MAX_BYTES, _MAX_BATCH_TOKENS, _MAX_REASON = 16 * 2**20, 2**16, 2**12
+#: Fields of a choice in the file, with their types in JSON.
+_FIELDS = {"engine": str, "precision": str, "batch_tokens": int, "measured": float, "reason": str}
 #: The value of the settings `engine` and `precision` that leaves the choice to a measurement.
 AUTO = "auto"
 #: A precision counts as the same model as fp32 if at least this share of the ten nearest neighbours, or of the best
@@ -61,11 +66,12 @@ class Choice:
 
 
 class Choices:
-    """The choices of this host, and the agreements of precisions, in a JSON file. Thread-safe.
+    """The choices of this host, and the agreements of precisions, from a JSON file. Thread-safe.
 
     A choice holds for a model's ONNX file and a host: processor, its features, number of cores, and versions of the
     engines. So a data directory that is copied to another host has no choice there. An agreement holds on every host.
-    A file that is missing, damaged or of another format counts as empty.
+    A file that is missing, damaged, too large or of another format counts as empty, and so does a damaged entry. The
+    file is read here and before each write. If it cannot be written, everything is kept in memory.
 
     Args:
         path: the file; None: everything is kept in memory only.
@@ -74,7 +80,7 @@ class Choices:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._memory: dict[str, Any] = {}
+        self._known = self._read()
 
     @cached_property
     def _host(self) -> str:
@@ -87,23 +93,14 @@ class Choices:
             sha256: SHA-256 (hex) of the ONNX file.
             among: the ways to run the model that were compared, as text; see `RuntimeCandidates.text`.
         """
-        found = self._read()["choices"].get(self._key(sha256, among))
-        try:
-            choice = Choice(**(found or {}))
-        except TypeError:  # missing, or with other fields
-            return None
-        fits = (
-            choice.engine in PACKAGES
-            and isinstance(choice.precision, str)
-            and isinstance(choice.batch_tokens, int)
-            and choice.batch_tokens > 0
-            and isinstance(choice.measured, float)
-        )
-        return choice if fits else None
+        return self._known.choices.get(self._key(sha256, among))
 
     def keep(self, sha256: str, among: str, choice: Choice) -> None:
         """Store a choice; for the arguments, see `choice`. If the file cannot be written, that is logged."""
-        self._write("choices", self._key(sha256, among), asdict(choice))
+        with self._lock:
+            known = self._merged()
+            known.choices[self._key(sha256, among)] = choice
+            self._write(known)
 
     def agreement(self, sha256: str, engine: str, precision: str) -> float | None:
         """Return the agreement, in [0, 1], of an ONNX file in a precision with fp32; None if it was not measured.
@@ -113,13 +110,14 @@ class Choices:
             engine: the engine, whose version counts, too.
             precision: the precision.
         """
-        found = self._read()["agreements"].get(self._agreement_key(sha256, engine, precision))
-        return float(found) if isinstance(found, (int, float)) and 0 <= found <= 1 else None
+        return self._known.agreements.get(self._agreement_key(sha256, engine, precision))
 
     def keep_agreement(self, sha256: str, engine: str, precision: str, agreement: float) -> None:
         """Store an agreement; see `agreement`. A stored agreement is never replaced."""
-        if self.agreement(sha256, engine, precision) is None:
-            self._write("agreements", self._agreement_key(sha256, engine, precision), agreement)
+        with self._lock:
+            known = self._merged()
+            known.agreements.setdefault(self._agreement_key(sha256, engine, precision), agreement)
+            self._write(known)
 
     def _key(self, sha256: str, among: str) -> str:
         return hashlib.sha256(f"{self._host} {sha256} {among}".encode()).hexdigest()
@@ -127,30 +125,68 @@ class Choices:
     def _agreement_key(self, sha256: str, engine: str, precision: str) -> str:
         return f"{sha256} {engine} {version_of(engine)} {precision}"
 
-    def _read(self) -> dict[str, dict[str, Any]]:
-        found = self._memory
-        if self._path is not None:
-            try:
-                # A pipe in the place of the file would never end.
-                found = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
-            except (OSError, ValueError, RecursionError):
-                found = {}
-        fits = isinstance(found, dict) and found.get("format") == _FORMAT
-        parts = {name: found.get(name) if fits else None for name in ("choices", "agreements")}
-        return {name: part if isinstance(part, dict) else {} for name, part in parts.items()}
+    def _merged(self) -> _Known:
+        """Return what is known, with what another process, such as `emberpc tune`, has written to the file since."""
+        found, choices = self._read(), dict(self._known.choices)
+        for key, choice in found.choices.items():
+            choices[key] = max(choices.get(key, choice), choice, key=lambda each: (each.is_recent, each.measured))
+        return _Known(choices, found.agreements | self._known.agreements)
 
-    def _write(self, part: str, key: str, value: object) -> None:
-        with self._lock:
-            found = self._read()
-            found[part][key] = value
-            self._memory = {"format": _FORMAT, **found}
-            if self._path is None:
-                return
-            text = json.dumps({"format": _FORMAT, "host": self._host, **found}, indent=2) + "\n"
-            try:
-                write_text_atomically(self._path, text)
-            except OSError as error:
-                log.warning("%s cannot be written (%s); it is measured again at the next start", self._path, error)
+    def _read(self) -> _Known:
+        found: Any = None
+        try:
+            # A pipe in the place of the file would never end.
+            if self._path is not None and self._path.is_file() and self._path.stat().st_size <= _MAX_BYTES:
+                found = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            pass
+        fits = isinstance(found, dict) and found.get("format") == _FORMAT
+        choices, agreements = (found.get(name) if fits else None for name in ("choices", "agreements"))
+        return _Known(
+            {key: one for key, entry in _items(choices) if (one := _choice_of(entry)) is not None},
+            {key: float(entry) for key, entry in _items(agreements) if type(entry) in (int, float) and 0 <= entry <= 1},
+        )
+
+    def _write(self, known: _Known) -> None:
+        self._known = known
+        if self._path is None:
+            return
+        text = json.dumps({"format": _FORMAT, "host": self._host, **asdict(known)}, indent=2) + "\n"
+        try:
+            write_text_atomically(self._path, text)
+        except OSError as error:
+            log.warning(
+                "%s cannot be written (%s): what was measured is lost when this process ends; check free space, "
+                "permissions, and whether the folder exists",
+                self._path,
+                error.strerror or error,
+            )
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Choices and agreements by their keys in the file."""
+
+    choices: dict[str, Choice]
+    agreements: dict[str, float]
+
+
+def _items(part: Any) -> list[tuple[str, Any]]:
+    return list(part.items()) if isinstance(part, dict) else []
+
+
+def _choice_of(entry: Any) -> Choice | None:
+    """Return the choice of an entry of the file; None if the entry is damaged."""
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS.keys():
+        return None
+    fits = (
+        all(type(entry[name]) is kind for name, kind in _FIELDS.items())
+        and entry["engine"] in PACKAGES
+        and 1 <= entry["batch_tokens"] <= _MAX_BATCH_TOKENS
+        and len(entry["reason"]) <= _MAX_REASON
+        and entry["reason"].isprintable()
+    )
+    return Choice(**entry) if fits else None
 
 
 @dataclass(frozen=True)
