@@ -97,11 +97,32 @@ def test_bf16_is_refused_with_onnx_runtime(tiny_bundle: Path) -> None:
         Model.load("m", tiny_bundle, runtimes=with_engine("onnxruntime", "bf16"))
 
 
-def test_without_the_package_the_error_names_the_extra(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("engine", "precision"), [("openvino", "fp32"), ("auto", "bf16")])
+def test_without_the_package_the_error_names_extra_and_flags(
+    engine: str, precision: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.delitem(sys.modules, "emberpc.server.engine.sessions.openvino", raising=False)
-    with pytest.raises(ModelLoadError, match=r"needs the extra `openvino`, .* install 'emberpc\[server,openvino\]'"):
-        Model.load("m", tiny_bundle, runtimes=with_engine("openvino"))
+    with pytest.raises(ModelLoadError) as caught:
+        Model.load("m", tiny_bundle, runtimes=with_engine(engine, precision))
+    assert "--engine openvino and --precision bf16 need the extra `openvino`, which is not installed" in str(caught.value)
+    assert "install 'emberpc[server,openvino]', or serve the model with --engine onnxruntime and --precision fp32" in str(
+        caught.value
+    )
+
+
+def test_a_package_that_cannot_be_imported_is_an_error_of_the_engine(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "emberpc.server.engine.sessions.openvino":
+                raise ImportError("libtbb.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "emberpc.server.engine.sessions.openvino", raising=False)
+    with pytest.raises(SessionError, match=r"cannot be imported \(libtbb.so.12: .*--engine onnxruntime"):
+        OPENVINO.open(tiny_bundle / "onnx" / "model.onnx", Contents())
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x07" * 40])

@@ -356,12 +356,13 @@ class Scheduler:
     def _finish(self, batch: list[Item], output: Output, start: float, end: float, threads: int) -> None:
         """Store and count the output of a batch, run from `start` to `end` (`perf_counter`); send complete results."""
         tokens = sum(item.length for item in batch)
+        full = batch[0].submission.runner.batch_tokens or self._batch_tokens
         finished = []
         # The rows are copied, since a view would keep the output of the whole batch in memory.
         rows = [np.array(row) for row in output]
         with self._lock:
             # The measured rate is that of one thread, so runs on several threads do not count.
-            if threads == 1 and tokens >= self._batch_tokens * _MIN_MEASURED_SHARE:
+            if threads == 1 and tokens >= full * _MIN_MEASURED_SHARE:
                 self._rates.add(tokens / (end - start))
             self.counts.batches += 1
             self.counts.texts += len(batch)

@@ -41,17 +41,19 @@ class Runtime:
         """
         if self.engine == "onnxruntime":
             if self.precision != "fp32":
-                raise SessionError(f"{path}: --precision {self.precision} needs --engine openvino")
+                raise SessionError(
+                    f"{path}: --precision {self.precision} needs --engine openvino; give both, or --precision fp32"
+                )
             return OnnxSession(path, contents=contents)
         try:
             # The package is an extra, and its import takes half a second.
             from emberpc.server.engine.sessions.openvino import OpenVinoSession  # noqa: PLC0415
-        except ModuleNotFoundError as error:
-            if error.name != "openvino":
-                raise
+        except ImportError as error:
+            missing = isinstance(error, ModuleNotFoundError) and error.name == "openvino"
+            fault = "is not installed" if missing else f"cannot be imported ({error})"
             raise SessionError(
-                f"{path}: --engine openvino needs the extra `openvino`, which is not installed; install "
-                "'emberpc[server,openvino]', or serve the model with --engine onnxruntime"
+                f"{path}: --engine openvino and --precision bf16 need the extra `openvino`, which {fault}; install "
+                "'emberpc[server,openvino]', or serve the model with --engine onnxruntime and --precision fp32"
             ) from error
         return OpenVinoSession(path, self.precision, self.streams, contents=contents)
 
