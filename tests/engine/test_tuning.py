@@ -25,7 +25,8 @@ from emberpc.server.engine.tokenizing import TextTokenizer, TokenIds
 from emberpc.server.engine.tuning import tune
 
 # Not `openvino` itself, whose import sends a usage event.
-ov = pytest.importorskip("emberpc.server.engine.sessions.openvino", reason="the extra openvino is not installed").ov
+module = pytest.importorskip("emberpc.server.engine.sessions.openvino", reason="the extra openvino is not installed")
+ov = module.ov
 needs_bf16 = pytest.mark.skipif(
     "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
     reason="this processor has no bf16 instructions",
@@ -171,6 +172,21 @@ def test_without_openvino_only_onnx_runtime_is_compared(monkeypatch: pytest.Monk
     assert runtimes(None).candidates("m", "sha").text == "onnxruntime fp32"
 
 
+def test_an_engine_that_fails_on_a_text_is_left_out(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no kernel")
+
+    model = Model.load("m", tiny_bundle)
+    give_share(monkeypatch, 1.0)
+    monkeypatch.setattr(module.OpenVinoSession, "run", fail)
+    choice = tune(model, runtimes(None, precision="fp32"))
+    assert choice is not None
+    assert choice.engine == "onnxruntime"
+    assert "openvino fp32 is not measured, since it fails on a text" in caplog.text
+
+
 def test_a_busy_host_gives_no_choice(tiny_bundle: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     give_share(monkeypatch, 0.5)
     assert tune(Model.load("m", tiny_bundle), runtimes(file)) is None
@@ -252,7 +268,11 @@ def test_a_classifier_with_logits_is_compared_by_its_labels(
 @needs_bf16
 @pytest.mark.parametrize("same", [0.995, 0.98])
 def test_stated_bf16_has_the_fingerprint_of_fp32_if_it_agrees(
-    same: float, tiny_bundle: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+    same: float,
+    tiny_bundle: Path,
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     measured = count()
 
@@ -271,6 +291,8 @@ def test_stated_bf16_has_the_fingerprint_of_fp32_if_it_agrees(
             assert (model.fingerprint == exact) is (same >= 0.99)
             registry.close()
     assert next(measured) == 1
+    told = "bf16 agrees with fp32 in 98.00 %, less than 99 %, so the vectors count as those of another model"
+    assert caplog.text.count(told) == (0 if same >= 0.99 else 4)  # at each loading
 
 
 def test_a_file_that_cannot_be_written_is_logged_and_its_content_is_kept_in_memory(

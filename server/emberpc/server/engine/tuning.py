@@ -16,7 +16,7 @@ from emberpc.server.engine.models.extremes import fault_at_the_limits
 from emberpc.server.engine.models.model import Model
 from emberpc.server.engine.sessions.runtime import Runtime
 from emberpc.server.engine.sessions.session import SessionError
-from emberpc.server.engine.tokenizing import Truncation
+from emberpc.server.engine.tokenizing import TokenIds, Truncation
 from emberpc.server.errors import items_of
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def tune(model: Model, runtimes: Runtimes, stop: Callable[[], bool] = lambda: Fa
     (text,) = model.tokenizer.tokenize([agreement_texts()[0]], "", Truncation.END, items_of("texts"))
     max_tokens = model.tokenizer.max_tokens
     candidates = runtimes.candidates(model.name, model.encoder.sha256)
-    encoders = _encoders(model, candidates.runtimes, stop)
+    encoders = _encoders(model, candidates.runtimes, text.ids, stop)
     best = fallback = next(iter(encoders))
     reasons = []
     if len(encoders) > 1:
@@ -82,16 +82,30 @@ def tune(model: Model, runtimes: Runtimes, stop: Callable[[], bool] = lambda: Fa
     return choice
 
 
-def _encoders(model: Model, runtimes: tuple[Runtime, ...], stop: Callable[[], bool]) -> dict[Runtime, Encoder]:
-    """Load the model with each runtime. A runtime that cannot load it is left out, except the first one."""
+def _encoders(
+    model: Model, runtimes: tuple[Runtime, ...], ids: TokenIds, stop: Callable[[], bool]
+) -> dict[Runtime, Encoder]:
+    """Load the model with each runtime. A runtime that cannot load the model, or run `ids`, is left out.
+
+    The errors of the first runtime pass through.
+    """
     found: dict[Runtime, Encoder] = {}
     for runtime in runtimes:
         try:
-            found[runtime] = encoder_of(model, replace(runtime, streams=1), stop)
+            encoder = encoder_of(model, replace(runtime, streams=1), stop)
         except SessionError as error:
             if not found:
                 raise
             log.info("model %s: %s is not measured: %s", model.name, _name(runtime), error)
+            continue
+        try:
+            encoder.run([ids])
+        except Exception:  # the exceptions of the engines have no common base class
+            if not found:
+                raise
+            log.exception("model %s: %s is not measured, since it fails on a text", model.name, _name(runtime))
+            continue
+        found[runtime] = encoder
     return found
 
 

@@ -109,14 +109,23 @@ class Registry:
             False if the agreement was known before, or the model runs in fp32.
         """
         choices, runtime = self.runtimes.choices, model.plan.runtime
-        known = choices.agreement(model.encoder.sha256, runtime.engine, runtime.precision)
-        if runtime.same_model or known is not None:
+        if runtime.same_model:
             return False
-        on_stage(f"comparing {runtime.precision} with fp32")
-        exact = encoder_of(model, Runtime())
-        found = agreement(model, choices, runtime, exact, model.encoder, lambda: False)
-        log.info("model %s: %s agrees with fp32 in %.2f %%", model.name, runtime.precision, 100 * found)
-        return found >= SAME_MODEL
+        known = choices.agreement(model.encoder.sha256, runtime.engine, runtime.precision)
+        found = known
+        if found is None:
+            on_stage(f"comparing {runtime.precision} with fp32")
+            exact = encoder_of(model, Runtime())
+            found = agreement(model, choices, runtime, exact, model.encoder, lambda: False)
+            log.info("model %s: %s agrees with fp32 in %.2f %%", model.name, runtime.precision, 100 * found)
+        if found < SAME_MODEL:
+            log.warning(
+                "model %s: %s agrees with fp32 in %.2f %%, less than %.0f %%, so the vectors count as those of another "
+                "model, and collections with vectors of fp32 refuse the model; serve it with --precision %s=fp32 to use "
+                "these collections",
+                *(model.name, runtime.precision, 100 * found, 100 * SAME_MODEL, model.name),
+            )
+        return known is None and found >= SAME_MODEL
 
     def put(self, model: Model) -> None:
         """Serve a model under its name. A served model of that name is replaced.
