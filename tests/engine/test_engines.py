@@ -105,9 +105,12 @@ def test_without_the_package_the_error_names_extra_and_flags(
     monkeypatch.delitem(sys.modules, "emberpc.server.engine.sessions.openvino", raising=False)
     with pytest.raises(ModelLoadError) as caught:
         Model.load("m", tiny_bundle, runtimes=with_engine(engine, precision))
-    assert "--engine openvino and --precision bf16 need the extra `openvino`, which is not installed" in str(caught.value)
-    assert "install 'emberpc[server,openvino]', or serve the model with --engine onnxruntime and --precision fp32" in str(
+    assert "--engine openvino and --precision bf16 need the extra `openvino`, which is not installed" in str(
         caught.value
+    )
+    assert (
+        "install 'emberpc[server,openvino]', or serve the model with --engine onnxruntime and --precision fp32"
+        in str(caught.value)
     )
 
 

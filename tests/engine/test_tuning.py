@@ -366,6 +366,7 @@ def test_what_another_process_stored_is_kept(file: Path) -> None:
     one, other = Choices(file), Choices(file)
     one.keep("a", "m", Choice("openvino", "fp32", 256, time.time(), "one"))
     one.keep_agreement("a", "openvino", "bf16", 0.75)
+    assert other.choice("a", "m") == one.choice("a", "m")
     other.keep("b", "m", Choice("openvino", "fp32", 512, time.time(), "other"))
     assert Choices(file).choice("a", "m") is not None
     assert Choices(file).choice("b", "m") is not None

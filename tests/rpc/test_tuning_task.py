@@ -103,7 +103,8 @@ async def test_a_model_that_cannot_be_measured_is_left_out_and_logged_once(
 
 
 async def test_a_replaced_model_is_freed_before_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured, left = Measured(a=["faster"]), []
+    measured = Measured(a=["faster"])
+    left: list[FakeModel | None] = []
 
     async def sleep(_: float) -> None:
         gc.collect()

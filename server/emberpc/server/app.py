@@ -212,9 +212,12 @@ async def _tune(engine: Engine, loader: Loader, thread: Executor, stopping: Stop
 async def _tune_once(
     engine: Engine, loader: Loader, thread: Executor, stopping: Stopping, failed: WeakSet[Model]
 ) -> bool:
-    """Measure and reload each model that needs it, except `failed`, to which this adds; return whether the host was idle.
+    """Measure and reload each model that needs it, except the models in `failed`, to which this adds.
 
     This function exists so that its local variables, and so the memory of replaced models, are freed before the pause.
+
+    Returns:
+        Whether the host was idle during all measurements.
     """
     run = asyncio.get_running_loop().run_in_executor
     idle = True

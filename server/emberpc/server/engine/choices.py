@@ -71,7 +71,7 @@ class Choices:
     A choice holds for a model's ONNX file and a host: processor, its features, number of cores, and versions of the
     engines. So a data directory that is copied to another host has no choice there. An agreement holds on every host.
     A file that is missing, damaged, too large or of another format counts as empty, and so does a damaged entry. The
-    file is read here and before each write. If it cannot be written, everything is kept in memory.
+    file is read again when it has changed, as by `emberpc tune`. If it cannot be written, everything is kept in memory.
 
     Args:
         path: the file; None: everything is kept in memory only.
@@ -79,7 +79,10 @@ class Choices:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
+        #: Held while the file is read again or written.
         self._lock = threading.Lock()
+        #: State of the file when it was read last.
+        self._seen: tuple[int, ...] = ()
         self._known = self._read()
 
     @cached_property
@@ -93,7 +96,7 @@ class Choices:
             sha256: SHA-256 (hex) of the ONNX file.
             among: the ways to run the model that were compared, as text; see `RuntimeCandidates.text`.
         """
-        return self._known.choices.get(self._key(sha256, among))
+        return self._current().choices.get(self._key(sha256, among))
 
     def keep(self, sha256: str, among: str, choice: Choice) -> None:
         """Store a choice; for the arguments, see `choice`. If the file cannot be written, that is logged."""
@@ -110,7 +113,7 @@ class Choices:
             engine: the engine, whose version counts, too.
             precision: the precision.
         """
-        return self._known.agreements.get(self._agreement_key(sha256, engine, precision))
+        return self._current().agreements.get(self._agreement_key(sha256, engine, precision))
 
     def keep_agreement(self, sha256: str, engine: str, precision: str, agreement: float) -> None:
         """Store an agreement; see `agreement`. A stored agreement is never replaced."""
@@ -125,8 +128,25 @@ class Choices:
     def _agreement_key(self, sha256: str, engine: str, precision: str) -> str:
         return f"{sha256} {engine} {version_of(engine)} {precision}"
 
+    def _current(self) -> _Known:
+        """Return what is known, after reading the file if it has changed; this does not wait for a write in progress."""
+        if self._state() != self._seen and self._lock.acquire(blocking=False):
+            try:
+                self._known = self._merged()
+            finally:
+                self._lock.release()
+        return self._known
+
+    def _state(self) -> tuple[int, ...]:
+        """Return values that change when the file is replaced; empty if there is no file."""
+        try:
+            found = self._path.stat() if self._path is not None else None
+        except OSError:
+            found = None
+        return () if found is None else (found.st_ino, found.st_size, found.st_mtime_ns)
+
     def _merged(self) -> _Known:
-        """Return what is known, with what another process, such as `emberpc tune`, has written to the file since."""
+        """Return what is known, with what another process has written to the file since. Of two choices, the newer."""
         found, choices = self._read(), dict(self._known.choices)
         for key, choice in found.choices.items():
             choices[key] = max(choices.get(key, choice), choice, key=lambda each: (each.is_recent, each.measured))
@@ -134,6 +154,7 @@ class Choices:
 
     def _read(self) -> _Known:
         found: Any = None
+        self._seen = self._state()
         try:
             # A pipe in the place of the file would never end.
             if self._path is not None and self._path.is_file() and self._path.stat().st_size <= _MAX_BYTES:

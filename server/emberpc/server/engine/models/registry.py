@@ -121,8 +121,8 @@ class Registry:
         if found < SAME_MODEL:
             log.warning(
                 "model %s: %s agrees with fp32 in %.2f %%, less than %.0f %%, so the vectors count as those of another "
-                "model, and collections with vectors of fp32 refuse the model; serve it with --precision %s=fp32 to use "
-                "these collections",
+                "model, and collections with vectors of fp32 refuse them; to use these collections, serve the model "
+                "with --precision %s=fp32",
                 *(model.name, runtime.precision, 100 * found, 100 * SAME_MODEL, model.name),
             )
         return known is None and found >= SAME_MODEL
