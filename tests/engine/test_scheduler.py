@@ -415,11 +415,3 @@ async def test_batches_on_several_threads_do_not_change_the_measured_rate(schedu
     assert busy.tokens_per_second == before
     await busy.run(Lengths(), texts(30, 31))
     assert busy.tokens_per_second != before
-
-
-async def test_the_rate_is_measured_with_full_batches_of_a_model_with_small_batches(scheduler: Make) -> None:
-    busy, runner = scheduler(workers=1, batch_tokens=512), Lengths()
-    runner.batch_tokens = 64
-    for _ in range(3):
-        await busy.run(runner, texts(*[20] * 6))  # two batches of three texts, in which no text has all cores
-    assert busy._rates.measured

@@ -1,4 +1,4 @@
-"""Submissions store the lane and the earliest start of their batches."""
+"""Submissions store the lane and the earliest start of their batches; the batches measure the rate of a worker."""
 
 from __future__ import annotations
 
@@ -73,3 +73,12 @@ async def test_a_batch_runs_in_the_lane_in_which_it_waited(make: Make) -> None:
     gate.open.set()
     await running
     assert at_bulk == 1
+
+
+async def test_the_rate_is_measured_with_full_batches_of_a_model_with_small_batches(make: Make) -> None:
+    made, runner = make(512), Gate()
+    runner.batch_tokens = 64
+    runner.open.set()
+    for _ in range(3):
+        await asyncio.wait_for(made.run(runner, texts(*[20] * 6)), 300)  # two batches of three texts each
+    assert made._rates.measured
