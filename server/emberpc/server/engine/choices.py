@@ -129,7 +129,7 @@ class Choices:
         return f"{sha256} {engine} {version_of(engine)} {precision}"
 
     def _current(self) -> _Known:
-        """Return what is known, after reading the file if it has changed; this does not wait for a write in progress."""
+        """Return what is known, after reading the file if it has changed. Does not wait for a write in progress."""
         if self._state() != self._seen and self._lock.acquire(blocking=False):
             try:
                 self._known = self._merged()
