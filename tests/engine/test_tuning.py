@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from emberpc.server.engine import Choices, Engine, Model, Registry, Runtimes, choices, measuring, tuning
+from emberpc.server.engine import Choices, Engine, Model, ModelLoadError, Registry, Runtimes, choices, measuring, tuning
 from emberpc.server.engine.choices import Choice
 from emberpc.server.engine.measuring import Speeds, best_size
 from emberpc.server.engine.models import agreement as agreements
@@ -263,6 +263,44 @@ def test_a_classifier_with_logits_is_compared_by_its_labels(
     object.__setattr__(model, "head", None)
     monkeypatch.setattr(agreements, "best_labels", lambda logits: logits[:, 0] * 0)
     assert agreement(model, Choices(None), Runtime(), model.encoder, model.encoder, lambda: False) == 1.0
+
+
+@pytest.mark.parametrize("agreement", [None, 0.98])
+def test_a_choice_of_bf16_without_an_agreement_is_not_used(agreement: float | None, file: Path) -> None:
+    """A damaged file must not give a model another fingerprint."""
+    found = runtimes(file)
+    choice = Choice("openvino", "bf16", 128, time.time(), "measured")
+    found.choices.keep("sha", found.candidates("m", "sha").text, choice)
+    if agreement is not None:
+        found.choices.keep_agreement("sha", "openvino", "bf16", agreement)
+    assert found.plan("m", "sha").runtime == Runtime("onnxruntime", "fp32", 2)
+    assert found.is_due("m", "sha")
+    stated = runtimes(file, "openvino", "bf16")
+    stated.choices.keep("sha", stated.candidates("m", "sha").text, choice)
+    plan = stated.plan("m", "sha")
+    assert (plan.runtime.precision, plan.runtime.same_model, plan.batch_tokens) == ("bf16", False, 128)
+    assert not stated.is_due("m", "sha")
+
+
+def test_a_chosen_engine_that_cannot_load_the_model_gives_way_to_the_first_one(
+    tiny_bundle: Path, file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise SessionError("model.onnx cannot be compiled by OpenVINO")
+
+    found = runtimes(file, precision="fp32")
+    give_gains(monkeypatch, openvino_fp32=2.0)
+    tune(Model.load("m", tiny_bundle), found)
+    assert Model.load("m", tiny_bundle, runtimes=found).plan.runtime.engine == "openvino"
+    monkeypatch.setattr("emberpc.server.engine.sessions.openvino.OpenVinoSession.__init__", broken)
+    with ThreadPoolExecutor(1) as pool:
+        registry = Registry(pool, found)
+        assert registry.load("m", tiny_bundle).plan.runtime.engine == "onnxruntime"
+        assert "cannot be compiled by OpenVINO; the engine that was measured to be fastest is not used" in caplog.text
+        stated = Registry(pool, runtimes(file, "openvino", "fp32"))
+        with pytest.raises(ModelLoadError, match="cannot be compiled by OpenVINO"):
+            stated.load("m", tiny_bundle)
+        registry.close()
 
 
 @needs_bf16

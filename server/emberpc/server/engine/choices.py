@@ -11,7 +11,7 @@ import logging
 import platform
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -290,18 +290,34 @@ class Runtimes:
     def plan(self, name: str, sha256: str) -> RuntimePlan:
         """Return how a model is run now; for the arguments, see `candidates`."""
         candidates = self.candidates(name, sha256)
-        choice = self.choices.choice(sha256, candidates.text)
-        for runtime in candidates.runtimes:
-            if choice is not None and (runtime.engine, runtime.precision) == (choice.engine, choice.precision):
-                return RuntimePlan(runtime, self.batch_tokens or choice.batch_tokens, choice.reason)
+        runtime, choice = self._chosen(candidates, sha256)
+        if choice is not None:
+            return RuntimePlan(runtime, self.batch_tokens or choice.batch_tokens, choice.reason)
         reason = "not measured yet" if candidates.any_open else "set by the settings"
-        return RuntimePlan(candidates.runtimes[0], self.batch_tokens, reason)
+        return RuntimePlan(runtime, self.batch_tokens, reason)
 
     def is_due(self, name: str, sha256: str) -> bool:
         """Return whether a model must be measured; for the arguments, see `candidates`."""
         candidates = self.candidates(name, sha256)
-        choice = self.choices.choice(sha256, candidates.text)
+        _, choice = self._chosen(candidates, sha256)
         return candidates.any_open and (choice is None or not choice.is_recent)
+
+    def unmeasured(self) -> Runtimes:
+        """Return these settings without choices: each model is run in the first way that the settings allow."""
+        return replace(self, choices=Choices(None))
+
+    def _chosen(self, candidates: RuntimeCandidates, sha256: str) -> tuple[Runtime, Choice | None]:
+        """Return the chosen runtime with its choice; without a valid choice, the first runtime and None.
+
+        A choice of a precision whose agreement with fp32 is unknown, as in a damaged file, or too low is not valid,
+        unless the settings state this precision: the model would get another fingerprint by itself.
+        """
+        first = candidates.runtimes[0]
+        choice = self.choices.choice(sha256, candidates.text)
+        for runtime in candidates.runtimes:
+            if choice is not None and (runtime.engine, runtime.precision) == (choice.engine, choice.precision):
+                return (runtime, choice) if runtime.same_model or runtime == first else (first, None)
+        return first, None
 
     def _runtime(self, engine: str, precision: str, sha256: str) -> Runtime:
         same = precision == "fp32" or (self.choices.agreement(sha256, engine, precision) or 0.0) >= SAME_MODEL

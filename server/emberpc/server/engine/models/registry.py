@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.choices import SAME_MODEL, Runtimes
 from emberpc.server.engine.models.agreement import agreement, encoder_of
 from emberpc.server.engine.models.encoders import Encoder, Encoders
-from emberpc.server.engine.models.model import Model, OnStage
+from emberpc.server.engine.models.model import Model, ModelLoadError, OnStage
 from emberpc.server.engine.sessions.runtime import Runtime
 from emberpc.server.errors import Code, ServiceError, invalid, not_found
 from emberpc.server.memory import return_memory
@@ -93,11 +94,19 @@ class Registry:
             ModelLoadError: the model cannot be loaded, or a check of its outputs failed; see `Model.load`. Nothing is
                 replaced then.
         """
-        model = Model.load(name, folder, variant, options, self.encoders, self.runtimes, fresh=fresh, on_stage=on_stage)
+        load = partial(Model.load, name, folder, variant, options, self.encoders, fresh=fresh, on_stage=on_stage)
+        try:
+            model = load(self.runtimes)
+        except ModelLoadError as error:
+            if len(self.runtimes.candidates(name, "").runtimes) == 1:
+                raise
+            try:
+                model = load(self.runtimes.unmeasured())
+            except ModelLoadError:
+                raise error from error.__cause__
+            log.warning("%s; the engine that was measured to be fastest is not used", error)
         if self._counts_as_fp32(model, on_stage):  # the fingerprint becomes that of fp32
-            model = Model.load(
-                name, folder, variant, options, self.encoders, self.runtimes, fresh=fresh, on_stage=on_stage
-            )
+            model = load(self.runtimes)
         self.put(model)
         log.info("model %s (%s, %s) from %s", name, model.manifest.task.value, model.variant.name, folder)
         return model
