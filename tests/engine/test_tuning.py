@@ -37,7 +37,7 @@ def give_share(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
 
 
 def give_gains(monkeypatch: pytest.MonkeyPatch, **gains: float) -> None:
-    """Let the measurement find that the engines are so many times as fast as ONNX Runtime, and 256 tokens the best."""
+    """Let the measurement find these speeds, as multiples of that of ONNX Runtime, and 256 tokens as the best size."""
 
     def compare(encoders: Mapping[Runtime, Encoder], *_: object) -> Speeds[Runtime]:
         return Speeds([{each: 1 / gains.get(f"{each.engine}_{each.precision}", 1.0) for each in encoders}], busy=False)

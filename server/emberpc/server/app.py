@@ -229,7 +229,7 @@ async def _tune_once(
                 idle = await run(thread, engine.tune, model, stopping.requested.is_set) and idle
             if model in engine.outdated():
                 await asyncio.wrap_future(loader.submit(partial(loader.reload, model.name)))
-        except Exception:  # the model stays as it is
+        except Exception:  # the model does not change
             failed.add(model)
             if not stopping.requested.is_set():
                 log.exception("cannot measure how model %s is run fastest; nothing changes", model.name)

@@ -24,8 +24,8 @@ from emberpc.server.engine.sessions.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
-#: Packages of the engines, by the name of the engine.
-PACKAGES = {"onnxruntime": "onnxruntime", "openvino": "openvino"}
+#: The engines. Each has the name of its package.
+_ENGINES = ("onnxruntime", "openvino")
 #: Seconds (30 days) after which a choice is measured again: hosts and the other work on them change.
 _MAX_AGE = 30 * 24 * 3600.0
 _FORMAT = 1
@@ -202,7 +202,7 @@ def _choice_of(entry: Any) -> Choice | None:
         return None
     fits = (
         all(type(entry[name]) is kind for name, kind in _FIELDS.items())
-        and entry["engine"] in PACKAGES
+        and entry["engine"] in _ENGINES
         and 1 <= entry["batch_tokens"] <= _MAX_BATCH_TOKENS
         and len(entry["reason"]) <= _MAX_REASON
         and entry["reason"].isprintable()
@@ -231,7 +231,7 @@ class RuntimeCandidates:
     @property
     def text(self) -> str:
         """Names of the engines and precisions."""
-        return ", ".join(f"{runtime.engine} {runtime.precision}" for runtime in self.runtimes)
+        return ", ".join(runtime.name for runtime in self.runtimes)
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,7 @@ class Runtimes:
 def version_of(engine: str) -> str:
     """Return the version of an engine's package; empty if it is not installed."""
     try:
-        return version(PACKAGES[engine])
+        return version(engine)
     except PackageNotFoundError:
         return ""
 
@@ -346,6 +346,6 @@ def host_text() -> str:
             if names.get(name.strip()) == "":
                 names[name.strip()] = value.strip()
     flags = hashlib.sha256(" ".join(sorted(names["flags"].split())).encode()).hexdigest()[:16]
-    engines = " ".join(f"{engine} {version_of(engine) or 'not installed'}" for engine in PACKAGES)
+    engines = " ".join(f"{engine} {version_of(engine) or 'not installed'}" for engine in _ENGINES)
     cores = f"{usable_cores()} cores (quota {quota():g})"
     return f"{platform.machine()} {names['model name']} features {flags} {cores} {engines}"

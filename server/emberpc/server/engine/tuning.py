@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from time import time
 
-from emberpc.bundle import Bound
+from emberpc.bundle.contents import Contents
 from emberpc.server.engine.choices import SAME_MODEL, Choice, Runtimes
 from emberpc.server.engine.measuring import best_size, compare_encoders, compare_sizes
 from emberpc.server.engine.models.agreement import agreement, agreement_texts, encoder_of, outputs
 from emberpc.server.engine.models.encoders import Encoder
-from emberpc.server.engine.models.extremes import fault_at_the_limits
+from emberpc.server.engine.models.extremes import ENGINE_BOUNDS, fault_at_the_limits
 from emberpc.server.engine.models.model import Model
 from emberpc.server.engine.sessions.runtime import Runtime
 from emberpc.server.engine.sessions.session import SessionError
@@ -23,8 +23,6 @@ log = logging.getLogger(__name__)
 
 #: Another way to run a model than the first one is chosen only if it is at least this many times as fast.
 _GAIN = 1.1
-#: Allowed difference between the outputs of two engines in fp32.
-_SAME_OUTPUTS = Bound(cosine_min=0.9999, difference_max=1e-2)
 #: Number of agreement texts by which two engines in fp32 are compared.
 _FEW = 32
 
@@ -61,7 +59,7 @@ def tune(model: Model, runtimes: Runtimes, stop: Callable[[], bool] = lambda: Fa
         if speeds.busy:
             return None
         gains = {runtime: speeds.gain(runtime, fallback) for runtime in encoders}
-        reasons.append(f"{_name(fallback)} {speeds.rate(fallback):.0f} tokens/s")
+        reasons.append(f"{fallback.name} {speeds.rate(fallback):.0f} tokens/s")
         for runtime in sorted(gains, key=lambda runtime: -gains[runtime]):
             if runtime is fallback:
                 continue
@@ -69,7 +67,7 @@ def tune(model: Model, runtimes: Runtimes, stop: Callable[[], bool] = lambda: Fa
             if not fault and best is not fallback:
                 fault = "slower"
             fault = fault or _fault(model, runtimes, encoders, fallback, runtime, stop)
-            reasons.append(f"{_name(runtime)} {gains[runtime]:.2f} times{f' ({fault})' if fault else ''}")
+            reasons.append(f"{runtime.name} {gains[runtime]:.2f} times{f' ({fault})' if fault else ''}")
             best = best if fault else runtime
     sizes = compare_sizes(encoders[best], text.ids, max_tokens, stop)
     if sizes.busy:
@@ -90,20 +88,21 @@ def _encoders(
     The errors of the first runtime pass through.
     """
     found: dict[Runtime, Encoder] = {}
+    contents = Contents(stop)  # all runtimes share it, so the file is read and hashed once
     for runtime in runtimes:
         try:
-            encoder = encoder_of(model, replace(runtime, streams=1), stop)
+            encoder = encoder_of(model, replace(runtime, streams=1), contents)
         except SessionError as error:
             if not found:
                 raise
-            log.info("model %s: %s is not measured: %s", model.name, _name(runtime), error)
+            log.info("model %s: %s is not measured: %s", model.name, runtime.name, error)
             continue
         try:
             encoder.run([ids])
         except Exception:  # the exceptions of the engines have no common base class
             if not found:
                 raise
-            log.exception("model %s: %s is not measured, since it fails on a text", model.name, _name(runtime))
+            log.exception("model %s: %s is not measured, since it fails on a text", model.name, runtime.name)
             continue
         found[runtime] = encoder
     return found
@@ -123,10 +122,6 @@ def _fault(
     if got.precision == expected.precision:
         texts = agreement_texts()[:_FEW]
         few = [outputs(model, encoders[runtime], texts, stop) for runtime in (expected, got)]
-        return "; ".join(_SAME_OUTPUTS.faults(few[0], few[1]))
+        return "; ".join(ENGINE_BOUNDS[got.precision].faults(few[0], few[1]))
     found = agreement(model, runtimes.choices, got, encoders[expected], encoders[got], stop)
     return "" if found >= SAME_MODEL else f"agrees with fp32 in {found:.1%}, less than {SAME_MODEL:.0%}"
-
-
-def _name(runtime: Runtime) -> str:
-    return f"{runtime.engine} {runtime.precision}"

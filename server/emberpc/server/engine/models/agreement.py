@@ -33,20 +33,19 @@ def agreement_texts() -> list[str]:
     return _TEXTS.read_text(encoding="utf-8").splitlines()
 
 
-def encoder_of(model: Model, runtime: Runtime, stop: Callable[[], bool] = lambda: False) -> Encoder:
+def encoder_of(model: Model, runtime: Runtime, contents: Contents) -> Encoder:
     """Load the ONNX file of a served model once more, for runs on the calling thread.
 
     Args:
         model: the served model.
         runtime: the engine and precision to load the file with.
-        stop: returns whether to stop hashing the file.
+        contents: reads and hashes the file.
 
     Raises:
         SessionError: the engine cannot load the file, or the file changed since the model was loaded.
-        BundleError: the file cannot be read, or `stop` returned True.
+        BundleError: the file cannot be read, or `contents` stopped hashing.
     """
     served = model.encoder
-    contents = Contents(stop)
     if contents.sha256(served.path) != served.sha256:
         raise SessionError(f"{served.path} changed since the model was loaded; reload the model")
     session = runtime.open(served.path, contents)

@@ -88,7 +88,7 @@ class Encoder:
 
         Raises:
             BundleError: the output has another number of axes than the interface expects.
-            Exception: ONNX Runtime failed; its exceptions have no common base class.
+            Exception: the engine failed; the exceptions of the engines have no common base class.
         """
         limit = self._session.max_runs
         with self._lock:

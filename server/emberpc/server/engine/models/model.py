@@ -26,7 +26,7 @@ from emberpc.bundle import (
 from emberpc.bundle.contents import Contents
 from emberpc.server.engine.choices import RuntimePlan, Runtimes
 from emberpc.server.engine.models.encoders import Encoder, Encoders
-from emberpc.server.engine.models.extremes import fault_at_the_limits
+from emberpc.server.engine.models.extremes import ENGINE_BOUNDS, fault_at_the_limits
 from emberpc.server.engine.sessions.runtime import Runtime
 from emberpc.server.engine.sessions.session import Output, Session, SessionError
 from emberpc.server.engine.tokenizing import TextTokenizer, Truncation
@@ -37,8 +37,6 @@ from emberpc.server.errors import items_of
 #: bounds of other variants. For a foreign folder, this is the allowed difference between the outputs of a text alone
 #: and in a batch.
 _FP32_BOUND = Bound(cosine_min=0.99, difference_max=1e-2)
-#: The same for the precision bf16, which has 8 binary digits: the differences are about 1 % of the largest value.
-_BF16_BOUND = Bound(cosine_min=0.99, difference_max=5e-2)
 #: Maximum number of reference texts that are run when a model is loaded: enough to find a wrong model, and few enough
 #: for a quick start.
 _REFERENCE_TEXTS = 4
@@ -280,7 +278,7 @@ class Model:
         if got.shape[1] != width:
             output = self.encoder.interface.output
             raise BundleError(f"the output {output} has {got.shape[1]} values for a text, not {width}")
-        bound = _FP32_BOUND if self.plan.runtime.precision == "fp32" else _BF16_BOUND
+        bound = _FP32_BOUND if self.plan.runtime.precision == "fp32" else ENGINE_BOUNDS["bf16"]
         if _alike(got, expected[: len(tokens)], self.variant.bound or bound):
             return
         if reference is None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from emberpc.bundle import Task
+from emberpc.bundle.contents import Contents
 from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.choices import SAME_MODEL, Runtimes
 from emberpc.server.engine.models.agreement import agreement, encoder_of
@@ -124,7 +125,7 @@ class Registry:
         found = known
         if found is None:
             on_stage(f"comparing {runtime.precision} with fp32")
-            exact = encoder_of(model, Runtime())
+            exact = encoder_of(model, Runtime(), Contents())
             found = agreement(model, choices, runtime, exact, model.encoder, lambda: False)
             log.info("model %s: %s agrees with fp32 in %.2f %%", model.name, runtime.precision, 100 * found)
         if found < SAME_MODEL:

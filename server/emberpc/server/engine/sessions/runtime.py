@@ -28,6 +28,11 @@ class Runtime:
     streams: int = 1
     same_model: bool = True
 
+    @property
+    def name(self) -> str:
+        """Name of the engine and its precision, for people to read."""
+        return f"{self.engine} {self.precision}"
+
     def open(self, path: Path, contents: Contents) -> Session:
         """Load an ONNX file.
 
