@@ -232,12 +232,15 @@ def convert_once(
 
 @pytest.fixture
 def quick_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time few texts once, and draw small plots: no test compares the serving costs that a comparison measures."""
+    """Time few texts once, since no test compares the measured serving costs, and draw small plots without a layout."""
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     from emberpc.export.compare import figures, serving_cost
 
     monkeypatch.setattr(serving_cost, "_ROUNDS", 1)
     monkeypatch.setattr(serving_cost, "_TIMED", 4)
     monkeypatch.setattr(figures, "_DOTS_PER_INCH", 30)
+    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", lambda *_: None)
 
 
 class MakeSource(Protocol):

@@ -8,9 +8,8 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-import typer
 
-from emberpc.cli.app import app_with
+from emberpc.cli.app import program
 from emberpc.cli.bundle_summary import show_bundle
 from emberpc.cli.options import completer
 from emberpc.cli.output import counted
@@ -32,7 +31,7 @@ def commands(command: Any, *names: str) -> Iterator[tuple[tuple[str, ...], Any]]
         yield from commands(inner, *names, name)
 
 
-COMMANDS = dict(commands(typer.main.get_command(app_with())))
+COMMANDS = dict(commands(program()))
 
 
 @pytest.mark.parametrize("names", COMMANDS, ids=" ".join)

@@ -41,6 +41,7 @@ def test_confusions_name_the_texts_that_cause_them() -> None:
     assert set(first.texts) | set(second.texts) == {f"text {row}" for row in range(4)}
 
 
+@pytest.mark.whole_exports
 def test_plots_accept_labels_with_signs_of_formulas(tmp_path: Path) -> None:
     found = summary([outcome("linear", 4, 0.9)]).result
     test = replace(found.test, labels=("price_$10", "price_$20"))

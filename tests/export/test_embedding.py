@@ -16,12 +16,14 @@ from tokenizers import Tokenizer
 
 from bundle_cache import PARITY_TEXTS
 from emberpc.bundle import BundleError, Manifest, Prompts, Reference, Task, read_bundle
+from emberpc.client import Client
 from emberpc.export.convert import graph
 from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.data.stdlib_texts import sample_texts
 from emberpc.export.embedding import export_embedding
 from emberpc.export.errors import ExportError
 from emberpc.export.verify import verify_bundle
+from examples.server_process import ServerProcess
 from fixtures_bundles import MakeSource, minilm_source, modules_json, pooling_json
 
 FILES = {
@@ -94,6 +96,17 @@ def test_sentence_transformers_loads_the_bundle_and_gives_equal_vectors(minilm_b
     texts = sample_texts(8)
     theirs = sentence_transformers_vectors(minilm_bundle, texts, backend="onnx")
     assert cosines(theirs, our_vectors(minilm_bundle, texts)).min() >= 0.9999
+
+
+def test_served_vectors_equal_those_of_sentence_transformers(minilm_bundle: Path, tmp_path: Path) -> None:
+    texts = [*sample_texts(30), *(" ".join(sample_texts(12)[i:]) for i in range(4)), "x", "a few words"]
+    theirs = sentence_transformers_vectors(minilm_source(), texts)
+    with ServerProcess({"minilm": minilm_bundle}, tmp_path) as server, Client(server.address) as client:
+        ours = client.embed(texts, truncation="end")
+    assert ours.shape == (len(texts), 384)
+    assert ours.dtype == np.float32
+    assert cosines(ours, theirs).min() >= 0.9999
+    assert np.allclose(np.linalg.norm(ours, axis=1), 1, atol=1e-5)
 
 
 def test_the_bundle_has_all_files_and_settings_that_other_libraries_read(minilm_bundle: Path) -> None:

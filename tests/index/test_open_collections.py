@@ -193,16 +193,16 @@ def test_calls_succeed_while_their_collections_are_closed(index: Index) -> None:
 
     def work(number: int) -> Callable[[], None]:
         def run() -> None:
-            vectors = gaussian(15, WIDTH, seed=number)
+            vectors = gaussian(9, WIDTH, seed=number)
             try:
-                for i in range(15):
+                for i in range(9):
                     collection = collections[(number + i) % 5]
                     collection.upsert([NewRecord(f"{number}-{i}", "word")], vectors[i : i + 1])
                     assert collection.search(vectors[i : i + 1], 1)[0].hits[0][0].id == f"{number}-{i}"
                     assert f"{number}-{i}" in {
                         each.id for each, _ in collection.search_lexical(["word"], [200])[0].hits
                     }
-                    if i % 8 == 0:
+                    if i % 4 == 0:
                         collection.maintain()
             finally:
                 left.remove(number)
@@ -215,7 +215,7 @@ def test_calls_succeed_while_their_collections_are_closed(index: Index) -> None:
                 each.close_idle()
 
     together(*(work(number) for number in range(4)), close)
-    assert sum(each.count() for each in collections) == 60
+    assert sum(each.count() for each in collections) == 36
 
 
 def test_threads_share_the_connections_of_a_collection(index: Index) -> None:

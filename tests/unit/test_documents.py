@@ -144,13 +144,10 @@ def test_only_the_export_needs_torch_and_only_the_embedded_index_needs_hnswlib(e
 
 
 def test_every_command_and_exit_code_is_documented() -> None:
-    from typer.main import get_command
-
-    from emberpc.cli.app import app_with
+    from emberpc.cli.app import program
 
     text = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
-    commands = get_command(app_with()).commands  # type: ignore[attr-defined]  # Typer's group has it, its base has not
-    for name, command in commands.items():
+    for name, command in program().commands.items():
         for sub in getattr(command, "commands", {"": None}):
             assert f"emberpc {name}" in text
             assert f" {sub}" in text or f"`{sub}`" in text

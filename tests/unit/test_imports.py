@@ -36,7 +36,7 @@ def loaded_by(statement: str) -> set[str]:
         ("import emberpc.cli.main", (*TRAINING, "onnxruntime", "hnswlib", "grpc")),
         # Fewer imports make a server start sooner.
         (
-            "from emberpc.cli.app import app_with; app_with('serve')",
+            "from emberpc.cli.app import program; program('serve')",
             (*TRAINING, "onnxruntime", "hnswlib", "grpc", "emberpc.client", "emberpc.bundle", "rich.progress"),
         ),
     ],

@@ -9,13 +9,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 # Typer has no public function that installs or returns the completion for a given shell, so this imports a private
 # module.
 from typer._completion_shared import Shells, get_completion_script, install
+from typer.core import TyperGroup
 
 from emberpc.cli import output
 from emberpc.cli.error_messages import in_cli_terms
@@ -71,10 +72,10 @@ _COMMANDS = {
 
 
 @cache
-def app_with(*names: str) -> typer.Typer:
-    """Return the Typer app with the commands `names`, keys of `_COMMANDS`, or with all commands if there are no names.
+def program(*names: str) -> TyperGroup:
+    """Return `emberpc` with the commands `names`, keys of `_COMMANDS`, or with all commands if there are no names.
 
-    The first call for the same names imports the modules of the commands; later calls return the same app.
+    The first call for the same names imports the modules of the commands; later calls return the same object.
     """
     app = typer.Typer(
         name="emberpc",
@@ -93,7 +94,7 @@ def app_with(*names: str) -> typer.Typer:
             app.add_typer(found, name=name, rich_help_panel=command.panel)
         else:
             app.command(name, cls=OnceCommand, rich_help_panel=command.panel)(found)
-    return app
+    return cast(TyperGroup, typer.main.get_command(app))  # a group, since the app has a callback
 
 
 def _print_version(wanted: bool) -> None:
@@ -130,7 +131,7 @@ def run(arguments: Sequence[str]) -> int:
         if (completion := _completion(arguments)) is not None:
             return completion
         # In standalone mode, Typer would print errors and exit. `run` prints errors in its own form, and returns.
-        code = int(_app_for(arguments)(arguments, prog_name=_PROGRAM, standalone_mode=False) or 0)
+        code = int(_program_for(arguments)(arguments, prog_name=_PROGRAM, standalone_mode=False) or 0)
         if code != ExitCode.INTERRUPTED:
             return code or _flush() or ExitCode.OK
     except SystemExit as error:
@@ -218,13 +219,13 @@ def _debug_first(arguments: Sequence[str]) -> list[str]:
     return [*(["--debug"] if len(kept) < len(options) else []), *kept, *rest]
 
 
-def _app_for(arguments: Sequence[str]) -> typer.Typer:
-    """Return an app with only the command that the arguments name, since importing the other commands is slow.
+def _program_for(arguments: Sequence[str]) -> TyperGroup:
+    """Return `emberpc` with only the command that the arguments name, since importing the other commands is slow.
 
-    The command is the first argument other than --debug. If that is not a command, the app has all commands.
+    The command is the first argument other than --debug. If that is not a command, the program has all commands.
     """
     named = next((argument for argument in arguments if argument != "--debug"), "")
-    return app_with(named) if named in _COMMANDS else app_with()
+    return program(named) if named in _COMMANDS else program()
 
 
 def _is_of_an_interrupt(error: BaseException | None) -> bool:

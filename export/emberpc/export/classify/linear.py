@@ -21,6 +21,8 @@ GRID = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 FEW_EXAMPLES_C = 10.0
 _FOLDS = 5
 _MAX_ITERATIONS = 300
+#: L-BFGS also stops once an iteration lowers the mean loss by a smaller share.
+_LEAST_GAIN = 1e-9
 #: L-BFGS stops once no entry of the mean loss's gradient is larger. Smaller tolerances changed no measured figure's
 #: third digit.
 _TOLERANCE = 3e-5
@@ -29,6 +31,7 @@ _TOLERANCE = 3e-5
 _PATIENCE = 2
 
 Matrix = npt.NDArray[np.float32]
+Parameters = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -68,40 +71,57 @@ def fit_head(
         start: head to start from, to save time, such as a head fitted with a similar `c`; default: zeros.
         check: called at every step of the optimizer; an exception that it raises stops the fit.
     """
-    import torch
-    from torch.nn import functional
+    from scipy.optimize import minimize
 
-    inputs = torch.from_numpy(unit(vectors))
-    wanted = torch.from_numpy(targets.astype(np.float32))
-    counts = torch.ones(len(vectors)) if weights is None else torch.from_numpy(weights)
-    coefficients = torch.zeros(vectors.shape[1] + 1, targets.shape[1])
-    if start is not None:
-        coefficients[:-1], coefficients[-1] = torch.from_numpy(start.weights), torch.from_numpy(start.bias)
-    coefficients.requires_grad_(True)
-    optimizer = torch.optim.LBFGS(
-        [coefficients],
-        max_iter=_MAX_ITERATIONS,
-        tolerance_grad=_TOLERANCE,
-        tolerance_change=1e-7,
-        line_search_fn="strong_wolfe",
-    )
+    inputs, wanted = unit(vectors), targets.astype(np.float32)
+    texts, dimensions = inputs.shape
+    shape = (dimensions + 1, wanted.shape[1])  # the last row is the bias
+    shares = np.full((texts, 1), 1 / texts, dtype=np.float32)
+    if weights is not None:
+        shares *= weights[:, None]
 
-    def closure() -> torch.Tensor:
+    def loss(parameters: Parameters) -> tuple[float, Parameters]:
+        """Return the mean loss with the penalty, and its gradient."""
         check()
-        optimizer.zero_grad()
-        logits = inputs @ coefficients[:-1] + coefficients[-1]
-        if multi_label:
-            losses = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(dim=1)
-        else:
-            losses = functional.cross_entropy(logits, wanted, reduction="none")
-        penalty = 0.5 * coefficients[:-1].square().sum() / (c * len(inputs))
-        loss: torch.Tensor = (losses * counts).mean() + penalty
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
+        coefficients = parameters.reshape(shape).astype(np.float32)
+        logits = inputs @ coefficients[:-1]
+        logits += coefficients[-1]
+        losses, errors = _binary_losses(logits, wanted) if multi_label else _losses(logits, wanted)
+        errors *= shares
+        gradient = np.empty(shape)
+        gradient[:-1], gradient[-1] = inputs.T @ errors, errors.sum(axis=0)
+        penalized = parameters[: -shape[1]]
+        gradient.reshape(-1)[: -shape[1]] += penalized / (c * texts)
+        return float(losses @ shares[:, 0]) + float(penalized @ penalized) / (2 * c * texts), gradient.reshape(-1)
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    found = coefficients.detach().numpy()
-    return Head(np.ascontiguousarray(found[:-1]), found[-1].copy())
+    first = np.zeros(shape)
+    if start is not None:
+        first[:-1], first[-1] = start.weights, start.bias
+    limits = {"maxiter": _MAX_ITERATIONS, "gtol": _TOLERANCE, "ftol": _LEAST_GAIN}
+    fitted = minimize(loss, first.reshape(-1), jac=True, method="L-BFGS-B", options=limits)
+    found = fitted.x.reshape(shape).astype(np.float32)
+    return Head(found[:-1], found[-1])
+
+
+def _losses(logits: Matrix, wanted: Matrix) -> tuple[Matrix, Matrix]:
+    """Return the cross-entropy of each text, float32 (texts,), and its gradient by `logits`, which are overwritten.
+
+    `logits`, `wanted` (1 for the right label, 0 for others) and the gradient are float32 (texts, labels).
+    """
+    logits -= logits.max(axis=1, keepdims=True)
+    right = np.einsum("ij,ij->i", logits, wanted)
+    exponentials = np.exp(logits, out=logits)
+    sums = exponentials.sum(axis=1, keepdims=True)
+    exponentials /= sums
+    return np.log(sums[:, 0]) - right, exponentials - wanted
+
+
+def _binary_losses(logits: Matrix, wanted: Matrix) -> tuple[Matrix, Matrix]:
+    """Return the sum over labels of the binary cross-entropies of each text, and its gradient, as `_losses` does."""
+    exponentials = np.exp(-np.abs(logits))
+    losses = np.maximum(logits, 0) - logits * wanted + np.log1p(exponentials)
+    probabilities = np.where(logits >= 0, 1, exponentials) / (1 + exponentials)
+    return losses.sum(axis=1), probabilities - wanted
 
 
 def cross_validate(
