@@ -40,7 +40,8 @@ from rich.table import Table
 
 from emberpc.bundle import read_bundle, unit
 from emberpc.bundle.agreement import neighbour_agreement
-from emberpc.export.convert.onnx_runner import Feeds, Matrix, OnnxRunner
+from emberpc.export.convert.onnx_runner import Matrix, OnnxRunner
+from emberpc.export.convert.sessions import Feeds
 from emberpc.export.data.datasets import read_texts
 from emberpc.export.data.examples import evenly
 from emberpc.export.data.stdlib_texts import sample_texts

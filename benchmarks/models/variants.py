@@ -46,7 +46,12 @@ C = 10.0
 
 def runner_of(bundle: Path, manifest: Manifest, variant: Variant) -> OnnxRunner:
     return OnnxRunner(
-        bundle / variant.path, bundle / "tokenizer.json", manifest.max_tokens, manifest.pad_token_id, threads=1
+        bundle / variant.path,
+        bundle / "tokenizer.json",
+        manifest.max_tokens,
+        manifest.pad_token_id,
+        threads=1,
+        engine=variant.engine,
     )
 
 

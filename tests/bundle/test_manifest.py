@@ -130,7 +130,10 @@ def test_any_json_in_place_of_a_manifest_is_refused_with_a_bundle_error(value: o
         ({"pad_token_id": 2**31}, "whole number from 0 to 2147483647"),
         ({"files": {"a": {"sha256": "0", "size": 2**63}}}, "size.* is 9223372036854775808; it must be"),
         ({"base_model": "x" * 1025}, "base_model has 1025 characters; it may have at most 1024"),
-        ({"variants": [{"name": "x" * 1025, "path": "x", "parity": PARITY_JSON}]}, "variant's name or path has 1025"),
+        (
+            {"variants": [{"name": "x" * 1025, "path": "x", "parity": PARITY_JSON}]},
+            "variant's name, path or engine has 1025",
+        ),
         ({"prompts": {"query": "x" * 16_385}}, "query has 16385 characters"),
         ({"quality": {"x" * 1025: 1}}, "key of quality has 1025"),
         ({"labels": ["x" * 1025, "b"]}, r"labels\[0\] has 1025 characters"),

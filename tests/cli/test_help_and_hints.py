@@ -54,9 +54,9 @@ def test_the_help_of_80_columns_shows_all_names_whole(
 
 
 def test_names_are_completed_also_after_a_comma() -> None:
-    complete = completer(("int8", "int8-fast", "fp16"))
-    assert complete("int") == ["int8", "int8-fast"]
-    assert complete("fp16,int8-") == ["fp16,int8-fast"]
+    complete = completer(("int8", "int8-fast", "int8-static", "fp16"))
+    assert complete("int") == ["int8", "int8-fast", "int8-static"]
+    assert complete("fp16,int8-f") == ["fp16,int8-fast"]
     assert complete("x") == []
 
 

@@ -38,7 +38,7 @@ from fixtures_bundles import save_with_external_weights
 
 MODEL = Path("onnx") / "model.onnx"
 #: Fingerprint of the committed classifier, if the fingerprint of its encoder is "e".
-FINGERPRINT = "106d0dd06de45b29112feee626e2569401af12a0c116b8a75be78d31be734bc0"
+FINGERPRINT = "355302c21e45689b630859f5f243377ddadc31a636f15878513752cf3dd3d075"
 
 
 @pytest.fixture

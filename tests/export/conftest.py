@@ -26,6 +26,8 @@ def quick_exports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     request.getfixturevalue("convert_once")
     request.getfixturevalue("quick_comparison")
     monkeypatch.setattr(measurement, "ROUNDS", 1)
+    monkeypatch.setattr(selection, "_CALIBRATION_TEXTS", 64)
+    monkeypatch.setattr(selection, "_ENOUGH_TEXTS", 32)
     for timing in (measurement, selection):
         monkeypatch.setattr(timing, "TIMED_TEXTS", 16)
     for exporting in (embedding, classifier):

@@ -36,7 +36,7 @@ from fixtures_bundles import minilm_source
 
 #: Variants of MiniLM. `optimized` is tested with a tiny model, since fusing MiniLM takes long.
 NAMES = ("int8", "int8-fast", "fp16")
-ALL = {"fp32", "optimized", *NAMES}
+ALL = {"fp32", "optimized", "int8-static", *NAMES}
 
 
 @pytest.fixture(scope="module")

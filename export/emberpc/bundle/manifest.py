@@ -119,6 +119,8 @@ class Variant:
     bound: Bound | None = None
     #: Figures of the variant; None for a foreign folder, or if the emberpc that wrote the bundle measured no variants.
     measured: Measured | None = None
+    #: The only library that may run the variant, `openvino`; empty: any engine.
+    engine: str = ""
 
 
 @dataclass(frozen=True)
@@ -269,8 +271,8 @@ class Manifest:
         for name, text in (*vars(self.prompts).items(), *measured):
             check_length(text, f"{MANIFEST_NAME}: {name}", MAX_TEXT_LENGTH)
         for variant in self.variants:
-            for text in (variant.name, variant.path):
-                check_length(text, f"{MANIFEST_NAME}: a variant's name or path")
+            for text in (variant.name, variant.path, variant.engine):
+                check_length(text, f"{MANIFEST_NAME}: a variant's name, path or engine")
         for table in ("quality", "dropped", "tools", "files"):
             for key in getattr(self, table):
                 check_length(key, f"{MANIFEST_NAME}: a key of {table}")

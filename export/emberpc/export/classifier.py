@@ -161,6 +161,7 @@ def export_classifier(
             variants,
             model_type=str(encoder.config.get("model_type", "")),
             **_to_measure_on(examples, validation, fitted.held_out),
+            training=examples.texts,
             progress=progress,
         )
         (folder / "README.md").write_text(model_card(manifest), encoding="utf-8")

@@ -17,7 +17,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Names of loggers whose messages below CRITICAL are silenced, since they log internal details during an export. ONNX
 #: Runtime's quantizer logs to the root logger (the empty name). The level of the root logger also silences the loggers
 #: below it that have no level of their own, such as emberpc's.
-_SILENCED_LOGGERS = ("", "optimum", "sentence_transformers", "huggingface_hub", "torch.onnx")
+_SILENCED_LOGGERS = ("", "optimum", "sentence_transformers", "huggingface_hub", "torch.onnx", "nncf")
 
 
 @contextmanager

@@ -19,7 +19,7 @@ FP32 = "fp32"
 #: Name with which a caller asks for all candidates that meet their bounds and are worth their space.
 AUTO = "auto"
 #: Names of the variants that an export can make and measure.
-CANDIDATE_NAMES = ("optimized", "int8", "int8-fast", "fp16")
+CANDIDATE_NAMES = ("optimized", "int8", "int8-fast", "int8-static", "fp16")
 
 
 def check_strategies(names: Sequence[str]) -> None:

@@ -23,8 +23,9 @@ from emberpc.bundle import (
     Variant,
     open_bundle,
 )
-from emberpc.export.convert.onnx_runner import Matrix, OnnxRunner, look
+from emberpc.export.convert.onnx_runner import Matrix, OnnxRunner
 from emberpc.export.convert.parity import compare, faults
+from emberpc.export.convert.sessions import look
 from emberpc.export.errors import ExportError
 
 T = TypeVar("T")
@@ -205,6 +206,7 @@ def _load(bundle: Bundle, variant: Variant) -> tuple[OnnxRunner, str]:
         manifest.max_tokens,
         manifest.pad_token_id,
         interface=bundle.foreign,
+        engine=variant.engine,
     )
     expected = runner.outputs if bundle.foreign else _OUTPUTS[manifest.task]
     if runner.outputs != expected:

@@ -56,7 +56,7 @@ def measure_models(settings: Settings, workers: int) -> Iterator[tuple[str, Choi
     for name, folder in folders.items():
         try:
             model = Model.load(name, folder, variants.get(name, ""), options.get(name, {}), runtimes=runtimes)
-            if runtimes.candidates(name, model.encoder.sha256).any_open:
+            if runtimes.candidates(name, model.encoder.sha256, model.variant.engine).any_open:
                 yield name, tune(model, runtimes)
         except (ModelLoadError, SessionError, BundleError) as error:
             raise StartupError(str(error)) from error

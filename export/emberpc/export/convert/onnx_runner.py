@@ -1,4 +1,4 @@
-"""Run the ONNX file of a bundle or a foreign folder on texts, with ONNX Runtime and tokenizers and without PyTorch."""
+"""Run the ONNX file of a bundle or a foreign folder on texts: with ONNX Runtime or OpenVINO, and without PyTorch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 from tokenizers import Tokenizer
 
-from emberpc.bundle import BundleError, Graph, Interface, Tensor, find_inputs
+from emberpc.bundle import BundleError, Interface, find_inputs
+from emberpc.export.convert.sessions import Feeds, open_session
 from emberpc.export.errors import ExportError
 from emberpc.export.progress import Progress, no_progress
-from emberpc.export.threads import Check, run_in_threads, session_options, usable_threads
+from emberpc.export.threads import Check, run_in_threads, usable_threads
 
 #: Default number of texts of a batch. Small batches of texts of similar length are the fastest on a CPU.
 _BATCH = 16
@@ -23,10 +23,6 @@ _BATCH = 16
 _MAX_AT_ONCE = 16
 
 Matrix = npt.NDArray[np.float32]
-
-
-#: Values of a graph's inputs for a batch of texts, by the input's name, each int (texts, tokens).
-Feeds = dict[str, npt.NDArray[np.integer]]
 
 
 class OnnxRunner:
@@ -42,10 +38,11 @@ class OnnxRunner:
             many as threads are usable; 0: no further limit.
         interface: how to call the graph of a foreign folder, and how to turn its output into a vector, or logits, for
             each text. None: the graph is that of a bundle, whose outputs need no change.
+        engine: the library that runs the model, `onnxruntime` or `openvino`; empty: ONNX Runtime.
 
     Raises:
-        ExportError: a file cannot be loaded; or without `interface`, the graph has inputs other than those of a text
-            encoder.
+        ExportError: a file cannot be loaded; the engine is not installed; or without `interface`, the graph has inputs
+            other than those of a text encoder.
     """
 
     def __init__(
@@ -57,25 +54,26 @@ class OnnxRunner:
         *,
         threads: int = 0,
         interface: Interface | None = None,
+        engine: str = "",
     ) -> None:
         self._at_once = min(threads or usable_threads(), _MAX_AT_ONCE)
-        options = session_options(1)
         try:
-            self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            self._session = open_session(model, engine, self._at_once)
             self._tokenizer = Tokenizer.from_file(str(tokenizer))
             self._tokenizer.enable_truncation(max_tokens)
             self._tokenizer.enable_padding(pad_id=pad_token_id)
-        except Exception as error:  # ONNX Runtime and tokenizers have no common base class of their exceptions
+        except ExportError:
+            raise
+        except Exception as error:  # the engines and tokenizers have no common base class of their exceptions
             raise ExportError(
                 f"{model} cannot be loaded with {tokenizer.name} and {max_tokens} tokens ({type(error).__name__}); "
                 "export the model again"
             ) from error
-        graph = graph_of(self._session)
         #: Names of the graph's outputs, in the graph's order.
-        self.outputs = [output.name for output in graph.outputs]
+        self.outputs = [output.name for output in self._session.graph.outputs]
         self._interface = interface
         try:
-            self._inputs = interface.inputs if interface else find_inputs(graph)
+            self._inputs = interface.inputs if interface else find_inputs(self._session.graph)
         except BundleError as error:
             raise ExportError(f"{model}: {error}; export it again") from error
 
@@ -142,36 +140,15 @@ class OnnxRunner:
             ExportError: the model cannot be run, or its output cannot be used.
         """
         try:
-            (found,) = self._session.run([output], feeds)
+            found = self._session.run(feeds, output)
             if self._interface is not None:
                 ids = feeds[self._inputs.input_ids]
                 return self._interface.finish(found, feeds.get(self._inputs.attention_mask, np.ones_like(ids)))
         except BundleError as error:
             raise ExportError(str(error)) from error
-        except Exception as error:  # ONNX Runtime has no common base class of its exceptions
+        except Exception as error:  # the engines have no common base class of their exceptions
             rows, width = feeds[self._inputs.input_ids].shape
             raise ExportError(
                 f"the ONNX model does not run on {rows} texts of {width} tokens; export it again"
             ) from error
         return np.asarray(found, dtype=np.float32)
-
-
-def graph_of(session: ort.InferenceSession) -> Graph:
-    """Return the inputs and outputs of a model that ONNX Runtime has loaded."""
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    return Graph(
-        [Tensor(node.name, node.type, node.shape) for node in inputs],
-        [Tensor(node.name, node.type, node.shape) for node in outputs],
-    )
-
-
-def look(path: Path) -> Graph:
-    """Load an ONNX file with ONNX Runtime, and return the inputs and outputs of its graph.
-
-    Raises:
-        ExportError: the file cannot be loaded.
-    """
-    try:
-        return graph_of(ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]))
-    except Exception as error:  # ONNX Runtime has no common base class of its exceptions
-        raise ExportError(f"{path} cannot be loaded by ONNX Runtime {ort.__version__}; get the model again") from error

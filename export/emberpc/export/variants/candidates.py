@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import onnx
 
 from emberpc.bundle import Bound
-from emberpc.export.convert.onnx_runner import Feeds
+from emberpc.export.convert.sessions import Feeds
 from emberpc.export.variants import surgery
 from emberpc.export.variants.outliers import find_outliers
+from emberpc.export.variants.static_int8 import quantize_static
 
 #: Bound for `optimized`, which computes the same functions as fp32 in float32, so that only rounding differs.
 _SAME = Bound(
@@ -65,11 +66,14 @@ class Material:
         model: the fp32 graph; `make` may change it in place.
         model_type: `model_type` of the encoder's config.json; only `optimized` uses it.
         texts: inputs of the graph for some texts, each a batch of one text; `int8` finds outlier columns with them.
+        calibration: inputs of the graph for other texts, which no figure is measured on, each a batch of one text; the
+            ranges of `int8-static` are those of these texts.
     """
 
     model: onnx.ModelProto
     model_type: str
     texts: Sequence[Feeds]
+    calibration: Sequence[Feeds]
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,10 @@ class Candidate:
     path: str
     bound: Bound
     make: Callable[[Material], onnx.ModelProto]
+    #: The only engine that may run the variant; empty: any engine.
+    engine: str = ""
+    #: Whether `make` uses `Material.calibration`.
+    calibrated: bool = False
 
 
 def _optimized(material: Material) -> onnx.ModelProto:
@@ -103,6 +111,10 @@ def _int8_fast(material: Material) -> onnx.ModelProto:
     return material.model
 
 
+def _int8_static(material: Material) -> onnx.ModelProto:
+    return quantize_static(material.model, material.calibration)
+
+
 def _fp16(material: Material) -> onnx.ModelProto:
     surgery.store_as_fp16(material.model)
     return material.model
@@ -113,5 +125,6 @@ CANDIDATES = (
     Candidate("optimized", "onnx/model_O2.onnx", _SAME, _optimized),
     Candidate("int8", "onnx/model_qint8_avx2.onnx", _INT8, _int8),
     Candidate("int8-fast", "onnx/model_qint8_avx2_fast.onnx", _INT8_FAST, _int8_fast),
+    Candidate("int8-static", "onnx/model_qint8_static.onnx", _INT8, _int8_static, "openvino", calibrated=True),
     Candidate("fp16", "onnx/model_fp16.onnx", _FP16, _fp16),
 )

@@ -12,7 +12,8 @@ from time import perf_counter, process_time
 from emberpc.bundle import Bound, Manifest, Measured, Reference, Task, best_labels, unit
 from emberpc.bundle.agreement import neighbour_agreement
 from emberpc.bundle.evaluation import measure
-from emberpc.export.convert.onnx_runner import Feeds, Matrix, OnnxRunner
+from emberpc.export.convert.onnx_runner import Matrix, OnnxRunner
+from emberpc.export.convert.sessions import Feeds
 from emberpc.export.data.examples import Targets
 from emberpc.export.errors import ExportError
 from emberpc.export.retrieval.metrics import DECIDING
@@ -45,6 +46,7 @@ class Trial:
         targets: right labels of each text for a classifier, bool (texts, labels); None if the texts have no labels.
         queries: queries of an embedding model with the indexes of their relevant texts; None: retrieval is not
             measured.
+        calibration: texts that no figure is measured on, without prompt; the ranges of `int8-static` are theirs.
     """
 
     folder: Path
@@ -52,16 +54,21 @@ class Trial:
     texts: Sequence[str]
     targets: Targets | None = None
     queries: Queries | None = None
+    calibration: Sequence[str] = ()
 
-    def runner(self, path: str) -> OnnxRunner:
+    def runner(self, path: str, engine: str = "") -> OnnxRunner:
         """Load the ONNX file at `path` in the bundle; return its runner, with one thread. Each call loads the file.
 
+        Args:
+            path: path of the file in the bundle.
+            engine: the engine that runs it; empty: ONNX Runtime.
+
         Raises:
-            ExportError: the file cannot be loaded.
+            ExportError: the file cannot be loaded, or the engine is not installed.
         """
-        manifest = self.manifest
+        manifest, tokenizer = self.manifest, self.folder / "tokenizer.json"
         return OnnxRunner(
-            self.folder / path, self.folder / "tokenizer.json", manifest.max_tokens, manifest.pad_token_id, threads=1
+            self.folder / path, tokenizer, manifest.max_tokens, manifest.pad_token_id, threads=1, engine=engine
         )
 
     @property
@@ -97,7 +104,15 @@ class Trial:
     @cached_property
     def singles(self) -> list[Feeds]:
         """Inputs of the graph for the texts to time, each a batch of one text; also used to find outlier columns."""
-        return [batch for text in self.timed for batch in self.fp32.prepare([text])]
+        return self._each(self.timed)
+
+    @cached_property
+    def calibrating(self) -> list[Feeds]:
+        """Inputs of the graph for the texts of `calibration`, with the passage prompt, each a batch of one text."""
+        return self._each([self.manifest.prompts.passage + text for text in self.calibration])
+
+    def _each(self, texts: Sequence[str]) -> list[Feeds]:
+        return [batch for text in texts for batch in self.fp32.prepare([text])]
 
     @cached_property
     def expected(self) -> Matrix:
@@ -114,12 +129,13 @@ class Trial:
         """Mean nDCG@10 of fp32 over the queries, in [0, 1]; None without queries."""
         return self._ndcg(self.fp32, self.expected)
 
-    def measure(self, path: str, bound: Bound | None = None) -> tuple[Measured, list[str]]:
+    def measure(self, path: str, bound: Bound | None = None, engine: str = "") -> tuple[Measured, list[str]]:
         """Measure one of the bundle's ONNX files, which may be fp32, and check it against a bound.
 
         Args:
             path: path of the file in the bundle.
             bound: the bound; None: nothing is checked.
+            engine: the engine that runs the file; empty: ONNX Runtime, which also runs fp32.
 
         Returns:
             The figures, and a message for each figure of the bound that was measured and is missed. Agreement of
@@ -130,7 +146,7 @@ class Trial:
             ExportError: the file cannot be loaded or run.
         """
         start = perf_counter()
-        runner = self.runner(path)
+        runner = self.runner(path, engine)
         load_seconds = perf_counter() - start
         got = self.expected if path == self.fp32_path else runner.run(self.prompted, self.output)
         cosines = (unit(got) * unit(self.expected)).sum(axis=1)

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from emberpc.export.convert.onnx_runner import Feeds
+from emberpc.export.convert.sessions import Feeds
 from emberpc.export.errors import ExportError
 from emberpc.export.threads import session_options, usable_threads
 from emberpc.export.variants.surgery import Columns, Weights, products

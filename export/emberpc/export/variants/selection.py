@@ -30,6 +30,9 @@ from emberpc.export.variants.measurement import (
 #: Minimum speed, in texts per CPU-second as a multiple of fp32's, that counts as a gain for `auto`. A smaller
 #: difference may be noise.
 _FASTER = 1.1
+#: Number of texts to calibrate `int8-static` with, if there are as many, and the number from which the texts of the
+#: user are enough. Docstrings are added to fewer texts.
+_CALIBRATION_TEXTS, _ENOUGH_TEXTS = 512, 128
 #: Greatest size, in bytes as a share of fp32's, that counts as a gain for `auto`. A smaller saving does not justify a
 #: second file.
 _SMALLER = 0.75
@@ -44,6 +47,7 @@ def add_variants(
     texts: Sequence[str] = (),
     examples: Examples | None = None,
     judged: Judged | None = None,
+    training: Sequence[str] = (),
     measured_on: str,
     progress: Progress = no_progress,
 ) -> Manifest:
@@ -59,6 +63,8 @@ def add_variants(
         examples: labelled texts to measure a classifier on, used instead of `texts`.
         judged: queries and passages to measure an embedding model's retrieval on, used instead of `texts`. If only fp32
             is measured, `judged` is ignored.
+        training: texts that the model was trained on, to calibrate `int8-static` with. The texts above that are not
+            measured on calibrate it, too.
         measured_on: description of the texts that are measured on, for the manifest.
         progress: called before each variant is made and measured, fp32 included.
 
@@ -75,6 +81,9 @@ def add_variants(
     check_variants(names)
     chosen = [candidate for candidate in CANDIDATES if AUTO in names or candidate.name in names]
     trial = _trial(folder, manifest, texts, examples, judged if chosen else None, MAX_TEXTS if chosen else TIMED_TEXTS)
+    if any(candidate.calibrated for candidate in chosen):
+        given = [*texts, *(examples.texts if examples else ()), *(judged.passages if judged else ()), *training]
+        trial = replace(trial, calibration=_calibration(given, trial))
     stage, texts_shown = "measuring variants" if chosen else "measuring speed", f"{len(trial.texts)} texts"
     progress(stage, 0, len(chosen) + 1, f"{FP32}, {texts_shown}")
     first, _ = trial.measure(trial.fp32_path)
@@ -123,6 +132,17 @@ def _trial(
     return Trial(folder, manifest, [texts[row] for row in evenly(len(texts), maximum)])
 
 
+def _calibration(given: Sequence[str], trial: Trial) -> list[str]:
+    """Return at most 512 texts that the trial does not measure on: those of `given`, with docstrings if few."""
+    measured = {*trial.texts, *(trial.queries.texts if trial.queries else ())}
+    texts = [text for text in dict.fromkeys(given) if text not in measured]
+    if len(texts) < _ENOUGH_TEXTS:
+        measured.update(texts)
+        docstrings = [text for text in sample_texts(4 * _CALIBRATION_TEXTS) if text not in measured]
+        texts += [docstrings[row] for row in evenly(len(docstrings), _CALIBRATION_TEXTS - len(texts))]
+    return [texts[row] for row in evenly(len(texts), _CALIBRATION_TEXTS)]
+
+
 def _make(trial: Trial, candidate: Candidate, model_type: str) -> Variant:
     """Make a candidate, write its ONNX file, measure it, and return the variant.
 
@@ -134,12 +154,14 @@ def _make(trial: Trial, candidate: Candidate, model_type: str) -> Variant:
     path = trial.folder / candidate.path
     model = onnx.load(str(trial.folder / trial.fp32_path))
     check_size(model)
-    material = Material(model, model_type, trial.singles)
+    material = Material(model, model_type, trial.singles, trial.calibrating)
     save_model(candidate.make(material), path)
-    measured, faults = trial.measure(candidate.path, candidate.bound)
+    measured, faults = trial.measure(candidate.path, candidate.bound, candidate.engine)
     if faults:
         raise ExportError("; ".join(faults))
-    return Variant(candidate.name, candidate.path, _parity(trial, candidate), candidate.bound, measured)
+    return Variant(
+        candidate.name, candidate.path, _parity(trial, candidate), candidate.bound, measured, candidate.engine
+    )
 
 
 def _parity(trial: Trial, candidate: Candidate) -> Parity:
@@ -153,7 +175,7 @@ def _parity(trial: Trial, candidate: Candidate) -> Parity:
     Raises:
         ExportError: an output misses the bound, or the candidate cannot be run.
     """
-    reference, runner = trial.reference, trial.runner(candidate.path)
+    reference, runner = trial.reference, trial.runner(candidate.path, candidate.engine)
     outputs = {"sentence_embedding": reference.vectors}
     if reference.logits is not None:
         outputs["logits"] = reference.logits

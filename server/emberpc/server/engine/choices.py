@@ -25,7 +25,7 @@ from emberpc.server.engine.sessions.runtime import Runtime
 log = logging.getLogger(__name__)
 
 #: The engines. Each has the name of its package.
-_ENGINES = ("onnxruntime", "openvino")
+ENGINES = ("onnxruntime", "openvino")
 #: Seconds (30 days) after which a choice is measured again: hosts and the other work on them change.
 _MAX_AGE = 30 * 24 * 3600.0
 _FORMAT = 1
@@ -34,6 +34,8 @@ _FORMAT = 1
 _MAX_BYTES, _MAX_BATCH_TOKENS, _MAX_REASON = 16 * 2**20, 2**16, 2**12
 #: Fields of a choice in the file, with their types in JSON.
 _FIELDS = {"engine": str, "precision": str, "batch_tokens": int, "measured": float, "reason": str}
+#: Names in /proc/cpuinfo of instructions for sums of int8 products: three of x86-64, and one of ARM.
+_INT8_FEATURES = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
 #: The value of the settings `engine` and `precision` that leaves the choice to a measurement.
 AUTO = "auto"
 #: A precision counts as the same model as fp32 if at least this share of the ten nearest neighbours, or of the best
@@ -202,7 +204,7 @@ def _choice_of(entry: Any) -> Choice | None:
         return None
     fits = (
         all(type(entry[name]) is kind for name, kind in _FIELDS.items())
-        and entry["engine"] in _ENGINES
+        and entry["engine"] in ENGINES
         and 1 <= entry["batch_tokens"] <= _MAX_BATCH_TOKENS
         and len(entry["reason"]) <= _MAX_REASON
         and entry["reason"].isprintable()
@@ -267,15 +269,20 @@ class Runtimes:
     batch_tokens: int = 0
     choices: Choices = field(default_factory=lambda: Choices(None))
 
-    def candidates(self, name: str, sha256: str) -> RuntimeCandidates:
+    def candidates(self, name: str, sha256: str, made_for: str = "") -> RuntimeCandidates:
         """Return what the settings leave open for a model.
 
         Args:
             name: name of the model.
             sha256: SHA-256 (hex) of its ONNX file.
+            made_for: the engine that the served variant was made for; empty: any engine. Where the settings leave it
+                open, the variant runs in this engine in fp32, which is the precision of the products that are not int8.
         """
         engine = self.engines.get(name, self.engines.get("", AUTO))
         precision = self.precisions.get(name, self.precisions.get("", AUTO))
+        if made_for:
+            engine = made_for if engine == AUTO else engine
+            precision = "fp32" if precision == AUTO else precision
         pairs = [("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")]
         if AUTO in (engine, precision):
             pairs = [pair for pair in pairs if engine in (AUTO, pair[0]) and precision in (AUTO, pair[1])]
@@ -287,18 +294,19 @@ class Runtimes:
             tuple(self._runtime(*pair, sha256) for pair in (first, *installed)), batch_tokens=not self.batch_tokens
         )
 
-    def plan(self, name: str, sha256: str) -> RuntimePlan:
+    def plan(self, name: str, sha256: str, made_for: str = "") -> RuntimePlan:
         """Return how a model is run now; for the arguments, see `candidates`."""
-        candidates = self.candidates(name, sha256)
+        candidates = self.candidates(name, sha256, made_for)
         runtime, choice = self._chosen(candidates, sha256)
         if choice is not None:
             return RuntimePlan(runtime, self.batch_tokens or choice.batch_tokens, choice.reason)
-        reason = "not measured yet" if candidates.any_open else "set by the settings"
+        reason = f"the variant was made for {made_for}" if made_for else "set by the settings"
+        reason = "not measured yet" if candidates.any_open else reason
         return RuntimePlan(runtime, self.batch_tokens, reason)
 
-    def is_due(self, name: str, sha256: str) -> bool:
+    def is_due(self, name: str, sha256: str, made_for: str = "") -> bool:
         """Return whether a model must be measured; for the arguments, see `candidates`."""
-        candidates = self.candidates(name, sha256)
+        candidates = self.candidates(name, sha256, made_for)
         _, choice = self._chosen(candidates, sha256)
         return candidates.any_open and (choice is None or not choice.is_recent)
 
@@ -335,7 +343,26 @@ def version_of(engine: str) -> str:
 
 def host_text() -> str:
     """Return a text that describes this host: processor, features, cores, and versions of the engines."""
-    names = {"model name": "", "flags": ""}
+    processor = _processor()
+    flags = hashlib.sha256(" ".join(sorted(processor["flags"].split())).encode()).hexdigest()[:16]
+    engines = " ".join(f"{engine} {version_of(engine) or 'not installed'}" for engine in ENGINES)
+    cores = f"{usable_cores()} cores (quota {quota():g})"
+    return f"{platform.machine()} {processor['model name']} features {flags} {cores} {engines}"
+
+
+def multiplies_int8() -> bool:
+    """Return whether the processor has instructions for sums of int8 products; True if its features are unknown.
+
+    Without them, the variant `int8-static` is slower than fp32 in OpenVINO, and sums that overflow change its vectors.
+    """
+    processor = _processor()
+    features = f"{processor['flags']} {processor['Features']}".split()
+    return not features or not _INT8_FEATURES.isdisjoint(features)
+
+
+def _processor() -> dict[str, str]:
+    """Return the name and the features of the processor: on x86-64, they are `flags`, on ARM, `Features`."""
+    names = {"model name": "", "flags": "", "Features": ""}
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -345,7 +372,4 @@ def host_text() -> str:
             name, _, value = line.partition(":")
             if names.get(name.strip()) == "":
                 names[name.strip()] = value.strip()
-    flags = hashlib.sha256(" ".join(sorted(names["flags"].split())).encode()).hexdigest()[:16]
-    engines = " ".join(f"{engine} {version_of(engine) or 'not installed'}" for engine in _ENGINES)
-    cores = f"{usable_cores()} cores (quota {quota():g})"
-    return f"{platform.machine()} {names['model name']} features {flags} {cores} {engines}"
+    return names

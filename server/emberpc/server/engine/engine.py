@@ -62,7 +62,8 @@ class Engine:
 
         Models with a measurement of the last 30 days on this host are left out.
         """
-        return [model for model in self.models() if self.registry.runtimes.is_due(model.name, model.encoder.sha256)]
+        due = self.registry.runtimes.is_due
+        return [model for model in self.models() if due(model.name, model.encoder.sha256, model.variant.engine)]
 
     def tune(self, model: Model, stop: Callable[[], bool] = lambda: False) -> bool:
         """Measure how a model is run fastest on this host, and store that; see `tuning.tune`.
@@ -98,7 +99,8 @@ class Engine:
         return [model for model in self.models() if self._is_outdated(model)]
 
     def _is_outdated(self, model: Model) -> bool:
-        return self.registry.runtimes.plan(model.name, model.encoder.sha256).runtime != model.plan.runtime
+        plan = self.registry.runtimes.plan(model.name, model.encoder.sha256, model.variant.engine)
+        return plan.runtime != model.plan.runtime
 
     def revive(self) -> int:
         """Start the missing workers, and the express worker if it is missing, as far as the system allows.

@@ -50,7 +50,7 @@ def tune(model: Model, runtimes: Runtimes, stop: Callable[[], bool] = lambda: Fa
     """
     (text,) = model.tokenizer.tokenize([agreement_texts()[0]], "", Truncation.END, items_of("texts"))
     max_tokens = model.tokenizer.max_tokens
-    candidates = runtimes.candidates(model.name, model.encoder.sha256)
+    candidates = runtimes.candidates(model.name, model.encoder.sha256, model.variant.engine)
     encoders = _encoders(model, candidates.runtimes, text.ids, stop)
     best = fallback = next(iter(encoders))
     reasons = []

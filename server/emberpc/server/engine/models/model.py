@@ -24,7 +24,7 @@ from emberpc.bundle import (
     open_bundle,
 )
 from emberpc.bundle.contents import Contents
-from emberpc.server.engine.choices import RuntimePlan, Runtimes
+from emberpc.server.engine.choices import ENGINES, RuntimePlan, Runtimes, multiplies_int8
 from emberpc.server.engine.models.encoders import Encoder, Encoders
 from emberpc.server.engine.models.extremes import ENGINE_BOUNDS, fault_at_the_limits
 from emberpc.server.engine.sessions.runtime import Runtime
@@ -142,7 +142,7 @@ class Model:
                 contents=loading.contents,
             )
             variant = bundle.manifest.variant(variant_name)
-            loading.decide(bundle.manifest.files[variant.path].sha256)
+            loading.decide(bundle.manifest.files[variant.path].sha256, variant)
             loading.contents.read(bundle.model_path(variant))
             # Other threads hash the weights meanwhile, since hashing takes about as long as loading.
             with ThreadPoolExecutor(2, thread_name_prefix="hashes") as beside:
@@ -325,9 +325,29 @@ class _Loading:
         self.plan = runtimes.plan(name, "")
         self._sessions: dict[Path, Session] = {}
 
-    def decide(self, sha256: str) -> None:
-        """Decide how the model is run, by the SHA-256 (hex) of its ONNX file."""
-        plan = self._runtimes.plan(self._name, sha256)
+    def decide(self, sha256: str, variant: Variant) -> None:
+        """Decide how the model is run, by the served variant and the SHA-256 (hex) of its ONNX file.
+
+        Raises:
+            BundleError: the settings state another engine than the variant was made for, or the processor lacks
+                instructions that the variant needs.
+        """
+        plan = self._runtimes.plan(self._name, sha256, variant.engine)
+        if variant.engine not in ("", *ENGINES):
+            raise BundleError(
+                f"the variant {variant.name} was made for {variant.engine!r}, which this emberpc does not have; serve "
+                f"another variant with --variant {self._name}=…, or install a newer emberpc"
+            )
+        if variant.engine not in ("", plan.runtime.engine):
+            raise BundleError(
+                f"the variant {variant.name} was made for {variant.engine} and measured with it only; serve it with "
+                f"--engine {variant.engine}, or serve another variant with --variant {self._name}=…"
+            )
+        if variant.engine and not multiplies_int8():
+            raise BundleError(
+                f"the variant {variant.name} needs a processor with instructions for sums of int8 products, such as "
+                f"VNNI; serve another variant with --variant {self._name}=…"
+            )
         if plan.runtime != self.plan.runtime:
             self._sessions.clear()
         self.plan = plan

@@ -125,7 +125,7 @@ class Registry:
         found = known
         if found is None:
             on_stage(f"comparing {runtime.precision} with fp32")
-            exact = encoder_of(model, Runtime(), Contents())
+            exact = encoder_of(model, Runtime(model.variant.engine or "onnxruntime"), Contents())
             found = agreement(model, choices, runtime, exact, model.encoder, lambda: False)
             log.info("model %s: %s agrees with fp32 in %.2f %%", model.name, runtime.precision, 100 * found)
         if found < SAME_MODEL:
