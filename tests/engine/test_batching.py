@@ -25,13 +25,23 @@ class Doubler(FakeRunner):
         return np.array([[len(ids)] for ids in batch], dtype=np.float32)
 
 
+class Rounding(Doubler):
+    """A model of a library that compiles shapes: it rounds lengths up to multiples of 8, and takes 1, 2 or 4n texts."""
+
+    def padded(self, tokens: int) -> int:
+        return -(-tokens // 8) * 8
+
+    def rows(self, texts: int) -> int:
+        return texts // 4 * 4 or min(texts, 2)
+
+
 def submission(runner: Doubler, lengths: Sequence[int], caller: str = "", lane: Lane = Lane.INTERACTIVE) -> Submission:
     texts = [np.zeros(length, dtype=np.int64) for length in lengths]
     return Submission(runner, texts, Caller(caller, lane), Mock(spec=asyncio.Future))
 
 
 def padded(batch: list[Item]) -> int:
-    return max(item.length for item in batch) * len(batch)
+    return batch[0].submission.runner.padded(max(item.length for item in batch)) * len(batch)
 
 
 lengths = st.lists(st.integers(1, 600), min_size=1, max_size=40)
@@ -41,7 +51,7 @@ lengths = st.lists(st.integers(1, 600), min_size=1, max_size=40)
 def test_every_text_is_in_one_batch_and_every_batch_keeps_the_token_limit(
     calls: list[tuple[bool, list[int]]], budget: int
 ) -> None:
-    models = {True: Doubler(), False: Doubler()}
+    models = {True: Doubler(), False: Rounding()}
     queue = Queue(budget)
     submissions = [submission(models[which], call) for which, call in calls]
     for each in submissions:
@@ -52,7 +62,8 @@ def test_every_text_is_in_one_batch_and_every_batch_keeps_the_token_limit(
     while queue:
         batch = queue.take()
         assert batch
-        assert len({id(item.submission.runner) for item in batch}) == 1
+        (runner,) = {item.submission.runner for item in batch}
+        assert runner.rows(len(batch)) == len(batch)
         assert len(batch) == 1 or padded(batch) <= budget
         taken += batch
 
@@ -60,6 +71,19 @@ def test_every_text_is_in_one_batch_and_every_batch_keeps_the_token_limit(
         (id(each), row) for each in submissions for row in range(len(each.texts))
     )
     assert queue.tokens == 0
+
+
+@given(lengths=lengths, budget=st.integers(1, 1024))
+def test_the_oldest_text_is_in_the_next_batch_although_a_batch_shrinks(lengths: list[int], budget: int) -> None:
+    queue, oldest = Queue(budget), 0
+    queue.add(submission(Rounding(), lengths))
+    left = set(range(len(lengths)))
+    while queue:
+        oldest = min(left)
+        rows = {item.row for item in queue.take()}
+        assert oldest in rows
+        left -= rows
+    assert not left
 
 
 @given(first=lengths, second=lengths, budget=st.integers(1, 1024))

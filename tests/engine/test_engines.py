@@ -10,6 +10,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,11 +19,11 @@ import pytest
 from emberpc.bundle.contents import Contents
 from emberpc.client import Client
 from emberpc.server.engine import Model, ModelLoadError, Registry, Runtimes
-from emberpc.server.engine.models.encoders import Encoder
+from emberpc.server.engine.models.encoders import _ROWS, Encoder
 from emberpc.server.engine.models.extremes import fault_at_the_limits
 from emberpc.server.engine.priority import lower_priority
 from emberpc.server.engine.sessions.runtime import Runtime
-from emberpc.server.engine.sessions.session import LoadCancellation, Session, SessionError
+from emberpc.server.engine.sessions.session import Feeds, LoadCancellation, Session, SessionError
 from emberpc.server.engine.tokenizing import TextTokenizer, TokenIds
 from examples.server_process import ServerProcess
 from fixtures_bundles import save_with_external_weights
@@ -215,6 +216,28 @@ def test_a_session_can_be_made_after_its_file_is_gone(tiny_bundle: Path, tmp_pat
     cancelled.cancel()
     with pytest.raises(SessionError, match="cancelled"):
         session.with_threads(2, cancelled)
+
+
+@pytest.mark.parametrize(("engine", "few"), [("openvino", True), ("onnxruntime", False)])
+def test_openvino_gets_few_shapes_of_batches_within_the_length_limit(
+    tiny_bundle: Path, engine: str, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model.load("m", tiny_bundle, runtimes=with_engine(engine))
+    encoder, limit, shapes = model.encoder, model.manifest.max_tokens, set[tuple[int, ...]]()
+    run = encoder._session.run
+
+    def watched(feeds: Feeds, output: str) -> Any:
+        shapes.add(feeds["input_ids"].shape)
+        return run(feeds, output)
+
+    monkeypatch.setattr(encoder._session, "run", watched)
+    lengths = range(1, limit + 1)
+    for length in lengths:
+        alone = encoder.run([np.full(length, 5)])
+        np.testing.assert_allclose(alone, encoder.run([np.full(length, 5), np.array([2])])[:1], atol=2e-5)
+    assert max(length for _, length in shapes) == limit
+    assert len(shapes) <= len(lengths) / 2 if few else len(shapes) == 2 * len(lengths)
+    assert {encoder.rows(texts) for texts in range(1, 65)} == {each for each in _ROWS if each <= 64} if few else True
 
 
 def test_many_threads_get_their_own_outputs(tiny_bundle: Path) -> None:

@@ -71,8 +71,8 @@ def test_the_smallest_batch_size_near_the_best_rate_is_chosen() -> None:
     def speeds(**rates: float) -> Speeds[int]:
         return Speeds([{int(size[1:]): 1 / rate for size, rate in rates.items()}], busy=False)
 
-    assert best_size(speeds(_128=90.0, _256=98.0, _512=100.0, _1024=70.0)) == 256
-    assert best_size(speeds(_128=90.0, _256=91.0, _512=100.0, _1024=101.0)) == 512
+    assert best_size(speeds(_128=90.0, _256=95.0, _512=100.0, _1024=70.0)) == 256
+    assert best_size(speeds(_128=90.0, _256=91.0, _512=100.0, _1024=105.0)) == 512
 
 
 def test_every_engine_is_measured_with_several_lengths_and_one_engine_with_several_sizes(

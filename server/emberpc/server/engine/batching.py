@@ -45,6 +45,14 @@ class BatchRunner(Protocol):
         """Maximum number of tokens of a micro-batch, padding included; 0: the default of the backlog."""
         ...
 
+    def padded(self, tokens: int) -> int:
+        """Return the length to which a batch is padded, if its longest text has that many tokens."""
+        ...
+
+    def rows(self, texts: int) -> int:
+        """Return the number of texts to run as one batch, at least 1, if `texts` texts fit into a micro-batch."""
+        ...
+
     def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
         """Run at least one text, given by its token ids, as one batch; return float32, shape (texts, width).
 
@@ -264,7 +272,8 @@ class Queue:
         """Choose a run of neighbours around an anchor, and return its bounds.
 
         The run begins with the anchor alone. It grows by one text, on the side where `_worth` becomes higher, as long
-        as that raises `_worth` and the batch stays within the limit of tokens.
+        as that raises `_worth` and the batch stays within the limit of tokens. Then it shrinks to a number of texts
+        that the runner accepts: the shortest texts wait again, and if all are longer than the anchor, the longest.
 
         Args:
             pool: waiting texts of one model, sorted by length.
@@ -273,24 +282,29 @@ class Queue:
         Returns:
             Index of the first text of the run, and the index after that of its last text.
         """
-        limit = pool[anchor].submission.runner.batch_tokens or self._batch_tokens
-        low, high, longest = anchor, anchor + 1, pool[anchor].length
-        tokens, best = longest, _worth(longest, longest)
+        runner = pool[anchor].submission.runner
+        limit, padded = runner.batch_tokens or self._batch_tokens, runner.padded
+        low, high, tokens = anchor, anchor + 1, pool[anchor].length
+        longest = padded(tokens)
+        best = _worth(tokens, longest)
         while True:
             rows = high - low + 1
             shorter = longer = 0.0
             if low and longest * rows <= limit:
                 shorter = _worth(tokens + pool[low - 1].length, longest * rows)
-            if high < len(pool) and (length := pool[high].length) * rows <= limit:
-                longer = _worth(tokens + length, length * rows)
+            if high < len(pool) and (length := padded(pool[high].length)) * rows <= limit:
+                longer = _worth(tokens + pool[high].length, length * rows)
             if max(shorter, longer) <= best:
-                return low, high
+                break
             if longer > shorter:
-                best, longest = longer, pool[high].length
-                tokens, high = tokens + longest, high + 1
+                best, longest = longer, length
+                tokens, high = tokens + pool[high].length, high + 1
             else:
                 best, low = shorter, low - 1
                 tokens += pool[low].length
+        excess = high - low - runner.rows(high - low)
+        from_below = min(excess, anchor - low)
+        return low + from_below, high - (excess - from_below)
 
 
 def _worth(tokens: int, padded: int) -> float:

@@ -356,7 +356,8 @@ class Scheduler:
     def _finish(self, batch: list[Item], output: Output, start: float, end: float, threads: int) -> None:
         """Store and count the output of a batch, run from `start` to `end` (`perf_counter`); send complete results."""
         tokens = sum(item.length for item in batch)
-        full = batch[0].submission.runner.batch_tokens or self._batch_tokens
+        runner = batch[0].submission.runner
+        full = runner.batch_tokens or self._batch_tokens
         finished = []
         # The rows are copied, since a view would keep the output of the whole batch in memory.
         rows = [np.array(row) for row in output]
@@ -367,7 +368,7 @@ class Scheduler:
             self.counts.batches += 1
             self.counts.texts += len(batch)
             self.counts.tokens += tokens
-            self.counts.padding += max(item.length for item in batch) * len(batch) - tokens
+            self.counts.padding += runner.padded(max(item.length for item in batch)) * len(batch) - tokens
             for item, row in zip(batch, rows, strict=True):
                 submission = item.submission
                 submission.started = min(submission.started or start, start)  # an earlier batch may end later

@@ -49,7 +49,7 @@ def encoder_of(model: Model, runtime: Runtime, contents: Contents) -> Encoder:
     if contents.sha256(served.path) != served.sha256:
         raise SessionError(f"{served.path} changed since the model was loaded; reload the model")
     session = runtime.open(served.path, contents)
-    return Encoder(session, served.interface, served.pad_token_id, served.sha256)
+    return Encoder(session, served.interface, served.pad_token_id, served.sha256, max_tokens=served.max_tokens)
 
 
 def agreement(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -28,7 +29,23 @@ log = logging.getLogger(__name__)
 #: A session with several threads is used only if it runs a short text faster than the session with one thread: the
 #: number of tokens of that text, and the number of runs with each session.
 _PROBE_TOKENS, _PROBES = 32, 5
+#: Allowed numbers of texts of a batch for a library that compiles shapes, ascending. From 8 on, at most a fifth of the
+#: texts that would fit waits for the next batch.
+_ROWS: tuple[int, ...] = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 _numbers = count()
+
+
+def padded_length(tokens: int, maximum: int) -> int:
+    """Return the length to which a batch is padded for a library that compiles shapes.
+
+    It is a multiple of 4 up to 32 tokens, of 8 up to 128, and of 16 above, but at most `maximum`.
+
+    Args:
+        tokens: number of tokens of the longest text of the batch.
+        maximum: maximum number of tokens of a text of the model.
+    """
+    step = 4 if tokens <= 32 else 8 if tokens <= 128 else 16
+    return max(tokens, min(-(-tokens // step) * step, maximum))
 
 
 class Encoder:
@@ -40,10 +57,17 @@ class Encoder:
         pad_token_id: token id that fills up the shorter texts of a batch.
         sha256: SHA-256 (hex) of the ONNX file.
         batch_tokens: maximum number of tokens of a micro-batch, padding included; 0: the default of the scheduler.
+        max_tokens: maximum number of tokens of a text; 0: unknown, and then the lengths of batches are not rounded.
     """
 
     def __init__(
-        self, session: Session, interface: Interface, pad_token_id: int, sha256: str = "", batch_tokens: int = 0
+        self,
+        session: Session,
+        interface: Interface,
+        pad_token_id: int,
+        sha256: str = "",
+        batch_tokens: int = 0,
+        max_tokens: int = 0,
     ) -> None:
         self.interface = interface
         self.sha256 = sha256
@@ -53,6 +77,7 @@ class Encoder:
         self.number = next(_numbers)
         self._session = session
         self.pad_token_id = pad_token_id
+        self.max_tokens = max_tokens
         self._wide: Session | None = None
         #: Whether `_wide` runs a short text faster than `_session`.
         self._wide_is_faster = False
@@ -72,6 +97,20 @@ class Encoder:
     def wide(self) -> bool:
         """Whether a session with several threads was loaded and is used for runs on several threads."""
         return self._wide is not None and self._wide_is_faster
+
+    def padded(self, tokens: int) -> int:
+        """Return the length to which a batch is padded, if its longest text has that many tokens.
+
+        A library that compiles the model for each shape is given few shapes, since a new one takes 5 to 30 % of the
+        time of a full micro-batch, and much longer than a single short text.
+        """
+        return padded_length(tokens, self.max_tokens) if self._session.compiles_shapes else tokens
+
+    def rows(self, texts: int) -> int:
+        """Return the number of texts to run as one batch, if that many fit: the same number, or a little smaller."""
+        if not self._session.compiles_shapes or texts > _ROWS[-1]:
+            return texts
+        return _ROWS[bisect_right(_ROWS, texts) - 1]
 
     def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
         """Run the token ids of texts as one batch; return float32 (texts, width).
@@ -133,9 +172,9 @@ class Encoder:
             self._widener = widener
 
     def _run_on(self, session: Session, batch: Sequence[TokenIds]) -> Output:
-        longest = max(len(ids) for ids in batch)
-        input_ids = np.full((len(batch), longest), self.pad_token_id, dtype=np.int64)
-        mask = np.zeros((len(batch), longest), dtype=np.int64)
+        length = self.padded(max(len(ids) for ids in batch))
+        input_ids = np.full((len(batch), length), self.pad_token_id, dtype=np.int64)
+        mask = np.zeros((len(batch), length), dtype=np.int64)
         for row, ids in enumerate(batch):
             input_ids[row, : len(ids)] = ids
             mask[row, : len(ids)] = 1

@@ -210,7 +210,14 @@ class Model:
         def load_encoder() -> Encoder:
             session = loading.session(path)
             interface = bundle.interface(session.graph, headless=head is not None)
-            return Encoder(session, interface, manifest.pad_token_id, entry.sha256, loading.plan.batch_tokens)
+            return Encoder(
+                session,
+                interface,
+                manifest.pad_token_id,
+                entry.sha256,
+                loading.plan.batch_tokens,
+                manifest.max_tokens,
+            )
 
         # An encoder that gives logits is always loaded here. `Registry.put` may share it later.
         vectors = head is not None or manifest.task is Task.EMBEDDING

@@ -79,6 +79,9 @@ class OnnxSession:
             [Tensor(node.name, node.type, node.shape) for node in outputs],
         )
 
+    #: ONNX Runtime runs any shape at once.
+    compiles_shapes = False
+
     def with_threads(self, threads: int, cancellation: LoadCancellation | None = None) -> OnnxSession:
         """Load and return a second session of the same model, for runs on `threads` threads.
 

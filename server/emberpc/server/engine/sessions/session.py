@@ -80,6 +80,11 @@ class Session(Protocol):
         """Number of runs that the library executes at a time; further runs wait. None: no limit."""
         ...
 
+    @property
+    def compiles_shapes(self) -> bool:
+        """Whether the library compiles the model for each shape of a batch, so that repeated shapes are faster."""
+        ...
+
     def run(self, feeds: Feeds, output: str) -> npt.NDArray[np.floating]:
         """Run one batch, padded to the length of its longest text, and return the output of that name.
 
