@@ -157,7 +157,9 @@ def save_recall(collection: Any) -> None:
 
 
 def write_bundle(folder: Path) -> dict[str, Any]:
-    """Write `bundle.zip`, a tiny classifier that rejects by another score than the best logit. This needs PyTorch.
+    """Write `bundle.zip`, a tiny classifier with a variant for one engine. This needs PyTorch and NNCF.
+
+    The classifier rejects texts by another score than the best logit.
 
     Returns:
         What a reader must find: the fingerprint, outputs of PyTorch for some texts, and how texts are rejected.
@@ -172,7 +174,7 @@ def write_bundle(folder: Path) -> dict[str, Any]:
         for path, lines in TRAINING.items():
             (scratch / path).write_text("\n".join(lines) + "\n", encoding="utf-8")
         data = ClassifierData(scratch / "train.csv", outside=scratch / "outside.csv")
-        export_classifier(data, scratch / "encoder", scratch / "bundle")
+        export_classifier(data, scratch / "encoder", scratch / "bundle", variants=["int8-static"])
         fingerprint = read_bundle(scratch / "bundle").fingerprint()
         return {"fingerprint": fingerprint, **bundle_content(scratch / "bundle", folder / "bundle.zip")}
 

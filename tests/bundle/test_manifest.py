@@ -155,7 +155,7 @@ def test_any_json_in_place_of_a_manifest_is_refused_with_a_bundle_error(value: o
         ({"quality": {"accuracy": "good"}}, "quality.*not of type float"),
         ({"base_model": "half a pair: \ud800"}, "not of type str"),
         ({"files": {"a": {"sha256": "0", "size": "1"}}}, "size"),
-        ({"format_version": 3}, "format_version is 3, this emberpc reads 1 and 2; export the model again"),
+        ({"format_version": 9}, "format_version is 9, this emberpc reads 1, 2, 3; export the model again"),
         ({"format_version": True}, "export the model again"),
         ({"rejection_score": "entropy"}, "rejection_score is 'entropy'"),
         ({"rejection_threshold": 0.5}, "set rejection_logit for max_logit, not rejection_threshold"),

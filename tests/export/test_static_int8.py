@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emberpc.bundle import Manifest, read_bundle
+from emberpc.bundle import BundleError, Manifest, read_bundle
 from emberpc.bundle.bounds import cosines
+from emberpc.bundle.cores import multiplies_int8
 from emberpc.bundle.manifest import MANIFEST_NAME
 from emberpc.export.classifier import ClassifierData, export_classifier
+from emberpc.export.convert import sessions
 from emberpc.export.convert.sessions import open_session
 from emberpc.export.embedding import export_embedding
 from emberpc.export.errors import ExportError
@@ -23,15 +25,13 @@ from emberpc.export.variants import CANDIDATES, selection
 from emberpc.export.variants.measurement import Trial
 from emberpc.export.verify import VerifyReport, verify_bundle
 from emberpc.server.engine import Model, ModelLoadError
-from emberpc.server.engine.choices import Runtimes, multiplies_int8
+from emberpc.server.engine.choices import Runtimes
 from emberpc.server.engine.models import model as model_module
 from fixtures_bundles import minilm_source
 
 pytest.importorskip("nncf", reason="the extra int8-static is not installed")
 NAME = "int8-static"
-needs_int8 = pytest.mark.skipif(
-    not multiplies_int8(), reason="this processor has no instructions for sums of int8 products"
-)
+pytestmark = pytest.mark.skipif(not multiplies_int8(), reason="this processor has no int8 dot products")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_without_nncf_the_error_names_the_extra(
     tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "nncf", None)
-    with pytest.raises(ExportError, match="NNCF is not installed; install the extra `int8-static`"):
+    with pytest.raises(ExportError, match="the variant int8-static needs nncf; install the extra `int8-static`"):
         export_embedding(str(tiny_source), tmp_path / "b", variants=[NAME])
     manifest = export_embedding(str(tiny_source), tmp_path / "c", variants=["auto"])
     assert "install the extra `int8-static`" in manifest.dropped[NAME]
@@ -131,7 +131,6 @@ def test_without_openvino_verify_names_the_extra(bundle: Path, monkeypatch: pyte
     assert "was made for OpenVINO, which is not installed; install the extra `openvino`" in fault
 
 
-@needs_int8
 def test_a_server_runs_the_variant_with_openvino_and_says_why(bundle: Path) -> None:
     model, exact = loaded(bundle), Model.load("m", bundle)
     assert (model.plan.runtime.engine, model.plan.runtime.precision) == ("openvino", "fp32")
@@ -142,14 +141,40 @@ def test_a_server_runs_the_variant_with_openvino_and_says_why(bundle: Path) -> N
 
 
 def test_another_engine_than_that_of_the_variant_is_refused(bundle: Path) -> None:
-    with pytest.raises(ModelLoadError, match="was made for openvino and measured with it only; serve it with --engine"):
+    with pytest.raises(ModelLoadError, match="runs in openvino only; state --engine m=openvino, or serve"):
         loaded(bundle, "onnxruntime")
 
 
 def test_a_processor_without_int8_products_is_refused(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_module, "multiplies_int8", lambda: False)
-    with pytest.raises(ModelLoadError, match=r"needs a processor with instructions .* with --variant m="):
+    with pytest.raises(
+        ModelLoadError,
+        match=r"needs a processor with int8 dot products, .*; serve another .* --variant m=",
+    ):
         loaded(bundle)
+
+
+def test_export_and_verify_refuse_a_processor_without_int8_products(
+    bundle: Path, tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "multiplies_int8", lambda: False)
+    (fault,) = failed(verify_bundle(bundle))
+    assert "needs a processor with int8 dot products" in fault
+    with pytest.raises(ExportError, match="int8-static needs a processor with int8 dot products"):
+        export_embedding(str(tiny_source), tmp_path / "b", variants=[NAME])
+
+
+def test_a_server_without_openvino_names_the_extra_and_no_option(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module, "version_of", lambda engine: "")
+    with pytest.raises(ModelLoadError, match=r"needs the extra `openvino`; install .*, or serve another variant"):
+        loaded(bundle)
+
+
+def test_earlier_readers_refuse_the_bundle(bundle: Path) -> None:
+    text = (bundle / MANIFEST_NAME).read_text(encoding="utf-8")
+    assert json.loads(text)["format_version"] == 3
+    with pytest.raises(BundleError, match="the engine of the variant int8-static needs the format_version 3"):
+        Manifest.from_json(text.replace('"format_version": 3', '"format_version": 1'))
 
 
 def test_an_engine_of_a_newer_emberpc_is_refused(bundle: Path) -> None:
@@ -168,7 +193,6 @@ def test_an_engine_of_a_newer_emberpc_is_refused(bundle: Path) -> None:
         path.write_text(before, encoding="utf-8")
 
 
-@needs_int8
 @pytest.mark.slow
 @pytest.mark.whole_exports
 def test_minilm_keeps_the_nearest_texts(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def harm(folder: Path, damage: str) -> None:
     elif damage == "no json":
         manifest.write_text("{")
     elif damage == "newer":
-        manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 3'))
+        manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 9'))
 
 
 def test_health_and_reflection_services_answer(server: ServerProcess) -> None:

@@ -37,8 +37,9 @@ from emberpc.bundle.scope import RejectionScore
 MANIFEST_NAME = "emberpc.json"
 #: Versions of the manifest's format that this reader understands. The version grows when an older reader could
 #: misunderstand a newer bundle; a reader refuses manifests of any other version. A bundle has the lowest version whose
-#: readers understand it. Version 2: the classifier has another rejection score than the best logit.
-FORMAT_VERSIONS = (1, 2)
+#: readers understand it. Version 2: the classifier has another rejection score than the best logit. Version 3: a
+#: variant is for one engine only.
+FORMAT_VERSIONS = (1, 2, 3)
 
 T = TypeVar("T")
 
@@ -119,7 +120,7 @@ class Variant:
     bound: Bound | None = None
     #: Figures of the variant; None for a foreign folder, or if the emberpc that wrote the bundle measured no variants.
     measured: Measured | None = None
-    #: The only library that may run the variant, `openvino`; empty: any engine.
+    #: The only engine that may run the variant: `openvino`, for int8 products with fixed ranges. Empty: any engine.
     engine: str = ""
 
 
@@ -218,6 +219,8 @@ class Manifest:
         if self.thresholds and len(self.thresholds) != len(self.labels):
             raise BundleError(f"{MANIFEST_NAME}: {len(self.thresholds)} thresholds for {len(self.labels)} labels")
         self._check_rejection()
+        if self.format_version < 3 and (named := [variant.name for variant in self.variants if variant.engine]):
+            raise BundleError(f"{MANIFEST_NAME}: the engine of the variant {named[0]} needs the format_version 3")
 
     def _check_rejection(self) -> None:
         """Validate that rejection score, thresholds and format version fit together.
@@ -349,7 +352,7 @@ class Manifest:
         if type(version) is not int or version not in FORMAT_VERSIONS:
             raise BundleError(
                 f"{MANIFEST_NAME}: format_version is {reprlib.repr(version)}, this emberpc reads "
-                f"{' and '.join(map(str, FORMAT_VERSIONS))}; "
+                f"{', '.join(map(str, FORMAT_VERSIONS))}; "
                 "export the model again, or install the emberpc that wrote it"
             )
         # The first exports wrote 0.0, for no rejection, to a field that now is the threshold of the later scores.

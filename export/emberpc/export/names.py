@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Literal, TypeAlias, get_args
 
 from emberpc.export.errors import ExportError
@@ -22,6 +23,10 @@ AUTO = "auto"
 CANDIDATE_NAMES = ("optimized", "int8", "int8-fast", "int8-static", "fp16")
 
 
+#: Packages of the extra `int8-static`, which the variant of that name needs.
+_STATIC, _STATIC_PACKAGES = "int8-static", ("nncf", "openvino")
+
+
 def check_strategies(names: Sequence[str]) -> None:
     """Validate names of strategies to compare; raise ExportError if one is unknown."""
     for name in names:
@@ -33,7 +38,8 @@ def check_variants(names: Sequence[str]) -> None:
     """Validate names of variants.
 
     Raises:
-        ExportError: a name is unknown, or `auto` is combined with other names than `fp32`.
+        ExportError: a name is unknown, `auto` is combined with other names than `fp32`, or a named variant needs an
+            extra that is not installed.
     """
     known = (FP32, *CANDIDATE_NAMES)
     for name in names:
@@ -41,6 +47,8 @@ def check_variants(names: Sequence[str]) -> None:
             raise ExportError(f"there is no variant {reprlib.repr(name)}; there are: {', '.join(known)}, or {AUTO}")
     if AUTO in names and set(names) - {AUTO, FP32}:
         raise ExportError(f"{AUTO} tries all variants; give it alone, or name the variants without {AUTO}")
+    if _STATIC in names and (missing := [package for package in _STATIC_PACKAGES if find_spec(package) is None]):
+        raise ExportError(f"the variant {_STATIC} needs {missing[0]}; install the extra `{_STATIC}`")
 
 
 def check_rates(rejection_rate: float, max_false_rejections: float) -> None:

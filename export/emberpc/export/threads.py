@@ -72,16 +72,17 @@ _added, _torch_sleeps = _set_sleeping()
 
 @contextmanager
 def bounded_threads(maximum: int | None = None) -> Iterator[None]:
-    """Bound the threads of torch and of numpy's BLAS inside the block; restore the caller's settings afterwards.
+    """Bound the threads of torch and of BLAS inside the block; restore the caller's settings afterwards.
 
     torch uses all usable threads, but no more than `torch.get_num_threads` returned before the block, and only one if
-    its waiting threads may spin. BLAS uses one: numpy's products are small here. The environment variables that this
-    module set are removed, since torch has read them.
+    its waiting threads may spin. BLAS uses one: the products of numpy and SciPy are small here. The environment
+    variables that this module set are removed, since torch has read them.
 
     Args:
         maximum: maximum number of threads of torch; 1 for small problems, which are slower on several threads. None: no
             such limit.
     """
+    import scipy.linalg  # noqa: F401 - brings a BLAS of its own, which is only limited if it is loaded before
     import torch
     from threadpoolctl import threadpool_limits
 

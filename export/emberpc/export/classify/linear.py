@@ -21,7 +21,7 @@ GRID = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 FEW_EXAMPLES_C = 10.0
 _FOLDS = 5
 _MAX_ITERATIONS = 300
-#: L-BFGS also stops once an iteration lowers the mean loss by a smaller share.
+#: L-BFGS also stops once an iteration lowers the mean loss by less than this, or by a smaller share of a loss above 1.
 _LEAST_GAIN = 1e-9
 #: L-BFGS stops once no entry of the mean loss's gradient is larger. Smaller tolerances changed no measured figure's
 #: third digit.

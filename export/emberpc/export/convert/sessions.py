@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from emberpc.bundle import Graph, Tensor
+from emberpc.bundle.cores import multiplies_int8
 from emberpc.export.errors import ExportError
 from emberpc.export.threads import session_options
 
@@ -49,7 +50,7 @@ def open_session(path: Path, engine: str, at_once: int) -> GraphSession:
         at_once: number of runs that OpenVINO executes at a time; further runs wait.
 
     Raises:
-        ExportError: OpenVINO is not installed, or there is no such engine.
+        ExportError: OpenVINO is not installed, the processor has no int8 dot products, or there is no such engine.
         Exception: the file cannot be loaded; the exceptions of the engines have no common base class.
     """
     if engine == "openvino":
@@ -58,6 +59,14 @@ def open_session(path: Path, engine: str, at_once: int) -> GraphSession:
         raise ExportError(f"{path.name} was made for {engine!r}, which this emberpc does not have; get a newer emberpc")
     session = ort.InferenceSession(str(path), session_options(1), providers=["CPUExecutionProvider"])
     return GraphSession(_graph_of(session), lambda feeds, output: session.run([output], feeds)[0])
+
+
+def check_processor(name: str) -> None:
+    """Raise ExportError if the processor has no int8 dot products, without which OpenVINO runs `name` wrongly."""
+    if not multiplies_int8():
+        raise ExportError(
+            f"{name} needs a processor with int8 dot products, such as VNNI; use another host, or another variant"
+        )
 
 
 def look(path: Path) -> Graph:
@@ -81,6 +90,7 @@ def _graph_of(session: ort.InferenceSession) -> Graph:
 
 
 def _open_openvino(path: Path, at_once: int) -> GraphSession:
+    check_processor(path.name)
     try:
         import openvino
     except ModuleNotFoundError as error:
@@ -94,12 +104,17 @@ def _open_openvino(path: Path, at_once: int) -> GraphSession:
         "NUM_STREAMS": at_once,
         "INFERENCE_NUM_THREADS": at_once,
         "ENABLE_CPU_PINNING": False,
+        # Kernels of a shape of int8 take 3 MB for a small model, and OpenVINO keeps 5,000 kernels by default.
+        "CPU_RUNTIME_CACHE_CAPACITY": 1000,
     }
     compiled = core.compile_model(model, "CPU", options)
     idle: list[openvino.InferRequest] = []
 
     def run(feeds: Feeds, output: str) -> npt.NDArray[Any]:
-        request = idle.pop() if idle else compiled.create_infer_request()
+        try:
+            request = idle.pop()
+        except IndexError:
+            request = compiled.create_infer_request()
         request.infer(dict(feeds), share_inputs=True)
         found: npt.NDArray[Any] = request.get_tensor(output).data.copy()
         idle.append(request)

@@ -66,8 +66,8 @@ class Material:
         model: the fp32 graph; `make` may change it in place.
         model_type: `model_type` of the encoder's config.json; only `optimized` uses it.
         texts: inputs of the graph for some texts, each a batch of one text; `int8` finds outlier columns with them.
-        calibration: inputs of the graph for other texts, which no figure is measured on, each a batch of one text; the
-            ranges of `int8-static` are those of these texts.
+        calibration: inputs of the graph for other texts, which no figure is measured on, each a batch of one text.
+            `int8-static` takes its ranges from the values that they give.
     """
 
     model: onnx.ModelProto

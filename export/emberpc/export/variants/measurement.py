@@ -46,7 +46,7 @@ class Trial:
         targets: right labels of each text for a classifier, bool (texts, labels); None if the texts have no labels.
         queries: queries of an embedding model with the indexes of their relevant texts; None: retrieval is not
             measured.
-        calibration: texts that no figure is measured on, without prompt; the ranges of `int8-static` are theirs.
+        calibration: texts to calibrate `int8-static` with, without prompt; no figure is measured on them.
     """
 
     folder: Path

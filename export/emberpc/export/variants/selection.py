@@ -30,9 +30,12 @@ from emberpc.export.variants.measurement import (
 #: Minimum speed, in texts per CPU-second as a multiple of fp32's, that counts as a gain for `auto`. A smaller
 #: difference may be noise.
 _FASTER = 1.1
-#: Number of texts to calibrate `int8-static` with, if there are as many, and the number from which the texts of the
-#: user are enough. Docstrings are added to fewer texts.
-_CALIBRATION_TEXTS, _ENOUGH_TEXTS = 512, 128
+#: Maximum number of texts to calibrate `int8-static` with.
+_CALIBRATION_TEXTS = 512
+#: Number of texts of the user that suffices to calibrate. Docstrings are added to fewer texts.
+_ENOUGH_TEXTS = 128
+#: Maximum share of the user's texts that are measured on, if a variant is calibrated with the others.
+_MEASURED_SHARE = 2 / 3
 #: Greatest size, in bytes as a share of fp32's, that counts as a gain for `auto`. A smaller saving does not justify a
 #: second file.
 _SMALLER = 0.75
@@ -80,8 +83,12 @@ def add_variants(
     """
     check_variants(names)
     chosen = [candidate for candidate in CANDIDATES if AUTO in names or candidate.name in names]
-    trial = _trial(folder, manifest, texts, examples, judged if chosen else None, MAX_TEXTS if chosen else TIMED_TEXTS)
-    if any(candidate.calibrated for candidate in chosen):
+    calibrated = any(candidate.calibrated for candidate in chosen)
+    maximum = MAX_TEXTS if chosen else TIMED_TEXTS
+    if calibrated and texts:
+        maximum = min(maximum, max(2, int(len(set(texts)) * _MEASURED_SHARE)))
+    trial = _trial(folder, manifest, texts, examples, judged if chosen else None, maximum)
+    if calibrated:
         given = [*texts, *(examples.texts if examples else ()), *(judged.passages if judged else ()), *training]
         trial = replace(trial, calibration=_calibration(given, trial))
     stage, texts_shown = "measuring variants" if chosen else "measuring speed", f"{len(trial.texts)} texts"
@@ -102,7 +109,8 @@ def add_variants(
             dropped[candidate.name] = str(error)
         else:
             variants.append(variant)
-    return replace(manifest, variants=tuple(variants), dropped=dropped, measured_on=measured_on)
+    version = 3 if any(variant.engine for variant in variants) else manifest.format_version
+    return replace(manifest, variants=tuple(variants), dropped=dropped, measured_on=measured_on, format_version=version)
 
 
 def _trial(

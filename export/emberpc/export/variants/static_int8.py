@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 import onnx
 import onnxruntime as ort
 
-from emberpc.export.convert.sessions import Feeds
+from emberpc.export.convert.sessions import Feeds, check_processor
 from emberpc.export.errors import ExportError
 from emberpc.export.libraries import calling_libraries
 
@@ -34,16 +34,17 @@ def quantize_static(model: onnx.ModelProto, texts: Sequence[Feeds]) -> onnx.Mode
     """Return a graph whose matrix products have int8 weights and int8 inputs.
 
     NNCF inserts pairs of QuantizeLinear and DequantizeLinear, whose scales it takes from the values that `texts` give.
-    Before, it moves outliers from the inputs of a product to the weights (SmoothQuant, https://arxiv.org/abs/2211.10438)
-    and afterwards it corrects the biases. The result runs in any engine, but only OpenVINO runs it fast.
+    First, NNCF moves outliers from the inputs of a product to its weights (SmoothQuant, https://arxiv.org/abs/2211.10438).
+    Last, it corrects the biases. The result runs in any engine, but only OpenVINO runs it fast.
 
     Args:
         model: a bundle's graph in fp32.
         texts: inputs of the graph for some texts, each a batch of one text.
 
     Raises:
-        ExportError: NNCF is not installed, or cannot quantize the graph.
+        ExportError: NNCF is not installed, the processor has no int8 dot products, or NNCF cannot quantize the graph.
     """
+    check_processor("int8-static")
     try:
         import nncf
     except ModuleNotFoundError as error:

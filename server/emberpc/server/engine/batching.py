@@ -3,7 +3,7 @@
 A CPU is fastest with small batches of texts of similar length. Padding is wasted work, and a batch of more than some
 hundred tokens does not fit into the processor's cache. So the waiting texts of each lane and model are sorted by
 length. A micro-batch is a run of neighbours in that order. Its padded size, which is the number of texts times the
-tokens of the longest text, stays within a limit. A text that alone exceeds the limit is run alone.
+length to which they are padded, stays within a limit. A text that alone exceeds the limit is run alone.
 
 A micro-batch is built around one text, the anchor. Callers take turns to give the anchor. The anchors of one caller
 come from its oldest waiting call: if its calls took turns too, all of them would end late under load. Bulk calls wait
@@ -272,8 +272,8 @@ class Queue:
         """Choose a run of neighbours around an anchor, and return its bounds.
 
         The run begins with the anchor alone. It grows by one text, on the side where `_worth` becomes higher, as long
-        as that raises `_worth` and the batch stays within the limit of tokens. Then it shrinks to a number of texts
-        that the runner accepts: the shortest texts wait again, and if all are longer than the anchor, the longest.
+        as that raises `_worth` and the batch stays within the limit of tokens. Then it shrinks to the
+        number of texts that `BatchRunner.rows` returns: texts below the anchor are left out first, then the longest.
 
         Args:
             pool: waiting texts of one model, sorted by length.

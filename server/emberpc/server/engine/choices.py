@@ -19,7 +19,7 @@ from time import time
 from typing import Any
 
 from emberpc.bundle.atomic_files import write_text_atomically
-from emberpc.bundle.cores import quota, usable_cores
+from emberpc.bundle.cores import processor_names, quota, usable_cores
 from emberpc.server.engine.sessions.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -34,8 +34,6 @@ _FORMAT = 1
 _MAX_BYTES, _MAX_BATCH_TOKENS, _MAX_REASON = 16 * 2**20, 2**16, 2**12
 #: Fields of a choice in the file, with their types in JSON.
 _FIELDS = {"engine": str, "precision": str, "batch_tokens": int, "measured": float, "reason": str}
-#: Names in /proc/cpuinfo of instructions for sums of int8 products: three of x86-64, and one of ARM.
-_INT8_FEATURES = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
 #: The value of the settings `engine` and `precision` that leaves the choice to a measurement.
 AUTO = "auto"
 #: A precision counts as the same model as fp32 if at least this share of the ten nearest neighbours, or of the best
@@ -276,7 +274,7 @@ class Runtimes:
             name: name of the model.
             sha256: SHA-256 (hex) of its ONNX file.
             made_for: the engine that the served variant was made for; empty: any engine. Where the settings leave it
-                open, the variant runs in this engine in fp32, which is the precision of the products that are not int8.
+                open, the variant runs in this engine with the precision fp32.
         """
         engine = self.engines.get(name, self.engines.get("", AUTO))
         precision = self.precisions.get(name, self.precisions.get("", AUTO))
@@ -343,33 +341,8 @@ def version_of(engine: str) -> str:
 
 def host_text() -> str:
     """Return a text that describes this host: processor, features, cores, and versions of the engines."""
-    processor = _processor()
+    processor = processor_names()
     flags = hashlib.sha256(" ".join(sorted(processor["flags"].split())).encode()).hexdigest()[:16]
     engines = " ".join(f"{engine} {version_of(engine) or 'not installed'}" for engine in ENGINES)
     cores = f"{usable_cores()} cores (quota {quota():g})"
     return f"{platform.machine()} {processor['model name']} features {flags} {cores} {engines}"
-
-
-def multiplies_int8() -> bool:
-    """Return whether the processor has instructions for sums of int8 products; True if its features are unknown.
-
-    Without them, the variant `int8-static` is slower than fp32 in OpenVINO, and sums that overflow change its vectors.
-    """
-    processor = _processor()
-    features = f"{processor['flags']} {processor['Features']}".split()
-    return not features or not _INT8_FEATURES.isdisjoint(features)
-
-
-def _processor() -> dict[str, str]:
-    """Return the name and the features of the processor: on x86-64, they are `flags`, on ARM, `Features`."""
-    names = {"model name": "", "flags": "", "Features": ""}
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        names["model name"] = platform.processor()
-    else:
-        for line in lines:
-            name, _, value = line.partition(":")
-            if names.get(name.strip()) == "":
-                names[name.strip()] = value.strip()
-    return names

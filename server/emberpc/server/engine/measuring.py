@@ -24,7 +24,7 @@ SIZES = (128, 256, 512, 1024)
 _SIZE_LENGTH = 32
 #: Share of the best throughput on one thread that suffices. The smallest size that reaches this share is chosen. During
 #: a smaller batch, a new call waits less, and large calls are divided more evenly: with MiniLM in bf16, 1,024 tokens
-#: were faster than 512 by less than this on one thread, and slower by 10 % with four callers of 32 texts on two workers.
+#: were 2 % faster than 512 on one thread, and 10 % slower with four callers of 32 texts on two workers.
 _NEAR = 0.95
 #: Rounds in which all alternatives take turns: those that count, and the maximum.
 _ROUNDS, _MAX_ROUNDS = 3, 6

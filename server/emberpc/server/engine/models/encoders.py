@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 #: A session with several threads is used only if it runs a short text faster than the session with one thread: the
 #: number of tokens of that text, and the number of runs with each session.
 _PROBE_TOKENS, _PROBES = 32, 5
-#: Allowed numbers of texts of a batch for a library that compiles shapes, ascending. From 8 on, at most a fifth of the
-#: texts that would fit waits for the next batch.
+#: Allowed numbers of texts of a batch for a library that compiles shapes, ascending; above 128, multiples of 64. Of the
+#: texts that fit into a micro-batch, less than a fifth waits for the next one.
 _ROWS: tuple[int, ...] = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 _numbers = count()
 
@@ -101,16 +101,16 @@ class Encoder:
     def padded(self, tokens: int) -> int:
         """Return the length to which a batch is padded, if its longest text has that many tokens.
 
-        A library that compiles the model for each shape is given few shapes, since a new one takes 5 to 30 % of the
-        time of a full micro-batch, and much longer than a single short text.
+        A library that compiles the model for each shape gets few shapes. To compile a shape takes 5 to 30 % of the
+        time of a full micro-batch, and several times as long as the run of a short text.
         """
         return padded_length(tokens, self.max_tokens) if self._session.compiles_shapes else tokens
 
     def rows(self, texts: int) -> int:
-        """Return the number of texts to run as one batch, if that many fit: the same number, or a little smaller."""
-        if not self._session.compiles_shapes or texts > _ROWS[-1]:
+        """Return how many of `texts` texts, which fit into a micro-batch, to run as one batch; see `padded`."""
+        if not self._session.compiles_shapes:
             return texts
-        return _ROWS[bisect_right(_ROWS, texts) - 1]
+        return _ROWS[bisect_right(_ROWS, texts) - 1] if texts <= _ROWS[-1] else texts // 64 * 64
 
     def run(self, batch: Sequence[TokenIds], threads: int = 1) -> Output:
         """Run the token ids of texts as one batch; return float32 (texts, width).

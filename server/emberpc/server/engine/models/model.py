@@ -24,7 +24,8 @@ from emberpc.bundle import (
     open_bundle,
 )
 from emberpc.bundle.contents import Contents
-from emberpc.server.engine.choices import ENGINES, RuntimePlan, Runtimes, multiplies_int8
+from emberpc.bundle.cores import multiplies_int8
+from emberpc.server.engine.choices import ENGINES, RuntimePlan, Runtimes, version_of
 from emberpc.server.engine.models.encoders import Encoder, Encoders
 from emberpc.server.engine.models.extremes import ENGINE_BOUNDS, fault_at_the_limits
 from emberpc.server.engine.sessions.runtime import Runtime
@@ -336,25 +337,21 @@ class _Loading:
         """Decide how the model is run, by the served variant and the SHA-256 (hex) of its ONNX file.
 
         Raises:
-            BundleError: the settings state another engine than the variant was made for, or the processor lacks
-                instructions that the variant needs.
+            BundleError: the variant was made for another engine than the settings state, or for one that is not
+                installed; or the processor lacks instructions that the variant needs.
         """
         plan = self._runtimes.plan(self._name, sha256, variant.engine)
+        fault = ""
         if variant.engine not in ("", *ENGINES):
-            raise BundleError(
-                f"the variant {variant.name} was made for {variant.engine!r}, which this emberpc does not have; serve "
-                f"another variant with --variant {self._name}=…, or install a newer emberpc"
-            )
-        if variant.engine not in ("", plan.runtime.engine):
-            raise BundleError(
-                f"the variant {variant.name} was made for {variant.engine} and measured with it only; serve it with "
-                f"--engine {variant.engine}, or serve another variant with --variant {self._name}=…"
-            )
-        if variant.engine and not multiplies_int8():
-            raise BundleError(
-                f"the variant {variant.name} needs a processor with instructions for sums of int8 products, such as "
-                f"VNNI; serve another variant with --variant {self._name}=…"
-            )
+            fault = f"was made for {variant.engine!r}, which this emberpc does not have; install a newer emberpc, or"
+        elif variant.engine not in ("", plan.runtime.engine):
+            fault = f"runs in {variant.engine} only; state --engine {self._name}={variant.engine}, or"
+        elif variant.engine and not version_of(variant.engine):
+            fault = f"needs the extra `{variant.engine}`; install 'emberpc[server,{variant.engine}]', or"
+        elif variant.engine and not multiplies_int8():
+            fault = "needs a processor with int8 dot products, such as VNNI;"
+        if fault:
+            raise BundleError(f"the variant {variant.name} {fault} serve another variant with --variant {self._name}=…")
         if plan.runtime != self.plan.runtime:
             self._sessions.clear()
         self.plan = plan

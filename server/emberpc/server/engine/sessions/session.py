@@ -86,7 +86,7 @@ class Session(Protocol):
         ...
 
     def run(self, feeds: Feeds, output: str) -> npt.NDArray[np.floating]:
-        """Run one batch, padded to the length of its longest text, and return the output of that name.
+        """Run one batch, padded to one length, and return the output of that name.
 
         Raises:
             Exception: the library failed; the exceptions of the libraries have no common base class.
