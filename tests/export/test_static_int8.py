@@ -68,6 +68,8 @@ def test_the_manifest_names_the_engine_and_the_figures_meet_the_bound(bundle: Pa
     assert verify_bundle(bundle).ok, failed(verify_bundle(bundle))
 
 
+@pytest.mark.slow
+@pytest.mark.whole_exports
 def test_the_export_prints_nothing(tiny_source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     export_embedding(str(tiny_source), tmp_path / "b", variants=[NAME])
     assert tuple(capfd.readouterr()) == ("", "")
