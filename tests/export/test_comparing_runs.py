@@ -318,16 +318,19 @@ def test_the_file_of_test_texts_is_read_once(settings: ComparisonSettings, tmp_p
 
 
 def test_the_error_for_a_too_short_time_limit_states_the_needed_limit(
-    settings: ComparisonSettings, tmp_path: Path
+    settings: ComparisonSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    clock = Clock(monkeypatch)
     settings = replace(settings, strategies=("linear", "top-layers"))
-    with pytest.raises(ExportError, match=r"the time limit of 1 s left no time for any .* a limit of about \d+ s$"):
-        comparison.compare(replace(settings, time_limit=1), tmp_path / "report")
-    compared = run(replace(settings, time_limit=1), tmp_path / "report")
-    assert 1 < compared.needed_seconds < 300
-    # Four times as long: this host may be busier now.
-    compared = run(replace(settings, time_limit=4 * compared.needed_seconds), tmp_path / "report")
+    with pytest.raises(ExportError, match=r"limit of 10 s left no time for any .* a limit of about \d+ s$") as short:
+        comparison.compare(replace(settings, time_limit=10), tmp_path / "report", progress=clock.progress)
+    stated = int(str(short.value).split()[-2])
+    assert 10 < stated < 60
+    clock.now = 0.0
+    # Four times as long: the estimate does not know that each report of progress takes a second by this clock.
+    compared = run(replace(settings, time_limit=4 * stated), tmp_path / "report", clock.progress)
     assert compared.outcomes
+    assert clock.now <= 1.05 * 4 * stated
 
 
 def test_the_first_estimate_of_time_includes_shared_work(
