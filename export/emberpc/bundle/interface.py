@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,12 @@ Integers = npt.NDArray[np.int64]
 Matrix = npt.NDArray[np.float32]
 
 
+#: ONNX Runtime's names of the element types, by OpenVINO's names.
+_OPENVINO_TYPES = {"i64": "tensor(int64)", "i32": "tensor(int32)", "f32": "tensor(float)", "f16": "tensor(float16)"}
+#: Ending that OpenVINO appends to the name of an output.
+_SINK = "/sink_port_0"
+
+
 @dataclass(frozen=True)
 class Tensor:
     """An input or output of an ONNX graph.
@@ -60,6 +67,29 @@ class Graph:
 
     inputs: Sequence[Tensor]
     outputs: Sequence[Tensor]
+
+    @classmethod
+    def of_onnx_runtime(cls, session: Any) -> Graph:
+        """Return the graph of a model that ONNX Runtime has loaded, an `onnxruntime.InferenceSession`."""
+        inputs, outputs = session.get_inputs(), session.get_outputs()
+        return cls(
+            [Tensor(node.name, node.type, node.shape) for node in inputs],
+            [Tensor(node.name, node.type, node.shape) for node in outputs],
+        )
+
+    @classmethod
+    def of_openvino(cls, model: Any) -> Graph:
+        """Return the graph of a model that OpenVINO has read, an `openvino.Model`."""
+        return cls(
+            [_openvino_tensor(port, port.node.get_friendly_name()) for port in model.inputs],
+            [_openvino_tensor(port, port.node.get_friendly_name().removesuffix(_SINK)) for port in model.outputs],
+        )
+
+
+def _openvino_tensor(port: Any, name: str) -> Tensor:
+    kind = port.element_type.to_string()
+    shape = [None if size.is_dynamic else size.get_length() for size in port.partial_shape]
+    return Tensor(name, _OPENVINO_TYPES.get(kind, kind), shape)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from emberpc.bundle import Graph, Tensor
+from emberpc.bundle import Graph
 from emberpc.bundle.cores import multiplies_int8
 from emberpc.export.errors import ExportError
 from emberpc.export.threads import session_options
@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
 #: Values of a graph's inputs for a batch of texts, by the input's name, each int (texts, tokens).
 Feeds = dict[str, npt.NDArray[np.integer]]
-#: ONNX Runtime's names of the element types, which `Graph` has, by OpenVINO's names.
-_TYPES = {"i64": "tensor(int64)", "i32": "tensor(int32)", "f32": "tensor(float)", "f16": "tensor(float16)"}
-#: Ending that OpenVINO appends to the name of an output.
-_SINK = "/sink_port_0"
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ def open_session(path: Path, engine: str, at_once: int) -> GraphSession:
     if engine not in ("", "onnxruntime"):
         raise ExportError(f"{path.name} was made for {engine!r}, which this emberpc does not have; get a newer emberpc")
     session = ort.InferenceSession(str(path), session_options(1), providers=["CPUExecutionProvider"])
-    return GraphSession(_graph_of(session), lambda feeds, output: session.run([output], feeds)[0])
+    return GraphSession(Graph.of_onnx_runtime(session), lambda feeds, output: session.run([output], feeds)[0])
 
 
 def check_processor(name: str) -> None:
@@ -76,17 +72,9 @@ def look(path: Path) -> Graph:
         ExportError: the file cannot be loaded.
     """
     try:
-        return _graph_of(ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]))
+        return Graph.of_onnx_runtime(ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]))
     except Exception as error:  # ONNX Runtime has no common base class of its exceptions
         raise ExportError(f"{path} cannot be loaded by ONNX Runtime {ort.__version__}; get the model again") from error
-
-
-def _graph_of(session: ort.InferenceSession) -> Graph:
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    return Graph(
-        [Tensor(node.name, node.type, node.shape) for node in inputs],
-        [Tensor(node.name, node.type, node.shape) for node in outputs],
-    )
 
 
 def _open_openvino(path: Path, at_once: int) -> GraphSession:
@@ -120,16 +108,4 @@ def _open_openvino(path: Path, at_once: int) -> GraphSession:
         idle.append(request)
         return found
 
-    return GraphSession(
-        Graph(
-            [_tensor(port, port.node.get_friendly_name()) for port in model.inputs],
-            [_tensor(port, port.node.get_friendly_name().removesuffix(_SINK)) for port in model.outputs],
-        ),
-        run,
-    )
-
-
-def _tensor(port: openvino.Output, name: str) -> Tensor:
-    kind = port.element_type.to_string()
-    shape = [None if size.is_dynamic else size.get_length() for size in port.partial_shape]
-    return Tensor(name, _TYPES.get(kind, kind), shape)
+    return GraphSession(Graph.of_openvino(model), run)

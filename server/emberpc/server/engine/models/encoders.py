@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 #: A session with several threads is used only if it runs a short text faster than the session with one thread: the
 #: number of tokens of that text, and the number of runs with each session.
 _PROBE_TOKENS, _PROBES = 32, 5
-#: Allowed numbers of texts of a batch for a library that compiles shapes, ascending; above 128, multiples of 64. Of the
-#: texts that fit into a micro-batch, less than a fifth waits for the next one.
+#: Allowed numbers of texts of a batch for a library that compiles shapes, ascending; above 128, multiples of 64. Of
+#: up to 128 texts that fit into a micro-batch, less than a fifth waits for the next one.
 _ROWS: tuple[int, ...] = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128)
 _numbers = count()
 

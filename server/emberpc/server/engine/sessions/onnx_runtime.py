@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from emberpc.bundle import BundleError, Graph, Tensor
+from emberpc.bundle import BundleError, Graph
 from emberpc.bundle.contents import Contents
 from emberpc.bundle.onnx_file import external_locations
 from emberpc.server.engine.sessions.session import Feeds, LoadCancellation, SessionError
@@ -72,12 +72,8 @@ class OnnxSession:
             raise SessionError(f"{path} cannot be loaded by ONNX Runtime {ort.__version__}") from error
         self._session._model_bytes = None  # ONNX Runtime holds the file's bytes and does not need them after loading
         self._hashes = {file: contents.sha256(file) for file in files}
-        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         #: Inputs and outputs of the model.
-        self.graph = Graph(
-            [Tensor(node.name, node.type, node.shape) for node in inputs],
-            [Tensor(node.name, node.type, node.shape) for node in outputs],
-        )
+        self.graph = Graph.of_onnx_runtime(self._session)
 
     #: ONNX Runtime runs any shape at once.
     compiles_shapes = False

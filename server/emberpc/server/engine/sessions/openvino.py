@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino as ov
 
-from emberpc.bundle import BundleError, Graph, Tensor
+from emberpc.bundle import BundleError, Graph
 from emberpc.bundle.contents import Contents
 from emberpc.bundle.onnx_file import external_locations
 from emberpc.server.engine.priority import lower_priority
@@ -18,10 +18,6 @@ from emberpc.server.engine.sessions.session import Feeds, LoadCancellation, Sess
 
 #: Names of OpenVINO for the precisions.
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
-#: ONNX Runtime's names of the element types, by OpenVINO's names. `Interface` expects ONNX Runtime's names.
-_TYPES = {"i64": "tensor(int64)", "i32": "tensor(int32)", "f32": "tensor(float)", "f16": "tensor(float16)"}
-#: Ending that OpenVINO appends to the name of an output.
-_SINK = "/sink_port_0"
 #: Maximum number of compiled kernels that a session keeps; OpenVINO's default is 5,000. A shape of MiniLM needs about
 #: 11 kernels, which take 0.5 MB in bf16 and 3 MB in int8. `Encoder` rounds shapes, so that they repeat.
 _KERNELS = 1000
@@ -70,10 +66,7 @@ class OpenVinoSession:
         #: Requests that no thread uses. A request holds the buffers of one run.
         self._idle: list[ov.InferRequest] = []
         #: Inputs and outputs of the model.
-        self.graph = Graph(
-            [_tensor(port, port.node.get_friendly_name()) for port in self._model.inputs],
-            [_tensor(port, port.node.get_friendly_name().removesuffix(_SINK)) for port in self._model.outputs],
-        )
+        self.graph = Graph.of_openvino(self._model)
 
     #: OpenVINO compiles kernels for each shape.
     compiles_shapes = True
@@ -136,9 +129,3 @@ def _compile(core: ov.Core, model: ov.Model, options: Mapping[str, object]) -> o
     """Compile a model on a thread of low priority: OpenVINO's streams inherit the priority of the compiling thread."""
     with ThreadPoolExecutor(1, thread_name_prefix="compile", initializer=lower_priority) as thread:
         return thread.submit(core.compile_model, model, "CPU", options).result()
-
-
-def _tensor(port: ov.Output, name: str) -> Tensor:
-    kind = port.element_type.to_string()
-    shape = [None if size.is_dynamic else size.get_length() for size in port.partial_shape]
-    return Tensor(name, _TYPES.get(kind, kind), shape)
