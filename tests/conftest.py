@@ -18,9 +18,10 @@ from xdist.scheduler import LoadFileScheduling
 # the child process that writes a snapshot, and the child closes their files; a test then found an empty snapshot.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-# PyTorch in the test processes computes with one thread, and the threads of OpenMP wait without spinning: with as many
-# test processes as cores, threads that spin cost more CPU time than the work. Servers and ONNX Runtime keep their own.
+# PyTorch and numpy in the test processes compute with one thread, and the threads of OpenMP wait without spinning: with
+# as many test processes as cores, threads that spin cost more CPU time than the work. ONNX Runtime keeps its threads.
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from emberpc.client import AsyncClient, Client

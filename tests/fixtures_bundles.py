@@ -13,7 +13,7 @@ import importlib.util
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,6 +22,7 @@ import pytest
 from bundle_cache import shared_export
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from transformers import PreTrainedTokenizerFast
 
 #: The committed bundles.
@@ -232,15 +233,23 @@ def convert_once(
 
 @pytest.fixture
 def quick_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time few texts once, since no test compares the measured serving costs, and draw small plots without a layout."""
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    """Time few texts once, since no test compares the measured serving costs, and write plots without pixels.
 
-    from emberpc.export.compare import figures, serving_cost
+    Each plot still puts its lines and labels on its axes. The pixels took 0.1 CPU-seconds a plot. A test in
+    tests/export/test_data_problems.py draws whole plots.
+    """
+    from matplotlib.figure import Figure
+
+    from emberpc.export.compare import plots, serving_cost
+
+    def draw(plot: Callable[[Axes], None], path: Path) -> Path:
+        plot(Figure().add_subplot())
+        path.write_bytes(b"")
+        return path
 
     monkeypatch.setattr(serving_cost, "_ROUNDS", 1)
     monkeypatch.setattr(serving_cost, "_TIMED", 4)
-    monkeypatch.setattr(figures, "_DOTS_PER_INCH", 30)
-    monkeypatch.setattr(ConstrainedLayoutEngine, "execute", lambda *_: None)
+    monkeypatch.setattr(plots, "draw", draw)
 
 
 class MakeSource(Protocol):

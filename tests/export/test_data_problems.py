@@ -42,12 +42,15 @@ def test_confusions_name_the_texts_that_cause_them() -> None:
 
 
 @pytest.mark.whole_exports
-def test_plots_accept_labels_with_signs_of_formulas(tmp_path: Path) -> None:
+def test_plots_are_drawn_even_if_labels_have_signs_of_formulas(tmp_path: Path) -> None:
     found = summary([outcome("linear", 4, 0.9)]).result
     test = replace(found.test, labels=("price_$10", "price_$20"))
     recommended = Recommendation(Summary(replace(found, test=test)))
     plots = draw_plots(recommended, confusions(recommended.summary, recommended.taken.point), tmp_path)
-    assert plots["confusions"].stat().st_size > 1000
+    assert set(plots) == {"learning-curves", "confusions", "accuracy-cost", "reliability"}
+    for path in plots.values():
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 1000
 
 
 def voting(strategy: str, given_labels: Iterable[int], confidence: Iterable[float]) -> Outcome:
