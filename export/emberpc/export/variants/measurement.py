@@ -56,20 +56,25 @@ class Trial:
     queries: Queries | None = None
     calibration: Sequence[str] = ()
 
-    def runner(self, path: str, engine: str = "") -> OnnxRunner:
-        """Load the ONNX file at `path` in the bundle; return its runner, with one thread. Each call loads the file.
+    def load(self, path: str, engine: str = "") -> tuple[OnnxRunner, float]:
+        """Load the ONNX file at `path` in the bundle. Each call loads the file.
 
         Args:
             path: path of the file in the bundle.
             engine: the engine that runs it; empty: ONNX Runtime.
 
+        Returns:
+            The file's runner, with one thread, and the seconds that loading took.
+
         Raises:
             ExportError: the file cannot be loaded, or the engine is not installed.
         """
         manifest, tokenizer = self.manifest, self.folder / "tokenizer.json"
-        return OnnxRunner(
+        start = perf_counter()
+        runner = OnnxRunner(
             self.folder / path, tokenizer, manifest.max_tokens, manifest.pad_token_id, threads=1, engine=engine
         )
+        return runner, perf_counter() - start
 
     @property
     def output(self) -> str:
@@ -87,9 +92,13 @@ class Trial:
         return Reference.read(self.folder)
 
     @cached_property
+    def _loaded_fp32(self) -> tuple[OnnxRunner, float]:
+        return self.load(self.fp32_path)
+
+    @property
     def fp32(self) -> OnnxRunner:
         """Runner of the fp32 ONNX file, with one thread; loaded at the first access, with ExportError if that fails."""
-        return self.runner(self.fp32_path)
+        return self._loaded_fp32[0]
 
     @cached_property
     def prompted(self) -> list[str]:
@@ -145,9 +154,7 @@ class Trial:
         Raises:
             ExportError: the file cannot be loaded or run.
         """
-        start = perf_counter()
-        runner = self.runner(path, engine)
-        load_seconds = perf_counter() - start
+        runner, load_seconds = self._loaded_fp32 if path == self.fp32_path else self.load(path, engine)
         got = self.expected if path == self.fp32_path else runner.run(self.prompted, self.output)
         cosines = (unit(got) * unit(self.expected)).sum(axis=1)
         rate, speedup = self._speed(runner, alone=path == self.fp32_path)

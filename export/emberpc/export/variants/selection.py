@@ -183,7 +183,7 @@ def _parity(trial: Trial, candidate: Candidate) -> Parity:
     Raises:
         ExportError: an output misses the bound, or the candidate cannot be run.
     """
-    reference, runner = trial.reference, trial.runner(candidate.path, candidate.engine)
+    reference, (runner, _) = trial.reference, trial.load(candidate.path, candidate.engine)
     outputs = {"sentence_embedding": reference.vectors}
     if reference.logits is not None:
         outputs["logits"] = reference.logits
