@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from emberpc.bundle.control_groups import GroupFiles
 from emberpc.bundle.cores import quota, usable_cores
 
 
@@ -16,7 +17,7 @@ def groups(root: Path, own: str, files: dict[str, str]) -> float:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return quota(root / "own", root / "v2", root / "v1")
+    return quota(GroupFiles(root / "own", root / "v2", root / "v1"))
 
 
 def test_the_least_limit_of_a_group_and_its_parents_applies(tmp_path: Path) -> None:
@@ -36,9 +37,9 @@ def test_the_root_group_is_read_in_a_container(tmp_path: Path) -> None:
 
 
 def test_limits_of_cgroup_version_1_are_read_at_the_path_of_the_cpu_controller(tmp_path: Path) -> None:
-    files = {"v1/cpu.cfs_quota_us": "-1", "v1/cpu.cfs_period_us": "100000"}
+    files = {"v1/cpu/cpu.cfs_quota_us": "-1", "v1/cpu/cpu.cfs_period_us": "100000"}
     assert groups(tmp_path, "4:cpu,cpuacct:/c\n0::/\n", files) == inf
-    files |= {"v1/c/cpu.cfs_quota_us": "250000", "v1/c/cpu.cfs_period_us": "100000"}
+    files |= {"v1/cpu/c/cpu.cfs_quota_us": "250000", "v1/cpu/c/cpu.cfs_period_us": "100000"}
     assert groups(tmp_path, "4:cpu,cpuacct:/c\n0::/\n", files) == 2.5
 
 

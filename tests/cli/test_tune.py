@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cli.conftest import Emberpc
-from emberpc.server.engine import tuning
+from emberpc.server.engine import measuring, tuning
 from emberpc.server.engine.measuring import Speeds
 from emberpc.server.engine.models.encoders import Encoder
 from emberpc.server.engine.sessions.runtime import Runtime
@@ -23,10 +23,10 @@ def idle_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def compare(encoders: Mapping[Runtime, Encoder], *_: object) -> Speeds[Runtime]:
         fast = Runtime("openvino", "fp32")
-        return Speeds([{each: 1.0 if each.engine == fast.engine else 1.5 for each in encoders}], busy=False)
+        return Speeds([{each: 1.0 if each.engine == fast.engine else 1.5 for each in encoders}])
 
     def sizes(*_: object) -> Speeds[int]:
-        return Speeds([{128: 2.0, 256: 1.0, 512: 1.0}], busy=False)
+        return Speeds([{128: 2.0, 256: 1.0, 512: 1.0}])
 
     monkeypatch.setattr(tuning, "compare_encoders", compare)
     monkeypatch.setattr(tuning, "compare_sizes", sizes)
@@ -60,10 +60,10 @@ def test_without_a_model_the_error_names_the_flags(tmp_path: Path, emberpc: Embe
 def test_a_busy_host_is_an_error(
     tiny_bundle: Path, tmp_path: Path, emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "compare_encoders", lambda *_: Speeds([], busy=True))
+    monkeypatch.setattr(measuring, "_IDLE_SHARE", 2.0)
     outcome = emberpc("tune", "--model", f"a={tiny_bundle}", "--data-dir", tmp_path)
     assert outcome.code == 2
-    assert "the host was busy while model 'a' was measured; try again when it is idle" in outcome.err
+    assert "model 'a' was not measured: the host was busy; try again when it is idle" in outcome.err
 
 
 def test_nothing_is_measured_if_the_settings_state_everything(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
+import onnx
 import pytest
 
 from emberpc.server.engine import Choices, Engine, Model, ModelLoadError, Registry, Runtimes, choices, measuring, tuning
-from emberpc.server.engine.measuring import Speeds, best_size
+from emberpc.server.engine.measuring import HostBusyError, Speeds, best_size
 from emberpc.server.engine.models import agreement as agreements
 from emberpc.server.engine.models.agreement import MeasurementStoppedError, agreement, agreement_texts
 from emberpc.server.engine.models.encoders import Encoder
@@ -40,10 +43,10 @@ def give_gains(monkeypatch: pytest.MonkeyPatch, **gains: float) -> None:
     """Let the measurement find these speeds, as multiples of that of ONNX Runtime, and 256 tokens as the best size."""
 
     def compare(encoders: Mapping[Runtime, Encoder], *_: object) -> Speeds[Runtime]:
-        return Speeds([{each: 1 / gains.get(f"{each.engine}_{each.precision}", 1.0) for each in encoders}], busy=False)
+        return Speeds([{each: 1 / gains.get(f"{each.engine}_{each.precision}", 1.0) for each in encoders}])
 
     def sizes(*_: object) -> Speeds[int]:
-        return Speeds([{128: 2.0, 256: 1.0, 512: 1.0}], busy=False)
+        return Speeds([{128: 2.0, 256: 1.0, 512: 1.0}])
 
     monkeypatch.setattr(tuning, "compare_encoders", compare)
     monkeypatch.setattr(tuning, "compare_sizes", sizes)
@@ -69,7 +72,7 @@ def runtimes(file: Path | None, engine: str = "auto", precision: str = "auto", b
 
 def test_the_smallest_batch_size_near_the_best_rate_is_chosen() -> None:
     def speeds(**rates: float) -> Speeds[int]:
-        return Speeds([{int(size[1:]): 1 / rate for size, rate in rates.items()}], busy=False)
+        return Speeds([{int(size[1:]): 1 / rate for size, rate in rates.items()}])
 
     assert best_size(speeds(_128=90.0, _256=95.0, _512=100.0, _1024=70.0)) == 256
     assert best_size(speeds(_128=90.0, _256=91.0, _512=100.0, _1024=105.0)) == 512
@@ -149,8 +152,36 @@ def test_an_engine_that_fails_on_a_text_is_left_out(
 
 def test_a_busy_host_gives_no_choice(tiny_bundle: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     give_share(monkeypatch, 0.5)
-    assert tune(Model.load("m", tiny_bundle), runtimes(file)) is None
+    with pytest.raises(HostBusyError, match="the host was busy; try again when it is idle"):
+        tune(Model.load("m", tiny_bundle), runtimes(file))
     assert not file.exists()
+
+
+def test_nothing_is_loaded_if_the_engines_may_not_fit_into_memory(
+    tiny_bundle: Path, tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check counts external weights, too, and the memory of all engines, since they are loaded at the same time."""
+    folder = tmp_path / "external"
+    shutil.copytree(tiny_bundle, folder)
+    graph = onnx.load(str(folder / "onnx" / "model.onnx"))
+    weights = "model.onnx.data"
+    onnx.save(
+        graph, str(folder / "onnx" / "model.onnx"), save_as_external_data=True, location=weights, size_threshold=0
+    )
+    model = Model.load("m", tiny_bundle)
+    monkeypatch.setattr(Model, "load", None)
+    monkeypatch.setattr(tuning, "encoder_of", None)
+    for place in (tiny_bundle, folder):
+        size = sum(path.stat().st_size for path in (place / "onnx").iterdir())
+        needed = 3 * (2 * size + 100 * 2**20)
+        monkeypatch.setattr(tuning, "free_memory", lambda needed=needed: needed - 1)
+        with pytest.raises(
+            HostBusyError, match=r"measuring 3 engines may take 31\d MB of memory, and 31\d MB are free;"
+        ):
+            tune(dataclasses.replace(model, folder=place), runtimes(file))
+        monkeypatch.setattr(tuning, "free_memory", lambda needed=needed: needed)
+        with pytest.raises(TypeError):  # the next step is to load
+            tune(dataclasses.replace(model, folder=place), runtimes(file))
 
 
 def test_a_measurement_can_be_stopped_between_batches(tiny_bundle: Path, file: Path) -> None:

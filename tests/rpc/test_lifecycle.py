@@ -222,7 +222,7 @@ def test_sigint_stops_the_server_with_exit_code_0(after_restart: Restarted) -> N
 
 def test_the_size_of_micro_batches_is_measured_by_default(after_restart: Restarted) -> None:
     """`tests/conftest.py` states a size for most servers of the tests."""
-    idle, busy = r"measured on one thread: micro-batches of (\d+) tokens", "the host was busy while"
+    idle, busy = r"measured on one thread: micro-batches of (\d+) tokens", "measured later: the host was busy"
     found = wait_until(lambda: re.search(f"{idle}|{busy}", after_restart.server.output))
     assert found[1] in (None, "128", "256", "512", "1024")
 

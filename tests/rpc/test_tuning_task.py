@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from emberpc.server import app
 from emberpc.server.stopping import Stopping
+from emberpc.server.tuning_task import TuningTask
 
 
 class FakeModel:
@@ -30,11 +30,18 @@ class Measured:
     """
 
     def __init__(self, **outcomes: list[str | Exception]) -> None:
-        self._left = outcomes
-        self._models = {name: FakeModel(name) for name in outcomes}
+        self._left: dict[str, list[str | Exception]] = {}
+        self._models: dict[str, FakeModel] = {}
+        for name, own in outcomes.items():
+            self.add(name, own)
         self._outdated: list[str] = []
         self.reloaded: list[str] = []
         self.replaced: list[weakref.ref[FakeModel]] = []
+
+    def add(self, name: str, outcomes: list[str | Exception]) -> None:
+        """Load a model."""
+        self._left[name] = outcomes
+        self._models[name] = FakeModel(name)
 
     def due(self) -> list[Any]:
         return [self._models[name] for name, left in self._left.items() if left]
@@ -63,41 +70,59 @@ class Measured:
         self._models[name] = FakeModel(name)
 
 
-async def pauses_of(measured: Measured, monkeypatch: pytest.MonkeyPatch, count: int) -> list[float]:
-    """Run the task until its pause number `count`, and return the pauses in seconds."""
-    pauses: list[float] = []
+async def run_looks(
+    measured: Measured, monkeypatch: pytest.MonkeyPatch, looks: int, between: Callable[[int], None] = lambda look: None
+) -> None:
+    """Run the task for some looks, one a minute; `between` is called after each look with its number, from 1 on."""
+    done = count(1)
 
     async def sleep(seconds: float) -> None:
-        pauses.append(seconds)
-        if len(pauses) == count:
+        assert seconds == 60
+        between(look := next(done))
+        if look == looks:
             raise asyncio.CancelledError
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
     with ThreadPoolExecutor(1) as pool, pytest.raises(asyncio.CancelledError):
-        await app._tune(measured, measured, pool, Stopping(1))  # type: ignore[arg-type]
-    return pauses
+        await TuningTask(measured, measured, pool, Stopping(1)).run()  # type: ignore[arg-type]
 
 
 async def test_a_model_with_a_faster_engine_is_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = Measured(a=["faster"], b=["same"], c=["faster"])
-    assert await pauses_of(measured, monkeypatch, 1) == [60]
+    await run_looks(measured, monkeypatch, 1)
     assert measured.reloaded == ["a", "c"]
     assert measured.due() == []
 
 
-async def test_a_busy_host_is_measured_again_after_longer_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = Measured(a=["busy"] * 9, b=["same"])
-    pauses = await pauses_of(measured, monkeypatch, 10)
-    assert pauses[:3] == [60, 120, 240]
-    assert max(pauses) == 3600
-    assert measured.due() == []
+async def test_a_model_is_measured_again_after_longer_pauses_if_the_host_was_busy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured = Measured(a=["busy"] * 99, b=["same"])
+    left: list[int] = []
+    await run_looks(measured, monkeypatch, 250, lambda look: left.append(len(measured._left["a"])))
+    measurements = [look for look in range(1, 250) if left[look] < left[look - 1]]
+    assert [0, *measurements] == [0, 1, 3, 7, 15, 31, 63, 123, 183, 243]  # pauses of 1, 2, 4 … and at most 60 minutes
+    assert measured._left["b"] == []
+
+
+async def test_a_model_that_is_loaded_while_another_one_waits_is_measured_at_the_next_look(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured = Measured(a=["busy"] * 99)
+
+    def load(look: int) -> None:
+        if look == 20:
+            measured.add("b", ["faster"])
+
+    await run_looks(measured, monkeypatch, 21, load)
+    assert measured.reloaded == ["b"]
 
 
 async def test_a_model_that_cannot_be_measured_is_left_out_and_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     measured = Measured(a=[RuntimeError("secret"), RuntimeError("again")], b=["faster"])
-    await pauses_of(measured, monkeypatch, 3)
+    await run_looks(measured, monkeypatch, 3)
     assert measured.reloaded == ["b"]
     assert caplog.text.count("cannot measure how model a is run fastest; nothing changes") == 1
 
@@ -113,22 +138,11 @@ async def test_a_replaced_model_is_freed_before_the_pause(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
     with ThreadPoolExecutor(1) as thread, pytest.raises(asyncio.CancelledError):
-        await app._tune(measured, measured, thread, Stopping(1))  # type: ignore[arg-type]
+        await TuningTask(measured, measured, thread, Stopping(1)).run()  # type: ignore[arg-type]
     assert left == [None]
 
 
 async def test_a_model_that_failed_is_measured_after_it_was_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = Measured(a=[RuntimeError("its file changed"), "faster"])
-    reload = measured._models.update
-
-    sleeps = count()
-
-    async def sleep(_: float) -> None:
-        if next(sleeps):
-            raise asyncio.CancelledError
-        reload(a=FakeModel("a"))
-
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    with ThreadPoolExecutor(1) as thread, pytest.raises(asyncio.CancelledError):
-        await app._tune(measured, measured, thread, Stopping(1))  # type: ignore[arg-type]
+    await run_looks(measured, monkeypatch, 2, lambda look: measured._models.update(a=FakeModel("a")))
     assert measured.reloaded == ["a"]

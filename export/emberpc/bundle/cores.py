@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-_OWN = Path("/proc/self/cgroup")
-_V2 = Path("/sys/fs/cgroup")
-_V1 = Path("/sys/fs/cgroup/cpu")
+from emberpc.bundle.control_groups import GROUP_FILES, GroupFiles, group_folders
+
 _CPUINFO = Path("/proc/cpuinfo")
 #: Names in /proc/cpuinfo of instructions for int8 dot products: three of x86-64, and one of ARM.
 _INT8_FEATURES = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
@@ -27,41 +25,21 @@ def usable_cores() -> int:
     return max(1, math.ceil(min(affinity, quota())))
 
 
-def quota(own: Path = _OWN, v2: Path = _V2, v1: Path = _V1) -> float:
+def quota(files: GroupFiles = GROUP_FILES) -> float:
     """Return the CPU quota of this process in cores: what its control groups and all groups above them allow.
 
     Args:
-        own: the file that lists the control groups of this process: a line for each hierarchy, with number, controllers
-            and path.
-        v2: mount point of control groups version 2.
-        v1: mount point of the `cpu` controller of version 1.
+        files: where Linux has the files about control groups.
 
     Returns:
         The lowest limit of these groups, which may be a fraction; infinity if none has a limit that can be read.
     """
     limits = [math.inf]
-    for root, path in _groups(own, v2, v1):
-        for folder in (path, *path.parents):
-            # In a container, `path` may be that of the group on the host. Then only the root of the hierarchy exists,
-            # and the other folders are skipped. A file whose content is not a limit is skipped, too.
-            with suppress(OSError, ValueError, ZeroDivisionError):
-                limits.append(_limit(root / folder.relative_to("/"), version_2=root == v2))
+    for folder, version in group_folders("cpu", files):
+        # A file that is missing, or whose content is not a limit, is skipped.
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            limits.append(_limit(folder, version_2=version == 2))
     return min(limits)
-
-
-def _groups(own: Path, v2: Path, v1: Path) -> Iterator[tuple[Path, PurePosixPath]]:
-    """Yield, for versions 2 and 1 of control groups, the mount point and the path of this process's group.
-
-    The path starts with `/`, which stands for the mount point. It is `/` if the file `own` cannot be read or does not
-    list a group of the version; for version 1, a group of the controller `cpu`.
-    """
-    try:
-        lines = own.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    found = [line.split(":", 2) for line in lines if line.count(":") >= 2]
-    yield v2, PurePosixPath(next((path for number, _, path in found if number == "0"), "/"))
-    yield v1, PurePosixPath(next((path for _, names, path in found if "cpu" in names.split(",")), "/"))
 
 
 def _limit(folder: Path, *, version_2: bool) -> float:

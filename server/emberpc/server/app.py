@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
-from functools import partial
-from weakref import WeakSet
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -16,7 +14,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from emberpc.server import descriptors
 from emberpc.server.collections import IndexBackend
-from emberpc.server.engine import Engine, Loader, Model, ModelsDirectory, Registry
+from emberpc.server.engine import Engine, Loader, ModelsDirectory, Registry
 from emberpc.server.engine.priority import lower_priority
 from emberpc.server.errors import ServiceError, StartupError
 from emberpc.server.handlers import Handlers, Observe
@@ -30,6 +28,7 @@ from emberpc.server.services.models import ModelService
 from emberpc.server.services.server_info import ServerService
 from emberpc.server.settings import Settings
 from emberpc.server.stopping import Stopping
+from emberpc.server.tuning_task import TuningTask
 from emberpc.v1 import (
     classification_pb2,
     classification_pb2_grpc,
@@ -46,9 +45,6 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two attempts of `_revive` to start the missing workers.
 _REVIVAL_SECONDS = 1.0
-#: Seconds between two looks for models that must be measured: usually, and at most. After a measurement on a busy host,
-#: the pause is twice as long as the one before.
-_TUNING_SECONDS, _LONGEST_TUNING_SECONDS = 60.0, 3600.0
 
 #: gRPC's limits of concurrent calls.
 #:
@@ -182,7 +178,7 @@ async def run(
         # ONNX Runtime runs a batch on the thread that calls it, so this thread has the low priority of the workers.
         measuring = ThreadPoolExecutor(1, thread_name_prefix="measure", initializer=lower_priority)
         stack.callback(measuring.shutdown, wait=False, cancel_futures=True)
-        tuning = asyncio.create_task(_tune(engine, loader, measuring, stopping))
+        tuning = asyncio.create_task(TuningTask(engine, loader, measuring, stopping).run())
         stack.callback(tuning.cancel)
         stopping.serving()
         log.info("serving on %s with %d workers", address, workers)
@@ -190,50 +186,6 @@ async def run(
         log.info("stopping: up to %g seconds for calls in flight", settings.drain_seconds)
         await statuses.enter_graceful_shutdown()
         await stopping.finish(server.stop(settings.drain_seconds))
-
-
-async def _tune(engine: Engine, loader: Loader, thread: Executor, stopping: Stopping) -> None:
-    """Measure how each model is run fastest on this host, while the server serves, and run the models in that way.
-
-    A model is measured if the settings leave something open and it has no measurement of the last 30 days on this host;
-    models that are loaded later, too. A measurement on a busy host is not used, and repeated: first after 1 minute,
-    then after twice the pause before, at most 1 hour. Models with a new choice are reloaded, also those that share the
-    ONNX file of a measured one. After an error, which is logged, a model is not measured or reloaded again until it is
-    loaded again by a call or from the models directory.
-    """
-    pause = _TUNING_SECONDS
-    failed: WeakSet[Model] = WeakSet()
-    while True:
-        idle = await _tune_once(engine, loader, thread, stopping, failed)
-        await asyncio.sleep(pause)
-        pause = _TUNING_SECONDS if idle else min(2 * pause, _LONGEST_TUNING_SECONDS)
-
-
-async def _tune_once(
-    engine: Engine, loader: Loader, thread: Executor, stopping: Stopping, failed: WeakSet[Model]
-) -> bool:
-    """Measure and reload each model that needs it, except the models in `failed`, to which this adds.
-
-    This function exists so that its local variables, and so the memory of replaced models, are freed before the pause.
-
-    Returns:
-        Whether the host was idle during all measurements.
-    """
-    run = asyncio.get_running_loop().run_in_executor
-    idle = True
-    for model in (*engine.due(), *engine.outdated()):
-        if model in failed:
-            continue
-        try:
-            if model in engine.due():
-                idle = await run(thread, engine.tune, model, stopping.requested.is_set) and idle
-            if model in engine.outdated():
-                await asyncio.wrap_future(loader.submit(partial(loader.reload, model.name)))
-        except Exception:  # the model does not change
-            failed.add(model)
-            if not stopping.requested.is_set():
-                log.exception("cannot measure how model %s is run fastest; nothing changes", model.name)
-    return idle
 
 
 async def _revive(engine: Engine, workers: int, statuses: health.aio.HealthServicer) -> None:

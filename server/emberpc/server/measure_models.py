@@ -9,6 +9,7 @@ from emberpc.bundle import BundleError
 from emberpc.bundle.manifest import MANIFEST_NAME
 from emberpc.server.engine import Choices, Model, ModelLoadError, Runtimes
 from emberpc.server.engine.choices import Choice
+from emberpc.server.engine.measuring import HostBusyError
 from emberpc.server.engine.sessions.session import SessionError
 from emberpc.server.engine.tuning import tune
 from emberpc.server.errors import StartupError
@@ -30,7 +31,7 @@ def runtimes_of(settings: Settings, workers: int) -> Runtimes:
     return Runtimes(settings.named_engines(), settings.named_precisions(), workers, settings.batch_tokens, choices)
 
 
-def measure_models(settings: Settings, workers: int) -> Iterator[tuple[str, Choice | None]]:
+def measure_models(settings: Settings, workers: int) -> Iterator[tuple[str, Choice]]:
     """Measure each model of the settings and of the models directory, and store the choices in the data directory.
 
     Models for which the settings leave nothing open are left out. The data directory is created if it does not exist.
@@ -40,10 +41,11 @@ def measure_models(settings: Settings, workers: int) -> Iterator[tuple[str, Choi
         workers: number of threads that run models in a server with these settings.
 
     Yields:
-        The name of a model, and the choice; None if the host was busy.
+        The name of a model, and the choice.
 
     Raises:
-        StartupError: a model cannot be loaded or measured, or the data directory cannot be created or read.
+        StartupError: a model cannot be loaded or measured, the host has too little free processor time or memory, or
+            the data directory cannot be created or read.
     """
     keep_freed_memory()
     try:
@@ -60,6 +62,8 @@ def measure_models(settings: Settings, workers: int) -> Iterator[tuple[str, Choi
                 yield name, tune(model, runtimes)
         except (ModelLoadError, SessionError, BundleError) as error:
             raise StartupError(str(error)) from error
+        except HostBusyError as error:
+            raise StartupError(f"model {name!r} was not measured: {error}") from error
 
 
 def _folders(settings: Settings) -> dict[str, Path]:

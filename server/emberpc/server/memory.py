@@ -1,10 +1,15 @@
-"""Control how much freed memory glibc's allocator keeps, and return free memory to the system."""
+"""Free memory: how much the system has, how much glibc's allocator keeps, and returning memory to the system."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
+from contextlib import suppress
+from pathlib import Path
+
+from emberpc.bundle.control_groups import GROUP_FILES, GroupFiles, group_folders
 
 #: Numbers of the parameters of glibc's function `mallopt`, with their names in malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -23,6 +28,14 @@ _TRIM_THRESHOLD = 64 * 2**20
 #: Bytes of a block that `return_memory` allocates and frees: 1 MiB. Freeing a block of 64 KiB or more makes glibc trim
 #: the end of the block's heap.
 _LOOKED_AT = 2**20
+
+_MEMINFO = Path("/proc/meminfo")
+#: Files of a control group's limit and use of memory in bytes, and fields of its file `memory.stat` with the bytes of
+#: cached files, which Linux frees if other memory is needed; by the version of control groups.
+_GROUP_MEMORY = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
+    2: ("memory.max", "memory.current", ("active_file", "inactive_file")),
+}
 
 #: The C library of this process; None if it is not glibc, since other C libraries do not have these parameters.
 _LIBRARY = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
@@ -73,3 +86,35 @@ def return_memory() -> None:
     _LIBRARY.free(ctypes.c_void_p(_LIBRARY.malloc(ctypes.c_size_t(_LOOKED_AT))))
     _LIBRARY.malloc_trim(ctypes.c_size_t(0))
     _LIBRARY.mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
+
+
+def free_memory(meminfo: Path = _MEMINFO, groups: GroupFiles = GROUP_FILES) -> float:
+    """Return how many bytes this process can still allocate, as in a container; infinity if that cannot be read.
+
+    This is the memory that the system has for new work or, if less, the memory that is left in a control group of this
+    process or a group above it. Cached files count as free, since Linux frees them if other memory is needed.
+
+    Args:
+        meminfo: the file in which Linux states its memory.
+        groups: where Linux has the files about control groups.
+    """
+    left = [math.inf]
+    with suppress(OSError, KeyError, ValueError):
+        left.append(1024 * _numbers(meminfo)["MemAvailable:"])
+    for folder, version in group_folders("memory", groups):
+        limit, used, cached = _GROUP_MEMORY[version]
+        # A file that is missing, or whose content is not a number, is skipped; `max` means that there is no limit.
+        with suppress(OSError, KeyError, ValueError):
+            files = _numbers(folder / "memory.stat")
+            left.append(_number(folder / limit) - _number(folder / used) + sum(files[name] for name in cached))
+    return max(0, min(left))
+
+
+def _number(path: Path) -> int:
+    return int(path.read_text(encoding="ascii"))
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Return the numbers in a file with a name and a number at the start of each line."""
+    rows = (line.split() for line in path.read_text(encoding="ascii").splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1}

@@ -11,6 +11,7 @@ from emberpc.server.deadlines import Deadline
 from emberpc.server.engine.cache import Cache
 from emberpc.server.engine.caller import Caller
 from emberpc.server.engine.inference import Inferrer
+from emberpc.server.engine.measuring import HostBusyError
 from emberpc.server.engine.models.model import Model
 from emberpc.server.engine.models.registry import Registry
 from emberpc.server.engine.scheduler import Counts, Scheduler
@@ -76,7 +77,7 @@ class Engine:
             stop: returns whether to stop; called before each batch.
 
         Returns:
-            False if the host was busy, so that nothing was stored.
+            False if the host had too little free processor time or memory, so that nothing was stored.
 
         Raises:
             MeasurementStoppedError: `stop` returned True.
@@ -84,11 +85,11 @@ class Engine:
         """
         try:
             choice = tune(model, self.registry.runtimes, stop)
+        except HostBusyError as error:
+            log.info("model %s: its engines are measured later: %s", model.name, error)
+            return False
         finally:
             return_memory()  # the other engines, and the largest batches, took more memory than serving will take
-        if choice is None:
-            log.info("model %s: the host was busy while the engines were measured; they are measured again", model.name)
-            return False
         for other in self.models():
             if other.encoder.sha256 == model.encoder.sha256 and not self._is_outdated(other):
                 other.encoder.batch_tokens = choice.batch_tokens

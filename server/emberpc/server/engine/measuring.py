@@ -35,17 +35,19 @@ _IDLE_SHARE = 0.9
 Key = TypeVar("Key")
 
 
+class HostBusyError(Exception):
+    """The host has too little free processor time or memory for a measurement; the text says which."""
+
+
 @dataclass(frozen=True)
 class Speeds(Generic[Key]):
     """Seconds for one token, in rounds in which all alternatives take turns.
 
     Attributes:
-        rounds: the seconds by alternative, for each round that counts; none if `busy`.
-        busy: whether too few rounds found an idle host.
+        rounds: the seconds by alternative, for each round that counts.
     """
 
     rounds: Sequence[Mapping[Key, float]]
-    busy: bool
 
     def gain(self, key: Key, other: Key) -> float:
         """Return how many times as fast `key` is as `other`: the median over the rounds."""
@@ -68,6 +70,7 @@ def compare_encoders(
         stop: returns whether to stop; called before each batch.
 
     Raises:
+        HostBusyError: too few rounds found an idle host.
         MeasurementStoppedError: `stop` returned True.
         Exception: an encoder failed.
     """
@@ -110,8 +113,8 @@ def _rounds(work: Mapping[Key, tuple[Encoder, Sequence[list[TokenIds]]]], stop: 
         if idle:
             found.append(seconds)
         if len(found) == _ROUNDS:
-            return Speeds(found, busy=False)
-    return Speeds([], busy=True)
+            return Speeds(found)
+    raise HostBusyError("the host was busy; try again when it is idle")
 
 
 def _timed(encoder: Encoder, batch: list[TokenIds], stop: Callable[[], bool]) -> tuple[float, float]:
