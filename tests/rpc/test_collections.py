@@ -19,6 +19,7 @@ from emberpc.client import (
     SearchQuery,
     SearchResult,
 )
+from emberpc.client.types import Fusion
 from emberpc.server.collections import CollectionSpec
 from emberpc.server.collections.backend import no_collection
 from emberpc.server.errors import Code, ServiceError
@@ -188,6 +189,21 @@ def test_lexical_and_hybrid_searches_find_words(client: Client, books: str) -> N
     by_rank = client.search(books, "making loaves, with honey", mode="hybrid", fusion="ranks")
     assert len(by_rank) == 5
     assert 2 * 0.5 / 61 >= by_rank[0].score > by_rank[-1].score > 0
+
+
+def test_each_fusion_of_a_hybrid_search_has_its_default_weight(client: Client, books: str) -> None:
+    def scores(fusion: Fusion | None = None, dense_weight: float | None = None) -> dict[str, float]:
+        hits = client.search(
+            books, "making loaves, with honey", mode="hybrid", fusion=fusion, dense_weight=dense_weight
+        )
+        return {hit.record.id: hit.score for hit in hits}
+
+    weights: dict[Fusion, float] = {"bounds": 0.7, "scores": 0.5, "ranks": 0.5}
+    found = {fusion: scores(fusion, weight) for fusion, weight in weights.items()}
+    for fusion, expected in found.items():
+        assert scores(fusion) == pytest.approx(expected)
+    assert scores() == pytest.approx(found["bounds"])
+    assert found["bounds"] != pytest.approx(found["scores"])
 
 
 def test_queries_of_a_hybrid_search_have_their_own_ef(client: Client) -> None:

@@ -206,7 +206,10 @@ def search(
     ] = None,
     fusion: Annotated[
         Fusion | None,
-        typer.Option(help="For hybrid: fuse the rankings by scores (the default) or by ranks."),
+        typer.Option(
+            help="For hybrid: fuse the rankings by scores that are scaled by their bounds (the default), by scores "
+            "that are scaled to the range of the ranking, or by ranks."
+        ),
     ] = None,
     truncation: Annotated[Truncation, typer.Option(help="Treatment of a query with too many tokens.")] = "end",
     with_vectors: WithVectors = False,

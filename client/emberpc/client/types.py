@@ -40,7 +40,7 @@ Distance: TypeAlias = Literal["cosine", "dot_product", "euclidean"]
 SearchMode: TypeAlias = Literal["dense", "lexical", "hybrid"]
 #: How a hybrid search joins its dense and its lexical ranking. `scores`: by the weighted sum of both scores, each
 #: scaled so that the best is 1. `ranks`: by the weighted sum of 1 / (60 + rank) in both; the best rank is 1.
-Fusion: TypeAlias = Literal["scores", "ranks"]
+Fusion: TypeAlias = Literal["bounds", "scores", "ranks"]
 #: Urgency of a call. `interactive`: a caller waits for the response. `bulk`: interactive calls may go first.
 Priority: TypeAlias = Literal["interactive", "bulk"]
 

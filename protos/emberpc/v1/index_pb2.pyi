@@ -183,7 +183,7 @@ class _SearchFusion:
 class _SearchFusionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchFusion.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SEARCH_FUSION_UNSPECIFIED: _SearchFusion.ValueType  # 0
-    """The default, which is SCORES."""
+    """The default, which is BOUNDS; servers before BOUNDS existed: SCORES."""
     SEARCH_FUSION_SCORES: _SearchFusion.ValueType  # 1
     """The score is the weighted sum of the dense and the lexical score. Each is
     scaled first: the best score of a ranking becomes 1, its worst score 0; if
@@ -195,6 +195,15 @@ class _SearchFusionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchFu
     """Reciprocal ranks: the score is the weighted sum of 1 / (60 + rank) in both
     rankings. The best candidate of a ranking has rank 1.
     """
+    SEARCH_FUSION_BOUNDS: _SearchFusion.ValueType  # 3
+    """The score is the weighted sum of the dense and the lexical score. Each is
+    scaled first by its bounds: the dense score of a record that is equal to
+    the query becomes 1 (for DOT_PRODUCT, which has no such bound, the best
+    dense score), and the worst dense score 0. The greatest BM25 score that a
+    text could have for the words of the query becomes 1, and a BM25 score of
+    0 stays 0. So the lexical score is about the share of the query's words
+    that the text has, weighted by their rareness.
+    """
 
 class SearchFusion(_SearchFusion, metaclass=_SearchFusionEnumTypeWrapper):
     """How a HYBRID search joins its two rankings. Each ranking has at most 100
@@ -203,7 +212,7 @@ class SearchFusion(_SearchFusion, metaclass=_SearchFusionEnumTypeWrapper):
     """
 
 SEARCH_FUSION_UNSPECIFIED: SearchFusion.ValueType  # 0
-"""The default, which is SCORES."""
+"""The default, which is BOUNDS; servers before BOUNDS existed: SCORES."""
 SEARCH_FUSION_SCORES: SearchFusion.ValueType  # 1
 """The score is the weighted sum of the dense and the lexical score. Each is
 scaled first: the best score of a ranking becomes 1, its worst score 0; if
@@ -214,6 +223,15 @@ score but a BM25 score of 0 becomes 0.
 SEARCH_FUSION_RANKS: SearchFusion.ValueType  # 2
 """Reciprocal ranks: the score is the weighted sum of 1 / (60 + rank) in both
 rankings. The best candidate of a ranking has rank 1.
+"""
+SEARCH_FUSION_BOUNDS: SearchFusion.ValueType  # 3
+"""The score is the weighted sum of the dense and the lexical score. Each is
+scaled first by its bounds: the dense score of a record that is equal to
+the query becomes 1 (for DOT_PRODUCT, which has no such bound, the best
+dense score), and the worst dense score 0. The greatest BM25 score that a
+text could have for the words of the query becomes 1, and a BM25 score of
+0 stays 0. So the lexical score is about the share of the query's words
+that the text has, weighted by their rareness.
 """
 Global___SearchFusion: _TypeAlias = SearchFusion  # noqa: Y015
 
@@ -1452,13 +1470,13 @@ class SearchRequest(_message.Message):
     dense_weight: _builtins.float
     """HYBRID only, otherwise refused with INVALID_ARGUMENT: weight of the dense
     ranking, in [0, 1]. The weight of the lexical ranking is 1 minus this.
-    Default: 0.5.
+    Default: 0.7 for BOUNDS, 0.5 for SCORES and RANKS.
     """
     priority: _types_pb2.Priority.ValueType
     """Urgency of the embedding of the query texts. Default: INTERACTIVE."""
     fusion: Global___SearchFusion.ValueType
     """HYBRID only, otherwise refused with INVALID_ARGUMENT: how the two rankings
-    are joined. Default: SCORES.
+    are joined. Default: BOUNDS.
     """
     truncation: _types_pb2.Truncation.ValueType
     """How query texts with too many tokens are truncated before they are

@@ -66,10 +66,10 @@ class AsyncSearchMethods:
                 `emberpc.client.filters`. None: all records.
             mode: `dense`: search by vectors; `lexical`: by words; `hybrid`: both, with joined rankings. `lexical` and
                 `hybrid` need a text query.
-            dense_weight: for `hybrid` only, else refused: weight of the dense ranking, 0 to 1; None: 0.5. The lexical
-                ranking has the weight 1 - `dense_weight`.
-            fusion: for `hybrid` only, else refused: how the two rankings are joined, by `scores` or by `ranks`; None:
-                by scores.
+            dense_weight: for `hybrid` only, else refused: weight of the dense ranking, 0 to 1; None: 0.7 for `bounds`,
+                0.5 for `scores` and `ranks`. The lexical ranking has the weight 1 - `dense_weight`.
+            fusion: for `hybrid` only, else refused: how the two rankings are joined: by `bounds` or `scores` (scores
+                scaled by the greatest possible ones, or by those of the ranking), or by `ranks`; None: `bounds`.
             truncation: how a query text with too many tokens is truncated.
             with_vectors: whether to return the vectors of the hits too.
             priority: urgency of embedding the query; the server may delay texts of `bulk` calls in favour of texts of
@@ -144,8 +144,8 @@ class AsyncSearchMethods:
                 share.
             where: only records that match this filter; None: all records.
             mode: `dense`: search by vectors; `lexical`: by words; `hybrid`: both.
-            dense_weight: for `hybrid`: weight of the dense ranking, 0 to 1; None: 0.5.
-            fusion: for `hybrid`: how the two rankings are joined; None: by `scores`.
+            dense_weight: for `hybrid`: weight of the dense ranking, 0 to 1; None: 0.7 for `bounds`, else 0.5.
+            fusion: for `hybrid`: how the two rankings are joined; None: `bounds`.
             truncation: how query texts with too many tokens are truncated.
             with_vectors: whether to return the vectors of the hits too.
             priority: urgency of embedding the queries.

@@ -37,7 +37,11 @@ SEARCH_MODES = {
     "lexical": index_pb2.SEARCH_MODE_LEXICAL,
     "hybrid": index_pb2.SEARCH_MODE_HYBRID,
 }
-FUSIONS = {"scores": index_pb2.SEARCH_FUSION_SCORES, "ranks": index_pb2.SEARCH_FUSION_RANKS}
+FUSIONS = {
+    "bounds": index_pb2.SEARCH_FUSION_BOUNDS,
+    "scores": index_pb2.SEARCH_FUSION_SCORES,
+    "ranks": index_pb2.SEARCH_FUSION_RANKS,
+}
 CLASSIFIER_KINDS = {
     "fine_tuned": classification_pb2.CLASSIFIER_KIND_FINE_TUNED,
     "examples": classification_pb2.CLASSIFIER_KIND_EXAMPLES,

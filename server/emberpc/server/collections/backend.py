@@ -193,7 +193,7 @@ class CollectionBackend(Protocol):
         top_k: Sequence[int],
         *,
         dense_weight: float,
-        fusion: Fusion = Fusion.SCORES,
+        fusion: Fusion = Fusion.BOUNDS,
         ef: int = 0,
         min_recall: float = 0,
         with_vectors: bool = False,

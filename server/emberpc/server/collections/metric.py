@@ -262,6 +262,11 @@ def graph_scores(distances: Matrix, distance: Distance) -> Matrix:
     return _unscaled(1 - distances, distance)
 
 
+def greatest_score(distance: Distance) -> float | None:
+    """Return the score of a vector that is equal to the query; None for dot products, which have no greatest score."""
+    return {Distance.COSINE: 1.0, Distance.EUCLIDEAN: 0.0}.get(distance)
+
+
 def _scores(queries: Matrix, vectors: Matrix, distance: Distance) -> Matrix:
     """Return the scores, as in `graph_scores`, of prepared vectors for prepared queries: float32 (queries, vectors)."""
     if distance is not Distance.EUCLIDEAN:

@@ -55,8 +55,13 @@ class SearchStrategy(str, Enum):
 
 
 class Fusion(str, Enum):
-    """The rule that joins a dense and a lexical ranking: by the scaled scores, or by the reciprocal ranks, of hits."""
+    """The rule that joins a dense and a lexical ranking.
 
+    `BOUNDS` scales scores by the greatest possible ones, `SCORES` by those of the ranking, and `RANKS` uses reciprocal
+    ranks; see `index/search/fusion.py`.
+    """
+
+    BOUNDS = "bounds"
     SCORES = "scores"
     RANKS = "ranks"
 

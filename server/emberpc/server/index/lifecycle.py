@@ -114,7 +114,7 @@ class Lifecycle:
         self._searcher = DenseSearcher(
             self._store, self._neighbours, self._selector, self._write_lock, self.spec.distance
         )
-        self._hybrid = HybridSearcher(self._store, self._searcher, self._write_lock)
+        self._hybrid = HybridSearcher(self._store, self._searcher, self._write_lock, self.spec.distance)
         self._graph_maintenance = GraphMaintenance(
             self.spec,
             self._folder,

@@ -130,7 +130,7 @@ class CollectionSearchMethods:
         top_k: Sequence[int],
         *,
         dense_weight: float,
-        fusion: Fusion = Fusion.SCORES,
+        fusion: Fusion = Fusion.BOUNDS,
         ef: int = 0,
         min_recall: float = 0,
         with_vectors: bool = False,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from emberpc.server import cancellation
-from emberpc.server.collections.types import Fusion, Plan, SearchOutcome, SearchStrategy, StoredRecord
+from emberpc.server.collections.metric import greatest_score
+from emberpc.server.collections.types import Distance, Fusion, Plan, SearchOutcome, SearchStrategy, StoredRecord
 from emberpc.server.index.search.dense import DenseRequest, DenseSearcher
+from emberpc.server.index.search.fusion import ScoreLimits, fused
 from emberpc.server.index.storage.filter_sql import EVERYTHING, Clause
 from emberpc.server.index.storage.lexical_terms import words_of
 from emberpc.server.index.storage.store import Store
@@ -25,11 +28,9 @@ _LARGE = 1000
 #: Attempts of a hybrid search without the write lock. If writes disturb all of them, one more attempt holds the lock.
 _TRIES = 2
 
-#: Offset of reciprocal rank fusion, which is added to a rank (from 1) before its reciprocal is taken. It is that of the
-#: original paper (Cormack, Clarke and Büttcher, 2009), and common since.
-_RANK_OFFSET = 60
-
-Hits = Sequence[tuple[StoredRecord, float]]
+#: Constants of BM25 in FTS5 (https://sqlite.org/fts5.html#the_bm25_function): what a frequency cannot exceed after its
+#: saturation (k1 + 1), and the least weight of a word.
+_BM25_FREQUENCY, _BM25_LEAST = 2.2, 1e-6
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,11 @@ class HybridSearcher:
         store: the records and their word index.
         searcher: the dense searcher of the same collection.
         write_lock: held by every write, from before the write changes the store until the write has changed memory.
+        distance: the distance of the collection's vectors.
     """
 
-    def __init__(self, store: Store, searcher: DenseSearcher, write_lock: threading.Lock) -> None:
+    def __init__(self, store: Store, searcher: DenseSearcher, write_lock: threading.Lock, distance: Distance) -> None:
+        self._greatest_dense = greatest_score(distance)
         self._store = store
         self._searcher = searcher
         self._write_lock = write_lock
@@ -70,11 +73,7 @@ class HybridSearcher:
             ServiceError: DATA_LOSS if the word index is damaged, INTERNAL if a rebuild of the damaged index has failed;
                 DEADLINE_EXCEEDED if the call of this thread is cancelled; the errors of reading the store.
         """
-        with self._store.snapshot():
-            return [
-                self._search_lexical(text, k, condition or EVERYTHING, with_vectors=request.with_vectors)
-                for text, k, condition in zip(request.texts, request.top_k, request.conditions, strict=True)
-            ]
+        return [outcome for outcome, _ in self._search_words(request)]
 
     def search_hybrid(
         self, request: DenseRequest, texts: Sequence[str], top_k: Sequence[int], dense_weight: float, fusion: Fusion
@@ -115,26 +114,38 @@ class HybridSearcher:
         settled: bool = False,
     ) -> list[SearchOutcome]:
         dense = self._searcher.search(request, settled=settled)
-        words = self.search_lexical(LexicalRequest(texts, request.top_k, request.conditions, request.with_vectors))
+        words = self._search_words(LexicalRequest(texts, request.top_k, request.conditions, request.with_vectors))
         outcomes = []
-        for dense_outcome, lexical_outcome, depth, k in zip(dense, words, request.top_k, top_k, strict=True):
-            all_lexical = len(lexical_outcome.hits) < depth
-            hits = fused(dense_outcome.hits, lexical_outcome.hits, dense_weight, fusion, all_lexical=all_lexical)[:k]
+        for dense_outcome, (lexical_outcome, greatest), depth, k in zip(
+            dense, words, request.top_k, top_k, strict=True
+        ):
+            limits = ScoreLimits(self._greatest_dense, greatest, all_lexical=len(lexical_outcome.hits) < depth)
+            hits = fused(dense_outcome.hits, lexical_outcome.hits, dense_weight, fusion, limits)[:k]
             reason = "" if len(hits) >= k else _shortfall_reason(len(hits), dense_outcome)
             plan = replace(dense_outcome.plan, lexical_count=len(lexical_outcome.hits), shortfall_reason=reason)
             outcomes.append(SearchOutcome(hits, plan))
         return outcomes
 
-    def _search_lexical(self, text: str, k: int, condition: Clause, *, with_vectors: bool) -> SearchOutcome:
+    def _search_words(self, request: LexicalRequest) -> list[tuple[SearchOutcome, float]]:
+        """Return for each text the outcome, as `search_lexical`, and the greatest score that a text can have for it."""
+        with self._store.snapshot():
+            return [
+                self._search_text(text, k, condition or EVERYTHING, with_vectors=request.with_vectors)
+                for text, k, condition in zip(request.texts, request.top_k, request.conditions, strict=True)
+            ]
+
+    def _search_text(self, text: str, k: int, condition: Clause, *, with_vectors: bool) -> tuple[SearchOutcome, float]:
         cancellation.check()
-        words = self._distinctive_words(words_of(text))
+        counts, total = self._counts(words_of(text)), self._store.count()
+        words = _distinctive_words(counts, total)
         hits = self._lexical_hits(expression(words), k, condition, with_vectors=with_vectors) if words else []
         count = len(hits)
         reason = ""
         if count < k:
             what = f"{count} record{'' if count == 1 else 's'} ha{'s' if count == 1 else 've'} a word of the query"
             reason = what if condition is EVERYTHING else f"{what} and match{'es' if count == 1 else ''} the filter"
-        return SearchOutcome(hits, Plan(SearchStrategy.LEXICAL, 0, 0, reason, count))
+        greatest = greatest_bm25([counts[word] for word in words], total)
+        return SearchOutcome(hits, Plan(SearchStrategy.LEXICAL, 0, 0, reason, count)), greatest
 
     def _lexical_hits(
         self, query: str, k: int, condition: Clause, *, with_vectors: bool
@@ -152,19 +163,39 @@ class HybridSearcher:
                 return hits
             maximum += k - len(hits)  # one more for each hit whose record turned out to be damaged
 
-    def _distinctive_words(self, words: list[str]) -> list[str]:
-        """Return the words of a query that are in the texts of at least one and at most half of the records.
-
-        Returns all words if none of them is, or if the collection has fewer than `_LARGE` records.
-        """
-        total = self._store.count()
-        if total < _LARGE:
-            return words
+    def _counts(self, words: list[str]) -> dict[str, int]:
+        """Return the number of records whose text has a word, by word."""
         counts = {}
         for word in words:
             cancellation.check()
             counts[word] = self._store.count_lexical_matches(expression([word]))
-        return [word for word, count in counts.items() if 0 < count <= _COMMON * total] or words
+        return counts
+
+
+def _distinctive_words(counts: Mapping[str, int], total: int) -> list[str]:
+    """Return the words of a query that are in the texts of at least one and at most half of the records.
+
+    Returns all words if none of them is, or if the collection has fewer than `_LARGE` records.
+
+    Args:
+        counts: number of records whose text has a word, by word.
+        total: number of records.
+    """
+    if total < _LARGE:
+        return list(counts)
+    return [word for word, count in counts.items() if 0 < count <= _COMMON * total] or list(counts)
+
+
+def greatest_bm25(counts: Sequence[int], total: int) -> float:
+    """Return a BM25 score that no text can exceed: that of a text that has each word infinitely often.
+
+    Args:
+        counts: for each word of the query, the number of records whose text has the word. Words that no text has do not
+            count.
+        total: number of records.
+    """
+    weights = (math.log((total - count + 0.5) / (count + 0.5)) for count in counts if 0 < count <= total)
+    return _BM25_FREQUENCY * sum(max(weight, _BM25_LEAST) for weight in weights)
 
 
 def fusion_depths(top_k: Sequence[int]) -> list[int]:
@@ -193,52 +224,3 @@ def _shortfall_reason(count: int, dense: SearchOutcome) -> str:
     if count <= len(dense.hits):
         return dense.plan.shortfall_reason
     return f"{count} records have an undamaged vector or a word of the query, and match the filter if there is one"
-
-
-def fused(
-    dense: Hits, lexical: Hits, dense_weight: float, fusion: Fusion, *, all_lexical: bool
-) -> list[tuple[StoredRecord, float]]:
-    """Fuse two rankings.
-
-    Args:
-        dense: hits of the dense search, best first.
-        lexical: hits of the lexical search, best first.
-        dense_weight: weight of `dense`, 0 to 1.
-        fusion: SCORES: by scores, scaled so that the best of a ranking is 1 and the last is 0. RANKS: by reciprocal
-            ranks. Measured on SciFact's training queries: nDCG@10 of 0.745 by scores, and of 0.730 by ranks with the
-            best of many settings.
-        all_lexical: whether `lexical` has all records with a word of the query; read only under SCORES. If true, the
-            BM25 score 0, which all other records have, is scaled to 0, instead of the score of the last lexical hit.
-
-    Returns:
-        Each record that is in one or both rankings, with its fused score, greatest first; equal scores in the order of
-        ids. The fused score is the weighted sum of a record's scaled scores or reciprocal ranks; a ranking without the
-        record counts 0.
-    """
-    if fusion is Fusion.RANKS:
-        worths = [_by_rank(dense), _by_rank(lexical)]
-    else:
-        worths = [_scaled(dense), _scaled(lexical, 0.0 if all_lexical else None)]
-    records: dict[str, StoredRecord] = {}
-    scores: dict[str, float] = {}
-    for hits, worth, weight in zip((dense, lexical), worths, (dense_weight, 1 - dense_weight), strict=True):
-        for (record, _), each in zip(hits, worth, strict=True):
-            records[record.id] = record
-            scores[record.id] = scores.get(record.id, 0.0) + weight * each
-    return [(records[key], score) for key, score in sorted(scores.items(), key=lambda item: (-item[1], item[0]))]
-
-
-def _by_rank(hits: Hits) -> list[float]:
-    return [1 / (_RANK_OFFSET + rank) for rank in range(1, len(hits) + 1)]
-
-
-def _scaled(hits: Hits, minimum: float | None = None) -> list[float]:
-    """Return the scores of hits, best first, scaled linearly: the best score becomes 1, and the score `minimum` 0.
-
-    If `minimum` is None, the score of the last hit becomes 0. All are 1 if the best score is not greater than the score
-    that would become 0.
-    """
-    if not hits:
-        return []
-    best, low = hits[0][1], hits[-1][1] if minimum is None else minimum
-    return [(score - low) / (best - low) if best > low else 1.0 for _, score in hits]
