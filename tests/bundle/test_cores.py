@@ -50,3 +50,11 @@ def test_an_invalid_cpu_max_sets_no_limit(tmp_path: Path, text: str) -> None:
 
 def test_usable_cores_are_at_least_1() -> None:
     assert usable_cores() >= 1
+
+
+@pytest.mark.parametrize("own", ["0::\n", "0::a\n", "4:cpu:c\n", "0::/\udcff\n", "nonsense"])
+def test_a_malformed_list_of_groups_leaves_the_limits_of_the_mount_point(tmp_path: Path, own: str) -> None:
+    (tmp_path / "v2").mkdir()
+    (tmp_path / "v2" / "cpu.max").write_text("50000 100000")
+    (tmp_path / "own").write_bytes(own.encode(errors="surrogateescape"))
+    assert quota(GroupFiles(tmp_path / "own", tmp_path / "v2", tmp_path / "v1")) == 0.5

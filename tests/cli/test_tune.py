@@ -57,13 +57,15 @@ def test_without_a_model_the_error_names_the_flags(tmp_path: Path, emberpc: Embe
     assert "give --model NAME=DIR or --models-dir DIR" in outcome.err
 
 
-def test_a_busy_host_is_an_error(
-    tiny_bundle: Path, tmp_path: Path, emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch
+def test_a_busy_host_is_an_error_after_all_models_were_tried(
+    tiny_bundle: Path, other_tiny_bundle: Path, tmp_path: Path, emberpc: Emberpc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measuring, "_IDLE_SHARE", 2.0)
-    outcome = emberpc("tune", "--model", f"a={tiny_bundle}", "--data-dir", tmp_path)
+    models = ("--model", f"a={tiny_bundle}", "--model", f"b={other_tiny_bundle}")
+    outcome = emberpc("tune", *models, "--data-dir", tmp_path)
     assert outcome.code == 2
-    assert "model 'a' was not measured: the host was busy; try again when it is idle" in outcome.err
+    reason = "was not measured: the host was busy"
+    assert f"model 'a' {reason}; model 'b' {reason}; try again when the host has more free processor" in outcome.err
 
 
 def test_nothing_is_measured_if_the_settings_state_everything(

@@ -18,8 +18,6 @@ from emberpc.server.collections.filters import Comparison, Filter, Operator
 from emberpc.server.errors import Code
 from emberpc.server.index import Collection, Index
 from emberpc.server.index.search import hybrid
-from emberpc.server.index.search.fusion import ScoreLimits, fused
-from emberpc.server.index.search.hybrid import greatest_bm25
 from emberpc.server.index.storage.lexical_terms import _folded, search_text, words_of
 from index.support import gaussian, make_older, refused
 
@@ -79,10 +77,6 @@ def test_words_of_every_write_are_found_immediately(books: Collection) -> None:
     assert words(books, "whale ring wax") == ["bees"]
 
 
-def limits(dense: float | None = 1.0, lexical: float = 4.0, all_lexical: bool = True) -> ScoreLimits:
-    return ScoreLimits(dense, lexical, all_lexical)
-
-
 @pytest.mark.parametrize("fusion", [Fusion.BOUNDS, Fusion.SCORES])
 def test_hybrid_search_has_the_hits_of_both_rankings(books: Collection, fusion: Fusion) -> None:
     query = gaussian(1, 16)  # the vector of `whale`
@@ -96,55 +90,18 @@ def test_hybrid_search_has_the_hits_of_both_rankings(books: Collection, fusion: 
     assert [record.id for record, _ in lexical.hits] == ["honey", "bees"]
 
 
-def test_scores_are_scaled_by_those_of_their_ranking(books: Collection) -> None:
-    first, second, third = (record for record, _ in books.search(gaussian(1, 16), 3)[0].hits)
-    dense_hits, lexical_hits = [(first, 9.0), (second, 8.0), (third, 5.0)], [(third, 2.0), (second, 1.0)]
-    mixed = fused(dense_hits, lexical_hits, 0.5, Fusion.SCORES, limits())
-    assert [record for record, _ in mixed] == [second, *sorted([first, third], key=lambda record: record.id)]
-    assert [score for _, score in mixed] == pytest.approx([0.375 + 0.25, 0.5, 0.5])
-    assert fused(dense_hits, lexical_hits, 0.5, Fusion.SCORES, limits(all_lexical=False))[-1][1] == pytest.approx(0.375)
-    assert fused([(first, 1.0)], [(first, 1.0)], 0.5, Fusion.SCORES, limits(all_lexical=False)) == [(first, 1.0)]
+def test_the_lexical_share_depends_on_the_words_and_not_on_records_without_text(books: Collection) -> None:
+    def shares(query: str) -> dict[str, float]:
+        (outcome,) = books.search_hybrid(gaussian(1, 16), [query], [9], dense_weight=0)
+        return {record.id: score for record, score in outcome.hits if score}
 
-
-def test_scores_are_scaled_by_their_bounds(books: Collection) -> None:
-    first, second, third = (record for record, _ in books.search(gaussian(1, 16), 3)[0].hits)
-    dense_hits, lexical_hits = [(first, 0.8), (second, 0.6), (third, 0.5)], [(third, 2.0), (second, 1.0)]
-
-    def scores(dense: float | None) -> list[float]:
-        mixed = dict(fused(dense_hits, lexical_hits, 0.75, Fusion.BOUNDS, limits(dense)))
-        return [mixed[record] for record in (first, second, third)]
-
-    assert scores(1.0) == pytest.approx([0.75 * 0.6, 0.75 * 0.2 + 0.25 * 0.25, 0.25 * 0.5])
-    # Without a greatest score, as for dot products, or if rounding exceeds it, the best score becomes 1.
-    for dense in (None, 0.7):
-        assert scores(dense) == pytest.approx([0.75, 0.75 / 3 + 0.25 * 0.25, 0.25 * 0.5])
-
-
-@pytest.mark.parametrize("fusion", Fusion)
-def test_rankings_without_hits_or_with_one_can_be_fused(books: Collection, fusion: Fusion) -> None:
-    ((record, _),) = books.search(gaussian(1, 16), 1)[0].hits
-    assert fused([], [], 0.5, fusion, limits(lexical=0.0)) == []
-    for dense, lexical in (([(record, 1.0)], []), ([], [(record, 1.0)]), ([(record, 1.0)], [(record, 1.0)])):
-        ((found, score),) = fused(dense, lexical, 0.5, fusion, limits(lexical=1.0))
-        assert found == record
-        assert 0 < score <= 1
-
-
-@given(
-    st.lists(st.lists(st.sampled_from(["red", "green", "blue", "the"]), max_size=9), min_size=1, max_size=9),
-    st.lists(st.sampled_from(["red", "green", "blue", "the", "black"]), min_size=1, max_size=4),
-)
-def test_no_text_exceeds_the_greatest_bm25_score(texts: list[list[str]], query: list[str]) -> None:
-    """The bound is computed from the counts that the store states; the scores are those of SQLite."""
-    with closing(sqlite3.connect(":memory:")) as database:
-        database.execute("CREATE VIRTUAL TABLE words USING fts5(text)")
-        database.executemany("INSERT INTO words VALUES (?)", [(" ".join(text),) for text in texts])
-        distinct = sorted(set(query))
-        scores = database.execute(
-            "SELECT -bm25(words) FROM words WHERE words MATCH ?", (" OR ".join(distinct),)
-        ).fetchall()
-    counts = [sum(word in text for text in texts) for word in distinct]
-    assert all(0 < score <= greatest_bm25(counts, len(texts)) for (score,) in scores)
+    before = shares("honey")
+    assert before["honey"] > before["bees"] > 0.3
+    # Half of the words, and a word that no text has, which does not count.
+    assert shares("honey volcano")["honey"] < 0.6 * before["honey"]
+    assert shares("honey zebra") == pytest.approx(before)
+    books.upsert([NewRecord(f"empty{i}", "") for i in range(50)], gaussian(50, 16))
+    assert shares("honey") == pytest.approx(before)
 
 
 def test_hybrid_search_joins_rankings_by_ranks(books: Collection) -> None:

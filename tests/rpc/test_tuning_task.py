@@ -105,6 +105,14 @@ async def test_a_model_is_measured_again_after_longer_pauses_if_the_host_was_bus
     assert measured._left["b"] == []
 
 
+async def test_the_pause_is_short_again_after_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = Measured(a=[*["busy"] * 4, "same", *["busy"] * 9])  # due again after the measurement
+    left: list[int] = []
+    await run_looks(measured, monkeypatch, 24, lambda look: left.append(len(measured._left["a"])))
+    measurements = [look for look in range(1, 24) if left[look] < left[look - 1]]
+    assert [0, *measurements] == [0, 1, 3, 7, 15, 16, 17, 19, 23]
+
+
 async def test_a_model_that_is_loaded_while_another_one_waits_is_measured_at_the_next_look(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

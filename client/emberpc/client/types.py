@@ -38,8 +38,9 @@ DType: TypeAlias = Literal["float32", "float16", "int8", "binary"]
 Distance: TypeAlias = Literal["cosine", "dot_product", "euclidean"]
 #: Mode of a search. `dense`: by vectors. `lexical`: by words. `hybrid`: both, with the two rankings joined.
 SearchMode: TypeAlias = Literal["dense", "lexical", "hybrid"]
-#: How a hybrid search joins its dense and its lexical ranking. `scores`: by the weighted sum of both scores, each
-#: scaled so that the best is 1. `ranks`: by the weighted sum of 1 / (60 + rank) in both; the best rank is 1.
+#: How a hybrid search joins its dense and its lexical ranking. `bounds`: by the weighted sum of both scores, each
+#: scaled so that the greatest possible one is 1. `scores`: the same, scaled so that the best of the ranking is 1.
+#: `ranks`: by the weighted sum of 1 / (60 + rank) in both; the best rank is 1.
 Fusion: TypeAlias = Literal["bounds", "scores", "ranks"]
 #: Urgency of a call. `interactive`: a caller waits for the response. `bulk`: interactive calls may go first.
 Priority: TypeAlias = Literal["interactive", "bulk"]

@@ -42,7 +42,7 @@ def group_folders(controller: str, files: GroupFiles = GROUP_FILES) -> Iterator[
         the two mount points.
     """
     try:
-        lines = files.own.read_text(encoding="utf-8").splitlines()
+        lines = files.own.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         lines = []
     found = [line.split(":", 2) for line in lines if line.count(":") >= 2]
@@ -51,6 +51,6 @@ def group_folders(controller: str, files: GroupFiles = GROUP_FILES) -> Iterator[
         1: next((path for _, names, path in found if controller in names.split(",")), "/"),
     }
     for version, root in ((2, files.v2), (1, files.v1 / controller)):
-        path = PurePosixPath(paths[version])
+        path = PurePosixPath(paths[version].lstrip("/"))
         for folder in (path, *path.parents):
-            yield root / folder.relative_to("/"), version
+            yield root / folder, version

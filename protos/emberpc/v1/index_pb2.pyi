@@ -201,8 +201,9 @@ class _SearchFusionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SearchFu
     the query becomes 1 (for DOT_PRODUCT, which has no such bound, the best
     dense score), and the worst dense score 0. The greatest BM25 score that a
     text could have for the words of the query becomes 1, and a BM25 score of
-    0 stays 0. So the lexical score is about the share of the query's words
-    that the text has, weighted by their rareness.
+    0 stays 0; words that no text has are left out. So the lexical score is
+    about the share of these words that the text has, weighted by their
+    rareness.
     """
 
 class SearchFusion(_SearchFusion, metaclass=_SearchFusionEnumTypeWrapper):
@@ -230,8 +231,9 @@ scaled first by its bounds: the dense score of a record that is equal to
 the query becomes 1 (for DOT_PRODUCT, which has no such bound, the best
 dense score), and the worst dense score 0. The greatest BM25 score that a
 text could have for the words of the query becomes 1, and a BM25 score of
-0 stays 0. So the lexical score is about the share of the query's words
-that the text has, weighted by their rareness.
+0 stays 0; words that no text has are left out. So the lexical score is
+about the share of these words that the text has, weighted by their
+rareness.
 """
 Global___SearchFusion: _TypeAlias = SearchFusion  # noqa: Y015
 

@@ -34,7 +34,8 @@ def runtimes_of(settings: Settings, workers: int) -> Runtimes:
 def measure_models(settings: Settings, workers: int) -> Iterator[tuple[str, Choice]]:
     """Measure each model of the settings and of the models directory, and store the choices in the data directory.
 
-    Models for which the settings leave nothing open are left out. The data directory is created if it does not exist.
+    Models for which the settings leave nothing open are left out. If the host is too busy for one model, the others are
+    measured all the same. The data directory is created if it does not exist.
 
     Args:
         settings: the settings.
@@ -44,8 +45,8 @@ def measure_models(settings: Settings, workers: int) -> Iterator[tuple[str, Choi
         The name of a model, and the choice.
 
     Raises:
-        StartupError: a model cannot be loaded or measured, the host has too little free processor time or memory, or
-            the data directory cannot be created or read.
+        StartupError: a model cannot be loaded or measured, or the data directory cannot be created or read; at the end
+            if the host had too little free processor time or memory for some models.
     """
     keep_freed_memory()
     try:
@@ -55,6 +56,7 @@ def measure_models(settings: Settings, workers: int) -> Iterator[tuple[str, Choi
         raise StartupError(f"{error.filename} cannot be used ({error.strerror}); check path and permissions") from error
     runtimes = runtimes_of(settings, workers)
     variants, options = settings.named_variants(), settings.named_options()
+    refused = []
     for name, folder in folders.items():
         try:
             model = Model.load(name, folder, variants.get(name, ""), options.get(name, {}), runtimes=runtimes)
@@ -63,7 +65,12 @@ def measure_models(settings: Settings, workers: int) -> Iterator[tuple[str, Choi
         except (ModelLoadError, SessionError, BundleError) as error:
             raise StartupError(str(error)) from error
         except HostBusyError as error:
-            raise StartupError(f"model {name!r} was not measured: {error}") from error
+            refused.append(f"model {name!r} was not measured: {error}")
+    if refused:
+        raise StartupError(
+            f"{'; '.join(refused)}; try again when the host has more free processor time and memory, or state "
+            "--engine, --precision and --batch-tokens"
+        )
 
 
 def _folders(settings: Settings) -> dict[str, Path]:

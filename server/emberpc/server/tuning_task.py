@@ -80,3 +80,5 @@ class TuningTask:
         if not await run(self._thread, self._engine.tune, model, self._stopping.requested.is_set):
             pause = min(max(1, 2 * pause), _LONGEST_PAUSE)
             self._waiting[model] = pause - 1, pause
+        else:
+            self._waiting.pop(model, None)

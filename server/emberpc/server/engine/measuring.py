@@ -80,7 +80,10 @@ def compare_encoders(
 
 
 def compare_sizes(encoder: Encoder, ids: TokenIds, max_tokens: int, stop: Callable[[], bool]) -> Speeds[int]:
-    """Measure sizes of micro-batches; the keys are the sizes in tokens. For the arguments, see `compare_encoders`."""
+    """Measure sizes of micro-batches; the keys are the sizes in tokens.
+
+    For the arguments and the errors, see `compare_encoders`.
+    """
     length = min(_SIZE_LENGTH, max_tokens)
     return _rounds({size: (encoder, [_batch(ids, length, size)]) for size in SIZES}, stop)
 
@@ -96,7 +99,10 @@ def _batch(ids: TokenIds, length: int, tokens: int) -> list[TokenIds]:
 
 
 def _rounds(work: Mapping[Key, tuple[Encoder, Sequence[list[TokenIds]]]], stop: Callable[[], bool]) -> Speeds[Key]:
-    """Run the batches of each alternative in turns, until enough rounds found an idle host."""
+    """Run the batches of each alternative in turns, until enough rounds found an idle host.
+
+    For the errors, see `compare_encoders`.
+    """
     for encoder, batches in work.values():  # the first run with a shape prepares the engine for it
         for batch in batches:
             _timed(encoder, batch, stop)
@@ -114,7 +120,7 @@ def _rounds(work: Mapping[Key, tuple[Encoder, Sequence[list[TokenIds]]]], stop: 
             found.append(seconds)
         if len(found) == _ROUNDS:
             return Speeds(found)
-    raise HostBusyError("the host was busy; try again when it is idle")
+    raise HostBusyError("the host was busy")
 
 
 def _timed(encoder: Encoder, batch: list[TokenIds], stop: Callable[[], bool]) -> tuple[float, float]:

@@ -94,8 +94,7 @@ def _check_memory(model: Model, engines: int) -> None:
     needed, free = engines * (_FILES * size + _BYTES), free_memory()
     if needed > free:
         raise HostBusyError(
-            f"measuring {engines} engines may take {needed / 1e6:.0f} MB of memory, and {free / 1e6:.0f} MB are free; "
-            "free memory, or state --engine, --precision and --batch-tokens, so that nothing is measured"
+            f"measuring {engines} engines may take {needed / 1e6:.0f} MB of memory, and {free / 1e6:.0f} MB are free"
         )
 
 

@@ -11,6 +11,9 @@ from emberpc.server.collections.types import Fusion, StoredRecord
 #: original paper (Cormack, Clarke and Büttcher, 2009), and common since.
 _RANK_OFFSET = 60
 
+#: Scores whose difference is less than this share of the best one are equal: they differ by rounding.
+_ROUNDING = 1e-6
+
 Hits = Sequence[tuple[StoredRecord, float]]
 
 
@@ -76,10 +79,12 @@ def _scaled(hits: Hits, *, lowest: float | None = None, greatest: float | None =
     """Return the scores of hits, best first, scaled linearly: the score `lowest` becomes 0, and `greatest` 1.
 
     If `lowest` is None, the score of the last hit becomes 0. If `greatest` is None, or less than the best score because
-    of rounding, the best score becomes 1. All are 1 if there is no difference between the two.
+    of rounding, the best score becomes 1. All are 1 if the two differ by rounding only.
     """
     if not hits:
         return []
     low = hits[-1][1] if lowest is None else lowest
     best = hits[0][1] if greatest is None else max(greatest, hits[0][1])
-    return [(score - low) / (best - low) if best > low else 1.0 for _, score in hits]
+    if best - low <= _ROUNDING * abs(best):
+        return [1.0] * len(hits)
+    return [(score - low) / (best - low) for _, score in hits]

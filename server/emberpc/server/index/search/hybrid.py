@@ -73,7 +73,7 @@ class HybridSearcher:
             ServiceError: DATA_LOSS if the word index is damaged, INTERNAL if a rebuild of the damaged index has failed;
                 DEADLINE_EXCEEDED if the call of this thread is cancelled; the errors of reading the store.
         """
-        return [outcome for outcome, _ in self._search_words(request)]
+        return [outcome for outcome, _ in self._search_words(request, bounded=False)]
 
     def search_hybrid(
         self, request: DenseRequest, texts: Sequence[str], top_k: Sequence[int], dense_weight: float, fusion: Fusion
@@ -114,7 +114,10 @@ class HybridSearcher:
         settled: bool = False,
     ) -> list[SearchOutcome]:
         dense = self._searcher.search(request, settled=settled)
-        words = self._search_words(LexicalRequest(texts, request.top_k, request.conditions, request.with_vectors))
+        words = self._search_words(
+            LexicalRequest(texts, request.top_k, request.conditions, request.with_vectors),
+            bounded=fusion is Fusion.BOUNDS,
+        )
         outcomes = []
         for dense_outcome, (lexical_outcome, greatest), depth, k in zip(
             dense, words, request.top_k, top_k, strict=True
@@ -126,25 +129,34 @@ class HybridSearcher:
             outcomes.append(SearchOutcome(hits, plan))
         return outcomes
 
-    def _search_words(self, request: LexicalRequest) -> list[tuple[SearchOutcome, float]]:
-        """Return for each text the outcome, as `search_lexical`, and the greatest score that a text can have for it."""
+    def _search_words(self, request: LexicalRequest, *, bounded: bool) -> list[tuple[SearchOutcome, float]]:
+        """Return for each text the outcome, as `search_lexical`, and the greatest score that a text can have for it.
+
+        Without `bounded`, the greatest score is not computed and 0.
+        """
         with self._store.snapshot():
             return [
-                self._search_text(text, k, condition or EVERYTHING, with_vectors=request.with_vectors)
+                self._search_text(text, k, condition or EVERYTHING, with_vectors=request.with_vectors, bounded=bounded)
                 for text, k, condition in zip(request.texts, request.top_k, request.conditions, strict=True)
             ]
 
-    def _search_text(self, text: str, k: int, condition: Clause, *, with_vectors: bool) -> tuple[SearchOutcome, float]:
+    def _search_text(
+        self, text: str, k: int, condition: Clause, *, with_vectors: bool, bounded: bool
+    ) -> tuple[SearchOutcome, float]:
         cancellation.check()
-        counts, total = self._counts(words_of(text)), self._store.count()
-        words = _distinctive_words(counts, total)
+        words, total = words_of(text), self._store.count()
+        counts = self._counts(words) if bounded or total >= _LARGE else {}
+        if total >= _LARGE:
+            words = _distinctive_words(counts, total)
         hits = self._lexical_hits(expression(words), k, condition, with_vectors=with_vectors) if words else []
         count = len(hits)
         reason = ""
         if count < k:
             what = f"{count} record{'' if count == 1 else 's'} ha{'s' if count == 1 else 've'} a word of the query"
             reason = what if condition is EVERYTHING else f"{what} and match{'es' if count == 1 else ''} the filter"
-        greatest = greatest_bm25([counts[word] for word in words], total)
+        greatest = (
+            greatest_bm25([counts[word] for word in words], self._store.count_lexical_matches()) if bounded else 0.0
+        )
         return SearchOutcome(hits, Plan(SearchStrategy.LEXICAL, 0, 0, reason, count)), greatest
 
     def _lexical_hits(
@@ -175,14 +187,12 @@ class HybridSearcher:
 def _distinctive_words(counts: Mapping[str, int], total: int) -> list[str]:
     """Return the words of a query that are in the texts of at least one and at most half of the records.
 
-    Returns all words if none of them is, or if the collection has fewer than `_LARGE` records.
+    Returns all words if none of them is.
 
     Args:
         counts: number of records whose text has a word, by word.
         total: number of records.
     """
-    if total < _LARGE:
-        return list(counts)
     return [word for word, count in counts.items() if 0 < count <= _COMMON * total] or list(counts)
 
 
@@ -192,7 +202,7 @@ def greatest_bm25(counts: Sequence[int], total: int) -> float:
     Args:
         counts: for each word of the query, the number of records whose text has the word. Words that no text has do not
             count.
-        total: number of records.
+        total: number of texts in the word index.
     """
     weights = (math.log((total - count + 0.5) / (count + 0.5)) for count in counts if 0 < count <= total)
     return _BM25_FREQUENCY * sum(max(weight, _BM25_LEAST) for weight in weights)

@@ -243,11 +243,11 @@ class StoreReader:
         with translated(self._subject), self._reading_words():
             return self._damage.select(self._connection(), statement, (expression, *condition.parameters, count))
 
-    def count_lexical_matches(self, expression: str) -> int:
-        """Return the number of texts that match a valid FTS5 query; errors are those of `lexical_matches`."""
+    def count_lexical_matches(self, expression: str = "") -> int:
+        """Count the indexed texts that match a valid FTS5 query; empty: all. For the errors, see `lexical_matches`."""
+        texts, parameters = ("words WHERE words MATCH ?", (expression,)) if expression else ("words_docsize", ())
         with translated(self._subject), self._reading_words():
-            found = self._connection().execute("SELECT count(*) FROM words WHERE words MATCH ?", (expression,))
-            return int(found.fetchone()[0])
+            return int(self._connection().execute(f"SELECT count(*) FROM {texts}", parameters).fetchone()[0])  # noqa: S608
 
     def newest_label(self) -> int:
         """Return the counter of labels, the greatest one ever assigned; 0 if none was. INTERNAL if it is no integer."""
