@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ import pytest
 from emberpc.client import Client
 from emberpc.server.collections import CollectionSpec
 from emberpc.server.index import Index
+from emberpc.server.stopping import Stopping
 from examples.server_process import ServerProcess
 from waiting import wait_until
 
@@ -172,3 +175,38 @@ def test_a_signal_that_another_thread_receives_wakes_the_event_loop() -> None:
         env=environment,
     )
     assert (found.returncode, found.stdout, found.stderr) == (0, "stopped\n", "")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "tgkill"), reason="the C library cannot signal one thread")
+def test_a_signal_that_the_watching_thread_receives_ends_a_blocked_event_loop() -> None:
+    """If two signals arrive at the same time, the second one goes to another thread than the main thread."""
+    ready = "print(*(thread.native_id for thread in threading.enumerate() if thread.name == 'stopping'), flush=True)"
+    script = SCRIPT.format(work="while True: pass", held=250.0, end=0.1)
+    script = script.replace("import asyncio,", "import threading, asyncio,").replace(
+        'print("ready", flush=True)', ready
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        thread = int(run.stdout.readline())
+        assert ctypes.CDLL(None).tgkill(run.pid, thread, signal.SIGTERM) == 0
+        try:
+            assert run.wait(300) == 0
+        finally:
+            run.kill()
+
+
+def test_the_watching_thread_requests_the_interpreter_lock_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a main thread that computes may never run the handlers of two signals that arrive at the same time."""
+    waits: list[float] = []
+
+    class Signals:
+        def get(self, timeout: float) -> float:
+            waits.append(timeout)
+            if len(waits) == 3:
+                stopping._ended.set()
+            raise queue.Empty
+
+    stopping = Stopping(0.1)
+    monkeypatch.setattr(stopping, "_signals", Signals())
+    stopping._watch()
+    assert waits == [0.25] * 3
