@@ -178,7 +178,9 @@ def test_ctrl_c_at_the_confirmation_deletes_nothing(
 def test_deleting_a_collection_with_yes_asks_no_confirmation(
     collection: Path, fake: FakeServer, flags: list[str]
 ) -> None:
-    assert on_terminal("collection", "delete", "c", *flags, typed="n\n")[-1] == "deleted the collection c"
+    lines = on_terminal("collection", "delete", "c", *flags, typed="n\n")
+    # The terminal echoes the typed line, which no command reads, before or after the output.
+    assert [line for line in lines if line != "n"] == ["deleted the collection c"]
     assert "c" not in fake.collections
 
 
