@@ -19,7 +19,6 @@ on each data set; otherwise the exit code is 1.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import random
@@ -35,6 +34,7 @@ from benchmarks.shared import beir
 from benchmarks.shared.load import host
 from emberpc.client import Client, Record
 from emberpc.client.types import Fusion, SearchMode
+from emberpc.export.data.datasets import read_labelled
 from emberpc.export.data.stdlib_texts import read_stdlib
 from examples.server_process import ServerProcess
 
@@ -87,7 +87,10 @@ def read_task(data: str, split: str, max_queries: int, max_records: int) -> Task
         corpus, queries = beir.texts(folder / "corpus.jsonl"), beir.texts(folder / "queries.jsonl")
         judged = beir.judgements(folder, split)
     else:
-        train, test = (read_labelled(folder / f"{part}.csv") for part in ("train", "test"))
+        files = (read_labelled(folder / f"{part}.csv") for part in ("train", "test"))
+        train, test = (
+            [(text, label) for text, (label,) in zip(each.texts, each.labels, strict=True)] for each in files
+        )
         train = generator.sample(train, min(len(train), max_records))
         corpus = {str(row): text for row, (text, _) in enumerate(train)}
         queries = {str(row): text for row, (text, _) in enumerate(test)}
@@ -97,12 +100,6 @@ def read_task(data: str, split: str, max_queries: int, max_records: int) -> Task
         judged = {str(row): relevant[label] for row, (_, label) in enumerate(test) if label in relevant}
     chosen = generator.sample(sorted(judged), min(len(judged), max_queries))
     return Task(folder.name, corpus, queries, {key: judged[key] for key in chosen})
-
-
-def read_labelled(path: Path) -> list[tuple[str, str]]:
-    """Return the rows of a CSV file with the columns text and label; rows without a text are left out."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return [(row["text"], row["label"]) for row in csv.DictReader(file) if row["text"].strip()]
 
 
 def measure(client: Client, task: Task) -> list[dict[str, Any]]:

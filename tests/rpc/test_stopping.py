@@ -180,13 +180,13 @@ def test_a_signal_that_another_thread_receives_wakes_the_event_loop() -> None:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "tgkill"), reason="the C library cannot signal one thread")
 def test_a_signal_that_the_watching_thread_receives_ends_a_blocked_event_loop() -> None:
     """If two signals arrive at the same time, the second one goes to another thread than the main thread."""
-    ready = "print(*(thread.native_id for thread in threading.enumerate() if thread.name == 'stopping'), flush=True)"
-    script = SCRIPT.format(work="while True: pass", held=250.0, end=0.1)
-    script = script.replace("import asyncio,", "import threading, asyncio,").replace(
-        'print("ready", flush=True)', ready
-    )
+    work = f"""import threading
+    print(*(thread.native_id for thread in threading.enumerate() if thread.name == "stopping"), flush=True)
+    {LOOP_KEPT}"""
+    script = SCRIPT.format(work=work, held=250.0, end=0.1)
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
+        assert run.stdout.readline() == "ready\n"
         thread = int(run.stdout.readline())
         assert ctypes.CDLL(None).tgkill(run.pid, thread, signal.SIGTERM) == 0
         try:

@@ -103,7 +103,7 @@ def free_memory(meminfo: Path = _MEMINFO, groups: GroupFiles = GROUP_FILES) -> f
         left.append(1024 * _numbers(meminfo)["MemAvailable:"])
     for folder, version in group_folders("memory", groups):
         limit, used, cached = _GROUP_MEMORY[version]
-        # A file that is missing, or whose content is not a number, is skipped; `max` means that there is no limit.
+        # A file that is missing, or whose content is not a number, is skipped; `max` means no limit.
         with suppress(OSError, KeyError, ValueError):
             files = _numbers(folder / "memory.stat")
             left.append(_number(folder / limit) - _number(folder / used) + sum(files[name] for name in cached))

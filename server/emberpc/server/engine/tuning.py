@@ -38,7 +38,7 @@ def tune(model: Model, runtimes: Runtimes, stop: Callable[[], bool] = lambda: Fa
     """Measure the ways to run a model that the settings leave open; store and return the choice.
 
     Blocks for some seconds with a small model. Each engine takes the memory of the weights again until the function
-    returns; nothing is loaded if so much memory may not be free. The first way is the fallback: another one is chosen
+    returns; nothing is loaded if this memory may not be free. The first way is the fallback: another one is chosen
     only if it is at least 10 % faster, and if its vectors count as the same. For the precision fp32, they must be
     nearly equal; for others, see `choices.SAME_MODEL`.
 
