@@ -156,7 +156,7 @@ def test_a_fused_graph_has_the_exact_gelu_and_gives_equal_vectors(
     folder = tmp_path / "bundle"
     manifest = export_embedding(str(tiny_source), folder, variants=["optimized"], validation=some_texts)
     operators = {node.op_type for node in onnx.load(str(folder / "onnx" / "model_O2.onnx")).graph.node}
-    assert operators >= {"Attention", "BiasGelu", "SkipLayerNormalization"}
+    assert operators >= {"Attention", "BiasGelu", "LayerNormalization"}
     assert "FastGelu" not in operators
     texts = sample_texts(20)
     fused, plain = (vectors(folder, manifest.variant(name), texts) for name in ("optimized", "fp32"))

@@ -38,6 +38,11 @@ _INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}
 #: same number for the mean.
 _TINY = 1e-9
 
+#: Fusions of ONNX Runtime to leave out when a model is loaded (`disabled_optimizers` of an InferenceSession). Its fused
+#: addition and layer normalization takes four times the CPU time of the two operators (ONNX Runtime 1.32, one thread):
+#: 8 % of an int8 model's time on batches, 10 % of that of an fp32 model (docs/decisions/0029).
+SLOW_FUSIONS = ("SkipLayerNormFusion",)
+
 Integers = npt.NDArray[np.int64]
 Matrix = npt.NDArray[np.float32]
 

@@ -13,6 +13,7 @@ import onnxruntime as ort
 
 from emberpc.bundle import Graph
 from emberpc.bundle.cores import multiplies_int8
+from emberpc.bundle.interface import SLOW_FUSIONS
 from emberpc.export.errors import ExportError
 from emberpc.export.threads import session_options
 
@@ -53,7 +54,9 @@ def open_session(path: Path, engine: str, at_once: int) -> GraphSession:
         return _open_openvino(path, at_once)
     if engine not in ("", "onnxruntime"):
         raise ExportError(f"{path.name} was made for {engine!r}, which this emberpc does not have; get a newer emberpc")
-    session = ort.InferenceSession(str(path), session_options(1), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        str(path), session_options(1), providers=["CPUExecutionProvider"], disabled_optimizers=list(SLOW_FUSIONS)
+    )
     return GraphSession(Graph.of_onnx_runtime(session), lambda feeds, output: session.run([output], feeds)[0])
 
 

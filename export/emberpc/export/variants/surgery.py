@@ -32,7 +32,9 @@ Columns = npt.NDArray[np.int64]
 
 
 def fuse(model: onnx.ModelProto, model_type: str) -> onnx.ModelProto:
-    """Fuse attention, exact GELU and layer normalization into single nodes with ONNX Runtime's optimizer.
+    """Fuse attention and exact GELU into single nodes with ONNX Runtime's optimizer.
+
+    The optimizer's fused addition and layer normalization is left out: see `SLOW_FUSIONS`.
 
     The optimizer finds no attention in a graph with pooling and head. So the optimizer runs on the encoder alone, and
     pooling and head are added to its result.
@@ -52,14 +54,20 @@ def fuse(model: onnx.ModelProto, model_type: str) -> onnx.ModelProto:
         raise ExportError(f"ONNX Runtime's optimizer does not support {model_type or 'this architecture'}")
     encoder, added = _split(model)
     with calling_libraries("ONNX Runtime's optimizer cannot read the graph", "leave this variant out"):
+        from onnxruntime.transformers.fusion_options import FusionOptions
         from onnxruntime.transformers.optimizer import optimize_model
+
+        options = FusionOptions("bert")
+        options.enable_skip_layer_norm = options.enable_bias_skip_layer_norm = False
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "encoder.onnx"
             onnx.save(encoder, str(path))
             # Use level 1 only: the result of higher levels depends on the host, and ONNX Runtime applies these levels
             # anyway when it loads the file.
-            optimizer = optimize_model(str(path), model_type="bert", opt_level=1, use_gpu=False)
+            optimizer = optimize_model(
+                str(path), model_type="bert", opt_level=1, use_gpu=False, optimization_options=options
+            )
     fused: onnx.ModelProto = optimizer.model
     if not any(node.op_type in ("Attention", "MultiHeadAttention") for node in fused.graph.node):
         raise ExportError("ONNX Runtime's optimizer finds no attention in the graph")

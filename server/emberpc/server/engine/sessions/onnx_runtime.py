@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from emberpc.bundle import BundleError, Graph
 from emberpc.bundle.contents import Contents
+from emberpc.bundle.interface import SLOW_FUSIONS
 from emberpc.bundle.onnx_file import external_locations
 from emberpc.server.engine.sessions.session import Feeds, LoadCancellation, SessionError
 from emberpc.server.engine.sessions.shared_tables import Tables, read_tables
@@ -67,7 +68,9 @@ class OnnxSession:
                 options.add_external_initializers_from_files_in_memory(
                     list(weights), list(weights.values()), [len(data) for data in weights.values()]
                 )
-            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(
+                model, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(SLOW_FUSIONS)
+            )
         except Exception as error:  # ONNX Runtime's exceptions have no common base class
             raise SessionError(f"{path} cannot be loaded by ONNX Runtime {ort.__version__}") from error
         self._session._model_bytes = None  # ONNX Runtime holds the file's bytes and does not need them after loading
