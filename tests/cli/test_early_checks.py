@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 CASES = [
     ("export classifier --train train.csv --strategy none", "'none' is not one of 'zero-shot', 'centroids', 'linear'"),
-    ("export classifier --train train.csv --variants int4", "there is no variant 'int4'; there are: fp32, optimized"),
+    ("export classifier --train train.csv --variants int4", "there is no variant 'int4'; there are: fp32, int8"),
     ("export classifier --train train.csv --rejection-rate 1", "the rejection rate is 1.0; it must be at least 0"),
     ("export classifier --train train.csv --strategy zero-shot --no-label-texts", "leave out --no-label-texts"),
     ("export classifier --train train.csv --descriptions labels.csv", "does not describe 1 label, such as 'y'"),

@@ -19,6 +19,7 @@ from emberpc.bundle import Head, Manifest, Reference, finish_bundle, read_bundle
 from emberpc.server.deadlines import Deadline
 from emberpc.server.engine import Engine, Model, ModelLoadError, Registry
 from emberpc.server.engine.models.encoders import Encoder, Encoders
+from emberpc.server.engine.sessions import onnx_runtime
 from emberpc.server.engine.sessions.onnx_runtime import OnnxSession
 from emberpc.server.engine.sessions.session import LoadCancellation, SessionError
 from emberpc.server.engine.tokenizing import TextTokenizer, TokenIds
@@ -138,12 +139,14 @@ def test_a_classifier_uses_the_reloaded_encoder_of_its_embedding_model(
         assert old() is None
 
 
-def test_models_with_different_token_limits_share_no_encoder(tiny_source: Path, bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("convert_once")
+def test_models_with_different_token_limits_share_no_encoder(tiny_source: Path, tmp_path: Path) -> None:
     from emberpc.export.embedding import export_embedding
 
-    export_embedding(tiny_source, tmp_path / "short", max_tokens=8)
+    for name, limit in (("long", None), ("short", 8)):
+        export_embedding(tiny_source, tmp_path / name, max_tokens=limit)
     encoders = Encoders()
-    long, short = (Model.load("m", folder, encoders=encoders) for folder in (bundle, tmp_path / "short"))
+    long, short = (Model.load("m", tmp_path / name, encoders=encoders) for name in ("long", "short"))
     assert long.fingerprint == short.fingerprint
     assert long.encoder is not short.encoder
 
@@ -305,3 +308,22 @@ def test_a_damaged_head_is_refused(tiny_classifier_bundle: Path, tmp_path: Path)
     (folder / "head.npz").write_bytes(b"PK no archive")
     resign(folder)
     assert "cannot be read as a head" in refused(folder)
+
+
+def test_no_layer_normalization_is_fused_with_an_addition(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime's fused operator takes four times the CPU time of the two operators."""
+    options = onnx_runtime._options
+
+    def writing(threads: int) -> ort.SessionOptions:
+        found = options(threads)
+        found.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        return found
+
+    monkeypatch.setattr(onnx_runtime, "_options", writing)
+    OnnxSession(bundle / "onnx" / "model.onnx", 1)
+    operators = {node.op_type for node in onnx.load(str(tmp_path / "optimized.onnx")).graph.node}
+    assert "LayerNormalization" in operators
+    assert "BiasGelu" in operators  # other fusions are made
+    assert not any("SkipLayerNormalization" in operator for operator in operators)

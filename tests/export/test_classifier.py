@@ -85,6 +85,7 @@ def test_the_onnx_classifier_gives_the_labels_of_pytorch(classifier_bundle: Path
     assert verify_bundle(classifier_bundle).ok
 
 
+@pytest.mark.usefixtures("optimum_onnx")
 def test_optimum_loads_the_bundle_and_gives_equal_logits(classifier_bundle: Path) -> None:
     import torch
     from optimum.onnxruntime import ORTModelForSequenceClassification

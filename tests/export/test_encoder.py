@@ -162,6 +162,10 @@ def test_settings_are_read_by_each_name_that_sentence_transformers_reads(make_so
     assert read_encoder(source, max_tokens=24).max_tokens_stated
 
 
+#: The least tokenizer_config.json with which sentence-transformers runs a model.
+PADDED = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"}
+
+
 @pytest.mark.parametrize(
     ("files", "limit"),
     [
@@ -181,7 +185,7 @@ def test_settings_are_read_by_each_name_that_sentence_transformers_reads(make_so
             {
                 **MODULES,
                 "sentence_bert_config.json": {"max_seq_length": 24},
-                "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 16},
+                "tokenizer_config.json": PADDED | {"model_max_length": 16},
             },
             24,
         ),
@@ -330,7 +334,7 @@ def test_the_truncation_side_of_tokenizer_json_applies(
 
 
 def test_without_a_tokenizer_limit_the_positions_limit_the_tokens(make_source: MakeSource, tmp_path: Path) -> None:
-    source = make_source({"tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"}})
+    source = make_source({"tokenizer_config.json": PADDED})
     manifest = export_embedding(source, tmp_path / "bundle")
     assert manifest.max_tokens == 32
     assert not manifest.max_tokens_stated

@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 
 from emberpc.client import Client
+from emberpc.export.convert import onnx_export
 from emberpc.export.verify import verify_bundle
 from emberpc.server.engine import Model, ModelLoadError
 from emberpc.server.engine.tokenizing import Truncation
@@ -41,22 +43,36 @@ def their_warnings() -> Iterator[None]:
         gc.collect()
 
 
-def by_sentence_transformers(source: Path, folder: Path) -> None:
-    """Export an encoder to a folder with sentence-transformers."""
+def with_onnx_file(source: Path, folder: Path) -> None:
+    """Write an encoder in the layout in which sentence-transformers writes ONNX files, without the vectors' pooling."""
     from sentence_transformers import SentenceTransformer
 
     with their_warnings():
-        model = SentenceTransformer(str(source), backend="onnx", model_kwargs={"export": True}, device="cpu")
+        model = SentenceTransformer(str(source), device="cpu")
         model.save_pretrained(str(folder))
         del model
+    (folder / "model.safetensors").unlink()
+    onnx_export.convert(source, folder / "onnx")
 
 
-def by_optimum(source: Path, folder: Path, task: str, library: str) -> None:
-    """Export a model to a folder with optimum."""
-    from optimum.exporters.onnx import main_export
-
+def export_logits(model: torch.nn.Module, path: Path) -> None:
+    """Write the graph of a classifier of transformers, whose output is `logits`."""
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    mask = torch.ones(2, 5, dtype=torch.int64)
+    mask[1, 3:] = 0  # without padding, the graph would ignore the mask
+    free = {0: "batch_size", 1: "sequence_length"}
     with their_warnings():
-        main_export(str(source), str(folder), task=task, library_name=library)
+        torch.onnx.export(
+            model,
+            kwargs={name: mask.clone() for name in names},  # the exporter would join equal objects
+            f=str(path),
+            dynamo=True,
+            dynamic_shapes=dict.fromkeys(names, free),
+            input_names=names,
+            output_names=["logits"],
+            verbose=False,
+            external_data=False,
+        )
 
 
 def encoded(source: Path) -> Vectors:
@@ -82,9 +98,9 @@ def refused(folder: Path, options: Mapping[str, str] | None = None) -> str:
 
 @pytest.fixture(scope="session")
 def foreign_folder(tiny_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny encoder, exported by sentence-transformers: the graph gives token vectors, JSON files the pooling."""
+    """The tiny encoder as sentence-transformers lays it out: the graph gives token vectors, JSON files the pooling."""
     folder = tmp_path_factory.mktemp("foreign") / "sentence-transformers"
-    by_sentence_transformers(tiny_source, folder)
+    with_onnx_file(tiny_source, folder)
     return folder
 
 
@@ -137,23 +153,16 @@ def test_pooling_and_normalization_of_a_foreign_folder_are_applied(
         }
     )
     folder = tmp_path / "foreign"
-    by_sentence_transformers(source, folder)
+    with_onnx_file(source, folder)
     np.testing.assert_allclose(served(folder), encoded(source), atol=1e-5)
     prompts = Model.load("m", folder).manifest.prompts
     assert (prompts.query, prompts.passage) == ("q: ", "d: ")
 
 
-def test_a_folder_written_by_optimum_is_served(make_source: MakeSource, expected: Vectors, tmp_path: Path) -> None:
-    source = make_source(
-        {"modules.json": modules_json("Transformer", "Pooling"), "1_Pooling/config.json": pooling_json("mean")}
-    )
-    whole, plain = tmp_path / "whole", tmp_path / "plain"
-    by_optimum(source, whole, "feature-extraction", "sentence_transformers")
-    names = [output.name for output in onnx.load(str(whole / "model.onnx")).graph.output]
-    assert names == ["token_embeddings", "sentence_embedding"]  # the graph has the pooling
-    np.testing.assert_allclose(served(whole), expected, atol=1e-5)
-
-    by_optimum(source, plain, "feature-extraction", "transformers")
+def test_a_folder_without_modules_needs_a_pooling(tiny_source: Path, expected: Vectors, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    onnx_export.convert(tiny_source, plain)
+    shutil.copy(tiny_source / "config.json", plain)
     said = refused(plain)
     assert "does not say how the vectors of the tokens (last_hidden_state) become one of the text" in said
     assert said.endswith("state it with --model-option m.pooling=mean|cls|max|lasttoken")
@@ -291,8 +300,7 @@ def test_the_fingerprint_covers_all_options_that_change_vectors(foreign_folder: 
 
 @pytest.fixture(scope="session")
 def foreign_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sequence classifier with random weights as optimum exports it; its PyTorch form is in `torch` beside it."""
-    import torch
+    """A sequence classifier with random weights, laid out as by optimum; its PyTorch form is in `torch` beside it."""
     from transformers import BertConfig, BertForSequenceClassification
 
     folder = tmp_path_factory.mktemp("foreign") / "classifier"
@@ -307,9 +315,13 @@ def foreign_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=32,
         id2label={0: "good", 1: "bad", 2: "ugly"},
     )
-    BertForSequenceClassification(config).save_pretrained(folder / "torch")
-    tokenizer.save_pretrained(folder / "torch")
-    by_optimum(folder / "torch", folder, "text-classification", "transformers")
+    model = BertForSequenceClassification(config).eval()
+    model.set_attn_implementation("eager")
+    for place in (folder, folder / "torch"):
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+    (folder / "model.safetensors").unlink()
+    export_logits(model, folder / "model.onnx")
     return folder
 
 

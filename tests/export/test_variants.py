@@ -34,9 +34,9 @@ from emberpc.server.engine import Model, ModelLoadError
 from examples.server_process import ServerProcess
 from fixtures_bundles import minilm_source
 
-#: Variants of MiniLM. `optimized` is tested with a tiny model, since fusing MiniLM takes long.
+#: Variants of MiniLM.
 NAMES = ("int8", "int8-fast", "fp16")
-ALL = {"fp32", "optimized", "int8-static", *NAMES}
+ALL = {"fp32", "int8-static", *NAMES}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,6 @@ def test_fp32_is_first_and_requested_variants_meet_their_bounds(bundle: Path, ma
 
 def test_variant_files_have_the_names_that_other_libraries_use() -> None:
     paths = {candidate.name: candidate.path for candidate in CANDIDATES}
-    assert paths["optimized"] == "onnx/model_O2.onnx"
     assert paths["int8"] == "onnx/model_qint8_avx2.onnx"
     assert paths["fp16"] == "onnx/model_fp16.onnx"
 
@@ -150,19 +149,6 @@ def test_weights_have_the_type_of_the_variant(bundle: Path, manifest: Manifest) 
             assert np.abs(numpy_helper.to_array(tensor).astype(int)).max() <= 64
 
 
-def test_a_fused_graph_has_the_exact_gelu_and_gives_equal_vectors(
-    tiny_source: Path, some_texts: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "bundle"
-    manifest = export_embedding(str(tiny_source), folder, variants=["optimized"], validation=some_texts)
-    operators = {node.op_type for node in onnx.load(str(folder / "onnx" / "model_O2.onnx")).graph.node}
-    assert operators >= {"Attention", "BiasGelu", "LayerNormalization"}
-    assert "FastGelu" not in operators
-    texts = sample_texts(20)
-    fused, plain = (vectors(folder, manifest.variant(name), texts) for name in ("optimized", "fp32"))
-    np.testing.assert_allclose(fused, plain, atol=1e-4)
-
-
 def test_the_bundle_is_verified_and_its_card_names_the_variants(bundle: Path) -> None:
     report = verify_bundle(bundle)
     assert failed(report) == []
@@ -170,6 +156,7 @@ def test_the_bundle_is_verified_and_its_card_names_the_variants(bundle: Path) ->
     assert all(f"| {name} |" in card for name in ("fp32", *NAMES))
 
 
+@pytest.mark.usefixtures("optimum_onnx")
 def test_sentence_transformers_loads_a_variant_by_its_file_name(bundle: Path, manifest: Manifest) -> None:
     from sentence_transformers import SentenceTransformer
 
@@ -269,16 +256,19 @@ def test_a_variant_that_misses_its_bound_is_not_written(
 def test_a_variant_that_cannot_be_made_is_reported(
     tiny_source: Path, some_texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(surgery, "_LIKE_BERT", ("deberta",))
-    monkeypatch.setattr(selection, "CANDIDATES", [each for each in CANDIDATES if each.name == "optimized"])
-    with pytest.raises(ExportError, match=r"the variant optimized: .* does not support bert; nothing was written"):
-        export_embedding(tiny_source, tmp_path / "bundle", variants=["optimized"], validation=some_texts)
+    def refuse(_model: onnx.ModelProto) -> None:
+        raise ExportError("its tables cannot be stored")
+
+    monkeypatch.setattr(surgery, "store_as_fp16", refuse)
+    monkeypatch.setattr(selection, "CANDIDATES", [each for each in CANDIDATES if each.name == "fp16"])
+    with pytest.raises(ExportError, match="the variant fp16: its tables cannot be stored; nothing was written"):
+        export_embedding(tiny_source, tmp_path / "bundle", variants=["fp16"], validation=some_texts)
     manifest = export_embedding(tiny_source, tmp_path / "bundle", variants=["auto"], validation=some_texts)
-    assert "does not support bert" in manifest.dropped["optimized"]
+    assert manifest.dropped["fp16"] == "its tables cannot be stored"
 
 
 @pytest.mark.parametrize(
-    ("names", "message"), [(["int4"], "no variant 'int4'; there are: fp32, optimized"), (["auto", "int8"], "alone")]
+    ("names", "message"), [(["int4"], "no variant 'int4'; there are: fp32, int8"), (["auto", "int8"], "alone")]
 )
 def test_unknown_variant_names_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
     with pytest.raises(ExportError, match=message):

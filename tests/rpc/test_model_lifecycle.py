@@ -34,7 +34,7 @@ def expected(folder: Path) -> tuple[str, np.ndarray]:
     """Return a bundle's fingerprint and its vector of TEXT."""
     model = Model.load("m", folder)
     encoding = model.tokenizer._tokenizer.encode(TEXT)
-    return model.fingerprint, model.encoder.run([encoding.ids])[0]
+    return model.fingerprint, model.encoder.run([np.array(encoding.ids)])[0]
 
 
 def copied(tiny_bundle: Path, other_tiny_bundle: Path, folder: Path) -> Path:

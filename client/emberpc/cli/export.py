@@ -63,7 +63,7 @@ Variants = Annotated[
     typer.Option(
         metavar="NAME,…",
         autocompletion=completer((AUTO, FP32, *CANDIDATE_NAMES)),
-        help="Variants beside fp32: optimized, int8, int8-fast, int8-static or fp16, separated by commas or given "
+        help="Variants beside fp32: int8, int8-fast, int8-static or fp16, separated by commas or given "
         "several times; or auto: those that are faster or smaller than fp32 and accurate enough.",
         show_default=False,
     ),

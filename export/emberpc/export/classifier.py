@@ -159,7 +159,6 @@ def export_classifier(
             folder,
             manifest,
             variants,
-            model_type=str(encoder.config.get("model_type", "")),
             **_to_measure_on(examples, validation, fitted.held_out),
             training=examples.texts,
             progress=progress,

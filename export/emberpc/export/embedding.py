@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from emberpc.bundle import Manifest, Prompts, Reference, Task, Variant, finish_bundle, staged_folder
 from emberpc.bundle.transformers_settings import read_token_id
 from emberpc.export.card import model_card
+from emberpc.export.convert import onnx_export
 from emberpc.export.convert.graph import GraphEditor
-from emberpc.export.convert.onnx_export import convert
 from emberpc.export.convert.onnx_runner import OnnxRunner
 from emberpc.export.convert.parity import compare, require, torch_vectors
 from emberpc.export.data.stdlib_texts import sample_texts
@@ -40,7 +40,7 @@ REFERENCE_TEXTS = 16
 #: Keys that are removed from the bundle's tokenizer_config.json. transformers copies them there from the truncation and
 #: padding in the source's tokenizer.json, and some readers would truncate or pad by them.
 _BAKED_IN = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
-_TOOLS = ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
+_TOOLS = ("torch", "transformers", "optimum", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 
 
 def export_embedding(
@@ -149,12 +149,10 @@ def write_embedding(
         quality=dict(quality or {}),
         **common_fields(encoder, converted),
     )
-    model_type = str(encoder.config.get("model_type", ""))
     manifest = add_variants(
         folder,
         manifest,
         variants,
-        model_type=model_type,
         texts=texts_to_try,
         judged=judged,
         measured_on=_measured_on(texts_to_try, judged),
@@ -195,10 +193,9 @@ def convert_encoder(encoder: SourceEncoder, folder: Path, progress: Progress) ->
     """
     progress("converting to ONNX", 0, 1)
     with tempfile.TemporaryDirectory(dir=folder) as raw:
-        graph = GraphEditor(convert(encoder.transformer, Path(raw)))
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        graph = GraphEditor(onnx_export.convert(encoder.transformer, Path(raw)))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(Path(raw) / name, folder / name)
-    graph.take_tokens_alone(encoder.name)
     dimensions = graph.pool(encoder.pooling, encoder.dense, normalize=encoder.normalize)
     check_matryoshka(encoder.matryoshka_dimensions, dimensions, encoder.name)
     # Switch off truncation and padding in tokenizer.json: the server pads each batch, and each call decides whether its

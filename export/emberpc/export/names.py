@@ -20,7 +20,7 @@ FP32 = "fp32"
 #: Name with which a caller asks for all candidates that meet their bounds and are worth their space.
 AUTO = "auto"
 #: Names of the variants that an export can make and measure.
-CANDIDATE_NAMES = ("optimized", "int8", "int8-fast", "int8-static", "fp16")
+CANDIDATE_NAMES = ("int8", "int8-fast", "int8-static", "fp16")
 
 
 #: Packages of the extra `int8-static`, which the variant of that name needs.

@@ -90,7 +90,7 @@ def _torch_logits(folder: str, texts: Sequence[str], max_tokens: int, *, stated:
         if not stated:
             require_limit(folder, tokenizer.model_max_length, max_tokens, "transformers")
         model = AutoModelForSequenceClassification.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
         ).eval()
         with torch.inference_mode():
             rows = [

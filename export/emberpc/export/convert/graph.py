@@ -16,7 +16,6 @@ from emberpc.export.source.encoder import Dense
 #: Prefix of the names of the nodes that an export adds to a converted graph. By the prefix, the code that makes a
 #: variant leaves these nodes out: it optimizes and quantizes only the nodes of the encoder.
 ADDED = "emberpc_"
-_TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 #: Minimum divisor of a mean over tokens, so that an empty mask does not divide by 0; sentence-transformers uses the
 #: same value.
 _MIN_TOKENS = 1e-9
@@ -42,38 +41,6 @@ class GraphEditor:
         self._constant("axis_1", np.array([1], dtype=np.int64))
         self._constant("axis_1_scalar", np.array(1, dtype=np.int64))
         self._constant("axis_last", np.array([-1], dtype=np.int64))
-
-    def take_tokens_alone(self, name: str) -> None:
-        """Remove the input `position_ids`, and check that no inputs remain but token ids, mask and token types.
-
-        Graphs of decoders have the input `position_ids`. New nodes compute the positions from the mask in its place: a
-        token's position is the number of tokens before it.
-
-        Args:
-            name: name of the model, for errors.
-
-        Raises:
-            ExportError: the graph has any other input, such as those of an encoder with a decoder.
-        """
-        inputs = self.model.graph.input
-        for given in [given for given in inputs if given.name == "position_ids"]:
-            inputs.remove(given)
-            self._constant("one", np.array(1, dtype=np.int64))
-            self._constant("zero", np.array(0, dtype=np.int64))
-            before = len(self.model.graph.node)
-            counted = self._node("CumSum", ["attention_mask", "axis_1_scalar"])
-            places = self._node("Max", [self._node("Sub", [counted, "one"]), "zero"])
-            self.model.graph.node.append(helper.make_node("Identity", [places], [given.name], name=f"{ADDED}positions"))
-            # Move the new nodes to the front: the encoder's nodes read the positions, and ONNX requires that nodes are
-            # listed in the order of computation.
-            nodes = list(self.model.graph.node)
-            del self.model.graph.node[:]
-            self.model.graph.node.extend(nodes[before:] + nodes[:before])
-        if others := [given.name for given in inputs if given.name not in _TOKENS]:
-            raise ExportError(
-                f"{name} has the inputs {', '.join(others)} besides its tokens, so it is not just a text encoder; "
-                "choose a text encoder"
-            )
 
     @property
     def hidden_size(self) -> int:

@@ -110,7 +110,8 @@ def torch_vectors(folder: str, texts: Sequence[str], max_tokens: int, *, stated:
         import torch
         from sentence_transformers import SentenceTransformer
 
-        model = SentenceTransformer(folder, device="cpu", local_files_only=True)
+        # Weights may be stored in half precision, which the library would compute with.
+        model = SentenceTransformer(folder, device="cpu", local_files_only=True).float()
         if not stated:
             require_limit(folder, model.max_seq_length, max_tokens, "sentence-transformers")
         # If the user did not state the limit, the model has the same limit already, no limit, or one beyond its

@@ -37,9 +37,17 @@ class _CachedStates(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.states: torch.Tensor | None = None
+        #: Whether a layer of the model returns a tuple whose first item is the states; otherwise it returns the states.
+        self.in_tuple = False
 
-    def forward(self, *_inputs: object, **_options: object) -> tuple[torch.Tensor | None]:
-        return (self.states,)
+    def replace(self, layer: nn.Module) -> None:
+        """Take over the attributes of the uppermost frozen layer that the model's code reads, such as the attention."""
+        for name, value in vars(layer).items():
+            if not name.startswith("_") and name != "training":
+                setattr(self, name, value)
+
+    def forward(self, *_inputs: object, **_options: object) -> torch.Tensor | tuple[torch.Tensor | None] | None:
+        return (self.states,) if self.in_tuple else self.states
 
 
 class TrainableEncoder:
@@ -60,11 +68,11 @@ class TrainableEncoder:
         with calling_libraries(
             f"{encoder.folder} cannot be run by sentence-transformers", "is it an encoder that it supports?"
         ):
-            self.model = SentenceTransformer(str(encoder.folder), device="cpu", local_files_only=True)
+            self.model = SentenceTransformer(str(encoder.folder), device="cpu", local_files_only=True).float()
         self.model.max_seq_length = encoder.max_tokens
         # Evaluation mode switches dropout off. Dropout made no measurable difference over the few epochs of a training.
         self.model.eval()
-        self._transformer = self.model[0].auto_model
+        self._transformer: Any = self.model[0].auto_model
         self._owner, self._name = self._find_layers()
         self._layers = list(getattr(self._owner, self._name))
         self._cached = _CachedStates()
@@ -171,6 +179,8 @@ class TrainableEncoder:
         """Let the model run only the upper `top` layers from now on; cached states take the place of the others."""
         self._frozen = self.layers - top
         upper = self._layers[self._frozen :]
+        if self._frozen:
+            self._cached.replace(self._layers[self._frozen - 1])
         setattr(self._owner, self._name, nn.ModuleList([self._cached, *upper] if self._frozen else upper))
 
     @contextmanager
@@ -203,7 +213,8 @@ class TrainableEncoder:
         caught: list[torch.Tensor] = []
 
         def catch(_module: nn.Module, _inputs: object, output: Any) -> None:
-            caught.append(output[0] if isinstance(output, tuple) else output)
+            self._cached.in_tuple = isinstance(output, tuple)
+            caught.append(output[0] if self._cached.in_tuple else output)
 
         found: list[States | None] = [None] * len(tokens)
         setattr(self._owner, self._name, nn.ModuleList(self._layers[: self.layers - top]))

@@ -13,16 +13,6 @@ from emberpc.export.variants import surgery
 from emberpc.export.variants.outliers import find_outliers
 from emberpc.export.variants.static_int8 import quantize_static
 
-#: Bound for `optimized`, which computes the same functions as fp32 in float32, so that only rounding differs.
-_SAME = Bound(
-    cosine_min=0.9999,
-    difference_max=0.001,
-    cosine_mean=0.9999,
-    neighbour_agreement=0.99,
-    label_agreement=0.995,
-    accuracy_share=0.995,
-    ndcg_share=0.995,
-)
 #: Bound for `fp16`. Weights keep eleven significant bits, so rounding changes a weight by at most 1/2,048 of its value.
 #: Weights with a magnitude below 0.00006 keep fewer bits.
 _FP16 = Bound(
@@ -64,14 +54,12 @@ class Material:
 
     Args:
         model: the fp32 graph; `make` may change it in place.
-        model_type: `model_type` of the encoder's config.json; only `optimized` uses it.
         texts: inputs of the graph for some texts, each a batch of one text; `int8` finds outlier columns with them.
         calibration: inputs of the graph for other texts, which no figure is measured on, each a batch of one text.
             `int8-static` takes its ranges from the values that they give.
     """
 
     model: onnx.ModelProto
-    model_type: str
     texts: Sequence[Feeds]
     calibration: Sequence[Feeds]
 
@@ -96,10 +84,6 @@ class Candidate:
     calibrated: bool = False
 
 
-def _optimized(material: Material) -> onnx.ModelProto:
-    return surgery.fuse(material.model, material.model_type)
-
-
 def _int8(material: Material) -> onnx.ModelProto:
     surgery.split_outliers(material.model, find_outliers(material.model, material.texts))
     return _int8_fast(material)
@@ -122,7 +106,6 @@ def _fp16(material: Material) -> onnx.ModelProto:
 
 #: All candidates. An export makes them in this order, and `auto` compares each with those that it kept before.
 CANDIDATES = (
-    Candidate("optimized", "onnx/model_O2.onnx", _SAME, _optimized),
     Candidate("int8", "onnx/model_qint8_avx2.onnx", _INT8, _int8),
     Candidate("int8-fast", "onnx/model_qint8_avx2_fast.onnx", _INT8_FAST, _int8_fast),
     Candidate("int8-static", "onnx/model_qint8_static.onnx", _INT8, _int8_static, "openvino", calibrated=True),

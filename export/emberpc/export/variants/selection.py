@@ -46,7 +46,6 @@ def add_variants(
     manifest: Manifest,
     names: Sequence[str],
     *,
-    model_type: str = "",
     texts: Sequence[str] = (),
     examples: Examples | None = None,
     judged: Judged | None = None,
@@ -61,7 +60,6 @@ def add_variants(
         manifest: the bundle's manifest so far.
         names: names of candidates, or `auto`: all candidates that meet their bounds and are worth their space. fp32 may
             be named, and is always included.
-        model_type: `model_type` of the encoder's config.json; needed for `optimized`.
         texts: texts to measure an embedding model on; none: mostly docstrings of Python's standard library.
         examples: labelled texts to measure a classifier on, used instead of `texts`.
         judged: queries and passages to measure an embedding model's retrieval on, used instead of `texts`. If only fp32
@@ -99,7 +97,7 @@ def add_variants(
     for done, candidate in enumerate(chosen, 1):
         progress(stage, done, len(chosen) + 1, f"{candidate.name}, {texts_shown}")
         try:
-            variant = _make(trial, candidate, model_type)
+            variant = _make(trial, candidate)
             if AUTO in names:
                 _require_gain(variant, variants)
         except ExportError as error:
@@ -151,7 +149,7 @@ def _calibration(given: Sequence[str], trial: Trial) -> list[str]:
     return [texts[row] for row in evenly(len(texts), _CALIBRATION_TEXTS)]
 
 
-def _make(trial: Trial, candidate: Candidate, model_type: str) -> Variant:
+def _make(trial: Trial, candidate: Candidate) -> Variant:
     """Make a candidate, write its ONNX file, measure it, and return the variant.
 
     Raises:
@@ -162,7 +160,7 @@ def _make(trial: Trial, candidate: Candidate, model_type: str) -> Variant:
     path = trial.folder / candidate.path
     model = onnx.load(str(trial.folder / trial.fp32_path))
     check_size(model)
-    material = Material(model, model_type, trial.singles, trial.calibrating)
+    material = Material(model, trial.singles, trial.calibrating)
     save_model(candidate.make(material), path)
     measured, faults = trial.measure(candidate.path, candidate.bound, candidate.engine)
     if faults:

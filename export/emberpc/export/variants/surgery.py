@@ -1,4 +1,4 @@
-"""Make a variant's graph from that of fp32: fused nodes, split outliers, int8 products and tables, fp16 storage."""
+"""Make a variant's graph from that of fp32: split outliers, int8 products and tables, fp16 storage."""
 
 from __future__ import annotations
 
@@ -20,64 +20,11 @@ from emberpc.export.libraries import calling_libraries
 _WORTH_IT = 4096
 _INT8_MAX = 127
 _FP16_MAX = float(np.finfo(np.float16).max)
-#: Values of `model_type` that `fuse` accepts. For all of them, ONNX Runtime's optimizer is called with the model type
-#: `bert`.
-_LIKE_BERT = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "mpnet")
-
 #: Prefix of the names of nodes that compute outliers separately; `products` leaves these nodes out.
 _OUTLIERS = "outliers_"
 
 Weights = npt.NDArray[np.float32]
 Columns = npt.NDArray[np.int64]
-
-
-def fuse(model: onnx.ModelProto, model_type: str) -> onnx.ModelProto:
-    """Fuse attention and exact GELU into single nodes with ONNX Runtime's optimizer.
-
-    The optimizer's fused addition and layer normalization is left out: see `SLOW_FUSIONS`.
-
-    The optimizer finds no attention in a graph with pooling and head. So the optimizer runs on the encoder alone, and
-    pooling and head are added to its result.
-
-    Args:
-        model: a bundle's graph; it does not change.
-        model_type: `model_type` of the encoder's config.json.
-
-    Returns:
-        The fused graph.
-
-    Raises:
-        ExportError: the optimizer does not support the architecture, fails, or finds no attention in the graph.
-        OSError: the disk is full.
-    """
-    if model_type not in _LIKE_BERT:
-        raise ExportError(f"ONNX Runtime's optimizer does not support {model_type or 'this architecture'}")
-    encoder, added = _split(model)
-    with calling_libraries("ONNX Runtime's optimizer cannot read the graph", "leave this variant out"):
-        from onnxruntime.transformers.fusion_options import FusionOptions
-        from onnxruntime.transformers.optimizer import optimize_model
-
-        options = FusionOptions("bert")
-        options.enable_skip_layer_norm = options.enable_bias_skip_layer_norm = False
-
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "encoder.onnx"
-            onnx.save(encoder, str(path))
-            # Use level 1 only: the result of higher levels depends on the host, and ONNX Runtime applies these levels
-            # anyway when it loads the file.
-            optimizer = optimize_model(
-                str(path), model_type="bert", opt_level=1, use_gpu=False, optimization_options=options
-            )
-    fused: onnx.ModelProto = optimizer.model
-    if not any(node.op_type in ("Attention", "MultiHeadAttention") for node in fused.graph.node):
-        raise ExportError("ONNX Runtime's optimizer finds no attention in the graph")
-    have = {tensor.name for tensor in fused.graph.initializer}
-    wanted = {name for node in added for name in node.input} - have
-    fused.graph.node.extend(added)
-    fused.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in wanted)
-    del fused.graph.output[:]
-    fused.graph.output.extend(model.graph.output)
-    return fused
 
 
 def products(model: onnx.ModelProto) -> list[NodeProto]:
@@ -235,24 +182,6 @@ def store_as_fp16(model: onnx.ModelProto) -> None:
         casts.append(helper.make_node("Cast", [name], [tensor.name], name=f"{name}_cast", to=TensorProto.FLOAT))
         tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), name))
     _set_nodes(model, [*casts, *model.graph.node])
-
-
-def _split(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[NodeProto]]:
-    """Return a graph of the encoder alone, and the nodes that an export added, such as those of pooling and head.
-
-    The encoder's graph is a copy whose only output is `last_hidden_state`. The added nodes are those of `model`.
-    """
-    added = [node for node in model.graph.node if node.name.startswith(ADDED)]
-    encoder = onnx.ModelProto()
-    encoder.CopyFrom(model)
-    del encoder.graph.node[:], encoder.graph.output[:], encoder.graph.initializer[:]
-    kept = [node for node in model.graph.node if not node.name.startswith(ADDED)]
-    wanted = {name for node in kept for name in node.input}
-    encoder.graph.node.extend(kept)
-    encoder.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in wanted)
-    shape = ["batch_size", "sequence_length", None]
-    encoder.graph.output.append(helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, shape))
-    return encoder, added
 
 
 def _replace_tables(

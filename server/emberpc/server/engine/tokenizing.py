@@ -373,9 +373,9 @@ class TextTokenizer:
                 kept = max(self._max_bare - len(before), 0)
                 bare, _ = self._read_pieces(self._words, text, kept, stop, backwards=True)
                 return self._words.framed([*before, *bare[max(len(bare) - kept, 0) :]])
-            before, encoding = self._unframed([prompt, self._tail(text)])
-            encoding.truncate(max(self._max_bare - len(before), 0), direction="left")
-            encoding = Encoding.merge([before, encoding], growing_offsets=True)
+            start, encoding = self._unframed([prompt, self._tail(text)])
+            encoding.truncate(max(self._max_bare - len(start), 0), direction="left")
+            encoding = Encoding.merge([start, encoding], growing_offsets=True)
         elif self._words is not None:
             return self._words.cut(ids, self.max_tokens)
         else:
