@@ -8,7 +8,7 @@ SERVER_TESTS = tests/bundle tests/conformance tests/engine tests/index tests/rpc
 # Tests start some 200 processes; each would compile its modules again.
 test test-all test-client test-server test-matrix: export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help venv client-venv server-venv demo demo-keep test test-client test-server test-matrix test-all coverage bench lint protos protos-check
+.PHONY: help venv client-venv server-venv optimum-venv demo demo-keep test test-client test-server test-matrix test-all coverage bench lint protos protos-check
 
 help:  ## Say what there is
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed 's/:.*##/\t/' | expand -t 16
@@ -18,6 +18,9 @@ venv:  ## Make .venv, or bring it up to date
 
 client-venv:  ## Make .venv-client, or bring it up to date
 	@$(PYTHON) tools/make_venv.py client
+
+optimum-venv:  ## Make .venv-optimum, for the slow tests with optimum-onnx, or bring it up to date
+	@$(PYTHON) tools/make_venv.py optimum
 
 server-venv:  ## Make .venv-server, or bring it up to date
 	@$(PYTHON) tools/make_venv.py server
@@ -41,7 +44,7 @@ test-matrix:  ## The same with the oldest and the newest dependencies, as a whee
 	@$(PYTHON) tools/make_venv.py matrix
 	.venv-matrix/bin/nox --non-interactive --reuse-existing-virtualenvs $(ARGS)
 
-test-all: venv  ## All tests, those that take minutes too
+test-all: venv optimum-venv  ## All tests, those that take minutes too
 	$(BIN)/python -m pytest $(PARALLEL) --hypothesis-profile=thorough
 
 coverage: venv  ## The fast tests, with the coverage of server and client

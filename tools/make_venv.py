@@ -4,16 +4,17 @@
     make_venv.py server   .venv-server: the server, the client and pytest
     make_venv.py client   .venv-client: the client, the command line and pytest
     make_venv.py matrix   .venv-matrix: nox, which makes an environment for each set of versions
+    make_venv.py optimum  .venv-optimum: the ONNX backends of sentence-transformers and optimum, for slow tests
 
-Packages that constraints.txt names are installed in its versions. Some of these need Python 3.11 or newer; a new
-environment has the Python that runs this script. In .venv, PyTorch is installed first, so that no later package
-installs another build of PyTorch.
+Packages that constraints.txt names (for .venv-optimum: constraints-optimum.txt) are installed in its versions. Some of
+these need Python 3.11 or newer; a new environment has the Python that runs this script. In .venv, PyTorch is installed
+first, so that no later package installs another build of PyTorch.
 
 hnswlib has no wheel, and is compiled. Its own default is to compile for the processor of this host. On x86-64, this
 script compiles it for x86-64-v3, or as CXXFLAGS in the environment says, so that the environment, or pip's cache, also
 works on other machines with x86-64-v3. An environment is only changed in three cases: its installation was not
-completed; pyproject.toml, constraints.txt or this script changed since; or its emberpc is not the editable install of
-this checkout, for example because `pip install .` replaced this install by a copy.
+completed; pyproject.toml, a file of constraints or this script changed since; or its emberpc is not the editable
+install of this checkout, for example because `pip install .` replaced this install by a copy.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
-INPUTS = (ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__).resolve())
+INPUTS = (
+    *(ROOT / name for name in ("pyproject.toml", "constraints.txt", "constraints-optimum.txt")),
+    Path(__file__).resolve(),
+)
 #: File of an environment with the fingerprint of the inputs that were installed last.
 STAMP = "installed.sha256"
 
@@ -45,11 +49,13 @@ class Environment:
         effort: text for the user about the size of the download and, if it is long, the time of the installation.
         steps: for each call of `pip install`, the arguments, separated by spaces, and a text for the user about what is
             installed.
+        constraints: file of the checkout that pins versions.
     """
 
     folder: str
     effort: str
     steps: tuple[tuple[str, str], ...]
+    constraints: str = "constraints.txt"
 
 
 ENVIRONMENTS = {
@@ -67,6 +73,12 @@ ENVIRONMENTS = {
         ".venv-client",
         "downloads about 30 MB the first time",
         (("-e .[dev-client]", "the client, the command line and pytest"),),
+    ),
+    "optimum": Environment(
+        ".venv-optimum",
+        "downloads about 1 GB the first time",
+        (("torch", "PyTorch"), ("sentence-transformers[onnx]", "sentence-transformers with optimum-onnx")),
+        "constraints-optimum.txt",
     ),
     "matrix": Environment(".venv-matrix", "downloads about 5 MB the first time", (("nox tomli", "nox"),)),
 }
@@ -115,7 +127,7 @@ def main() -> int:
     # An existing environment is not created again: a process may use its Python, which cannot be overwritten then.
     if not python.exists():
         venv.create(folder, with_pip=True)
-    pip = [str(python), "-m", "pip", "install", "-c", "constraints.txt"]
+    pip = [str(python), "-m", "pip", "install", "-c", environment.constraints]
     # pip runs without --quiet, since the steps take minutes, and the user should see progress.
     for number, (arguments, what) in enumerate(environment.steps, 1):
         print(f"step {number} of {len(environment.steps)}: {what} …", flush=True)

@@ -34,12 +34,6 @@ def quick_exports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(exporting, "PARITY_TEXTS", 16)
 
 
-@pytest.fixture
-def optimum_onnx() -> None:
-    """Skip a test that runs bundles with optimum's sessions of ONNX Runtime if optimum-onnx is not installed."""
-    pytest.importorskip("optimum.onnxruntime", reason="optimum-onnx is not installed: it needs transformers below 4.58")
-
-
 @pytest.fixture(scope="session")
 def measured_texts() -> list[str]:
     """Short docstrings to measure the variants of a real model on."""

@@ -85,25 +85,6 @@ def test_the_onnx_classifier_gives_the_labels_of_pytorch(classifier_bundle: Path
     assert verify_bundle(classifier_bundle).ok
 
 
-@pytest.mark.usefixtures("optimum_onnx")
-def test_optimum_loads_the_bundle_and_gives_equal_logits(classifier_bundle: Path) -> None:
-    import torch
-    from optimum.onnxruntime import ORTModelForSequenceClassification
-    from transformers import AutoTokenizer
-
-    texts = few_texts()
-    model = ORTModelForSequenceClassification.from_pretrained(
-        str(classifier_bundle), subfolder="onnx", file_name="model.onnx", local_files_only=True
-    )
-    tokenizer = AutoTokenizer.from_pretrained(str(classifier_bundle), local_files_only=True)
-    batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-    with torch.inference_mode():
-        theirs = model(**batch).logits.numpy()
-    np.testing.assert_allclose(theirs, classify(classifier_bundle, texts), atol=1e-3)
-    assert [model.config.id2label[i] for i in range(len(MODULES))] == sorted(MODULES)
-    assert model.config.architectures == ["BertForSequenceClassification"]
-
-
 def test_logits_are_vectors_of_pytorch_times_the_head_of_the_graph(
     classifier_bundle: Path, short_minilm_source: Path
 ) -> None:

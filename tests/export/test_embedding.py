@@ -94,13 +94,6 @@ def test_exported_minilm_gives_the_vectors_of_pytorch(minilm_bundle: Path) -> No
     assert parity.max_abs_diff <= 1e-4
 
 
-@pytest.mark.usefixtures("optimum_onnx")
-def test_sentence_transformers_loads_the_bundle_and_gives_equal_vectors(minilm_bundle: Path) -> None:
-    texts = sample_texts(8)
-    theirs = sentence_transformers_vectors(minilm_bundle, texts, backend="onnx")
-    assert cosines(theirs, our_vectors(minilm_bundle, texts)).min() >= 0.9999
-
-
 def test_served_vectors_equal_those_of_sentence_transformers(minilm_bundle: Path, tmp_path: Path) -> None:
     texts = [*sample_texts(30), *(" ".join(sample_texts(12)[i:]) for i in range(4)), "x", "a few words"]
     theirs = sentence_transformers_vectors(minilm_source(), texts)
@@ -125,6 +118,13 @@ def test_the_bundle_has_all_files_and_settings_that_other_libraries_read(minilm_
     card = (minilm_bundle / "README.md").read_text()
     assert "all-MiniLM-L6-v2" in card
     assert "53aa5117" in card
+
+
+def test_the_class_of_a_tokenizer_is_one_that_transformers_4_knows(tiny_source: Path, tmp_path: Path) -> None:
+    assert json.loads((tiny_source / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend"
+    export_embedding(str(tiny_source), tmp_path / "bundle")
+    written = json.loads((tmp_path / "bundle" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def test_the_graph_has_named_dynamic_axes_and_its_outputs_in_order(minilm_bundle: Path) -> None:
@@ -213,19 +213,6 @@ def test_options_are_written_to_the_manifest_and_the_folder(tiny_source: Path, t
     assert json.loads((target / "sentence_bert_config.json").read_text())["max_seq_length"] == 12
     stated = json.loads((target / "config_sentence_transformers.json").read_text())
     assert stated["prompts"] == {"query": "query: ", "passage": "passage: "}
-
-
-@pytest.mark.usefixtures("optimum_onnx")
-def test_sentence_transformers_reads_prompts_and_the_limit_of_a_bundle(tiny_source: Path, tmp_path: Path) -> None:
-    from sentence_transformers import SentenceTransformer
-
-    export_embedding(str(tiny_source), tmp_path / "bundle", max_tokens=12, prompts=Prompts(query="query: "))
-    model = SentenceTransformer(str(tmp_path / "bundle"), backend="onnx", local_files_only=True)
-    assert model.max_seq_length == 12
-    assert model.prompts["query"] == "query: "
-    plain = model.encode(["query: what is it"], show_progress_bar=False)
-    prompted = model.encode_query(["what is it"], show_progress_bar=False)
-    np.testing.assert_allclose(plain, prompted, atol=1e-6)
 
 
 def test_two_exports_of_one_model_have_equal_fingerprints(tiny_source: Path, tmp_path: Path) -> None:

@@ -156,20 +156,6 @@ def test_the_bundle_is_verified_and_its_card_names_the_variants(bundle: Path) ->
     assert all(f"| {name} |" in card for name in ("fp32", *NAMES))
 
 
-@pytest.mark.usefixtures("optimum_onnx")
-def test_sentence_transformers_loads_a_variant_by_its_file_name(bundle: Path, manifest: Manifest) -> None:
-    from sentence_transformers import SentenceTransformer
-
-    variant = manifest.variant("int8")
-    name = Path(variant.path).name
-    model = SentenceTransformer(
-        str(bundle), backend="onnx", model_kwargs={"file_name": name, "provider": "CPUExecutionProvider"}
-    )
-    text = "How do I flatten nested lists?"
-    theirs = model.encode([text], show_progress_bar=False)
-    np.testing.assert_allclose(theirs, vectors(bundle, variant, [text]), atol=1e-4)
-
-
 def scale_a_table(graph: onnx.GraphProto) -> None:
     """Exchange the scales of the rows of the word table, so that all vectors are wrong."""
     scales = next(tensor for tensor in graph.initializer if tensor.name.endswith("word_embeddings.weight_int8"))

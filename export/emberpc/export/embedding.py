@@ -40,6 +40,9 @@ REFERENCE_TEXTS = 16
 #: Keys that are removed from the bundle's tokenizer_config.json. transformers copies them there from the truncation and
 #: padding in the source's tokenizer.json, and some readers would truncate or pad by them.
 _BAKED_IN = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
+#: Name of the class of a tokenizer without code of its own that transformers 5 writes, and transformers 4 cannot load.
+#: Both load the older name, `PreTrainedTokenizerFast`.
+_NEW_TOKENIZER_CLASS = "TokenizersBackend"
 _TOOLS = ("torch", "transformers", "optimum", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 
 
@@ -216,6 +219,8 @@ def convert_encoder(encoder: SourceEncoder, folder: Path, progress: Progress) ->
         )
     for key in _BAKED_IN:
         tokenizer_config.pop(key, None)
+    if tokenizer_config.get("tokenizer_class") == _NEW_TOKENIZER_CLASS:
+        tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
     write_json(folder / "tokenizer_config.json", {**tokenizer_config, "model_max_length": encoder.max_tokens})
     return Converted(graph, dimensions, read_token_id(encoder.config, "pad_token_id", 0))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Runtime's quantizer logs to the root logger (the empty name). The level of the root logger also silences the loggers
 #: below it that have no level of their own, such as emberpc's.
 _SILENCED_LOGGERS = ("", "optimum", "sentence_transformers", "huggingface_hub", "torch.onnx", "nncf")
+#: Message of a TypeError for a setting of a model that a library does not know.
+_UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
 @contextmanager
@@ -34,9 +37,9 @@ def calling_libraries(problem: str, remedy: str, *, hub_only: bool = False) -> I
             since its import takes 2 s of CPU time.
 
     Raises:
-        ExportError: the block raised an exception. The message has `problem`, the exception's class and `remedy`, and
-            `__cause__` is the exception. An ExportError or KeyboardInterrupt of the block passes
-            unchanged.
+        ExportError: the block raised an exception. The message has `problem`, the module, key or attribute that the
+            exception names (else its class) and `remedy`, and `__cause__` is the exception. An ExportError or
+            KeyboardInterrupt of the block passes unchanged.
         OSError: the disk or the quota is full, or a file is too large. This is no ExportError, since it says nothing
             about the model.
     """
@@ -50,7 +53,20 @@ def calling_libraries(problem: str, remedy: str, *, hub_only: bool = False) -> I
         for code in _FULL:
             if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
                 raise OSError(code, os.strerror(code)) from error
-        raise ExportError(f"{problem} ({type(error).__name__}); {remedy}") from error
+        raise ExportError(f"{problem} ({_subject(error)}); {remedy}") from error
+
+
+def _subject(error: Exception) -> str:
+    """Return the module, key or attribute that a library reports, or else the class of the exception."""
+    if isinstance(error, ImportError) and error.name:
+        return f"the module {error.name} is missing"
+    if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
+        return f"the key {error.args[0][:100]!r} is unknown or missing"
+    if isinstance(error, AttributeError) and error.name:
+        return f"{type(error.obj).__name__} has no {error.name!r}"
+    if isinstance(error, TypeError) and (found := _UNEXPECTED.search(str(error))):
+        return f"the key {found[1]!r} is unknown"
+    return type(error).__name__
 
 
 @contextmanager
