@@ -79,6 +79,7 @@ class TrainableEncoder:
         self._trained: dict[str, nn.Parameter] = {}
         self._original: dict[str, torch.Tensor] = {}
         self._frozen = 0
+        self._cached.in_tuple = self._returns_tuples()
 
     @property
     def layers(self) -> int:
@@ -100,6 +101,17 @@ class TrainableEncoder:
         raise ExportError(
             f"{self.encoder.name} has no list of {count} layers that could be trained; use the strategy linear"
         )
+
+    def _returns_tuples(self) -> bool:
+        """Run a text of one token, and return whether a layer of the model returns its states in a tuple."""
+        found: list[bool] = []
+        hook = self._layers[0].register_forward_hook(
+            lambda _module, _inputs, output: found.append(type(output) is tuple)
+        )
+        with torch.inference_mode():
+            self._transformer(**self._features([[0]]))
+        hook.remove()
+        return found == [True]
 
     def tokenize(self, texts: Sequence[str]) -> list[TokenIds]:
         """Return the token ids of each text, special tokens included; texts above the encoder's limit are truncated.
@@ -213,8 +225,7 @@ class TrainableEncoder:
         caught: list[torch.Tensor] = []
 
         def catch(_module: nn.Module, _inputs: object, output: Any) -> None:
-            self._cached.in_tuple = isinstance(output, tuple)
-            caught.append(output[0] if self._cached.in_tuple else output)
+            caught.append(output[0] if isinstance(output, tuple) else output)
 
         found: list[States | None] = [None] * len(tokens)
         setattr(self._owner, self._name, nn.ModuleList(self._layers[: self.layers - top]))
