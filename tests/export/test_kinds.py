@@ -297,9 +297,16 @@ def test_a_graph_that_ignores_padding_is_refused(
     assert not (tmp_path / "bundle").exists()
 
 
-def test_long_texts_are_compared_if_tokens_attend_within_windows() -> None:
-    assert onnx_export._shapes({"max_position_embeddings": 4096, "model_type": "x", "sliding_window": 512})[-1] == (
-        2,
-        640,
-    )
-    assert onnx_export._shapes({"max_position_embeddings": 16, "model_type": "x"}) == [(1, 1), (1, 5), (2, 16)]
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        ({"max_position_embeddings": 4096, "sliding_window": 512}, 640),
+        ({"max_position_embeddings": 4096, "sliding_window": 4096}, 64),  # a text of 5,120 tokens takes too long
+        ({"max_position_embeddings": 4096, "local_attention": 128}, 160),
+        ({"max_position_embeddings": 512}, 64),
+        ({"max_position_embeddings": 16}, 16),
+        ({}, 64),
+    ],
+)
+def test_texts_longer_than_a_window_of_attention_are_compared(config: dict[str, int], longest: int) -> None:
+    assert onnx_export._shapes({"model_type": "bert", **config})[-1] == (2, longest)

@@ -198,10 +198,13 @@ def _write(model: Any, names: Sequence[str], path: Path) -> None:
 
 
 def _shapes(config: dict[str, Any]) -> list[tuple[int, int]]:
-    """Return the shapes of the inputs to compare: small ones, and two texts that are longer than a window's tokens."""
+    """Return the shapes of the inputs to compare: small ones, and two texts that are longer than a window's tokens.
+
+    Windows that would need more than 2,048 tokens are not compared.
+    """
     positions = read_positions(config) or _LONG[1]
-    windows = [value for key in _WINDOWS if isinstance(value := config.get(key), int)]
-    longest = min(positions, _LONG[1], max([_LONG[0], *(window + window // 4 for window in windows)]))
+    windows = [value + value // 4 for key in _WINDOWS if isinstance(value := config.get(key), int)]
+    longest = min(positions, max([_LONG[0], *(tokens for tokens in windows if tokens <= _LONG[1])]))
     return [*((texts, tokens) for texts, tokens in _COMPARED if tokens <= positions), (2, longest)]
 
 
