@@ -13,6 +13,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -218,20 +219,22 @@ def convert_once(
 
     convert = onnx_export.convert
 
-    def kept(folder: Path, target: Path) -> Path:
+    def kept(folder: Path, target: Path, max_tokens: int) -> Path:
         if not (weights := _weights(folder)):
-            return convert(folder, target)
+            return convert(folder, target, max_tokens)
         config = {key: value for key, value in _json(folder / "config.json").items() if key not in _NOT_IN_GRAPH}
         tokenizer = _json(folder / "tokenizer_config.json")
         inputs = tokenizer.get("tokenizer_class"), tokenizer.get("model_input_names")
         key = repr((config, inputs, sorted((name, value.shape) for name, value in weights.items())))
         if key not in conversions:
-            conversions[key] = _template(convert, folder, weights, tmp_path_factory.mktemp("template"))
+            conversions[key] = _template(
+                partial(convert, max_tokens=max_tokens), folder, weights, tmp_path_factory.mktemp("template")
+            )
         if (template := conversions[key]) is None:
-            return convert(folder, target)
+            return convert(folder, target, max_tokens)
         with monkeypatch.context() as patched:
-            patched.setattr(onnx_export, "_write", lambda _model, _names, path: _fill(template, weights, path))
-            return convert(folder, target)
+            patched.setattr(onnx_export, "_write", lambda _model, _names, path, _tokens: _fill(template, weights, path))
+            return convert(folder, target, max_tokens)
 
     monkeypatch.setattr(onnx_export, "convert", kept)
 

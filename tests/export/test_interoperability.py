@@ -52,7 +52,7 @@ def with_onnx_file(source: Path, folder: Path) -> None:
         model.save_pretrained(str(folder))
         del model
     (folder / "model.safetensors").unlink()
-    onnx_export.convert(source, folder / "onnx")
+    onnx_export.convert(source, folder / "onnx", 32)
 
 
 def export_logits(model: torch.nn.Module, path: Path) -> None:
@@ -161,7 +161,7 @@ def test_pooling_and_normalization_of_a_foreign_folder_are_applied(
 
 def test_a_folder_without_modules_needs_a_pooling(tiny_source: Path, expected: Vectors, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
-    onnx_export.convert(tiny_source, plain)
+    onnx_export.convert(tiny_source, plain, 32)
     shutil.copy(tiny_source / "config.json", plain)
     said = refused(plain)
     assert "does not say how the vectors of the tokens (last_hidden_state) become one of the text" in said

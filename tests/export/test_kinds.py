@@ -7,9 +7,11 @@ jina have code of their own.
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ import onnx
 import pytest
 import torch
 from onnx import helper
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 
 from emberpc.bundle import Prompts
 from emberpc.export.convert import onnx_export
@@ -282,8 +286,8 @@ def test_a_graph_that_ignores_padding_is_refused(
     """The exporter leaves the mask out if it traces inputs without padding, and reports nothing."""
     write = onnx_export._write
 
-    def wrongly(model: Any, names: Sequence[str], path: Path) -> None:
-        write(model, names, path)
+    def wrongly(model: Any, names: Sequence[str], path: Path, max_tokens: int) -> None:
+        write(model, names, path, max_tokens)
         graph = onnx.load(str(path))
         for node in graph.graph.node:
             node.input[:] = ["ones" if name == "attention_mask" else name for name in node.input]
@@ -298,15 +302,93 @@ def test_a_graph_that_ignores_padding_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("config", "longest"),
+    ("config", "max_tokens", "longest"),
     [
-        ({"max_position_embeddings": 4096, "sliding_window": 512}, 640),
-        ({"max_position_embeddings": 4096, "sliding_window": 4096}, 64),  # a text of 5,120 tokens takes too long
-        ({"max_position_embeddings": 4096, "local_attention": 128}, 160),
-        ({"max_position_embeddings": 512}, 64),
-        ({"max_position_embeddings": 16}, 16),
-        ({}, 64),
+        ({"sliding_window": 512}, 4096, 640),
+        ({"sliding_window": 4096}, 8192, 64),  # a text of 5,120 tokens takes too long
+        ({"local_attention": 128}, 4096, 160),
+        ({"local_attention": 128}, 100, 100),
+        ({"sliding_window": None}, 512, 64),
+        ({}, 16, 16),
     ],
 )
-def test_texts_longer_than_a_window_of_attention_are_compared(config: dict[str, int], longest: int) -> None:
-    assert onnx_export._shapes({"model_type": "bert", **config})[-1] == (2, longest)
+def test_texts_longer_than_a_window_of_attention_are_compared(
+    config: dict[str, Any], max_tokens: int, longest: int
+) -> None:
+    shapes = onnx_export._shapes(SimpleNamespace(**config), max_tokens)
+    assert shapes[-1] == (2, longest)
+    assert all(tokens <= max_tokens for _, tokens in shapes)
+
+
+def test_a_model_with_few_positions_is_converted(tiny_source: Path, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig.from_pretrained(tiny_source, max_position_embeddings=4)
+    source = tmp_path / "source"
+    shutil.copytree(tiny_source, source)
+    BertModel(config).save_pretrained(source)
+    manifest = export_embedding(source, tmp_path / "bundle", max_tokens=4)
+    assert manifest.variant().parity.cosine_min >= 0.9999
+
+
+def test_weights_of_the_encoder_that_transformers_does_not_use_are_refused(tiny_source: Path, tmp_path: Path) -> None:
+    """transformers 4 used weights of relative positions in BERT; version 5 ignores them without a warning."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny_source, source)
+    weights = load_file(source / "model.safetensors")
+    name = "encoder.layer.1.attention.self.distance_embedding.weight"
+    for more in ("classifier.weight", "embeddings.position_ids", "cls.predictions.bias"):  # no weights of the encoder
+        weights[more] = np.zeros(2, dtype=np.float32)
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    export_embedding(source, tmp_path / "bundle")
+    save_file(
+        {**weights, f"bert.{name}": np.zeros((3, 16), dtype=np.float32)},
+        source / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    with pytest.raises(
+        ExportError, match=rf"does not use 1 tensors of the encoder .* such as bert\.{name}, so it would"
+    ):
+        export_embedding(source, tmp_path / "other")
+
+
+def test_a_tokenizer_that_transformers_rebuilds_otherwise_is_refused(tiny_source: Path, tmp_path: Path) -> None:
+    """For its own classes, transformers 5 takes only the vocabulary of tokenizer.json, and makes a normalizer anew."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny_source, source)
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    replace = {"type": "Replace", "pattern": {"String": "z"}, "content": "a"}
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [replace, tokenizer["normalizer"]]}
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    lay_out(
+        source, {"tokenizer.json": tokenizer, "tokenizer_config.json": settings | {"tokenizer_class": "BertTokenizer"}}
+    )
+    with pytest.raises(ExportError, match="does not read the tokenizer of .* as its tokenizer.json states.*gets other"):
+        export_embedding(source, tmp_path / "bundle")
+    lay_out(source, {"tokenizer_config.json": settings | {"tokenizer_class": "PreTrainedTokenizerFast"}})
+    export_embedding(source, tmp_path / "bundle")
+    written = Tokenizer.from_file(str(tmp_path / "bundle" / "tokenizer.json"))
+    assert written.encode("z").ids == written.encode("a").ids
+
+
+def test_a_setting_that_contradicts_tokenizer_json_is_followed_as_before(tiny_source: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_source, source)
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["normalizer"]["lowercase"] = False
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
+    lay_out(source, {"tokenizer.json": tokenizer, "tokenizer_config.json": settings})
+    export_embedding(source, tmp_path / "bundle")
+    written = Tokenizer.from_file(str(tmp_path / "bundle" / "tokenizer.json"))
+    assert written.encode("A").ids == written.encode("a").ids
+
+
+def test_the_error_for_an_invalid_configuration_names_file_and_key(tiny_source: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(tiny_source, source)
+    config = json.loads((source / "config.json").read_text())
+    lay_out(source, {"config.json": config | {"layer_norm_eps": "1e-12"}})
+    with pytest.raises(ExportError, match=r"config\.json cannot be read .*the key 'layer_norm_eps' is invalid"):
+        export_embedding(source, tmp_path / "bundle")

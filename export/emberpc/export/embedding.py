@@ -196,7 +196,7 @@ def convert_encoder(encoder: SourceEncoder, folder: Path, progress: Progress) ->
     """
     progress("converting to ONNX", 0, 1)
     with tempfile.TemporaryDirectory(dir=folder) as raw:
-        graph = GraphEditor(onnx_export.convert(encoder.transformer, Path(raw)))
+        graph = GraphEditor(onnx_export.convert(encoder.transformer, Path(raw), encoder.max_tokens))
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(Path(raw) / name, folder / name)
     dimensions = graph.pool(encoder.pooling, encoder.dense, normalize=encoder.normalize)

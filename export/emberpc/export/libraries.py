@@ -18,9 +18,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Names of loggers whose messages below CRITICAL are silenced, since they log internal details during an export. ONNX
 #: Runtime's quantizer logs to the root logger (the empty name). The level of the root logger also silences the loggers
 #: below it that have no level of their own, such as emberpc's.
-_SILENCED_LOGGERS = ("", "optimum", "sentence_transformers", "huggingface_hub", "torch.onnx", "nncf")
+_SILENCED_LOGGERS = ("", "optimum", "sentence_transformers", "huggingface_hub", "torch", "nncf")
 #: Message of a TypeError for a setting of a model that a library does not know.
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
+#: Message of transformers for a value of a configuration that has another type than its key needs.
+_INVALID = re.compile(r"Validation error for field '(\w+)'")
 
 
 @contextmanager
@@ -66,6 +68,8 @@ def _subject(error: Exception) -> str:
         return f"{type(error.obj).__name__} has no {error.name!r}"
     if isinstance(error, TypeError) and (found := _UNEXPECTED.search(str(error))):
         return f"the key {found[1]!r} is unknown"
+    if found := _INVALID.search(str(error)):
+        return f"the key {found[1]!r} is invalid"
     return type(error).__name__
 
 
