@@ -106,7 +106,7 @@ def full_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-# The disk is full while PyTorch's model is converted, or later, when the graph with the pooling is written.
+# The disk is full when the converted graph is written, or later, when the graph with the pooling is written.
 @pytest.mark.parametrize("full_disk", [64, 120], indirect=True)
 @pytest.mark.parametrize("kind", ["embedding", "classifier"])
 @pytest.mark.usefixtures("convert_once")
@@ -164,7 +164,6 @@ def test_a_full_disk_for_checkpoints_of_a_training_is_an_input_error(
     refused(outcome, out, "the checkpoint", "free space on the disk")
 
 
-@pytest.mark.usefixtures("convert_once")
 def test_an_export_beyond_the_file_size_limit_is_an_input_error_and_leaves_nothing(
     emberpc: Emberpc, tiny_source: Path, out: Path
 ) -> None:

@@ -55,9 +55,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def marked(*slow: str) -> list[Any]:
-    """Return the names of all architectures as parameters, some with the marker of slow tests."""
-    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in CONFIGS]
+# RoBERTa's layers are those of BERT, which other tests export and train, and so are DistilBERT's and XLM-RoBERTa's.
+LIKE_BERT = ("distilbert", "roberta", "xlm-roberta")
+FEW_QUICK = [pytest.param(name, marks=[pytest.mark.slow] if name in LIKE_BERT else []) for name in CONFIGS]
 
 
 @pytest.fixture(params=CONFIGS)
@@ -77,8 +77,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
-# RoBERTa's layers are those of BERT, which other tests export, and so are DistilBERT's and XLM-RoBERTa's.
-@pytest.mark.parametrize("source", marked("distilbert", "roberta", "xlm-roberta"), indirect=True)
+@pytest.mark.parametrize("source", FEW_QUICK, indirect=True)
 def test_an_encoder_of_each_architecture_is_exported_with_the_vectors_of_pytorch(source: Path, tmp_path: Path) -> None:
     manifest = export_embedding(str(source), tmp_path / "bundle")
     assert manifest.variant().parity.cosine_min >= 0.9999
@@ -128,7 +127,7 @@ def test_stored_states_of_lower_layers_give_equal_vectors(source: Path) -> None:
     assert abs(encoder.embed(tokens, states) - whole).max() < 5e-3
 
 
-@pytest.mark.parametrize("source", marked("distilbert", "roberta", "xlm-roberta"), indirect=True)
+@pytest.mark.parametrize("source", FEW_QUICK, indirect=True)
 def test_an_encoder_of_each_architecture_can_be_trained(source: Path, tmp_path: Path) -> None:
     train = write(tmp_path / "train.csv")
     for strategy in ("top-layers", "full"):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx
@@ -41,12 +41,10 @@ FILES = {
 }
 
 
-def sentence_transformers_vectors(
-    folder: Path, texts: list[str], backend: Literal["torch", "onnx"] = "torch"
-) -> np.ndarray:
+def sentence_transformers_vectors(folder: Path, texts: list[str]) -> np.ndarray:
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(folder), device="cpu", backend=backend, local_files_only=True)
+    model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
     vectors: np.ndarray = model.encode(texts, batch_size=4, show_progress_bar=False)
     return vectors
 
@@ -120,11 +118,17 @@ def test_the_bundle_has_all_files_and_settings_that_other_libraries_read(minilm_
     assert "53aa5117" in card
 
 
-def test_the_class_of_a_tokenizer_is_one_that_transformers_4_knows(tiny_source: Path, tmp_path: Path) -> None:
-    assert json.loads((tiny_source / "tokenizer_config.json").read_text())["tokenizer_class"] == "TokenizersBackend"
-    export_embedding(str(tiny_source), tmp_path / "bundle")
+def test_the_settings_of_a_tokenizer_are_those_that_transformers_4_knows(tiny_source: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_source, tmp_path / "source")
+    path = tmp_path / "source" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    assert settings["tokenizer_class"] == "TokenizersBackend"
+    path.write_text(json.dumps(settings | {"extra_special_tokens": ["[MASK]"]}))
+    export_embedding(tmp_path / "source", tmp_path / "bundle")
     written = json.loads((tmp_path / "bundle" / "tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["additional_special_tokens"] == ["[MASK]"]
+    assert not written.keys() & {"extra_special_tokens", "is_local", "local_files_only"}
 
 
 def test_the_graph_has_named_dynamic_axes_and_its_outputs_in_order(minilm_bundle: Path) -> None:
@@ -215,6 +219,7 @@ def test_options_are_written_to_the_manifest_and_the_folder(tiny_source: Path, t
     assert stated["prompts"] == {"query": "query: ", "passage": "passage: "}
 
 
+@pytest.mark.whole_exports
 def test_two_exports_of_one_model_have_equal_fingerprints(tiny_source: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
         export_embedding(str(tiny_source), tmp_path / name)

@@ -6,6 +6,7 @@ These libraries need transformers below 4.58, so they are in an environment of t
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -92,11 +93,15 @@ def test_sentence_transformers_pools_and_normalizes_as_the_bundle_does(
     )
 
 
-def test_sentence_transformers_reads_prompts_and_the_limit_of_a_bundle(
+def test_sentence_transformers_reads_prompts_special_tokens_and_the_limit(
     theirs: Callable[..., Vectors], tiny_source: Path, tmp_path: Path
 ) -> None:
     bundle = tmp_path / "bundle"
-    export_embedding(str(tiny_source), bundle, max_tokens=12, prompts=Prompts(query="query: "))
+    source = tmp_path / "source"
+    shutil.copytree(tiny_source, source)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    (source / "tokenizer_config.json").write_text(json.dumps(settings | {"extra_special_tokens": ["[MASK]"]}))
+    export_embedding(source, bundle, max_tokens=12, prompts=Prompts(query="query: "))
     text = "what is it that has more than twelve tokens"
     np.testing.assert_allclose(theirs("encode-queries", bundle, [text]), ours(bundle, [f"query: {text}"]), atol=1e-5)
 

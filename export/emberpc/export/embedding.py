@@ -37,12 +37,16 @@ PARITY_TEXTS = 64
 #: Number of these texts, from the first, that are stored in the bundle with PyTorch's outputs, for later checks on any
 #: host.
 REFERENCE_TEXTS = 16
-#: Keys that are removed from the bundle's tokenizer_config.json. transformers copies them there from the truncation and
-#: padding in the source's tokenizer.json, and some readers would truncate or pad by them.
-_BAKED_IN = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of")
+#: Keys that are removed from the bundle's tokenizer_config.json. transformers copies the first four there from the
+#: truncation and padding in the source's tokenizer.json, and some readers would truncate or pad by them. The others are
+#: options with which the export loaded the tokenizer.
+_BAKED_IN = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "is_local", "local_files_only")
 #: Name of the class of a tokenizer without code of its own that transformers 5 writes, and transformers 4 cannot load.
 #: Both load the older name, `PreTrainedTokenizerFast`.
 _NEW_TOKENIZER_CLASS = "TokenizersBackend"
+#: Key of the list of special tokens without a role of their own. In transformers 4, the key has a mapping, and the list
+#: is in `additional_special_tokens`, which transformers 5 reads too.
+_EXTRA_TOKENS = "extra_special_tokens"
 _TOOLS = ("torch", "transformers", "optimum", "onnx", "onnxscript", "onnxruntime", "tokenizers")
 
 
@@ -221,6 +225,9 @@ def convert_encoder(encoder: SourceEncoder, folder: Path, progress: Progress) ->
         tokenizer_config.pop(key, None)
     if tokenizer_config.get("tokenizer_class") == _NEW_TOKENIZER_CLASS:
         tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(extra := tokenizer_config.get(_EXTRA_TOKENS), list):
+        del tokenizer_config[_EXTRA_TOKENS]
+        tokenizer_config["additional_special_tokens"] = extra
     write_json(folder / "tokenizer_config.json", {**tokenizer_config, "model_max_length": encoder.max_tokens})
     return Converted(graph, dimensions, read_token_id(encoder.config, "pad_token_id", 0))
 

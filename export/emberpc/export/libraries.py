@@ -9,8 +9,13 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from emberpc.export.errors import ExportError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 #: Values of `errno` after a write that failed for lack of space: the disk is full, the user's quota is used up, or the
 #: file would exceed the greatest file size.
@@ -69,8 +74,24 @@ def _subject(error: Exception) -> str:
     if isinstance(error, TypeError) and (found := _UNEXPECTED.search(str(error))):
         return f"the key {found[1]!r} is unknown"
     if found := _INVALID.search(str(error)):
-        return f"the key {found[1]!r} is invalid"
+        return f"the key {found[1]!r} of config.json has an invalid value"
     return type(error).__name__
+
+
+def load_sentence_transformer(folder: Path) -> SentenceTransformer:
+    """Load a model with sentence-transformers, in fp32 even if its weights are stored in half precision.
+
+    Raises:
+        ExportError: sentence-transformers cannot load the model.
+    """
+    with calling_libraries(f"{folder} cannot be run by sentence-transformers", "is it an encoder that it supports?"):
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        # The option is for the encoder, whose constants must not be computed in half precision either; `float` is for
+        # dense layers, to which the option does not apply.
+        options = {"dtype": torch.float32}
+        return SentenceTransformer(str(folder), device="cpu", local_files_only=True, model_kwargs=options).float()
 
 
 @contextmanager

@@ -64,16 +64,16 @@ def convert(folder: Path, target: Path, max_tokens: int) -> Path:
         OSError: the disk is full.
     """
     model_type = read_json(folder / "config.json").get("model_type")
-    with calling_libraries(f"{folder / 'config.json'} cannot be read by transformers", "correct it"):
+    problem = f"{folder} cannot be converted to ONNX"
+    remedy = f"is {model_type!r} an architecture of text encoders that transformers and torch.onnx support?"
+    with calling_libraries(problem, remedy):
         from transformers import AutoConfig
 
+        # The tokenizer needs the configuration, and its error would be about the tokenizer.
         AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     tokenizer = _load_tokenizer(folder)
     path = target / "model.onnx"
-    with calling_libraries(
-        f"{folder} cannot be converted to ONNX",
-        f"is {model_type!r} an architecture of text encoders that transformers and torch.onnx support?",
-    ):
+    with calling_libraries(problem, remedy):
         import torch
 
         tokenizer.save_pretrained(str(target))

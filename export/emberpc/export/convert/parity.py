@@ -104,16 +104,14 @@ def torch_vectors(folder: str, texts: Sequence[str], max_tokens: int, *, stated:
         ExportError: sentence-transformers cannot load or run the model; or without `stated`, it truncates texts to
             another number of tokens.
     """
-    from emberpc.export.libraries import calling_libraries
+    from emberpc.export.libraries import calling_libraries, load_sentence_transformer
 
+    model = load_sentence_transformer(Path(folder))
+    if not stated:
+        require_limit(folder, model.max_seq_length, max_tokens, "sentence-transformers")
     with calling_libraries(f"{folder} cannot be run by sentence-transformers", "is it an encoder that it supports?"):
         import torch
-        from sentence_transformers import SentenceTransformer
 
-        # Weights may be stored in half precision, which the library would compute with.
-        model = SentenceTransformer(folder, device="cpu", local_files_only=True).float()
-        if not stated:
-            require_limit(folder, model.max_seq_length, max_tokens, "sentence-transformers")
         # If the user did not state the limit, the model has the same limit already, no limit, or one beyond its
         # positions. With the last, PyTorch would fail on a text with more tokens than positions.
         model.max_seq_length = max_tokens

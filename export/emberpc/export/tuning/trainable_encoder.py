@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from emberpc.export.errors import ExportError
-from emberpc.export.libraries import calling_libraries
+from emberpc.export.libraries import calling_libraries, load_sentence_transformer
 from emberpc.export.progress import Progress, no_progress
 from emberpc.export.source.encoder import SourceEncoder
 
@@ -40,8 +40,12 @@ class _CachedStates(nn.Module):
         #: Whether a layer of the model returns a tuple whose first item is the states; otherwise it returns the states.
         self.in_tuple = False
 
-    def replace(self, layer: nn.Module) -> None:
-        """Take over the attributes of the uppermost frozen layer that the model's code reads, such as the attention."""
+    def copy_attributes(self, layer: nn.Module) -> None:
+        """Copy the attributes of the uppermost frozen layer. The model's code may read some, such as `attention_type`.
+
+        Args:
+            layer: that layer.
+        """
         for name, value in vars(layer).items():
             if not name.startswith("_") and name != "training":
                 setattr(self, name, value)
@@ -61,14 +65,8 @@ class TrainableEncoder:
     """
 
     def __init__(self, encoder: SourceEncoder) -> None:
-        # Imported here: the import takes 2 CPU-seconds and 160 MB, and strategies with cached vectors do not need it.
-        from sentence_transformers import SentenceTransformer
-
         self.encoder = encoder
-        with calling_libraries(
-            f"{encoder.folder} cannot be run by sentence-transformers", "is it an encoder that it supports?"
-        ):
-            self.model = SentenceTransformer(str(encoder.folder), device="cpu", local_files_only=True).float()
+        self.model = load_sentence_transformer(encoder.folder)
         self.model.max_seq_length = encoder.max_tokens
         # Evaluation mode switches dropout off. Dropout made no measurable difference over the few epochs of a training.
         self.model.eval()
@@ -192,7 +190,7 @@ class TrainableEncoder:
         self._frozen = self.layers - top
         upper = self._layers[self._frozen :]
         if self._frozen:
-            self._cached.replace(self._layers[self._frozen - 1])
+            self._cached.copy_attributes(self._layers[self._frozen - 1])
         setattr(self._owner, self._name, nn.ModuleList([self._cached, *upper] if self._frozen else upper))
 
     @contextmanager
